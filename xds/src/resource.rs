@@ -1,0 +1,10 @@
+//! Configuration resources as plain validated types, one file per resource.
+//!
+//! These are what the configuration means, after all field checks; how it was written (YAML, JSON, protobuf) is
+//! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
+
+pub mod bootstrap;
+pub mod cluster;
+pub mod endpoint;
+pub mod listener;
+pub mod route;
