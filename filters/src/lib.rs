@@ -1,1 +1,20 @@
-//! 
+//! The extension surface of the proxy, and every filter that ships with it.
+//!
+//! A filter is one folder here and one line in [`registry`]. It sees requests, responses, stream events and the
+//! fleet through the traits below; it never sees a socket, and this crate never imports the proxy.
+
+#![deny(missing_docs)]
+
+pub mod body;
+pub mod endpoints;
+pub mod error;
+pub mod filter;
+pub mod kv_index;
+pub mod kv_routing;
+pub mod local_reply;
+pub mod openai;
+pub mod registry;
+pub mod router;
+pub mod services;
+pub mod sse;
+pub mod tokens;

@@ -1,1 +1,27 @@
-//! 
+//! The data plane: listeners, codecs, routes, filter chains, clusters, upstreams, admin.
+//!
+//! What it answers: how a request travels from a client's socket to an engine's and back. What it does not do: it
+//! speaks no engine's event protocol (the agent does) and holds no routing policy (filters do).
+
+pub mod access_log;
+pub mod admin;
+pub mod bootstrap;
+pub mod chain;
+pub mod cluster;
+pub mod codec;
+pub mod drain;
+pub mod feed;
+pub mod fleet;
+pub mod flow;
+pub mod headers;
+pub mod http;
+pub mod ledger;
+pub mod listener;
+pub mod metrics;
+pub mod options;
+pub mod route;
+pub mod run;
+pub mod snapshot;
+pub mod upstream;
+
+pub use run::{Proxy, run};

@@ -1,0 +1,207 @@
+//! Bodies on their way through the chain: streamed unless a filter asks for bytes, never copied twice.
+
+use crate::error::Flag;
+use bytes::{Bytes, BytesMut};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+/// A response body on its way to the client.
+pub type ResponseBody = UnsyncBoxBody<Bytes, BodyError>;
+
+/// Why a body ended early.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct BodyError {
+    /// Envoy's response flag for it.
+    pub flag: Flag,
+    /// For people.
+    pub message: String,
+}
+
+impl BodyError {
+    /// An error with its flag.
+    pub fn new(flag: Flag, message: impl fmt::Display) -> Self {
+        Self { flag, message: message.to_string() }
+    }
+}
+
+/// A body of bytes at hand.
+pub fn full(bytes: impl Into<Bytes>) -> ResponseBody {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A body of nothing.
+#[must_use]
+pub fn empty() -> ResponseBody {
+    Empty::new().map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A request body: bytes already read, then the rest of the stream.
+///
+/// It is *replayable* (see [`RequestBody::replay`]) once it was read whole; until then it can be sent once.
+pub struct RequestBody {
+    read: Option<Bytes>,
+    rest: Rest,
+    /// Set when `read` holds everything.
+    whole: Option<Bytes>,
+}
+
+enum Rest {
+    None,
+    Incoming(hyper::body::Incoming),
+    Boxed(UnsyncBoxBody<Bytes, BodyError>),
+}
+
+/// Outcome of [`RequestBody::read_whole`].
+#[derive(Debug, Clone)]
+pub enum ReadOutcome {
+    /// All of it; the body still forwards these very bytes.
+    Whole(Bytes),
+    /// Longer than the limit: streams on, unread beyond it.
+    TooLarge,
+}
+
+impl RequestBody {
+    /// No body.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self { read: None, rest: Rest::None, whole: Some(Bytes::new()) }
+    }
+
+    /// A body of bytes at hand.
+    pub fn full(bytes: impl Into<Bytes>) -> Self {
+        let bytes = bytes.into();
+        Self { read: Some(bytes.clone()), rest: Rest::None, whole: Some(bytes) }
+    }
+
+    /// The body of a request that hyper received.
+    #[must_use]
+    pub fn incoming(body: hyper::body::Incoming) -> Self {
+        if body.is_end_stream() {
+            return Self::empty();
+        }
+        Self { read: None, rest: Rest::Incoming(body), whole: None }
+    }
+
+    /// Any other stream.
+    #[must_use]
+    pub fn boxed(body: UnsyncBoxBody<Bytes, BodyError>) -> Self {
+        Self { read: None, rest: Rest::Boxed(body), whole: None }
+    }
+
+    /// Reads the whole body if it is no longer than `limit` bytes. One frame is taken as it is; several are joined by
+    /// one copy, and the joined bytes are what is forwarded.
+    ///
+    /// # Errors
+    /// The client broke off or sent garbage.
+    pub async fn read_whole(&mut self, limit: usize) -> Result<ReadOutcome, BodyError> {
+        if let Some(whole) = &self.whole {
+            return Ok(if whole.len() > limit { ReadOutcome::TooLarge } else { ReadOutcome::Whole(whole.clone()) });
+        }
+        let hint = self.size_hint();
+        if hint.lower() > limit as u64 {
+            return Ok(ReadOutcome::TooLarge);
+        }
+        let mut joined = BytesMut::new();
+        let mut first: Option<Bytes> = self.read.take();
+        while let Some(frame) = std::future::poll_fn(|cx| self.poll_rest(cx)).await {
+            let Ok(data) = frame?.into_data() else { continue };
+            let so_far = joined.len() + first.as_ref().map_or(0, Bytes::len);
+            if joined.is_empty() {
+                match first.take() {
+                    None => first = Some(data),
+                    Some(head) => {
+                        joined.reserve((hint.lower() as usize).max(so_far + data.len()));
+                        joined.extend_from_slice(&head);
+                        joined.extend_from_slice(&data);
+                    }
+                }
+            } else {
+                joined.extend_from_slice(&data);
+            }
+            if joined.len() + first.as_ref().map_or(0, Bytes::len) > limit {
+                self.read = Some(first.unwrap_or_else(|| joined.freeze()));
+                return Ok(ReadOutcome::TooLarge);
+            }
+        }
+        let whole = first.unwrap_or_else(|| joined.freeze());
+        self.rest = Rest::None;
+        self.read = (!whole.is_empty()).then(|| whole.clone());
+        self.whole = Some(whole.clone());
+        Ok(ReadOutcome::Whole(whole))
+    }
+
+    /// A second copy of the body (sharing its bytes), if it was read whole.
+    #[must_use]
+    pub fn replay(&self) -> Option<Self> {
+        self.whole.clone().map(Self::full)
+    }
+
+    /// The bytes, if it was read whole.
+    #[must_use]
+    pub fn whole(&self) -> Option<&Bytes> {
+        self.whole.as_ref()
+    }
+
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let next = match &mut self.rest {
+            Rest::None => None,
+            Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| {
+                frame.map_err(|error| {
+                    BodyError::new(Flag::DownstreamConnectionTermination, format_args!("client's body broke: {error}"))
+                })
+            }),
+            Rest::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
+        };
+        Poll::Ready(next)
+    }
+}
+
+impl fmt::Debug for RequestBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestBody").field("whole", &self.whole.as_ref().map(Bytes::len)).finish_non_exhaustive()
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(bytes) = self.read.take() {
+            return Poll::Ready(Some(Ok(Frame::data(bytes))));
+        }
+        self.poll_rest(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.read.is_none()
+            && match &self.rest {
+                Rest::None => true,
+                Rest::Incoming(body) => body.is_end_stream(),
+                Rest::Boxed(body) => body.is_end_stream(),
+            }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let mut hint = match &self.rest {
+            Rest::None => SizeHint::with_exact(0),
+            Rest::Incoming(body) => body.size_hint(),
+            Rest::Boxed(body) => body.size_hint(),
+        };
+        let read = self.read.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper + read);
+        }
+        hint.set_lower(hint.lower() + read);
+        hint
+    }
+}

@@ -1,0 +1,218 @@
+//! The fleet as filters see it: clusters, their endpoints, and the way to them. The proxy implements the traits.
+
+use crate::{body::{RequestBody, ResponseBody}, error::Error};
+use arc_swap::ArcSwap;
+use futures_util::future::BoxFuture;
+use http::{Request, Response};
+use outrigger_xds::{
+    block_hash::BlockHash,
+    report::{EngineId, EngineState, Load},
+    resource::{cluster::{LbPolicy, UpstreamProtocol}, endpoint::Address},
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+/// The current endpoints of a cluster: a moment's view, immutable.
+#[derive(Debug, Clone)]
+pub struct ClusterView {
+    /// Cluster name.
+    pub name: Arc<str>,
+    /// How one is chosen when no filter ranked them.
+    pub lb_policy: LbPolicy,
+    /// Default 5 s.
+    pub connect_timeout: Duration,
+    /// All endpoints, whatever their health.
+    pub endpoints: Vec<Arc<Endpoint>>,
+}
+
+impl ClusterView {
+    /// Endpoints that may get a request for `model`: alive, and serving it. If none serves the model, all that are
+    /// alive (one of them then gives the engine's own 404); if none is alive, none.
+    #[must_use]
+    pub fn candidates(&self, model: Option<&str>) -> Vec<Arc<Endpoint>> {
+        let alive: Vec<_> = self.endpoints.iter().filter(|endpoint| endpoint.is_alive()).cloned().collect();
+        let Some(model) = model else { return alive };
+        let serving: Vec<_> = alive.iter().filter(|endpoint| endpoint.serves(model)).cloned().collect();
+        if serving.is_empty() { alive } else { serving }
+    }
+}
+
+/// How an endpoint is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// Its own socket, beside this proxy.
+    Local,
+    /// Through the inbound listener of the proxy beside it.
+    Peer,
+    /// Its own socket, and nothing is known of it: an ordinary HTTP server.
+    Plain,
+}
+
+/// One endpoint. Lives as long as somebody holds it; what changes is behind atomics.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Its name in the fleet.
+    pub id: EngineId,
+    /// Where to connect.
+    pub address: Address,
+    /// What stands at that address.
+    pub via: Via,
+    /// How it is spoken to.
+    pub protocol: UpstreamProtocol,
+    /// `load_balancing_weight`, at least 1.
+    pub weight: u32,
+    /// Where the KV index keeps it.
+    pub slot: usize,
+    /// What is known of it now.
+    pub live: ArcSwap<Live>,
+    /// Counted by this proxy.
+    pub stats: EndpointStats,
+}
+
+/// What is known of an endpoint now.
+#[derive(Debug, Clone)]
+pub struct Live {
+    /// Identity, models, health.
+    pub state: Arc<EngineState>,
+    /// As last told.
+    pub load: Load,
+    /// When `load` was told.
+    pub load_at: Instant,
+    /// Whether whoever tells of it can be heard.
+    pub heard: bool,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self { state: Arc::default(), load: Load::default(), load_at: Instant::now(), heard: false }
+    }
+}
+
+/// Counters of one endpoint as this proxy uses it.
+#[derive(Debug, Default)]
+pub struct EndpointStats {
+    /// Requests in flight.
+    pub active: AtomicU64,
+    /// Requests ever.
+    pub total: AtomicU64,
+    /// Of these, ended well.
+    pub success: AtomicU64,
+    /// Of these, failed.
+    pub error: AtomicU64,
+    /// Connections that could not be opened.
+    pub connect_fail: AtomicU64,
+    /// Connections opened.
+    pub connections: AtomicU64,
+    /// Connections open.
+    pub connections_active: AtomicU64,
+    /// Prompt tokens of requests in flight here whose first token has not come, less predicted hits.
+    pub prefill_tokens: AtomicU64,
+    /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
+    pub inhibited_until_ms: AtomicU64,
+}
+
+/// Milliseconds on a monotonic clock that starts with the process.
+#[must_use]
+pub fn clock_ms() -> u64 {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_millis() as u64
+}
+
+/// How long an endpoint is passed over after it refused or broke a connection.
+pub const INHIBIT_MS: u64 = 1_000;
+
+impl Endpoint {
+    /// May a request go there? An endpoint nothing is told of (an ordinary server) is alive until it fails.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        use outrigger_xds::report::Health;
+        if self.via == Via::Plain {
+            return true;
+        }
+        let live = self.live.load();
+        live.heard && live.state.health == Health::Healthy
+    }
+
+    /// Whether it was passed over lately because it failed.
+    #[must_use]
+    pub fn is_inhibited(&self) -> bool {
+        let until = self.stats.inhibited_until_ms.load(Relaxed);
+        until != 0 && clock_ms() < until
+    }
+
+    /// Notes a failure of the connection itself: others are preferred for [`INHIBIT_MS`].
+    pub fn inhibit(&self) {
+        self.stats.inhibited_until_ms.store(clock_ms() + INHIBIT_MS, Relaxed);
+    }
+
+    /// Whether it serves `model`, as base model or adapter. An engine that told no models serves any.
+    #[must_use]
+    pub fn serves(&self, model: &str) -> bool {
+        let live = self.live.load();
+        live.state.models.is_empty() || live.state.models.iter().any(|known| known.id == model)
+    }
+}
+
+/// What a request will ask of the endpoint that gets it.
+#[derive(Debug, Clone, Default)]
+pub struct Want {
+    /// Prompt tokens; 0 if unknown.
+    pub prompt_tokens: u64,
+    /// Of these, predicted to be cached there.
+    pub hit_tokens: u64,
+    /// Chain hashes of the prompt's full blocks.
+    pub blocks: Arc<[BlockHash]>,
+}
+
+/// A request counted against an endpoint until dropped.
+pub trait Reservation: Send {
+    /// The first byte of the response came: prefill is over.
+    fn first_byte(&mut self);
+    /// How it ended; dropping without it counts as cancelled.
+    fn finish(&mut self, success: bool);
+}
+
+/// The fleet.
+pub trait Endpoints: Send + Sync {
+    /// A cluster as it is now; `None` if there is no such cluster.
+    fn view(&self, cluster: &str) -> Option<Arc<ClusterView>>;
+
+    /// One of `candidates` (indexes into it) by the cluster's own policy; `None` only if it is empty.
+    fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize>;
+
+    /// Counts a leg against an endpoint. The endpoint beside us is told at once; one behind a peer learns it from the
+    /// request itself, and its proxy may refuse.
+    ///
+    /// # Errors
+    /// The endpoint beside us refuses (a limit, draining); the error carries its load in the message.
+    fn reserve(&self, view: &ClusterView, endpoint: &Arc<Endpoint>, want: &Want) -> Result<Box<dyn Reservation>, Error>;
+}
+
+/// Limits of one exchange with an upstream.
+#[derive(Debug, Clone, Copy)]
+pub struct SendOptions {
+    /// To open a connection.
+    pub connect_timeout: Duration,
+    /// From the end of sending to response headers; `None` is unlimited.
+    pub headers_timeout: Option<Duration>,
+    /// May run twice without harm: then a pooled connection that the upstream closed meanwhile is replaced by a new
+    /// one without anybody noticing.
+    pub replayable: bool,
+}
+
+/// The way out: connections, pools, codecs.
+pub trait Upstream: Send + Sync {
+    /// Sends a request to an endpoint and gives its response as soon as headers are there. Dropping the future or the
+    /// response body closes the exchange at once.
+    fn send<'a>(
+        &'a self,
+        endpoint: &'a Arc<Endpoint>,
+        request: Request<RequestBody>,
+        options: SendOptions,
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>>;
+}

@@ -1,0 +1,194 @@
+//! One error type for everything that can go wrong with a request: who, which of Envoy's flags, may a retry help.
+
+use http::StatusCode;
+use std::{borrow::Cow, fmt, time::Duration};
+
+/// Envoy's response flags (the subset that can happen here); `Display` gives the short code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flag {
+    /// NR: no route.
+    NoRouteFound,
+    /// NC: no such cluster.
+    NoClusterFound,
+    /// UH: no healthy upstream.
+    NoHealthyUpstream,
+    /// UF: connection failed.
+    UpstreamConnectionFailure,
+    /// UC: upstream closed the connection.
+    UpstreamConnectionTermination,
+    /// UR: upstream reset the stream.
+    UpstreamRemoteReset,
+    /// UPE: upstream broke the protocol.
+    UpstreamProtocolError,
+    /// UT: upstream was too slow.
+    UpstreamRequestTimeout,
+    /// UO: a circuit breaker.
+    UpstreamOverflow,
+    /// URX: retries used up.
+    UpstreamRetryLimitExceeded,
+    /// SI: no byte for too long.
+    StreamIdleTimeout,
+    /// DT: took too long in all.
+    DurationTimeout,
+    /// DC: the client went away.
+    DownstreamConnectionTermination,
+    /// DPE: the client broke the protocol.
+    DownstreamProtocolError,
+    /// LR: reset here.
+    LocalReset,
+    /// DO: refused here, draining or overloaded.
+    DropOverload,
+}
+
+impl Flag {
+    /// Envoy's short code.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoRouteFound => "NR",
+            Self::NoClusterFound => "NC",
+            Self::NoHealthyUpstream => "UH",
+            Self::UpstreamConnectionFailure => "UF",
+            Self::UpstreamConnectionTermination => "UC",
+            Self::UpstreamRemoteReset => "UR",
+            Self::UpstreamProtocolError => "UPE",
+            Self::UpstreamRequestTimeout => "UT",
+            Self::UpstreamOverflow => "UO",
+            Self::UpstreamRetryLimitExceeded => "URX",
+            Self::StreamIdleTimeout => "SI",
+            Self::DurationTimeout => "DT",
+            Self::DownstreamConnectionTermination => "DC",
+            Self::DownstreamProtocolError => "DPE",
+            Self::LocalReset => "LR",
+            Self::DropOverload => "DO",
+        }
+    }
+}
+
+impl fmt::Display for Flag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Who is to blame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The client.
+    Downstream,
+    /// This proxy.
+    Proxy,
+    /// The engine, or the proxy beside it.
+    Upstream,
+}
+
+/// May trying again help?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// No.
+    No,
+    /// Nothing of the request had been sent: always safe.
+    NothingSent,
+    /// It had been sent, and nothing came back: safe for what may run twice.
+    NothingReceived,
+}
+
+/// What went wrong with a request before its response began.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message} ({flag}, {details})")]
+pub struct Error {
+    /// Who.
+    pub origin: Origin,
+    /// Envoy's flag.
+    pub flag: Flag,
+    /// Status to answer with.
+    pub status: StatusCode,
+    /// `%RESPONSE_CODE_DETAILS%`.
+    pub details: Cow<'static, str>,
+    /// For the client: Envoy's body text where Envoy has one.
+    pub message: Cow<'static, str>,
+    /// May trying again help?
+    pub retry: Retry,
+    /// `Retry-After` to send.
+    pub retry_after: Option<Duration>,
+}
+
+impl Error {
+    /// An error nobody should retry, with Envoy's words.
+    pub fn new(
+        origin: Origin,
+        flag: Flag,
+        status: StatusCode,
+        details: impl Into<Cow<'static, str>>,
+        message: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self {
+            origin,
+            flag,
+            status,
+            details: details.into(),
+            message: message.into(),
+            retry: Retry::No,
+            retry_after: None,
+        }
+    }
+
+    /// No endpoint can serve it now.
+    #[must_use]
+    pub fn no_healthy_upstream() -> Self {
+        let mut error = Self::new(
+            Origin::Upstream,
+            Flag::NoHealthyUpstream,
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no_healthy_upstream",
+            "no healthy upstream",
+        );
+        error.retry_after = Some(Duration::from_secs(1));
+        error
+    }
+
+    /// The upstream failed before response headers; `reason` is Envoy's reset reason, e.g. `connection termination`.
+    #[must_use]
+    pub fn upstream_reset(flag: Flag, reason: &str, retry: Retry) -> Self {
+        Self {
+            origin: Origin::Upstream,
+            flag,
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            details: format!("upstream_reset_before_response_started{{{}}}", reason.replace(' ', "_")).into(),
+            message: format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}").into(),
+            retry,
+            retry_after: None,
+        }
+    }
+
+    /// The upstream took too long.
+    #[must_use]
+    pub fn upstream_timeout() -> Self {
+        Self::new(
+            Origin::Upstream,
+            Flag::UpstreamRequestTimeout,
+            StatusCode::GATEWAY_TIMEOUT,
+            "response_timeout",
+            "upstream request timeout",
+        )
+    }
+
+    /// The client went away or broke its body; nobody will read the answer.
+    #[must_use]
+    pub fn downstream_gone(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(
+            Origin::Downstream,
+            Flag::DownstreamConnectionTermination,
+            StatusCode::BAD_REQUEST,
+            "downstream_remote_disconnect",
+            reason,
+        )
+    }
+
+    /// With another verdict on retrying.
+    #[must_use]
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = retry;
+        self
+    }
+}

@@ -1,0 +1,229 @@
+//! The two seams: a filter around the rest of the chain, and observers of whole stream events.
+
+use crate::{body::{RequestBody, ResponseBody}, endpoints::Endpoint, error::Error, openai::OpenAiRequest, sse::Event};
+use async_trait::async_trait;
+use http::{Request, Response};
+use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Seam (a): a function around the rest of the chain.
+///
+/// It may answer itself, call `next` never, once or more often (each further call with a [`RequestBody::replay`] and
+/// a [`Context::fork`]), and wrap the response. Filters above it run once per request, those below once per call.
+#[async_trait]
+pub trait HttpFilter: Send + Sync {
+    /// Handles one request.
+    ///
+    /// # Errors
+    /// Whatever kept the response from beginning; the connection manager turns it into a local reply.
+    async fn handle(
+        &self,
+        request: Request<RequestBody>,
+        context: &mut Context,
+        next: Next<'_>,
+    ) -> Result<Response<ResponseBody>, Error>;
+}
+
+/// A chain, ready to run; shared by all requests of a route.
+pub type Chain = Arc<[Arc<dyn HttpFilter>]>;
+
+/// The rest of the chain.
+#[derive(Clone, Copy)]
+pub struct Next<'a> {
+    rest: &'a [Arc<dyn HttpFilter>],
+}
+
+impl<'a> Next<'a> {
+    /// The whole chain.
+    #[must_use]
+    pub fn new(chain: &'a [Arc<dyn HttpFilter>]) -> Self {
+        Self { rest: chain }
+    }
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// As [`HttpFilter::handle`]; also if the chain has no terminal filter, which configuration checks rule out.
+    pub async fn run(
+        self,
+        request: Request<RequestBody>,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Error> {
+        match self.rest.split_first() {
+            Some((filter, rest)) => filter.handle(request, context, Next { rest }).await,
+            None => Err(Error::no_healthy_upstream()),
+        }
+    }
+}
+
+/// Facts of the matched route, pinned for the request.
+#[derive(Debug, Clone, Default)]
+pub struct RouteFacts {
+    /// Route name; may be empty.
+    pub name: Arc<str>,
+    /// Virtual host name.
+    pub virtual_host: Arc<str>,
+    /// Cluster; resolved by name at each use, in the state of that moment.
+    pub cluster: Arc<str>,
+    /// Whole exchange; `None` is off.
+    pub timeout: Option<Duration>,
+    /// Explicit `retry_policy`; without one our defaults hold.
+    pub retry_policy: Option<RetryPolicy>,
+    /// A retry may be done while at most this share of active requests (percent) are retries…
+    pub retry_budget_percent: f64,
+    /// …or at most so many.
+    pub min_retry_concurrency: u32,
+    /// On the inbound side the chain never chooses: the peer named the endpoint.
+    pub inbound: bool,
+}
+
+/// One candidate, best first in [`Context::ranked`].
+#[derive(Debug, Clone)]
+pub struct Ranked {
+    /// Which endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// Data-parallel rank, where the engine has several.
+    pub rank: Option<u32>,
+    /// Its cost; lower is better.
+    pub cost: f64,
+    /// Prompt tokens predicted to be cached there.
+    pub hit_tokens: u64,
+}
+
+/// What a filter knows of the prompt; told along to the proxy beside the engine.
+#[derive(Debug, Clone, Default)]
+pub struct PromptFacts {
+    /// Prompt tokens, exact or estimated; 0 if unknown.
+    pub tokens: u64,
+    /// Chain hashes of its full blocks.
+    pub blocks: Arc<[BlockHash]>,
+}
+
+/// What a request carries along the chain.
+#[derive(Default)]
+pub struct Context {
+    /// The matched route.
+    pub route: Arc<RouteFacts>,
+    /// Our id of the request (`x-request-id`).
+    pub request_id: Arc<str>,
+    /// What `openai` parsed.
+    pub openai: Option<Arc<OpenAiRequest>>,
+    /// Candidates left by a routing filter, best first; empty means the cluster's own policy.
+    pub ranked: Vec<Ranked>,
+    /// What is known of the prompt.
+    pub prompt: PromptFacts,
+    /// Endpoint named by the peer (inbound only).
+    pub named: Option<EngineId>,
+    /// Whether the client may see and asked for debug headers.
+    pub debug: bool,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+    /// Seam (b), in the order of registration.
+    pub observers: Vec<Box<dyn StreamObserver>>,
+    /// What the access log will say.
+    pub log: LogFields,
+    /// For filters outside this crate.
+    pub extensions: http::Extensions,
+}
+
+impl Context {
+    /// A context for one more attempt: same request, no observers, no ranking, an empty log.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self {
+            route: self.route.clone(),
+            request_id: self.request_id.clone(),
+            openai: self.openai.clone(),
+            ranked: Vec::new(),
+            prompt: self.prompt.clone(),
+            named: self.named.clone(),
+            debug: self.debug,
+            attempt: self.attempt + 1,
+            observers: Vec::new(),
+            log: LogFields::default(),
+            extensions: self.extensions.clone(),
+        }
+    }
+
+    /// Takes over what the attempt that counted left behind.
+    pub fn adopt(&mut self, attempt: Self) {
+        self.attempt = attempt.attempt;
+        self.ranked = attempt.ranked;
+        self.prompt = attempt.prompt;
+        self.observers.extend(attempt.observers);
+        self.log = attempt.log;
+    }
+}
+
+/// What a request leaves for the access log and metrics, beside what the connection manager sees itself.
+#[derive(Debug, Clone, Default)]
+pub struct LogFields {
+    /// `%RESPONSE_FLAGS%`.
+    pub flags: Vec<crate::error::Flag>,
+    /// `%RESPONSE_CODE_DETAILS%`; empty means `via_upstream`.
+    pub details: String,
+    /// `%UPSTREAM_HOST%`: the endpoint that served it.
+    pub upstream_host: Option<EngineId>,
+    /// `%UPSTREAM_CLUSTER%`.
+    pub upstream_cluster: Arc<str>,
+    /// `%UPSTREAM_REQUEST_ATTEMPT_COUNT%`.
+    pub attempts: u32,
+    /// Model the client asked for.
+    pub model: Option<Arc<str>>,
+    /// `%ROUTING_DECISION%`: policy, inputs, the winner and the runner-up, as one JSON object.
+    pub routing_decision: Option<Arc<str>>,
+    /// `%PREFIX_HIT_TOKENS%`: predicted for the endpoint that served it.
+    pub hit_tokens_predicted: Option<u64>,
+    /// What the engine itself said (`cached_tokens`).
+    pub hit_tokens_confirmed: Option<u64>,
+    /// From the engine's `usage`, else as known to a filter.
+    pub prompt_tokens: Option<u64>,
+    /// From the engine's `usage`.
+    pub completion_tokens: Option<u64>,
+    /// Request sent upstream to response headers.
+    pub upstream_service_time: Option<Duration>,
+}
+
+/// What an observer wants done with an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Edit {
+    /// Goes on as it came.
+    Keep,
+    /// Is left out.
+    Drop,
+    /// These bytes go on instead (a whole event with its blank line).
+    Replace(bytes::Bytes),
+}
+
+/// How a response body ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Whole.
+    Complete,
+    /// The upstream broke it.
+    UpstreamBroke,
+    /// The client went away.
+    ClientGone,
+}
+
+/// Seam (b): sees whole stream events, synchronously. Fed by one splitter per stream.
+pub trait StreamObserver: Send + Sync {
+    /// One event of an SSE stream. `at` is when its bytes came.
+    fn on_event(&mut self, event: &Event<'_>, at: Instant) -> Edit {
+        let _ = (event, at);
+        Edit::Keep
+    }
+
+    /// Bytes of a body that is no SSE stream.
+    fn on_chunk(&mut self, chunk: &[u8], at: Instant) {
+        let _ = (chunk, at);
+    }
+
+    /// The end; the last chance to write to the access log.
+    fn on_end(&mut self, end: End, log: &mut LogFields) {
+        let _ = (end, log);
+    }
+}

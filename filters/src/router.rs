@@ -1,0 +1,250 @@
+//! The terminal filter: sends the request to an endpoint, walks on when that fails, and gives up by the rules.
+//!
+//! It honours [`Context::ranked`] as Envoy's override_host does, then the cluster's own policy. A generation may be
+//! retried until its first response byte was delivered (so the first stream event is awaited before the response is
+//! handed up); anything else only if nothing of it was sent. Retries stay within a budget.
+
+pub mod attempt;
+pub mod leg;
+pub mod retry;
+
+use crate::{
+    body::{RequestBody, ResponseBody},
+    endpoints::{ClusterView, Endpoint, Want},
+    error::{Error, Flag, Origin, Retry},
+    filter::{Context, HttpFilter, Next, Ranked},
+    registry,
+    services::Services,
+};
+use async_trait::async_trait;
+use attempt::{Attempt, Outcome};
+use http::{Request, Response, StatusCode};
+use retry::{Budget, Rules};
+use serde::Deserialize;
+use std::sync::Arc;
+
+/// Envoy's router.
+pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
+
+/// Envoy's `Router` message, as far as it has a meaning here.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Leave out `x-envoy-*` response headers.
+    #[serde(alias = "suppressEnvoyHeaders")]
+    pub suppress_envoy_headers: bool,
+}
+
+/// The filter.
+pub struct Router {
+    services: Services,
+    config: Config,
+    budget: Arc<Budget>,
+}
+
+/// The registry's constructor.
+///
+/// # Errors
+/// The configuration has an unknown field.
+pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+    let config = registry::parse(value)?;
+    Ok(Arc::new(Router { services: services.clone(), config, budget: Arc::default() }))
+}
+
+#[async_trait]
+impl HttpFilter for Router {
+    async fn handle(
+        &self,
+        request: Request<RequestBody>,
+        context: &mut Context,
+        _next: Next<'_>,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let cluster = context.route.cluster.clone();
+        let view = self.services.endpoints.view(&cluster).ok_or_else(|| no_cluster(&cluster))?;
+        context.log.upstream_cluster = cluster;
+        let active = self.budget.enter();
+        let mut walk = Walk::new(self, &view, context);
+        let outcome = walk.run(request, context).await;
+        drop(active);
+        outcome
+    }
+}
+
+fn no_cluster(cluster: &str) -> Error {
+    tracing::warn!(cluster, "route names a cluster that does not exist");
+    Error::new(
+        Origin::Proxy,
+        Flag::NoClusterFound,
+        StatusCode::SERVICE_UNAVAILABLE,
+        "cluster_not_found",
+        "",
+    )
+}
+
+/// One request's way along its candidates.
+struct Walk<'a> {
+    router: &'a Router,
+    view: &'a Arc<ClusterView>,
+    rules: Rules,
+    tried: Vec<Arc<Endpoint>>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(router: &'a Router, view: &'a Arc<ClusterView>, context: &Context) -> Self {
+        let generation = context.openai.as_ref().is_some_and(|openai| openai.is_generation());
+        let rules = Rules::new(context.route.retry_policy.as_ref(), generation);
+        Self { router, view, rules, tried: Vec::new() }
+    }
+
+    async fn run(
+        &mut self,
+        mut request: Request<RequestBody>,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let mut last: Option<Outcome> = None;
+        loop {
+            let Some(target) = self.next_target(context)? else {
+                return give_up(last, self.tried.len(), context);
+            };
+            self.tried.push(target.endpoint.clone());
+            context.log.attempts = self.tried.len() as u32;
+            let spare = self.spare(&request);
+            let attempt = Attempt::new(&self.router.services, self.view, &target, &self.rules, self.tried.len());
+            let permit = (self.tried.len() > 1).then(|| self.router.budget.retrying());
+            let outcome = attempt.run(request, context).await;
+            drop(permit);
+            let helps = outcome.retry_helps(&self.rules);
+            let Some(spare) = spare.filter(|_| helps && self.may_retry(context)) else {
+                return self.finish(outcome, context);
+            };
+            retry::count(&context.route.cluster, &outcome);
+            tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
+            last = Some(outcome);
+            request = spare;
+        }
+    }
+
+    /// Where to next: the ranking first, then the cluster's policy over what was not tried yet.
+    fn next_target(&self, context: &Context) -> Result<Option<Ranked>, Error> {
+        if context.route.inbound {
+            return if self.tried.is_empty() { self.named(context).map(Some) } else { Ok(None) };
+        }
+        let untried = |endpoint: &Arc<Endpoint>| !self.tried.iter().any(|tried| tried.id == endpoint.id);
+        let ranked = context.ranked.iter().filter(|ranked| untried(&ranked.endpoint) && ranked.endpoint.is_alive());
+        let fresh = ranked.clone().find(|ranked| !ranked.endpoint.is_inhibited());
+        if let Some(ranked) = fresh.or_else(|| ranked.clone().next()) {
+            return Ok(Some(ranked.clone()));
+        }
+        let openai = context.openai.as_deref();
+        let mut candidates = self.view.candidates(openai.and_then(|openai| openai.model.as_deref()));
+        candidates.retain(untried);
+        if candidates.iter().any(|endpoint| !endpoint.is_inhibited()) {
+            candidates.retain(|endpoint| !endpoint.is_inhibited());
+        }
+        let stays_home = openai.is_some_and(|openai| openai.model.is_none() && !openai.is_generation());
+        if stays_home && candidates.iter().any(|endpoint| endpoint.via == crate::endpoints::Via::Local) {
+            candidates.retain(|endpoint| endpoint.via == crate::endpoints::Via::Local);
+        }
+        let chosen = self.router.services.endpoints.choose(self.view, &candidates);
+        match chosen {
+            Some(index) => Ok(Some(Ranked {
+                endpoint: candidates[index].clone(),
+                rank: None,
+                cost: 0.0,
+                hit_tokens: 0,
+            })),
+            None if self.tried.is_empty() => Err(Error::no_healthy_upstream()),
+            None => Ok(None),
+        }
+    }
+
+    /// Inbound never chooses: the peer said which engine, and only those beside us count.
+    fn named(&self, context: &Context) -> Result<Ranked, Error> {
+        let named = context.named.as_ref();
+        let endpoint = self.view.endpoints.iter().find(|endpoint| Some(&endpoint.id) == named);
+        match endpoint {
+            Some(endpoint) if endpoint.is_alive() => {
+                Ok(Ranked { endpoint: endpoint.clone(), rank: None, cost: 0.0, hit_tokens: 0 })
+            }
+            _ => {
+                let mut error = Error::no_healthy_upstream().retry(Retry::NothingSent);
+                if named.is_none() {
+                    error.message = "inbound: no endpoint named; clients belong on the outbound listener".into();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// A copy of the request for a further attempt, if one is possible at all. Bodies are shared, not copied.
+    fn spare(&self, request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+        if self.tried.len() > self.rules.retries_max || self.view.endpoints.len() < 2 && !self.rules.same_host {
+            return None;
+        }
+        let body = request.body().replay()?;
+        let mut spare = Request::new(body);
+        *spare.method_mut() = request.method().clone();
+        *spare.uri_mut() = request.uri().clone();
+        *spare.headers_mut() = request.headers().clone();
+        Some(spare)
+    }
+
+    fn may_retry(&self, context: &Context) -> bool {
+        let route = &context.route;
+        let allowed = self.router.budget.allows(route.retry_budget_percent, route.min_retry_concurrency);
+        if !allowed {
+            metrics::counter!("envoy_cluster_upstream_rq_retry_overflow", "envoy_cluster_name" => route.cluster.to_string())
+                .increment(1);
+        }
+        allowed
+    }
+
+    fn finish(&self, outcome: Outcome, context: &mut Context) -> Result<Response<ResponseBody>, Error> {
+        match outcome {
+            Outcome::Response(mut response) => {
+                if self.router.config.suppress_envoy_headers {
+                    response.headers_mut().remove(attempt::SERVICE_TIME_HEADER);
+                }
+                Ok(*response)
+            }
+            Outcome::Unwanted(response) => {
+                if self.tried.len() > 1 {
+                    context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+                }
+                Ok(*response)
+            }
+            Outcome::Failed(error) => Err(exhausted(error, self.tried.len(), context)),
+        }
+    }
+}
+
+/// No endpoint is left: the last failure stands.
+fn give_up(last: Option<Outcome>, tried: usize, context: &mut Context) -> Result<Response<ResponseBody>, Error> {
+    match last {
+        Some(Outcome::Response(response) | Outcome::Unwanted(response)) => Ok(*response),
+        Some(Outcome::Failed(error)) => Err(exhausted(error, tried, context)),
+        None => Err(Error::no_healthy_upstream()),
+    }
+}
+
+/// Envoy's words for a failure after retries.
+fn exhausted(mut error: Error, tried: usize, context: &mut Context) -> Error {
+    if tried > 1 {
+        context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+        if let Some(rest) = error.message.strip_prefix(
+            "upstream connect error or disconnect/reset before headers. reset reason:",
+        ) {
+            error.message = format!(
+                "upstream connect error or disconnect/reset before headers. \
+                 retried and the latest reset reason:{rest}"
+            )
+            .into();
+        }
+    }
+    error
+}
+
+/// What the chosen endpoint will be asked for.
+pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
+    Want { prompt_tokens: context.prompt.tokens, hit_tokens: target.hit_tokens, blocks: context.prompt.blocks.clone() }
+}

@@ -1,0 +1,288 @@
+//! One attempt: reserve, send, look at the first stream event, judge.
+
+use super::{leg::Leg, retry::Rules, want};
+use crate::{
+    body::{RequestBody, ResponseBody},
+    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
+    error::{Error, Flag, Retry},
+    filter::{Context, Ranked},
+    services::Services,
+    sse,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::BodyExt;
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+/// Names the engine to the proxy beside it, and in responses to the client.
+pub const ENDPOINT_HEADER: HeaderName = HeaderName::from_static("x-outrigger-endpoint");
+/// Prompt tokens of the request, told to the proxy beside the engine.
+pub const PROMPT_TOKENS_HEADER: HeaderName = HeaderName::from_static("x-outrigger-prompt-tokens");
+/// Of these, predicted to be cached.
+pub const HIT_TOKENS_HEADER: HeaderName = HeaderName::from_static("x-outrigger-hit-tokens");
+/// Chain hashes of the prompt's blocks: little-endian u64s in base64 without padding.
+pub const BLOCKS_HEADER: HeaderName = HeaderName::from_static("x-outrigger-blocks");
+/// On a local reply to a peer: what retrying may do (`nothing-sent`, `nothing-received`).
+pub const RETRY_HEADER: HeaderName = HeaderName::from_static("x-outrigger-retry");
+/// Milliseconds from request to response headers.
+pub const SERVICE_TIME_HEADER: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+/// The data-parallel rank, in the words of vLLM and SGLang.
+const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Most block hashes told along in a header; the first ones matter most for what is shared.
+pub const TOLD_BLOCKS_MAX: usize = 256;
+
+/// Time to response headers where neither route nor filter gives one (Envoy's default route timeout).
+const ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What came of an attempt.
+pub(crate) enum Outcome {
+    /// A response to hand up.
+    Response(Box<Response<ResponseBody>>),
+    /// A response that another endpoint might better; handed up if there is no other.
+    Unwanted(Box<Response<ResponseBody>>),
+    /// No response.
+    Failed(Error),
+}
+
+impl Outcome {
+    pub(crate) fn retry_helps(&self, rules: &Rules) -> bool {
+        match self {
+            Self::Response(_) => false,
+            Self::Unwanted(_) => true,
+            Self::Failed(error) => match error.retry {
+                Retry::No => false,
+                Retry::NothingSent => rules.connect_failure,
+                Retry::NothingReceived => rules.reset,
+            },
+        }
+    }
+
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Response(_) => "none",
+            Self::Unwanted(_) => "status",
+            Self::Failed(error) => error.flag.as_str(),
+        }
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Response(response) | Self::Unwanted(response) => response.status().to_string(),
+            Self::Failed(error) => error.to_string(),
+        }
+    }
+}
+
+pub(crate) struct Attempt<'a> {
+    services: &'a Services,
+    view: &'a ClusterView,
+    target: &'a Ranked,
+    rules: &'a Rules,
+    number: usize,
+}
+
+impl<'a> Attempt<'a> {
+    pub(crate) fn new(
+        services: &'a Services,
+        view: &'a ClusterView,
+        target: &'a Ranked,
+        rules: &'a Rules,
+        number: usize,
+    ) -> Self {
+        Self { services, view, target, rules, number }
+    }
+
+    pub(crate) async fn run(self, mut request: Request<RequestBody>, context: &mut Context) -> Outcome {
+        let endpoint = &self.target.endpoint;
+        let reservation = match self.services.endpoints.reserve(self.view, endpoint, &want(context, self.target)) {
+            Ok(reservation) => reservation,
+            Err(error) => return Outcome::Failed(error),
+        };
+        self.address(request.headers_mut(), context);
+        context.log.upstream_host = Some(endpoint.id.clone());
+        context.log.hit_tokens_predicted = (context.prompt.tokens > 0).then_some(self.target.hit_tokens);
+        endpoint.stats.total.fetch_add(1, Relaxed);
+        let started = Instant::now();
+        let sent = self.services.upstream.send(endpoint, request, self.options(context)).await;
+        match sent {
+            Ok(response) => {
+                context.log.upstream_service_time = Some(started.elapsed());
+                self.judge(response, reservation, started, context).await
+            }
+            Err(error) => Outcome::Failed(self.failed(error, reservation)),
+        }
+    }
+
+    fn options(&self, context: &Context) -> SendOptions {
+        let headers_timeout = match &context.openai {
+            Some(openai) if openai.is_generation() => openai.limits.headers_timeout,
+            _ => context.route.timeout.or(Some(ROUTE_TIMEOUT)).filter(|timeout| !timeout.is_zero()),
+        };
+        let per_try = Some(self.rules.per_try_timeout).filter(|timeout| !timeout.is_zero());
+        SendOptions {
+            connect_timeout: self.view.connect_timeout,
+            headers_timeout: per_try.or(headers_timeout),
+            replayable: self.rules.reset,
+        }
+    }
+
+    /// Headers that belong to this attempt alone.
+    fn address(&self, headers: &mut HeaderMap, context: &Context) {
+        if self.number > 1 {
+            // vLLM derives its ids from this one and refuses a second use while the first may still run.
+            let id = format!("{}-{}", context.request_id, self.number);
+            if let Ok(value) = HeaderValue::from_str(&id) {
+                headers.insert(REQUEST_ID_HEADER, value);
+            }
+        }
+        if let Some(rank) = self.target.rank {
+            headers.insert(RANK_HEADER, HeaderValue::from(rank));
+        }
+        if self.target.endpoint.via == Via::Peer {
+            self.tell_peer(headers, context);
+        }
+    }
+
+    fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {
+        if let Ok(id) = HeaderValue::from_str(&self.target.endpoint.id.0) {
+            headers.insert(ENDPOINT_HEADER, id);
+        }
+        if context.prompt.tokens == 0 {
+            return;
+        }
+        headers.insert(PROMPT_TOKENS_HEADER, HeaderValue::from(context.prompt.tokens));
+        headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(self.target.hit_tokens));
+        let told = &context.prompt.blocks[..context.prompt.blocks.len().min(TOLD_BLOCKS_MAX)];
+        let bytes: Vec<u8> = told.iter().flat_map(|hash| hash.to_le_bytes()).collect();
+        if let Ok(blocks) = HeaderValue::from_str(&STANDARD_NO_PAD.encode(bytes)) {
+            headers.insert(BLOCKS_HEADER, blocks);
+        }
+    }
+
+    fn failed(&self, error: Error, mut reservation: Box<dyn Reservation>) -> Error {
+        let endpoint = &self.target.endpoint;
+        reservation.finish(false);
+        endpoint.stats.error.fetch_add(1, Relaxed);
+        if matches!(
+            error.flag,
+            Flag::UpstreamConnectionFailure | Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset
+        ) {
+            endpoint.inhibit();
+        }
+        error
+    }
+
+    async fn judge(
+        &self,
+        response: Response<ResponseBody>,
+        reservation: Box<dyn Reservation>,
+        started: Instant,
+        context: &Context,
+    ) -> Outcome {
+        let (mut parts, body) = response.into_parts();
+        if let Some(error) = refusal(&parts.headers) {
+            return Outcome::Failed(self.failed(error, reservation));
+        }
+        let unwanted = self.rules.unwanted(parts.status);
+        let mut peeked = None;
+        let mut body = body;
+        if self.rules.peek && parts.status == StatusCode::OK && sse::is_event_stream(&parts.headers) {
+            match self.first_frame(&mut body, context).await {
+                Ok(frame) => peeked = frame,
+                Err(error) => return Outcome::Failed(self.failed(error, reservation)),
+            }
+        }
+        parts.headers.remove(RETRY_HEADER);
+        self.label(&mut parts.headers, started, context);
+        let success = !parts.status.is_server_error();
+        let leg = Leg::new(peeked, body, self.target.endpoint.clone(), reservation, success);
+        let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
+        if unwanted { Outcome::Unwanted(response) } else { Outcome::Response(response) }
+    }
+
+    /// Waits for the first bytes of a stream, while another engine can still take over unnoticed.
+    async fn first_frame(&self, body: &mut ResponseBody, context: &Context) -> Result<Option<Frame<Bytes>>, Error> {
+        let limit = context.openai.as_ref().and_then(|openai| openai.limits.first_token_timeout);
+        let frame = match limit {
+            Some(limit) => tokio::time::timeout(limit, body.frame()).await.map_err(|_| Error::upstream_timeout())?,
+            None => body.frame().await,
+        };
+        match frame {
+            None => Ok(None),
+            Some(Err(error)) => Err(Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived)),
+            Some(Ok(frame)) => {
+                let failed = frame.data_ref().is_some_and(|data| sse::Event { raw: data }.is_error());
+                if failed {
+                    metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event").increment(1);
+                    return Err(Error::upstream_reset(
+                        Flag::UpstreamRemoteReset,
+                        "engine reported an error",
+                        Retry::NothingReceived,
+                    ));
+                }
+                Ok(Some(frame))
+            }
+        }
+    }
+
+    /// What the client is told of how it was served.
+    fn label(&self, headers: &mut HeaderMap, started: Instant, context: &Context) {
+        if context.route.inbound {
+            return;
+        }
+        headers.insert(SERVICE_TIME_HEADER, HeaderValue::from(started.elapsed().as_millis() as u64));
+        if let Ok(id) = HeaderValue::from_str(&self.target.endpoint.id.0) {
+            headers.insert(ENDPOINT_HEADER, id);
+        }
+    }
+}
+
+/// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it.
+fn refusal(headers: &HeaderMap) -> Option<Error> {
+    let retry = match headers.get(RETRY_HEADER)?.as_bytes() {
+        b"nothing-sent" => Retry::NothingSent,
+        b"nothing-received" => Retry::NothingReceived,
+        _ => return None,
+    };
+    Some(Error::upstream_reset(Flag::UpstreamConnectionFailure, "remote connection failure", retry))
+}
+
+/// Reads what a peer told of the prompt. Garbage counts as untold.
+#[must_use]
+pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
+    let number = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let blocks = headers.get(&BLOCKS_HEADER).and_then(|value| STANDARD_NO_PAD.decode(value.as_bytes()).ok());
+    let blocks: Vec<u64> = blocks
+        .unwrap_or_default()
+        .chunks_exact(8)
+        .take(TOLD_BLOCKS_MAX)
+        .map(|chunk| u64::from_le_bytes(chunk.try_into().expect("invariant: chunks of eight bytes")))
+        .collect();
+    crate::filter::PromptFacts { tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0), blocks: blocks.into() }
+}
+
+/// Hit tokens that a peer told.
+#[must_use]
+pub fn told_hits(headers: &HeaderMap) -> u64 {
+    headers.get(&HIT_TOKENS_HEADER).and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0)
+}
+
+/// Takes off everything that only proxies may say to each other.
+pub fn strip_hop_headers(headers: &mut HeaderMap) {
+    for name in [&ENDPOINT_HEADER, &PROMPT_TOKENS_HEADER, &HIT_TOKENS_HEADER, &BLOCKS_HEADER, &RETRY_HEADER] {
+        headers.remove(name);
+    }
+}
+
+/// For tests and the proxy: an endpoint as the target of a single attempt.
+#[must_use]
+pub fn target(endpoint: Arc<Endpoint>) -> Ranked {
+    Ranked { endpoint, rank: None, cost: 0.0, hit_tokens: 0 }
+}

@@ -1,0 +1,107 @@
+//! The body of a response, tied to the reservation that made room for it.
+
+use crate::{
+    body::{BodyError, ResponseBody},
+    endpoints::{Endpoint, Reservation},
+    error::Flag,
+};
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use std::{
+    pin::Pin,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    task::{Context, Poll, ready},
+};
+
+/// A response body whose end ends its reservation. It may begin with a frame that was already taken out to look at.
+pub struct Leg {
+    peeked: Option<Frame<Bytes>>,
+    inner: ResponseBody,
+    endpoint: Arc<Endpoint>,
+    reservation: Option<Box<dyn Reservation>>,
+    /// Whether its status was a success.
+    success: bool,
+}
+
+impl Leg {
+    /// Ties `inner` to its reservation.
+    #[must_use]
+    pub fn new(
+        peeked: Option<Frame<Bytes>>,
+        inner: ResponseBody,
+        endpoint: Arc<Endpoint>,
+        reservation: Box<dyn Reservation>,
+        success: bool,
+    ) -> Self {
+        Self { peeked, inner, endpoint, reservation: Some(reservation), success }
+    }
+
+    fn finish(&mut self, success: bool) {
+        if let Some(mut reservation) = self.reservation.take() {
+            let stats = &self.endpoint.stats;
+            if success { &stats.success } else { &stats.error }.fetch_add(1, Relaxed);
+            reservation.finish(success);
+        }
+    }
+}
+
+impl Body for Leg {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(frame) = self.peeked.take() {
+            if let Some(reservation) = &mut self.reservation {
+                reservation.first_byte();
+            }
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        match &frame {
+            Some(Ok(_)) => {
+                if let Some(reservation) = &mut self.reservation {
+                    reservation.first_byte();
+                }
+            }
+            Some(Err(error)) => {
+                if error.flag != Flag::DownstreamConnectionTermination {
+                    self.endpoint.inhibit();
+                }
+                self.finish(false);
+            }
+            None => {
+                let success = self.success;
+                self.finish(success);
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.peeked.is_none() && self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let mut hint = self.inner.size_hint();
+        if let Some(peeked) = self.peeked.as_ref().and_then(Frame::data_ref) {
+            let more = peeked.len() as u64;
+            if let Some(upper) = hint.upper() {
+                hint.set_upper(upper + more);
+            }
+            hint.set_lower(hint.lower() + more);
+        }
+        hint
+    }
+}
+
+impl Drop for Leg {
+    fn drop(&mut self) {
+        if self.reservation.is_some() && self.is_end_stream() {
+            let success = self.success;
+            self.finish(success);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Headers at the edge: what is taken off, what is made, what is appended.
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use rand::RngCore;
+use std::{fmt::Write as _, net::IpAddr};
+
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub(crate) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Ids of the proxies a request went through, comma separated; kept from clients too, since it can only stop a loop.
+pub(crate) const VIA: HeaderName = HeaderName::from_static("x-outrigger-via");
+/// Asks for debug headers in the response.
+pub(crate) const DEBUG: HeaderName = HeaderName::from_static("x-outrigger-debug");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// More proxies than this on one way are a loop, whoever they are.
+pub const HOPS_MAX: usize = 8;
+
+/// Takes off what belongs to one connection only (RFC 9110, 7.6.1); `te: trailers` stays, gRPC needs it.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        strip_named_by_connection(headers);
+    }
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::UPGRADE);
+    let trailers = headers.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    if !trailers {
+        headers.remove(header::TE);
+    }
+}
+
+fn strip_named_by_connection(headers: &mut HeaderMap) {
+    let mut named = Vec::new();
+    for value in headers.get_all(header::CONNECTION) {
+        let names = value.to_str().unwrap_or_default().split(',');
+        named.extend(names.filter_map(|name| name.trim().parse::<HeaderName>().ok()));
+    }
+    for name in named {
+        // `te` has its own rule; a client must not have us drop what frames or addresses the message.
+        if !matches!(name, header::TE | header::HOST | header::CONTENT_LENGTH | header::AUTHORIZATION) {
+            headers.remove(name);
+        }
+    }
+    headers.remove(header::CONNECTION);
+}
+
+/// What a request with an `Upgrade` header gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Upgrade {
+    /// None asked for, or one that may be ignored (h2c).
+    None,
+    /// Must be refused.
+    Refused,
+}
+
+/// Judges an upgrade; `h2c` is taken off, as Envoy does.
+pub(crate) fn upgrade(headers: &mut HeaderMap) -> Upgrade {
+    let Some(wanted) = headers.get(header::UPGRADE) else { return Upgrade::None };
+    if wanted.as_bytes().eq_ignore_ascii_case(b"h2c") {
+        headers.remove(header::UPGRADE);
+        headers.remove(HTTP2_SETTINGS);
+        return Upgrade::None;
+    }
+    Upgrade::Refused
+}
+
+/// A random UUID (version 4).
+pub(crate) fn new_request_id() -> String {
+    let mut bytes = [0u8; 16];
+    rand::rng().fill_bytes(&mut bytes);
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let mut text = String::with_capacity(36);
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        push_hex(&mut text, *byte);
+    }
+    text
+}
+
+/// A new W3C trace context, not sampled: who samples upstream of us decides otherwise.
+pub(crate) fn new_traceparent() -> String {
+    let mut bytes = [0u8; 24];
+    rand::rng().fill_bytes(&mut bytes);
+    let mut text = String::with_capacity(55);
+    text.push_str("00-");
+    for (index, byte) in bytes.iter().enumerate() {
+        if index == 16 {
+            text.push('-');
+        }
+        push_hex(&mut text, *byte);
+    }
+    text.push_str("-00");
+    text
+}
+
+fn push_hex(text: &mut String, byte: u8) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    text.push(DIGITS[usize::from(byte >> 4)] as char);
+    text.push(DIGITS[usize::from(byte & 15)] as char);
+}
+
+/// The trace id of a `traceparent`; empty if it is malformed.
+pub(crate) fn trace_id(traceparent: &str) -> &str {
+    traceparent.get(3..35).filter(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit())).unwrap_or_default()
+}
+
+/// Appends the peer's address to `x-forwarded-for`.
+pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, peer: IpAddr) {
+    let mut text = String::new();
+    if let Some(known) = headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok()) {
+        text.push_str(known);
+        text.push(',');
+    }
+    let _ = write!(text, "{}", peer.to_canonical());
+    if let Ok(value) = HeaderValue::from_str(&text) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+}
+
+/// Adds this proxy to the way of a request; false means it has been here, or has come too far.
+pub(crate) fn append_via(headers: &mut HeaderMap, node: &str) -> bool {
+    let known = headers.get(VIA).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if known.split(',').any(|id| id == node) || known.split(',').count() > HOPS_MAX {
+        return false;
+    }
+    let text = if known.is_empty() { node.to_owned() } else { format!("{known},{node}") };
+    if let Ok(value) = HeaderValue::from_str(&text) {
+        headers.insert(VIA, value);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hop_by_hop_headers_go_and_trailers_stay() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "keep-alive, X-Secret, host"),
+            ("keep-alive", "timeout=5"),
+            ("x-secret", "1"),
+            ("te", "trailers"),
+            ("transfer-encoding", "chunked"),
+            ("host", "a"),
+            ("authorization", "b"),
+        ] {
+            headers.insert(name, value.parse().unwrap());
+        }
+        strip_hop_by_hop(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["authorization", "host", "te"]);
+    }
+
+    #[test]
+    fn ids_have_their_forms() {
+        let id = new_request_id();
+        assert_eq!(id.len(), 36);
+        assert_eq!(&id[14..15], "4");
+        let trace = new_traceparent();
+        assert_eq!(trace.len(), 55);
+        assert_eq!(trace_id(&trace).len(), 32);
+        assert_eq!(trace_id("garbage"), "");
+    }
+
+    #[test]
+    fn a_loop_is_seen() {
+        let mut headers = HeaderMap::new();
+        assert!(append_via(&mut headers, "a"));
+        assert!(append_via(&mut headers, "b"));
+        assert!(!append_via(&mut headers, "a"));
+        assert_eq!(headers[VIA], "a,b");
+    }
+}

@@ -1,0 +1,151 @@
+//! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
+
+use crate::{chain, route};
+use http::request::Parts;
+use outrigger_filters::{
+    filter::{Chain, RouteFacts},
+    services::Services,
+};
+use outrigger_xds::resource::{
+    bootstrap::Bootstrap,
+    cluster::Cluster,
+    listener::{HttpConnectionManager, TrafficDirection},
+    route::{Action, Route, RouteMatch, VirtualHost},
+};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+/// One listener's HTTP side.
+pub struct HttpConfig {
+    /// As configured.
+    pub manager: HttpConnectionManager,
+    /// Whether peers arrive here.
+    pub inbound: bool,
+    hosts: Vec<Vec<BuiltRoute>>,
+}
+
+/// A route, ready to run.
+pub struct BuiltRoute {
+    r#match: RouteMatch,
+    /// What to do.
+    pub target: Target,
+    /// Whether errors take OpenAI's form.
+    pub openai: bool,
+}
+
+/// What a route does.
+pub enum Target {
+    /// Runs a chain.
+    Chain {
+        /// Its filters.
+        filters: Chain,
+        /// Pinned facts.
+        facts: Arc<RouteFacts>,
+        /// Replaces the matched prefix.
+        prefix_rewrite: Option<(String, String)>,
+    },
+    /// Answers here.
+    Direct {
+        /// Status.
+        status: http::StatusCode,
+        /// Body.
+        body: String,
+    },
+}
+
+impl HttpConfig {
+    /// Builds and cross-checks one connection manager.
+    ///
+    /// # Errors
+    /// Everything that is wrong, each with its place.
+    pub fn build(
+        manager: &HttpConnectionManager,
+        direction: TrafficDirection,
+        clusters: &HashMap<String, Cluster>,
+        services: &Services,
+    ) -> Result<Self, Vec<String>> {
+        let inbound = direction == TrafficDirection::Inbound;
+        let mut errors = Vec::new();
+        let mut hosts = Vec::new();
+        for host in &manager.route_config.virtual_hosts {
+            let mut routes = Vec::new();
+            for (index, route) in host.routes.iter().enumerate() {
+                match build_route(manager, host, route, inbound, clusters, services) {
+                    Ok(route) => routes.push(route),
+                    Err(error) => errors.push(format!("virtual_hosts[{}].routes[{index}]: {error}", host.name)),
+                }
+            }
+            hosts.push(routes);
+        }
+        if errors.is_empty() { Ok(Self { manager: manager.clone(), inbound, hosts }) } else { Err(errors) }
+    }
+
+    /// The route of a request.
+    #[must_use]
+    pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
+        let authority = route::authority(&parts.uri, &parts.headers);
+        let host = route::virtual_host(&self.manager.route_config, authority)?;
+        self.hosts[host].iter().find(|route| route::matches(&route.r#match, parts))
+    }
+}
+
+fn build_route(
+    manager: &HttpConnectionManager,
+    host: &VirtualHost,
+    route: &Route,
+    inbound: bool,
+    clusters: &HashMap<String, Cluster>,
+    services: &Services,
+) -> Result<BuiltRoute, String> {
+    let chain = chain::build(&manager.http_filters, route, services)?;
+    let target = match &route.action {
+        Action::DirectResponse { status, body } => Target::Direct {
+            status: http::StatusCode::from_u16(*status).map_err(|_| format!("status {status} is no HTTP status"))?,
+            body: body.clone(),
+        },
+        Action::Route(action) => {
+            let cluster =
+                clusters.get(&action.cluster).ok_or_else(|| format!("unknown cluster '{}'", action.cluster))?;
+            let facts = RouteFacts {
+                name: route.name.as_str().into(),
+                virtual_host: host.name.as_str().into(),
+                cluster: action.cluster.as_str().into(),
+                // Unset stays unset: what applies then depends on the chain.
+                timeout: action.timeout.or_else(|| chain.openai.then_some(Duration::ZERO)),
+                retry_policy: action.retry_policy.clone().or_else(|| host.retry_policy.clone()),
+                retry_budget_percent: cluster.circuit_breakers.retry_budget_percent,
+                min_retry_concurrency: cluster.circuit_breakers.min_retry_concurrency,
+                inbound,
+            };
+            let prefix_rewrite = action.prefix_rewrite.as_ref().map(|to| (matched_prefix(&route.r#match), to.clone()));
+            Target::Chain { filters: chain.filters, facts: Arc::new(facts), prefix_rewrite }
+        }
+    };
+    Ok(BuiltRoute { r#match: route.r#match.clone(), target, openai: chain.openai })
+}
+
+fn matched_prefix(route: &RouteMatch) -> String {
+    use outrigger_xds::resource::route::PathMatch;
+    match &route.path {
+        PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => path.clone(),
+    }
+}
+
+/// All listeners' HTTP sides of a configuration, by listener name.
+///
+/// # Errors
+/// Everything that is wrong, each with its place.
+pub fn build(bootstrap: &Bootstrap, services: &Services) -> Result<HashMap<String, Arc<HttpConfig>>, Vec<String>> {
+    let clusters: HashMap<String, Cluster> =
+        bootstrap.clusters.iter().map(|cluster| (cluster.name.clone(), cluster.clone())).collect();
+    let mut built = HashMap::new();
+    let mut errors = Vec::new();
+    for listener in &bootstrap.listeners {
+        match HttpConfig::build(&listener.http, listener.traffic_direction, &clusters, services) {
+            Ok(http) => {
+                built.insert(listener.name.clone(), Arc::new(http));
+            }
+            Err(found) => errors.extend(found.into_iter().map(|error| format!("listener '{}': {error}", listener.name))),
+        }
+    }
+    if errors.is_empty() { Ok(built) } else { Err(errors) }
+}

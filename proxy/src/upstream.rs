@@ -1,0 +1,132 @@
+//! The way out: connections to endpoints, pooled per worker thread.
+//!
+//! An HTTP/1 connection is driven inside the task of the request that uses it (no channel hop, no second task; when
+//! the client goes away the connection goes with it). HTTP/2 connections are shared by streams and have a task of
+//! their own. Pools are thread-local: a worker never waits for another.
+
+pub mod connect;
+pub mod h1;
+pub mod h2;
+
+use futures_util::future::BoxFuture;
+use http::{Request, Response, Uri, Version, uri::PathAndQuery};
+use outrigger_filters::{
+    body::{RequestBody, ResponseBody},
+    endpoints::{Endpoint, SendOptions, Upstream},
+    error::{Error, Flag, Retry},
+};
+use outrigger_xds::resource::cluster::UpstreamProtocol;
+use std::sync::Arc;
+
+/// Idle pooled HTTP/1 connections are not reused after this long: uvicorn closes its own at 5 s.
+pub const IDLE_MS_MAX: u64 = 4_000;
+/// Idle HTTP/1 connections kept per endpoint and worker.
+pub const IDLE_CONNECTIONS_MAX: usize = 1_024;
+/// Streams on one HTTP/2 connection before another is opened, so that no peer worker runs hot.
+pub const H2_STREAMS_MAX: usize = 100;
+
+/// All pools of the process (each thread has its own part).
+#[derive(Debug, Default)]
+pub struct Pools;
+
+impl Upstream for Pools {
+    fn send<'a>(
+        &'a self,
+        endpoint: &'a Arc<Endpoint>,
+        mut request: Request<RequestBody>,
+        options: SendOptions,
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
+        Box::pin(async move {
+            match endpoint.protocol {
+                UpstreamProtocol::Http1 => {
+                    to_origin_form(&mut request);
+                    h1::send(endpoint, request, options).await
+                }
+                UpstreamProtocol::Http2 => {
+                    to_absolute_form(endpoint, &mut request);
+                    h2::send(endpoint, request, options).await
+                }
+            }
+        })
+    }
+}
+
+/// HTTP/1 request line: path and query only, `host` as the client said.
+fn to_origin_form(request: &mut Request<RequestBody>) {
+    if !request.headers().contains_key(http::header::HOST) {
+        let authority = request.uri().authority().map(ToString::to_string);
+        if let Some(host) = authority.and_then(|authority| authority.parse().ok()) {
+            request.headers_mut().insert(http::header::HOST, host);
+        }
+    }
+    if request.uri().authority().is_some() {
+        let path = request.uri().path_and_query().cloned();
+        *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    }
+    *request.version_mut() = Version::HTTP_11;
+}
+
+/// HTTP/2 needs `:scheme` and `:authority`.
+fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
+    let host = request.headers_mut().remove(http::header::HOST);
+    let authority = request
+        .uri()
+        .authority()
+        .cloned()
+        .or_else(|| host.and_then(|host| host.to_str().ok()?.parse().ok()))
+        .or_else(|| endpoint.address.to_string().parse().ok());
+    let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    if let Some(authority) = authority {
+        let built = Uri::builder().scheme("http").authority(authority).path_and_query(path).build();
+        if let Ok(uri) = built {
+            *request.uri_mut() = uri;
+        }
+    }
+    *request.version_mut() = Version::HTTP_2;
+}
+
+/// How hyper's error before a response maps to Envoy's flag, its reset reason, and what a retry may do.
+fn classify(error: &hyper::Error) -> Error {
+    if error.is_canceled() || error.is_closed() {
+        // The dispatcher had not begun to write it.
+        return Error::upstream_reset(Flag::UpstreamConnectionFailure, "connection termination", Retry::NothingSent);
+    }
+    if error.is_parse() {
+        return Error::upstream_reset(Flag::UpstreamProtocolError, "protocol error", Retry::NothingReceived);
+    }
+    if caused_by_client(error) {
+        return Error::downstream_gone("the request body ended early");
+    }
+    if error.is_incomplete_message() || error.is_body_write_aborted() {
+        return Error::upstream_reset(
+            Flag::UpstreamConnectionTermination,
+            "connection termination",
+            Retry::NothingReceived,
+        );
+    }
+    Error::upstream_reset(Flag::UpstreamRemoteReset, "remote reset", Retry::NothingReceived)
+}
+
+/// The request body failed, not the upstream: the client's fault.
+fn caused_by_client(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(body) = cause.downcast_ref::<outrigger_filters::body::BodyError>() {
+            return body.flag == Flag::DownstreamConnectionTermination;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+/// How hyper's error in the middle of a body maps to Envoy's flag.
+fn classify_body(error: &hyper::Error) -> outrigger_filters::body::BodyError {
+    let flag = if error.is_parse() || error.is_user() {
+        Flag::UpstreamProtocolError
+    } else if error.is_incomplete_message() {
+        Flag::UpstreamConnectionTermination
+    } else {
+        Flag::UpstreamRemoteReset
+    };
+    outrigger_filters::body::BodyError::new(flag, format_args!("the engine's response broke off: {error}"))
+}
