@@ -28,7 +28,11 @@ impl Namespace {
     #[must_use]
     pub fn seed(&self) -> BlockHash {
         let mut hasher = Xxh3::new();
-        for part in [Some(self.model.as_str()), self.lora.as_deref(), self.salt.as_deref()] {
+        for part in [
+            Some(self.model.as_str()),
+            self.lora.as_deref(),
+            self.salt.as_deref(),
+        ] {
             // Length-prefixed, so that ("ab", "c") and ("a", "bc") differ; absent differs from empty.
             match part {
                 Some(text) => {
@@ -72,14 +76,24 @@ mod tests {
 
     #[test]
     fn a_chain_names_prefixes() {
-        let seed = Namespace { model: "m".into(), ..Namespace::default() }.seed();
+        let seed = Namespace {
+            model: "m".into(),
+            ..Namespace::default()
+        }
+        .seed();
         let tokens: Vec<u32> = (0..100).collect();
         let whole = chain(seed, &tokens, 32);
         assert_eq!(whole.len(), 3, "the last partial block has no hash");
         assert_eq!(chain(seed, &tokens[..64], 32), whole[..2]);
         let mut other = tokens.clone();
         other[0] = 7;
-        assert!(chain(seed, &other, 32).iter().zip(&whole).all(|(a, b)| a != b), "a changed first token changes all");
+        assert!(
+            chain(seed, &other, 32)
+                .iter()
+                .zip(&whole)
+                .all(|(a, b)| a != b),
+            "a changed first token changes all"
+        );
     }
 
     #[test]

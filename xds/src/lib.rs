@@ -1,13 +1,18 @@
 //! The wire contract of Outrigger.
 //!
-//! What this crate answers: which configuration resources exist and what they mean ([`resource`]), how engines'
-//! load and KV events are told ([`report`], [`feed`]), how token ids become block hashes ([`block_hash`]).
+//! What this crate answers: which configuration resources exist and what they mean ([`resource`]), how they are read
+//! and shown ([`load`]), how engines' load and KV events are told ([`report`], [`feed`]), how token ids become block
+//! hashes ([`block_hash`]).
 //! What it does not do: it opens no traffic socket, holds no live state, and knows none of our other crates.
 //! Generated protobuf types stay in [`wire`]; only this crate and the control plane use them.
+#![deny(missing_docs)]
 
 pub mod block_hash;
 pub mod feed;
 pub mod load;
+pub mod problems;
+mod protobuf;
 pub mod report;
 pub mod resource;
+#[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod wire;

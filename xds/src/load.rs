@@ -1,1 +1,86 @@
-//! Reading configuration as written (YAML or JSON, either key style) into plain types, strictly.
+//! Reading configuration as written (YAML or JSON, either key style) into plain types, strictly; and showing it again.
+//!
+//! Every problem of a text is reported at once, with its place. Nothing unknown passes: what Envoy has and we do not is
+//! refused by name, or, where it cannot change what happens to a request, ignored, logged and counted.
+//! It does not read files, and does not know which filters exist.
+
+mod dump;
+mod known;
+mod strict;
+mod walk;
+
+pub use crate::problems::{ConfigErrors, Problem};
+pub use dump::{bootstrap_to_json, config_dump};
+
+use crate::{
+    protobuf, resource::bootstrap::Bootstrap, wire::envoy::config::bootstrap::v3::Bootstrap as Wire,
+};
+use prost::Name;
+use serde_json::Value;
+
+/// How a text is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Syntax {
+    /// YAML 1.2, one document.
+    Yaml,
+    /// JSON.
+    Json,
+}
+
+/// A bootstrap as written, checked and understood.
+///
+/// # Errors
+/// All problems of the text, each with its place.
+pub fn bootstrap(text: &str, syntax: Syntax) -> Result<Bootstrap, ConfigErrors> {
+    bootstrap_from_value(strict::parse(text, syntax)?)
+}
+
+/// A bootstrap that is already a JSON value, in protobuf's JSON mapping.
+///
+/// # Errors
+/// All problems of the value, each with its place.
+pub fn bootstrap_from_value(mut value: Value) -> Result<Bootstrap, ConfigErrors> {
+    let descriptor =
+        protobuf::descriptor(&Wire::full_name()).expect("invariant: Bootstrap is transcribed");
+    let mut walk = walk::Walk::default();
+    if !walk.message(&descriptor, &mut value, "") {
+        return Err(walk.errors);
+    }
+    for place in &walk.ignored {
+        tracing::warn!(%place, "a field of the configuration has no effect here");
+        metrics::counter!("outrigger_config_fields_ignored").increment(1);
+    }
+    let meaning = decode(descriptor, &value).and_then(Bootstrap::try_from);
+    let mut errors = walk.errors;
+    match meaning {
+        Ok(bootstrap) => errors.finish(Some(bootstrap)),
+        Err(mut of_meaning) => {
+            // What had to be taken out is missing now, which is not a problem of its own.
+            of_meaning.retain(|place| {
+                !walk
+                    .removed
+                    .iter()
+                    .any(|gone| is_below(place, gone) || is_below(gone, place))
+            });
+            errors.absorb("", of_meaning);
+            errors.finish(None)
+        }
+    }
+}
+
+fn decode(
+    descriptor: prost_reflect::MessageDescriptor,
+    value: &Value,
+) -> Result<Wire, ConfigErrors> {
+    let message = protobuf::from_json(descriptor, value)?;
+    message
+        .transcode_to()
+        .map_err(|error| ConfigErrors::one("", error.to_string()))
+}
+
+/// Whether `place` is `top` or inside it.
+fn is_below(place: &str, top: &str) -> bool {
+    place
+        .strip_prefix(top)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}

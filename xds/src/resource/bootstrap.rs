@@ -1,6 +1,16 @@
 //! `envoy.config.bootstrap.v3.Bootstrap`.
 
-use super::{cluster::Cluster, endpoint::Address, listener::{AccessLog, Listener}};
+use super::{
+    cluster::Cluster,
+    endpoint::Address,
+    listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
+    route::Action,
+};
+use crate::{
+    problems::ConfigErrors,
+    wire::envoy::config::{bootstrap::v3 as wire, core::v3 as core},
+};
+use std::collections::HashSet;
 
 /// Everything a process starts with.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -31,4 +41,128 @@ pub struct Admin {
     pub address: Address,
     /// Logs of admin requests.
     pub access_log: Vec<AccessLog>,
+}
+
+impl TryFrom<wire::Bootstrap> for Bootstrap {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::Bootstrap) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let node = wire.node.unwrap_or_default();
+        let admin = wire
+            .admin
+            .and_then(|admin| problems.take("admin", admin.try_into()));
+        let resources = wire.static_resources.unwrap_or_default();
+        let listener_names: Vec<String> = resources
+            .listeners
+            .iter()
+            .map(|listener| listener.name.clone())
+            .collect();
+        let cluster_names: Vec<String> = resources
+            .clusters
+            .iter()
+            .map(|cluster| cluster.name.clone())
+            .collect();
+        let listeners: Vec<Listener> =
+            problems.take_all("static_resources.listeners", resources.listeners);
+        let clusters: Vec<Cluster> =
+            problems.take_all("static_resources.clusters", resources.clusters);
+        check_unique(&mut problems, "static_resources.listeners", &listener_names);
+        check_unique(&mut problems, "static_resources.clusters", &cluster_names);
+        for listener in &listeners {
+            let index = listener_names
+                .iter()
+                .position(|name| *name == listener.name)
+                .unwrap_or_default();
+            check_clusters(&mut problems, index, listener, &cluster_names);
+        }
+        problems.finish(Some(Self {
+            node: Node {
+                id: node.id,
+                cluster: node.cluster,
+            },
+            admin,
+            listeners,
+            clusters,
+        }))
+    }
+}
+
+fn check_unique(problems: &mut ConfigErrors, place: &str, names: &[String]) {
+    let mut seen = HashSet::new();
+    for (index, name) in names.iter().enumerate() {
+        if !name.is_empty() && !seen.insert(name) {
+            problems.add(
+                format!("{place}[{index}].name"),
+                format!("duplicate name '{name}'"),
+            );
+        }
+    }
+}
+
+/// A static route to a cluster that does not exist can never work.
+fn check_clusters(
+    problems: &mut ConfigErrors,
+    index: usize,
+    listener: &Listener,
+    clusters: &[String],
+) {
+    let table = format!(
+        "static_resources.listeners[{index}].filter_chains[0].filters[0].typed_config.route_config"
+    );
+    for (host, virtual_host) in listener.http.route_config.virtual_hosts.iter().enumerate() {
+        for (route, of_host) in virtual_host.routes.iter().enumerate() {
+            let Action::Route(action) = &of_host.action else {
+                continue;
+            };
+            if !clusters.contains(&action.cluster) {
+                let place = format!("{table}.virtual_hosts[{host}].routes[{route}].route.cluster");
+                problems.add(place, format!("unknown cluster '{}'", action.cluster));
+            }
+        }
+    }
+}
+
+impl TryFrom<wire::Admin> for Admin {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::Admin) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let address = problems.required("address", wire.address);
+        let mut access_log = problems.take_all("access_log", wire.access_log);
+        let path = wire.access_log_path;
+        if !path.is_empty() {
+            access_log.push(AccessLog {
+                sink: AccessLogSink::File(path),
+                format: AccessLogFormat::Text(None),
+            });
+        }
+        problems.finish(address.map(|address| Self {
+            address,
+            access_log,
+        }))
+    }
+}
+
+impl From<&Bootstrap> for wire::Bootstrap {
+    fn from(plain: &Bootstrap) -> Self {
+        let node = core::Node {
+            id: plain.node.id.clone(),
+            cluster: plain.node.cluster.clone(),
+        };
+        let admin = plain.admin.as_ref().map(|admin| wire::Admin {
+            access_log: admin.access_log.iter().map(Into::into).collect(),
+            address: Some((&admin.address).into()),
+            ..Default::default()
+        });
+        let resources = wire::bootstrap::StaticResources {
+            listeners: plain.listeners.iter().map(Into::into).collect(),
+            clusters: plain.clusters.iter().map(Into::into).collect(),
+        };
+        Self {
+            node: Some(node),
+            static_resources: Some(resources),
+            admin,
+        }
+    }
 }

@@ -1,7 +1,22 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
 use super::endpoint::ClusterLoadAssignment;
-use std::time::Duration;
+use crate::{
+    problems::ConfigErrors,
+    protobuf::{duration, pack, to_duration, unpack},
+    wire::envoy::{
+        config::{cluster::v3 as wire, core::v3 as core},
+        extensions::upstreams::http::v3 as http,
+        r#type::v3::Percent,
+    },
+};
+use prost::Name;
+use prost_types::Any;
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use wire::{
+    circuit_breakers::Thresholds, circuit_breakers::thresholds::RetryBudget,
+    cluster::ClusterDiscoveryType, cluster::DiscoveryType,
+};
 
 /// A group of endpoints that serve the same thing.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,6 +97,256 @@ pub struct CircuitBreakers {
 
 impl Default for CircuitBreakers {
     fn default() -> Self {
-        Self { max_connections: 65_536, max_requests: 65_536, retry_budget_percent: 20.0, min_retry_concurrency: 3 }
+        Self {
+            max_connections: 65_536,
+            max_requests: 65_536,
+            retry_budget_percent: 20.0,
+            min_retry_concurrency: 3,
+        }
+    }
+}
+
+impl TryFrom<wire::Cluster> for Cluster {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::Cluster) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let defaults = Self::default();
+        let lb_policy = match wire.lb_policy() {
+            wire::cluster::LbPolicy::RoundRobin => LbPolicy::RoundRobin,
+            wire::cluster::LbPolicy::LeastRequest => LbPolicy::LeastRequest,
+            wire::cluster::LbPolicy::Random => LbPolicy::Random,
+            other => {
+                problems.add(
+                    "lb_policy",
+                    format!("not supported yet: {}", other.as_str_name()),
+                );
+                LbPolicy::default()
+            }
+        };
+        let name = problems.not_empty("name", wire.name);
+        let connect_timeout = wire
+            .connect_timeout
+            .map(|timeout| problems.take("connect_timeout", duration(timeout)));
+        let connect_timeout = connect_timeout
+            .flatten()
+            .unwrap_or(defaults.connect_timeout);
+        if connect_timeout.is_zero() {
+            problems.add("connect_timeout", "must be greater than 0");
+        }
+        let load_assignment: Option<ClusterLoadAssignment> =
+            problems.required("load_assignment", wire.load_assignment);
+        if let Some(assignment) = &load_assignment {
+            check_discovery(&mut problems, wire.cluster_discovery_type, assignment);
+        }
+        let protocol = problems.take(
+            "typed_extension_protocol_options",
+            protocol(&wire.typed_extension_protocol_options),
+        );
+        let breakers = wire.circuit_breakers.unwrap_or_default();
+        let circuit_breakers =
+            problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
+        problems.finish(load_assignment.map(|load_assignment| Self {
+            name,
+            connect_timeout,
+            lb_policy,
+            load_assignment,
+            protocol: protocol.unwrap_or_default(),
+            circuit_breakers: circuit_breakers.unwrap_or_default(),
+        }))
+    }
+}
+
+/// Host names need a cluster type that resolves names; what discovers endpoints elsewhere is not here yet.
+fn check_discovery(
+    problems: &mut ConfigErrors,
+    discovery: Option<ClusterDiscoveryType>,
+    assignment: &ClusterLoadAssignment,
+) {
+    let number = discovery.map_or(0, |ClusterDiscoveryType::Type(number)| number);
+    match DiscoveryType::try_from(number) {
+        Ok(DiscoveryType::Static) => {
+            for endpoint in assignment
+                .endpoints
+                .iter()
+                .filter(|e| e.address.host.parse::<IpAddr>().is_err())
+            {
+                let host = &endpoint.address.host;
+                let message = format!(
+                    "malformed IP address: {host}; a host name needs the cluster type STRICT_DNS"
+                );
+                problems.add("load_assignment", message);
+            }
+        }
+        Ok(DiscoveryType::StrictDns) => {}
+        Ok(DiscoveryType::LogicalDns) => {
+            if assignment.endpoints.len() != 1 {
+                problems.add(
+                    "load_assignment",
+                    "a LOGICAL_DNS cluster has exactly one endpoint",
+                );
+            }
+        }
+        Ok(other) => problems.add(
+            "type",
+            format!("not supported yet: {}", other.as_str_name()),
+        ),
+        Err(_) => problems.add("type", format!("unknown value {number}")),
+    }
+}
+
+/// The one extension whose options we know: how HTTP is spoken.
+fn protocol(options: &BTreeMap<String, Any>) -> Result<UpstreamProtocol, ConfigErrors> {
+    let mut problems = ConfigErrors::default();
+    let mut protocol = UpstreamProtocol::default();
+    for (name, any) in options {
+        let place = format!("[\"{name}\"]");
+        match problems.take(&place, unpack::<http::HttpProtocolOptions>(any)) {
+            None => {}
+            Some(None) => problems.add(place, format!("not supported yet: {}", any.type_url)),
+            Some(Some(options)) => {
+                if let Some(explicit) = problems.take(&place, explicit(options)) {
+                    protocol = explicit;
+                }
+            }
+        }
+    }
+    problems.finish(Some(protocol))
+}
+
+fn explicit(options: http::HttpProtocolOptions) -> Result<UpstreamProtocol, ConfigErrors> {
+    use http::http_protocol_options::{
+        UpstreamProtocolOptions::ExplicitHttpConfig, explicit_http_config::ProtocolConfig,
+    };
+    let Some(ExplicitHttpConfig(config)) = options.upstream_protocol_options else {
+        return Err(ConfigErrors::one("", "required: explicit_http_config"));
+    };
+    match config.protocol_config {
+        Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
+        Some(ProtocolConfig::Http2ProtocolOptions(options))
+            if options.max_concurrent_streams.is_some() =>
+        {
+            let place = "explicit_http_config.http2_protocol_options";
+            Err(ConfigErrors::one(
+                place,
+                "not supported yet: max_concurrent_streams",
+            ))
+        }
+        Some(ProtocolConfig::Http2ProtocolOptions(_)) => Ok(UpstreamProtocol::Http2),
+        None => Err(ConfigErrors::one(
+            "explicit_http_config",
+            "required: http_protocol_options or http2_protocol_options",
+        )),
+    }
+}
+
+impl TryFrom<wire::CircuitBreakers> for CircuitBreakers {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::CircuitBreakers) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let mut breakers = Self::default();
+        for (index, thresholds) in wire.thresholds.into_iter().enumerate() {
+            let place = format!("thresholds[{index}]");
+            if thresholds.priority() != core::RoutingPriority::Default {
+                problems.add(format!("{place}.priority"), "not supported yet: HIGH");
+                continue;
+            }
+            if index > 0 {
+                problems.add(place, "only one entry per priority");
+                continue;
+            }
+            breakers.max_connections = thresholds
+                .max_connections
+                .unwrap_or(breakers.max_connections);
+            breakers.max_requests = thresholds.max_requests.unwrap_or(breakers.max_requests);
+            let budget = thresholds.retry_budget.unwrap_or_default();
+            breakers.min_retry_concurrency = budget
+                .min_retry_concurrency
+                .unwrap_or(breakers.min_retry_concurrency);
+            if let Some(percent) = budget.budget_percent {
+                breakers.retry_budget_percent = percent.value;
+                if !(0.0..=100.0).contains(&percent.value) {
+                    let place = format!("{place}.retry_budget.budget_percent.value");
+                    problems.add(
+                        place,
+                        format!("must be between 0 and 100, is {}", percent.value),
+                    );
+                }
+            }
+        }
+        problems.finish(Some(breakers))
+    }
+}
+
+impl From<&Cluster> for wire::Cluster {
+    fn from(plain: &Cluster) -> Self {
+        let addresses = plain
+            .load_assignment
+            .endpoints
+            .iter()
+            .map(|endpoint| &endpoint.address.host);
+        let named = addresses
+            .into_iter()
+            .any(|host| host.parse::<IpAddr>().is_err());
+        let discovery = if named {
+            DiscoveryType::StrictDns
+        } else {
+            DiscoveryType::Static
+        };
+        let lb_policy = match plain.lb_policy {
+            LbPolicy::RoundRobin => wire::cluster::LbPolicy::RoundRobin,
+            LbPolicy::LeastRequest => wire::cluster::LbPolicy::LeastRequest,
+            LbPolicy::Random => wire::cluster::LbPolicy::Random,
+        };
+        let options = match plain.protocol {
+            UpstreamProtocol::Http1 => BTreeMap::new(),
+            UpstreamProtocol::Http2 => {
+                [(http::HttpProtocolOptions::full_name(), pack(&http2()))].into()
+            }
+        };
+        Self {
+            name: plain.name.clone(),
+            cluster_discovery_type: Some(ClusterDiscoveryType::Type(discovery.into())),
+            connect_timeout: Some(to_duration(plain.connect_timeout)),
+            lb_policy: lb_policy.into(),
+            load_assignment: Some((&plain.load_assignment).into()),
+            circuit_breakers: Some((&plain.circuit_breakers).into()),
+            typed_extension_protocol_options: options,
+        }
+    }
+}
+
+fn http2() -> http::HttpProtocolOptions {
+    use http::http_protocol_options::{
+        ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config,
+    };
+    let options = explicit_http_config::ProtocolConfig::Http2ProtocolOptions(
+        core::Http2ProtocolOptions::default(),
+    );
+    let config = ExplicitHttpConfig {
+        protocol_config: Some(options),
+    };
+    http::HttpProtocolOptions {
+        upstream_protocol_options: Some(UpstreamProtocolOptions::ExplicitHttpConfig(config)),
+    }
+}
+
+impl From<&CircuitBreakers> for wire::CircuitBreakers {
+    fn from(plain: &CircuitBreakers) -> Self {
+        let thresholds = Thresholds {
+            priority: core::RoutingPriority::Default.into(),
+            max_connections: Some(plain.max_connections),
+            max_requests: Some(plain.max_requests),
+            retry_budget: Some(RetryBudget {
+                budget_percent: Some(Percent {
+                    value: plain.retry_budget_percent,
+                }),
+                min_retry_concurrency: Some(plain.min_retry_concurrency),
+            }),
+        };
+        Self {
+            thresholds: vec![thresholds],
+        }
     }
 }

@@ -1,8 +1,30 @@
 //! `envoy.config.listener.v3.Listener` and the HTTP connection manager in it.
 
-use super::{endpoint::Address, route::{RouteConfiguration, TypedConfig}};
+use super::{
+    endpoint::Address,
+    route::{RouteConfiguration, TypedConfig},
+};
+use crate::{
+    problems::ConfigErrors,
+    protobuf::{duration, pack, struct_from_json, struct_to_json, to_duration, type_name, unpack},
+    wire::envoy::{
+        config::{accesslog::v3 as log, core::v3 as core, listener::v3 as wire},
+        extensions::{
+            access_loggers::{file::v3 as file, stream::v3 as stream},
+            filters::{http::router::v3::Router, network::http_connection_manager::v3 as hcm},
+        },
+    },
+};
+use prost::Name;
+use prost_types::Any;
 use serde_json::Value;
 use std::{collections::BTreeMap, time::Duration};
+
+/// Length of the accept queue unless given; the system cuts it to its own limit.
+pub const TCP_BACKLOG_SIZE_DEFAULT: u32 = 4096;
+
+/// Most that `max_request_headers_kb` may be, as in Envoy.
+pub const MAX_REQUEST_HEADERS_KB_MAX: u32 = 8192;
 
 /// A socket that accepts connections.
 #[derive(Debug, Clone, PartialEq)]
@@ -135,4 +157,417 @@ pub enum AccessLogFormat {
     Text(Option<String>),
     /// A JSON object: keys and operator strings (or nested objects of them).
     Json(BTreeMap<String, Value>),
+}
+
+impl TryFrom<wire::Listener> for Listener {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::Listener) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let traffic_direction = match wire.traffic_direction() {
+            core::TrafficDirection::Unspecified | core::TrafficDirection::Outbound => {
+                TrafficDirection::Outbound
+            }
+            core::TrafficDirection::Inbound => TrafficDirection::Inbound,
+        };
+        let name = problems.not_empty("name", wire.name);
+        let address = problems.required("address", wire.address);
+        if wire.enable_reuse_port == Some(false) {
+            problems.add(
+                "enable_reuse_port",
+                "not supported yet: false (every worker binds its own socket)",
+            );
+        }
+        let http = problems.take("filter_chains", connection_manager(wire.filter_chains));
+        problems.finish(address.zip(http).map(|(address, http)| Self {
+            name,
+            address,
+            traffic_direction,
+            http,
+            tcp_backlog_size: wire.tcp_backlog_size.unwrap_or(TCP_BACKLOG_SIZE_DEFAULT),
+        }))
+    }
+}
+
+/// One chain of one network filter is all there is yet.
+fn connection_manager(
+    chains: Vec<wire::FilterChain>,
+) -> Result<HttpConnectionManager, ConfigErrors> {
+    let [chain] =
+        <[wire::FilterChain; 1]>::try_from(chains).map_err(|chains| match chains.len() {
+            0 => ConfigErrors::one("", "required: one filter chain"),
+            count => ConfigErrors::one("", format!("not supported yet: {count} filter chains")),
+        })?;
+    let [filter] =
+        <[wire::Filter; 1]>::try_from(chain.filters).map_err(|filters| match filters.len() {
+            0 => ConfigErrors::one("[0].filters", "required: the HTTP connection manager"),
+            count => ConfigErrors::one(
+                "[0].filters",
+                format!("not supported yet: {count} network filters"),
+            ),
+        })?;
+    let mut problems = ConfigErrors::default();
+    problems.not_empty("[0].filters[0].name", filter.name);
+    let place = "[0].filters[0].typed_config";
+    let Some(wire::filter::ConfigType::TypedConfig(any)) = filter.config_type else {
+        problems.add(place, "required");
+        return problems.finish(None);
+    };
+    let manager = match problems.take(place, unpack::<hcm::HttpConnectionManager>(&any)) {
+        Some(Some(manager)) => problems.take(place, manager.try_into()),
+        Some(None) => {
+            problems.add(
+                place,
+                format!("not supported yet: {} as a network filter", any.type_url),
+            );
+            None
+        }
+        None => None,
+    };
+    problems.finish(manager)
+}
+
+impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: hcm::HttpConnectionManager) -> Result<Self, ConfigErrors> {
+        use hcm::http_connection_manager::{CodecType, RouteSpecifier};
+        let mut problems = ConfigErrors::default();
+        let defaults = Self::default();
+        let codec = match wire.codec_type() {
+            CodecType::Auto => Codec::Auto,
+            CodecType::Http1 => Codec::Http1,
+            CodecType::Http2 => Codec::Http2,
+            CodecType::Http3 => {
+                problems.add("codec_type", "not supported yet: HTTP3");
+                Codec::Auto
+            }
+        };
+        let route_config = match wire.route_specifier {
+            Some(RouteSpecifier::RouteConfig(table)) => {
+                problems.take("route_config", table.try_into())
+            }
+            None => {
+                problems.add("route_config", "required");
+                None
+            }
+        };
+        let mut limit = |place: &str, given: Option<prost_types::Duration>, default: Duration| {
+            given
+                .and_then(|given| problems.take(place, duration(given)))
+                .unwrap_or(default)
+        };
+        let common = wire.common_http_protocol_options.unwrap_or_default();
+        let idle_timeout = limit(
+            "common_http_protocol_options.idle_timeout",
+            common.idle_timeout,
+            defaults.idle_timeout,
+        );
+        let stream_idle_timeout = limit(
+            "stream_idle_timeout",
+            wire.stream_idle_timeout,
+            defaults.stream_idle_timeout,
+        );
+        let request_timeout = limit(
+            "request_timeout",
+            wire.request_timeout,
+            defaults.request_timeout,
+        );
+        let drain_timeout = limit("drain_timeout", wire.drain_timeout, defaults.drain_timeout);
+        let streams = wire
+            .http2_protocol_options
+            .and_then(|options| options.max_concurrent_streams);
+        if streams.is_some_and(|streams| !(1..=i32::MAX.unsigned_abs()).contains(&streams)) {
+            problems.add(
+                "http2_protocol_options.max_concurrent_streams",
+                "must be between 1 and 2147483647",
+            );
+        }
+        let headers_kb = wire
+            .max_request_headers_kb
+            .unwrap_or(defaults.max_request_headers_kb);
+        if !(1..=MAX_REQUEST_HEADERS_KB_MAX).contains(&headers_kb) {
+            let message =
+                format!("must be between 1 and {MAX_REQUEST_HEADERS_KB_MAX}, is {headers_kb}");
+            problems.add("max_request_headers_kb", message);
+        }
+        let count = wire.http_filters.len();
+        let http_filters = problems.take_all("http_filters", wire.http_filters);
+        if http_filters.len() == count {
+            check_router(&mut problems, &http_filters);
+        }
+        let access_log = problems.take_all("access_log", wire.access_log);
+        let stat_prefix = problems.not_empty("stat_prefix", wire.stat_prefix);
+        problems.finish(route_config.map(|route_config| {
+            Self {
+                stat_prefix,
+                codec,
+                route_config,
+                http_filters,
+                access_log,
+                use_remote_address: wire
+                    .use_remote_address
+                    .unwrap_or(defaults.use_remote_address),
+                preserve_external_request_id: wire.preserve_external_request_id,
+                generate_request_id: wire
+                    .generate_request_id
+                    .unwrap_or(defaults.generate_request_id),
+                stream_idle_timeout,
+                request_timeout,
+                idle_timeout,
+                drain_timeout,
+                max_request_headers_kb: headers_kb,
+                h2_max_concurrent_streams: streams.unwrap_or(defaults.h2_max_concurrent_streams),
+            }
+        }))
+    }
+}
+
+/// The router forwards, so it is last, alone, and always on.
+fn check_router(problems: &mut ConfigErrors, filters: &[HttpFilter]) {
+    let is_router = |filter: &HttpFilter| type_name(&filter.config.type_url) == Router::full_name();
+    let Some((last, others)) = filters.split_last() else {
+        problems.add("http_filters", "required: at least the router");
+        return;
+    };
+    for (index, filter) in others
+        .iter()
+        .enumerate()
+        .filter(|(_, filter)| is_router(filter))
+    {
+        let message = format!(
+            "terminal filter '{}' must be the last filter of the chain",
+            filter.name
+        );
+        problems.add(format!("http_filters[{index}]"), message);
+    }
+    let place = format!("http_filters[{}]", others.len());
+    if !is_router(last) {
+        problems.add(
+            place,
+            format!(
+                "non-terminal filter '{}' is the last filter of the chain; the router must be",
+                last.name
+            ),
+        );
+    } else if last.disabled {
+        problems.add(place, "the router cannot be disabled");
+    }
+}
+
+impl TryFrom<hcm::HttpFilter> for HttpFilter {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: hcm::HttpFilter) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let name = problems.not_empty("name", wire.name);
+        let any = wire
+            .config_type
+            .map(|hcm::http_filter::ConfigType::TypedConfig(any)| any);
+        let config = problems.required("typed_config", any);
+        problems.finish(config.map(|config| Self {
+            name,
+            config,
+            is_optional: wire.is_optional,
+            disabled: wire.disabled,
+        }))
+    }
+}
+
+impl TryFrom<log::AccessLog> for AccessLog {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: log::AccessLog) -> Result<Self, ConfigErrors> {
+        let Some(log::access_log::ConfigType::TypedConfig(any)) = wire.config_type else {
+            return Err(ConfigErrors::one("typed_config", "required"));
+        };
+        let mut problems = ConfigErrors::default();
+        let log = problems.take("typed_config", logger(&any));
+        problems.finish(log)
+    }
+}
+
+fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
+    use {
+        file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
+        stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
+        stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
+    };
+    let (sink, format) = if let Some(file) = unpack::<file::FileAccessLog>(any)? {
+        if file.path.is_empty() {
+            return Err(ConfigErrors::one("path", "must not be empty"));
+        }
+        (
+            AccessLogSink::File(file.path),
+            file.access_log_format.map(|FileFormat(format)| format),
+        )
+    } else if let Some(stdout) = unpack::<stream::StdoutAccessLog>(any)? {
+        (
+            AccessLogSink::Stdout,
+            stdout.access_log_format.map(|StdoutFormat(format)| format),
+        )
+    } else if let Some(stderr) = unpack::<stream::StderrAccessLog>(any)? {
+        (
+            AccessLogSink::Stderr,
+            stderr.access_log_format.map(|StderrFormat(format)| format),
+        )
+    } else {
+        return Err(ConfigErrors::one(
+            "",
+            format!("not supported yet: {} as an access log", any.type_url),
+        ));
+    };
+    Ok(AccessLog {
+        sink,
+        format: log_format(format)?,
+    })
+}
+
+fn log_format(
+    wire: Option<core::SubstitutionFormatString>,
+) -> Result<AccessLogFormat, ConfigErrors> {
+    use core::{data_source::Specifier, substitution_format_string::Format};
+    let Some(wire) = wire else {
+        return Ok(AccessLogFormat::Text(None));
+    };
+    match wire.format {
+        Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: Some(Specifier::InlineString(text)),
+        })) => Ok(AccessLogFormat::Text(Some(text))),
+        Some(Format::TextFormatSource(core::DataSource { specifier: None })) => Err(
+            ConfigErrors::one("log_format.text_format_source", "required: inline_string"),
+        ),
+        Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
+            Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
+            _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
+        },
+        None => Err(ConfigErrors::one(
+            "log_format",
+            "required: json_format or text_format_source",
+        )),
+    }
+}
+
+impl From<&Listener> for wire::Listener {
+    fn from(plain: &Listener) -> Self {
+        let traffic_direction = match plain.traffic_direction {
+            TrafficDirection::Outbound => core::TrafficDirection::Outbound,
+            TrafficDirection::Inbound => core::TrafficDirection::Inbound,
+        };
+        let manager = hcm::HttpConnectionManager::from(&plain.http);
+        let filter = wire::Filter {
+            name: "envoy.filters.network.http_connection_manager".into(),
+            config_type: Some(wire::filter::ConfigType::TypedConfig(pack(&manager))),
+        };
+        Self {
+            name: plain.name.clone(),
+            address: Some((&plain.address).into()),
+            filter_chains: vec![wire::FilterChain {
+                filters: vec![filter],
+                ..Default::default()
+            }],
+            traffic_direction: traffic_direction.into(),
+            tcp_backlog_size: Some(plain.tcp_backlog_size),
+            ..Default::default()
+        }
+    }
+}
+
+impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
+    fn from(plain: &HttpConnectionManager) -> Self {
+        use hcm::http_connection_manager::{CodecType, RouteSpecifier};
+        let codec_type = match plain.codec {
+            Codec::Auto => CodecType::Auto,
+            Codec::Http1 => CodecType::Http1,
+            Codec::Http2 => CodecType::Http2,
+        };
+        let streams = Some(plain.h2_max_concurrent_streams);
+        Self {
+            codec_type: codec_type.into(),
+            stat_prefix: plain.stat_prefix.clone(),
+            route_specifier: Some(RouteSpecifier::RouteConfig((&plain.route_config).into())),
+            http_filters: plain.http_filters.iter().map(Into::into).collect(),
+            common_http_protocol_options: Some(core::HttpProtocolOptions {
+                idle_timeout: Some(to_duration(plain.idle_timeout)),
+            }),
+            http2_protocol_options: Some(core::Http2ProtocolOptions {
+                max_concurrent_streams: streams,
+            }),
+            max_request_headers_kb: Some(plain.max_request_headers_kb),
+            stream_idle_timeout: Some(to_duration(plain.stream_idle_timeout)),
+            request_timeout: Some(to_duration(plain.request_timeout)),
+            drain_timeout: Some(to_duration(plain.drain_timeout)),
+            access_log: plain.access_log.iter().map(Into::into).collect(),
+            use_remote_address: Some(plain.use_remote_address),
+            generate_request_id: Some(plain.generate_request_id),
+            preserve_external_request_id: plain.preserve_external_request_id,
+        }
+    }
+}
+
+impl From<&HttpFilter> for hcm::HttpFilter {
+    fn from(plain: &HttpFilter) -> Self {
+        Self {
+            name: plain.name.clone(),
+            config_type: Some(hcm::http_filter::ConfigType::TypedConfig(
+                (&plain.config).into(),
+            )),
+            is_optional: plain.is_optional,
+            disabled: plain.disabled,
+        }
+    }
+}
+
+impl From<&AccessLog> for log::AccessLog {
+    fn from(plain: &AccessLog) -> Self {
+        use {
+            file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
+            stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
+            stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
+        };
+        let format = wire_format(&plain.format);
+        let (name, any) = match &plain.sink {
+            AccessLogSink::File(path) => {
+                let format = format.map(FileFormat);
+                let file = file::FileAccessLog {
+                    path: path.clone(),
+                    access_log_format: format,
+                };
+                ("envoy.access_loggers.file", pack(&file))
+            }
+            AccessLogSink::Stdout => {
+                let stdout = stream::StdoutAccessLog {
+                    access_log_format: format.map(StdoutFormat),
+                };
+                ("envoy.access_loggers.stdout", pack(&stdout))
+            }
+            AccessLogSink::Stderr => {
+                let stderr = stream::StderrAccessLog {
+                    access_log_format: format.map(StderrFormat),
+                };
+                ("envoy.access_loggers.stderr", pack(&stderr))
+            }
+        };
+        Self {
+            name: name.into(),
+            config_type: Some(log::access_log::ConfigType::TypedConfig(any)),
+        }
+    }
+}
+
+fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
+    use core::{data_source::Specifier, substitution_format_string::Format};
+    let format = match plain {
+        AccessLogFormat::Text(None) => return None,
+        AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
+            specifier: Some(Specifier::InlineString(text.clone())),
+        }),
+        AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
+            fields.clone().into_iter().collect(),
+        ))),
+    };
+    Some(core::SubstitutionFormatString {
+        format: Some(format),
+    })
 }
