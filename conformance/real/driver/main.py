@@ -1,0 +1,108 @@
+"""The real stage: two unmodified vLLM servers, a proxy beside each, and what §7 of the issue wants shown.
+
+Started by ../run, which installs the engine and builds the proxy. Prints one JSON object as its last line.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+
+import failures
+import mix
+import prediction
+import wire
+from processes import Engine, Proxy
+from report import Report
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PARTS = ("wire", "routing", "prediction", "failures")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", required=True, help="directory of engine/install.sh")
+    parser.add_argument("--proxy", required=True, help="the outrigger-proxy binary")
+    parser.add_argument("--recordings", required=True, help="directory with NAME.request.json files")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--logs", help="keep the logs here (default: a temporary directory, named when something fails)")
+    return parser.parse_args()
+
+
+class Stage:
+    """The processes, and the parts that use them."""
+
+    def __init__(self, args):
+        self.report = Report()
+        self.args, self.parts = args, args.only.split(",")
+        self.logs = args.logs or tempfile.mkdtemp(prefix="outrigger-real-")
+        os.makedirs(self.logs, exist_ok=True)
+        self.engines = [Engine(f"engine-{x}", args.engines, self.logs) for x in "ab"]
+        self.proxies = [Proxy(f"proxy-{x}", args.proxy, engine, self.logs) for x, engine in zip("ab", self.engines)]
+        self.lone = Proxy("proxy-lone", args.proxy, self.engines[0], self.logs)
+        self.kept = []
+
+    def start_engines(self, _report):
+        for engine in self.engines:
+            engine.start()
+        for engine in self.engines:
+            engine.wait_healthy()
+
+    def restart_proxies(self, policy):
+        for proxy in self.proxies:
+            proxy.stop()
+        for proxy in self.proxies:
+            proxy.start(policy, [p for p in self.proxies if p is not proxy])
+        for proxy in self.proxies:
+            proxy.wait_ready()
+
+    def wire(self, report):
+        with open(os.path.join(HERE, "..", "exceptions.json")) as rules:
+            rules = json.load(rules)
+        self.lone.start()
+        self.lone.wait_ready()
+        try:
+            return wire.run(report, self.engines[0], self.lone, self.args.recordings, rules)
+        finally:
+            self.lone.stop()
+
+    def routing(self, report):
+        figures, self.kept = mix.run(report, self.engines, self.proxies, self.restart_proxies)
+        return figures
+
+    def prediction(self, report):
+        if not self.kept:
+            self.restart_proxies("kv")
+        return prediction.run(report, self.engines, self.proxies, self.kept)
+
+    def failures(self, report):
+        self.restart_proxies("kv")
+        return failures.run(report, self.engines, self.proxies)
+
+    def run(self):
+        self.report.part("start", self.start_engines)
+        if all(engine.alive() for engine in self.engines):
+            for part in self.parts:
+                self.report.part(part, getattr(self, part))
+        return self.report.close(engine="vllm 0.32.0", model="SmolLM2-135M-Instruct", logs=self.logs)
+
+    def stop(self):
+        for process in (self.lone, *self.proxies, *self.engines):
+            process.stop(grace_s=5)
+
+
+def main():
+    # A signal unwinds like an error, so that everything started is ended.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(130))
+    stage = Stage(arguments())
+    try:
+        passed = stage.run()
+    finally:
+        sys.stdout.flush()
+        stage.stop()
+    sys.exit(0 if passed else 1)
+
+
+main()
