@@ -1,1 +1,12 @@
-//! 
+//! What a node knows of the engines beside it: detection, health, load and KV events, in words of no engine.
+//!
+//! Feature `engine` is what a stand-alone proxy embeds: a [`hub::Hub`] that watches engines and is a
+//! `FeedSource`. Feature `nats` adds the feed over NATS, feature `publish` the agent process. Nobody above this crate
+//! speaks ZeroMQ or msgpack, and this crate forwards no request.
+
+pub mod event;
+pub mod http;
+pub mod lineage;
+pub mod load;
+pub mod zmq_events;
+mod zmtp;
