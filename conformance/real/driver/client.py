@@ -29,9 +29,12 @@ class Reply:
         return sse_events(self.body)
 
 
-def exchange(address, method, path, body=None, headers=None, timeout_s=60):
-    """Sends one request and reads its whole reply. `timeout_s` bounds each wait for bytes."""
-    reply = Reply()
+def exchange(address, method, path, body=None, headers=None, timeout_s=60, reply=None):
+    """Sends one request and reads its whole reply. `timeout_s` bounds each wait for bytes.
+
+    A given `reply` is filled as it comes in, for another thread to look at.
+    """
+    reply = reply or Reply()
     host, port = address.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
     try:
@@ -54,8 +57,9 @@ def exchange(address, method, path, body=None, headers=None, timeout_s=60):
     return reply
 
 
-def post(address, path, value, headers=None, timeout_s=60):
-    return exchange(address, "POST", path, json.dumps(value), {"content-type": "application/json", **(headers or {})}, timeout_s)
+def post(address, path, value, headers=None, timeout_s=60, reply=None):
+    headers = {"content-type": "application/json", **(headers or {})}
+    return exchange(address, "POST", path, json.dumps(value), headers, timeout_s, reply)
 
 
 def get(address, path, timeout_s=10):

@@ -48,7 +48,7 @@ def blocks_of(proxy, engine):
     return sum(n for name, n in blocks(proxy).items() if name.endswith(engine.address))
 
 
-def settle(proxies, timeout_s=3, still_s=0.15):
+def settle(proxies, timeout_s=5, still_s=0.15):
     """Waits until all indexes agree and have not changed for `still_s`; false when they do not."""
     end, since, last = time.monotonic() + timeout_s, time.monotonic(), None
     while time.monotonic() < end:

@@ -17,6 +17,7 @@ from processes import Engine, Proxy
 from report import Report
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARTS = ("wire", "routing", "prediction", "failures")
 
 
@@ -88,13 +89,15 @@ class Stage:
         return self.report.close(engine="vllm 0.32.0", model="SmolLM2-135M-Instruct", logs=self.logs)
 
     def stop(self):
+        for number in ENDING:  # one signal is enough; the next must not keep processes alive
+            signal.signal(number, signal.SIG_IGN)
         for process in (self.lone, *self.proxies, *self.engines):
             process.stop(grace_s=5)
 
 
 def main():
     # A signal unwinds like an error, so that everything started is ended.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, lambda *_: sys.exit(130))
     stage = Stage(arguments())
     try:

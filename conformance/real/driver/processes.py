@@ -152,7 +152,7 @@ class Proxy(Process):
 
     def start(self, policy="kv", peers=()):
         argv = [self.binary, "--node-id", self.name, "--engine", f"http://{self.engine.address}", "--listen", self.address,
-                "--inbound", self.inbound, "--admin", self.admin, "--policy", policy, "--concurrency", "1"]
+                "--inbound", self.inbound, "--admin", self.admin, "--policy", policy]
         for peer in peers:
             argv += ["--peer", f"http://{peer.inbound}"]
         self.spawn(argv)
