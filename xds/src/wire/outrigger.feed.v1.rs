@@ -149,9 +149,9 @@ pub struct Load {
     /// 0 to 1.
     #[prost(double, tag = "6")]
     pub kv_usage: f64,
-    /// Age of the engine's own figures in microseconds; unset if there are none.
+    /// Age of the engine's own figures in nanoseconds; unset if there are none.
     #[prost(uint64, optional, tag = "7")]
-    pub engine_age_us: ::core::option::Option<u64>,
+    pub engine_age_ns: ::core::option::Option<u64>,
 }
 impl ::prost::Name for Load {
     const NAME: &'static str = "Load";
