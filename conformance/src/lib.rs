@@ -1,1 +1,5 @@
-//! 
+//! Simulated engines faithful on the wire, for tests, the demo and black-box cases.
+//!
+//! Whatever judges the product lives here and shares no codec with it.
+
+pub mod sim;

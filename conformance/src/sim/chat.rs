@@ -1,0 +1,624 @@
+//! Answers `/v1/chat/completions` and its `/render`: bodies and events field by field as vLLM 0.32 writes them.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::api::{
+    self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
+    Usage, reasons, to_json,
+};
+use super::engine::{Engine, unix_s};
+use super::feed::{DONE, Events, Feed, Writer};
+use super::http::{Piece, Request, Response};
+use super::model::Choice;
+use super::scheduler::{Output, Sampling};
+use super::template::{Ending, Message, render};
+use super::tokenizer::Tokenizer;
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<FullChoice>,
+    service_tier: Option<()>,
+    system_fingerprint: &'static str,
+    usage: Usage,
+    prompt_logprobs: Option<()>,
+    prompt_token_ids: Option<&'a [u32]>,
+    prompt_text: Option<()>,
+    kv_transfer_params: Option<()>,
+    ec_transfer_params: Option<()>,
+    metrics: Option<()>,
+}
+
+#[derive(Serialize)]
+struct FullChoice {
+    index: usize,
+    message: FullMessage,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    token_ids: Option<Vec<u32>>,
+    routed_experts: Option<()>,
+}
+
+#[derive(Serialize)]
+struct FullMessage {
+    role: &'static str,
+    content: String,
+    refusal: Option<()>,
+    annotations: Option<()>,
+    audio: Option<()>,
+    function_call: Option<()>,
+    reasoning: Option<()>,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    content: Vec<TokenLogprob>,
+}
+
+#[derive(Serialize)]
+struct TokenLogprob {
+    #[serde(flatten)]
+    token: OneLogprob,
+    top_logprobs: Vec<OneLogprob>,
+}
+
+#[derive(Serialize)]
+struct OneLogprob {
+    token: String,
+    logprob: f64,
+    bytes: Vec<u8>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<ChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<StreamUsage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system_fingerprint: Option<&'static str>,
+    #[serde(flatten)]
+    prompt: Option<ChunkPrompt<'a>>,
+}
+
+#[derive(Serialize)]
+struct ChunkPrompt<'a> {
+    prompt_token_ids: Option<&'a [u32]>,
+    prompt_text: Option<()>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: Delta,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Option<StopReason>>,
+    /// Absent on the chunk that opens a choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Option<Vec<u32>>>,
+}
+
+#[derive(Serialize)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    content: String,
+}
+
+/// The messages of a request with their content as text.
+pub(crate) fn read_messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
+    let list = match fields.get("messages") {
+        None => return Err(ApiError::missing("messages", fields)),
+        Some(Value::Array(list)) => list,
+        Some(_) => return Err(ApiError::wrong_type("messages", "list")),
+    };
+    list.iter()
+        .enumerate()
+        .map(|(at, message)| read_message(at, message))
+        .collect()
+}
+
+fn read_message(at: usize, message: &Value) -> Result<Message, ApiError> {
+    let role = message["role"]
+        .as_str()
+        .ok_or_else(|| ApiError::wrong_type(&format!("messages.{at}.role"), "string"))?;
+    if message
+        .get("tool_calls")
+        .is_some_and(|calls| calls.as_array().is_some_and(|calls| !calls.is_empty()))
+    {
+        return Err(ApiError::not_implemented("tool calls"));
+    }
+    let content = read_content(&message["content"])
+        .ok_or_else(|| ApiError::not_implemented("message content other than text"))?;
+    Ok(Message {
+        role: role.to_owned(),
+        content,
+    })
+}
+
+/// Content as text: a string, nothing, or text parts, which vLLM joins by line ends.
+pub(crate) fn read_content(content: &Value) -> Option<String> {
+    match content {
+        Value::Null => Some(String::new()),
+        Value::String(text) => Some(text.clone()),
+        Value::Array(parts) => {
+            let part = |part: &Value| match part["type"].as_str() {
+                Some("text") => part["text"].as_str().map(str::to_owned),
+                _ => part.as_str().map(str::to_owned),
+            };
+            parts
+                .iter()
+                .map(part)
+                .collect::<Option<Vec<String>>>()
+                .map(|parts| parts.join("\n"))
+        }
+        Value::Bool(_) | Value::Number(_) | Value::Object(_) => None,
+    }
+}
+
+/// How the prompt of a chat request ends.
+pub(crate) fn read_ending(fields: &Fields) -> Result<Ending, ApiError> {
+    let generation = api::flag_or(fields, "add_generation_prompt", true);
+    match (api::flag(fields, "continue_final_message"), generation) {
+        (true, true) => {
+            let message =
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
+            Err(ApiError::new(400, "BadRequestError", message, None))
+        }
+        (true, false) => Ok(Ending::ContinueFinal),
+        (false, true) => Ok(Ending::GenerationPrompt),
+        (false, false) => Ok(Ending::Closed),
+    }
+}
+
+/// A chat request, read and checked.
+struct Asked {
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    n: usize,
+    return_token_ids: bool,
+}
+
+fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
+    let messages = read_messages(fields)?;
+    api::check_model(engine, fields)?;
+    api::check_simulated(fields)?;
+    let prompt = engine
+        .tokenizer
+        .encode(&render(&messages, read_ending(fields)?));
+    let wanted = match api::integer(fields, "max_completion_tokens")? {
+        Some(wanted) => Some(wanted),
+        None => api::integer(fields, "max_tokens")?,
+    };
+    let mut sampling = api::read_sampling(engine, fields, wanted, prompt.len())?;
+    if api::flag(fields, "logprobs") {
+        sampling.logprobs = Some(api::integer(fields, "top_logprobs")?.unwrap_or(0));
+    }
+    Ok(Asked {
+        prompt,
+        sampling,
+        n: api::read_n(fields)?,
+        return_token_ids: api::flag(fields, "return_token_ids"),
+    })
+}
+
+/// `POST /v1/chat/completions`.
+pub(crate) async fn completions(
+    engine: &Arc<Engine>,
+    request: &Request,
+) -> Result<Response, Response> {
+    let fields = api::read_fields(request)?;
+    let asked = read(engine, &fields)?;
+    let flight = Flight::begin(engine, request, &fields, "chatcmpl")?;
+    let sequences = vec![(asked.prompt.clone(), asked.sampling.clone()); asked.n];
+    let generation = engine.generate(sequences, api::text(&fields, "cache_salt"));
+    let mut feed = Feed::new(engine, generation, flight);
+    let created = unix_s() as u64;
+    if api::flag(&fields, "stream") {
+        let writer = ChatWriter {
+            id: feed.id().to_owned(),
+            created,
+            options: StreamOptions::read(&fields),
+            made: vec![0; asked.n],
+            open: asked.n,
+            cached_tokens: None,
+            engine: Arc::clone(engine),
+            asked,
+        };
+        return Ok(Response::events(feed.into_stream(writer)));
+    }
+    let outputs = feed.collect(asked.n).await?;
+    Ok(Response::json(
+        200,
+        whole(engine, &asked, feed.id(), created, outputs),
+    ))
+}
+
+fn whole(
+    engine: &Engine,
+    asked: &Asked,
+    id: &str,
+    created: u64,
+    outputs: Vec<Vec<Output>>,
+) -> String {
+    let tally = Tally {
+        prompt_tokens: asked.prompt.len(),
+        completion_tokens: outputs.iter().map(Vec::len).sum(),
+        cached_tokens: outputs
+            .first()
+            .and_then(|choice| choice.first())
+            .map(|output| output.cached_tokens),
+    };
+    to_json(&Completion {
+        id,
+        object: "chat.completion",
+        created,
+        model: &engine.config.model,
+        choices: outputs
+            .into_iter()
+            .map(|outputs| full_choice(engine, asked, outputs))
+            .collect(),
+        service_tier: None,
+        system_fingerprint: FINGERPRINT,
+        usage: tally.usage(engine, true),
+        prompt_logprobs: None,
+        prompt_token_ids: asked.return_token_ids.then_some(&asked.prompt[..]),
+        prompt_text: None,
+        kv_transfer_params: None,
+        ec_transfer_params: None,
+        metrics: None,
+    })
+}
+
+fn full_choice(engine: &Engine, asked: &Asked, outputs: Vec<Output>) -> FullChoice {
+    let index = outputs.first().map_or(0, |output| output.index);
+    let finish = outputs
+        .last()
+        .and_then(|output| output.finish.as_ref())
+        .map(reasons);
+    let (finish_reason, stop_reason) =
+        finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
+    let token_ids = asked
+        .return_token_ids
+        .then(|| outputs.iter().map(|output| output.choice.token).collect());
+    let content = outputs.iter().map(|output| output.text.as_str()).collect();
+    let logprobs = asked.sampling.logprobs.map(|top| Logprobs {
+        content: outputs
+            .iter()
+            .map(|output| token_logprob(&engine.tokenizer, &output.choice, top))
+            .collect(),
+    });
+    let message = FullMessage {
+        role: "assistant",
+        content,
+        refusal: None,
+        annotations: None,
+        audio: None,
+        function_call: None,
+        reasoning: None,
+    };
+    FullChoice {
+        index,
+        message,
+        logprobs,
+        finish_reason,
+        stop_reason,
+        token_ids,
+        routed_experts: None,
+    }
+}
+
+fn token_logprob(tokenizer: &Tokenizer, choice: &Choice, top: usize) -> TokenLogprob {
+    let one = |token: u32, logprob: f64| OneLogprob {
+        token: tokenizer.decode(&[token]),
+        logprob,
+        bytes: tokenizer.bytes(token).to_vec(),
+    };
+    let all =
+        std::iter::once((choice.token, choice.logprob)).chain(choice.runners_up.iter().copied());
+    TokenLogprob {
+        token: one(choice.token, choice.logprob),
+        top_logprobs: all
+            .take(top)
+            .map(|(token, logprob)| one(token, logprob))
+            .collect(),
+    }
+}
+
+struct ChatWriter {
+    engine: Arc<Engine>,
+    asked: Asked,
+    id: String,
+    created: u64,
+    options: StreamOptions,
+    /// Tokens of each choice so far.
+    made: Vec<usize>,
+    open: usize,
+    cached_tokens: Option<usize>,
+}
+
+impl ChatWriter {
+    fn tally(&self, completion_tokens: usize) -> Tally {
+        Tally {
+            prompt_tokens: self.asked.prompt.len(),
+            completion_tokens,
+            cached_tokens: self.cached_tokens,
+        }
+    }
+
+    fn push(
+        &self,
+        events: &mut Events,
+        choices: Vec<ChunkChoice>,
+        usage: Option<StreamUsage>,
+        parts: Parts,
+    ) {
+        let prompt = parts.opening.then(|| ChunkPrompt {
+            prompt_token_ids: self
+                .asked
+                .return_token_ids
+                .then_some(&self.asked.prompt[..]),
+            prompt_text: None,
+        });
+        let chunk = Chunk {
+            id: &self.id,
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: &self.engine.config.model,
+            choices,
+            usage,
+            system_fingerprint: parts.fingerprint.then_some(FINGERPRINT),
+            prompt,
+        };
+        events.push_back(Piece::Data(format!("data: {}\n\n", to_json(&chunk))));
+    }
+
+    /// One chunk per choice that says who speaks, as soon as the first token of any is there.
+    fn open_choices(&self, events: &mut Events) {
+        for index in 0..self.asked.n {
+            let delta = Delta {
+                role: Some("assistant"),
+                content: String::new(),
+            };
+            let choice = ChunkChoice {
+                index,
+                delta,
+                logprobs: None,
+                finish_reason: None,
+                stop_reason: None,
+                token_ids: None,
+            };
+            let usage = self.options.continuous.then(|| self.tally(0).continuous());
+            self.push(
+                events,
+                vec![choice],
+                usage,
+                Parts {
+                    opening: true,
+                    fingerprint: false,
+                },
+            );
+        }
+    }
+}
+
+/// Which optional parts a chunk has.
+struct Parts {
+    opening: bool,
+    fingerprint: bool,
+}
+
+impl Writer for ChatWriter {
+    fn token(&mut self, output: Output, events: &mut Events) -> bool {
+        if self.cached_tokens.is_none() {
+            self.cached_tokens = Some(output.cached_tokens);
+            self.open_choices(events);
+        }
+        self.made[output.index] += 1;
+        let finish = output.finish.as_ref().map(reasons);
+        self.open -= usize::from(finish.is_some());
+        // vLLM sends no chunk for a token whose text is still held back, unless ids were asked for.
+        if output.text.is_empty() && finish.is_none() && !self.asked.return_token_ids {
+            return false;
+        }
+        let logprobs = self.asked.sampling.logprobs.map(|top| Logprobs {
+            content: vec![token_logprob(&self.engine.tokenizer, &output.choice, top)],
+        });
+        let (finish_reason, stop_reason) =
+            finish.map_or((None, None), |(reason, stop)| (Some(reason), Some(stop)));
+        let choice = ChunkChoice {
+            index: output.index,
+            delta: Delta {
+                role: None,
+                content: output.text,
+            },
+            logprobs,
+            finish_reason,
+            stop_reason,
+            token_ids: Some(
+                self.asked
+                    .return_token_ids
+                    .then(|| vec![output.choice.token]),
+            ),
+        };
+        let usage = self
+            .options
+            .continuous
+            .then(|| self.tally(self.made[output.index]).continuous());
+        let fingerprint = self.open == 0 && !self.options.include_usage;
+        self.push(
+            events,
+            vec![choice],
+            usage,
+            Parts {
+                opening: false,
+                fingerprint,
+            },
+        );
+        self.open == 0
+    }
+
+    fn end(&mut self, events: &mut Events) {
+        if self.options.include_usage {
+            let usage = self.tally(self.made.iter().sum()).last(&self.engine, true);
+            self.push(
+                events,
+                Vec::new(),
+                Some(usage),
+                Parts {
+                    opening: false,
+                    fingerprint: true,
+                },
+            );
+        }
+        events.push_back(Piece::Data(DONE.to_owned()));
+    }
+}
+
+/// `/v1/chat/completions/render` and one element of `/v1/completions/render`.
+#[derive(Serialize)]
+pub(crate) struct Rendered<'a> {
+    request_id: String,
+    token_ids: &'a [u32],
+    token_offsets: Option<()>,
+    features: Option<()>,
+    content_parts: Option<()>,
+    sampling_params: RenderedSampling<'a>,
+    model: &'a str,
+    reasoning_ended: Option<()>,
+    reasoning_parser_kwargs: Option<()>,
+    return_token_ids: Option<bool>,
+    output_mode: &'static str,
+    stream: bool,
+    stream_options: Option<&'a Value>,
+    cache_salt: Option<&'a str>,
+    priority: i64,
+    kv_transfer_params: Option<()>,
+    ec_transfer_params: Option<()>,
+}
+
+#[derive(Serialize)]
+struct RenderedSampling<'a> {
+    presence_penalty: f64,
+    frequency_penalty: f64,
+    repetition_penalty: f64,
+    temperature: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<i64>,
+    stop: &'a [String],
+    stop_token_ids: &'a [u32],
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    ignore_eos: bool,
+    max_tokens: usize,
+    #[serde(skip_serializing_if = "is_zero")]
+    min_tokens: usize,
+    output_kind: u8,
+    skip_clone: bool,
+    bad_words: [(); 0],
+    skip_reading_prefix_cache: bool,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+/// What render says of one prompt.
+pub(crate) fn rendered<'a>(
+    engine: &'a Engine,
+    fields: &'a Fields,
+    request_id: String,
+    prompt: &'a [u32],
+    sampling: &'a Sampling,
+) -> Rendered<'a> {
+    let number =
+        |name: &str, default: f64| fields.get(name).and_then(Value::as_f64).unwrap_or(default);
+    let stream = api::flag(fields, "stream");
+    Rendered {
+        request_id,
+        token_ids: prompt,
+        token_offsets: None,
+        features: None,
+        content_parts: None,
+        sampling_params: RenderedSampling {
+            presence_penalty: number("presence_penalty", 0.0),
+            frequency_penalty: number("frequency_penalty", 0.0),
+            repetition_penalty: number("repetition_penalty", 1.0),
+            temperature: sampling.temperature,
+            seed: sampling.seed.map(u64::cast_signed),
+            stop: &sampling.stop,
+            stop_token_ids: &sampling.stop_token_ids,
+            ignore_eos: sampling.ignore_eos,
+            max_tokens: sampling.max_tokens,
+            min_tokens: sampling.min_tokens,
+            output_kind: if stream { 1 } else { 2 },
+            skip_clone: true,
+            bad_words: [],
+            skip_reading_prefix_cache: false,
+        },
+        model: &engine.config.model,
+        reasoning_ended: None,
+        reasoning_parser_kwargs: None,
+        return_token_ids: api::flag(fields, "return_token_ids").then_some(true),
+        output_mode: "tokens",
+        stream,
+        stream_options: fields
+            .get("stream_options")
+            .filter(|options| !options.is_null()),
+        cache_salt: api::text(fields, "cache_salt"),
+        priority: fields.get("priority").and_then(Value::as_i64).unwrap_or(0),
+        kv_transfer_params: None,
+        ec_transfer_params: None,
+    }
+}
+
+/// The id that render shows for a request.
+pub(crate) fn render_id(
+    engine: &Engine,
+    request: &Request,
+    fields: &Fields,
+    prefix: &str,
+) -> String {
+    let own = request
+        .header("x-request-id")
+        .or_else(|| api::text(fields, "request_id"));
+    format!(
+        "{prefix}-{}",
+        own.map_or_else(|| engine.made_up_id(), str::to_owned)
+    )
+}
+
+/// `POST /v1/chat/completions/render`.
+pub(crate) fn render_endpoint(engine: &Engine, request: &Request) -> Result<Response, Response> {
+    if !engine.config.scale_out {
+        return Err(ApiError::scale_out_disabled().into());
+    }
+    let fields = api::read_fields(request)?;
+    let asked = read(engine, &fields)?;
+    let id = render_id(engine, request, &fields, "chatcmpl");
+    Ok(Response::json(
+        200,
+        to_json(&rendered(
+            engine,
+            &fields,
+            id,
+            &asked.prompt,
+            &asked.sampling,
+        )),
+    ))
+}

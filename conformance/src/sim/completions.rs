@@ -1,0 +1,416 @@
+//! Answers `/v1/completions` and its `/render`: text, token ids and batches of either.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde_json::Value;
+
+use super::api::{
+    self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
+    Usage, reasons, to_json,
+};
+use super::chat::{render_id, rendered};
+use super::engine::{Engine, unix_s};
+use super::feed::{DONE, Events, Feed, Writer};
+use super::http::{Piece, Request, Response};
+use super::scheduler::{Output, Sampling};
+use super::tokenizer::Tokenizer;
+
+/// `max_tokens` of a request that names none.
+const MAX_TOKENS_DEFAULT: usize = 16;
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<FullChoice<'a>>,
+    service_tier: Option<()>,
+    system_fingerprint: &'static str,
+    usage: Usage,
+    kv_transfer_params: Option<()>,
+    ec_transfer_params: Option<()>,
+    metrics: Option<()>,
+}
+
+#[derive(Serialize)]
+struct FullChoice<'a> {
+    index: usize,
+    text: String,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    token_ids: Option<Vec<u32>>,
+    prompt_logprobs: Option<()>,
+    prompt_token_ids: Option<&'a [u32]>,
+    routed_experts: Option<()>,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    text_offset: Vec<usize>,
+    token_logprobs: Vec<f64>,
+    tokens: Vec<String>,
+    top_logprobs: Vec<TopLogprobs>,
+}
+
+/// A map in the order of likelihood.
+struct TopLogprobs(Vec<(String, f64)>);
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (token, logprob) in &self.0 {
+            map.serialize_entry(token, logprob)?;
+        }
+        map.end()
+    }
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<ChunkChoice<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<StreamUsage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system_fingerprint: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: usize,
+    text: String,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    prompt_token_ids: Option<&'a [u32]>,
+    token_ids: Option<Vec<u32>>,
+}
+
+/// The prompts of `prompt`: a string, ids, or a list of either.
+fn read_prompts(engine: &Engine, fields: &Fields) -> Result<Vec<Vec<u32>>, ApiError> {
+    let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
+    let one = |prompt: &Value| match prompt {
+        Value::String(text) => Some(engine.tokenizer.encode(text)),
+        other => api::token_ids(other),
+    };
+    let prompts = match prompt {
+        None => return Err(ApiError::missing("prompt", fields)),
+        Some(Value::Array(list)) if !list.is_empty() && !list[0].is_number() => {
+            list.iter().map(one).collect()
+        }
+        Some(prompt) => one(prompt).map(|prompt| vec![prompt]),
+    };
+    let prompts: Vec<Vec<u32>> = prompts.ok_or_else(|| ApiError::wrong_type("prompt", "string"))?;
+    check_vocabulary(engine, prompts.iter().flatten().copied())?;
+    Ok(prompts)
+}
+
+/// Refuses ids outside the vocabulary.
+pub(crate) fn check_vocabulary(
+    engine: &Engine,
+    ids: impl Iterator<Item = u32>,
+) -> Result<(), ApiError> {
+    match ids
+        .max()
+        .filter(|id| *id as usize >= engine.tokenizer.vocab_size())
+    {
+        Some(id) => Err(ApiError::new(
+            400,
+            "BadRequestError",
+            format!("Token id {id} is out of vocabulary"),
+            None,
+        )),
+        None => Ok(()),
+    }
+}
+
+/// A completions request, read and checked.
+struct Asked {
+    prompts: Vec<Vec<u32>>,
+    sampling: Vec<Sampling>,
+    n: usize,
+    return_token_ids: bool,
+}
+
+fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
+    let prompts = read_prompts(engine, fields)?;
+    api::check_model(engine, fields)?;
+    api::check_simulated(fields)?;
+    let wanted = api::integer(fields, "max_tokens")?.unwrap_or(MAX_TOKENS_DEFAULT);
+    let logprobs = api::integer(fields, "logprobs")?;
+    let sampling = |prompt: &Vec<u32>| {
+        Ok(Sampling {
+            logprobs,
+            ..api::read_sampling(engine, fields, Some(wanted), prompt.len())?
+        })
+    };
+    Ok(Asked {
+        sampling: prompts
+            .iter()
+            .map(sampling)
+            .collect::<Result<_, ApiError>>()?,
+        prompts,
+        n: api::read_n(fields)?,
+        return_token_ids: api::flag(fields, "return_token_ids"),
+    })
+}
+
+impl Asked {
+    fn choices(&self) -> usize {
+        self.prompts.len() * self.n
+    }
+
+    fn prompt_ids(&self, choice: usize) -> Option<&[u32]> {
+        self.return_token_ids
+            .then(|| &self.prompts[choice / self.n][..])
+    }
+
+    fn tally(&self, completion_tokens: usize, cached_tokens: Option<usize>) -> Tally {
+        Tally {
+            prompt_tokens: self.prompts.iter().map(Vec::len).sum(),
+            completion_tokens,
+            cached_tokens,
+        }
+    }
+}
+
+/// `POST /v1/completions`.
+pub(crate) async fn completions(
+    engine: &Arc<Engine>,
+    request: &Request,
+) -> Result<Response, Response> {
+    let fields = api::read_fields(request)?;
+    let asked = read(engine, &fields)?;
+    let flight = Flight::begin(engine, request, &fields, "cmpl")?;
+    let each = asked.prompts.iter().zip(&asked.sampling);
+    let sequences = each
+        .flat_map(|(prompt, sampling)| vec![(prompt.clone(), sampling.clone()); asked.n])
+        .collect();
+    let generation = engine.generate(sequences, api::text(&fields, "cache_salt"));
+    let mut feed = Feed::new(engine, generation, flight);
+    let created = unix_s() as u64;
+    if api::flag(&fields, "stream") {
+        let writer = CompletionWriter {
+            id: feed.id().to_owned(),
+            created,
+            options: StreamOptions::read(&fields),
+            made: vec![0; asked.choices()],
+            told: vec![0; asked.choices()],
+            open: asked.choices(),
+            cached_tokens: None,
+            engine: Arc::clone(engine),
+            asked,
+        };
+        return Ok(Response::events(feed.into_stream(writer)));
+    }
+    let outputs = feed.collect(asked.choices()).await?;
+    Ok(Response::json(
+        200,
+        whole(engine, &asked, feed.id(), created, outputs),
+    ))
+}
+
+fn whole(
+    engine: &Engine,
+    asked: &Asked,
+    id: &str,
+    created: u64,
+    outputs: Vec<Vec<Output>>,
+) -> String {
+    let made = outputs.iter().map(Vec::len).sum();
+    let cached_tokens = outputs
+        .first()
+        .and_then(|choice| choice.first())
+        .map(|output| output.cached_tokens);
+    to_json(&Completion {
+        id,
+        object: "text_completion",
+        created,
+        model: &engine.config.model,
+        choices: outputs
+            .into_iter()
+            .map(|outputs| full_choice(engine, asked, &outputs))
+            .collect(),
+        service_tier: None,
+        system_fingerprint: FINGERPRINT,
+        usage: asked.tally(made, cached_tokens).usage(engine, false),
+        kv_transfer_params: None,
+        ec_transfer_params: None,
+        metrics: None,
+    })
+}
+
+fn full_choice<'a>(engine: &Engine, asked: &'a Asked, outputs: &[Output]) -> FullChoice<'a> {
+    let index = outputs.first().map_or(0, |output| output.index);
+    let finish = outputs
+        .last()
+        .and_then(|output| output.finish.as_ref())
+        .map(reasons);
+    let (finish_reason, stop_reason) =
+        finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
+    FullChoice {
+        index,
+        text: outputs.iter().map(|output| output.text.as_str()).collect(),
+        logprobs: logprobs(&engine.tokenizer, asked, outputs, 0),
+        finish_reason,
+        stop_reason,
+        token_ids: asked
+            .return_token_ids
+            .then(|| outputs.iter().map(|output| output.choice.token).collect()),
+        prompt_logprobs: None,
+        prompt_token_ids: asked.prompt_ids(index),
+        routed_experts: None,
+    }
+}
+
+fn logprobs(
+    tokenizer: &Tokenizer,
+    asked: &Asked,
+    outputs: &[Output],
+    told: usize,
+) -> Option<Logprobs> {
+    let top = asked.sampling[0].logprobs?;
+    let mut out = Logprobs {
+        text_offset: vec![],
+        token_logprobs: vec![],
+        tokens: vec![],
+        top_logprobs: vec![],
+    };
+    let mut offset = told;
+    for output in outputs {
+        let choice = &output.choice;
+        let token = tokenizer.decode(&[choice.token]);
+        out.text_offset.push(offset);
+        offset += token.chars().count();
+        out.token_logprobs.push(choice.logprob);
+        let others = choice
+            .runners_up
+            .iter()
+            .map(|(id, logprob)| (tokenizer.decode(&[*id]), *logprob));
+        let all = std::iter::once((token.clone(), choice.logprob)).chain(others);
+        out.top_logprobs
+            .push(TopLogprobs(all.take(top.max(1)).collect()));
+        out.tokens.push(token);
+    }
+    Some(out)
+}
+
+struct CompletionWriter {
+    engine: Arc<Engine>,
+    asked: Asked,
+    id: String,
+    created: u64,
+    options: StreamOptions,
+    /// Tokens, and characters of text, of each choice so far.
+    made: Vec<usize>,
+    told: Vec<usize>,
+    open: usize,
+    cached_tokens: Option<usize>,
+}
+
+impl CompletionWriter {
+    fn push(
+        &self,
+        events: &mut Events,
+        choices: Vec<ChunkChoice<'_>>,
+        usage: Option<StreamUsage>,
+        fingerprint: bool,
+    ) {
+        let chunk = Chunk {
+            id: &self.id,
+            object: "text_completion",
+            created: self.created,
+            model: &self.engine.config.model,
+            choices,
+            usage,
+            system_fingerprint: fingerprint.then_some(FINGERPRINT),
+        };
+        events.push_back(Piece::Data(format!("data: {}\n\n", to_json(&chunk))));
+    }
+}
+
+impl Writer for CompletionWriter {
+    fn token(&mut self, output: Output, events: &mut Events) -> bool {
+        let index = output.index;
+        if index == 0 {
+            self.cached_tokens = Some(output.cached_tokens);
+        }
+        let first = self.made[index] == 0;
+        self.made[index] += 1;
+        let finish = output.finish.as_ref().map(reasons);
+        self.open -= usize::from(finish.is_some());
+        let (finish_reason, stop_reason) =
+            finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
+        let logprobs = logprobs(
+            &self.engine.tokenizer,
+            &self.asked,
+            std::slice::from_ref(&output),
+            self.told[index],
+        );
+        self.told[index] += output.text.chars().count();
+        let usage = self.options.continuous.then(|| {
+            Tally {
+                prompt_tokens: self.asked.prompts[index / self.asked.n].len(),
+                completion_tokens: self.made[index],
+                cached_tokens: None,
+            }
+            .continuous()
+        });
+        let choice = ChunkChoice {
+            index,
+            text: output.text,
+            logprobs,
+            finish_reason,
+            stop_reason,
+            prompt_token_ids: self.asked.prompt_ids(index).filter(|_| first),
+            token_ids: self
+                .asked
+                .return_token_ids
+                .then(|| vec![output.choice.token]),
+        };
+        self.push(
+            events,
+            vec![choice],
+            usage,
+            self.open == 0 && !self.options.include_usage,
+        );
+        self.open == 0
+    }
+
+    fn end(&mut self, events: &mut Events) {
+        if self.options.include_usage {
+            let tally = self.asked.tally(self.made.iter().sum(), self.cached_tokens);
+            self.push(
+                events,
+                Vec::new(),
+                Some(tally.last(&self.engine, false)),
+                true,
+            );
+        }
+        events.push_back(Piece::Data(DONE.to_owned()));
+    }
+}
+
+/// `POST /v1/completions/render`: a list, one element per prompt.
+pub(crate) fn render_endpoint(engine: &Engine, request: &Request) -> Result<Response, Response> {
+    if !engine.config.scale_out {
+        return Err(ApiError::scale_out_disabled().into());
+    }
+    let fields = api::read_fields(request)?;
+    let asked = read(engine, &fields)?;
+    let id = render_id(engine, request, &fields, "cmpl");
+    let each = asked.prompts.iter().zip(&asked.sampling).enumerate();
+    let list: Vec<_> = each
+        .map(|(at, (prompt, sampling))| {
+            rendered(engine, &fields, format!("{id}-{at}"), prompt, sampling)
+        })
+        .collect();
+    Ok(Response::json(200, to_json(&list)))
+}

@@ -1,0 +1,212 @@
+//! Answers "what can be set on a simulated engine": the library's `Config` and the command line of the binary.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use super::fault::Fault;
+
+/// Where KV events go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Events {
+    /// No publisher; `/kv_event_sources` says so.
+    Off,
+    /// The engine binds a PUB socket on loopback; 0 picks a free port. The address a caller sees is `tcp://*:PORT`.
+    Bind(u16),
+    /// The engine connects to a subscriber that binds `HOST:PORT`, as vLLM does unless the endpoint holds `*`.
+    Connect(String),
+}
+
+/// Settings of one simulated engine. `Config::default()` is a fast engine on free ports.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// HTTP port on 127.0.0.1; 0 picks a free one.
+    pub port: u16,
+    /// Served model name.
+    pub model: String,
+    /// What `/v1/models` gives as `root`; the model's files are written there when they are missing.
+    pub model_path: Option<PathBuf>,
+    /// KV event publisher.
+    pub events: Events,
+    /// Port of the replay socket; 0 picks a free one. Not opened when events are off.
+    pub replay_port: u16,
+    /// Topic of the events.
+    pub topic: String,
+    /// Seeds ids and sampling without a seed of its own. Greedy text does not depend on it.
+    pub seed: u64,
+    /// Tokens in a KV block.
+    pub block_size: usize,
+    /// Physical KV blocks, one of which is never used (as in vLLM).
+    pub kv_blocks: usize,
+    /// Longest prompt and generation together, in tokens.
+    pub max_model_len: usize,
+    /// Requests in one step; others wait.
+    pub batch_slots: usize,
+    /// Tokens in one step, prompts and generation together.
+    pub batch_tokens: usize,
+    /// Speed of prefill, in tokens per second.
+    pub prefill_tokens_per_s: f64,
+    /// Duration of a step that generates, in milliseconds.
+    pub decode_itl_ms: f64,
+    /// Bearer token asked for on `/v1` and `/inference`.
+    pub api_key: Option<String>,
+    /// `--enable-prompt-tokens-details`: `usage` tells cached tokens.
+    pub prompt_tokens_details: bool,
+    /// `--enable-scale-out`: render and `/inference/v1` answer instead of 403.
+    pub scale_out: bool,
+    /// `VLLM_SERVER_DEV_MODE=1`: `/reset_prefix_cache`, `/server_info` and the like exist.
+    pub dev_mode: bool,
+    /// `--enable-server-load-tracking`: `/load` counts.
+    pub server_load_tracking: bool,
+    /// Faults armed from the start.
+    pub faults: Vec<Fault>,
+    /// Whether a `die` fault ends the process (exit code 137) or this engine alone.
+    pub die_exits_process: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            port: 0,
+            model: "sim".to_owned(),
+            model_path: None,
+            events: Events::Bind(0),
+            replay_port: 0,
+            topic: "kv-events".to_owned(),
+            seed: 0,
+            block_size: 32,
+            kv_blocks: 1456,
+            max_model_len: 8192,
+            batch_slots: 64,
+            batch_tokens: 8192,
+            prefill_tokens_per_s: 20_000.0,
+            decode_itl_ms: 5.0,
+            api_key: None,
+            prompt_tokens_details: false,
+            scale_out: false,
+            dev_mode: false,
+            server_load_tracking: false,
+            faults: Vec::new(),
+            die_exits_process: false,
+        }
+    }
+}
+
+impl Config {
+    /// The settings of the server behind the recordings: its model name, limits and every optional endpoint.
+    pub fn recorded() -> Self {
+        Self {
+            model: "smollm2".to_owned(),
+            max_model_len: 2048,
+            prompt_tokens_details: true,
+            scale_out: true,
+            dev_mode: true,
+            ..Self::default()
+        }
+    }
+}
+
+/// `outrigger-sim-engine`: an HTTP server that behaves as vLLM 0.32 does, without a model.
+#[derive(Parser, Debug)]
+#[command(name = "outrigger-sim-engine", version)]
+pub(crate) struct Flags {
+    /// HTTP port on 127.0.0.1 (0: a free one, printed)
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Engine to imitate
+    #[arg(long, default_value = "vllm-0.32", value_parser = ["vllm-0.32"])]
+    profile: String,
+    /// Served model name
+    #[arg(long, default_value = "sim")]
+    model: String,
+    /// Directory that /v1/models names as root; tokenizer.json and chat template are written there if missing
+    #[arg(long, alias = "model-dir")]
+    model_path: Option<PathBuf>,
+    /// Port of the KV event PUB socket (0: a free one; default: no events)
+    #[arg(long)]
+    events_port: Option<u16>,
+    /// Connect the KV event PUB socket to HOST:PORT instead of binding it
+    #[arg(long, conflicts_with = "events_port")]
+    events_connect: Option<String>,
+    /// Port of the replay socket (0: a free one)
+    #[arg(long, default_value_t = 0)]
+    replay_port: u16,
+    /// Topic of the KV events
+    #[arg(long, default_value = "kv-events")]
+    topic: String,
+    /// Seeds ids and unseeded sampling
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Tokens in a KV block
+    #[arg(long, default_value_t = 32)]
+    block_size: usize,
+    /// KV blocks
+    #[arg(long, default_value_t = 1456)]
+    kv_blocks: usize,
+    /// Longest prompt and generation together, in tokens
+    #[arg(long, default_value_t = 8192)]
+    max_model_len: usize,
+    /// Requests in one step
+    #[arg(long, default_value_t = 64)]
+    batch_slots: usize,
+    /// Tokens in one step
+    #[arg(long, default_value_t = 8192)]
+    batch_tokens: usize,
+    /// Speed of prefill
+    #[arg(long, default_value_t = 20_000.0)]
+    prefill_tokens_per_s: f64,
+    /// Duration of a step that generates
+    #[arg(long, default_value_t = 5.0)]
+    decode_itl_ms: f64,
+    /// Bearer token asked for on /v1 and /inference
+    #[arg(long)]
+    api_key: Option<String>,
+    /// Tell cached tokens in usage
+    #[arg(long)]
+    enable_prompt_tokens_details: bool,
+    /// Serve render and /inference/v1
+    #[arg(long)]
+    enable_scale_out: bool,
+    /// Serve the development endpoints
+    #[arg(long)]
+    dev_mode: bool,
+    /// Count running requests in /load
+    #[arg(long)]
+    enable_server_load_tracking: bool,
+    /// A fault armed from the start, as JSON: {"kind":"die","after_tokens":8}
+    #[arg(long, value_parser = |text: &str| serde_json::from_str::<Fault>(text).map_err(|error| error.to_string()))]
+    fault: Vec<Fault>,
+}
+
+impl From<Flags> for Config {
+    fn from(flags: Flags) -> Self {
+        let events = match (flags.events_port, flags.events_connect) {
+            (Some(port), _) => Events::Bind(port),
+            (None, Some(address)) => Events::Connect(address),
+            (None, None) => Events::Off,
+        };
+        Self {
+            port: flags.port,
+            model: flags.model,
+            model_path: flags.model_path,
+            events,
+            replay_port: flags.replay_port,
+            topic: flags.topic,
+            seed: flags.seed,
+            block_size: flags.block_size,
+            kv_blocks: flags.kv_blocks,
+            max_model_len: flags.max_model_len,
+            batch_slots: flags.batch_slots,
+            batch_tokens: flags.batch_tokens,
+            prefill_tokens_per_s: flags.prefill_tokens_per_s,
+            decode_itl_ms: flags.decode_itl_ms,
+            api_key: flags.api_key,
+            prompt_tokens_details: flags.enable_prompt_tokens_details,
+            scale_out: flags.enable_scale_out,
+            dev_mode: flags.dev_mode,
+            server_load_tracking: flags.enable_server_load_tracking,
+            faults: flags.fault,
+            die_exits_process: true,
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Answers "when does what happen in the engine": the step loop over the scheduler, and what handlers may ask of it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+
+use super::config::Config;
+use super::events::encode_batch;
+use super::fault::{Fault, FaultKind, Faults};
+use super::model::mix;
+use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
+use super::tokenizer::Tokenizer;
+use super::zmtp::Publisher;
+
+/// Unix time in seconds.
+pub(crate) fn unix_s() -> f64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
+}
+
+/// What one engine is made of; shared by the step loop and the connections.
+pub(crate) struct Engine {
+    pub(crate) config: Config,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) publisher: Publisher,
+    pub(crate) faults: Faults,
+    /// External ids of generation requests in flight.
+    pub(crate) in_flight: Mutex<Vec<String>>,
+    /// Requests being answered, for `/load`.
+    pub(crate) load: AtomicUsize,
+    /// What `/kv_event_sources` says; set once sockets are bound.
+    pub(crate) event_sources: Mutex<String>,
+    scheduler: Mutex<Scheduler>,
+    wake: Notify,
+    frozen_until: Mutex<Option<Instant>>,
+    refused_until: Mutex<Option<Instant>>,
+    pub(crate) refuse: Notify,
+    dead: AtomicBool,
+    pub(crate) died: Notify,
+    next_id: AtomicU64,
+    id_salt: u64,
+}
+
+impl Engine {
+    pub(crate) fn new(config: Config, id_salt: u64) -> Self {
+        let tokenizer = Arc::new(Tokenizer::embedded());
+        let faults = Faults::default();
+        config.faults.iter().for_each(|fault| faults.arm(*fault));
+        Self {
+            publisher: Publisher::new(&config.topic),
+            faults,
+            in_flight: Mutex::default(),
+            load: AtomicUsize::new(0),
+            event_sources: Mutex::new("{}".to_owned()),
+            scheduler: Mutex::new(Scheduler::new(&config, Arc::clone(&tokenizer), unix_s())),
+            tokenizer,
+            wake: Notify::new(),
+            frozen_until: Mutex::default(),
+            refused_until: Mutex::default(),
+            refuse: Notify::new(),
+            dead: AtomicBool::new(false),
+            died: Notify::new(),
+            next_id: AtomicU64::new(1),
+            id_salt: mix(config.seed ^ (id_salt << 32)),
+            config,
+        }
+    }
+
+    pub(crate) fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
+        self.scheduler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn number(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sixteen hexadecimal digits, as vLLM makes up for a request without an id of its own.
+    pub(crate) fn made_up_id(&self) -> String {
+        format!("{:016x}", mix(self.id_salt ^ self.number()))
+    }
+
+    /// Starts the sequences of one request; dropping the handle aborts those still running.
+    pub(crate) fn generate(
+        self: &Arc<Self>,
+        sequences: Vec<(Vec<u32>, Sampling)>,
+        cache_salt: Option<&str>,
+    ) -> Generation {
+        let capacity = sequences
+            .iter()
+            .map(|(_, sampling)| sampling.max_tokens)
+            .sum::<usize>()
+            .max(1);
+        let (to, from) = mpsc::channel(capacity);
+        let mut scheduler = self.scheduler();
+        let add = |(index, (prompt, sampling)): (usize, (Vec<u32>, Sampling))| {
+            let id = self.number();
+            let cache_salt = cache_salt.map(str::to_owned);
+            scheduler.add(NewSequence {
+                id,
+                index,
+                prompt,
+                sampling,
+                cache_salt,
+                to: to.clone(),
+            });
+            id
+        };
+        let ids = sequences.into_iter().enumerate().map(add).collect();
+        drop(scheduler);
+        self.wake.notify_one();
+        Generation {
+            engine: Arc::clone(self),
+            ids,
+            from,
+        }
+    }
+
+    /// Makes steps as long as there is work, for ever.
+    pub(crate) async fn run(&self) {
+        let mut due = Instant::now();
+        loop {
+            self.thaw().await;
+            let step = self.scheduler().schedule();
+            let Some(step) = step else {
+                self.wake.notified().await;
+                due = Instant::now();
+                continue;
+            };
+            due = due.max(Instant::now() - Duration::from_millis(2)) + self.duration(&step);
+            if due > Instant::now() {
+                tokio::time::sleep_until(due).await;
+            } else {
+                tokio::task::yield_now().await;
+            }
+            self.thaw().await;
+            self.finish(&step);
+        }
+    }
+
+    fn duration(&self, step: &Step) -> Duration {
+        let prefill = step.prefill_tokens as f64 / self.config.prefill_tokens_per_s;
+        let decode = if step.decodes {
+            self.config.decode_itl_ms / 1000.0
+        } else {
+            0.0
+        };
+        Duration::from_secs_f64(prefill + decode)
+    }
+
+    fn finish(&self, step: &Step) {
+        let (outputs, events) = self.scheduler().finish(step);
+        if !events.is_empty() {
+            self.publisher
+                .publish(encode_batch(unix_s(), &events, self.config.block_size));
+        }
+        for (to, output) in outputs {
+            // Room for max_tokens was made; only a client that left closes its channel.
+            let _ = to.try_send(output);
+        }
+    }
+
+    async fn thaw(&self) {
+        loop {
+            let until = *self
+                .frozen_until
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            match until {
+                Some(until) if until > Instant::now() => tokio::time::sleep_until(until).await,
+                _ => return,
+            }
+        }
+    }
+
+    /// Arms a fault, or does at once what needs no stream.
+    pub(crate) fn fault(&self, fault: Fault) {
+        let until = Some(Instant::now() + fault.duration());
+        match fault.kind {
+            FaultKind::Die if fault.after_tokens == 0 => self.die(),
+            FaultKind::LoseEvents => self.publisher.lose(fault.count),
+            FaultKind::Freeze if fault.after_tokens == 0 => self.freeze(fault),
+            FaultKind::Refuse => {
+                *self
+                    .refused_until
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = until;
+                self.refuse.notify_one();
+            }
+            FaultKind::Die
+            | FaultKind::Freeze
+            | FaultKind::Reset
+            | FaultKind::Stall
+            | FaultKind::Slow
+            | FaultKind::Garbage
+            | FaultKind::InBandError
+            | FaultKind::Truncate
+            | FaultKind::Http500 => self.faults.arm(fault),
+        }
+    }
+
+    pub(crate) fn freeze(&self, fault: Fault) {
+        let until = Some(Instant::now() + fault.duration());
+        *self
+            .frozen_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    /// Until when no connection is accepted.
+    pub(crate) fn refused_until(&self) -> Option<Instant> {
+        *self
+            .refused_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the process as `kill -9` would, or in a library this engine with all its sockets.
+    pub(crate) fn die(&self) {
+        if self.config.die_exits_process {
+            std::process::exit(137);
+        }
+        self.dead.store(true, Ordering::SeqCst);
+        self.died.notify_one();
+    }
+
+    /// Whether `die` was called.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::SeqCst)
+    }
+}
+
+/// The sequences of one request while they are generated.
+pub(crate) struct Generation {
+    engine: Arc<Engine>,
+    ids: Vec<u64>,
+    from: mpsc::Receiver<Output>,
+}
+
+impl Generation {
+    /// The next token of any of them; `None` after the last.
+    pub(crate) async fn next(&mut self) -> Option<Output> {
+        self.from.recv().await
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let mut scheduler = self.engine.scheduler();
+        self.ids.iter().for_each(|id| scheduler.abort(*id));
+    }
+}
