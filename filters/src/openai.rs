@@ -4,16 +4,27 @@
 //! lies in the body; and, from the response, time to first token, inter-token latency and the engine's own token
 //! counts. What it does not do: change a byte, judge a request (engines give their own errors), or choose an endpoint.
 
+mod observe;
+mod parse;
+mod usage;
+
 use crate::{
-    body::{RequestBody, ResponseBody},
+    body::{ReadOutcome, RequestBody, ResponseBody},
     error::Error,
     filter::{Context, HttpFilter, Next},
+    registry,
     services::Services,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{Request, Response};
-use std::{ops::Range, sync::Arc, time::Duration};
+use http::{HeaderMap, Method, Request, Response, header};
+use observe::{Models, Observer};
+use serde::Deserialize;
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Our own type.
 pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.openai.v1.Config";
@@ -176,6 +187,12 @@ impl OpenAiRequest {
         Self { api, n: 1, limits, ..Self::default() }
     }
 
+    /// Reads a body; `None` if it is not the JSON that the API expects.
+    #[must_use]
+    pub fn parse(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Self> {
+        parse::request(api, body, limits)
+    }
+
     /// Whether an engine generates tokens for it: it has TTFT and ITL, may be retried until its first token, and is
     /// worth routing by prefix.
     #[must_use]
@@ -190,24 +207,128 @@ impl OpenAiRequest {
     }
 }
 
-struct OpenAi;
+/// Configuration of the filter.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// A longer body streams on unread: no model is known of it, and it is routed by load. Default 32 MiB.
+    pub body_bytes_max: usize,
+    /// A longer body is parsed off the request threads. Default 8 KiB.
+    pub inline_parse_bytes_max: usize,
+    /// To response headers; 0 is off. Default 600 s.
+    pub headers_timeout_ms: u64,
+    /// From headers to the first event of a stream; 0 is off. Default 600 s.
+    pub first_token_timeout_ms: u64,
+    /// Between two events; 0 is off. Default 300 s.
+    pub inter_token_timeout_ms: u64,
+    /// The whole exchange; 0 is off, which is the default.
+    pub total_timeout_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            body_bytes_max: 32 << 20,
+            inline_parse_bytes_max: 8 << 10,
+            headers_timeout_ms: 600_000,
+            first_token_timeout_ms: 600_000,
+            inter_token_timeout_ms: 300_000,
+            total_timeout_ms: 0,
+        }
+    }
+}
+
+impl Config {
+    fn limits(&self) -> StreamLimits {
+        let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+        StreamLimits {
+            headers_timeout: limit(self.headers_timeout_ms),
+            first_token_timeout: limit(self.first_token_timeout_ms),
+            inter_token_timeout: limit(self.inter_token_timeout_ms),
+            total_timeout: limit(self.total_timeout_ms),
+        }
+    }
+}
+
+/// The filter.
+pub struct OpenAi {
+    services: Services,
+    config: Config,
+    limits: StreamLimits,
+    models: Models,
+}
 
 /// The registry's constructor.
 ///
 /// # Errors
 /// The configuration is wrong; the error names the field.
-pub fn factory(_value: &serde_json::Value, _services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
-    Ok(Arc::new(OpenAi))
+pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+    let config: Config = registry::parse(value)?;
+    let limits = config.limits();
+    Ok(Arc::new(OpenAi { services: services.clone(), config, limits, models: Models::default() }))
 }
 
 #[async_trait]
 impl HttpFilter for OpenAi {
     async fn handle(
         &self,
-        request: Request<RequestBody>,
+        mut request: Request<RequestBody>,
         context: &mut Context,
         next: Next<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
+        let started = Instant::now();
+        let openai = Arc::new(self.read(&mut request).await?);
+        context.log.model.clone_from(&openai.model);
+        if openai.is_generation() {
+            let handles = self.models.handles(openai.model.as_ref(), &context.route.cluster, &self.services);
+            context.observers.push(Box::new(Observer::new(openai.api, handles, started)));
+        }
+        context.openai = Some(openai);
         next.run(request, context).await
     }
+}
+
+impl OpenAi {
+    async fn read(&self, request: &mut Request<RequestBody>) -> Result<OpenAiRequest, Error> {
+        let api = parse::api(request.uri().path());
+        if !parse::names_a_model(api) || request.method() != Method::POST || !is_plain_json(request.headers()) {
+            return Ok(OpenAiRequest::unread(api, self.limits));
+        }
+        let read = request.body_mut().read_whole(self.config.body_bytes_max).await;
+        let body = match read.map_err(|error| Error::downstream_gone(error.message))? {
+            ReadOutcome::Whole(body) => body,
+            ReadOutcome::TooLarge => {
+                metrics::counter!("outrigger_openai_body_too_large_total", "api" => api.as_str()).increment(1);
+                return Ok(OpenAiRequest::unread(api, self.limits));
+            }
+        };
+        Ok(self.parse(api, body).await)
+    }
+
+    /// Not ours to judge: what cannot be parsed is forwarded, so that the engine says what is wrong with it.
+    async fn parse(&self, api: Api, body: Bytes) -> OpenAiRequest {
+        let limits = self.limits;
+        let parsed = if body.len() <= self.config.inline_parse_bytes_max {
+            parse::request(api, &body, limits)
+        } else {
+            let body = body.clone();
+            let job = self.services.compute.spawn_blocking(move || parse::request(api, &body, limits));
+            job.await.ok().flatten()
+        };
+        parsed.unwrap_or_else(|| {
+            metrics::counter!("outrigger_openai_unparsed_total", "api" => api.as_str()).increment(1);
+            OpenAiRequest { body: Some(body), ..OpenAiRequest::unread(api, limits) }
+        })
+    }
+}
+
+/// JSON that is not compressed. vLLM and SGLang also read JSON without a content type, but only as bytes.
+fn is_plain_json(headers: &HeaderMap) -> bool {
+    let json = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|kind| {
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        kind.eq_ignore_ascii_case("application/json")
+            || kind.len() > 5 && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
+    });
+    let encoded = headers.get(header::CONTENT_ENCODING).is_some_and(|value| value != "identity");
+    json && !encoded
 }

@@ -19,7 +19,8 @@ const SHARDS: usize = 64;
 
 /// The word for a shelf; `None` if its rank is beyond [`RANKS_MAX`].
 pub(super) fn holder(slot: usize, shelf: Shelf) -> Option<Holder> {
-    (shelf.rank < RANKS_MAX && slot < SLOTS_MAX).then(|| ((slot as u32) << 16) | (shelf.rank << 2) | tier_bits(shelf.tier))
+    (shelf.rank < RANKS_MAX && slot < SLOTS_MAX)
+        .then(|| ((slot as u32) << 16) | (shelf.rank << 2) | tier_bits(shelf.tier))
 }
 
 pub(super) fn is_slot(holder: Holder, slot: usize) -> bool {
@@ -62,7 +63,10 @@ impl Hasher for AsIs {
 /// Who holds a block: ordered, never empty. Most blocks have one holder, which needs no allocation.
 enum Holders {
     One(Holder),
-    #[expect(clippy::box_collection, reason = "keeps the table's entries at 24 bytes; several holders are the rare case")]
+    #[expect(
+        clippy::box_collection,
+        reason = "keeps the table's entries at 24 bytes; several holders are the rare case"
+    )]
     Many(Box<Vec<Holder>>),
 }
 
@@ -75,10 +79,16 @@ impl Holders {
     }
 
     fn insert(&mut self, new: Holder) -> bool {
-        let Err(at) = self.as_slice().binary_search(&new) else { return false };
+        let Err(at) = self.as_slice().binary_search(&new) else {
+            return false;
+        };
         match self {
             Self::One(old) => {
-                let pair = if at == 0 { vec![new, *old] } else { vec![*old, new] };
+                let pair = if at == 0 {
+                    vec![new, *old]
+                } else {
+                    vec![*old, new]
+                };
                 *self = Self::Many(Box::new(pair));
             }
             Self::Many(holders) => holders.insert(at, new),
@@ -115,7 +125,9 @@ pub(super) struct Table {
 
 impl Default for Table {
     fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| RwLock::default()).collect() }
+        Self {
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+        }
     }
 }
 
@@ -133,7 +145,9 @@ impl Table {
 
     pub(super) fn remove(&self, hash: BlockHash, holder: Holder) -> bool {
         let mut shard = self.write(hash);
-        let Entry::Occupied(mut known) = shard.entry(hash) else { return false };
+        let Entry::Occupied(mut known) = shard.entry(hash) else {
+            return false;
+        };
         let (gone, left) = known.get_mut().retain(|other| other != holder);
         if !left {
             known.remove();
@@ -142,8 +156,13 @@ impl Table {
     }
 
     pub(super) fn contains(&self, hash: BlockHash, holder: Holder) -> bool {
-        let shard = self.shard(hash).read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&hash).is_some_and(|holders| holders.as_slice().binary_search(&holder).is_ok())
+        let shard = self
+            .shard(hash)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        shard
+            .get(&hash)
+            .is_some_and(|holders| holders.as_slice().binary_search(&holder).is_ok())
     }
 
     /// Drops every pair that `keep` does not want, a shard at a time; says how many went.
@@ -167,8 +186,13 @@ impl Table {
     pub(super) fn walk(&self, chain: &[BlockHash], walk: &mut Walk, found: &mut Vec<Overlap>) {
         walk.live.clear();
         for (depth, hash) in chain.iter().enumerate() {
-            let shard = self.shard(*hash).read().unwrap_or_else(PoisonError::into_inner);
-            let Some(holders) = shard.get(hash) else { return };
+            let shard = self
+                .shard(*hash)
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
+            let Some(holders) = shard.get(hash) else {
+                return;
+            };
             if depth == 0 {
                 walk.begin(holders.as_slice(), found);
             } else {
@@ -181,7 +205,9 @@ impl Table {
     }
 
     fn write(&self, hash: BlockHash) -> RwLockWriteGuard<'_, Shard> {
-        self.shard(hash).write().unwrap_or_else(PoisonError::into_inner)
+        self.shard(hash)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shard(&self, hash: BlockHash) -> &RwLock<Shard> {
@@ -206,8 +232,11 @@ impl Walk {
                 continue;
             }
             previous = Some(key);
-            let mut overlap =
-                Overlap { slot: (key >> 14) as usize, rank: key & (RANKS_MAX - 1), ..Overlap::default() };
+            let mut overlap = Overlap {
+                slot: (key >> 14) as usize,
+                rank: key & (RANKS_MAX - 1),
+                ..Overlap::default()
+            };
             count(&mut overlap, holder & 3);
             self.live.push((found.len(), holder & 3));
             found.push(overlap);
@@ -221,7 +250,9 @@ impl Walk {
             let overlap = &mut found[*index];
             let first = ((overlap.slot as u32) << 16) | (overlap.rank << 2) | *tier;
             rest = &rest[rest.partition_point(|holder| *holder < first)..];
-            let Some(holder) = rest.first().filter(|holder| **holder >> 2 == first >> 2) else { return false };
+            let Some(holder) = rest.first().filter(|holder| **holder >> 2 == first >> 2) else {
+                return false;
+            };
             *tier = holder & 3;
             count(overlap, *tier);
             true
