@@ -85,7 +85,7 @@ mod tests {
         let whole = chain(seed, &tokens, 32);
         assert_eq!(whole.len(), 3, "the last partial block has no hash");
         assert_eq!(chain(seed, &tokens[..64], 32), whole[..2]);
-        let mut other = tokens.clone();
+        let mut other = tokens;
         other[0] = 7;
         assert!(
             chain(seed, &other, 32)

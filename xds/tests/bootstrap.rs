@@ -394,340 +394,60 @@ fn problems(changes: &[(&str, Value)]) -> Vec<String> {
 
 const L: &str = "/static_resources/listeners/0";
 const C: &str = "/static_resources/clusters/0";
+const L_PLACE: &str = "static_resources.listeners[0]";
+const C_PLACE: &str = "static_resources.clusters[0]";
+const H_PLACE: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
 const H: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
 #[test]
 fn one_thing_wrong_is_one_problem_at_its_place() {
-    let l = "static_resources.listeners[0]";
-    let c = "static_resources.clusters[0]";
-    let h = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
-    let v = "route_config.virtual_hosts[0]";
-    let wildcard = json!({"name": "second", "domains": ["*"]});
-    let router = json!({"name": "again", "typed_config": {"@type": ROUTER}});
-    let rbac = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC";
-    let table: Vec<(String, Value, String)> = vec![
-        ("/bogus".into(), json!(1), "no such field: 'bogus'".into()),
-        (
-            "/dynamic_resources".into(),
-            json!({}),
-            "not supported yet: dynamic_resources".into(),
-        ),
-        (
-            format!("{H}/route_config/bogus_field"),
-            json!(1),
-            format!("{h}.route_config: no such field: 'bogus_field'"),
-        ),
-        (
-            format!("{H}/stat_prefix"),
-            json!(""),
-            format!("{h}.stat_prefix: must not be empty"),
-        ),
-        (
-            format!("{H}/stat_prefix"),
-            Value::Null,
-            format!("{h}.stat_prefix: must not be empty"),
-        ),
-        (
-            format!("{H}/stat_prefix"),
-            json!(7),
-            format!("{h}.stat_prefix: expected a string, got 7"),
-        ),
-        (
-            format!("{H}/rds"),
-            json!({}),
-            format!("{h}: not supported yet: rds"),
-        ),
-        (
-            format!("{H}/upgradeConfigs"),
-            json!([]),
-            format!("{h}: not supported yet: upgrade_configs"),
-        ),
-        (
-            format!("{H}/codec_type"),
-            json!("HTTP3"),
-            format!("{h}.codec_type: not supported yet: HTTP3"),
-        ),
-        (
-            format!("{H}/codec_type"),
-            json!("HTTP9"),
-            format!(
-                "{h}.codec_type: unknown value \"HTTP9\"; it is one of AUTO, HTTP1, HTTP2, HTTP3"
-            ),
-        ),
-        (
-            format!("{H}/codec_type"),
-            json!(9),
-            format!("{h}.codec_type: unknown value 9; it is one of AUTO, HTTP1, HTTP2, HTTP3"),
-        ),
-        (
-            format!("{H}/drain_timeout"),
-            json!("5 seconds"),
-            format!("{h}.drain_timeout: expected a duration such as \"0.25s\", got \"5 seconds\""),
-        ),
-        (
-            format!("{H}/drain_timeout"),
-            json!(5),
-            format!("{h}.drain_timeout: expected a duration such as \"0.25s\", got 5"),
-        ),
-        (
-            format!("{H}/drain_timeout"),
-            json!("-5s"),
-            format!("{h}.drain_timeout: must not be negative"),
-        ),
-        (
-            format!("{H}/use_remote_address"),
-            json!("yes"),
-            format!("{h}.use_remote_address: expected true or false, got \"yes\""),
-        ),
-        (
-            format!("{H}/max_request_headers_kb"),
-            json!(-1),
-            format!("{h}.max_request_headers_kb: must be between 0 and 4294967295, is -1"),
-        ),
-        (
-            format!("{H}/max_request_headers_kb"),
-            json!(9000),
-            format!("{h}.max_request_headers_kb: must be between 1 and 8192, is 9000"),
-        ),
-        (
-            format!("{H}/http_filters"),
-            json!([]),
-            format!("{h}.http_filters: required: at least the router"),
-        ),
-        (
-            format!("{H}/http_filters/0"),
-            router,
-            format!(
-                "{h}.http_filters[0]: terminal filter 'again' must be the last filter of the chain"
-            ),
-        ),
-        (
-            format!("{H}/http_filters/2/disabled"),
-            json!(true),
-            format!("{h}.http_filters[2]: the router cannot be disabled"),
-        ),
-        (
-            format!("{H}/http_filters/0/typed_config"),
-            json!({"@type": rbac}),
-            format!("{h}.http_filters[0].typed_config: not supported yet: {rbac}"),
-        ),
-        (
-            format!("{H}/http_filters/0/typed_config"),
-            json!({"@type": TYPED_STRUCT, "type_url": rbac}),
-            format!("{h}.http_filters[0].typed_config: not supported yet: {rbac}"),
-        ),
-        (
-            format!("{H}/http_filters/0/typed_config"),
-            json!({"value": {}}),
-            format!(
-                "{h}.http_filters[0].typed_config: '@type' is missing: it names the type of this configuration"
-            ),
-        ),
-        (
-            format!("{H}/http_filters/0/typed_config/value/n"),
-            json!(u64::MAX),
-            format!(
-                "{h}.http_filters[0].typed_config.value.n: 18446744073709551615 is too large to be carried exactly"
-            ),
-        ),
-        (
-            format!("{H}/http_filters/0/typed_config/type_url"),
-            Value::Null,
-            format!("{h}.http_filters[0].typed_config.type_url: must not be empty"),
-        ),
-        (
-            format!("{H}/http_filters/2/typed_config/start_child_span"),
-            json!(true),
-            format!("{h}.http_filters[2].typed_config: not supported yet: start_child_span"),
-        ),
-        (
-            format!("{H}/access_log/0/typed_config"),
-            json!({"@type": ROUTER}),
-            format!("{h}.access_log[0].typed_config: not supported yet: {ROUTER} as an access log"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/-"),
-            wildcard,
-            format!(
-                "{h}.route_config.virtual_hosts[1].domains[0]: Only a single wildcard domain is permitted"
-            ),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/domains"),
-            json!([]),
-            format!("{h}.{v}.domains: must have at least one"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/domains"),
-            json!(["a.b", "A.b"]),
-            format!(
-                "{h}.{v}.domains[1]: Only unique values for domains are permitted; duplicate of 'A.b'"
-            ),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/domains"),
-            json!(["a.*.b"]),
-            format!("{h}.{v}.domains[0]: 'a.*.b' is not a domain: a name, *.suffix, prefix.* or *"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/1/route/cluster"),
-            json!("nowhere"),
-            format!("{h}.{v}.routes[1].route.cluster: unknown cluster 'nowhere'"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/1/redirect"),
-            json!({}),
-            format!("{h}.{v}.routes[1]: not supported yet: redirect"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/1/direct_response"),
-            json!({"status": 200}),
-            format!("{h}.{v}.routes[1]: only one of 'direct_response' and 'route' may be set"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/0/direct_response/status"),
-            json!(99),
-            format!("{h}.{v}.routes[0].direct_response.status: must be between 200 and 599, is 99"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/0/direct_response/body/inline_string"),
-            json!("x".repeat(4097)),
-            format!(
-                "{h}.{v}.routes[0].direct_response.body.inline_string: has 4097 bytes, more than 4096"
-            ),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/0/match"),
-            json!({}),
-            format!("{h}.{v}.routes[0].match: required: prefix, path or path_separated_prefix"),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/0/match"),
-            json!({"path_separated_prefix": "/a/"}),
-            format!(
-                "{h}.{v}.routes[0].match.path_separated_prefix: '/a/' must begin with '/', not end with it, and hold no '?' or '#'"
-            ),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/routes/1/match/headers/0/string_match"),
-            json!({"ignore_case": true, "exact": "a"}),
-            format!(
-                "{h}.{v}.routes[1].match.headers[0].string_match: not supported yet: ignore_case"
-            ),
-        ),
-        (
-            format!("{H}/route_config/virtual_hosts/0/retry_policy/retry_on"),
-            json!("5xx,sometimes"),
-            format!("{h}.{v}.retry_policy.retry_on: unknown condition 'sometimes'"),
-        ),
-        (
-            format!("{L}/address"),
-            Value::Null,
-            format!("{l}.address: required"),
-        ),
-        (
-            format!("{L}/address/socket_address/port_value"),
-            json!(70_000),
-            format!("{l}.address.socket_address.port_value: must be at most 65535, is 70000"),
-        ),
-        (
-            format!("{L}/address/pipe"),
-            json!({"path": "/tmp/x"}),
-            format!("{l}.address: not supported yet: pipe"),
-        ),
-        (
-            format!("{L}/filter_chains"),
-            json!([]),
-            format!("{l}.filter_chains: required: one filter chain"),
-        ),
-        (
-            format!("{L}/filter_chains/-"),
-            json!({}),
-            format!("{l}.filter_chains: not supported yet: 2 filter chains"),
-        ),
-        (
-            format!("{L}/filter_chains/0/transport_socket"),
-            json!({"name": "tls"}),
-            format!("{l}.filter_chains[0]: not supported yet: transport_socket"),
-        ),
-        (
-            format!("{L}/enable_reuse_port"),
-            json!(false),
-            format!(
-                "{l}.enable_reuse_port: not supported yet: false (every worker binds its own socket)"
-            ),
-        ),
-        (
-            format!("{L}/name"),
-            json!(""),
-            format!("{l}.name: must not be empty"),
-        ),
-        (
-            format!("{C}/type"),
-            json!("EDS"),
-            format!("{c}.type: not supported yet: EDS"),
-        ),
-        (
-            format!("{C}/type"),
-            json!("STATIC"),
-            format!(
-                "{c}.load_assignment: malformed IP address: localhost; a host name needs the cluster type STRICT_DNS"
-            ),
-        ),
-        (
-            format!("{C}/lb_policy"),
-            json!("MAGLEV"),
-            format!("{c}.lb_policy: not supported yet: MAGLEV"),
-        ),
-        (
-            format!("{C}/connect_timeout"),
-            json!("0s"),
-            format!("{c}.connect_timeout: must be greater than 0"),
-        ),
-        (
-            format!("{C}/health_checks"),
-            json!([]),
-            format!("{c}: not supported yet: health_checks"),
-        ),
-        (
-            format!("{C}/transport_socket"),
-            json!({}),
-            format!("{c}: not supported yet: transport_socket"),
-        ),
-        (
-            format!("{C}/load_assignment/endpoints/0/priority"),
-            json!(1),
-            format!("{c}.load_assignment.endpoints[0].priority: not supported yet: priority 1"),
-        ),
-        (
-            format!(
-                "{C}/load_assignment/endpoints/0/lb_endpoints/1/endpoint/address/socket_address/port_value"
-            ),
-            json!(0),
-            format!(
-                "{c}.load_assignment.endpoints[0].lb_endpoints[1].endpoint.address.socket_address.port_value: must not be 0"
-            ),
-        ),
-        (
-            format!("{C}/circuit_breakers/thresholds/0/priority"),
-            json!("HIGH"),
-            format!("{c}.circuit_breakers.thresholds[0].priority: not supported yet: HIGH"),
-        ),
-        (
-            format!("{C}/circuit_breakers/thresholds/0/retry_budget/budget_percent/value"),
-            json!(101),
-            format!(
-                "{c}.circuit_breakers.thresholds[0].retry_budget.budget_percent.value: must be between 0 and 100, is 101"
-            ),
-        ),
-    ];
-    for (pointer, value, want) in table {
-        assert_eq!(
-            problems(&[(&pointer, value.clone())]),
-            [want],
-            "{pointer} = {value}"
+    let long = |text: &str| {
+        let at = |template: &str, short: &str, long: &str| template.replacen(short, long, 1);
+        let (host, place) = (
+            format!("{H}/route_config/virtual_hosts/0"),
+            format!("{H_PLACE}.route_config.virtual_hosts[0]"),
         );
+        let text = at(
+            &at(&at(&at(text, "{V}", &host), "{H}", H), "{L}", L),
+            "{C}",
+            C,
+        );
+        at(
+            &at(
+                &at(&at(&text, "{v}", &place), "{h}", H_PLACE),
+                "{l}",
+                L_PLACE,
+            ),
+            "{c}",
+            C_PLACE,
+        )
+    };
+    let mut rows = 0;
+    for line in include_str!("refusals.tsv")
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+    {
+        let [pointer, value, want] = line.split('\t').collect::<Vec<_>>()[..] else {
+            panic!("three columns: {line}")
+        };
+        let value: Value = serde_json::from_str(value).expect("JSON");
+        assert_eq!(problems(&[(&long(pointer), value)]), [long(want)], "{line}");
+        rows += 1;
     }
+    assert!(rows > 50, "{rows} rows");
+}
+
+#[test]
+fn a_direct_response_is_short() {
+    let pointer =
+        format!("{H}/route_config/virtual_hosts/0/routes/0/direct_response/body/inline_string");
+    let place = format!(
+        "{H_PLACE}.route_config.virtual_hosts[0].routes[0].direct_response.body.inline_string"
+    );
+    let found = problems(&[(&pointer, json!("x".repeat(4097)))]);
+    assert_eq!(found, [format!("{place}: has 4097 bytes, more than 4096")]);
+    let longest = changed(&[(&pointer, json!("x".repeat(4096)))]);
+    assert!(bootstrap_from_value(longest).is_ok());
 }
 
 #[test]

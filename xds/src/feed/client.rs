@@ -97,6 +97,8 @@ struct Listener<C> {
 impl<C> Listener<C> {
     async fn next(&mut self) -> Result<FeedMessage, FeedError> {
         loop {
+            // A backlog is always ready: without a pause it would starve the connection's own task, PINGs included.
+            tokio::task::consume_budget().await;
             let frame = match self.frames.message().await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Err(FeedError::Broken("the teller ended it".to_owned())),

@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use prost::Message;
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::HashMap;
 use wire::feed_frame::Body;
 
 /// Size of a frame we make, in bytes (one model's card may exceed it).
@@ -239,69 +239,72 @@ impl Assembler {
         let Some(body) = frame.body else {
             return Err(malformed("no body"));
         };
-        let (engine, part, more) = (
-            EngineId::from(frame.engine.as_str()),
-            frame.part,
-            frame.more,
-        );
-        let size = size(&body);
-        let pending = self.partial.len();
-        let partial = match self.partial.entry(engine.clone()) {
-            Entry::Vacant(_) if part != 0 => {
-                return Err(malformed(format!("part {part} of a message without start")));
-            }
-            Entry::Vacant(_) if more && pending >= PARTIAL_MESSAGES_MAX => {
-                return Err(malformed(format!(
-                    "more than {PARTIAL_MESSAGES_MAX} incomplete messages"
-                )));
-            }
-            Entry::Vacant(_) => {
-                let message = FeedMessage {
-                    engine: engine.clone(),
-                    epoch: frame.epoch,
-                    seq: frame.seq,
-                    body: first(body)?,
-                };
-                Partial {
-                    message,
-                    next_part: 1,
-                    size,
-                }
-            }
-            Entry::Occupied(entry) => {
-                let mut partial = entry.remove();
-                let told = (
-                    partial.message.epoch,
-                    partial.message.seq,
-                    partial.next_part,
-                );
-                if told != (frame.epoch, frame.seq, part) {
-                    let now = (frame.epoch, frame.seq, part);
-                    return Err(malformed(format!(
-                        "epoch, seq, part {now:?} where {told:?} had to come"
-                    )));
-                }
-                append(&mut partial.message.body, body)?;
-                partial.next_part += 1;
-                partial.size += size;
-                partial
-            }
+        let engine = EngineId::from(frame.engine.as_str());
+        let place = (frame.epoch, frame.seq, frame.part);
+        let partial = match self.partial.remove(&engine) {
+            None => Partial::begin(engine, place, body)?,
+            Some(partial) => partial.go_on(place, body)?,
         };
-        let models = matches!(partial.message.body, FeedBody::State(_));
-        if partial.size
-            > if models {
-                MESSAGE_MODELS_MAX
-            } else {
-                MESSAGE_HASHES_MAX
-            }
-        {
-            return Err(malformed(format!("a message of {} entries", partial.size)));
-        }
-        if !more {
+        if !frame.more {
             return Ok(Some(partial.message));
         }
-        self.partial.insert(engine, partial);
+        if self.partial.len() >= PARTIAL_MESSAGES_MAX {
+            return Err(malformed(format!(
+                "more than {PARTIAL_MESSAGES_MAX} incomplete messages"
+            )));
+        }
+        self.partial.insert(partial.message.engine.clone(), partial);
         Ok(None)
+    }
+}
+
+impl Partial {
+    /// `place` is epoch, seq and part.
+    fn begin(engine: EngineId, place: (u64, u64, u32), body: Body) -> Result<Self, FeedError> {
+        let (epoch, seq, part) = place;
+        if part != 0 {
+            return Err(malformed(format!("part {part} of a message without start")));
+        }
+        let size = size(&body);
+        let message = FeedMessage {
+            engine,
+            epoch,
+            seq,
+            body: first(body)?,
+        };
+        Self {
+            message,
+            next_part: 1,
+            size,
+        }
+        .within_limits()
+    }
+
+    fn go_on(mut self, place: (u64, u64, u32), body: Body) -> Result<Self, FeedError> {
+        let due = (self.message.epoch, self.message.seq, self.next_part);
+        if due != place {
+            return Err(malformed(format!(
+                "epoch, seq, part {place:?} where {due:?} had to come"
+            )));
+        }
+        self.size += size(&body);
+        append(&mut self.message.body, body)?;
+        self.next_part += 1;
+        self.within_limits()
+    }
+
+    fn within_limits(self) -> Result<Self, FeedError> {
+        let models = matches!(self.message.body, FeedBody::State(_));
+        let max = if models {
+            MESSAGE_MODELS_MAX
+        } else {
+            MESSAGE_HASHES_MAX
+        };
+        if self.size > max {
+            Err(malformed(format!("a message of {} entries", self.size)))
+        } else {
+            Ok(self)
+        }
     }
 }
 

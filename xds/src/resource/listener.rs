@@ -230,10 +230,10 @@ fn connection_manager(
 impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
     type Error = ConfigErrors;
 
-    fn try_from(wire: hcm::HttpConnectionManager) -> Result<Self, ConfigErrors> {
+    fn try_from(mut wire: hcm::HttpConnectionManager) -> Result<Self, ConfigErrors> {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
         let mut problems = ConfigErrors::default();
-        let defaults = Self::default();
+        let limits = limits(&mut problems, &mut wire);
         let codec = match wire.codec_type() {
             CodecType::Auto => Codec::Auto,
             CodecType::Http1 => Codec::Http1,
@@ -243,54 +243,10 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 Codec::Auto
             }
         };
-        let route_config = match wire.route_specifier {
-            Some(RouteSpecifier::RouteConfig(table)) => {
-                problems.take("route_config", table.try_into())
-            }
-            None => {
-                problems.add("route_config", "required");
-                None
-            }
-        };
-        let mut limit = |place: &str, given: Option<prost_types::Duration>, default: Duration| {
-            given
-                .and_then(|given| problems.take(place, duration(given)))
-                .unwrap_or(default)
-        };
-        let common = wire.common_http_protocol_options.unwrap_or_default();
-        let idle_timeout = limit(
-            "common_http_protocol_options.idle_timeout",
-            common.idle_timeout,
-            defaults.idle_timeout,
-        );
-        let stream_idle_timeout = limit(
-            "stream_idle_timeout",
-            wire.stream_idle_timeout,
-            defaults.stream_idle_timeout,
-        );
-        let request_timeout = limit(
-            "request_timeout",
-            wire.request_timeout,
-            defaults.request_timeout,
-        );
-        let drain_timeout = limit("drain_timeout", wire.drain_timeout, defaults.drain_timeout);
-        let streams = wire
-            .http2_protocol_options
-            .and_then(|options| options.max_concurrent_streams);
-        if streams.is_some_and(|streams| !(1..=i32::MAX.unsigned_abs()).contains(&streams)) {
-            problems.add(
-                "http2_protocol_options.max_concurrent_streams",
-                "must be between 1 and 2147483647",
-            );
-        }
-        let headers_kb = wire
-            .max_request_headers_kb
-            .unwrap_or(defaults.max_request_headers_kb);
-        if !(1..=MAX_REQUEST_HEADERS_KB_MAX).contains(&headers_kb) {
-            let message =
-                format!("must be between 1 and {MAX_REQUEST_HEADERS_KB_MAX}, is {headers_kb}");
-            problems.add("max_request_headers_kb", message);
-        }
+        let table = wire
+            .route_specifier
+            .map(|RouteSpecifier::RouteConfig(table)| table);
+        let route_config = problems.required("route_config", table);
         let count = wire.http_filters.len();
         let http_filters = problems.take_all("http_filters", wire.http_filters);
         if http_filters.len() == count {
@@ -305,22 +261,72 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 route_config,
                 http_filters,
                 access_log,
-                use_remote_address: wire
-                    .use_remote_address
-                    .unwrap_or(defaults.use_remote_address),
+                use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
                 generate_request_id: wire
                     .generate_request_id
-                    .unwrap_or(defaults.generate_request_id),
-                stream_idle_timeout,
-                request_timeout,
-                idle_timeout,
-                drain_timeout,
-                max_request_headers_kb: headers_kb,
-                h2_max_concurrent_streams: streams.unwrap_or(defaults.h2_max_concurrent_streams),
+                    .unwrap_or(limits.generate_request_id),
+                ..limits
             }
         }))
     }
+}
+
+/// The defaults, with the timeouts and sizes that are given.
+fn limits(
+    problems: &mut ConfigErrors,
+    wire: &mut hcm::HttpConnectionManager,
+) -> HttpConnectionManager {
+    let mut limits = HttpConnectionManager::default();
+    let common = wire.common_http_protocol_options.take().unwrap_or_default();
+    let durations = [
+        (
+            "common_http_protocol_options.idle_timeout",
+            common.idle_timeout,
+            &mut limits.idle_timeout,
+        ),
+        (
+            "stream_idle_timeout",
+            wire.stream_idle_timeout,
+            &mut limits.stream_idle_timeout,
+        ),
+        (
+            "request_timeout",
+            wire.request_timeout,
+            &mut limits.request_timeout,
+        ),
+        (
+            "drain_timeout",
+            wire.drain_timeout,
+            &mut limits.drain_timeout,
+        ),
+    ];
+    for (place, given, limit) in durations {
+        if let Some(given) = given.and_then(|given| problems.take(place, duration(given))) {
+            *limit = given;
+        }
+    }
+    if let Some(streams) = wire
+        .http2_protocol_options
+        .take()
+        .and_then(|options| options.max_concurrent_streams)
+    {
+        limits.h2_max_concurrent_streams = streams;
+        if !(1..=i32::MAX.unsigned_abs()).contains(&streams) {
+            problems.add(
+                "http2_protocol_options.max_concurrent_streams",
+                "must be between 1 and 2147483647",
+            );
+        }
+    }
+    if let Some(size) = wire.max_request_headers_kb {
+        limits.max_request_headers_kb = size;
+        if !(1..=MAX_REQUEST_HEADERS_KB_MAX).contains(&size) {
+            let message = format!("must be between 1 and {MAX_REQUEST_HEADERS_KB_MAX}, is {size}");
+            problems.add("max_request_headers_kb", message);
+        }
+    }
+    limits
 }
 
 /// The router forwards, so it is last, alone, and always on.
