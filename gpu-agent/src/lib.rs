@@ -4,9 +4,16 @@
 //! `FeedSource`. Feature `nats` adds the feed over NATS, feature `publish` the agent process. Nobody above this crate
 //! speaks ZeroMQ or msgpack, and this crate forwards no request.
 
+pub mod detect;
+pub mod engine;
 pub mod event;
 pub mod http;
+pub mod hub;
 pub mod lineage;
 pub mod load;
 pub mod zmq_events;
 mod zmtp;
+
+pub use engine::{EngineConfig, KvEndpoints};
+pub use http::ApiKey;
+pub use hub::Hub;

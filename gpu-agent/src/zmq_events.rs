@@ -48,6 +48,43 @@ pub struct EventSource {
     pub topic: String,
 }
 
+impl EventSource {
+    /// From the endpoints as engines configure them (`tcp://HOST:PORT`); `engine_host` stands in for wildcards.
+    ///
+    /// An engine binds when its endpoint is a wildcard; a concrete host means that it connects, or that it was resolved
+    /// from a wildcard: both are tried. `None` for transports other than TCP, which end at the machine's border.
+    #[must_use]
+    pub fn from_endpoint(
+        rank: u32,
+        endpoint: &str,
+        replay: Option<&str>,
+        topic: &str,
+        engine_host: &str,
+    ) -> Option<Self> {
+        let (address, wildcard) = tcp_address(endpoint, engine_host)?;
+        let replay = replay
+            .and_then(|replay| tcp_address(replay, engine_host))
+            .map(|(address, _)| address);
+        Some(Self {
+            rank,
+            address,
+            may_bind: !wildcard,
+            replay,
+            topic: topic.to_owned(),
+        })
+    }
+}
+
+/// `host:port` of `tcp://host:port`, and whether the host was a wildcard.
+fn tcp_address(endpoint: &str, engine_host: &str) -> Option<(String, bool)> {
+    let (host, port) = endpoint.strip_prefix("tcp://")?.rsplit_once(':')?;
+    let port: u16 = port.parse().ok().filter(|port| *port > 0)?;
+    match host {
+        "*" | "0.0.0.0" | "::" | "[::]" => Some((format!("{engine_host}:{port}"), true)),
+        host => Some((format!("{host}:{port}"), false)),
+    }
+}
+
 /// What a subscription tells its engine.
 #[derive(Debug)]
 pub(crate) enum RankEvent {

@@ -1,0 +1,124 @@
+//! SGLang's own answers: `/server_info`, `/v1/loads`.
+
+use crate::detect::{Answers, version};
+use crate::load::Figures;
+use crate::zmq_events::EventSource;
+use outrigger_xds::report::{EngineKind, EngineState};
+use serde::Deserialize;
+
+#[derive(Debug, Default, Deserialize)]
+struct ServerInfo {
+    #[serde(default)]
+    dp_size: Option<u32>,
+    #[serde(default)]
+    page_size: Option<u32>,
+    #[serde(default)]
+    kv_events: Option<KvEvents>,
+}
+
+/// `kv_events` of `/server_info`; null when events are off.
+#[derive(Debug, Deserialize)]
+struct KvEvents {
+    #[serde(default)]
+    publisher: Option<String>,
+    endpoint_host: String,
+    endpoint_port_base: u16,
+    #[serde(default)]
+    topic: Option<String>,
+    #[serde(default)]
+    block_size: Option<u32>,
+    #[serde(default)]
+    dp_size: Option<u16>,
+    #[serde(default)]
+    replay_endpoint_port_base: Option<u16>,
+}
+
+/// Whether a `/server_info` is SGLang's.
+pub(crate) fn is_server_info(body: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Telltale {
+        #[serde(rename = "model_path")]
+        _model_path: String,
+    }
+    serde_json::from_slice::<Telltale>(body).is_ok()
+}
+
+#[derive(Deserialize)]
+struct Loads {
+    loads: Vec<RankLoad>,
+}
+
+#[derive(Deserialize)]
+struct RankLoad {
+    num_running_reqs: u64,
+    num_waiting_reqs: u64,
+    #[serde(default)]
+    token_usage: f64,
+}
+
+/// Reads `/v1/loads`, which is there without `--enable-metrics`.
+pub(crate) fn read_loads(body: &[u8]) -> Option<Figures> {
+    let loads = serde_json::from_slice::<Loads>(body).ok()?.loads;
+    #[expect(clippy::cast_precision_loss, reason = "a handful of ranks")]
+    let ranks = loads.len().max(1) as f64;
+    Some(Figures {
+        kind: EngineKind::Sglang,
+        running: Some(loads.iter().map(|load| load.num_running_reqs).sum()),
+        waiting: Some(loads.iter().map(|load| load.num_waiting_reqs).sum()),
+        kv_usage: Some(loads.iter().map(|load| load.token_usage).sum::<f64>() / ranks),
+        ..Figures::default()
+    })
+}
+
+/// Fills in what only SGLang's endpoints say; returns the event sources. `host` is the engine's.
+pub(crate) fn complete(
+    answers: &Answers,
+    figures: &Figures,
+    host: &str,
+    state: &mut EngineState,
+) -> Vec<EventSource> {
+    let info: ServerInfo = answers
+        .server_info
+        .as_deref()
+        .and_then(|body| serde_json::from_slice(body).ok())
+        .unwrap_or_default();
+    state.version = version(answers.server_info.as_ref());
+    state.dp_size = state.dp_size.max(info.dp_size.unwrap_or(1));
+    let events_block = info.kv_events.as_ref().and_then(|events| events.block_size);
+    state.block_tokens = events_block.or(info.page_size).unwrap_or(0);
+    if state.block_tokens > 0 {
+        state.kv_blocks = figures.kv_tokens.unwrap_or(0) / u64::from(state.block_tokens);
+    }
+    info.kv_events
+        .map(|events| event_sources(&events, host))
+        .unwrap_or_default()
+}
+
+/// A source per rank: both ports grow by one a rank.
+fn event_sources(events: &KvEvents, host: &str) -> Vec<EventSource> {
+    if events.publisher.as_deref() == Some("null") {
+        return Vec::new();
+    }
+    let endpoint = |base: u16, rank: u16| {
+        Some(format!(
+            "tcp://{}:{}",
+            events.endpoint_host,
+            base.checked_add(rank)?
+        ))
+    };
+    (0..events.dp_size.unwrap_or(1).max(1))
+        .filter_map(|rank| {
+            let replay = events
+                .replay_endpoint_port_base
+                .and_then(|base| endpoint(base, rank));
+            let topic = events.topic.as_deref().unwrap_or_default();
+            EventSource::from_endpoint(
+                rank.into(),
+                &endpoint(events.endpoint_port_base, rank)?,
+                replay.as_deref(),
+                topic,
+                host,
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,4 @@
+//! A hub and its feed against engines with real sockets.
+
+mod engine;
+mod support;
