@@ -1,0 +1,248 @@
+//! How a finished request becomes a line of the access log: Envoy's operators and ours, compiled once per
+//! configuration.
+//!
+//! Formatting happens on the request's thread, into a buffer that thread keeps; writing happens on the sink's own
+//! thread ([`sink`]), so that a full disk or a stuck pipe never holds up a request. Which requests are logged is not
+//! decided here: all are.
+
+mod escape;
+mod format;
+mod operator;
+mod sink;
+mod start_time;
+#[cfg(test)]
+mod tests;
+
+pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
+
+use format::Template;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use outrigger_filters::filter::LogFields;
+use outrigger_xds::resource::listener::AccessLog;
+use serde_json::Value;
+use sink::Sink;
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+/// A thread's line buffer is given back to the system above this size.
+const LINE_BUFFER_BYTES_MAX: usize = 64 * 1024;
+
+thread_local! {
+    static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The access logs of one listener.
+pub struct AccessLogs {
+    logs: Vec<(Template, Arc<Sink>)>,
+    headers: Headers,
+}
+
+/// Names of the headers that the formats need, each with its place in [`Captured`].
+#[derive(Debug, Default)]
+struct Headers {
+    request: Vec<Wanted>,
+    response: Vec<HeaderName>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    Header(HeaderName),
+    /// The pseudo header `:scheme`.
+    Scheme,
+}
+
+/// Headers kept from a request and its response until its line is written; only those that a format names.
+#[derive(Debug, Default)]
+pub struct Captured {
+    request: Vec<Option<HeaderValue>>,
+    response: Vec<Option<HeaderValue>>,
+}
+
+/// What the connection manager knows of a finished request.
+#[derive(Debug)]
+pub struct Entry<'a> {
+    /// When its first byte came.
+    pub start: SystemTime,
+    /// From the first byte of the request to the last of the response.
+    pub duration: Duration,
+    /// From the first byte of the request to its last; `None` if it never came.
+    pub request_duration: Option<Duration>,
+    /// From the first byte of the request to the first byte of the upstream's response.
+    pub response_duration: Option<Duration>,
+    /// Method.
+    pub method: &'a Method,
+    /// Path and query as the client sent them.
+    pub path: &'a str,
+    /// Host asked for; may be empty.
+    pub authority: &'a str,
+    /// Protocol of the client.
+    pub protocol: Version,
+    /// Status sent; 0 if the client went away before one.
+    pub code: u16,
+    /// Body bytes from the client.
+    pub bytes_received: u64,
+    /// Body bytes to the client.
+    pub bytes_sent: u64,
+    /// The client's socket.
+    pub downstream_remote: SocketAddr,
+    /// Our socket towards the client.
+    pub downstream_local: SocketAddr,
+    /// Number of the client's connection in this process.
+    pub connection_id: u64,
+    /// `x-request-id`, the client's or ours; may be empty.
+    pub request_id: &'a str,
+    /// Trace id in hex; may be empty.
+    pub trace_id: &'a str,
+    /// May be empty.
+    pub route_name: &'a str,
+    /// May be empty.
+    pub virtual_host: &'a str,
+    /// To the first token delivered.
+    pub ttft: Option<Duration>,
+    /// 99th percentile of the time between tokens of this stream.
+    pub itl_p99: Option<Duration>,
+    /// What the filters left.
+    pub log: &'a LogFields,
+}
+
+impl AccessLogs {
+    /// Compiles the formats and opens the sinks.
+    ///
+    /// # Errors
+    /// A format with an unknown or malformed operator, or a file that cannot be opened; the text names the place in
+    /// the configuration and what is wrong there.
+    pub fn new(configs: &[AccessLog], sinks: &Sinks) -> Result<Self, String> {
+        let mut headers = Headers::default();
+        let mut logs = Vec::with_capacity(configs.len());
+        for (index, config) in configs.iter().enumerate() {
+            let place = format!("access_log[{index}]");
+            let template = Template::compile(&config.format, &mut headers, &place)?;
+            let sink = sinks
+                .open(&config.sink)
+                .map_err(|error| format!("{place}: {error}"))?;
+            logs.push((template, sink));
+        }
+        Ok(Self { logs, headers })
+    }
+
+    /// Whether nothing is logged at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.logs.is_empty()
+    }
+
+    /// Keeps what the formats need of a request's headers. Take it after the connection manager added its own
+    /// (`x-forwarded-for`), as Envoy does.
+    #[must_use]
+    pub fn capture(&self, request: &http::request::Parts) -> Captured {
+        let wanted = self.headers.request.iter().map(|wanted| match wanted {
+            Wanted::Header(name) => request.headers.get(name).cloned(),
+            Wanted::Scheme => match request.uri.scheme_str() {
+                Some(scheme) => HeaderValue::from_str(scheme).ok(),
+                None => Some(HeaderValue::from_static("http")),
+            },
+        });
+        Captured {
+            request: wanted.collect(),
+            response: Vec::new(),
+        }
+    }
+
+    /// Keeps what the formats need of the response's headers.
+    pub fn capture_response(&self, headers: &HeaderMap, captured: &mut Captured) {
+        captured.response.clear();
+        captured.response.extend(
+            self.headers
+                .response
+                .iter()
+                .map(|name| headers.get(name).cloned()),
+        );
+    }
+
+    /// Writes the line (one per configured log). Never blocks: a full queue drops the line and counts it.
+    pub fn write(&self, entry: &Entry<'_>, captured: &Captured) {
+        LINE.with_borrow_mut(|line| {
+            for (template, sink) in &self.logs {
+                line.clear();
+                template.render(entry, captured, line);
+                sink.push(line);
+            }
+            if line.capacity() > LINE_BUFFER_BYTES_MAX {
+                *line = Vec::new();
+            }
+        });
+    }
+}
+
+impl Headers {
+    fn request_slot(&mut self, wanted: Wanted) -> usize {
+        slot(&mut self.request, wanted)
+    }
+
+    fn response_slot(&mut self, name: HeaderName) -> usize {
+        slot(&mut self.response, name)
+    }
+}
+
+fn slot<T: PartialEq>(known: &mut Vec<T>, wanted: T) -> usize {
+    known
+        .iter()
+        .position(|name| *name == wanted)
+        .unwrap_or_else(|| {
+            known.push(wanted);
+            known.len() - 1
+        })
+}
+
+impl Captured {
+    fn request(&self, slot: usize) -> Option<&[u8]> {
+        self.request.get(slot)?.as_ref().map(HeaderValue::as_bytes)
+    }
+
+    fn response(&self, slot: usize) -> Option<&[u8]> {
+        self.response.get(slot)?.as_ref().map(HeaderValue::as_bytes)
+    }
+}
+
+/// The JSON format of a stand-alone proxy, which has no configuration to say another.
+#[must_use]
+pub fn default_json() -> BTreeMap<String, Value> {
+    [
+        ("start_time", "%START_TIME%"),
+        ("method", "%REQ(:METHOD)%"),
+        ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
+        ("protocol", "%PROTOCOL%"),
+        ("response_code", "%RESPONSE_CODE%"),
+        ("response_flags", "%RESPONSE_FLAGS%"),
+        ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
+        ("bytes_received", "%BYTES_RECEIVED%"),
+        ("bytes_sent", "%BYTES_SENT%"),
+        ("duration", "%DURATION%"),
+        ("upstream_host", "%UPSTREAM_HOST%"),
+        ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
+        ("attempts", "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"),
+        ("request_id", "%REQ(X-REQUEST-ID)%"),
+        ("model", "%MODEL%"),
+        ("ttft_ms", "%TTFT%"),
+        ("itl_p99_ms", "%ITL_P99%"),
+        ("prompt_tokens", "%PROMPT_TOKENS%"),
+        ("completion_tokens", "%COMPLETION_TOKENS%"),
+        ("prefix_hit_tokens", "%PREFIX_HIT_TOKENS%"),
+        (
+            "prefix_hit_tokens_confirmed",
+            "%PREFIX_HIT_TOKENS_CONFIRMED%",
+        ),
+        ("routing_decision", "%ROUTING_DECISION%"),
+        ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
+        ("user_agent", "%REQ(USER-AGENT)%"),
+        ("route", "%ROUTE_NAME%"),
+    ]
+    .into_iter()
+    .map(|(key, operator)| (key.to_owned(), Value::from(operator)))
+    .collect()
+}

@@ -1,0 +1,177 @@
+//! How bytes that a client chose are put into a line without breaking it: as JSON string content, or as text.
+//!
+//! Neither lets a control character through, so that nobody can forge a line or drive a terminal.
+
+use std::io::Write;
+
+/// Which escaping a value needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Escape {
+    /// Content of a JSON string, quotes not included.
+    Json,
+    /// A field of a text line: `\xNN`, as nginx writes it, for what could break line or quotes.
+    Text,
+}
+
+impl Escape {
+    /// Appends `bytes`, cut to `bytes_max` of them at a character boundary.
+    pub(super) fn append(self, bytes: &[u8], bytes_max: Option<usize>, out: &mut Vec<u8>) {
+        let bytes = cut(bytes, bytes_max);
+        if bytes.iter().all(|byte| is_plain(*byte)) {
+            out.extend_from_slice(bytes);
+            return;
+        }
+        for chunk in bytes.utf8_chunks() {
+            for character in chunk.valid().chars() {
+                self.character(character, out);
+            }
+            match self {
+                Self::Json if !chunk.invalid().is_empty() => {
+                    out.extend_from_slice("\u{fffd}".as_bytes())
+                }
+                Self::Json => {}
+                Self::Text => chunk.invalid().iter().for_each(|byte| hex(*byte, out)),
+            }
+        }
+    }
+
+    fn character(self, character: char, out: &mut Vec<u8>) {
+        let mut utf8 = [0; 4];
+        let utf8 = character.encode_utf8(&mut utf8).as_bytes();
+        if !character.is_control() && character != '"' && character != '\\' {
+            out.extend_from_slice(utf8);
+            return;
+        }
+        match (self, character) {
+            (Self::Text, _) => utf8.iter().for_each(|byte| hex(*byte, out)),
+            (Self::Json, '"') => out.extend_from_slice(b"\\\""),
+            (Self::Json, '\\') => out.extend_from_slice(b"\\\\"),
+            (Self::Json, '\n') => out.extend_from_slice(b"\\n"),
+            (Self::Json, '\t') => out.extend_from_slice(b"\\t"),
+            (Self::Json, other) => {
+                write!(out, "\\u{:04x}", u32::from(other)).expect("invariant: a Vec takes all")
+            }
+        }
+    }
+}
+
+fn hex(byte: u8, out: &mut Vec<u8>) {
+    write!(out, "\\x{byte:02X}").expect("invariant: a Vec takes all");
+}
+
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, 0x20..=0x7e) && byte != b'"' && byte != b'\\'
+}
+
+fn cut(bytes: &[u8], bytes_max: Option<usize>) -> &[u8] {
+    let Some(max) = bytes_max.filter(|max| *max < bytes.len()) else {
+        return bytes;
+    };
+    let is_continuation = |byte: u8| byte & 0xc0 == 0x80;
+    // A character has at most three continuation bytes; more of them are not UTF-8 and may be cut anywhere.
+    let end = (max.saturating_sub(3)..=max)
+        .rev()
+        .find(|end| !is_continuation(bytes[*end]))
+        .unwrap_or(max);
+    &bytes[..end]
+}
+
+/// Appends a number.
+pub(super) fn append_uint(value: u64, out: &mut Vec<u8>) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    let mut rest = value;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
+}
+
+/// Appends `value` with exactly `width` digits, the lowest ones.
+pub(super) fn append_padded(value: u64, width: u32, out: &mut Vec<u8>) {
+    for power in (0..width).rev() {
+        out.push(b'0' + (value / 10_u64.pow(power) % 10) as u8);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(escape: Escape, input: &[u8], max: Option<usize>, expect: &str) {
+        let mut out = Vec::new();
+        escape.append(input, max, &mut out);
+        assert_eq!(
+            String::from_utf8(out).expect("whatever comes in, UTF-8 goes out"),
+            expect,
+            "{input:?}"
+        );
+    }
+
+    #[test]
+    fn json_strings_stay_json() {
+        for input in [
+            "plain",
+            "",
+            "a\"b\\c",
+            "line\nfeed\ttab\r\0\u{1b}[31m",
+            "é漢🚀",
+            "\u{9b}31m\u{7f}",
+        ] {
+            let mut out = vec![b'"'];
+            Escape::Json.append(input.as_bytes(), None, &mut out);
+            out.push(b'"');
+            assert!(out.iter().all(|byte| *byte >= 0x20), "{input:?}");
+            assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), input);
+        }
+        check(Escape::Json, b"a\xff\xfeb", None, "a\u{fffd}\u{fffd}b");
+        check(Escape::Json, b"\xc3", None, "\u{fffd}");
+    }
+
+    #[test]
+    fn text_cannot_forge_a_line_or_a_quote() {
+        check(Escape::Text, b"curl/8.1", None, "curl/8.1");
+        check(Escape::Text, b"a\" 200 - \"b", None, "a\\x22 200 - \\x22b");
+        check(
+            Escape::Text,
+            b"a\r\n[2026]\\",
+            None,
+            "a\\x0D\\x0A[2026]\\x5C",
+        );
+        check(
+            Escape::Text,
+            "\u{9b}31m é".as_bytes(),
+            None,
+            "\\xC2\\x9B31m é",
+        );
+        check(Escape::Text, b"\xff", None, "\\xFF");
+    }
+
+    #[test]
+    fn lengths_cut_between_characters() {
+        check(Escape::Text, b"abcdef", Some(3), "abc");
+        check(Escape::Text, b"abc", Some(3), "abc");
+        check(Escape::Text, b"abc", Some(0), "");
+        check(Escape::Json, "aé漢".as_bytes(), Some(2), "a");
+        check(Escape::Json, "aé漢".as_bytes(), Some(5), "aé");
+        check(Escape::Json, &[0x80; 8], Some(6), &"\u{fffd}".repeat(6));
+    }
+
+    #[test]
+    fn numbers() {
+        for value in [0, 7, 10, 12_345, u64::MAX] {
+            let mut out = Vec::new();
+            append_uint(value, &mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), value.to_string());
+        }
+        let mut out = Vec::new();
+        append_padded(7, 3, &mut out);
+        assert_eq!(out, b"007");
+    }
+}

@@ -1,0 +1,116 @@
+//! The admin listener: what the process is doing, in the formats that Envoy's users and tools know.
+//!
+//! It runs on the main runtime, never on a request thread, and takes at most [`Limits::connections_max`] connections,
+//! so that a slow or greedy reader of it harms nobody. It knows nothing itself: all it shows comes through
+//! [`AdminState`].
+
+mod clusters;
+mod connection;
+mod endpoints;
+pub mod logging;
+#[cfg(test)]
+mod tests;
+
+pub use connection::Limits;
+
+use outrigger_filters::endpoints::ClusterView;
+use serde_json::Value;
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+use tokio::net::TcpListener;
+
+/// Where the admin listener gets what it shows, and whom it tells what to do.
+pub struct AdminState {
+    /// When the process began.
+    pub started: Instant,
+    /// How far it is.
+    pub server_state: Arc<dyn Fn() -> ServerState + Send + Sync>,
+    /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out.
+    pub config_dump: Arc<dyn Fn() -> Value + Send + Sync>,
+    /// The clusters as they are now.
+    pub clusters: Arc<dyn Fn() -> Vec<Arc<ClusterView>> + Send + Sync>,
+    /// Names and bound addresses of the listeners.
+    pub listeners: Arc<dyn Fn() -> Vec<(String, SocketAddr)> + Send + Sync>,
+    /// The command line, secrets left out.
+    pub options: Value,
+    /// Id and cluster of this node.
+    pub node: (String, String),
+    /// Begins a drain.
+    pub on_drain: Arc<dyn Fn() + Send + Sync>,
+    /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what
+    /// is wrong with them.
+    pub set_log_level: Arc<dyn Fn(&str) -> Result<String, String> + Send + Sync>,
+    /// Opens the access log's files anew.
+    pub reopen_logs: Arc<dyn Fn() + Send + Sync>,
+    /// Ends the process in good order.
+    pub quit: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// How far a process is; the numbers are those of Envoy's `server.state`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerState {
+    /// Serves.
+    Live = 0,
+    /// Finishes what it has.
+    Draining = 1,
+    /// Waits for its first configuration.
+    PreInitializing = 2,
+    /// Warms it.
+    Initializing = 3,
+}
+
+impl ServerState {
+    /// Envoy's name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Live => "LIVE",
+            Self::Draining => "DRAINING",
+            Self::PreInitializing => "PRE_INITIALIZING",
+            Self::Initializing => "INITIALIZING",
+        }
+    }
+}
+
+/// The state of others and our own.
+struct Admin {
+    state: Arc<AdminState>,
+    /// `/healthcheck/fail` was asked for.
+    fails_healthcheck: AtomicBool,
+}
+
+impl Admin {
+    fn server_state(&self) -> ServerState {
+        if self.fails_healthcheck.load(Relaxed) {
+            ServerState::Draining
+        } else {
+            (self.state.server_state)()
+        }
+    }
+}
+
+/// Serves until `shutdown`, then finishes the answers begun, for a second at most.
+pub async fn serve(listener: TcpListener, state: Arc<AdminState>, shutdown: impl Future) {
+    serve_within(listener, state, Limits::default(), shutdown).await;
+}
+
+/// As [`serve`], with other limits.
+pub async fn serve_within(
+    listener: TcpListener,
+    state: Arc<AdminState>,
+    limits: Limits,
+    shutdown: impl Future,
+) {
+    let admin = Arc::new(Admin {
+        state,
+        fails_healthcheck: AtomicBool::new(false),
+    });
+    connection::accept(listener, admin, limits, shutdown).await;
+}

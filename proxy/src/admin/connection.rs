@@ -1,0 +1,199 @@
+//! How admin connections are taken, limited and ended. What is answered on them is [`super::endpoints`]' business.
+
+use super::{Admin, endpoints};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
+    time::{Instant, Sleep, sleep, timeout},
+};
+
+/// What one admin listener grants its clients.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections open at once; one more is answered 503 and closed.
+    pub connections_max: usize,
+    /// For the head of a request to arrive.
+    pub head_timeout: Duration,
+    /// Without a byte either way, between requests or within an answer.
+    pub idle_timeout: Duration,
+    /// In all; then the connection is closed after the answer it is at.
+    pub age_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 64,
+            head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(60),
+            age_max: Duration::from_secs(600),
+        }
+    }
+}
+
+/// To finish the answers begun when the listener ends or a connection is too old.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// After a failed `accept` (out of file descriptors, mostly).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const HEAD_BYTES_MAX: usize = 64 * 1024;
+const REFUSAL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 27\r\nconnection: close\r\n\r\ntoo many admin connections\n";
+
+pub(super) async fn accept(
+    listener: TcpListener,
+    admin: Arc<Admin>,
+    limits: Limits,
+    shutdown: impl Future,
+) {
+    crate::metrics::install();
+    let refused = metrics::counter!("outrigger_admin_connections_refused_total");
+    let slots = Arc::new(Semaphore::new(limits.connections_max));
+    let (end, ended) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            _ = &mut shutdown => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "admin: cannot accept");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            refused.increment(1);
+            // A fresh socket takes so little at once, or its client gets nothing.
+            let _ = stream.try_write(REFUSAL);
+            continue;
+        };
+        connections.spawn(serve_one(
+            stream,
+            admin.clone(),
+            limits,
+            ended.clone(),
+            slot,
+        ));
+    }
+    drop(listener);
+    drop(end);
+    // Those that are not done by then are dropped with the set.
+    let _ = timeout(FAREWELL, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
+}
+
+async fn serve_one(
+    stream: TcpStream,
+    admin: Arc<Admin>,
+    limits: Limits,
+    mut ended: watch::Receiver<()>,
+    _slot: OwnedSemaphorePermit,
+) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let response = endpoints::answer(&admin, request.method(), request.uri());
+        async move { Ok::<Response<Full<Bytes>>, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head_timeout.min(limits.idle_timeout))
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(
+            TokioIo::new(Patience::new(stream, limits.idle_timeout)),
+            service,
+        );
+    let mut connection = pin!(connection);
+    tokio::select! {
+        result = &mut connection => {
+            if let Err(error) = result {
+                tracing::debug!(%error, "admin: connection ended");
+            }
+            return;
+        }
+        _ = ended.changed() => {}
+        () = sleep(limits.age_max) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(FAREWELL, connection).await;
+}
+
+/// A stream that fails once no byte went either way for `limit`: a client that stops reading frees its place.
+struct Patience {
+    stream: TcpStream,
+    limit: Duration,
+    over: Pin<Box<Sleep>>,
+}
+
+impl Patience {
+    fn new(stream: TcpStream, limit: Duration) -> Self {
+        Self {
+            stream,
+            limit,
+            over: Box::pin(sleep(limit)),
+        }
+    }
+
+    fn progress<T>(
+        &mut self,
+        poll: Poll<io::Result<T>>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if poll.is_ready() {
+            self.over.as_mut().reset(Instant::now() + self.limit);
+            return poll;
+        }
+        ready!(self.over.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Patience {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let poll = Pin::new(&mut self.stream).poll_read(context, buf);
+        self.progress(poll, context)
+    }
+}
+
+impl AsyncWrite for Patience {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let poll = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.progress(poll, context)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

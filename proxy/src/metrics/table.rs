@@ -1,0 +1,525 @@
+//! Every metric of the workspace, one row each: name, kind, labels, help. A test holds the sources against it.
+
+/// What a metric is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only goes up.
+    Counter,
+    /// Goes both ways.
+    Gauge,
+    /// A distribution.
+    Histogram(Buckets),
+}
+
+/// Unit and bucket bounds of a distribution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Buckets {
+    /// Milliseconds, with Envoy's bounds.
+    Millis,
+    /// Seconds, from 1 ms (tokens in a stream) to 10 min (whole answers).
+    Seconds,
+    /// Seconds, from 5 us: work of this proxy itself.
+    Decision,
+}
+
+impl Buckets {
+    /// Upper bounds, ascending, without the infinite one.
+    #[must_use]
+    pub fn bounds(self) -> &'static [f64] {
+        match self {
+            Self::Millis => &[
+                0.5,
+                1.0,
+                5.0,
+                10.0,
+                25.0,
+                50.0,
+                100.0,
+                250.0,
+                500.0,
+                1_000.0,
+                2_500.0,
+                5_000.0,
+                10_000.0,
+                30_000.0,
+                60_000.0,
+                300_000.0,
+                600_000.0,
+                1_800_000.0,
+                3_600_000.0,
+            ],
+            Self::Seconds => &[
+                0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05,
+                0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0,
+                30.0, 60.0, 120.0, 300.0, 600.0,
+            ],
+            Self::Decision => &[
+                0.000_005, 0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001,
+                0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0,
+            ],
+        }
+    }
+}
+
+/// One metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// As Prometheus sees it.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+    /// Names of its labels.
+    pub labels: &'static [&'static str],
+    /// One sentence.
+    pub help: &'static str,
+}
+
+const NONE: &[&str] = &[];
+const LISTENER: &[&str] = &["envoy_listener_address"];
+const HTTP: &[&str] = &["envoy_http_conn_manager_prefix"];
+const HTTP_CLASS: &[&str] = &[
+    "envoy_http_conn_manager_prefix",
+    "envoy_response_code_class",
+];
+const CLUSTER: &[&str] = &["envoy_cluster_name"];
+const CLUSTER_CLASS: &[&str] = &["envoy_cluster_name", "envoy_response_code_class"];
+const CLUSTER_CODE: &[&str] = &["envoy_cluster_name", "envoy_response_code"];
+
+const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Row {
+    Row {
+        name,
+        kind: Kind::Counter,
+        labels,
+        help,
+    }
+}
+
+const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Row {
+    Row {
+        name,
+        kind: Kind::Gauge,
+        labels,
+        help,
+    }
+}
+
+const fn millis(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Row {
+    Row {
+        name,
+        kind: Kind::Histogram(Buckets::Millis),
+        labels,
+        help,
+    }
+}
+
+const fn seconds(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Row {
+    Row {
+        name,
+        kind: Kind::Histogram(Buckets::Seconds),
+        labels,
+        help,
+    }
+}
+
+const fn decision(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Row {
+    Row {
+        name,
+        kind: Kind::Histogram(Buckets::Decision),
+        labels,
+        help,
+    }
+}
+
+/// All of them.
+pub const ROWS: &[Row] = &[
+    counter(
+        "envoy_listener_downstream_cx_total",
+        LISTENER,
+        "Connections accepted.",
+    ),
+    gauge(
+        "envoy_listener_downstream_cx_active",
+        LISTENER,
+        "Connections open.",
+    ),
+    counter(
+        "envoy_listener_downstream_cx_destroy",
+        LISTENER,
+        "Connections closed.",
+    ),
+    counter(
+        "envoy_listener_downstream_cx_overflow",
+        LISTENER,
+        "Connections refused because too many were open.",
+    ),
+    millis(
+        "envoy_listener_downstream_cx_length_ms",
+        LISTENER,
+        "How long connections were open.",
+    ),
+    counter(
+        "envoy_listener_no_filter_chain_match",
+        LISTENER,
+        "Connections closed because no filter chain was for them.",
+    ),
+    counter(
+        "envoy_http_downstream_cx_total",
+        HTTP,
+        "Connections accepted.",
+    ),
+    counter(
+        "envoy_http_downstream_cx_destroy",
+        HTTP,
+        "Connections closed.",
+    ),
+    counter(
+        "envoy_http_downstream_cx_protocol_error",
+        HTTP,
+        "Connections closed because the client broke the protocol.",
+    ),
+    counter(
+        "envoy_http_downstream_cx_drain_close",
+        HTTP,
+        "Connections closed by a drain.",
+    ),
+    counter(
+        "envoy_http_downstream_cx_idle_timeout",
+        HTTP,
+        "Connections closed for idleness.",
+    ),
+    counter("envoy_http_downstream_rq_total", HTTP, "Requests begun."),
+    counter(
+        "envoy_http_downstream_rq_completed",
+        HTTP,
+        "Requests answered to their end.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_http1_total",
+        HTTP,
+        "Requests begun over HTTP/1.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_http2_total",
+        HTTP,
+        "Requests begun over HTTP/2.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_rx_reset",
+        HTTP,
+        "Requests reset by the client.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_tx_reset",
+        HTTP,
+        "Requests reset by this proxy.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_too_large",
+        HTTP,
+        "Requests answered 413.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_timeout",
+        HTTP,
+        "Requests that did not arrive in time.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_idle_timeout",
+        HTTP,
+        "Requests with no byte for too long.",
+    ),
+    counter(
+        "envoy_http_no_route",
+        HTTP,
+        "Requests that no route matched.",
+    ),
+    counter(
+        "envoy_http_no_cluster",
+        HTTP,
+        "Requests whose route names a cluster that does not exist.",
+    ),
+    counter(
+        "envoy_http_rq_direct_response",
+        HTTP,
+        "Requests answered by their route itself.",
+    ),
+    gauge("envoy_http_downstream_cx_active", HTTP, "Connections open."),
+    gauge(
+        "envoy_http_downstream_rq_active",
+        HTTP,
+        "Requests in flight.",
+    ),
+    counter(
+        "envoy_http_downstream_rq_xx",
+        HTTP_CLASS,
+        "Requests answered, by class of status.",
+    ),
+    millis(
+        "envoy_http_downstream_rq_time",
+        HTTP,
+        "From the first byte of a request to the last of its response.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_total",
+        CLUSTER,
+        "Requests sent, each attempt counted.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_completed",
+        CLUSTER,
+        "Requests answered to their end.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_timeout",
+        CLUSTER,
+        "Requests ended by a timeout.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_retry",
+        CLUSTER,
+        "Requests tried again.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_retry_success",
+        CLUSTER,
+        "Requests tried again that then went well.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_retry_overflow",
+        CLUSTER,
+        "Requests not tried again because the retry budget was spent.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_retry_limit_exceeded",
+        CLUSTER,
+        "Requests not tried again because they were tried often enough.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_pending_overflow",
+        CLUSTER,
+        "Requests refused by a circuit breaker.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_cancelled",
+        CLUSTER,
+        "Requests cancelled by the client.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_rx_reset",
+        CLUSTER,
+        "Requests reset by the upstream.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_tx_reset",
+        CLUSTER,
+        "Requests reset by this proxy.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_total",
+        CLUSTER,
+        "Connections opened.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_connect_fail",
+        CLUSTER,
+        "Connections that could not be opened.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_connect_timeout",
+        CLUSTER,
+        "Connections that could not be opened in time.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_destroy",
+        CLUSTER,
+        "Connections closed.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_http1_total",
+        CLUSTER,
+        "Connections opened that speak HTTP/1.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_http2_total",
+        CLUSTER,
+        "Connections opened that speak HTTP/2.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_rx_bytes_total",
+        CLUSTER,
+        "Bytes received from the upstream.",
+    ),
+    counter(
+        "envoy_cluster_upstream_cx_tx_bytes_total",
+        CLUSTER,
+        "Bytes sent to the upstream.",
+    ),
+    counter(
+        "envoy_cluster_membership_change",
+        CLUSTER,
+        "How often the set of endpoints changed.",
+    ),
+    counter(
+        "envoy_cluster_lb_healthy_panic",
+        CLUSTER,
+        "How often an endpoint was chosen although all were unhealthy.",
+    ),
+    gauge(
+        "envoy_cluster_upstream_rq_active",
+        CLUSTER,
+        "Requests in flight.",
+    ),
+    gauge(
+        "envoy_cluster_upstream_cx_active",
+        CLUSTER,
+        "Connections open.",
+    ),
+    gauge("envoy_cluster_membership_total", CLUSTER, "Endpoints."),
+    gauge(
+        "envoy_cluster_membership_healthy",
+        CLUSTER,
+        "Endpoints that may get requests.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq",
+        CLUSTER_CODE,
+        "Requests answered, by status.",
+    ),
+    counter(
+        "envoy_cluster_upstream_rq_xx",
+        CLUSTER_CLASS,
+        "Requests answered, by class of status.",
+    ),
+    millis(
+        "envoy_cluster_upstream_rq_time",
+        CLUSTER,
+        "From a request sent to the end of its response.",
+    ),
+    millis(
+        "envoy_cluster_upstream_cx_connect_ms",
+        CLUSTER,
+        "To open a connection.",
+    ),
+    gauge(
+        "envoy_server_live",
+        NONE,
+        "1 while the process serves and does not drain.",
+    ),
+    gauge(
+        "envoy_server_state",
+        NONE,
+        "0 live, 1 draining, 2 pre-initialising, 3 initialising.",
+    ),
+    gauge(
+        "envoy_server_uptime",
+        NONE,
+        "Seconds since the process began.",
+    ),
+    gauge(
+        "process_start_time_seconds",
+        NONE,
+        "When the process began, in seconds since 1970.",
+    ),
+    gauge("process_resident_memory_bytes", NONE, "Memory in RAM."),
+    gauge("process_open_fds", NONE, "Open file descriptors."),
+    gauge(
+        "outrigger_build_info",
+        &["version"],
+        "Always 1; the label says the version.",
+    ),
+    counter(
+        "outrigger_access_log_dropped_total",
+        &["sink"],
+        "Access-log lines dropped because the queue of their sink was full.",
+    ),
+    counter(
+        "outrigger_access_log_write_errors_total",
+        &["sink"],
+        "Failed writes of an access log; they are tried again.",
+    ),
+    counter(
+        "outrigger_admin_connections_refused_total",
+        NONE,
+        "Connections to the admin listener refused because too many were open.",
+    ),
+    counter(
+        "outrigger_retries_total",
+        &["envoy_cluster_name", "reason"],
+        "Requests tried again, by reason.",
+    ),
+    counter(
+        "outrigger_in_band_errors_total",
+        &["when"],
+        "Errors that an engine reported inside a response that began well.",
+    ),
+    counter(
+        "outrigger_stream_errors_total",
+        &["model"],
+        "Streams that ended with an error event or broke.",
+    ),
+    counter(
+        "outrigger_sse_event_too_long_total",
+        NONE,
+        "Stream events too long to be looked at whole; they went on unseen.",
+    ),
+    counter(
+        "outrigger_openai_body_too_large_total",
+        &["api"],
+        "Request bodies too large to be parsed; they were routed by load.",
+    ),
+    counter(
+        "outrigger_openai_unparsed_total",
+        &["api"],
+        "Request bodies that could not be parsed; they went on as they came.",
+    ),
+    counter(
+        "outrigger_tokens_total",
+        &["kind", "model"],
+        "Tokens, prompt and completion, as engines reported them.",
+    ),
+    counter(
+        "outrigger_prefix_hit_tokens_total",
+        &["kind", "model"],
+        "Prompt tokens predicted to be cached, and those that engines confirmed.",
+    ),
+    seconds(
+        "outrigger_time_to_first_token_seconds",
+        &["model"],
+        "From a request to its first token.",
+    ),
+    seconds(
+        "outrigger_inter_token_latency_seconds",
+        &["model"],
+        "Between two tokens of a stream.",
+    ),
+    decision(
+        "outrigger_routing_decision_seconds",
+        &["model"],
+        "To rank the endpoints for one request.",
+    ),
+    gauge(
+        "outrigger_kv_index_blocks",
+        &["engine"],
+        "KV blocks the index knows of an engine.",
+    ),
+    counter(
+        "outrigger_kv_index_overflow_total",
+        &["limit"],
+        "KV blocks not indexed because of a limit.",
+    ),
+    counter(
+        "outrigger_kv_event_histories_total",
+        &["engine", "reason"],
+        "How often the history of an engine's KV events was asked for or begun anew.",
+    ),
+    counter(
+        "outrigger_engine_answers_too_long_total",
+        NONE,
+        "Answers of engines to our own questions that were too long to read.",
+    ),
+    counter(
+        "outrigger_config_fields_ignored",
+        &["field"],
+        "Fields of a configuration that were accepted and have no effect.",
+    ),
+];
