@@ -173,6 +173,8 @@ pub struct Want {
 pub trait Reservation: Send {
     /// The first byte of the response came: prefill is over.
     fn first_byte(&mut self);
+    /// The status of its response came.
+    fn status(&mut self, status: http::StatusCode);
     /// How it ended; dropping without it counts as cancelled.
     fn finish(&mut self, success: bool);
 }

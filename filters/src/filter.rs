@@ -117,6 +117,8 @@ pub struct Context {
     pub prompt: PromptFacts,
     /// Endpoint named by the peer (inbound only).
     pub named: Option<EngineId>,
+    /// Hit tokens the peer predicted (inbound only).
+    pub told_hit_tokens: u64,
     /// Whether the client may see and asked for debug headers.
     pub debug: bool,
     /// Which attempt this is, from 1.
@@ -140,6 +142,7 @@ impl Context {
             ranked: Vec::new(),
             prompt: self.prompt.clone(),
             named: self.named.clone(),
+            told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,
             attempt: self.attempt + 1,
             observers: Vec::new(),

@@ -7,6 +7,7 @@
 
 pub mod body;
 pub mod endpoints;
+pub mod engine_api;
 pub mod error;
 pub mod filter;
 pub mod kv_index;

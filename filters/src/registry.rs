@@ -1,6 +1,6 @@
 //! Which filters there are, by type URL. One line a filter.
 
-use crate::{filter::HttpFilter, kv_routing, openai, router, services::Services};
+use crate::{engine_api, filter::HttpFilter, kv_routing, openai, router, services::Services};
 use outrigger_xds::resource::route::TypedConfig;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ pub struct Registration {
 
 /// Every filter.
 pub const FILTERS: &[Registration] = &[
+    Registration { name: "engine_api", type_urls: &[engine_api::TYPE_URL], terminal: false, factory: engine_api::factory },
     Registration { name: "openai", type_urls: &[openai::TYPE_URL], terminal: false, factory: openai::factory },
     Registration { name: "kv_routing", type_urls: &[kv_routing::TYPE_URL], terminal: false, factory: kv_routing::factory },
     Registration { name: "router", type_urls: &[router::TYPE_URL], terminal: true, factory: router::factory },

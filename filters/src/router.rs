@@ -164,7 +164,7 @@ impl<'a> Walk<'a> {
         let endpoint = self.view.endpoints.iter().find(|endpoint| Some(&endpoint.id) == named);
         match endpoint {
             Some(endpoint) if endpoint.is_alive() => {
-                Ok(Ranked { endpoint: endpoint.clone(), rank: None, cost: 0.0, hit_tokens: 0 })
+                Ok(Ranked { endpoint: endpoint.clone(), rank: None, cost: 0.0, hit_tokens: context.told_hit_tokens })
             }
             _ => {
                 let mut error = Error::no_healthy_upstream().retry(Retry::NothingSent);

@@ -10,6 +10,7 @@ pub mod chain;
 pub mod cluster;
 pub mod codec;
 pub mod drain;
+pub mod engines;
 pub mod feed;
 pub mod fleet;
 pub mod flow;

@@ -182,11 +182,12 @@ impl<'a> Attempt<'a> {
     async fn judge(
         &self,
         response: Response<ResponseBody>,
-        reservation: Box<dyn Reservation>,
+        mut reservation: Box<dyn Reservation>,
         started: Instant,
         context: &Context,
     ) -> Outcome {
         let (mut parts, body) = response.into_parts();
+        reservation.status(parts.status);
         if let Some(error) = refusal(&parts.headers) {
             return Outcome::Failed(self.failed(error, reservation));
         }

@@ -1,0 +1,186 @@
+//! The stand-alone configuration: flags become the same resources that a bootstrap file would hold.
+
+use crate::{
+    access_log,
+    options::{self, Options, Policy},
+};
+use outrigger_filters::{kv_routing, openai, router};
+use outrigger_xds::resource::{
+    bootstrap::{Admin, Bootstrap, Node},
+    cluster::{Cluster, LbPolicy},
+    endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+    listener::{
+        AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener, TrafficDirection,
+    },
+    route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
+};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, time::Duration};
+
+/// Listener that clients use.
+pub const OUTBOUND: &str = "outbound";
+/// Listener that peers use.
+pub const INBOUND: &str = "inbound";
+/// Cluster of all engines, near and far.
+pub const FLEET: &str = "fleet";
+/// Cluster of the engines beside us.
+pub const LOCAL: &str = "local";
+
+/// Turns flags into resources.
+///
+/// # Errors
+/// Everything that is wrong with the flags.
+pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
+    let mut errors = Vec::new();
+    let mut keep = |result: Result<Address, String>| result.map_err(|error| errors.push(error)).ok();
+    let outbound = keep(options::listen(&options.listen, "--listen"));
+    let inbound = keep(options::listen(&options.inbound, "--inbound"));
+    let admin = keep(options::listen(&options.admin, "--admin"));
+    let peers: Vec<_> = options.peer.iter().filter_map(|peer| keep(options::url(peer, "--peer"))).collect();
+    let engines: Vec<_> = options
+        .engine
+        .iter()
+        .filter_map(|engine| options::engine(engine).map_err(|error| errors.push(error)).ok())
+        .collect();
+    let (Some(outbound), Some(inbound), Some(admin), true) = (outbound, inbound, admin, errors.is_empty()) else {
+        return Err(errors);
+    };
+    let node = options.node();
+    let local: Vec<_> = engines.iter().map(|engine| engine_endpoint(&node, engine)).collect();
+    let fleet: Vec<_> = local.iter().cloned().chain(peers.iter().map(peer_endpoint)).collect();
+    Ok(Bootstrap {
+        node: Node { id: node, cluster: "outrigger".into() },
+        admin: Some(Admin { address: admin, access_log: Vec::new() }),
+        listeners: vec![outbound_listener(options, outbound), inbound_listener(inbound)],
+        clusters: vec![cluster(FLEET, options.policy, fleet), cluster(LOCAL, options.policy, local)],
+    })
+}
+
+fn engine_endpoint(node: &str, engine: &options::EngineOption) -> LbEndpoint {
+    let id = format!("{node}/{}", engine.address);
+    endpoint(&engine.address, json!({"duty": "engine", "id": id, "role": engine.role.as_str()}))
+}
+
+fn peer_endpoint(peer: &Address) -> LbEndpoint {
+    endpoint(peer, json!({"duty": "peer"}))
+}
+
+fn endpoint(address: &Address, ours: Value) -> LbEndpoint {
+    LbEndpoint {
+        address: address.clone(),
+        health_status: HealthStatus::Healthy,
+        load_balancing_weight: 1,
+        metadata: BTreeMap::from([(METADATA_NAMESPACE.to_owned(), ours)]),
+    }
+}
+
+fn cluster(name: &str, policy: Policy, endpoints: Vec<LbEndpoint>) -> Cluster {
+    let lb_policy = match policy {
+        // What the filter leaves unranked goes by load.
+        Policy::Kv | Policy::LeastRequest => LbPolicy::LeastRequest,
+        Policy::RoundRobin => LbPolicy::RoundRobin,
+        Policy::Random => LbPolicy::Random,
+    };
+    Cluster {
+        name: name.into(),
+        lb_policy,
+        load_assignment: ClusterLoadAssignment { cluster_name: name.into(), endpoints },
+        ..Cluster::default()
+    }
+}
+
+fn outbound_listener(options: &Options, address: Address) -> Listener {
+    let mut filters = vec![
+        ours("engine_api", json!({"fleet_answers": true})),
+        HttpFilter {
+            name: "openai".into(),
+            config: TypedConfig {
+                type_url: openai::TYPE_URL.into(),
+                value: json!({"body_bytes_max": options.body_bytes_max}),
+            },
+            is_optional: false,
+            disabled: false,
+        },
+    ];
+    if options.policy == Policy::Kv {
+        filters.push(HttpFilter {
+            name: "kv_routing".into(),
+            config: TypedConfig {
+                type_url: kv_routing::TYPE_URL.into(),
+                value: json!({"block_tokens": options.block_tokens, "decision_header": true}),
+            },
+            is_optional: false,
+            disabled: false,
+        });
+    }
+    filters.push(router_filter());
+    let http = HttpConnectionManager {
+        stat_prefix: OUTBOUND.into(),
+        use_remote_address: true,
+        preserve_external_request_id: true,
+        access_log: access_log(&options.access_log),
+        http_filters: filters,
+        route_config: everything_to(FLEET),
+        stream_idle_timeout: Duration::ZERO,
+        ..HttpConnectionManager::default()
+    };
+    listener(OUTBOUND, address, TrafficDirection::Outbound, http)
+}
+
+fn inbound_listener(address: Address) -> Listener {
+    let http = HttpConnectionManager {
+        stat_prefix: INBOUND.into(),
+        preserve_external_request_id: true,
+        http_filters: vec![ours("engine_api", json!({"fleet_answers": false})), router_filter()],
+        route_config: everything_to(LOCAL),
+        stream_idle_timeout: Duration::ZERO,
+        ..HttpConnectionManager::default()
+    };
+    listener(INBOUND, address, TrafficDirection::Inbound, http)
+}
+
+fn listener(name: &str, address: Address, traffic_direction: TrafficDirection, http: HttpConnectionManager) -> Listener {
+    Listener { name: name.into(), address, traffic_direction, http, tcp_backlog_size: 16_384 }
+}
+
+fn ours(name: &str, value: Value) -> HttpFilter {
+    let type_url = format!("type.googleapis.com/outrigger.filters.http.{name}.v1.Config");
+    HttpFilter { name: name.into(), config: TypedConfig { type_url, value }, is_optional: false, disabled: false }
+}
+
+fn router_filter() -> HttpFilter {
+    HttpFilter {
+        name: "router".into(),
+        config: TypedConfig { type_url: router::TYPE_URL.into(), value: json!({}) },
+        is_optional: false,
+        disabled: false,
+    }
+}
+
+fn everything_to(cluster: &str) -> RouteConfiguration {
+    let action = RouteAction { cluster: cluster.into(), timeout: Some(Duration::ZERO), ..RouteAction::default() };
+    let route = Route {
+        name: cluster.into(),
+        r#match: RouteMatch { case_sensitive: true, ..RouteMatch::default() },
+        action: Action::Route(action),
+        typed_per_filter_config: BTreeMap::new(),
+    };
+    RouteConfiguration {
+        name: cluster.into(),
+        virtual_hosts: vec![VirtualHost {
+            name: "all".into(),
+            domains: vec!["*".into()],
+            routes: vec![route],
+            retry_policy: None,
+        }],
+    }
+}
+
+fn access_log(target: &str) -> Vec<AccessLog> {
+    let sink = match target {
+        "none" => return Vec::new(),
+        "-" => AccessLogSink::Stdout,
+        path => AccessLogSink::File(path.to_owned()),
+    };
+    vec![AccessLog { sink, format: AccessLogFormat::Json(access_log::default_json()) }]
+}

@@ -1,0 +1,98 @@
+//! HTTP/1.1 and HTTP/2 on an accepted connection, until it ends or is drained.
+
+use crate::{
+    drain::Drain,
+    http::{ConnectionInfo, Manager},
+    metrics::HttpStats,
+};
+use hyper::service::service_fn;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use outrigger_xds::resource::listener::{Codec, HttpConnectionManager};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use tokio::net::TcpStream;
+
+/// What one stalled upload may hold; also what a client may send ahead of a filter.
+const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// All uploads of a connection together.
+const H2_CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// Response bytes that h2 buffers per stream before it waits for the client.
+const H2_SEND_BUFFER_BYTES: usize = 256 * 1024;
+const H2_PING_INTERVAL: Duration = Duration::from_secs(20);
+const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Serves one connection.
+pub(crate) async fn serve(socket: TcpStream, manager: Arc<Manager>, info: Arc<ConnectionInfo>, drain: Drain) {
+    let config = manager.config.load_full();
+    let builder = builder(&config.manager);
+    drop(config);
+    let stats = manager.stats.clone();
+    stats.downstream_cx_total.increment(1);
+    let _active = Active::new(stats.clone());
+    let service = service_fn(move |request| {
+        let (manager, info) = (manager.clone(), info.clone());
+        async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
+    });
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let mut draining = pin!(drain.begun());
+    let mut drained = false;
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            outcome = connection.as_mut() => break outcome,
+            () = &mut draining, if !drained => {
+                drained = true;
+                stats.downstream_cx_drain_close.increment(1);
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    };
+    if let Err(error) = outcome {
+        let protocol = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_parse());
+        if protocol {
+            stats.downstream_cx_protocol_error.increment(1);
+        }
+        tracing::debug!(%error, "downstream connection ended");
+    }
+}
+
+/// Counts a connection of this connection manager as open until dropped.
+struct Active(Arc<HttpStats>);
+
+impl Active {
+    fn new(stats: Arc<HttpStats>) -> Self {
+        stats.downstream_cx_active.increment(1.0);
+        Self(stats)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.downstream_cx_active.decrement(1.0);
+        self.0.downstream_cx_destroy.increment(1);
+    }
+}
+
+fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder = match config.codec {
+        Codec::Auto => builder,
+        Codec::Http1 => builder.http1_only(),
+        Codec::Http2 => builder.http2_only(),
+    };
+    let idle = Some(config.idle_timeout).filter(|idle| !idle.is_zero());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(config.h2_max_concurrent_streams)
+        .max_header_list_size(config.max_request_headers_kb * 1024)
+        .initial_stream_window_size(H2_STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW_BYTES)
+        .max_send_buf_size(H2_SEND_BUFFER_BYTES)
+        .keep_alive_interval(H2_PING_INTERVAL)
+        .keep_alive_timeout(H2_PING_TIMEOUT);
+    builder
+}

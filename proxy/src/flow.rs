@@ -1,0 +1,144 @@
+//! Time limits of a response body: between tokens, in all.
+//!
+//! The timer is armed once and looks at the clock when it fires, so that an event costs no timer operation.
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use outrigger_filters::{
+    body::{BodyError, ResponseBody},
+    error::Flag,
+};
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+use tokio::time::Sleep;
+
+/// Limits of one body; `None` is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct FlowLimits {
+    /// Between two reads that bring something.
+    pub(crate) gap: Option<Duration>,
+    /// From now to the end.
+    pub(crate) total: Option<Duration>,
+}
+
+/// Puts a body under its limits.
+pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
+    if limits == FlowLimits::default() || body.is_end_stream() {
+        return body;
+    }
+    let now = Instant::now();
+    Limited { body, limits, begun: now, last: now, timer: None }.boxed_unsync()
+}
+
+struct Limited {
+    body: ResponseBody,
+    limits: FlowLimits,
+    begun: Instant,
+    last: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Limited {
+    fn deadline(&self) -> Option<(Instant, Flag)> {
+        let gap = self.limits.gap.map(|gap| (self.last + gap, Flag::StreamIdleTimeout));
+        let total = self.limits.total.map(|total| (self.begun + total, Flag::DurationTimeout));
+        [gap, total].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    /// Ready when a limit is passed.
+    fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        loop {
+            let Some((at, flag)) = self.deadline() else { return Poll::Pending };
+            if at <= Instant::now() {
+                let text = match flag {
+                    Flag::DurationTimeout => "the response took longer than its total limit",
+                    _ => "the engine sent nothing for longer than the limit between tokens",
+                };
+                metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str()).increment(1);
+                return Poll::Ready(BodyError::new(flag, text));
+            }
+            match &mut self.timer {
+                Some(timer) => {
+                    if timer.as_mut().poll(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                    timer.as_mut().reset(at.into());
+                }
+                None => self.timer = Some(Box::pin(tokio::time::sleep_until(at.into()))),
+            }
+        }
+    }
+}
+
+impl Body for Limited {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(frame) => {
+                self.last = Instant::now();
+                Poll::Ready(frame)
+            }
+            Poll::Pending => self.poll_limit(cx).map(|error| Some(Err(error))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::StreamBody;
+
+    /// A body that sends `count` frames, one each `pace`, and then stalls.
+    fn stalling(count: u32, pace: Duration) -> ResponseBody {
+        let stream = futures_util::stream::unfold(0, move |sent| async move {
+            if sent == count {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(pace).await;
+            Some((Ok(Frame::data(Bytes::from_static(b"x"))), sent + 1))
+        });
+        StreamBody::new(stream).boxed_unsync()
+    }
+
+    async fn run(limits: FlowLimits) -> (usize, Flag) {
+        let mut body = limit(stalling(5, Duration::from_millis(10)), limits);
+        let mut frames = 0;
+        loop {
+            match body.frame().await {
+                Some(Ok(_)) => frames += 1,
+                Some(Err(error)) => return (frames, error.flag),
+                None => panic!("a stalled body has no end"),
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_is_noticed_and_a_live_stream_is_not_cut() {
+        let limits = FlowLimits { gap: Some(Duration::from_millis(30)), total: None };
+        assert_eq!(run(limits).await, (5, Flag::StreamIdleTimeout));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_total_holds() {
+        let limits = FlowLimits { gap: Some(Duration::from_secs(1)), total: Some(Duration::from_millis(35)) };
+        assert_eq!(run(limits).await, (3, Flag::DurationTimeout));
+    }
+}

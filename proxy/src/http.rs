@@ -1,0 +1,419 @@
+//! The HTTP connection manager: one request from its head to the end of its response.
+//!
+//! Order: pin the configuration, judge the head, ids and forwarding headers, route, run the chain, wrap the response
+//! so that its end writes the access log. Errors become local replies here and nowhere else.
+
+use crate::{
+    access_log::{AccessLogs, Captured, Entry},
+    flow::{self, FlowLimits},
+    headers::{self, Upgrade},
+    metrics::HttpStats,
+    route,
+    snapshot::{BuiltRoute, HttpConfig, Target},
+};
+use arc_swap::ArcSwap;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
+use hyper::body::Incoming;
+use outrigger_filters::{
+    body::{RequestBody, ResponseBody},
+    error::{Error, Flag, Origin, Retry},
+    filter::{Context, End, LogFields, Next, RouteFacts},
+    local_reply::{self, Shape},
+    router::attempt,
+    sse::{Observed, Summary},
+};
+use outrigger_xds::report::EngineId;
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// Serves the feed on an inbound listener.
+pub type FeedService =
+    Arc<dyn Fn(Request<Incoming>) -> BoxFuture<'static, Response<ResponseBody>> + Send + Sync>;
+
+/// Paths of the feed.
+const FEED_PREFIX: &str = "/outrigger.feed.v1.Feed/";
+const SERVER: HeaderValue = HeaderValue::from_static("outrigger");
+
+/// One listener's connection manager, shared by its connections on all workers.
+pub struct Manager {
+    /// Swapped whole by a push of configuration.
+    pub config: ArcSwap<HttpConfig>,
+    /// Swapped with it.
+    pub logs: ArcSwap<AccessLogs>,
+    /// Its metrics.
+    pub stats: Arc<HttpStats>,
+    /// This proxy's id, for loop detection.
+    pub node: Arc<str>,
+    /// On inbound listeners of proxies that have something to tell.
+    pub feed: Option<FeedService>,
+}
+
+/// The connection a request came on.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectionInfo {
+    /// The client (or peer).
+    pub remote: SocketAddr,
+    /// Our side.
+    pub local: SocketAddr,
+    /// Unique in this process.
+    pub id: u64,
+}
+
+impl Manager {
+    /// Handles one request.
+    pub(crate) async fn handle(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        connection: &ConnectionInfo,
+    ) -> Response<ResponseBody> {
+        let config = self.config.load_full();
+        if config.inbound && request.uri().path().starts_with(FEED_PREFIX) {
+            if let Some(feed) = &self.feed {
+                return feed(request).await;
+            }
+        }
+        let (mut parts, body) = request.into_parts();
+        let mut record = Record::begin(self, &parts, *connection);
+        count_request(&self.stats, parts.version);
+        let mut context = Context { debug: parts.headers.contains_key(headers::DEBUG), attempt: 1, ..Context::default() };
+        let (response, shape, limits) = match self.prepare(&mut parts, &mut record, &mut context, &config, connection) {
+            Err(error) => (Err(error), Shape::of(&record.path, &parts.headers, false), FlowLimits::default()),
+            Ok(()) => match config.route(&parts) {
+                None => {
+                    let shape = Shape::of(&record.path, &parts.headers, false);
+                    (Err(no_route()), shape, FlowLimits::default())
+                }
+                Some(route) => {
+                    let shape = Shape::of(&record.path, &parts.headers, route.openai);
+                    record.captured = record.logs.capture(&parts);
+                    let response = self.run(route, parts, body, &mut context, shape).await;
+                    (response, shape, limits(&config, &context))
+                }
+            },
+        };
+        self.finish(response, record, context, shape, limits, config.inbound)
+    }
+
+    /// Judges the head and makes it ready to travel.
+    fn prepare(
+        &self,
+        parts: &mut Parts,
+        record: &mut Record,
+        context: &mut Context,
+        config: &HttpConfig,
+        connection: &ConnectionInfo,
+    ) -> Result<(), Error> {
+        check_head(parts, config)?;
+        let fields = &mut parts.headers;
+        if headers::upgrade(fields) == Upgrade::Refused || parts.method == Method::CONNECT {
+            return Err(client_error(StatusCode::FORBIDDEN, "upgrade_failed", "this proxy does not upgrade connections"));
+        }
+        headers::strip_hop_by_hop(fields);
+        // We answer it ourselves, by reading the body.
+        fields.remove(header::EXPECT);
+        if config.inbound {
+            context.named = fields.get(attempt::ENDPOINT_HEADER).and_then(|id| Some(EngineId::from(id.to_str().ok()?)));
+            context.prompt = attempt::told(fields);
+            context.told_hit_tokens = attempt::told_hits(fields);
+        } else if !headers::append_via(fields, &self.node) {
+            return Err(Error::new(
+                Origin::Downstream,
+                Flag::NoRouteFound,
+                StatusCode::LOOP_DETECTED,
+                "loop_detected",
+                "the request has been through this proxy before",
+            ));
+        }
+        attempt::strip_hop_headers(fields);
+        fields.remove(headers::DEBUG);
+        self.identify(fields, record, config);
+        if config.manager.use_remote_address && !config.inbound {
+            headers::append_forwarded_for(fields, connection.remote.ip());
+        }
+        if !fields.contains_key(headers::FORWARDED_PROTO) {
+            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static("http"));
+        }
+        context.request_id = record.request_id.clone();
+        Ok(())
+    }
+
+    /// Request and trace ids: kept, or made.
+    fn identify(&self, fields: &mut HeaderMap, record: &mut Record, config: &HttpConfig) {
+        let manager = &config.manager;
+        let at_edge = manager.use_remote_address && !config.inbound;
+        let keep = manager.preserve_external_request_id || !at_edge;
+        let known = fields.get(headers::REQUEST_ID).filter(|_| keep).and_then(|id| id.to_str().ok());
+        record.request_id = match known {
+            Some(id) => id.into(),
+            None if manager.generate_request_id => {
+                let id = headers::new_request_id();
+                if let Ok(value) = HeaderValue::from_str(&id) {
+                    fields.insert(headers::REQUEST_ID, value);
+                }
+                id.into()
+            }
+            None => Arc::default(),
+        };
+        let known = fields.get(headers::TRACEPARENT).and_then(|parent| parent.to_str().ok());
+        record.trace_id = match known.map(headers::trace_id).filter(|id| !id.is_empty()) {
+            Some(id) => id.into(),
+            None => {
+                let parent = headers::new_traceparent();
+                let id = headers::trace_id(&parent).into();
+                if let Ok(value) = HeaderValue::from_str(&parent) {
+                    fields.insert(headers::TRACEPARENT, value);
+                }
+                id
+            }
+        };
+    }
+
+    async fn run(
+        &self,
+        route: &BuiltRoute,
+        mut parts: Parts,
+        body: Incoming,
+        context: &mut Context,
+        shape: Shape,
+    ) -> Result<Response<ResponseBody>, Error> {
+        match &route.target {
+            Target::Direct { status, body } => {
+                context.log.details = "direct_response".into();
+                self.stats.rq_direct_response.increment(1);
+                let mut response = local_reply::direct(*status, body, shape);
+                response.headers_mut().insert(header::SERVER, SERVER);
+                Ok(response)
+            }
+            Target::Chain { filters, facts, prefix_rewrite } => {
+                context.route = facts.clone();
+                if let Some((from, to)) = prefix_rewrite {
+                    rewrite(&mut parts, from, to)?;
+                }
+                let request = Request::from_parts(parts, RequestBody::incoming(body));
+                Next::new(filters).run(request, context).await
+            }
+        }
+    }
+
+    fn finish(
+        &self,
+        response: Result<Response<ResponseBody>, Error>,
+        mut record: Record,
+        mut context: Context,
+        shape: Shape,
+        limits: FlowLimits,
+        inbound: bool,
+    ) -> Response<ResponseBody> {
+        let mut log = std::mem::take(&mut context.log);
+        let response = match response {
+            Ok(response) => response,
+            Err(error) => self.local_reply(&error, shape, &mut log, inbound),
+        };
+        let (mut parts, body) = response.into_parts();
+        headers::strip_hop_by_hop(&mut parts.headers);
+        record.logs.capture_response(&parts.headers, &mut record.captured);
+        record.code = parts.status.as_u16();
+        record.head_sent = record.started.elapsed();
+        record.route = context.route.clone();
+        // The entry proxy speaks to the client; a peer must see the break itself.
+        let farewell = if inbound { outrigger_filters::sse::Farewell::Abort } else { shape.farewell() };
+        let observers = std::mem::take(&mut context.observers);
+        let on_end = Box::new(move |summary: Summary| record.end(summary));
+        let body = flow::limit(body, limits);
+        let body = Observed::new(body, &parts.headers, observers, farewell, log, on_end);
+        Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
+    }
+
+    fn local_reply(&self, error: &Error, shape: Shape, log: &mut LogFields, inbound: bool) -> Response<ResponseBody> {
+        log.flags.push(error.flag);
+        log.details = error.details.to_string();
+        tracing::debug!(%error, "local reply");
+        if error.flag == Flag::NoRouteFound {
+            self.stats.no_route.increment(1);
+        }
+        if error.flag == Flag::NoClusterFound {
+            self.stats.no_cluster.increment(1);
+        }
+        let mut response = local_reply::respond(error, shape);
+        let fields = response.headers_mut();
+        fields.insert(header::SERVER, SERVER);
+        if inbound {
+            let retry = match error.retry {
+                Retry::No => None,
+                Retry::NothingSent => Some("nothing-sent"),
+                Retry::NothingReceived => Some("nothing-received"),
+            };
+            if let Some(retry) = retry {
+                fields.insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
+            }
+        }
+        response
+    }
+}
+
+fn count_request(stats: &HttpStats, version: Version) {
+    stats.downstream_rq_total.increment(1);
+    if version == Version::HTTP_2 { &stats.downstream_rq_http2_total } else { &stats.downstream_rq_http1_total }.increment(1);
+}
+
+fn check_head(parts: &Parts, config: &HttpConfig) -> Result<(), Error> {
+    if parts.version < Version::HTTP_11 {
+        return Err(client_error(StatusCode::UPGRADE_REQUIRED, "low_version", "Upgrade Required"));
+    }
+    if parts.version == Version::HTTP_11 && !parts.headers.contains_key(header::HOST) && parts.uri.authority().is_none() {
+        return Err(client_error(StatusCode::BAD_REQUEST, "missing_host_header", "Bad Request"));
+    }
+    let size: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if size > config.manager.max_request_headers_kb as usize * 1024 {
+        return Err(client_error(
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "http1.headers_too_large",
+            "request headers too large",
+        ));
+    }
+    Ok(())
+}
+
+fn client_error(status: StatusCode, details: &'static str, message: &'static str) -> Error {
+    Error::new(Origin::Downstream, Flag::DownstreamProtocolError, status, details, message)
+}
+
+fn no_route() -> Error {
+    Error::new(Origin::Downstream, Flag::NoRouteFound, StatusCode::NOT_FOUND, "route_not_found", "")
+}
+
+fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {
+    let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    let rest = path.get(from.len()..).unwrap_or_default();
+    let path = format!("{to}{rest}");
+    let mut uri = parts.uri.clone().into_parts();
+    uri.path_and_query = path.parse().ok();
+    parts.uri = http::Uri::from_parts(uri)
+        .map_err(|_| client_error(StatusCode::BAD_REQUEST, "path_normalization_failed", "Bad Request"))?;
+    Ok(())
+}
+
+/// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
+fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
+    match &context.openai {
+        Some(openai) if openai.is_generation() => {
+            FlowLimits { gap: openai.limits.inter_token_timeout, total: openai.limits.total_timeout }
+        }
+        _ => FlowLimits {
+            gap: Some(config.manager.stream_idle_timeout).filter(|gap| !gap.is_zero()),
+            total: context.route.timeout.filter(|total| !total.is_zero()),
+        },
+    }
+}
+
+/// What the access log needs, kept until the response is over.
+struct Record {
+    logs: Arc<AccessLogs>,
+    stats: Arc<HttpStats>,
+    captured: Captured,
+    start: SystemTime,
+    started: Instant,
+    head_sent: Duration,
+    method: Method,
+    path: String,
+    authority: String,
+    protocol: Version,
+    code: u16,
+    bytes_received: u64,
+    connection: ConnectionInfo,
+    request_id: Arc<str>,
+    trace_id: Arc<str>,
+    route: Arc<RouteFacts>,
+    ended: bool,
+}
+
+impl Record {
+    fn begin(manager: &Manager, parts: &Parts, connection: ConnectionInfo) -> Self {
+        let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        manager.stats.downstream_rq_active.increment(1.0);
+        Self {
+            logs: manager.logs.load_full(),
+            stats: manager.stats.clone(),
+            captured: Captured::default(),
+            start: SystemTime::now(),
+            started: Instant::now(),
+            head_sent: Duration::ZERO,
+            method: parts.method.clone(),
+            path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
+            authority: route::authority(&parts.uri, &parts.headers).to_owned(),
+            protocol: parts.version,
+            code: 0,
+            bytes_received: length.unwrap_or(0),
+            connection,
+            request_id: Arc::default(),
+            trace_id: Arc::default(),
+            route: Arc::default(),
+            ended: false,
+        }
+    }
+
+    fn end(mut self, mut summary: Summary) {
+        self.ended = true;
+        if summary.end == End::ClientGone {
+            summary.log.flags.push(Flag::DownstreamConnectionTermination);
+            if summary.log.details.is_empty() {
+                summary.log.details = "downstream_remote_disconnect".into();
+            }
+        }
+        self.close(&summary);
+    }
+
+    fn close(&self, summary: &Summary) {
+        let duration = self.started.elapsed();
+        self.stats.downstream_rq_active.decrement(1.0);
+        self.stats.completed(self.code, duration);
+        if summary.end == End::ClientGone {
+            self.stats.downstream_rq_rx_reset.increment(1);
+        }
+        if self.logs.is_empty() {
+            return;
+        }
+        let entry = Entry {
+            start: self.start,
+            duration,
+            request_duration: None,
+            response_duration: Some(self.head_sent),
+            method: &self.method,
+            path: &self.path,
+            authority: &self.authority,
+            protocol: self.protocol,
+            code: self.code,
+            bytes_received: self.bytes_received,
+            bytes_sent: summary.bytes,
+            downstream_remote: self.connection.remote,
+            downstream_local: self.connection.local,
+            connection_id: self.connection.id,
+            request_id: &self.request_id,
+            trace_id: &self.trace_id,
+            route_name: &self.route.name,
+            virtual_host: &self.route.virtual_host,
+            ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
+            itl_p99: summary.gap_p99,
+            log: &summary.log,
+        };
+        self.logs.write(&entry, &self.captured);
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        // The client went away before there was a response: nothing else will tell of this request.
+        if !self.ended {
+            self.ended = true;
+            let mut log = LogFields::default();
+            log.flags.push(Flag::DownstreamConnectionTermination);
+            log.details = "downstream_remote_disconnect".into();
+            let summary = Summary { end: End::ClientGone, bytes: 0, first_byte: None, gap_p99: None, log };
+            self.close(&summary);
+        }
+    }
+}

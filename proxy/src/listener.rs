@@ -1,0 +1,129 @@
+//! Sockets that accept: one per worker with SO_REUSEPORT, bound before anything runs.
+
+use crate::{codec, drain::Drain, http::{ConnectionInfo, Manager}, metrics::ListenerStats};
+use outrigger_xds::resource::listener::Listener;
+use socket2::{Domain, Protocol, Socket, Type};
+use std::{
+    io,
+    net::{SocketAddr, ToSocketAddrs},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+/// Connections of one listener over all workers; further ones are closed at once and counted.
+pub const CONNECTIONS_MAX: usize = 65_536;
+/// Pause after the system refuses to accept (out of file descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+
+static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
+
+/// A bound listener.
+pub struct Bound {
+    /// Listener name.
+    pub name: String,
+    /// Where it really listens.
+    pub address: SocketAddr,
+    /// One socket a worker.
+    pub sockets: Vec<std::net::TcpListener>,
+}
+
+/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all.
+///
+/// # Errors
+/// The address does not resolve or cannot be bound; the text names listener and address.
+pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
+    let wanted = &listener.address;
+    let explain = |error: io::Error| format!("listener '{}': cannot bind {wanted}: {error}", listener.name);
+    let mut address = (wanted.host.as_str(), wanted.port)
+        .to_socket_addrs()
+        .map_err(explain)?
+        .next()
+        .ok_or_else(|| explain(io::ErrorKind::AddrNotAvailable.into()))?;
+    if address.port() != 0 {
+        // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
+        bind_one(address, 1, false).map_err(explain)?;
+    }
+    let mut sockets = Vec::with_capacity(workers);
+    for _ in 0..workers {
+        let socket = bind_one(address, listener.tcp_backlog_size, true).map_err(explain)?;
+        address = socket.local_addr().map_err(explain)?;
+        sockets.push(socket);
+    }
+    Ok(Bound { name: listener.name.clone(), address, sockets })
+}
+
+fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if listen {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&address.into())?;
+    if listen {
+        socket.listen(i32::try_from(backlog).unwrap_or(i32::MAX))?;
+        socket.set_nonblocking(true)?;
+    }
+    Ok(socket.into())
+}
+
+/// Accepts on one worker until draining begins.
+pub(crate) async fn accept(
+    socket: std::net::TcpListener,
+    manager: Arc<Manager>,
+    stats: Arc<ListenerStats>,
+    open: Arc<AtomicUsize>,
+    drain: Drain,
+) -> io::Result<()> {
+    let listener = tokio::net::TcpListener::from_std(socket)?;
+    let local = listener.local_addr()?;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = drain.begun() => return Ok(()),
+        };
+        match accepted {
+            Ok((socket, remote)) => {
+                if open.load(Relaxed) >= CONNECTIONS_MAX {
+                    stats.downstream_cx_overflow.increment(1);
+                    continue;
+                }
+                let _ = socket.set_nodelay(true);
+                let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
+                let info = Arc::new(ConnectionInfo { remote, local, id });
+                let counted = Counted::new(open.clone(), stats.clone());
+                let (manager, drain) = (manager.clone(), drain.clone());
+                tokio::spawn(async move {
+                    let _counted = counted;
+                    let _running = drain.enter();
+                    codec::serve(socket, manager, info, drain.clone()).await;
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, %local, "accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Counts an open connection until dropped.
+struct Counted(Arc<AtomicUsize>, Arc<ListenerStats>, Instant);
+
+impl Counted {
+    fn new(open: Arc<AtomicUsize>, stats: Arc<ListenerStats>) -> Self {
+        open.fetch_add(1, Relaxed);
+        stats.downstream_cx_total.increment(1);
+        stats.downstream_cx_active.increment(1.0);
+        Self(open, stats, Instant::now())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+        self.1.closed(self.2.elapsed());
+    }
+}

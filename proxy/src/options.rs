@@ -1,0 +1,195 @@
+//! The command line: what was typed, and what it means as resources.
+
+use clap::Parser;
+use outrigger_xds::{
+    report::Role,
+    resource::endpoint::Address,
+};
+use std::{path::PathBuf, time::Duration};
+
+/// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "outrigger-proxy", version, about, long_about = None)]
+pub struct Options {
+    /// Envoy v3 bootstrap, YAML or JSON
+    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer"])]
+    pub config_path: Option<PathBuf>,
+    /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both
+    #[arg(long, value_name = "URL[;role=R]")]
+    pub engine: Vec<String>,
+    /// Another proxy's inbound address: http://HOST:PORT
+    #[arg(long, value_name = "URL")]
+    pub peer: Vec<String>,
+    /// Where clients arrive
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8080")]
+    pub listen: String,
+    /// Where peers arrive (requests for our engines, and the feed); has no authentication yet, so keep it private
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8081")]
+    pub inbound: String,
+    /// Where the admin listens
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9901")]
+    pub admin: String,
+    /// How an engine is chosen for a generation
+    #[arg(long, value_enum, default_value_t = Policy::Kv)]
+    pub policy: Policy,
+    /// File with the key that engines want as a bearer token from those who poll them
+    #[arg(long, value_name = "FILE")]
+    pub engine_api_key_file: Option<PathBuf>,
+    /// Worker threads; default is the number of CPUs
+    #[arg(long, value_name = "N")]
+    pub concurrency: Option<usize>,
+    /// `validate` checks the configuration, says everything that is wrong, and ends
+    #[arg(long, value_enum, default_value_t = Mode::Serve)]
+    pub mode: Mode,
+    /// This proxy's name in the fleet; default is HOSTNAME:INBOUND-PORT. Must be unique and should stay over restarts
+    #[arg(long = "node-id", visible_alias = "service-node", value_name = "ID")]
+    pub node_id: Option<String>,
+    /// An agent's gRPC feed to take KV events from, instead of the embedded adapters
+    #[arg(long, value_name = "URL", conflicts_with = "nats")]
+    pub agent: Option<String>,
+    /// A NATS server to take an agent's feed from, instead of the embedded adapters
+    #[arg(long, value_name = "URL")]
+    pub nats: Option<String>,
+    /// Where the JSON access log goes: `-` is standard output, `none` is nowhere
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub access_log: String,
+    /// Log level of the proxy itself (to standard error)
+    #[arg(short = 'l', long, default_value = "info")]
+    pub log_level: String,
+    /// Seconds that streams may go on after SIGTERM
+    #[arg(long, value_name = "S", default_value_t = 600)]
+    pub drain_time_s: u64,
+    /// Most bytes of a request body that are read to route it; longer ones stream on and are routed by load
+    #[arg(long, value_name = "N", default_value_t = 32 << 20)]
+    pub body_bytes_max: u64,
+    /// Tokens in a canonical KV block of the index
+    #[arg(long, value_name = "N", default_value_t = outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT)]
+    pub block_tokens: usize,
+}
+
+/// `--policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Policy {
+    /// By cached prefix and load.
+    Kv,
+    /// In turn.
+    #[value(name = "round_robin")]
+    RoundRobin,
+    /// The less loaded of two.
+    #[value(name = "least_request")]
+    LeastRequest,
+    /// Any.
+    Random,
+}
+
+/// `--mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Serve.
+    Serve,
+    /// Check and end.
+    Validate,
+}
+
+/// An engine as given on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineOption {
+    /// Where.
+    pub address: Address,
+    /// Use.
+    pub role: Role,
+}
+
+impl Options {
+    /// How long streams may go on after SIGTERM.
+    #[must_use]
+    pub fn drain_time(&self) -> Duration {
+        Duration::from_secs(self.drain_time_s)
+    }
+
+    /// The node id: given, or made from the host's name and the inbound port.
+    #[must_use]
+    pub fn node(&self) -> String {
+        self.node_id.clone().unwrap_or_else(|| {
+            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+            let host = match host.trim() {
+                "" => "localhost",
+                name => name,
+            };
+            let port = self.inbound.rsplit(':').next().unwrap_or_default();
+            format!("{host}:{port}")
+        })
+    }
+}
+
+/// Reads `URL[;role=R]`.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn engine(text: &str) -> Result<EngineOption, String> {
+    let mut parts = text.split(';');
+    let address = url(parts.next().unwrap_or_default(), "--engine")?;
+    let mut role = Role::Both;
+    for part in parts {
+        role = match part {
+            "role=both" => Role::Both,
+            "role=prefill" => Role::Prefill,
+            "role=decode" => Role::Decode,
+            other => return Err(format!("--engine {text}: '{other}' is not role=prefill, role=decode or role=both")),
+        };
+    }
+    Ok(EngineOption { address, role })
+}
+
+/// Reads `http://HOST[:PORT]` (a trailing slash is forgiven).
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn url(text: &str, flag: &str) -> Result<Address, String> {
+    let uri: http::Uri = text.parse().map_err(|error| format!("{flag} {text}: {error}"))?;
+    match uri.scheme_str() {
+        Some("http") => {}
+        Some("https") => return Err(format!("{flag} {text}: TLS to upstreams is not supported yet")),
+        _ => return Err(format!("{flag} {text}: must begin with http://")),
+    }
+    if !matches!(uri.path(), "" | "/") {
+        return Err(format!("{flag} {text}: a path is not possible here"));
+    }
+    let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| format!("{flag} {text}: no host"))?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    Ok(Address { host, port: uri.port_u16().unwrap_or(80) })
+}
+
+/// Reads `HOST:PORT` to listen on; `:PORT` is all interfaces.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn listen(text: &str, flag: &str) -> Result<Address, String> {
+    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("{flag} {text}: must be HOST:PORT"))?;
+    let port = port.parse().map_err(|_| format!("{flag} {text}: '{port}' is not a port"))?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let host = if host.is_empty() { "0.0.0.0" } else { host };
+    Ok(Address { host: host.to_owned(), port })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_read_or_refused_with_a_reason() {
+        let read = engine("http://[::1]:8000/;role=prefill").unwrap();
+        assert_eq!((read.address.host.as_str(), read.address.port, read.role), ("::1", 8000, Role::Prefill));
+        for (text, reason) in [
+            ("localhost:8000", "must begin with http://"),
+            ("https://a:1", "TLS"),
+            ("http://a:1/v1", "path"),
+            ("http://a:1;role=x", "role=x"),
+        ] {
+            let error = engine(text).unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+        assert_eq!(listen(":80", "--listen").unwrap().host, "0.0.0.0");
+        assert!(listen("80", "--listen").is_err());
+    }
+}

@@ -1,0 +1,555 @@
+//! From configuration to a running proxy, and to its end.
+//!
+//! N worker threads with a single-threaded runtime each carry traffic; one more runtime carries admin, feeds and
+//! adapters. Everything that can fail to start fails before the first connection is accepted.
+
+use crate::{
+    access_log::{AccessLogs, Sinks},
+    admin::{
+        self,
+        logging::{LogFormat, LogHandle},
+    },
+    bootstrap,
+    cluster::Clusters,
+    drain::Drain,
+    engines::{self, Watcher},
+    feed::{self, LocalFeed, Peers},
+    fleet::Fleet,
+    http::Manager,
+    ledger::Ledgers,
+    listener::{self, Bound},
+    metrics::{HttpStats, ListenerStats},
+    options::{Mode, Options},
+    snapshot,
+    upstream::{self, Pools},
+};
+use arc_swap::ArcSwap;
+use clap::Parser;
+use outrigger_filters::{
+    kv_index::{self, KvIndex},
+    services::Services,
+    tokens::{Tokenizers, TokenizersConfig},
+};
+use outrigger_xds::{
+    load::{self, Syntax},
+    resource::{
+        bootstrap::Bootstrap,
+        listener::{Listener, TrafficDirection},
+    },
+};
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    net::SocketAddr,
+    process::ExitCode,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::AtomicUsize,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+use tokio::{runtime, sync::watch};
+
+/// Threads for work that would hold a worker up: tokenising, parsing of large bodies.
+const COMPUTE_THREADS_MAX: usize = 4;
+/// How often pools are swept and gauges brought up to date.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How often a drain looks whether anything still runs.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// What a proxy is started with, beside its resources.
+pub struct Settings {
+    /// Worker threads, at least 1.
+    pub concurrency: usize,
+    /// Who tells of the engines beside us.
+    pub watcher: Watcher,
+    /// Shown by the admin.
+    pub command_line: serde_json::Value,
+    /// For `/logging`; none where somebody else owns the process's log.
+    pub log: Option<LogHandle>,
+}
+
+/// A running proxy.
+pub struct Proxy {
+    /// Begins to end it.
+    pub drain: Drain,
+    shared: Arc<Shared>,
+    addresses: HashMap<String, SocketAddr>,
+    admin: Option<SocketAddr>,
+    stop: watch::Sender<bool>,
+    workers: Vec<thread::JoinHandle<()>>,
+    main: Option<runtime::Runtime>,
+}
+
+/// What pushes of configuration and the admin reach.
+struct Shared {
+    services: Services,
+    clusters: Arc<Clusters>,
+    watcher: Watcher,
+    peers: Mutex<Peers>,
+    managers: HashMap<String, Arc<Manager>>,
+    sinks: Sinks,
+    bootstrap: ArcSwap<Bootstrap>,
+    runtime: runtime::Handle,
+    drain: Drain,
+    started: Instant,
+}
+
+impl Proxy {
+    /// Starts a proxy: all sockets are bound when this returns.
+    ///
+    /// # Errors
+    /// Everything that kept it from starting.
+    pub fn start(bootstrap: Bootstrap, settings: Settings) -> Result<Self, Vec<String>> {
+        crate::metrics::install();
+        let main = main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
+        let guard = main.enter();
+        let drain = Drain::default();
+        let (shared, bound) = assemble(&bootstrap, &settings, main.handle().clone(), &drain)?;
+        let addresses: HashMap<_, _> = bound.iter().map(|bound| (bound.name.clone(), bound.address)).collect();
+        let (stop, stopped) = watch::channel(false);
+        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, &stop).map_err(|error| vec![error])?;
+        start_tasks(&shared);
+        let workers = start_workers(bound, settings.concurrency.max(1), &shared, &stopped)
+            .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
+        drop(guard);
+        Ok(Self { drain, shared, addresses, admin, stop, workers, main: Some(main) })
+    }
+
+    /// Where a listener really listens.
+    #[must_use]
+    pub fn address(&self, listener: &str) -> Option<SocketAddr> {
+        self.addresses.get(listener).copied()
+    }
+
+    /// Where the admin listens.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin
+    }
+
+    /// What filters share; outlives every configuration.
+    #[must_use]
+    pub fn services(&self) -> &Services {
+        &self.shared.services
+    }
+
+    /// Pushes a new configuration: routes, filters and clusters. Index, load and health stay. Listeners cannot come
+    /// or go yet.
+    ///
+    /// # Errors
+    /// Everything that is wrong; then nothing was changed.
+    pub fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
+        self.shared.apply(bootstrap)
+    }
+
+    /// Drains: no new connections, what runs may end, at most for `limit`. True if everything ended by itself.
+    pub fn drain(&self, limit: Duration) -> bool {
+        self.drain.begin();
+        let deadline = Instant::now() + limit;
+        while self.drain.running() > 0 {
+            if Instant::now() >= deadline {
+                tracing::warn!(connections = self.drain.running(), "drain time is over, closing what still runs");
+                return false;
+            }
+            thread::sleep(DRAIN_POLL);
+        }
+        true
+    }
+
+    /// Ends it at once.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.drain.begin();
+        self.stop.send_replace(true);
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+        self.shared.sinks.flush(Duration::from_secs(1));
+        if let Some(main) = self.main.take() {
+            main.shutdown_background();
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn main_runtime() -> std::io::Result<runtime::Runtime> {
+    runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(COMPUTE_THREADS_MAX)
+        .thread_name("outrigger-main")
+        .enable_all()
+        .build()
+}
+
+fn assemble(
+    bootstrap: &Bootstrap,
+    settings: &Settings,
+    runtime: runtime::Handle,
+    drain: &Drain,
+) -> Result<(Arc<Shared>, Vec<Bound>), Vec<String>> {
+    let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
+    let fleet = Fleet::new(index.clone());
+    let ledgers = Arc::new(Ledgers::default());
+    let clusters = Clusters::new(fleet.clone(), ledgers.clone());
+    let services = Services {
+        endpoints: clusters.clone(),
+        upstream: Arc::new(Pools),
+        kv_index: index,
+        tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
+        compute: runtime.clone(),
+    };
+    let built = snapshot::build(bootstrap, &services)?;
+    let local = LocalFeed::new(settings.watcher.source.clone(), ledgers);
+    let service = feed::service(local.clone(), runtime.clone(), drain.clone());
+    let sinks = Sinks::default();
+    let mut managers = HashMap::new();
+    let mut bound = Vec::new();
+    for listener in &bootstrap.listeners {
+        let logs = AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
+        let manager = Manager {
+            config: ArcSwap::new(built[&listener.name].clone()),
+            logs: ArcSwap::from_pointee(logs),
+            stats: HttpStats::new(&listener.http.stat_prefix),
+            node: bootstrap.node.id.as_str().into(),
+            feed: (listener.traffic_direction == TrafficDirection::Inbound).then(|| service.clone()),
+        };
+        managers.insert(listener.name.clone(), Arc::new(manager));
+        bound.push(listener::bind(listener, settings.concurrency.max(1)).map_err(|error| vec![error])?);
+    }
+    let shared = Arc::new(Shared {
+        services,
+        clusters,
+        watcher: settings.watcher.clone(),
+        peers: Mutex::new(Peers::new(fleet.clone())),
+        managers,
+        sinks,
+        bootstrap: ArcSwap::from_pointee(Bootstrap::default()),
+        runtime: runtime.clone(),
+        drain: drain.clone(),
+        started: Instant::now(),
+    });
+    runtime.spawn(feed::follow_local(fleet.clone(), local));
+    runtime.spawn(refresh_views(fleet, shared.clone()));
+    shared.configure(bootstrap);
+    Ok((shared, bound))
+}
+
+impl Shared {
+    fn configure(&self, bootstrap: &Bootstrap) {
+        let (engines, peers) = engines::configured(bootstrap);
+        self.clusters.configure(&bootstrap.clusters);
+        self.watcher.configure(&engines);
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).configure(&peers);
+        self.bootstrap.store(Arc::new(bootstrap.clone()));
+    }
+
+    fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
+        let _guard = self.runtime.enter();
+        let known = self.bootstrap.load_full();
+        let place = |listeners: &[Listener]| -> Vec<_> {
+            listeners.iter().map(|listener| (listener.name.clone(), listener.address.clone())).collect()
+        };
+        if place(&known.listeners) != place(&bootstrap.listeners) {
+            return Err(vec!["listeners cannot be added, removed or moved while running (not supported yet)".into()]);
+        }
+        let built = snapshot::build(&bootstrap, &self.services)?;
+        let mut logs = HashMap::new();
+        for listener in &bootstrap.listeners {
+            let log = AccessLogs::new(&listener.http.access_log, &self.sinks).map_err(|error| vec![error])?;
+            logs.insert(listener.name.clone(), Arc::new(log));
+        }
+        // Clusters first: a route must never name one that is not there yet.
+        self.configure(&bootstrap);
+        for (name, manager) in &self.managers {
+            if let (Some(http), Some(log)) = (built.get(name), logs.remove(name)) {
+                manager.config.store(http.clone());
+                manager.logs.store(log);
+            }
+        }
+        metrics::counter!("outrigger_config_updates_total").increment(1);
+        Ok(())
+    }
+
+    fn state(&self) -> admin::ServerState {
+        if self.drain.has_begun() { admin::ServerState::Draining } else { admin::ServerState::Live }
+    }
+}
+
+async fn refresh_views(fleet: Arc<Fleet>, shared: Arc<Shared>) {
+    let mut changed = fleet.watch();
+    while changed.changed().await.is_ok() {
+        shared.clusters.refresh();
+    }
+}
+
+fn start_tasks(shared: &Arc<Shared>) {
+    let shared = shared.clone();
+    let runtime = shared.runtime.clone();
+    runtime.spawn(async move {
+        let mut tick = tokio::time::interval(HOUSEKEEPING);
+        loop {
+            tick.tick().await;
+            shared.clusters.count_members();
+        }
+    });
+}
+
+fn start_admin(
+    shared: &Arc<Shared>,
+    bootstrap: &Bootstrap,
+    settings: &Settings,
+    addresses: &HashMap<String, SocketAddr>,
+    stop: &watch::Sender<bool>,
+) -> Result<Option<SocketAddr>, String> {
+    let Some(configured) = &bootstrap.admin else { return Ok(None) };
+    let explain = |error: std::io::Error| format!("admin: cannot bind {}: {error}", configured.address);
+    let socket = std::net::TcpListener::bind((configured.address.host.as_str(), configured.address.port)).map_err(explain)?;
+    socket.set_nonblocking(true).map_err(explain)?;
+    let address = socket.local_addr().map_err(explain)?;
+    let socket = tokio::net::TcpListener::from_std(socket).map_err(explain)?;
+    let state = Arc::new(admin_state(shared, settings, addresses, stop.clone()));
+    let mut stopped = stop.subscribe();
+    shared.runtime.spawn(async move {
+        admin::serve(socket, state, async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        })
+        .await;
+    });
+    Ok(Some(address))
+}
+
+fn admin_state(
+    shared: &Arc<Shared>,
+    settings: &Settings,
+    addresses: &HashMap<String, SocketAddr>,
+    stop: watch::Sender<bool>,
+) -> admin::AdminState {
+    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) =
+        (shared.clone(), shared.clone(), shared.clone(), shared.clone(), shared.clone(), shared.clone());
+    let mut listeners: Vec<_> = addresses.iter().map(|(name, address)| (name.clone(), *address)).collect();
+    listeners.sort();
+    let node = shared.bootstrap.load().node.clone();
+    admin::AdminState {
+        started: shared.started,
+        server_state: Arc::new(move || for_state.state()),
+        config_dump: Arc::new(move || {
+            let version = "static";
+            load::config_dump(&for_dump.bootstrap.load(), version, "")
+        }),
+        clusters: Arc::new(move || for_clusters.clusters.views()),
+        listeners: Arc::new(move || listeners.clone()),
+        options: settings.command_line.clone(),
+        node: (node.id, node.cluster),
+        on_drain: Arc::new(move || for_drain.drain.begin()),
+        set_log_level: match settings.log.clone() {
+            Some(log) => Arc::new(move |directives: &str| log.set(directives)),
+            None => Arc::new(|_: &str| Err("this process's log is not ours".into())),
+        },
+        reopen_logs: Arc::new(move || for_logs.sinks.reopen()),
+        quit: Arc::new(move || {
+            for_quit.drain.begin();
+            stop.send_replace(true);
+        }),
+    }
+}
+
+fn start_workers(
+    bound: Vec<Bound>,
+    count: usize,
+    shared: &Arc<Shared>,
+    stopped: &watch::Receiver<bool>,
+) -> std::io::Result<Vec<thread::JoinHandle<()>>> {
+    let mut shares: Vec<Vec<Share>> = (0..count).map(|_| Vec::new()).collect();
+    for bound in bound {
+        let stats = ListenerStats::new(&bound.address.to_string());
+        let open = Arc::new(AtomicUsize::new(0));
+        let manager = &shared.managers[&bound.name];
+        for (socket, share) in bound.sockets.into_iter().zip(&mut shares) {
+            share.push(Share { socket, manager: manager.clone(), stats: stats.clone(), open: open.clone() });
+        }
+    }
+    let spawn = |(index, shares): (usize, Vec<Share>)| {
+        let (drain, stopped) = (shared.drain.clone(), stopped.clone());
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        thread::Builder::new().name(format!("outrigger-w{index}")).spawn(move || {
+            runtime.block_on(work(shares, drain, stopped));
+        })
+    };
+    shares.into_iter().enumerate().map(spawn).collect()
+}
+
+/// One worker's part of a listener.
+struct Share {
+    socket: std::net::TcpListener,
+    manager: Arc<Manager>,
+    stats: Arc<ListenerStats>,
+    open: Arc<AtomicUsize>,
+}
+
+async fn work(shares: Vec<Share>, drain: Drain, mut stopped: watch::Receiver<bool>) {
+    for share in shares {
+        let drain = drain.clone();
+        tokio::spawn(async move {
+            if let Err(error) = listener::accept(share.socket, share.manager, share.stats, share.open, drain).await {
+                tracing::error!(%error, "a listener stopped accepting");
+            }
+        });
+    }
+    let mut tick = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        tokio::select! {
+            _ = stopped.wait_for(|stop| *stop) => return,
+            _ = tick.tick() => upstream::h1::close_idle(),
+        }
+    }
+}
+
+/// The whole process: reads the command line, serves until told to end. Exit codes: 0 ended well (or the
+/// configuration is valid), 1 could not start, 2 the command line is wrong.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let options = match Options::try_parse_from(arguments) {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let served = admin::logging::init_tracing(&options.log_level, LogFormat::Text)
+        .map_err(|error| vec![format!("--log-level: {error}")])
+        .and_then(|log| serve(&options, log));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(errors) => {
+            for error in errors {
+                eprintln!("outrigger-proxy: {error}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
+    let Some(path) = &options.config_path else { return bootstrap::from_options(options) };
+    let text = std::fs::read_to_string(path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
+    let syntax = if path.extension().is_some_and(|extension| extension == "json") { Syntax::Json } else { Syntax::Yaml };
+    let mut read = load::bootstrap(&text, syntax).map_err(|errors| vec![format!("{}:\n{errors}", path.display())])?;
+    if let Some(node) = &options.node_id {
+        read.node.id.clone_from(node);
+    }
+    if read.node.id.is_empty() {
+        read.node.id = options.node();
+    }
+    Ok(read)
+}
+
+fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
+    if let Some(agent) = &options.agent {
+        let address = crate::options::url(agent, "--agent").map_err(|error| vec![error])?;
+        let uri = format!("http://{address}").parse().map_err(|error| vec![format!("--agent {agent}: {error}")])?;
+        return Ok(Watcher::elsewhere(Arc::new(feed::AgentSource(uri))));
+    }
+    if let Some(nats) = &options.nats {
+        return Err(vec![format!("--nats {nats}: not wired yet")]);
+    }
+    let key = match &options.engine_api_key_file {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| vec![format!("--engine-api-key-file {}: {error}", path.display())])?;
+            Some(text.trim().to_owned())
+        }
+    };
+    Watcher::embedded(key.as_deref(), options.block_tokens).map_err(|error| vec![error])
+}
+
+fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
+    let bootstrap = resources(options)?;
+    if options.mode == Mode::Validate {
+        return validate(&bootstrap, options);
+    }
+    let concurrency =
+        options.concurrency.unwrap_or_else(|| thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    let watcher = {
+        let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+        let _guard = main.enter();
+        let watcher = watcher(options);
+        main.shutdown_background();
+        watcher?
+    };
+    let command_line = serde_json::json!({
+        "concurrency": concurrency,
+        "config_path": options.config_path,
+        "mode": "Serve",
+        "drain_time": format!("{}s", options.drain_time_s),
+        "service_node": bootstrap.node.id,
+        "engine": options.engine,
+        "peer": options.peer,
+    });
+    let proxy = Proxy::start(bootstrap, Settings { concurrency, watcher, command_line, log: Some(log) })?;
+    announce(&proxy);
+    wait_for_end(&proxy).map_err(|error| vec![error.to_string()])?;
+    proxy.drain(options.drain_time());
+    proxy.stop();
+    Ok(())
+}
+
+/// Checks what starting would check, short of binding sockets.
+fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>> {
+    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+    let _guard = main.enter();
+    let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
+    let clusters = Clusters::new(Fleet::new(index.clone()), Arc::default());
+    let services = Services {
+        endpoints: clusters,
+        upstream: Arc::new(Pools),
+        kv_index: index,
+        tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
+        compute: main.handle().clone(),
+    };
+    snapshot::build(bootstrap, &services)?;
+    let sinks = Sinks::default();
+    for listener in &bootstrap.listeners {
+        AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
+    }
+    watcher(options)?;
+    println!("configuration is valid: {} listeners, {} clusters", bootstrap.listeners.len(), bootstrap.clusters.len());
+    Ok(())
+}
+
+fn announce(proxy: &Proxy) {
+    let mut names: Vec<_> = proxy.addresses.iter().collect();
+    names.sort();
+    for (name, address) in names {
+        tracing::info!(listener = name, %address, "listening");
+    }
+    if let Some(address) = proxy.admin {
+        tracing::info!(%address, "admin");
+    }
+}
+
+/// Waits for SIGTERM, SIGINT or the admin's `/quitquitquit`.
+fn wait_for_end(proxy: &Proxy) -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut stopped = proxy.stop.subscribe();
+    proxy.shared.runtime.block_on(async {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let why = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = stopped.wait_for(|stop| *stop) => "quitquitquit",
+        };
+        tracing::info!(why, "draining");
+        Ok(())
+    })
+}
