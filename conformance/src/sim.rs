@@ -24,6 +24,7 @@ mod json_error;
 mod messages;
 mod metrics_page;
 mod model;
+mod rendered;
 mod routes;
 mod scheduler;
 mod template;

@@ -3,7 +3,7 @@
 //! Messages, types and codes of refusals are vLLM 0.32's where a recording shows them. What the simulator cannot do
 //! (tools, structured output, prompt logprobs, …) is refused with 501, never made up.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -368,10 +368,7 @@ impl Flight {
             "{prefix}-{}",
             own.map_or_else(|| engine.made_up_id(), str::to_owned)
         );
-        let mut in_flight = engine
-            .in_flight
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut in_flight = engine.in_flight();
         if in_flight.contains(&id) {
             return Err(ApiError::new(
                 400,
@@ -391,11 +388,7 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        let mut in_flight = self
-            .engine
-            .in_flight
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut in_flight = self.engine.in_flight();
         in_flight.retain(|id| *id != self.id);
     }
 }

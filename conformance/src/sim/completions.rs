@@ -10,10 +10,10 @@ use super::api::{
     self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
     Usage, reasons, to_json,
 };
-use super::chat::{render_id, rendered};
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
+use super::rendered::{render_id, rendered};
 use super::scheduler::{Output, Sampling};
 use super::tokenizer::Tokenizer;
 

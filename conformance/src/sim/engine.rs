@@ -1,6 +1,6 @@
 //! Answers "when does what happen in the engine": the step loop over the scheduler, and what handlers may ask of it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,9 +30,7 @@ pub(crate) struct Engine {
     pub(crate) publisher: Publisher,
     pub(crate) faults: Faults,
     /// External ids of generation requests in flight.
-    pub(crate) in_flight: Mutex<Vec<String>>,
-    /// Requests being answered, for `/load`.
-    pub(crate) load: AtomicUsize,
+    in_flight: Mutex<Vec<String>>,
     /// What `/kv_event_sources` says; set once sockets are bound.
     pub(crate) event_sources: Mutex<String>,
     scheduler: Mutex<Scheduler>,
@@ -55,7 +53,6 @@ impl Engine {
             publisher: Publisher::new(&config.topic),
             faults,
             in_flight: Mutex::default(),
-            load: AtomicUsize::new(0),
             event_sources: Mutex::new("{}".to_owned()),
             scheduler: Mutex::new(Scheduler::new(&config, Arc::clone(&tokenizer), unix_s())),
             tokenizer,
@@ -73,6 +70,13 @@ impl Engine {
 
     pub(crate) fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
         self.scheduler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// External ids of the generation requests being answered.
+    pub(crate) fn in_flight(&self) -> MutexGuard<'_, Vec<String>> {
+        self.in_flight
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

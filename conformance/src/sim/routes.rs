@@ -1,7 +1,6 @@
 //! Answers "which handler is this path": the table of endpoints, access by API key, and the small endpoints.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -93,18 +92,12 @@ const ROUTES: &[Route] = &[
 /// Answers one request.
 pub(crate) async fn answer(engine: Arc<Engine>, request: Request) -> Response {
     let began = Instant::now();
-    if engine.config.server_load_tracking {
-        engine.load.fetch_add(1, Ordering::Relaxed);
-    }
     let response = match refuse_stranger(&engine, &request) {
         Some(refusal) => refusal,
         None => dispatch(&engine, &request)
             .await
             .unwrap_or_else(|refusal| refusal),
     };
-    if engine.config.server_load_tracking {
-        engine.load.fetch_sub(1, Ordering::Relaxed);
-    }
     if let Some(route) = ROUTES
         .iter()
         .find(|route| route.counted && route.path == request.path)
@@ -183,8 +176,8 @@ fn small(engine: &Engine, path: &str) -> Option<Response> {
         "/health" | "/ping" => Some(Response::empty()),
         "/version" => json(format!(r#"{{"version":"{VERSION}"}}"#)),
         "/load" => {
-            // The request that asks is not counted: vLLM tracks generation endpoints only.
-            let load = engine.load.load(Ordering::Relaxed).saturating_sub(1);
+            let tracked = engine.config.server_load_tracking;
+            let load = if tracked { engine.in_flight().len() } else { 0 };
             json(format!(r#"{{"server_load":{load}}}"#))
         }
         "/metrics" => Some(Response {
@@ -195,7 +188,7 @@ fn small(engine: &Engine, path: &str) -> Option<Response> {
             engine
                 .event_sources
                 .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
         ),
         "/server_info" => json(server_info(engine)),

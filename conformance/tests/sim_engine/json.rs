@@ -1,0 +1,126 @@
+//! JSON whose keys keep their order, and how two such values are compared with what depends on a model left out.
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+
+/// Keys whose values depend on text, ids or time: only the kind of value is compared.
+const MASKED: &[&str] = &[
+    "id",
+    "request_id",
+    "created",
+    "content",
+    "text",
+    "token",
+    "logprob",
+    "bytes",
+    "prompt_tokens",
+    "total_tokens",
+    "cached_tokens",
+    "created_cache_tokens",
+    "input_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "prompt_token_ids",
+    "token_ids",
+    "tokens",
+    "token_strs",
+    "count",
+    "prompt",
+    "endpoint",
+    "replay_endpoint",
+];
+
+#[derive(Debug)]
+pub(crate) enum Json {
+    Null,
+    Bool(bool),
+    Number(String),
+    Text(String),
+    List(Vec<Json>),
+    Object(Vec<(String, Json)>),
+}
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Json;
+
+            fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                out.write_str("JSON")
+            }
+            fn visit_unit<E>(self) -> Result<Json, E> {
+                Ok(Json::Null)
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Json, E> {
+                Ok(Json::Bool(value))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Json, E> {
+                Ok(Json::Number(value.to_string()))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Json, E> {
+                Ok(Json::Number(value.to_string()))
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Json, E> {
+                Ok(Json::Number(format!("{value:?}")))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Json, E> {
+                Ok(Json::Text(value.to_owned()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Json, A::Error> {
+                let mut out = Vec::new();
+                while let Some(value) = list.next_element()? {
+                    out.push(value);
+                }
+                Ok(Json::List(out))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
+                let mut out = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    out.push(entry);
+                }
+                Ok(Json::Object(out))
+            }
+        }
+        from.deserialize_any(Any)
+    }
+}
+
+impl Json {
+    pub(crate) fn parse(text: &str) -> Self {
+        serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"))
+    }
+
+    /// The value written out, with masked values as their kind, and `also` masked too.
+    pub(crate) fn shape(&self, also: &[&str]) -> String {
+        self.write(false, also)
+    }
+
+    fn write(&self, masked: bool, also: &[&str]) -> String {
+        match self {
+            Self::Null => "null".to_owned(),
+            Self::Bool(value) => value.to_string(),
+            Self::Number(_) if masked => "#".to_owned(),
+            Self::Text(_) if masked => "\"…\"".to_owned(),
+            Self::Number(value) => value.clone(),
+            Self::Text(value) => format!("{value:?}"),
+            Self::List(list) => {
+                let mut shapes: Vec<String> =
+                    list.iter().map(|value| value.write(masked, also)).collect();
+                if masked && !list.iter().any(|value| matches!(value, Self::Object(_))) {
+                    shapes.dedup();
+                }
+                format!("[{}]", shapes.join(","))
+            }
+            Self::Object(entries) => {
+                let entry = |(key, value): &(String, Self)| {
+                    let masked = MASKED.contains(&key.as_str()) || also.contains(&key.as_str());
+                    format!("{key}:{}", value.write(masked, also))
+                };
+                format!(
+                    "{{{}}}",
+                    entries.iter().map(entry).collect::<Vec<_>>().join(",")
+                )
+            }
+        }
+    }
+}
