@@ -243,7 +243,7 @@ pub(crate) async fn completions(
     let outputs = feed.collect(asked.n).await?;
     Ok(Response::json(
         200,
-        whole(engine, &asked, feed.id(), created, outputs),
+        whole(engine, &asked, feed.id(), created, &outputs),
     ))
 }
 
@@ -252,7 +252,7 @@ fn whole(
     asked: &Asked,
     id: &str,
     created: u64,
-    outputs: Vec<Vec<Output>>,
+    outputs: &[Vec<Output>],
 ) -> String {
     let tally = Tally {
         prompt_tokens: asked.prompt.len(),
@@ -268,7 +268,7 @@ fn whole(
         created,
         model: &engine.config.model,
         choices: outputs
-            .into_iter()
+            .iter()
             .map(|outputs| full_choice(engine, asked, outputs))
             .collect(),
         service_tier: None,
@@ -283,7 +283,7 @@ fn whole(
     })
 }
 
-fn full_choice(engine: &Engine, asked: &Asked, outputs: Vec<Output>) -> FullChoice {
+fn full_choice(engine: &Engine, asked: &Asked, outputs: &[Output]) -> FullChoice {
     let index = outputs.first().map_or(0, |output| output.index);
     let finish = outputs
         .last()
@@ -416,6 +416,7 @@ impl ChatWriter {
 }
 
 /// Which optional parts a chunk has.
+#[derive(Clone, Copy)]
 struct Parts {
     opening: bool,
     fingerprint: bool,

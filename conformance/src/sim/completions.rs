@@ -213,7 +213,7 @@ pub(crate) async fn completions(
     let outputs = feed.collect(asked.choices()).await?;
     Ok(Response::json(
         200,
-        whole(engine, &asked, feed.id(), created, outputs),
+        whole(engine, &asked, feed.id(), created, &outputs),
     ))
 }
 
@@ -222,7 +222,7 @@ fn whole(
     asked: &Asked,
     id: &str,
     created: u64,
-    outputs: Vec<Vec<Output>>,
+    outputs: &[Vec<Output>],
 ) -> String {
     let made = outputs.iter().map(Vec::len).sum();
     let cached_tokens = outputs
@@ -235,8 +235,8 @@ fn whole(
         created,
         model: &engine.config.model,
         choices: outputs
-            .into_iter()
-            .map(|outputs| full_choice(engine, asked, &outputs))
+            .iter()
+            .map(|outputs| full_choice(engine, asked, outputs))
             .collect(),
         service_tier: None,
         system_fingerprint: FINGERPRINT,

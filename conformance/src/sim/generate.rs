@@ -13,7 +13,10 @@ use super::completions::check_vocabulary;
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
-use super::scheduler::Output;
+use super::scheduler::{Output, Sampling};
+
+/// `max_tokens` of a request that names none.
+const MAX_TOKENS_DEFAULT: usize = 16;
 
 #[derive(Serialize)]
 struct Whole<'a> {
@@ -81,6 +84,38 @@ fn choice(last: &Output, tokens: Vec<u32>, made: usize) -> GenerateChoice {
     }
 }
 
+/// A request, read and checked.
+struct Asked {
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    n: usize,
+    return_token_ids: bool,
+}
+
+fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
+    let ids = fields.get("token_ids");
+    let ids = ids.ok_or_else(|| ApiError::missing("token_ids", fields))?;
+    let prompt = api::token_ids(ids).ok_or_else(|| ApiError::wrong_type("token_ids", "list"))?;
+    api::check_model(engine, fields)?;
+    api::check_simulated(fields)?;
+    check_vocabulary(engine, prompt.iter().copied())?;
+    let none = Fields::new();
+    let params = fields.get("sampling_params").and_then(Value::as_object);
+    let params = params.unwrap_or(&none);
+    if params.get("logprobs").is_some_and(|asked| !asked.is_null()) {
+        return Err(ApiError::not_implemented(
+            "logprobs of /inference/v1/generate",
+        ));
+    }
+    let max_tokens = api::integer(params, "max_tokens")?.or(Some(MAX_TOKENS_DEFAULT));
+    Ok(Asked {
+        sampling: api::read_sampling(engine, params, max_tokens, prompt.len())?,
+        n: api::read_n(params)?,
+        prompt,
+        return_token_ids: api::flag(fields, "return_token_ids"),
+    })
+}
+
 /// `POST /inference/v1/generate`.
 pub(crate) async fn generate(
     engine: &Arc<Engine>,
@@ -90,85 +125,62 @@ pub(crate) async fn generate(
         return Err(ApiError::scale_out_disabled().into());
     }
     let fields = api::read_fields(request)?;
-    let prompt = match fields.get("token_ids") {
-        None => return Err(ApiError::missing("token_ids", &fields).into()),
-        Some(ids) => {
-            api::token_ids(ids).ok_or_else(|| ApiError::wrong_type("token_ids", "list"))?
-        }
-    };
-    api::check_model(engine, &fields)?;
-    api::check_simulated(&fields)?;
-    check_vocabulary(engine, prompt.iter().copied())?;
-    let empty = Fields::new();
-    let params = fields
-        .get("sampling_params")
-        .and_then(Value::as_object)
-        .unwrap_or(&empty);
-    if params
-        .get("logprobs")
-        .is_some_and(|logprobs| !logprobs.is_null())
-    {
-        return Err(ApiError::not_implemented("logprobs of /inference/v1/generate").into());
-    }
-    let sampling = api::read_sampling(
-        engine,
-        params,
-        api::integer(params, "max_tokens")?.or(Some(16)),
-        prompt.len(),
-    )?;
-    let n = api::read_n(params)?;
+    let asked = read(engine, &fields)?;
     let flight = Flight::begin(engine, request, &fields, "generate-tokens")?;
-    let generation = engine.generate(
-        vec![(prompt.clone(), sampling); n],
-        api::text(&fields, "cache_salt"),
-    );
+    let sequences = vec![(asked.prompt.clone(), asked.sampling.clone()); asked.n];
+    let generation = engine.generate(sequences, api::text(&fields, "cache_salt"));
     let mut feed = Feed::new(engine, generation, flight);
     if api::flag(&fields, "stream") {
         let writer = GenerateWriter {
             id: feed.id().to_owned(),
             engine: Arc::clone(engine),
-            prompt_tokens: prompt.len(),
+            prompt_tokens: asked.prompt.len(),
             options: StreamOptions::read(&fields),
-            made: vec![0; n],
-            open: n,
+            made: vec![0; asked.n],
+            open: asked.n,
             cached_tokens: None,
         };
         return Ok(Response::events(feed.into_stream(writer)));
     }
     let created = unix_s() as u64;
-    let outputs = feed.collect(n).await?;
+    let outputs = feed.collect(asked.n).await?;
+    let body = whole(engine, &asked, feed.id(), created, &outputs);
+    Ok(Response::json(200, body))
+}
+
+fn whole(
+    engine: &Engine,
+    asked: &Asked,
+    id: &str,
+    created: u64,
+    outputs: &[Vec<Output>],
+) -> String {
+    let first = outputs.first().and_then(|choice| choice.first());
     let tally = Tally {
-        prompt_tokens: prompt.len(),
+        prompt_tokens: asked.prompt.len(),
         completion_tokens: outputs.iter().map(Vec::len).sum(),
-        cached_tokens: outputs
-            .first()
-            .and_then(|choice| choice.first())
-            .map(|output| output.cached_tokens),
+        cached_tokens: first.map(|output| output.cached_tokens),
     };
     let choices = outputs.iter().filter_map(|outputs| {
         let tokens = outputs.iter().map(|output| output.choice.token).collect();
-        outputs
-            .last()
-            .map(|last| choice(last, tokens, outputs.len()))
+        let last = outputs.last()?;
+        Some(choice(last, tokens, outputs.len()))
     });
-    Ok(Response::json(
-        200,
-        to_json(&Whole {
-            request_id: feed.id(),
-            model: &engine.config.model,
-            created,
-            usage: tally.usage(engine, false),
-            prompt_logprobs: None,
-            prompt_token_id_logprobs: None,
-            prompt_token_ids: api::flag(&fields, "return_token_ids").then_some(&prompt[..]),
-            mm_placeholders: None,
-            metrics: None,
-            kv_transfer_params: None,
-            ec_transfer_params: None,
-            output_mode: "tokens",
-            choices: choices.collect(),
-        }),
-    ))
+    to_json(&Whole {
+        request_id: id,
+        model: &engine.config.model,
+        created,
+        usage: tally.usage(engine, false),
+        prompt_logprobs: None,
+        prompt_token_id_logprobs: None,
+        prompt_token_ids: asked.return_token_ids.then_some(&asked.prompt[..]),
+        mm_placeholders: None,
+        metrics: None,
+        kv_transfer_params: None,
+        ec_transfer_params: None,
+        output_mode: "tokens",
+        choices: choices.collect(),
+    })
 }
 
 struct GenerateWriter {

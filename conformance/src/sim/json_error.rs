@@ -17,11 +17,10 @@ pub(crate) fn first_error(text: &str) -> Option<(usize, &'static str)> {
         at: 0,
     };
     scanner.blanks();
-    let found = scanner.value(0).err().or_else(|| {
+    scanner.value(0).err().or_else(|| {
         scanner.blanks();
         (scanner.at < scanner.text.len()).then_some((scanner.at, "Extra data"))
-    });
-    found
+    })
 }
 
 struct Scanner {

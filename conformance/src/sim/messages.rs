@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use serde::Serialize;
-use serde_json::Value;
 
-use super::api::{self, ApiError, Flight, Tally, to_json};
+use super::api::{self, ApiError, Fields, Flight, Tally, to_json};
 use super::chat::{read_content, read_messages};
 use super::engine::Engine;
 use super::feed::{Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
-use super::scheduler::{Finish, Output};
+use super::scheduler::{Finish, Output, Sampling};
 use super::template::{Ending, Message, render};
 
 #[derive(Serialize)]
@@ -102,45 +101,43 @@ fn usage(engine: &Engine, tally: &Tally) -> MessageUsage {
     }
 }
 
+/// The prompt's tokens and how to go on, read and checked.
+fn read(engine: &Engine, fields: &mut Fields) -> Result<(Vec<u32>, Sampling), ApiError> {
+    let mut messages = read_messages(fields)?;
+    let max_tokens = api::integer(fields, "max_tokens")?;
+    let max_tokens = max_tokens.ok_or_else(|| ApiError::missing("max_tokens", fields))?;
+    api::check_model(engine, fields)?;
+    api::check_simulated(fields)?;
+    if let Some(system) = fields.get("system").filter(|system| !system.is_null()) {
+        let content = read_content(system)
+            .ok_or_else(|| ApiError::not_implemented("system content other than text"))?;
+        let role = "system".to_owned();
+        messages.insert(0, Message { role, content });
+    }
+    if let Some(stop) = fields.remove("stop_sequences") {
+        fields.insert("stop".to_owned(), stop);
+    }
+    let prompt = render(&messages, Ending::GenerationPrompt);
+    let prompt = engine.tokenizer.encode(&prompt);
+    let sampling = api::read_sampling(engine, fields, Some(max_tokens), prompt.len())?;
+    Ok((prompt, sampling))
+}
+
 /// `POST /v1/messages`.
 pub(crate) async fn messages(
     engine: &Arc<Engine>,
     request: &Request,
 ) -> Result<Response, Response> {
     let mut fields = api::read_fields(request)?;
-    let mut messages = read_messages(&fields)?;
-    let Some(max_tokens) = api::integer(&fields, "max_tokens")? else {
-        return Err(ApiError::missing("max_tokens", &fields).into());
-    };
-    api::check_model(engine, &fields)?;
-    api::check_simulated(&fields)?;
-    if let Some(system) = fields.get("system").filter(|system| !system.is_null()) {
-        let content = read_content(system)
-            .ok_or_else(|| ApiError::not_implemented("system content other than text"))?;
-        messages.insert(
-            0,
-            Message {
-                role: "system".to_owned(),
-                content,
-            },
-        );
-    }
-    if let Some(stop) = fields.remove("stop_sequences") {
-        fields.insert("stop".to_owned(), stop);
-    }
-    let prompt = engine
-        .tokenizer
-        .encode(&render(&messages, Ending::GenerationPrompt));
-    let sampling = api::read_sampling(engine, &fields, Some(max_tokens), prompt.len())?;
+    let (prompt, sampling) = read(engine, &mut fields)?;
     let flight = Flight::begin(engine, request, &fields, "chatcmpl")?;
-    let prompt_tokens = prompt.len();
-    let generation = engine.generate(vec![(prompt, sampling)], api::text(&fields, "cache_salt"));
-    let mut feed = Feed::new(engine, generation, flight);
     let mut tally = Tally {
-        prompt_tokens,
+        prompt_tokens: prompt.len(),
         ..Tally::default()
     };
-    if fields.get("stream") == Some(&Value::Bool(true)) {
+    let generation = engine.generate(vec![(prompt, sampling)], api::text(&fields, "cache_salt"));
+    let mut feed = Feed::new(engine, generation, flight);
+    if api::flag(&fields, "stream") {
         let writer = MessageWriter {
             id: feed.id().to_owned(),
             engine: Arc::clone(engine),
@@ -152,27 +149,21 @@ pub(crate) async fn messages(
     let outputs = feed.collect(1).await?.remove(0);
     tally.completion_tokens = outputs.len();
     tally.cached_tokens = outputs.first().map(|output| output.cached_tokens);
-    let finish = outputs
-        .last()
-        .and_then(|output| output.finish.as_ref())
-        .map(stop_reason);
+    let last = outputs.last().and_then(|output| output.finish.as_ref());
+    let finish = last.map(stop_reason);
     let text = outputs.iter().map(|output| output.text.as_str()).collect();
-    Ok(Response::json(
-        200,
-        to_json(&Whole {
-            id: feed.id(),
-            r#type: "message",
-            role: "assistant",
-            content: vec![Content {
-                r#type: "text",
-                text,
-            }],
-            model: &engine.config.model,
-            stop_reason: finish.map(|(reason, _)| reason),
-            stop_sequence: finish.and_then(|(_, text)| text),
-            usage: usage(engine, &tally),
-        }),
-    ))
+    let r#type = "text";
+    let body = to_json(&Whole {
+        id: feed.id(),
+        r#type: "message",
+        role: "assistant",
+        content: vec![Content { r#type, text }],
+        model: &engine.config.model,
+        stop_reason: finish.map(|(reason, _)| reason),
+        stop_sequence: finish.and_then(|(_, text)| text),
+        usage: usage(engine, &tally),
+    });
+    Ok(Response::json(200, body))
 }
 
 struct MessageWriter {

@@ -139,7 +139,7 @@ impl Model {
             }
         }
         let property = |list: &[bool]| list.get(last as usize).copied().unwrap_or(false);
-        if may_end && hash % EOS_PERIOD == 0 {
+        if may_end && hash.is_multiple_of(EOS_PERIOD) {
             EOS
         } else if property(&self.ends_blank) {
             pick_from(&self.openers, hash)

@@ -4,9 +4,9 @@
 use std::path::PathBuf;
 
 use outrigger_conformance::sim::{Config, SimEngine};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::client::{Answer, ask};
+use super::client::{Answer, ask, post};
 use super::json::Json;
 
 fn dir() -> PathBuf {
@@ -360,4 +360,20 @@ fn without_their_flags_endpoints_answer_as_recorded_without_them() {
     }
     let usage = &replay(&engine, "chat").json()["usage"];
     assert_eq!(usage["prompt_tokens_details"], Value::Null);
+}
+
+#[test]
+fn a_whole_message_tells_what_its_stream_tells() {
+    let engine = engine();
+    let mut body = json!({"max_tokens": 12, "temperature": 0, "system": "Be brief.",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}]});
+    let whole = post(engine.http_addr, "/v1/messages", &body).json();
+    body["stream"] = true.into();
+    let events = post(engine.http_addr, "/v1/messages", &body).events();
+    let told = events
+        .iter()
+        .filter_map(|event| event["delta"]["text"].as_str());
+    assert_eq!(whole["content"][0]["text"], told.collect::<String>());
+    assert_eq!(whole["stop_reason"], "max_tokens");
+    assert_eq!(whole["usage"]["output_tokens"], 12);
 }

@@ -120,8 +120,8 @@ pub(crate) enum Pack {
     Uint(u64),
     Float(f64),
     Text(String),
-    List(Vec<Pack>),
-    Map(Vec<(String, Pack)>),
+    List(Vec<Self>),
+    Map(Vec<(String, Self)>),
 }
 
 impl Pack {
