@@ -44,15 +44,14 @@ fn everything_wrong_is_printed_and_the_exit_code_says_so() {
         dir.join("good.yaml"),
         dir.join("missing.yaml"),
     );
-    let text =
-        "node: {id: 5}\nbogus: 1\nstatic_resources:\n  clusters:\n  - {name: a, type: EDS}\n";
+    let text = "node: {id: 5}\nbogus: 1\nstatic_resources:\n  clusters:\n  - {name: a, lb_policy: MAGLEV}\n";
     fs::write(&bad, text).expect("written");
     fs::write(&good, "{}").expect("written");
     let (code, printed) = validate(&[&bad, &good, &missing]);
     assert_eq!(code, Some(1), "{printed}");
     let (bad, good, missing) = (bad.display(), good.display(), missing.display());
     let lines: Vec<&str> = printed.lines().collect();
-    assert_eq!(lines.len(), 5, "{printed}");
+    assert_eq!(lines.len(), 6, "{printed}");
     for want in [
         format!("{bad}: no such field: 'bogus'"),
         format!("{bad}: node.id: expected a string, got 5"),
@@ -62,7 +61,7 @@ fn everything_wrong_is_printed_and_the_exit_code_says_so() {
         assert!(lines.contains(&want.as_str()), "{want:?} in {printed}");
     }
     assert!(
-        lines[4].starts_with(&format!("{missing}: cannot be read: ")),
+        lines[5].starts_with(&format!("{missing}: cannot be read: ")),
         "{printed}"
     );
 }

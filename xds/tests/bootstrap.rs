@@ -16,6 +16,7 @@ use outrigger_xds::{
         },
     },
 };
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -507,6 +508,7 @@ fn duplicate_names_are_refused() {
     let want = [
         "static_resources.listeners[1].name: duplicate name 'outbound'",
         "static_resources.clusters[1].name: duplicate name 'engines'",
+        "static_resources.listeners[1].address: duplicate address [::1]:8080",
     ];
     assert_eq!(found, want);
 }
@@ -563,4 +565,131 @@ fn text_that_cannot_be_read_says_where() {
     wrong("{", Syntax::Json, "line 1 column 1");
     wrong("- a", Syntax::Yaml, "expected an object, got a list");
     wrong("", Syntax::Yaml, "expected an object, got null");
+}
+
+/// A random JSON value, small.
+fn junk(random: &mut StdRng) -> Value {
+    match random.random_range(0..9) {
+        0 => Value::Null,
+        1 => json!(random.random::<bool>()),
+        2 => json!(random.random::<i64>()),
+        3 => json!(random.random_range(-1.0e300..1.0e300)),
+        4 => json!(""),
+        5 => json!("\u{0}é-0.5s"),
+        6 => json!([1, "a", {}]),
+        7 => json!({"@type": "type.googleapis.com/envoy.config.core.v3.Address", "": []}),
+        _ => json!({"type_url": 5, "@type": TYPED_STRUCT}),
+    }
+}
+
+/// Changes a random place somewhere below.
+fn spoil(value: &mut Value, random: &mut StdRng) {
+    let deeper = random.random_range(0..12) > 0;
+    match value {
+        Value::Object(fields) if deeper && !fields.is_empty() => {
+            let key = fields
+                .keys()
+                .nth(random.random_range(0..fields.len()))
+                .expect("in range")
+                .clone();
+            match random.random_range(0..20) {
+                0 => drop(fields.remove(&key)),
+                1 => drop(fields.insert(key.to_uppercase(), junk(random))),
+                _ => spoil(&mut fields[&key], random),
+            }
+        }
+        Value::Array(list) if deeper && !list.is_empty() => {
+            let index = random.random_range(0..list.len());
+            if random.random_range(0..10) == 0 {
+                list.push(list[index].clone());
+            }
+            spoil(&mut list[index], random);
+        }
+        _ => *value = junk(random),
+    }
+}
+
+#[test]
+fn whatever_is_read_is_refused_with_reasons_or_reads_back_equal() {
+    let mut random = StdRng::seed_from_u64(11);
+    let (mut good, mut bad) = (0, 0);
+    for _ in 0..500 {
+        let mut value = bootstrap_to_json(&full());
+        for _ in 0..random.random_range(1..4) {
+            spoil(&mut value, &mut random);
+        }
+        match bootstrap_from_value(value.clone()) {
+            Ok(plain) => {
+                good += 1;
+                assert_eq!(
+                    bootstrap_from_value(bootstrap_to_json(&plain)),
+                    Ok(plain),
+                    "{value}"
+                );
+            }
+            Err(errors) => {
+                bad += 1;
+                assert!(
+                    !errors.problems().is_empty()
+                        && errors.problems().iter().all(|p| !p.message.is_empty())
+                );
+            }
+        }
+    }
+    assert!(good > 10 && bad > 100, "{good} good, {bad} bad");
+}
+
+#[test]
+fn what_is_refused_by_name_is_not_also_missing() {
+    let route = format!("{H}/route_config/virtual_hosts/0/routes/1");
+    let table = [
+        (
+            format!("{L}/address"),
+            json!({"pipe": {"path": "/a"}}),
+            "pipe",
+        ),
+        (
+            format!("{route}/match"),
+            json!({"safe_regex": {"regex": "a"}}),
+            "safe_regex",
+        ),
+        (
+            format!("{route}/route"),
+            json!({"cluster_header": "x"}),
+            "cluster_header",
+        ),
+        (
+            route.clone(),
+            json!({"match": {"prefix": "/"}, "redirect": {}}),
+            "redirect",
+        ),
+        (
+            format!("{H}/http_filters/0"),
+            json!({"name": "a", "config_discovery": {}}),
+            "config_discovery",
+        ),
+        (
+            format!("{H}/access_log/0/typed_config/log_format"),
+            json!({"text_format_source": {"filename": "a"}}),
+            "filename",
+        ),
+        (
+            C.to_owned(),
+            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {}}),
+            "eds_cluster_config",
+        ),
+    ];
+    for (pointer, value, name) in table {
+        let found = problems(&[(&pointer, value)]);
+        let (named, others): (Vec<_>, Vec<_>) = found
+            .iter()
+            .partition(|problem| problem.ends_with(&format!("not supported yet: {name}")));
+        assert_eq!(named.len(), 1, "{found:?}");
+        assert!(
+            others
+                .iter()
+                .all(|problem| problem.contains("not supported yet: EDS")),
+            "{found:?}"
+        );
+    }
 }

@@ -145,6 +145,7 @@ impl Walk {
         };
         if listed(known::NOT_SUPPORTED) {
             self.errors.add(place, format!("not supported yet: {name}"));
+            self.removed.push(join(place, &name));
         } else if listed(known::IGNORED) {
             self.ignored.push(join(place, &name));
         } else {

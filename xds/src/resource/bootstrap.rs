@@ -69,6 +69,7 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             problems.take_all("static_resources.clusters", resources.clusters);
         check_unique(&mut problems, "static_resources.listeners", &listener_names);
         check_unique(&mut problems, "static_resources.clusters", &cluster_names);
+        check_addresses(&mut problems, &listeners, &listener_names);
         for listener in &listeners {
             let index = listener_names
                 .iter()
@@ -96,6 +97,24 @@ fn check_unique(problems: &mut ConfigErrors, place: &str, names: &[String]) {
                 format!("{place}[{index}].name"),
                 format!("duplicate name '{name}'"),
             );
+        }
+    }
+}
+
+/// Sockets share their port between workers, so the system would let two listeners share connections at random.
+fn check_addresses(problems: &mut ConfigErrors, listeners: &[Listener], names: &[String]) {
+    let mut seen = HashSet::new();
+    for listener in listeners
+        .iter()
+        .filter(|listener| listener.address.port != 0)
+    {
+        if !seen.insert(&listener.address) {
+            let index = names
+                .iter()
+                .rposition(|name| *name == listener.name)
+                .unwrap_or_default();
+            let place = format!("static_resources.listeners[{index}].address");
+            problems.add(place, format!("duplicate address {}", listener.address));
         }
     }
 }

@@ -134,10 +134,15 @@ impl TryFrom<wire::Cluster> for Cluster {
         if connect_timeout.is_zero() {
             problems.add("connect_timeout", "must be greater than 0");
         }
-        let load_assignment: Option<ClusterLoadAssignment> =
-            problems.required("load_assignment", wire.load_assignment);
-        if let Some(assignment) = &load_assignment {
-            check_discovery(&mut problems, wire.cluster_discovery_type, assignment);
+        let discovery = discovery(&mut problems, wire.cluster_discovery_type);
+        let assignment = wire.load_assignment;
+        if assignment.is_none() && discovery.is_some() {
+            problems.add("load_assignment", "required");
+        }
+        let load_assignment: Option<ClusterLoadAssignment> = assignment
+            .and_then(|assignment| problems.take("load_assignment", assignment.try_into()));
+        if let (Some(discovery), Some(assignment)) = (discovery, &load_assignment) {
+            check_addresses(&mut problems, discovery, assignment);
         }
         let protocol = problems.take(
             "typed_extension_protocol_options",
@@ -157,41 +162,51 @@ impl TryFrom<wire::Cluster> for Cluster {
     }
 }
 
-/// Host names need a cluster type that resolves names; what discovers endpoints elsewhere is not here yet.
-fn check_discovery(
+/// Where endpoints come from, if that is from the configuration itself.
+fn discovery(
     problems: &mut ConfigErrors,
-    discovery: Option<ClusterDiscoveryType>,
+    given: Option<ClusterDiscoveryType>,
+) -> Option<DiscoveryType> {
+    let number = given.map_or(0, |ClusterDiscoveryType::Type(number)| number);
+    match DiscoveryType::try_from(number) {
+        Ok(
+            known @ (DiscoveryType::Static | DiscoveryType::StrictDns | DiscoveryType::LogicalDns),
+        ) => Some(known),
+        Ok(other) => {
+            problems.add(
+                "type",
+                format!("not supported yet: {}", other.as_str_name()),
+            );
+            None
+        }
+        Err(_) => {
+            problems.add("type", format!("unknown value {number}"));
+            None
+        }
+    }
+}
+
+/// Host names need a cluster type that resolves names.
+fn check_addresses(
+    problems: &mut ConfigErrors,
+    discovery: DiscoveryType,
     assignment: &ClusterLoadAssignment,
 ) {
-    let number = discovery.map_or(0, |ClusterDiscoveryType::Type(number)| number);
-    match DiscoveryType::try_from(number) {
-        Ok(DiscoveryType::Static) => {
-            for endpoint in assignment
-                .endpoints
-                .iter()
-                .filter(|e| e.address.host.parse::<IpAddr>().is_err())
-            {
-                let host = &endpoint.address.host;
-                let message = format!(
-                    "malformed IP address: {host}; a host name needs the cluster type STRICT_DNS"
-                );
-                problems.add("load_assignment", message);
-            }
-        }
-        Ok(DiscoveryType::StrictDns) => {}
-        Ok(DiscoveryType::LogicalDns) => {
-            if assignment.endpoints.len() != 1 {
-                problems.add(
-                    "load_assignment",
-                    "a LOGICAL_DNS cluster has exactly one endpoint",
-                );
-            }
-        }
-        Ok(other) => problems.add(
-            "type",
-            format!("not supported yet: {}", other.as_str_name()),
-        ),
-        Err(_) => problems.add("type", format!("unknown value {number}")),
+    if discovery == DiscoveryType::LogicalDns && assignment.endpoints.len() != 1 {
+        problems.add(
+            "load_assignment",
+            "a LOGICAL_DNS cluster has exactly one endpoint",
+        );
+    }
+    let named = assignment
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.address.host.parse::<IpAddr>().is_err());
+    for endpoint in named.filter(|_| discovery == DiscoveryType::Static) {
+        let host = &endpoint.address.host;
+        let message =
+            format!("malformed IP address: {host}; a host name needs the cluster type STRICT_DNS");
+        problems.add("load_assignment", message);
     }
 }
 

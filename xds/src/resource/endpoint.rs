@@ -98,7 +98,7 @@ impl TryFrom<core::Address> for Address {
 
     fn try_from(wire: core::Address) -> Result<Self, ConfigErrors> {
         let Some(core::address::Address::SocketAddress(socket)) = wire.address else {
-            return Err(ConfigErrors::one("socket_address", "required"));
+            return Err(ConfigErrors::one("", "required: socket_address"));
         };
         let mut problems = ConfigErrors::default();
         if socket.protocol() == core::socket_address::Protocol::Udp {

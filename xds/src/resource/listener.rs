@@ -210,7 +210,7 @@ fn connection_manager(
     problems.not_empty("[0].filters[0].name", filter.name);
     let place = "[0].filters[0].typed_config";
     let Some(wire::filter::ConfigType::TypedConfig(any)) = filter.config_type else {
-        problems.add(place, "required");
+        problems.add("[0].filters[0]", "required: typed_config");
         return problems.finish(None);
     };
     let manager = match problems.take(place, unpack::<hcm::HttpConnectionManager>(&any)) {
@@ -246,7 +246,10 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         let table = wire
             .route_specifier
             .map(|RouteSpecifier::RouteConfig(table)| table);
-        let route_config = problems.required("route_config", table);
+        if table.is_none() {
+            problems.add("", "required: route_config");
+        }
+        let route_config = table.and_then(|table| problems.take("route_config", table.try_into()));
         let count = wire.http_filters.len();
         let http_filters = problems.take_all("http_filters", wire.http_filters);
         if http_filters.len() == count {
@@ -370,7 +373,10 @@ impl TryFrom<hcm::HttpFilter> for HttpFilter {
         let any = wire
             .config_type
             .map(|hcm::http_filter::ConfigType::TypedConfig(any)| any);
-        let config = problems.required("typed_config", any);
+        if any.is_none() {
+            problems.add("", "required: typed_config");
+        }
+        let config = any.and_then(|any| problems.take("typed_config", TypedConfig::try_from(any)));
         problems.finish(config.map(|config| Self {
             name,
             config,
@@ -385,7 +391,7 @@ impl TryFrom<log::AccessLog> for AccessLog {
 
     fn try_from(wire: log::AccessLog) -> Result<Self, ConfigErrors> {
         let Some(log::access_log::ConfigType::TypedConfig(any)) = wire.config_type else {
-            return Err(ConfigErrors::one("typed_config", "required"));
+            return Err(ConfigErrors::one("", "required: typed_config"));
         };
         let mut problems = ConfigErrors::default();
         let log = problems.take("typed_config", logger(&any));

@@ -404,7 +404,10 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             Some(wire::route_action::ClusterSpecifier::Cluster(cluster)) => {
                 problems.not_empty("cluster", cluster)
             }
-            None => problems.not_empty("cluster", String::new()),
+            None => {
+                problems.add("", "required: cluster");
+                String::new()
+            }
         };
         let timeout = wire
             .timeout
