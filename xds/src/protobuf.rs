@@ -57,19 +57,28 @@ pub(crate) fn from_json(
 pub(crate) fn to_json<M: Message + Name>(message: &M) -> Value {
     let descriptor =
         descriptor(&M::full_name()).expect("invariant: wire types come from the descriptors");
-    let decoded = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice());
-    dynamic_to_json(&decoded.expect("invariant: a message fits its own descriptor"))
+    match DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice()) {
+        Ok(decoded) => dynamic_to_json(&decoded),
+        Err(error) => not_shown(&M::full_name(), &error),
+    }
 }
 
 fn dynamic_to_json(message: &DynamicMessage) -> Value {
     let options = SerializeOptions::new().use_proto_field_name(true);
-    // Fails only for an `Any` whose type is unknown, which then has no JSON form at all.
-    let mut json = message.serialize_with_options(serde_json::value::Serializer, &options).unwrap_or_else(|error| {
-        tracing::error!(%error, message = message.descriptor().full_name(), "cannot be shown as JSON");
-        Value::Null
-    });
-    whole_numbers(&mut json);
-    json
+    match message.serialize_with_options(serde_json::value::Serializer, &options) {
+        Ok(mut json) => {
+            whole_numbers(&mut json);
+            json
+        }
+        Err(error) => not_shown(message.descriptor().full_name(), &error),
+    }
+}
+
+/// Happens only to what no text can say: JSON nested deeper than protobuf's recursion limit.
+fn not_shown(message: &str, error: &dyn std::error::Error) -> Value {
+    tracing::error!(%error, message, "cannot be shown as JSON");
+    metrics::counter!("outrigger_config_not_shown").increment(1);
+    Value::Null
 }
 
 /// The type behind a `TypedStruct` if we know it; anything else as it is.

@@ -537,6 +537,30 @@ fn a_typed_struct_stands_for_the_type_it_names() {
 }
 
 #[test]
+fn nesting_without_end_is_an_error() {
+    for depth in [30, 60, 100, 5_000] {
+        let text = format!(
+            "{}{}",
+            "{\"a\":".repeat(depth),
+            "1".to_owned() + &"}".repeat(depth)
+        );
+        let shallow = bootstrap_to_json(&full()).to_string();
+        let text = shallow.replacen(
+            "{\"duty\":\"engine\"",
+            &format!("{{\"deep\":{text},\"duty\":\"engine\""),
+            1,
+        );
+        assert!(text.len() > shallow.len());
+        for syntax in [Syntax::Json, Syntax::Yaml] {
+            match bootstrap(&text, syntax) {
+                Ok(plain) => assert_eq!(bootstrap_from_value(bootstrap_to_json(&plain)), Ok(plain)),
+                Err(errors) => assert!(depth > 20 && !errors.problems().is_empty()),
+            }
+        }
+    }
+}
+
+#[test]
 fn both_key_styles_at_once_are_refused() {
     let found = problems(&[(&format!("{C}/connectTimeout"), json!("1s"))]);
     assert_eq!(
@@ -659,7 +683,7 @@ fn what_is_refused_by_name_is_not_also_missing() {
             "cluster_header",
         ),
         (
-            route.clone(),
+            route,
             json!({"match": {"prefix": "/"}, "redirect": {}}),
             "redirect",
         ),
