@@ -23,7 +23,10 @@ fn protos(root: &Path, dir: &Path, found: &mut Vec<PathBuf>) {
         let path = entry.expect("entry").path();
         if path.is_dir() {
             protos(root, &path, found);
-        } else if path.extension().is_some_and(|extension| extension == "proto") {
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "proto")
+        {
             found.push(path.strip_prefix(root).expect("below the root").to_owned());
         }
     }
@@ -43,7 +46,11 @@ fn generate() -> BTreeMap<String, Vec<u8>> {
     let out = std::env::temp_dir().join(format!("outrigger-codegen-{}", std::process::id()));
     fs::create_dir_all(&out).expect("temp dir");
     let mut config = prost_build::Config::new();
-    config.out_dir(&out).include_file(TREE).btree_map(["."]).enable_type_names();
+    config
+        .out_dir(&out)
+        .include_file(TREE)
+        .btree_map(["."])
+        .enable_type_names();
     tonic_prost_build::configure()
         .out_dir(&out)
         .include_file(TREE)
@@ -54,7 +61,11 @@ fn generate() -> BTreeMap<String, Vec<u8>> {
     let mut made = BTreeMap::new();
     for entry in fs::read_dir(&out).expect("temp dir") {
         let path = entry.expect("entry").path();
-        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .expect("a file")
+            .to_string_lossy()
+            .into_owned();
         made.insert(name, fs::read(&path).expect("readable"));
     }
     fs::remove_dir_all(&out).expect("temp dir");
@@ -73,7 +84,11 @@ fn generated_types_are_up_to_date() {
         .expect("xds/src/wire")
         .map(|entry| entry.expect("entry").path())
         .map(|path| {
-            let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .expect("a file")
+                .to_string_lossy()
+                .into_owned();
             (name, fs::read(&path).expect("readable"))
         })
         .collect();
@@ -87,8 +102,15 @@ fn generated_types_are_up_to_date() {
         return;
     }
     let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&made), names(&checked_in), "files in xds/src/wire; OUTRIGGER_CODEGEN=write makes them anew");
+    assert_eq!(
+        names(&made),
+        names(&checked_in),
+        "files in xds/src/wire; OUTRIGGER_CODEGEN=write makes them anew"
+    );
     for (name, content) in &made {
-        assert!(content == &checked_in[name], "xds/src/wire/{name} is stale; OUTRIGGER_CODEGEN=write makes it anew");
+        assert!(
+            content == &checked_in[name],
+            "xds/src/wire/{name} is stale; OUTRIGGER_CODEGEN=write makes it anew"
+        );
     }
 }
