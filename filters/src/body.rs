@@ -41,6 +41,12 @@ pub fn empty() -> ResponseBody {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
+/// Whether nothing more can come: the end was seen, or the announced length has come. (HTTP/2 tells the end of a body
+/// of known length in a frame of its own, which nobody needs to wait for.)
+pub fn is_over(body: &ResponseBody) -> bool {
+    body.is_end_stream() || body.size_hint().exact() == Some(0)
+}
+
 /// A request body: bytes already read, then the rest of the stream.
 ///
 /// It is *replayable* (see [`RequestBody::replay`]) once it was read whole; until then it can be sent once.

@@ -4,7 +4,7 @@
 //! by a dying engine must not reach the client). Bodies that are no SSE stream pass through chunk by chunk.
 
 use crate::{
-    body::{BodyError, ResponseBody},
+    body::{BodyError, ResponseBody, is_over},
     filter::{Edit, End, LogFields, StreamObserver},
 };
 use bytes::{Bytes, BytesMut};
@@ -345,7 +345,7 @@ impl Body for Observed {
 impl Drop for Observed {
     fn drop(&mut self) {
         // hyper drops a body of known length without polling for its end.
-        let complete = self.inner.is_end_stream() && self.tail.is_empty();
+        let complete = is_over(&self.inner) && self.tail.is_empty();
         self.close(if complete { End::Complete } else { End::ClientGone });
     }
 }

@@ -184,9 +184,7 @@ impl Manager {
             Target::Direct { status, body } => {
                 context.log.details = "direct_response".into();
                 self.stats.rq_direct_response.increment(1);
-                let mut response = local_reply::direct(*status, body, shape);
-                response.headers_mut().insert(header::SERVER, SERVER);
-                Ok(response)
+                Ok(local_reply::direct(*status, body, shape))
             }
             Target::Chain { filters, facts, prefix_rewrite } => {
                 context.route = facts.clone();
@@ -215,6 +213,9 @@ impl Manager {
         };
         let (mut parts, body) = response.into_parts();
         headers::strip_hop_by_hop(&mut parts.headers);
+        if !parts.headers.contains_key(header::SERVER) {
+            parts.headers.insert(header::SERVER, SERVER);
+        }
         record.logs.capture_response(&parts.headers, &mut record.captured);
         record.code = parts.status.as_u16();
         record.head_sent = record.started.elapsed();
@@ -239,8 +240,6 @@ impl Manager {
             self.stats.no_cluster.increment(1);
         }
         let mut response = local_reply::respond(error, shape);
-        let fields = response.headers_mut();
-        fields.insert(header::SERVER, SERVER);
         if inbound {
             let retry = match error.retry {
                 Retry::No => None,
@@ -248,7 +247,7 @@ impl Manager {
                 Retry::NothingReceived => Some("nothing-received"),
             };
             if let Some(retry) = retry {
-                fields.insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
+                response.headers_mut().insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
             }
         }
         response

@@ -1,7 +1,7 @@
 //! The body of a response, tied to the reservation that made room for it.
 
 use crate::{
-    body::{BodyError, ResponseBody},
+    body::{BodyError, ResponseBody, is_over},
     endpoints::{Endpoint, Reservation},
     error::Flag,
 };
@@ -99,7 +99,7 @@ impl Body for Leg {
 
 impl Drop for Leg {
     fn drop(&mut self) {
-        if self.reservation.is_some() && self.is_end_stream() {
+        if self.reservation.is_some() && self.peeked.is_none() && is_over(&self.inner) {
             let success = self.success;
             self.finish(success);
         }
