@@ -130,6 +130,16 @@ impl SimEngine {
         self.engine.is_dead()
     }
 
+    /// Ends as vLLM does on SIGTERM: running streams get the error event and `[DONE]`, then everything closes.
+    pub fn terminate(&mut self) {
+        // Longer than the pause below: `stop` ends it, not the fault.
+        let for_ms = 10_000;
+        let fault = Fault::new(FaultKind::CoreDies);
+        self.engine.core_dies(Fault { for_ms, ..fault });
+        std::thread::sleep(engine::LAST_WORDS);
+        self.stop();
+    }
+
     /// Closes every socket at once, as the end of a process does, and waits for the thread.
     pub fn stop(&mut self) {
         if let Some(stop) = self.stop.take() {
@@ -240,7 +250,7 @@ impl Sockets {
         let answer_replays = serve_replays(&engine, replay);
         tokio::select! {
             _ = stopped => {}
-            () = engine.died.notified() => {}
+            () = engine.ended() => {}
             () = engine.run() => {}
             () = accept(&engine, http, http_addr) => {}
             () = publish => {}
@@ -361,6 +371,10 @@ pub fn run(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr);
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    // A program that runs this as a part of itself may have its own subscriber already.
+    let _ = log.with_env_filter(filter).try_init();
     match SimEngine::start(flags.into()) {
         Ok(mut engine) => {
             let address = |addr: Option<SocketAddr>| addr.map(|addr| addr.to_string());
@@ -373,7 +387,7 @@ pub fn run(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
                 })
             );
             wait_for_signal();
-            engine.stop();
+            engine.terminate();
             ExitCode::SUCCESS
         }
         Err(error) => {

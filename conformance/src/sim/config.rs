@@ -106,9 +106,27 @@ impl Config {
     }
 }
 
+const FAULTS_HELP: &str = "\
+Faults, by --fault or POST /sim/fault (GET lists, DELETE disarms):
+  {\"kind\": K, \"after_tokens\": 0, \"count\": 1, \"for_ms\": 0}
+  die            the process ends with 137, as after kill -9
+  core_dies      every stream ends with the error event, /health is 503 for for_ms, then as die
+  reset          the connection is reset
+  truncate       the connection closes without the last chunk
+  garbage        bytes that are no HTTP, then the connection closes
+  in_band_error  the error event of a dead engine, [DONE], a clean end
+  stall          this stream falls silent for for_ms (0: for ever)
+  slow           each further token of this stream is for_ms late
+  freeze         the whole engine makes no step for for_ms; HTTP still answers
+  http_500       generation requests are answered 500
+  refuse         no connection is accepted for for_ms
+  lose_events    count batches of KV events reach the replay buffer only
+A fault strikes the first stream that has delivered after_tokens tokens, running ones included, and is spent
+after count of them.";
+
 /// `outrigger-sim-engine`: an HTTP server that behaves as vLLM 0.32 does, without a model.
 #[derive(Parser, Debug)]
-#[command(name = "outrigger-sim-engine", version)]
+#[command(name = "outrigger-sim-engine", version, after_help = FAULTS_HELP)]
 pub(crate) struct Flags {
     /// HTTP port on 127.0.0.1 (0: a free one, printed)
     #[arg(long, default_value_t = 8000)]

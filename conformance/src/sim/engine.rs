@@ -15,12 +15,19 @@ use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
 use super::tokenizer::Tokenizer;
 use super::zmtp::Publisher;
 
+/// How long streams have to say their last words when the engine ends; vLLM takes about as long.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(20);
+
 /// Unix time in seconds.
 pub(crate) fn unix_s() -> f64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs_f64()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What one engine is made of; shared by the step loop and the connections.
@@ -39,7 +46,9 @@ pub(crate) struct Engine {
     refused_until: Mutex<Option<Instant>>,
     pub(crate) refuse: Notify,
     dead: AtomicBool,
-    pub(crate) died: Notify,
+    died: Notify,
+    dies_at: Mutex<Option<Instant>>,
+    core_died: Notify,
     next_id: AtomicU64,
     id_salt: u64,
 }
@@ -62,6 +71,8 @@ impl Engine {
             refuse: Notify::new(),
             dead: AtomicBool::new(false),
             died: Notify::new(),
+            dies_at: Mutex::default(),
+            core_died: Notify::new(),
             next_id: AtomicU64::new(1),
             id_salt: mix(config.seed ^ (id_salt << 32)),
             config,
@@ -69,16 +80,12 @@ impl Engine {
     }
 
     pub(crate) fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
-        self.scheduler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.scheduler)
     }
 
     /// External ids of the generation requests being answered.
     pub(crate) fn in_flight(&self) -> MutexGuard<'_, Vec<String>> {
-        self.in_flight
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_flight)
     }
 
     fn number(&self) -> u64 {
@@ -117,6 +124,10 @@ impl Engine {
             id
         };
         let ids = sequences.into_iter().enumerate().map(add).collect();
+        if self.is_core_dead() {
+            // Nobody will make steps for it: its channel closes, which its client sees as a dead engine.
+            scheduler.abort_all();
+        }
         drop(scheduler);
         self.wake.notify_one();
         Generation {
@@ -172,10 +183,7 @@ impl Engine {
 
     async fn thaw(&self) {
         loop {
-            let until = *self
-                .frozen_until
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let until = *lock(&self.frozen_until);
             match until {
                 Some(until) if until > Instant::now() => tokio::time::sleep_until(until).await,
                 _ => return,
@@ -188,16 +196,15 @@ impl Engine {
         let until = Some(Instant::now() + fault.duration());
         match fault.kind {
             FaultKind::Die if fault.after_tokens == 0 => self.die(),
+            FaultKind::CoreDies if fault.after_tokens == 0 => self.core_dies(fault),
             FaultKind::LoseEvents => self.publisher.lose(fault.count),
             FaultKind::Freeze if fault.after_tokens == 0 => self.freeze(fault),
             FaultKind::Refuse => {
-                *self
-                    .refused_until
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = until;
+                *lock(&self.refused_until) = until;
                 self.refuse.notify_one();
             }
             FaultKind::Die
+            | FaultKind::CoreDies
             | FaultKind::Freeze
             | FaultKind::Reset
             | FaultKind::Stall
@@ -211,18 +218,37 @@ impl Engine {
 
     pub(crate) fn freeze(&self, fault: Fault) {
         let until = Some(Instant::now() + fault.duration());
-        *self
-            .frozen_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = until;
+        *lock(&self.frozen_until) = until;
+    }
+
+    /// Ends all streams with the error event, answers `/health` with 503 for a while, then dies.
+    pub(crate) fn core_dies(&self, fault: Fault) {
+        *lock(&self.dies_at) = Some(Instant::now() + fault.duration());
+        self.scheduler().abort_all();
+        self.core_died.notify_one();
+    }
+
+    /// Whether the core is gone and only HTTP is left.
+    pub(crate) fn is_core_dead(&self) -> bool {
+        lock(&self.dies_at).is_some()
+    }
+
+    /// Waits for a fault that ends the engine.
+    pub(crate) async fn ended(&self) {
+        tokio::select! {
+            () = self.died.notified() => {}
+            () = self.core_died.notified() => {
+                let until = *lock(&self.dies_at);
+                let soonest = Instant::now() + LAST_WORDS;
+                tokio::time::sleep_until(until.map_or(soonest, |until| until.max(soonest))).await;
+                self.die();
+            }
+        }
     }
 
     /// Until when no connection is accepted.
     pub(crate) fn refused_until(&self) -> Option<Instant> {
-        *self
-            .refused_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.refused_until)
     }
 
     /// Ends the process as `kill -9` would, or in a library this engine with all its sockets.

@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 pub enum FaultKind {
     /// The engine ends without a word, as after kill -9.
     Die,
+    /// The engine's process dies behind its HTTP server: every stream ends with the error event, `/health` says 503
+    /// for `for_ms`, then the engine ends as with `die`.
+    CoreDies,
     /// The connection is reset (RST).
     Reset,
     /// The stream falls silent for `for_ms` (0: for ever); others go on.

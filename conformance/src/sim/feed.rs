@@ -75,8 +75,9 @@ impl Feed {
                     std::future::pending().await
                 }
                 FaultKind::Freeze => self.engine.freeze(fault),
+                FaultKind::CoreDies => self.engine.core_dies(fault),
                 FaultKind::LoseEvents | FaultKind::Refuse | FaultKind::Http500 => {
-                    self.engine.fault(fault)
+                    self.engine.fault(fault);
                 }
             }
         }

@@ -173,6 +173,10 @@ async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, R
 fn small(engine: &Engine, path: &str) -> Option<Response> {
     let json = |body: String| Some(Response::json(200, body));
     match path {
+        "/health" | "/ping" if engine.is_core_dead() => Some(Response {
+            status: 503,
+            ..Response::empty()
+        }),
         "/health" | "/ping" => Some(Response::empty()),
         "/version" => json(format!(r#"{{"version":"{VERSION}"}}"#)),
         "/load" => {

@@ -166,6 +166,14 @@ impl Scheduler {
         }
     }
 
+    /// Drops all sequences, as the end of the engine's process does: their channels close without a last token.
+    pub(crate) fn abort_all(&mut self) {
+        self.waiting.clear();
+        for sequence in std::mem::take(&mut self.running) {
+            self.pool.release(&sequence.blocks);
+        }
+    }
+
     /// Requests that wait, run, and the share of blocks in use.
     pub(crate) fn load(&self) -> (usize, usize, f64) {
         (self.waiting.len(), self.running.len(), self.pool.usage())

@@ -62,13 +62,16 @@ impl Publisher {
             state.lose -= 1;
         } else {
             let message = encode(&[&self.topic, &seq.to_be_bytes(), &payload]);
-            // A full queue drops for that subscriber alone; a closed one is forgotten.
-            state.subscribers.retain(|to| {
-                !matches!(
-                    to.try_send(message.clone()),
-                    Err(mpsc::error::TrySendError::Closed(_))
-                )
-            });
+            state
+                .subscribers
+                .retain(|to| match to.try_send(message.clone()) {
+                    Ok(()) => true,
+                    Err(mpsc::error::TrySendError::Closed(_)) => false,
+                    Err(mpsc::error::TrySendError::Full(_)) => {
+                        tracing::warn!(seq, "a subscriber is too slow and loses a batch");
+                        true
+                    }
+                });
         }
         state.ring.push_back((seq, payload));
         if state.ring.len() > BUFFER_BATCHES {

@@ -287,7 +287,7 @@ fn slots_queue_and_blocks_show_in_the_metrics() {
     let engine = SimEngine::start(config).expect("start");
     let mut clients: Vec<Client> = (0..5u32).map(|at| {
         let mut client = Client::connect(engine.http_addr);
-        let body = json!({"prompt": ids(100, at * 90), "max_tokens": 400, "ignore_eos": true, "stream": true});
+        let body = json!({"prompt": ids(100, at * 90), "max_tokens": 1500, "ignore_eos": true, "stream": true});
         client.send("POST", "/v1/completions", &[], body.to_string().as_bytes());
         client
     }).collect();
