@@ -1,6 +1,7 @@
 """7.2: does a conversation go back to where its prefix is? The same mix under two policies, in both orders.
 
-Reusable tokens are computed from the exact token ids; hits are the engines' own counters.
+Reusable tokens are computed from the exact token ids; hits are the engines' own counters. At concurrency 8 the ratio
+may pass 1: engines also share blocks of requests that still run, and those count as hits but not as reusable.
 """
 import json
 import random
