@@ -67,6 +67,21 @@ impl Watcher {
         }
     }
 
+    /// An agent watches, and tells over NATS.
+    ///
+    /// # Errors
+    /// This build cannot listen to NATS.
+    pub fn nats(url: &str) -> Result<Self, String> {
+        #[cfg(feature = "standalone")]
+        {
+            Ok(Self::elsewhere(Arc::new(NatsSource(url.to_owned()))))
+        }
+        #[cfg(not(feature = "standalone"))]
+        {
+            Err(format!("--nats {url}: this build cannot listen to NATS"))
+        }
+    }
+
     /// The embedded adapters watch.
     ///
     /// # Errors
@@ -94,6 +109,17 @@ impl Watcher {
         }
         #[cfg(not(feature = "standalone"))]
         let _ = engines;
+    }
+}
+
+/// The feed of agents over NATS.
+#[cfg(feature = "standalone")]
+struct NatsSource(String);
+
+#[cfg(feature = "standalone")]
+impl FeedSource for NatsSource {
+    fn subscribe(&self) -> outrigger_xds::feed::FeedStream {
+        outrigger_gpu_agent::publish::nats_subscribe(&self.0)
     }
 }
 

@@ -180,6 +180,8 @@ impl Fleet {
                 count_events(endpoint, message.seq);
             }
             FeedBody::Changes(_) => {}
+            // Whoever watched the engine beside us is gone; the engine may well be there, and requests will tell.
+            FeedBody::Gone if entry.source == Source::Local => self.index.clear(endpoint.slot),
             FeedBody::Gone => self.forget(endpoint),
         }
         true

@@ -460,7 +460,7 @@ fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
         return Ok(Watcher::elsewhere(Arc::new(feed::AgentSource(uri))));
     }
     if let Some(nats) = &options.nats {
-        return Err(vec![format!("--nats {nats}: not wired yet")]);
+        return Watcher::nats(nats).map_err(|error| vec![error]);
     }
     let key = match &options.engine_api_key_file {
         None => None,
