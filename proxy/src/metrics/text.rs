@@ -315,7 +315,8 @@ fn dotted(id: &SeriesId) -> String {
     if !rest.is_empty() {
         out.push('}');
     }
-    out
+    // A name is a line's: what a configuration called a cluster must not begin another.
+    out.replace(char::is_control, "_")
 }
 
 fn dotted_text(all: &AllSeries) -> String {
