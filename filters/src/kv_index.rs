@@ -5,9 +5,11 @@
 //! a block evicted in the middle ends the prefix there, and its return brings the rest back. What it does not do:
 //! score, know about load, or read engines' own hashes (the feed speaks canonical blocks).
 
+mod guesses;
 mod table;
 
 use ahash::AHashMap;
+use guesses::Guesses;
 use metrics::Gauge;
 use outrigger_xds::{
     block_hash::BlockHash,
@@ -28,12 +30,15 @@ pub struct Limits {
     /// Most (block, holder) pairs kept, some 40 bytes each; further ones are dropped and counted in
     /// `outrigger_kv_index_overflow_total`. A dropped block only shortens what is predicted.
     pub blocks_max: u64,
+    /// Most bytes of what this router remembers of its own routing, for engines that tell nothing.
+    pub guesses_bytes_max: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             blocks_max: 16 << 20,
+            guesses_bytes_max: 32 << 20,
         }
     }
 }
@@ -104,6 +109,7 @@ struct Places {
 /// The index. Changes of one engine must come in order, from one task at a time; lookups may come from anywhere.
 pub struct KvIndex {
     table: Table,
+    guesses: Guesses,
     places: RwLock<Places>,
     blocks: AtomicU64,
     limits: Limits,
@@ -119,8 +125,10 @@ impl KvIndex {
     /// An empty index.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
+        let guesses = Guesses::new(limits.guesses_bytes_max);
         Self {
             table: Table::default(),
+            guesses,
             places: RwLock::default(),
             blocks: AtomicU64::new(0),
             limits,
@@ -248,6 +256,18 @@ impl KvIndex {
     pub fn overlaps(&self, chain: &[BlockHash], out: &mut Overlaps) {
         out.found.clear();
         self.table.walk(chain, &mut out.walk, &mut out.found);
+    }
+
+    /// Remembers that a prompt with these blocks went to the engine in `slot`: for engines that tell no KV events, and
+    /// for chains that are not made of tokens.
+    pub fn guess(&self, chain: &[BlockHash], slot: usize) {
+        self.guesses.remember(chain, slot);
+    }
+
+    /// Contiguous blocks of `chain` by slot, as guessed from what was sent; slots with none are left out.
+    #[must_use]
+    pub fn guessed(&self, chain: &[BlockHash]) -> Vec<(usize, u32)> {
+        self.guesses.prefixes(chain)
     }
 
     fn store(&self, place: &Place, slot: usize, shelf: Shelf, hashes: &[BlockHash]) {

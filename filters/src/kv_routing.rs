@@ -1,27 +1,103 @@
 //! The `kv_routing` filter: ranks the endpoints of a generation by what they have cached of its prompt and how busy
 //! they are.
+//!
+//! What it answers: in which order `router` should try the endpoints, how many prompt tokens each is predicted to have
+//! cached, and why. What it does not do: send, retry, or know how tokens or caches are learned (see
+//! [`crate::tokens`], [`crate::kv_index`]). Where nothing is known of a prompt it leaves no ranking, and the cluster's
+//! `lb_policy` decides.
+
+mod cost;
+mod decision;
+mod sent;
 
 use crate::{
     body::{RequestBody, ResponseBody},
+    endpoints::{Endpoint, Via},
     error::Error,
     filter::{Context, HttpFilter, Next},
+    openai::{OpenAiRequest, Prompt},
+    registry,
     services::Services,
+    tokens::{Source, Tokenized, Unavailable},
 };
 use async_trait::async_trait;
-use http::{Request, Response};
-use std::sync::Arc;
+pub use cost::Weights;
+use decision::{Blocks, Decider};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
+use sent::Sent;
+use serde::Deserialize;
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
+};
 
 /// Our own type.
 pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.kv_routing.v1.Config";
 
-struct KvRouting;
+/// Carries the decision to a client that may see it and asked for it.
+pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-outrigger-decision");
+
+/// What a byte of prompt makes in tokens where they cannot be counted.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// Configuration of the filter.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Weights of the cost.
+    pub weights: Weights,
+    /// Tokens in a canonical block; must be what the feeds use. Default 32.
+    pub block_tokens: usize,
+    /// Count prompt tokens that are still to be prefilled. Default on.
+    pub track_prefill_tokens: bool,
+    /// Most block hashes told to the proxy beside the engine. Default 256.
+    pub tell_blocks_max: usize,
+    /// Allow `x-outrigger-decision` on responses to requests that ask for debugging. Default off.
+    pub decision_header: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            weights: Weights::default(),
+            block_tokens: BLOCK_TOKENS_DEFAULT,
+            track_prefill_tokens: true,
+            tell_blocks_max: 256,
+            decision_header: false,
+        }
+    }
+}
+
+/// The filter.
+pub struct KvRouting {
+    services: Services,
+    config: Config,
+    sent: Sent,
+}
 
 /// The registry's constructor.
 ///
 /// # Errors
 /// The configuration is wrong; the error names the field.
-pub fn factory(_value: &serde_json::Value, _services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
-    Ok(Arc::new(KvRouting))
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
+    let mut config: Config = registry::parse(value)?;
+    config.weights.check()?;
+    if !config.track_prefill_tokens {
+        // Then nothing is known of prefill, and only decode load tells endpoints apart.
+        config.weights.prefill_load_scale = 0.0;
+    }
+    if config.block_tokens == 0 {
+        return Err("block_tokens: must be at least 1".into());
+    }
+    Ok(Arc::new(KvRouting {
+        services: services.clone(),
+        config,
+        sent: Sent::default(),
+    }))
 }
 
 #[async_trait]
@@ -32,6 +108,130 @@ impl HttpFilter for KvRouting {
         context: &mut Context,
         next: Next<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
-        next.run(request, context).await
+        let openai = context
+            .openai
+            .clone()
+            .filter(|openai| openai.is_generation());
+        let Some(openai) = openai else {
+            return next.run(request, context).await;
+        };
+        let started = Instant::now();
+        match self
+            .decide(&openai, request.headers(), context, started)
+            .await
+        {
+            Ok(how) => metrics::counter!("outrigger_routing_total", "how" => how).increment(1),
+            Err(reason) => {
+                metrics::counter!("outrigger_routing_total", "how" => "load").increment(1);
+                metrics::counter!("outrigger_routing_fallback_total", "reason" => reason)
+                    .increment(1);
+            }
+        }
+        metrics::histogram!("outrigger_routing_decision_seconds").record(started.elapsed());
+        let mut response = next.run(request, context).await?;
+        self.explain(response.headers_mut(), context);
+        Ok(response)
     }
+}
+
+impl KvRouting {
+    /// Leaves a ranking in the context and says how the prompt was known, or why there is none.
+    async fn decide(
+        &self,
+        openai: &Arc<OpenAiRequest>,
+        headers: &HeaderMap,
+        context: &mut Context,
+        started: Instant,
+    ) -> Result<&'static str, &'static str> {
+        context.prompt.tokens = estimate(openai);
+        let model = openai.model.as_deref().ok_or("no_model")?;
+        let view = self
+            .services
+            .endpoints
+            .view(&context.route.cluster)
+            .ok_or("no_cluster")?;
+        let mut candidates = view.candidates(Some(model));
+        candidates.retain(|endpoint| endpoint.serves(model));
+        let asked = whom_to_ask(&candidates).ok_or("no_candidates")?.clone();
+        // With one candidate there is nothing to choose: a prediction is made if it costs no round trip.
+        let ask = candidates.len() > 1;
+        let source = Source {
+            endpoint: &asked,
+            headers,
+            ask,
+            services: &self.services,
+        };
+        let (blocks, how) = match self.services.tokenizers.tokens(openai, source).await {
+            Ok(Tokenized { ids, how }) => (Blocks::tokens(ids), how.as_str()),
+            Err(reason) if candidates.len() == 1 || !may_guess(openai, reason) => {
+                return Err(reason.as_str());
+            }
+            Err(reason) => {
+                metrics::counter!("outrigger_routing_fallback_total", "reason" => reason.as_str())
+                    .increment(1);
+                (Blocks::bytes(openai.clone()), "fallback")
+            }
+        };
+        let decider = Decider {
+            config: &self.config,
+            sent: &self.sent,
+            services: &self.services,
+        };
+        decider
+            .decide(
+                &candidates,
+                model,
+                openai.cache_salt.as_deref(),
+                blocks,
+                context,
+                how,
+                started,
+            )
+            .await;
+        Ok(how)
+    }
+
+    fn explain(&self, headers: &mut HeaderMap, context: &Context) {
+        if !(self.config.decision_header && context.debug) {
+            return;
+        }
+        let decision = context
+            .log
+            .routing_decision
+            .as_deref()
+            .and_then(|text| HeaderValue::from_str(text).ok());
+        if let Some(decision) = decision {
+            headers.insert(DECISION_HEADER, decision);
+        }
+    }
+}
+
+/// The endpoint that tells tokens: one beside us if there is one, else the least busy.
+fn whom_to_ask(candidates: &[Arc<Endpoint>]) -> Option<&Arc<Endpoint>> {
+    candidates.iter().min_by_key(|endpoint| {
+        (
+            endpoint.is_inhibited(),
+            endpoint.via != Via::Local,
+            endpoint.stats.active.load(Relaxed),
+        )
+    })
+}
+
+/// Whether the bytes of a prompt may stand in for its tokens.
+fn may_guess(openai: &OpenAiRequest, reason: Unavailable) -> bool {
+    let silent = matches!(
+        reason,
+        Unavailable::EngineRefused | Unavailable::EngineFailed | Unavailable::NotAsked
+    );
+    silent && matches!(openai.prompt, Prompt::Messages | Prompt::Text)
+}
+
+/// Prompt tokens of a request by its length alone.
+fn estimate(openai: &OpenAiRequest) -> u64 {
+    let bytes = openai
+        .spans
+        .prompt
+        .as_ref()
+        .map_or(0, ExactSizeIterator::len);
+    (bytes / BYTES_PER_TOKEN) as u64
 }

@@ -184,7 +184,12 @@ impl OpenAiRequest {
     /// A request whose body was not read.
     #[must_use]
     pub fn unread(api: Api, limits: StreamLimits) -> Self {
-        Self { api, n: 1, limits, ..Self::default() }
+        Self {
+            api,
+            n: 1,
+            limits,
+            ..Self::default()
+        }
     }
 
     /// Reads a body; `None` if it is not the JSON that the API expects.
@@ -197,7 +202,10 @@ impl OpenAiRequest {
     /// worth routing by prefix.
     #[must_use]
     pub fn is_generation(&self) -> bool {
-        matches!(self.api, Api::Chat | Api::Completions | Api::Messages | Api::Responses | Api::Generate)
+        matches!(
+            self.api,
+            Api::Chat | Api::Completions | Api::Messages | Api::Responses | Api::Generate
+        )
     }
 
     /// The raw JSON at a span.
@@ -262,10 +270,18 @@ pub struct OpenAi {
 ///
 /// # Errors
 /// The configuration is wrong; the error names the field.
-pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
     let config: Config = registry::parse(value)?;
     let limits = config.limits();
-    Ok(Arc::new(OpenAi { services: services.clone(), config, limits, models: Models::default() }))
+    Ok(Arc::new(OpenAi {
+        services: services.clone(),
+        config,
+        limits,
+        models: Models::default(),
+    }))
 }
 
 #[async_trait]
@@ -280,8 +296,14 @@ impl HttpFilter for OpenAi {
         let openai = Arc::new(self.read(&mut request).await?);
         context.log.model.clone_from(&openai.model);
         if openai.is_generation() {
-            let handles = self.models.handles(openai.model.as_ref(), &context.route.cluster, &self.services);
-            context.observers.push(Box::new(Observer::new(openai.api, handles, started)));
+            let handles = self.models.handles(
+                openai.model.as_ref(),
+                &context.route.cluster,
+                &self.services,
+            );
+            context
+                .observers
+                .push(Box::new(Observer::new(openai.api, handles, started)));
         }
         context.openai = Some(openai);
         next.run(request, context).await
@@ -291,14 +313,21 @@ impl HttpFilter for OpenAi {
 impl OpenAi {
     async fn read(&self, request: &mut Request<RequestBody>) -> Result<OpenAiRequest, Error> {
         let api = parse::api(request.uri().path());
-        if !parse::names_a_model(api) || request.method() != Method::POST || !is_plain_json(request.headers()) {
+        if !parse::names_a_model(api)
+            || request.method() != Method::POST
+            || !is_plain_json(request.headers())
+        {
             return Ok(OpenAiRequest::unread(api, self.limits));
         }
-        let read = request.body_mut().read_whole(self.config.body_bytes_max).await;
+        let read = request
+            .body_mut()
+            .read_whole(self.config.body_bytes_max)
+            .await;
         let body = match read.map_err(|error| Error::downstream_gone(error.message))? {
             ReadOutcome::Whole(body) => body,
             ReadOutcome::TooLarge => {
-                metrics::counter!("outrigger_openai_body_too_large_total", "api" => api.as_str()).increment(1);
+                metrics::counter!("outrigger_openai_body_too_large_total", "api" => api.as_str())
+                    .increment(1);
                 return Ok(OpenAiRequest::unread(api, self.limits));
             }
         };
@@ -312,23 +341,36 @@ impl OpenAi {
             parse::request(api, &body, limits)
         } else {
             let body = body.clone();
-            let job = self.services.compute.spawn_blocking(move || parse::request(api, &body, limits));
+            let job = self
+                .services
+                .compute
+                .spawn_blocking(move || parse::request(api, &body, limits));
             job.await.ok().flatten()
         };
         parsed.unwrap_or_else(|| {
-            metrics::counter!("outrigger_openai_unparsed_total", "api" => api.as_str()).increment(1);
-            OpenAiRequest { body: Some(body), ..OpenAiRequest::unread(api, limits) }
+            metrics::counter!("outrigger_openai_unparsed_total", "api" => api.as_str())
+                .increment(1);
+            OpenAiRequest {
+                body: Some(body),
+                ..OpenAiRequest::unread(api, limits)
+            }
         })
     }
 }
 
 /// JSON that is not compressed. vLLM and SGLang also read JSON without a content type, but only as bytes.
 fn is_plain_json(headers: &HeaderMap) -> bool {
-    let json = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|kind| {
-        let kind = kind.split(';').next().unwrap_or_default().trim();
-        kind.eq_ignore_ascii_case("application/json")
-            || kind.len() > 5 && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
-    });
-    let encoded = headers.get(header::CONTENT_ENCODING).is_some_and(|value| value != "identity");
+    let json = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|kind| {
+            let kind = kind.split(';').next().unwrap_or_default().trim();
+            kind.eq_ignore_ascii_case("application/json")
+                || kind.len() > 5
+                    && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
+        });
+    let encoded = headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|value| value != "identity");
     json && !encoded
 }

@@ -177,30 +177,48 @@ impl Tokenizers {
     pub fn new(config: TokenizersConfig) -> Self {
         let asker = Asker::new(config.engine_timeout, config.reprobe_after);
         let answers = Cache::new(config.answer_cache_bytes_max);
-        Self { config, asker, local: ArcSwap::default(), answers }
+        Self {
+            config,
+            asker,
+            local: ArcSwap::default(),
+            answers,
+        }
     }
 
     /// The token ids of a request's prompt.
     ///
     /// # Errors
     /// Why no source gives exactly what the engine will see.
-    pub async fn tokens(&self, request: &Arc<OpenAiRequest>, source: Source<'_>) -> Result<Tokenized, Unavailable> {
+    pub async fn tokens(
+        &self,
+        request: &Arc<OpenAiRequest>,
+        source: Source<'_>,
+    ) -> Result<Tokenized, Unavailable> {
         possible(request)?;
         if request.prompt == Prompt::TokenIds {
             return self.ids_in_request(request, source.services).await;
         }
         if let Some(ids) = self.local_ids(request, source).await {
-            return Ok(Tokenized { ids: ids.into(), how: How::Local });
+            return Ok(Tokenized {
+                ids: ids.into(),
+                how: How::Local,
+            });
         }
         let key = key(request);
         if let Some(ids) = self.answers.get(&key) {
-            return Ok(Tokenized { ids, how: How::Remembered });
+            return Ok(Tokenized {
+                ids,
+                how: How::Remembered,
+            });
         }
         if !source.ask || !self.config.engines {
             return Err(Unavailable::NotAsked);
         }
         let upstream = source.services.upstream.as_ref();
-        let (ids, way) = self.asker.ask(request, source.endpoint, source.headers, upstream).await?;
+        let (ids, way) = self
+            .asker
+            .ask(request, source.endpoint, source.headers, upstream)
+            .await?;
         let ids: Arc<[u32]> = ids.into();
         if self.answers.insert(key, ids.clone(), ids.len() * 4) {
             metrics::counter!("outrigger_tokens_answer_cache_evictions_total").increment(1);
@@ -212,12 +230,24 @@ impl Tokenizers {
         Ok(Tokenized { ids, how })
     }
 
-    async fn ids_in_request(&self, request: &Arc<OpenAiRequest>, services: &Services) -> Result<Tokenized, Unavailable> {
+    async fn ids_in_request(
+        &self,
+        request: &Arc<OpenAiRequest>,
+        services: &Services,
+    ) -> Result<Tokenized, Unavailable> {
         let ids = self.run(request, services, ids_in).await.flatten();
-        ids.map(|ids| Tokenized { ids: ids.into(), how: How::Ids }).ok_or(Unavailable::NoPrompt)
+        ids.map(|ids| Tokenized {
+            ids: ids.into(),
+            how: How::Ids,
+        })
+        .ok_or(Unavailable::NoPrompt)
     }
 
-    async fn local_ids(&self, request: &Arc<OpenAiRequest>, source: Source<'_>) -> Option<Vec<u32>> {
+    async fn local_ids(
+        &self,
+        request: &Arc<OpenAiRequest>,
+        source: Source<'_>,
+    ) -> Option<Vec<u32>> {
         let kind = Kind::of(request)?;
         let model = self.loaded(request, source)?;
         if model.trust(kind) == Trust::Unknown && self.config.engines {
@@ -226,8 +256,13 @@ impl Tokenizers {
         if model.trust(kind) != Trust::Trusted {
             return None;
         }
-        let ids = self.run(request, source.services, move |request| model.local.encode(request, kind)).await?;
-        ids.inspect_err(|error| tracing::debug!(error, "prompt is left to the engine to tokenise")).ok()
+        let ids = self
+            .run(request, source.services, move |request| {
+                model.local.encode(request, kind)
+            })
+            .await?;
+        ids.inspect_err(|error| tracing::debug!(error, "prompt is left to the engine to tokenise"))
+            .ok()
     }
 
     /// The local tokenizer for the request's model, if it is ready. The first request sets it loading and does not
@@ -254,7 +289,10 @@ impl Tokenizers {
         });
         if !before.contains_key(&root) {
             let segment_cache_bytes_max = self.config.segment_cache_bytes_max;
-            source.services.compute.spawn_blocking(move || load(&root, &mine, segment_cache_bytes_max));
+            source
+                .services
+                .compute
+                .spawn_blocking(move || load(&root, &mine, segment_cache_bytes_max));
         }
         None
     }
@@ -266,12 +304,20 @@ impl Tokenizers {
         services: &Services,
         work: impl FnOnce(&OpenAiRequest) -> T + Send + 'static,
     ) -> Option<T> {
-        let size = request.spans.prompt.as_ref().map_or(0, ExactSizeIterator::len);
+        let size = request
+            .spans
+            .prompt
+            .as_ref()
+            .map_or(0, ExactSizeIterator::len);
         if size <= self.config.inline_bytes_max {
             return Some(work(request));
         }
         let request = request.clone();
-        services.compute.spawn_blocking(move || work(&request)).await.ok()
+        services
+            .compute
+            .spawn_blocking(move || work(&request))
+            .await
+            .ok()
     }
 }
 
@@ -284,7 +330,9 @@ fn possible(request: &OpenAiRequest) -> Result<(), Unavailable> {
         Prompt::None => Err(Unavailable::NoPrompt),
         Prompt::Media => Err(Unavailable::Media),
         Prompt::Batch => Err(Unavailable::Batch),
-        Prompt::Messages | Prompt::Text | Prompt::TokenIds if request.flags.opaque => Err(Unavailable::Opaque),
+        Prompt::Messages | Prompt::Text | Prompt::TokenIds if request.flags.opaque => {
+            Err(Unavailable::Opaque)
+        }
         Prompt::Messages | Prompt::Text | Prompt::TokenIds => Ok(()),
     }
 }
@@ -292,7 +340,8 @@ fn possible(request: &OpenAiRequest) -> Result<(), Unavailable> {
 fn ids_in(request: &OpenAiRequest) -> Option<Vec<u32>> {
     let raw = request.raw(request.spans.prompt.as_ref())?;
     let one = serde_json::from_str::<Vec<u32>>(raw);
-    one.or_else(|_| serde_json::from_str::<[Vec<u32>; 1]>(raw).map(|[ids]| ids)).ok()
+    one.or_else(|_| serde_json::from_str::<[Vec<u32>; 1]>(raw).map(|[ids]| ids))
+        .ok()
 }
 
 /// The directory of a model's files on this machine. An adapter is tokenised as its base model.
@@ -304,7 +353,11 @@ fn root(state: &EngineState, model: &str) -> Option<PathBuf> {
     root.is_absolute().then_some(root)
 }
 
-fn load(root: &std::path::Path, loading: &OnceLock<Option<Arc<Verified>>>, segment_cache_bytes_max: usize) {
+fn load(
+    root: &std::path::Path,
+    loading: &OnceLock<Option<Arc<Verified>>>,
+    segment_cache_bytes_max: usize,
+) {
     let started = std::time::Instant::now();
     let model = match LocalModel::load(root, segment_cache_bytes_max) {
         Ok(model) => {
@@ -331,7 +384,12 @@ fn key(request: &OpenAiRequest) -> u128 {
     part(Some(request.api.as_str()));
     if request.api == Api::Responses {
         // Instructions and more stand elsewhere in its body.
-        part(request.body.as_deref().and_then(|body| std::str::from_utf8(body).ok()));
+        part(
+            request
+                .body
+                .as_deref()
+                .and_then(|body| std::str::from_utf8(body).ok()),
+        );
     }
     let spans = &request.spans;
     for span in [
@@ -347,7 +405,11 @@ fn key(request: &OpenAiRequest) -> u128 {
         part(request.raw(span.as_ref()));
     }
     let flags = request.flags;
-    for flag in [flags.add_generation_prompt, flags.continue_final_message, flags.add_special_tokens] {
+    for flag in [
+        flags.add_generation_prompt,
+        flags.continue_final_message,
+        flags.add_special_tokens,
+    ] {
         part(flag.map(|flag| if flag { "1" } else { "0" }));
     }
     hasher.digest128()

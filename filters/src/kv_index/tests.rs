@@ -252,7 +252,10 @@ fn a_slot_is_stable_and_reused_only_after_removal() {
 #[test]
 fn beyond_its_limit_it_drops_new_blocks_and_stays_exact_for_the_old() {
     let chain = &chains()[0];
-    let index = KvIndex::new(Limits { blocks_max: 5 });
+    let index = KvIndex::new(Limits {
+        blocks_max: 5,
+        ..Limits::default()
+    });
     let slot = index.slot(&engine(0));
     index.apply(slot, &stored(Tier::Device, chain));
     assert_eq!(index.blocks(slot), 5);

@@ -86,6 +86,10 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 }
 
 /// Python's `json.dumps(ensure_ascii=False)`: blanks after `,` and `:`, or lines with `indent`.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands over keyword arguments by value"
+)]
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let _: Option<bool> = kwargs.get("ensure_ascii")?;
