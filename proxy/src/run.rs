@@ -498,14 +498,27 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
     });
     let proxy = Proxy::start(bootstrap, Settings { concurrency, watcher, command_line, log: Some(log) })?;
     announce(&proxy);
+    tell_admin_address(&proxy, options)?;
     wait_for_end(&proxy).map_err(|error| vec![error.to_string()])?;
     proxy.drain(options.drain_time());
     proxy.stop();
     Ok(())
 }
 
-/// Checks what starting would check, short of binding sockets.
 fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>> {
+    check(bootstrap)?;
+    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+    let _guard = main.enter();
+    watcher(options)?;
+    println!("configuration is valid: {} listeners, {} clusters", bootstrap.listeners.len(), bootstrap.clusters.len());
+    Ok(())
+}
+
+/// Checks what starting would check, short of binding sockets.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
     let main = main_runtime().map_err(|error| vec![error.to_string()])?;
     let _guard = main.enter();
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
@@ -522,8 +535,6 @@ fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>>
     for listener in &bootstrap.listeners {
         AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
     }
-    watcher(options)?;
-    println!("configuration is valid: {} listeners, {} clusters", bootstrap.listeners.len(), bootstrap.clusters.len());
     Ok(())
 }
 
@@ -536,6 +547,16 @@ fn announce(proxy: &Proxy) {
     if let Some(address) = proxy.admin {
         tracing::info!(%address, "admin");
     }
+}
+
+/// `--admin-address-path`, as Envoy's.
+fn tell_admin_address(proxy: &Proxy, options: &Options) -> Result<(), Vec<String>> {
+    let (Some(path), Some(address)) = (&options.admin_address_path, proxy.admin) else { return Ok(()) };
+    // A reader must never see half of it.
+    let half = path.with_extension("part");
+    std::fs::write(&half, address.to_string())
+        .and_then(|()| std::fs::rename(&half, path))
+        .map_err(|error| vec![format!("--admin-address-path {}: {error}", path.display())])
 }
 
 /// Waits for SIGTERM, SIGINT or the admin's `/quitquitquit`.
