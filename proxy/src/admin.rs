@@ -46,12 +46,15 @@ pub struct AdminState {
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what
     /// is wrong with them.
-    pub set_log_level: Arc<dyn Fn(&str) -> Result<String, String> + Send + Sync>,
+    pub set_log_level: Arc<SetLogLevel>,
     /// Opens the access log's files anew.
     pub reopen_logs: Arc<dyn Fn() + Send + Sync>,
     /// Ends the process in good order.
     pub quit: Arc<dyn Fn() + Send + Sync>,
 }
+
+/// Takes log directives, gives those in force or what is wrong.
+pub type SetLogLevel = dyn Fn(&str) -> Result<String, String> + Send + Sync;
 
 /// How far a process is; the numbers are those of Envoy's `server.state`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

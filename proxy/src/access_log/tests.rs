@@ -85,13 +85,13 @@ fn request() -> http::request::Parts {
     request.body(()).unwrap().into_parts().0
 }
 
-fn compile(format: AccessLogFormat) -> Result<(Template, Headers), String> {
+fn compile(format: &AccessLogFormat) -> Result<(Template, Headers), String> {
     let mut headers = Headers::default();
-    let template = Template::compile(&format, &mut headers, "access_log[0]")?;
+    let template = Template::compile(format, &mut headers, "access_log[0]")?;
     Ok((template, headers))
 }
 
-fn render(format: AccessLogFormat, entry: &Entry<'_>) -> String {
+fn render(format: &AccessLogFormat, entry: &Entry<'_>) -> String {
     let (template, headers) = compile(format).unwrap();
     let logs = AccessLogs {
         logs: Vec::new(),
@@ -110,14 +110,14 @@ fn render(format: AccessLogFormat, entry: &Entry<'_>) -> String {
 }
 
 fn text(format: &str, entry: &Entry<'_>) -> String {
-    render(AccessLogFormat::Text(Some(format.to_owned())), entry)
+    render(&AccessLogFormat::Text(Some(format.to_owned())), entry)
 }
 
 fn json_line(format: Value, entry: &Entry<'_>) -> Value {
     let Value::Object(members) = format else {
         panic!("a format is an object")
     };
-    let line = render(AccessLogFormat::Json(members.into_iter().collect()), entry);
+    let line = render(&AccessLogFormat::Json(members.into_iter().collect()), entry);
     assert_eq!(line.find('\n'), Some(line.len() - 1), "one line: {line:?}");
     serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
 }
@@ -126,7 +126,7 @@ fn json_line(format: Value, entry: &Entry<'_>) -> Value {
 fn envoys_default_line() {
     let mut log = full_log();
     assert_eq!(
-        render(AccessLogFormat::Text(None), &full_entry(&log)),
+        render(&AccessLogFormat::Text(None), &full_entry(&log)),
         "[2026-11-22T11:30:15.007Z] \"POST /v1/chat/completions?a=\\x22b\\x22 HTTP/1.1\" 200 - 512 4096 250 41 \
          \"10.0.0.9\" \"curl/8 \\x22quoted\\x22\" \"id-1\" \"llm.local\" \"a/127.0.0.1:8000\"\n"
     );
@@ -136,7 +136,7 @@ fn envoys_default_line() {
     };
     assert_eq!(
         render(
-            AccessLogFormat::Text(None),
+            &AccessLogFormat::Text(None),
             &empty_entry(&log, &Method::GET)
         ),
         "[2026-11-22T11:30:15.007Z] \"GET - HTTP/1.1\" 0 DC 0 0 0 - \"10.0.0.9\" \"curl/8 \\x22quoted\\x22\" \"-\" \"-\" \"-\"\n"
@@ -339,13 +339,13 @@ fn wrong_formats_are_refused_by_name_and_place() {
         ("%REQ(a):%", "no length after the colon"),
         ("50% off", "no operator after the percent sign"),
     ] {
-        let error = compile(AccessLogFormat::Text(Some(format.to_owned()))).unwrap_err();
+        let error = compile(&AccessLogFormat::Text(Some(format.to_owned()))).unwrap_err();
         assert!(
             error.starts_with("access_log[0].text_format: ") && error.contains(expect),
             "{format}: {error}"
         );
         let nested = BTreeMap::from([("a".to_owned(), json!({"b": [0, format]}))]);
-        let error = compile(AccessLogFormat::Json(nested)).unwrap_err();
+        let error = compile(&AccessLogFormat::Json(nested)).unwrap_err();
         assert!(
             error.starts_with("access_log[0].json_format.a.b[1]: ") && error.contains(expect),
             "{format}: {error}"

@@ -528,6 +528,7 @@ async fn slow_clients_are_let_go() {
     deaf.write_all(b"GET /config_dump HTTP/1.1\r\nhost: a\r\n\r\n")
         .await
         .unwrap();
+    deaf.readable().await.unwrap();
     tokio::time::sleep(short * 10).await;
     let mut got = Vec::new();
     let _ = timeout(Duration::from_secs(5), deaf.read_to_end(&mut got))

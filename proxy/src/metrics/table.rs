@@ -247,6 +247,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_feed_conflicts_total", NONE, "Engines told of by more than one feed."),
     counter("outrigger_feed_gaps_total", NONE, "Gaps in the sequence of a feed."),
     counter("outrigger_ledger_overflow_total", NONE, "Requests whose prompt blocks were not counted because the queue to the ledger was full."),
+    counter("outrigger_config_not_shown", NONE, "Parts of a configuration that could not be shown as JSON."),
     counter("outrigger_config_updates_total", NONE, "Configurations applied."),
     counter("outrigger_stream_timeouts_total", &["kind"], "Streams ended by a timeout, by response flag."),
     counter("outrigger_upstream_stale_connections_total", NONE, "Pooled connections that the upstream had closed; replaced unnoticed."),

@@ -57,7 +57,11 @@ fn every_metric_of_the_sources_has_a_row_and_every_row_a_use() {
             .map(|found| found.extract::<1>().1[0].to_owned())
         {
             unused.remove(name.as_str());
-            if row(&name).is_none() && !labels.contains(name.as_str()) && !others.is_match(&name) {
+            if !name.starts_with("process_")
+                && row(&name).is_none()
+                && !labels.contains(name.as_str())
+                && !others.is_match(&name)
+            {
                 missing.insert(name, path.clone());
             }
         }
@@ -72,17 +76,25 @@ fn every_metric_of_the_sources_has_a_row_and_every_row_a_use() {
     );
 }
 
+/// Up to the parenthesis that closes the call.
+fn arguments(text: &str) -> &str {
+    let mut depth = 1;
+    let end = text.find(|character| {
+        depth += i32::from(character == '(') - i32::from(character == ')');
+        depth == 0
+    });
+    &text[..end.unwrap_or(text.len())]
+}
+
 #[test]
 fn kinds_and_labels_in_the_sources_are_those_of_the_rows() {
-    let call = Regex::new(
-        r#"(?s)(counter|gauge|histogram)!\(\s*"([a-z0-9_]+)"(.*?)\)(?:\.|;|,?\n|\s*\})"#,
-    )
-    .unwrap();
+    let call = Regex::new(r#"(counter|gauge|histogram)!\(\s*"([a-z0-9_]+)""#).unwrap();
     let label = Regex::new(r#""([a-z_]+)"\s*=>"#).unwrap();
     let mut checked = 0;
     for (path, text) in sources() {
         for found in call.captures_iter(&text) {
-            let (_, [kind, name, rest]) = found.extract();
+            let (_, [kind, name]) = found.extract();
+            let rest = arguments(&text[found.get(2).unwrap().end()..]);
             let Some(row) = row(name) else { continue };
             let expect = match row.kind {
                 Kind::Counter => "counter",
