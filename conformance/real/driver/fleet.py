@@ -66,16 +66,26 @@ def hit_tokens(engines):
     return sum(client.total(client.metrics(e.address), "vllm:prefix_cache_hits_total") for e in engines)
 
 
-def health(proxy, engine):
-    """What a proxy says of an engine in /clusters: "healthy", Envoy's failure flags, or "absent".
-
-    One line per endpoint and fact, as Envoy prints it: cluster::address::health_flags::flags
-    """
+def endpoints(proxy):
+    """What /clusters says: a table of facts per endpoint. Lines are cluster::address::fact::value, as Envoy prints them."""
+    tables = []
     for line in client.get(proxy.admin, "/clusters").body.decode(errors="replace").splitlines():
-        name, _, flags = line.partition("::health_flags::")
-        if flags and name.endswith(engine.address):
-            return flags
-    return "absent"
+        cluster, _, rest = line.partition("::")
+        address, _, rest = rest.partition("::")
+        fact, found, value = rest.partition("::")
+        if not found:
+            continue  # a fact of the cluster itself
+        same = tables and tables[-1]["at"] == (cluster, address) and (fact not in tables[-1] or fact == "model")
+        if not same:
+            tables.append({"at": (cluster, address)})
+        tables[-1][fact] = value
+    return tables
+
+
+def health(proxy, engine):
+    """What a proxy says of an engine: "healthy", Envoy's failure flags, or "absent"."""
+    flags = [x.get("health_flags") for x in endpoints(proxy) if x.get("engine_id", x["at"][1]).endswith(engine.address)]
+    return next((x for x in flags if x != "healthy"), "healthy") if flags else "absent"
 
 
 def wait_until(holds, timeout_s, every_s=0.1):

@@ -10,9 +10,13 @@ DOCUMENTS, REQUESTS_MIN = 10, 300
 
 
 def predicted(reply):
-    """Predicted hit tokens of the endpoint that was chosen, or None."""
-    decision = reply.header("x-outrigger-decision")
-    return json.loads(decision).get("predicted_hit_tokens") if decision else None
+    """(hit tokens foretold for the endpoint that served, were the prompt's tokens exact), or None without a decision."""
+    header, served = reply.header("x-outrigger-decision"), reply.header("x-outrigger-endpoint")
+    decision = json.loads(header) if header else {}
+    for entry in (decision.get("winner"), decision.get("runner_up")):
+        if entry and entry["endpoint"] == served:
+            return entry["hit_tokens"], decision["exact"]
+    return None
 
 
 def cached(usage):
@@ -65,20 +69,18 @@ def run(report, engines, proxies, kept):
             break
         pairs.append((kind, predicted(reply), cached(reply.json()["usage"])))
         restless += not settle(proxies, still_s=0.08)
-    told = [(kind, p, c) for kind, p, c in pairs if p is not None and c is not None]
-    close = [abs(p - c) <= BLOCK for _, p, c in told]
+    told = [(kind, *p, c) for kind, p, c in pairs if p is not None and c is not None]
+    close = [abs(p - c) <= BLOCK for _, p, _, c in told]
     kinds = {}
-    for kind, p, c in pairs:
-        entry = kinds.setdefault(kind, {"requests": 0, "without_figure": 0, "equal": 0, "within_a_block": 0, "cached_tokens": 0})
-        entry["requests"] += 1
-        if p is None or c is None:
-            entry["without_figure"] += 1
-            continue
-        entry["equal"] += p == c
-        entry["within_a_block"] += abs(p - c) <= BLOCK
-        entry["cached_tokens"] += c
+    for kind, p, exact, c in told:
+        entry = kinds.setdefault(kind, dict.fromkeys(("compared", "exact_tokens", "equal", "within_a_block", "cached_tokens"), 0))
+        for name, value in (("compared", 1), ("exact_tokens", exact), ("equal", p == c), ("within_a_block", abs(p - c) <= BLOCK), ("cached_tokens", c)):
+            entry[name] += value
     share = sum(close) / len(close) if close else 0
     report.expect("7.3 at least 300 predictions were compared", len(told) >= REQUESTS_MIN, len(told))
     report.expect("7.3 predictions are within one block for 99 %", share >= 0.99, f"{share:.4f} {kinds}")
-    report.expect("7.3 there were hits to predict", sum(c > 0 for _, _, c in told) >= len(told) // 2, sum(c > 0 for _, _, c in told))
-    return {"compared": len(told), "within_one_block": round(share, 4), "equal": sum(p == c for _, p, c in told), "restless": restless, "by_kind": kinds}
+    hits = sum(c > 0 for *_, c in told)
+    report.expect("7.3 there were hits to predict", hits >= len(told) // 2, hits)
+    report.expect("7.3 the prompts' tokens were exact", all(exact for _, _, exact, _ in told), sum(exact for _, _, exact, _ in told))
+    return {"compared": len(told), "without_figure": len(pairs) - len(told), "within_one_block": round(share, 4),
+            "equal": sum(p == c for _, p, _, c in told), "restless": restless, "by_kind": kinds}

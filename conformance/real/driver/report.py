@@ -25,7 +25,9 @@ class Report:
         begun = time.monotonic()
         self.say(f"== {name}")
         try:
-            self.figures[name] = run(self, *args)
+            figures = run(self, *args)
+            if figures is not None:
+                self.figures[name] = figures
         except Exception as error:  # noqa: BLE001 (the next part must still run and report)
             import traceback
             traceback.print_exc(file=sys.stdout)
