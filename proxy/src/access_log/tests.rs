@@ -160,6 +160,27 @@ fn our_operators_in_text() {
 }
 
 #[test]
+fn addresses_in_text() {
+    let log = full_log();
+    for (format, expect) in [
+        (
+            "%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
+            "127.0.0.1:50000 127.0.0.1:50000",
+        ),
+        (
+            "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%",
+            "127.0.0.1 50000",
+        ),
+        (
+            "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_PORT%",
+            "[::1]:8080 8080",
+        ),
+    ] {
+        assert_eq!(text(format, &full_entry(&log)), expect, "{format}");
+    }
+}
+
+#[test]
 fn envoys_operators_in_text() {
     let mut log = full_log();
     log.flags = vec![
@@ -203,18 +224,6 @@ fn envoys_operators_in_text() {
             "a/127.0.0.1:8000 engines",
         ),
         ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "2"),
-        (
-            "%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
-            "127.0.0.1:50000 127.0.0.1:50000",
-        ),
-        (
-            "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%",
-            "127.0.0.1 50000",
-        ),
-        (
-            "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_PORT%",
-            "[::1]:8080 8080",
-        ),
         (
             "%CONNECTION_ID% %STREAM_ID% %ROUTE_NAME% %VIRTUAL_HOST_NAME%",
             "9 id-1 chat all",
