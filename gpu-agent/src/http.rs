@@ -22,7 +22,8 @@ pub struct ApiKey(String);
 impl ApiKey {
     /// Wraps a key; space around it (the end of a file's line) is not part of it.
     #[must_use]
-    pub fn new(key: &str) -> Self {
+    pub fn new(key: impl Into<String>) -> Self {
+        let key: String = key.into();
         Self(key.trim().to_owned())
     }
 

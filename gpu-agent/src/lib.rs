@@ -11,6 +11,12 @@ pub mod http;
 pub mod hub;
 pub mod lineage;
 pub mod load;
+#[cfg(feature = "nats")]
+pub mod publish;
+#[cfg(feature = "publish")]
+pub mod run;
+#[cfg(feature = "publish")]
+pub mod server;
 pub mod zmq_events;
 mod zmtp;
 

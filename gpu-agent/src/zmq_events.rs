@@ -9,7 +9,6 @@ use crate::event::{EventBatch, decode};
 use crate::zmtp::{SocketType, ZmtpError, ZmtpStream};
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::hash::BuildHasher;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
