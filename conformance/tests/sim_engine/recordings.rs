@@ -377,3 +377,21 @@ fn a_whole_message_tells_what_its_stream_tells() {
     assert_eq!(whole["stop_reason"], "max_tokens");
     assert_eq!(whole["usage"]["output_tokens"], 12);
 }
+
+#[test]
+fn text_that_may_begin_a_stop_string_is_held_back_and_no_chunk_is_empty() {
+    let engine = engine();
+    let answer = replay(&engine, "chat_stop");
+    let contents: Vec<String> = answer.events()[1..]
+        .iter()
+        .map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .map(|content| content.expect("content").to_owned())
+        .collect();
+    assert!(!contents.contains(&String::new()), "{contents:?}");
+    // "Green" could still begin in the last four characters until the end is known.
+    let last = contents.last().expect("a chunk").chars().count();
+    assert!(last > 4, "{contents:?}");
+    let unstopped = replay(&engine, "chat").json();
+    let whole = &unstopped["choices"][0]["message"]["content"];
+    assert_eq!(*whole, contents.concat());
+}
