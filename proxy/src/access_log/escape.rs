@@ -22,9 +22,16 @@ impl Escape {
             return;
         }
         for chunk in bytes.utf8_chunks() {
-            for character in chunk.valid().chars() {
-                self.character(character, out);
+            let mut rest = chunk.valid();
+            while let Some((at, character)) = rest
+                .char_indices()
+                .find(|(_, character)| needs_escape(*character))
+            {
+                out.extend_from_slice(&rest.as_bytes()[..at]);
+                self.escape(character, out);
+                rest = &rest[at + character.len_utf8()..];
             }
+            out.extend_from_slice(rest.as_bytes());
             match self {
                 Self::Json if !chunk.invalid().is_empty() => {
                     out.extend_from_slice("\u{fffd}".as_bytes())
@@ -35,15 +42,12 @@ impl Escape {
         }
     }
 
-    fn character(self, character: char, out: &mut Vec<u8>) {
-        let mut utf8 = [0; 4];
-        let utf8 = character.encode_utf8(&mut utf8).as_bytes();
-        if !character.is_control() && character != '"' && character != '\\' {
-            out.extend_from_slice(utf8);
-            return;
-        }
+    fn escape(self, character: char, out: &mut Vec<u8>) {
         match (self, character) {
-            (Self::Text, _) => utf8.iter().for_each(|byte| hex(*byte, out)),
+            (Self::Text, _) => character
+                .encode_utf8(&mut [0; 4])
+                .bytes()
+                .for_each(|byte| hex(byte, out)),
             (Self::Json, '"') => out.extend_from_slice(b"\\\""),
             (Self::Json, '\\') => out.extend_from_slice(b"\\\\"),
             (Self::Json, '\n') => out.extend_from_slice(b"\\n"),
@@ -56,7 +60,13 @@ impl Escape {
 }
 
 fn hex(byte: u8, out: &mut Vec<u8>) {
-    write!(out, "\\x{byte:02X}").expect("invariant: a Vec takes all");
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    let digit = |value: u8| DIGITS[usize::from(value & 0xf)];
+    out.extend_from_slice(&[b'\\', b'x', digit(byte >> 4), digit(byte)]);
+}
+
+fn needs_escape(character: char) -> bool {
+    character.is_control() || character == '"' || character == '\\'
 }
 
 fn is_plain(byte: u8) -> bool {
