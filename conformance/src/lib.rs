@@ -2,4 +2,6 @@
 //!
 //! Whatever judges the product lives here and shares no codec with it.
 
+pub mod harness;
+pub mod reexec;
 pub mod sim;

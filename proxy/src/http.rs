@@ -81,7 +81,11 @@ impl Manager {
         count_request(&self.stats, parts.version);
         let mut context = Context { debug: parts.headers.contains_key(headers::DEBUG), attempt: 1, ..Context::default() };
         let (response, shape, limits) = match self.prepare(&mut parts, &mut record, &mut context, &config, connection) {
-            Err(error) => (Err(error), Shape::of(&record.path, &parts.headers, false), FlowLimits::default()),
+            Err(error) => {
+                // Refused, but still in the form that clients of this route read.
+                let openai = config.route(&parts).is_some_and(|route| route.openai);
+                (Err(error), Shape::of(&record.path, &parts.headers, openai), FlowLimits::default())
+            }
             Ok(()) => match config.route(&parts) {
                 None => {
                     let shape = Shape::of(&record.path, &parts.headers, false);
@@ -265,6 +269,14 @@ fn check_head(parts: &Parts, config: &HttpConfig) -> Result<(), Error> {
     }
     if parts.version == Version::HTTP_11 && !parts.headers.contains_key(header::HOST) && parts.uri.authority().is_none() {
         return Err(client_error(StatusCode::BAD_REQUEST, "missing_host_header", "Bad Request"));
+    }
+    if parts.headers.get_all(header::HOST).iter().count() > 1 {
+        return Err(client_error(StatusCode::BAD_REQUEST, "http1.multiple_hosts", "Bad Request"));
+    }
+    // Only what we decode ourselves may frame a message; anything else could end elsewhere for the next reader.
+    let codings = || parts.headers.get_all(header::TRANSFER_ENCODING).iter();
+    if codings().count() > 1 || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        return Err(client_error(StatusCode::BAD_REQUEST, "http1.invalid_transfer_encoding", "Bad Request"));
     }
     let size: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     if size > config.manager.max_request_headers_kb as usize * 1024 {

@@ -29,6 +29,9 @@ pub struct Options {
     /// Where the admin listens
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9901")]
     pub admin: String,
+    /// File to write the admin's address to once it is bound (for `--admin` with port 0)
+    #[arg(long, value_name = "FILE")]
+    pub admin_address_path: Option<PathBuf>,
     /// How an engine is chosen for a generation
     #[arg(long, value_enum, default_value_t = Policy::Kv)]
     pub policy: Policy,

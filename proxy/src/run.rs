@@ -295,6 +295,7 @@ async fn refresh_views(fleet: Arc<Fleet>, shared: Arc<Shared>) {
 fn start_tasks(shared: &Arc<Shared>) {
     let shared = shared.clone();
     let runtime = shared.runtime.clone();
+    runtime.spawn(crate::metrics::upkeep());
     runtime.spawn(async move {
         let mut tick = tokio::time::interval(HOUSEKEEPING);
         loop {
@@ -440,7 +441,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
-    let Some(path) = &options.config_path else { return bootstrap::from_options(options) };
+    let Some(path) = &options.config_path else {
+        let bootstrap = bootstrap::from_options(options)?;
+        // The same checks as a file's.
+        return load::bootstrap_from_value(load::bootstrap_to_json(&bootstrap)).map_err(|errors| vec![errors.to_string()]);
+    };
     let text = std::fs::read_to_string(path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
     let syntax = if path.extension().is_some_and(|extension| extension == "json") { Syntax::Json } else { Syntax::Yaml };
     let mut read = load::bootstrap(&text, syntax).map_err(|errors| vec![format!("{}:\n{errors}", path.display())])?;

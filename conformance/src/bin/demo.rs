@@ -1,1 +1,8 @@
-fn main() {}
+//! The demo, and the binary that re-executes itself as a proxy, an engine or an agent.
+
+fn main() -> std::process::ExitCode {
+    if let Some(code) = outrigger_conformance::reexec::dispatch() {
+        return code;
+    }
+    std::process::ExitCode::SUCCESS
+}

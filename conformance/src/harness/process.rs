@@ -1,0 +1,102 @@
+//! A proxy as a process of its own, to be killed, told to end, and watched as it does.
+
+use super::{Client, PATIENCE, eventually, scratch};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+/// A child process; killed when dropped.
+pub struct Process {
+    child: Child,
+    admin_path: PathBuf,
+    error_path: PathBuf,
+    /// Where its admin listens.
+    pub admin: SocketAddr,
+}
+
+impl Process {
+    /// Starts `program proxy` with free ports and further flags, and waits until it listens.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub async fn proxy(program: &str, flags: &[&str]) -> Self {
+        let (admin_path, error_path) = (scratch("admin"), scratch("stderr"));
+        let mut command = Command::new(program);
+        command.arg("proxy");
+        for (name, value) in [
+            ("--listen", "127.0.0.1:0"),
+            ("--inbound", "127.0.0.1:0"),
+            ("--admin", "127.0.0.1:0"),
+            ("--access-log", "none"),
+            ("--concurrency", "1"),
+            ("--policy", "round_robin"),
+        ] {
+            if !flags.contains(&name) {
+                command.args([name, value]);
+            }
+        }
+        let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
+        command.args(flags).arg("--admin-address-path").arg(&admin_path);
+        let child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("invariant: the program starts");
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let mut process = Self { child, admin_path, error_path, admin: unknown };
+        process.admin = eventually("the admin's address", || {
+            let text = std::fs::read_to_string(&process.admin_path).unwrap_or_default();
+            async move { text.trim().parse().ok() }
+        })
+        .await;
+        process
+    }
+
+    /// Where a listener listens.
+    pub async fn listener(&self, name: &str) -> SocketAddr {
+        let all = Client::get(self.admin, "/listeners?format=json").await.json();
+        let statuses = all["listener_statuses"].as_array().cloned().unwrap_or_default();
+        let found = statuses.iter().find(|status| status["name"] == name).expect("invariant: a listener of this name");
+        let socket = &found["local_address"]["socket_address"];
+        let text = format!("{}:{}", socket["address"].as_str().unwrap_or_default(), socket["port_value"]);
+        text.parse().expect("invariant: an address")
+    }
+
+    /// Sends a signal (`TERM`, `KILL`, `STOP`, `CONT`).
+    ///
+    /// # Panics
+    /// If the process is gone.
+    pub fn signal(&self, name: &str) {
+        let told = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
+        assert!(told.is_ok_and(|status| status.success()), "kill -{name}");
+    }
+
+    /// Waits for its end; `None` if it still runs after `limit`.
+    pub async fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + limit.min(PATIENCE);
+        loop {
+            if let Some(status) = self.child.try_wait().expect("invariant: our child") {
+                return Some(status);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// What it wrote to standard error.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        std::fs::read_to_string(&self.error_path).unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.admin_path);
+        let _ = std::fs::remove_file(&self.error_path);
+    }
+}

@@ -1,0 +1,46 @@
+//! One binary that is also a proxy, an engine or an agent: whoever needs real processes (kill -9 must be real) starts
+//! itself again with another first argument.
+
+use std::{
+    ffi::OsString,
+    process::ExitCode,
+};
+
+/// Runs the part that the first argument names: `proxy`, `engine` or `agent`, with the arguments after it. `None` if
+/// it names none of them, and the caller's own work begins.
+#[must_use]
+pub fn dispatch() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os();
+    let program = arguments.next()?;
+    let part = arguments.next()?;
+    let rest = || -> Vec<OsString> { std::iter::once(program).chain(arguments).collect() };
+    match part.to_str().unwrap_or_default() {
+        "proxy" => Some(outrigger_proxy::run(rest())),
+        "engine" => Some(crate::sim::run(rest())),
+        "agent" => Some(agent(rest())),
+        _ => None,
+    }
+}
+
+fn agent(arguments: Vec<OsString>) -> ExitCode {
+    use clap::Parser;
+    let args = match outrigger_gpu_agent::run::Args::try_parse_from(arguments) {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version come this way too.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    // Best effort: a program that runs this as a part of itself may have its own subscriber.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let run = || tokio::runtime::Runtime::new()?.block_on(outrigger_gpu_agent::run::run(args));
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("outrigger-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
