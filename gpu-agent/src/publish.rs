@@ -65,6 +65,10 @@ pub async fn nats_publish(url: &str, source: Arc<dyn FeedSource>) -> Result<(), 
                     FeedBody::Gone => drop(states.remove(&message.engine)),
                     FeedBody::Load(_) | FeedBody::Snapshot(_) | FeedBody::Changes(_) => {}
                 }
+                // The repeated state tells a listener how far it should have heard.
+                if let Some(state) = states.get_mut(&message.engine) {
+                    (state.epoch, state.seq) = (message.epoch, message.seq);
+                }
                 send(&client, subject(&message.engine), &message).await?;
             }
             request = requests.next() => match request {
@@ -191,6 +195,8 @@ async fn listen(url: &str, sender: &mpsc::Sender<FeedMessage>) -> Result<(), Nat
 struct Heard {
     /// Epoch and sequence number of the last KV message; `None` before the first snapshot.
     position: Option<(u64, u64)>,
+    /// Epoch and sequence number that the last message of any kind gave: beyond `position`, something was missed.
+    told: (u64, u64),
     at: Instant,
 }
 
@@ -219,7 +225,10 @@ impl Listener {
         loop {
             tokio::select! {
                 () = sender.closed() => return Ok(()),
-                _ = checks.tick() => self.forget(|heard| heard.at.elapsed() > SILENCE_MAX).await,
+                _ = checks.tick() => {
+                    self.forget(|heard| heard.at.elapsed() > SILENCE_MAX).await;
+                    self.ask_for_missed().await?;
+                }
                 frame = answers.next() => {
                     let frame = frame.ok_or_else(|| broker("the subscription to answers ended"))?;
                     let message = self.answer_frames.push(&frame.payload);
@@ -269,9 +278,11 @@ impl Listener {
         }
         let heard = self.heard.entry(message.engine.clone()).or_insert(Heard {
             position: None,
+            told: (0, 0),
             at: Instant::now(),
         });
         heard.at = Instant::now();
+        heard.told = (message.epoch, message.seq);
         let admitted = self.continuity.admit(&message);
         if let (Ok(true), FeedBody::Snapshot(_) | FeedBody::Changes(_)) = (&admitted, &message.body)
         {
@@ -308,6 +319,25 @@ impl Listener {
         }
         self.asked.insert(engine.clone(), Instant::now());
         self.ask(Bytes::copy_from_slice(engine.0.as_bytes())).await
+    }
+
+    /// Asks where the last messages of a burst were lost, so that no gap showed.
+    async fn ask_for_missed(&mut self) -> Result<(), NatsError> {
+        let missed = |heard: &Heard| {
+            heard
+                .position
+                .is_none_or(|(epoch, seq)| heard.told.0 != epoch || heard.told.1 > seq)
+        };
+        let engines: Vec<EngineId> = self
+            .heard
+            .iter()
+            .filter(|(_, heard)| missed(heard))
+            .map(|(engine, _)| engine.clone())
+            .collect();
+        for engine in engines {
+            self.ask_for(&engine).await?;
+        }
+        Ok(())
     }
 
     async fn ask(&self, engine: Bytes) -> Result<(), NatsError> {
