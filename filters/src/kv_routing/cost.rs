@@ -142,11 +142,20 @@ pub(super) fn sample(costs: &[f64], temperature: f64, dice: f64) -> Option<usize
 mod tests {
     use super::*;
 
-    fn inputs() -> Inputs {
-        Inputs {
+    /// A prompt of ten blocks, with changes.
+    fn inputs(change: impl FnOnce(&mut Inputs)) -> Inputs {
+        let mut inputs = Inputs {
             prompt_tokens: 320.0,
             ..Inputs::default()
-        }
+        };
+        change(&mut inputs);
+        inputs
+    }
+
+    fn weights(change: impl FnOnce(&mut Weights)) -> Weights {
+        let mut weights = Weights::default();
+        change(&mut weights);
+        weights
     }
 
     fn check(weights: Weights, inputs: Inputs, prefill_tokens_min: f64, expected: f64) {
@@ -158,92 +167,43 @@ mod tests {
     }
 
     #[test]
-    fn values_worked_out_by_hand() {
-        let weights = Weights::default();
+    fn caches_are_credited_by_tier() {
+        let default = Weights::default();
         // 10 blocks to prefill, 10 to decode.
-        check(weights, inputs(), 0.0, 20.0);
+        check(default, inputs(|_| {}), 0.0, 20.0);
         // Each block held in device memory saves one.
-        check(
-            weights,
-            Inputs {
-                device: 6.0,
-                ..inputs()
-            },
-            0.0,
-            14.0,
-        );
+        check(default, inputs(|inputs| inputs.device = 6.0), 0.0, 14.0);
         // 4 device + 0.75·2 host + 0.25·2 disk + 0.5·2 elsewhere = 7.
-        check(
-            weights,
-            Inputs {
-                device: 4.0,
-                host: 2.0,
-                disk: 2.0,
-                remote: 2.0,
-                ..inputs()
-            },
-            0.0,
-            13.0,
-        );
-        // 160 tokens ahead are 5 blocks; 7 blocks are being decoded already.
-        check(
-            weights,
-            Inputs {
-                prefill_tokens: 160.0,
-                active_blocks: 7.0,
-                ..inputs()
-            },
-            160.0,
-            32.0,
-        );
+        let tiers = inputs(|inputs| {
+            inputs.device = 4.0;
+            (inputs.host, inputs.disk, inputs.remote) = (2.0, 2.0, 2.0);
+        });
+        check(default, tiers, 0.0, 13.0);
         // Never below the decode part.
-        check(
-            Weights {
-                overlap_credit: 5.0,
-                ..weights
-            },
-            Inputs {
-                device: 10.0,
-                ..inputs()
-            },
-            0.0,
-            10.0,
-        );
+        let generous = weights(|weights| weights.overlap_credit = 5.0);
+        check(generous, inputs(|inputs| inputs.device = 10.0), 0.0, 10.0);
+    }
+
+    #[test]
+    fn load_counts_in_blocks() {
+        // 160 tokens ahead are 5 blocks; 7 blocks are being decoded already.
+        let busy = inputs(|inputs| (inputs.prefill_tokens, inputs.active_blocks) = (160.0, 7.0));
+        check(Weights::default(), busy, 160.0, 32.0);
         // Requests count when asked to.
-        let weighted = Weights {
-            decode_active_request_weight: 2.0,
-            ..weights
-        };
+        let weighted = weights(|weights| weights.decode_active_request_weight = 2.0);
         check(
             weighted,
-            Inputs {
-                active_requests: 3.0,
-                ..inputs()
-            },
+            inputs(|inputs| inputs.active_requests = 3.0),
             0.0,
             26.0,
         );
-        // Decay: 160 tokens more than the least busy = 5 blocks over 10 prompt blocks: 1 / (1 + 1·0.5).
-        let decaying = Weights {
-            overlap_credit_decay: 1.0,
-            ..weights
-        };
-        let busy = Inputs {
-            prefill_tokens: 320.0,
-            device: 6.0,
-            ..inputs()
-        };
+        // 160 tokens more than the least busy are 5 blocks over 10 prompt blocks: credit times 1 / (1 + 1·0.5).
+        let decaying = weights(|weights| weights.overlap_credit_decay = 1.0);
+        let mut busy = inputs(|inputs| (inputs.prefill_tokens, inputs.device) = (320.0, 6.0));
         check(decaying, busy, 160.0, 20.0 - 4.0 + 10.0);
         // An empty prompt divides by one block.
-        check(
-            decaying,
-            Inputs {
-                prompt_tokens: 0.0,
-                ..busy
-            },
-            160.0,
-            (320.0 + 192.0) / 32.0 - 1.0,
-        );
+        busy.prompt_tokens = 0.0;
+        check(decaying, busy, 160.0, (320.0 + 192.0) / 32.0 - 1.0);
     }
 
     #[test]

@@ -32,20 +32,20 @@ use std::{
 };
 
 /// What an engine answers: path and body in, status and body out.
-pub type Engine = Arc<dyn Fn(&str, &[u8]) -> (StatusCode, String) + Send + Sync>;
+pub(crate) type Engine = Arc<dyn Fn(&str, &[u8]) -> (StatusCode, String) + Send + Sync>;
 
 /// One question that came to an engine: endpoint, path, headers.
 #[derive(Debug, Clone)]
-pub struct Asked {
-    pub endpoint: EngineId,
-    pub path: String,
-    pub headers: http::HeaderMap,
+pub(crate) struct Asked {
+    pub(crate) endpoint: EngineId,
+    pub(crate) path: String,
+    pub(crate) headers: http::HeaderMap,
 }
 
-pub struct Fleet {
-    pub endpoints: Vec<Arc<Endpoint>>,
-    pub asked: Arc<Mutex<Vec<Asked>>>,
-    pub services: Services,
+pub(crate) struct Fleet {
+    pub(crate) endpoints: Vec<Arc<Endpoint>>,
+    pub(crate) asked: Arc<Mutex<Vec<Asked>>>,
+    pub(crate) services: Services,
 }
 
 struct View(Vec<Arc<Endpoint>>);
@@ -106,7 +106,7 @@ impl Upstream for Answers {
 }
 
 /// The state of a vLLM that serves `m` and the adapter `m-lora`, with files at `root`.
-pub fn vllm(root: &str) -> EngineState {
+pub(crate) fn vllm(root: &str) -> EngineState {
     let model = |id: &str, parent: Option<&str>| Model {
         id: id.into(),
         parent: parent.map(Into::into),
@@ -126,7 +126,7 @@ pub fn vllm(root: &str) -> EngineState {
 
 impl Fleet {
     /// One endpoint per entry of `vias`, all with `state`.
-    pub fn new(vias: &[Via], state: &EngineState, engine: Engine) -> Self {
+    pub(crate) fn new(vias: &[Via], state: &EngineState, engine: Engine) -> Self {
         let kv_index = Arc::new(KvIndex::new(Limits::default()));
         let endpoints: Vec<Arc<Endpoint>> = vias
             .iter()
@@ -168,7 +168,7 @@ impl Fleet {
         }
     }
 
-    pub fn paths(&self) -> Vec<String> {
+    pub(crate) fn paths(&self) -> Vec<String> {
         self.asked
             .lock()
             .unwrap()
@@ -178,7 +178,7 @@ impl Fleet {
     }
 
     /// Tells a new load of one endpoint.
-    pub fn tell(&self, index: usize, load: Load) {
+    pub(crate) fn tell(&self, index: usize, load: Load) {
         let live = Live::clone(&self.endpoints[index].live.load());
         self.endpoints[index].live.store(Arc::new(Live {
             load,
@@ -187,14 +187,14 @@ impl Fleet {
         }));
     }
 
-    pub fn change(&self, index: usize, change: impl FnOnce(&mut EngineState)) {
+    pub(crate) fn change(&self, index: usize, change: impl FnOnce(&mut EngineState)) {
         let mut live = Live::clone(&self.endpoints[index].live.load());
         change(Arc::make_mut(&mut live.state));
         self.endpoints[index].live.store(Arc::new(live));
     }
 
     /// The chain of `openai`, then `more`, then a filter that answers and leaves everything in the [`Outcome`].
-    pub fn chain(&self, more: &[(&str, serde_json::Value)]) -> (Chain, Arc<Last>) {
+    pub(crate) fn chain(&self, more: &[(&str, serde_json::Value)]) -> (Chain, Arc<Last>) {
         let last = Arc::new(Last::default());
         let mut filters: Vec<Arc<dyn HttpFilter>> = Vec::new();
         for (type_url, value) in more {
@@ -211,8 +211,8 @@ impl Fleet {
 
 /// What came to the end of the chain.
 #[derive(Default)]
-pub struct Last {
-    pub body: Mutex<Option<bytes::Bytes>>,
+pub(crate) struct Last {
+    pub(crate) body: Mutex<Option<bytes::Bytes>>,
 }
 
 #[async_trait]
@@ -231,13 +231,13 @@ impl HttpFilter for Last {
 }
 
 /// A request's context after the chain.
-pub struct Outcome {
-    pub context: Context,
-    pub headers: http::HeaderMap,
+pub(crate) struct Outcome {
+    pub(crate) context: Context,
+    pub(crate) headers: http::HeaderMap,
 }
 
 impl Outcome {
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.context
             .ranked
             .iter()
@@ -245,22 +245,22 @@ impl Outcome {
             .collect()
     }
 
-    pub fn decision(&self) -> serde_json::Value {
+    pub(crate) fn decision(&self) -> serde_json::Value {
         serde_json::from_str(self.context.log.routing_decision.as_deref().unwrap()).unwrap()
     }
 
-    pub fn observer(&mut self) -> Box<dyn StreamObserver> {
+    pub(crate) fn observer(&mut self) -> Box<dyn StreamObserver> {
         self.context.observers.pop().unwrap()
     }
 }
 
 /// Sends a JSON body along a chain.
-pub async fn post(chain: &Chain, path: &str, body: impl Into<bytes::Bytes>) -> Outcome {
+pub(crate) async fn post(chain: &Chain, path: &str, body: impl Into<bytes::Bytes>) -> Outcome {
     let request = Request::post(path).header("content-type", "application/json");
     run(chain, request.body(RequestBody::full(body)).unwrap()).await
 }
 
-pub async fn run(chain: &Chain, request: Request<RequestBody>) -> Outcome {
+pub(crate) async fn run(chain: &Chain, request: Request<RequestBody>) -> Outcome {
     let route = Arc::new(RouteFacts {
         cluster: "engines".into(),
         ..RouteFacts::default()
@@ -278,7 +278,7 @@ pub async fn run(chain: &Chain, request: Request<RequestBody>) -> Outcome {
 }
 
 /// A file of the project's recordings of a real vLLM 0.32.0.
-pub fn recording(name: &str) -> String {
+pub(crate) fn recording(name: &str) -> String {
     let path = fixtures().join("http-vllm-0.32.0").join(name);
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
@@ -288,12 +288,12 @@ fn fixtures() -> PathBuf {
 }
 
 /// The small model that the project ships for its simulated engines.
-pub fn small_model() -> PathBuf {
+pub(crate) fn small_model() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../conformance/assets")
         .canonicalize()
         .unwrap()
 }
 
-pub const OPENAI: &str = outrigger_filters::openai::TYPE_URL;
-pub const KV: &str = outrigger_filters::kv_routing::TYPE_URL;
+pub(crate) const OPENAI: &str = outrigger_filters::openai::TYPE_URL;
+pub(crate) const KV: &str = outrigger_filters::kv_routing::TYPE_URL;
