@@ -1,6 +1,9 @@
 //! Every recording of a real engine decodes to what was recorded beside it, and becomes the right canonical blocks.
 
-#![expect(clippy::unwrap_used, reason = "what a test does not expect has to end it")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "what a test does not expect has to end it"
+)]
 
 use outrigger_gpu_agent::event::{
     BlockRemoved, BlockStored, EngineHash, Event, EventBatch, decode,

@@ -1,7 +1,11 @@
 //! A hub and its feed against engines with real sockets.
 
-#![expect(clippy::unwrap_used, reason = "what a test does not expect has to end it")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "what a test does not expect has to end it"
+)]
 
+mod agent;
 mod engine;
 mod feed;
 mod support;
