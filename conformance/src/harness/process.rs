@@ -23,9 +23,7 @@ impl Process {
     /// # Panics
     /// If it does not.
     pub async fn proxy(program: &str, flags: &[&str]) -> Self {
-        let (admin_path, error_path) = (scratch("admin"), scratch("stderr"));
-        let mut command = Command::new(program);
-        command.arg("proxy");
+        let mut all = Vec::new();
         for (name, value) in [
             ("--listen", "127.0.0.1:0"),
             ("--inbound", "127.0.0.1:0"),
@@ -35,9 +33,22 @@ impl Process {
             ("--policy", "round_robin"),
         ] {
             if !flags.contains(&name) {
-                command.args([name, value]);
+                all.extend([name, value]);
             }
         }
+        all.extend(flags);
+        Self::start(program, &all).await
+    }
+
+    /// Starts `program proxy -c CONFIG` with further flags, and waits until it listens.
+    pub async fn with_config(program: &str, config: &str, flags: &[&str]) -> Self {
+        Self::start(program, &[&["-c", config, "--concurrency", "1"], flags].concat()).await
+    }
+
+    async fn start(program: &str, flags: &[&str]) -> Self {
+        let (admin_path, error_path) = (scratch("admin"), scratch("stderr"));
+        let mut command = Command::new(program);
+        command.arg("proxy");
         let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
         command.args(flags).arg("--admin-address-path").arg(&admin_path);
         let child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("invariant: the program starts");

@@ -120,7 +120,7 @@ async fn an_event_cut_in_two_goes_on_whole() {
 }
 
 /// Bytes that wait for a client that does not read: the buffers of the kernel on both sides and of the proxies between.
-const HELD_BYTES_MAX: usize = 24 << 20;
+const HELD_BYTES_MAX: usize = 16 << 20;
 
 #[tokio::test]
 async fn a_slow_reader_stalls_its_engine_and_not_our_memory() {
