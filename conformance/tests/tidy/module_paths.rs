@@ -28,7 +28,7 @@ fn modules_are_named_only_by_those_who_may_know_them() {
         if never.is_empty() {
             continue;
         }
-        for (line, path) in paths(source) {
+        for (line, path) in paths(&source.text) {
             for (owner, module, _) in &never {
                 let names_it = path.len() > 1 && path[0] == *owner && path[1] == *module;
                 // Another name for the crate, or everything in it, would hide what is used.
@@ -42,14 +42,31 @@ fn modules_are_named_only_by_those_who_may_know_them() {
     report(violations);
 }
 
+#[test]
+fn the_simulator_shares_nothing_with_the_product() {
+    let mut violations = Vec::new();
+    for source in sources::written().filter(|source| source.name.starts_with("conformance/src/sim")) {
+        let ours = paths(&source.text).into_iter().filter(|(_, path)| path[0].starts_with("outrigger_"));
+        violations.extend(ours.map(|(line, path)| source.at(line, format_args!("names {}", path.join("::")))));
+    }
+    report(violations);
+}
+
+#[test]
+fn paths_are_found_wherever_they_stand() {
+    let text = "use outrigger_xds::{load, wire as w};\nfn f() { outrigger_xds::wire::g(); m!(a, outrigger_xds::wire::h) }\nuse outrigger_xds as x;";
+    let found: Vec<_> = paths(text).into_iter().map(|(line, path)| (line, path.join("::"))).collect();
+    for wanted in [(1, "outrigger_xds::wire::as w"), (2, "outrigger_xds::wire::g"), (2, "outrigger_xds::wire::h"), (3, "outrigger_xds::as x")] {
+        assert!(found.contains(&(wanted.0, wanted.1.to_owned())), "{wanted:?} in {found:?}");
+    }
+}
+
 /// Every path of a file: those of `use` with their groups spread out, and all others as they stand, macros included.
-fn paths(source: &Source) -> Vec<(usize, Vec<String>)> {
-    let file = source.parse();
+fn paths(text: &str) -> Vec<(usize, Vec<String>)> {
     let mut uses = Uses::default();
-    uses.visit_file(&file);
+    uses.visit_file(&syn::parse_file(text).expect("a source can be parsed"));
     let mut found = uses.0;
-    let stream = source.text.parse().unwrap_or_else(|error| panic!("{}: {error}", source.name));
-    let tokens = tokens(stream);
+    let tokens = tokens(text.parse().expect("a source can be cut into tokens"));
     for start in 0..tokens.len() {
         let mut path = Vec::new();
         let mut at = start;
@@ -175,22 +192,33 @@ fn unsafe_stands_only_where_the_architecture_names_it() {
 fn a_silenced_lint_says_why() {
     let mut violations = Vec::new();
     for source in sources::written() {
-        let stream = source.text.parse().unwrap_or_else(|error| panic!("{}: {error}", source.name));
-        let tokens = tokens(stream);
-        for pair in tokens.windows(2) {
-            let [(line, TokenTree::Ident(word)), (_, TokenTree::Group(group))] = pair else { continue };
-            // Only inside `#[…]`: there a word before a group is the name of an attribute.
-            if !(word == "allow" || word == "expect") || !is_lint_list(group) {
-                continue;
-            }
-            if word == "allow" {
-                violations.push(source.at(*line, "allow(…): expect(…, reason = \"…\") tells when it is not needed any more"));
-            } else if !group.stream().to_string().contains("reason =") {
-                violations.push(source.at(*line, "a lint is silenced without a reason"));
-            }
-        }
+        violations.extend(silenced(&source.text).into_iter().map(|(line, problem)| source.at(line, problem)));
     }
     report(violations);
+}
+
+#[test]
+fn silenced_lints_are_found() {
+    let text = "#![allow(dead_code)]\n#[expect(clippy::all)]\nfn f() { x.expect(\"y\"); }\n#[cfg_attr(test, expect(unused_mut, reason = \"r\"))]\nfn g() {}";
+    let lines: Vec<usize> = silenced(text).into_iter().map(|(line, _)| line).collect();
+    assert_eq!(lines, [1, 2]);
+}
+
+/// Lints that are silenced in a way we do not want, by line.
+fn silenced(text: &str) -> Vec<(usize, &'static str)> {
+    let mut found = Vec::new();
+    for pair in tokens(text.parse().expect("a source can be cut into tokens")).windows(2) {
+        let [(line, TokenTree::Ident(word)), (_, TokenTree::Group(group))] = pair else { continue };
+        if !(word == "allow" || word == "expect") || !is_lint_list(group) {
+            continue;
+        }
+        if word == "allow" {
+            found.push((*line, "allow(…): expect(…, reason = \"…\") tells when it is not needed any more"));
+        } else if !group.stream().to_string().contains("reason =") {
+            found.push((*line, "a lint is silenced without a reason"));
+        }
+    }
+    found
 }
 
 /// Tells `expect(clippy::large_futures, …)` from a call of `.expect("…")`.
