@@ -4,6 +4,7 @@
 //! `FeedSource`. Feature `nats` adds the feed over NATS, feature `publish` the agent process. Nobody above this crate
 //! speaks ZeroMQ or msgpack, and this crate forwards no request.
 
+mod block_extra;
 pub mod detect;
 pub mod engine;
 pub mod event;

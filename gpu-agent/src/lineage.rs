@@ -2,19 +2,13 @@
 //!
 //! Engines name blocks in their own ways and cut them in their own sizes. A `Lineage` re-hashes the token ids of their
 //! events with our chain (`outrigger_xds::block_hash`) in blocks of one canonical size: smaller engine blocks are
-//! gathered along their parents, larger ones split. The engine's hashes only say which block is meant. It does no IO
-//! and knows no sequence numbers.
+//! gathered along their parents, larger ones split. The engine's hashes only say which block is meant. No IO, no order.
 //!
 //! What a block contains is kept once per engine; who holds it is kept per *store*: (rank, tier, group). A canonical
 //! block is on a shelf (rank, tier) while at least one group there holds all its parts. Engines announce a block once
 //! per physical copy, so stores count references.
-//!
-//! # Media in a canonical block
-//! `block_hash`'s `extra` bytes are the items *beginning* in the block (a longer one is carried on by the chain), by
-//! rising offset: `01`, offset from the start of the canonical block (u32 LE), length of the identifier (u32 LE), the
-//! identifier (UTF-8). Anything else an engine mixed in follows as `02`, offset of the engine's block in the canonical
-//! one (u32 LE), length (u32 LE), its msgpack bytes: no router will produce those, so such a block never matches.
 
+use crate::block_extra::Items;
 use crate::event::{BlockRemoved, BlockStored, EngineHash, Event, Extra};
 use ahash::AHashMap;
 use outrigger_xds::block_hash::{BlockHash, Namespace, block_hash};
@@ -32,8 +26,7 @@ pub struct LineageCounts {
     pub placeholder: u64,
     /// Blocks of groups that do not attend to the whole prefix.
     pub other_attention: u64,
-    /// Blocks whose size neither divides the canonical one nor is a multiple of it, or that do not begin where a block
-    /// of their size may.
+    /// Blocks that neither divide canonical blocks nor are made of them.
     pub unfit_size: u64,
     /// Blocks not tracked because `blocks_max` was reached.
     pub over_limit: u64,
@@ -134,7 +127,7 @@ impl Lineage {
         }
     }
 
-    /// Applies one event of `rank`; what it changed for listeners is appended to `changes`.
+    /// Applies one event of `rank`; what it changed is appended to `changes`.
     pub fn apply(&mut self, rank: u32, event: &Event, changes: &mut Vec<KvChange>) {
         match event {
             Event::Stored(stored) => self.store(rank, stored, changes),
@@ -204,7 +197,7 @@ impl Lineage {
             self.counts.other_attention += blocks;
             return;
         }
-        // Only the last block of an event may be shorter than the others.
+        // Only the last block may be shorter than the others.
         if event.tokens.len().div_ceil(event.block_tokens) != event.hashes.len() {
             self.counts.malformed += 1;
             return;
@@ -279,11 +272,7 @@ impl Lineage {
             return None;
         }
         let place = match parent {
-            None => Place {
-                base: self.seed(event),
-                start: 0,
-                parent: NONE,
-            },
+            None => Place::first(&self.model, event),
             Some(hash) => match self.by_key.get(&BlockKey {
                 hash,
                 group: key.group,
@@ -311,15 +300,6 @@ impl Lineage {
             stores: 0,
             content,
         }))
-    }
-
-    fn seed(&self, event: &BlockStored) -> BlockHash {
-        Namespace {
-            model: self.model.clone(),
-            lora: event.lora.clone(),
-            salt: event.salt.clone(),
-        }
-        .seed()
     }
 
     fn place_after(&self, parent: NodeId) -> Place {
@@ -586,10 +566,10 @@ impl Lineage {
     }
 
     fn as_part(&self, id: NodeId) -> &Part {
-        match &self.node(id).content {
-            Content::Part(part) => part,
-            Content::Whole(_) => unreachable!("parts are linked to parts only"),
-        }
+        let Content::Part(part) = &self.node(id).content else {
+            unreachable!("parts link to parts")
+        };
+        part
     }
 
     fn as_part_mut(&mut self, id: NodeId) -> &mut Part {
@@ -607,55 +587,14 @@ struct Place {
     parent: NodeId,
 }
 
-/// What beside tokens belongs to one canonical block; see the file's head for the bytes.
-#[derive(Default)]
-struct Items {
-    media: BTreeSet<(u32, String)>,
-    opaque: Vec<(u32, Vec<u8>)>,
-}
-
-impl Items {
-    /// Adds those of an engine block that lie in its tokens `from..from + length`, which stand at `start` of the
-    /// canonical block.
-    fn add(&mut self, extra: &[Extra], from: usize, length: usize, start: usize) {
-        let offset_in_block = |offset: usize| u32::try_from(start + offset).unwrap_or(u32::MAX);
-        for item in extra {
-            match item {
-                Extra::Media { offset, id } => {
-                    // Negative: began earlier, the chain carries it.
-                    let Ok(offset) = usize::try_from(*offset) else {
-                        continue;
-                    };
-                    if (from..from + length).contains(&offset) {
-                        self.media
-                            .insert((offset_in_block(offset - from), id.clone()));
-                    }
-                }
-                Extra::Opaque(bytes) if from == 0 => {
-                    self.opaque.push((offset_in_block(0), bytes.clone()))
-                }
-                Extra::Opaque(_) => {}
-            }
+impl Place {
+    fn first(model: &str, event: &BlockStored) -> Self {
+        let (model, lora, salt) = (model.to_owned(), event.lora.clone(), event.salt.clone());
+        Self {
+            base: Namespace { model, lora, salt }.seed(),
+            start: 0,
+            parent: NONE,
         }
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let media = self
-            .media
-            .iter()
-            .map(|(offset, id)| (1u8, *offset, id.as_bytes()));
-        let opaque = self
-            .opaque
-            .iter()
-            .map(|(offset, bytes)| (2u8, *offset, bytes.as_slice()));
-        let mut all = Vec::new();
-        for (kind, offset, bytes) in media.chain(opaque) {
-            all.push(kind);
-            all.extend_from_slice(&offset.to_le_bytes());
-            all.extend_from_slice(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
-            all.extend_from_slice(bytes);
-        }
-        all
     }
 }
 

@@ -1,12 +1,24 @@
 //! The agent's process: its flags, its feed, its end.
 
-use crate::support::{FakeEngine, Listener, canonical, prompt, stored};
+use crate::listener::Listener;
+use crate::support::{FakeEngine, canonical, prompt, stored};
 use futures_util::StreamExt;
 use outrigger_xds::feed::{FeedTimeouts, connect};
 use outrigger_xds::report::Role;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+fn start(engine: &str, key_file: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_outrigger-agent"))
+        .args(["--engine", engine, "--listen", "127.0.0.1:0", "--node", "n"])
+        .arg("--engine-api-key-file")
+        .arg(key_file)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
 
 #[tokio::test]
 async fn serves_the_feed_and_ends_on_sigterm() {
@@ -17,20 +29,7 @@ async fn serves_the_feed_and_ends_on_sigterm() {
         .unwrap()
         .write_all(b"secret-key\n")
         .unwrap();
-    let mut agent = Command::new(env!("CARGO_BIN_EXE_outrigger-agent"))
-        .args([
-            "--engine",
-            &format!("{};role=prefill", engine.url()),
-            "--listen",
-            "127.0.0.1:0",
-            "--node",
-            "n",
-        ])
-        .arg("--engine-api-key-file")
-        .arg(&key_file)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut agent = start(&format!("{};role=prefill", engine.url()), &key_file);
     let mut log = BufReader::new(agent.stderr.take().unwrap()).lines();
     let line = log
         .find_map(|line| line.ok().filter(|line| line.contains("serving the feed")))

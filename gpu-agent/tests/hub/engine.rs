@@ -1,6 +1,7 @@
 //! A hub against an engine with real sockets, through everything that goes wrong between them.
 
-use crate::support::{FakeEngine, Listener, canonical, prompt, removed, stored};
+use crate::listener::Listener;
+use crate::support::{FakeEngine, canonical, prompt, removed, stored};
 use outrigger_gpu_agent::{ApiKey, EngineConfig, Hub, KvEndpoints};
 use outrigger_xds::feed::FeedSource;
 use outrigger_xds::report::{EngineKind, Health, Role};

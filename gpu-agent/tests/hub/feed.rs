@@ -1,6 +1,7 @@
 //! One test body for every way a feed travels: embedded, gRPC, NATS; and what each way adds.
 
-use crate::support::{FakeEngine, Listener, canonical, prompt, removed, stored};
+use crate::listener::Listener;
+use crate::support::{FakeEngine, canonical, prompt, removed, stored};
 use futures_util::StreamExt;
 use outrigger_gpu_agent::publish::{nats_publish, nats_subscribe};
 use outrigger_gpu_agent::server::serve;

@@ -8,4 +8,5 @@
 mod agent;
 mod engine;
 mod feed;
+mod listener;
 mod support;
