@@ -11,7 +11,15 @@ use hyper_util::{
     server::conn::auto,
 };
 use outrigger_xds::resource::listener::{Codec, HttpConnectionManager};
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 use tokio::net::TcpStream;
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
@@ -31,7 +39,10 @@ pub(crate) async fn serve(socket: TcpStream, manager: Arc<Manager>, info: Arc<Co
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
+    let asked = AtomicBool::new(false);
+    let asked = &asked;
     let service = service_fn(move |request| {
+        asked.store(true, Relaxed);
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
@@ -46,6 +57,10 @@ pub(crate) async fn serve(socket: TcpStream, manager: Arc<Manager>, info: Arc<Co
                 drained = true;
                 stats.downstream_cx_drain_close.increment(1);
                 connection.as_mut().graceful_shutdown();
+                if !asked.load(Relaxed) {
+                    // Half a head, at most: the codec would wait for the rest of it.
+                    return;
+                }
             }
         }
     };

@@ -198,7 +198,8 @@ impl Fleet {
         if state.health == Health::Dead {
             self.index.clear(endpoint.slot);
         }
-        if state.health == Health::Healthy && known.state.health != Health::Healthy {
+        // Well again, or heard of again: what failed before says nothing about it now.
+        if state.health == Health::Healthy && (known.state.health != Health::Healthy || !known.heard) {
             endpoint.stats.inhibited_until_ms.store(0, std::sync::atomic::Ordering::Relaxed);
         }
         endpoint.live.store(Arc::new(Live { state: Arc::new(state), heard: true, ..(*known).clone() }));
