@@ -24,13 +24,19 @@ fn read(path: &str) -> String {
 /// All Markdown of ours.
 fn pages() -> Vec<PathBuf> {
     let files = files_below(&root());
-    files.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect()
+    files
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect()
 }
 
 /// Targets of Markdown links in a line, those in code left out.
 fn links(line: &str) -> Vec<String> {
     let prose: String = line.split('`').step_by(2).collect();
-    let targets = prose.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+    let targets = prose
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split_once(')'));
     targets.map(|(target, _)| target.to_owned()).collect()
 }
 
@@ -47,7 +53,11 @@ fn links_lead_somewhere() {
                 }
                 let directory = page.parent().expect("a page lies in a directory");
                 if !directory.join(path).exists() {
-                    violations.push(format!("{}:{}: {target} does not exist", shown(&page), index + 1));
+                    violations.push(format!(
+                        "{}:{}: {target} does not exist",
+                        shown(&page),
+                        index + 1
+                    ));
                 }
             }
         }
@@ -58,13 +68,23 @@ fn links_lead_somewhere() {
 #[test]
 fn the_book_has_every_page_and_every_page_is_in_the_book() {
     let summary = read("docs/src/SUMMARY.md");
-    let listed: BTreeSet<PathBuf> = summary.lines().flat_map(links).map(|link| root().join("docs/src").join(link)).collect();
+    let listed: BTreeSet<PathBuf> = summary
+        .lines()
+        .flat_map(links)
+        .map(|link| root().join("docs/src").join(link))
+        .collect();
     assert!(listed.len() > 5, "SUMMARY.md lists next to nothing");
-    let missing = listed.iter().filter(|page| !page.is_file()).map(|page| format!("{}: listed, and does not exist", shown(page)));
+    let missing = listed
+        .iter()
+        .filter(|page| !page.is_file())
+        .map(|page| format!("{}: listed, and does not exist", shown(page)));
     let below = files_below(&root().join("docs/src"));
     let forgotten = below
         .iter()
-        .filter(|page| page.extension().is_some_and(|extension| extension == "md") && !page.ends_with("SUMMARY.md"))
+        .filter(|page| {
+            page.extension().is_some_and(|extension| extension == "md")
+                && !page.ends_with("SUMMARY.md")
+        })
         .filter(|page| !listed.contains(*page))
         .map(|page| format!("{}: not in docs/src/SUMMARY.md", shown(page)));
     report(missing.chain(forgotten).collect());
@@ -73,9 +93,23 @@ fn the_book_has_every_page_and_every_page_is_in_the_book() {
 #[test]
 fn the_readme_begins_with_the_two_commands() {
     let readme = read("README.md");
-    let block = readme.split("```").nth(1).expect("the README has a code block");
-    let commands: Vec<&str> = block.lines().skip(1).map(|line| line.split('#').next().unwrap_or_default().trim()).collect();
-    assert_eq!(commands[..2], ["cargo run --release --bin outrigger-demo", "cargo test --workspace"], "the first code block");
+    let block = readme
+        .split("```")
+        .nth(1)
+        .expect("the README has a code block");
+    let commands: Vec<&str> = block
+        .lines()
+        .skip(1)
+        .map(|line| line.split('#').next().unwrap_or_default().trim())
+        .collect();
+    assert_eq!(
+        commands[..2],
+        [
+            "cargo run --release --bin outrigger-demo",
+            "cargo test --workspace"
+        ],
+        "the first code block"
+    );
 }
 
 #[test]
@@ -84,17 +118,30 @@ fn decisions_have_a_page_a_number_and_three_parts() {
     let directory = root().join("docs/src/adr");
     let mut numbers = BTreeSet::new();
     let index = read("docs/src/adr/index.md");
-    for page in files_below(&directory).into_iter().filter(|page| !page.ends_with("index.md")) {
+    for page in files_below(&directory)
+        .into_iter()
+        .filter(|page| !page.ends_with("index.md"))
+    {
         let text = fs::read_to_string(&page).expect("a page is UTF-8");
-        let name = page.file_name().expect("a file").to_string_lossy().into_owned();
-        let mut add = |line: usize, problem: String| violations.push(format!("{}:{line}: {problem}", shown(&page)));
+        let name = page
+            .file_name()
+            .expect("a file")
+            .to_string_lossy()
+            .into_owned();
+        let mut add = |line: usize, problem: String| {
+            violations.push(format!("{}:{line}: {problem}", shown(&page)))
+        };
         let lines = text.lines().count();
         if lines > ADR_LINES_MAX {
             add(1, format!("{lines} lines, at most {ADR_LINES_MAX}"));
         }
         let number = name.split('-').next().unwrap_or_default();
-        if number.len() != 4 || number.parse::<u16>().is_err() || !numbers.insert(number.to_owned()) {
-            add(1, "is not named NNNN-title.md with a number of its own".into());
+        if number.len() != 4 || number.parse::<u16>().is_err() || !numbers.insert(number.to_owned())
+        {
+            add(
+                1,
+                "is not named NNNN-title.md with a number of its own".into(),
+            );
         }
         for part in ["Context", "Decision", "Consequences"] {
             if !text.lines().any(|line| line == format!("## {part}")) {
@@ -107,7 +154,11 @@ fn decisions_have_a_page_a_number_and_three_parts() {
     }
     assert!(numbers.len() >= 10, "the decisions were not found");
     let elsewhere = files_below(&root().join("docs/adr"));
-    violations.extend(elsewhere.iter().map(|page| format!("{}: decisions stand in docs/src/adr", shown(page))));
+    violations.extend(
+        elsewhere
+            .iter()
+            .map(|page| format!("{}: decisions stand in docs/src/adr", shown(page))),
+    );
     report(violations);
 }
 
@@ -115,7 +166,10 @@ fn decisions_have_a_page_a_number_and_three_parts() {
 fn named(page: &str) -> BTreeSet<String> {
     let text = read(page);
     let spans = text.split('`').skip(1).step_by(2);
-    spans.flat_map(|span| span.split([' ', ',', '/', '{', '}'])).map(str::to_owned).collect()
+    spans
+        .flat_map(|span| span.split([' ', ',', '/', '{', '}']))
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
@@ -123,8 +177,13 @@ fn the_code_map_has_every_module() {
     let named = named("ARCHITECTURE.md");
     let mut violations = Vec::new();
     for source in sources::written().filter(|source| !source.is_test) {
-        let Some(path) = source.below_src().filter(|path| !path.starts_with("bin/")) else { continue };
-        let stem = Path::new(path).file_stem().expect("a file").to_string_lossy();
+        let Some(path) = source.below_src().filter(|path| !path.starts_with("bin/")) else {
+            continue;
+        };
+        let stem = Path::new(path)
+            .file_stem()
+            .expect("a file")
+            .to_string_lossy();
         if !matches!(&*stem, "lib" | "main") && !named.contains(&*stem) {
             violations.push(source.at(1, "is not in the code map of ARCHITECTURE.md"));
         }
@@ -135,10 +194,23 @@ fn the_code_map_has_every_module() {
 #[test]
 fn every_flag_is_documented() {
     let text = read("docs/src/flags.md");
-    let commands = [outrigger_proxy::options::Options::command(), outrigger_gpu_agent::run::Args::command()];
-    let flags = commands.iter().flat_map(|command| command.get_arguments().filter_map(|argument| argument.get_long()));
-    let missing = flags.map(|flag| format!("`--{flag}")).filter(|flag| !text.contains(flag.as_str()));
-    report(missing.map(|flag| format!("docs/src/flags.md: says nothing of {flag}`")).collect());
+    let commands = [
+        outrigger_proxy::options::Options::command(),
+        outrigger_gpu_agent::run::Args::command(),
+    ];
+    let flags = commands.iter().flat_map(|command| {
+        command
+            .get_arguments()
+            .filter_map(|argument| argument.get_long())
+    });
+    let missing = flags
+        .map(|flag| format!("`--{flag}"))
+        .filter(|flag| !text.contains(flag.as_str()));
+    report(
+        missing
+            .map(|flag| format!("docs/src/flags.md: says nothing of {flag}`"))
+            .collect(),
+    );
 }
 
 #[test]
@@ -147,7 +219,11 @@ fn every_metric_is_documented() {
     let rows = outrigger_proxy::metrics::table::ROWS;
     assert!(rows.len() > 50);
     let missing = rows.iter().filter(|row| !named.contains(row.name));
-    report(missing.map(|row| format!("docs/src/metrics.md: says nothing of {}", row.name)).collect());
+    report(
+        missing
+            .map(|row| format!("docs/src/metrics.md: says nothing of {}", row.name))
+            .collect(),
+    );
 }
 
 #[test]
@@ -159,14 +235,26 @@ fn every_field_of_a_filter_is_documented() {
         for item in source.parse().items {
             let Item::Struct(item) = item else { continue };
             let read = item.attrs.iter().any(|attribute| {
-                attribute.meta.require_list().is_ok_and(|list| list.tokens.to_string().contains("deny_unknown_fields"))
+                attribute
+                    .meta
+                    .require_list()
+                    .is_ok_and(|list| list.tokens.to_string().contains("deny_unknown_fields"))
             });
-            let Fields::Named(fields) = &item.fields else { continue };
-            for field in fields.named.iter().filter(|field| read && matches!(field.vis, Visibility::Public(_))) {
+            let Fields::Named(fields) = &item.fields else {
+                continue;
+            };
+            for field in fields
+                .named
+                .iter()
+                .filter(|field| read && matches!(field.vis, Visibility::Public(_)))
+            {
                 seen += 1;
                 let ident = field.ident.as_ref().expect("a named field");
                 if !named.contains(&ident.to_string()) {
-                    violations.push(source.at(ident.span().start().line, format_args!("{ident} is not in docs/src/filters.md")));
+                    violations.push(source.at(
+                        ident.span().start().line,
+                        format_args!("{ident} is not in docs/src/filters.md"),
+                    ));
                 }
             }
         }
@@ -179,7 +267,9 @@ fn every_field_of_a_filter_is_documented() {
 fn every_limit_is_documented() {
     let named = named("docs/src/limits.md");
     let mut violations = Vec::new();
-    for source in sources::written().filter(|source| source.below_src().is_some() && !source.is_test) {
+    for source in
+        sources::written().filter(|source| source.below_src().is_some() && !source.is_test)
+    {
         if source.member() == "conformance" {
             continue;
         }
@@ -189,10 +279,15 @@ fn every_limit_is_documented() {
                 Item::Const(item) if item.ident.to_string().ends_with("_MAX") => {
                     let name = item.ident.to_string();
                     if !named.contains(&name) {
-                        violations.push(source.at(item.ident.span().start().line, format_args!("{name} is not in docs/src/limits.md")));
+                        violations.push(source.at(
+                            item.ident.span().start().line,
+                            format_args!("{name} is not in docs/src/limits.md"),
+                        ));
                     }
                 }
-                Item::Mod(module) if !is_cfg_test(&module.attrs) => waiting.extend(module.content.into_iter().flat_map(|(_, items)| items)),
+                Item::Mod(module) if !is_cfg_test(&module.attrs) => {
+                    waiting.extend(module.content.into_iter().flat_map(|(_, items)| items))
+                }
                 _ => {}
             }
         }

@@ -17,7 +17,10 @@ use std::path::{Path, PathBuf};
 /// The root of the checkout.
 fn root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.parent().expect("the crate lies in the workspace").to_owned()
+    manifest
+        .parent()
+        .expect("the crate lies in the workspace")
+        .to_owned()
 }
 
 /// Fails with all of them, one a line.
@@ -25,7 +28,12 @@ fn root() -> PathBuf {
 fn report(mut violations: Vec<String>) {
     violations.sort();
     violations.dedup();
-    assert!(violations.is_empty(), "\n{}\n{} violations\n", violations.join("\n"), violations.len());
+    assert!(
+        violations.is_empty(),
+        "\n{}\n{} violations\n",
+        violations.join("\n"),
+        violations.len()
+    );
 }
 
 /// A reviewed exception to a rule.
@@ -41,10 +49,18 @@ fn without(exceptions: &[Exception], found: Vec<(String, String)>) -> Vec<String
     let mut violations: Vec<String> = exceptions
         .iter()
         .filter(|exception| !found.iter().any(|(name, _)| name == exception.what))
-        .map(|unused| format!("{}: the exception is not needed any more ({})", unused.what, unused.reason))
+        .map(|unused| {
+            format!(
+                "{}: the exception is not needed any more ({})",
+                unused.what, unused.reason
+            )
+        })
         .collect();
     violations.extend(
-        found.into_iter().filter(|(name, _)| !exceptions.iter().any(|exception| exception.what == *name)).map(|(_, text)| text),
+        found
+            .into_iter()
+            .filter(|(name, _)| !exceptions.iter().any(|exception| exception.what == *name))
+            .map(|(_, text)| text),
     );
     violations
 }

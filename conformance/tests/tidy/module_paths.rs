@@ -24,7 +24,10 @@ const UNSAFE_FILES: &[&str] = &[];
 fn modules_are_named_only_by_those_who_may_know_them() {
     let mut violations = Vec::new();
     for source in sources::written() {
-        let never: Vec<_> = NEVER.iter().filter(|(_, _, whom)| whom.contains(&source.member())).collect();
+        let never: Vec<_> = NEVER
+            .iter()
+            .filter(|(_, _, whom)| whom.contains(&source.member()))
+            .collect();
         if never.is_empty() {
             continue;
         }
@@ -32,7 +35,10 @@ fn modules_are_named_only_by_those_who_may_know_them() {
             for (owner, module, _) in &never {
                 let names_it = path.len() > 1 && path[0] == *owner && path[1] == *module;
                 // Another name for the crate, or everything in it, would hide what is used.
-                let hides_it = path[0] == *owner && path.get(1).is_some_and(|next| next == "*" || next.starts_with("as "));
+                let hides_it = path[0] == *owner
+                    && path
+                        .get(1)
+                        .is_some_and(|next| next == "*" || next.starts_with("as "));
                 if names_it || hides_it {
                     violations.push(source.at(line, format_args!("names {}", path.join("::"))));
                 }
@@ -45,9 +51,14 @@ fn modules_are_named_only_by_those_who_may_know_them() {
 #[test]
 fn the_simulator_shares_nothing_with_the_product() {
     let mut violations = Vec::new();
-    for source in sources::written().filter(|source| source.name.starts_with("conformance/src/sim")) {
-        let ours = paths(&source.text).into_iter().filter(|(_, path)| path[0].starts_with("outrigger_"));
-        violations.extend(ours.map(|(line, path)| source.at(line, format_args!("names {}", path.join("::")))));
+    for source in sources::written().filter(|source| source.name.starts_with("conformance/src/sim"))
+    {
+        let ours = paths(&source.text)
+            .into_iter()
+            .filter(|(_, path)| path[0].starts_with("outrigger_"));
+        violations.extend(
+            ours.map(|(line, path)| source.at(line, format_args!("names {}", path.join("::")))),
+        );
     }
     report(violations);
 }
@@ -55,9 +66,20 @@ fn the_simulator_shares_nothing_with_the_product() {
 #[test]
 fn paths_are_found_wherever_they_stand() {
     let text = "use outrigger_xds::{load, wire as w};\nfn f() { outrigger_xds::wire::g(); m!(a, outrigger_xds::wire::h) }\nuse outrigger_xds as x;";
-    let found: Vec<_> = paths(text).into_iter().map(|(line, path)| (line, path.join("::"))).collect();
-    for wanted in [(1, "outrigger_xds::wire::as w"), (2, "outrigger_xds::wire::g"), (2, "outrigger_xds::wire::h"), (3, "outrigger_xds::as x")] {
-        assert!(found.contains(&(wanted.0, wanted.1.to_owned())), "{wanted:?} in {found:?}");
+    let found: Vec<_> = paths(text)
+        .into_iter()
+        .map(|(line, path)| (line, path.join("::")))
+        .collect();
+    for wanted in [
+        (1, "outrigger_xds::wire::as w"),
+        (2, "outrigger_xds::wire::g"),
+        (2, "outrigger_xds::wire::h"),
+        (3, "outrigger_xds::as x"),
+    ] {
+        assert!(
+            found.contains(&(wanted.0, wanted.1.to_owned())),
+            "{wanted:?} in {found:?}"
+        );
     }
 }
 
@@ -104,7 +126,9 @@ impl<'ast> Visit<'ast> for Uses {
                     self.0.push((line, path));
                 }
                 UseTree::Glob(_) => self.0.push((line, with("*".into()))),
-                UseTree::Group(group) => waiting.extend(group.items.iter().map(|tree| (before.clone(), tree))),
+                UseTree::Group(group) => {
+                    waiting.extend(group.items.iter().map(|tree| (before.clone(), tree)))
+                }
             }
         }
     }
@@ -130,7 +154,12 @@ fn nothing_takes_in_a_whole_crate() {
 fn modules_are_flat_and_named_after_what_they_do() {
     let mut violations = Vec::new();
     for source in sources::all() {
-        let path = source.below_src().unwrap_or_else(|| source.name.split_once("/tests/").map_or("", |(_, rest)| rest));
+        let path = source.below_src().unwrap_or_else(|| {
+            source
+                .name
+                .split_once("/tests/")
+                .map_or("", |(_, rest)| rest)
+        });
         let parts: Vec<&str> = path.trim_end_matches(".rs").split('/').collect();
         if parts.iter().any(|part| EMPTY_NAMES.contains(part)) {
             violations.push(source.at(1, "a module is named after what it does"));
@@ -141,7 +170,10 @@ fn modules_are_flat_and_named_after_what_they_do() {
         let is_root = matches!(parts.last(), Some(&"lib" | &"main" | &"mod"));
         let depth = parts.len() - usize::from(is_root);
         if depth > DEPTH_MAX {
-            violations.push(source.at(1, format_args!("{depth} levels below src, at most {DEPTH_MAX}")));
+            violations.push(source.at(
+                1,
+                format_args!("{depth} levels below src, at most {DEPTH_MAX}"),
+            ));
         }
         if !source.is_generated && !source.is_test {
             inline_modules(source, &source.parse().items, depth, &mut violations);
@@ -157,12 +189,17 @@ fn inline_modules(source: &Source, items: &[Item], depth: usize, violations: &mu
         if EMPTY_NAMES.contains(&module.ident.to_string().as_str()) {
             violations.push(source.at(line, "a module is named after what it does"));
         }
-        let Some((_, items)) = &module.content else { continue };
+        let Some((_, items)) = &module.content else {
+            continue;
+        };
         if is_cfg_test(&module.attrs) {
             continue;
         }
         if depth + 1 > DEPTH_MAX {
-            violations.push(source.at(line, format_args!("{} levels below src, at most {DEPTH_MAX}", depth + 1)));
+            violations.push(source.at(
+                line,
+                format_args!("{} levels below src, at most {DEPTH_MAX}", depth + 1),
+            ));
         }
         inline_modules(source, items, depth + 1, violations);
     }
@@ -171,14 +208,24 @@ fn inline_modules(source: &Source, items: &[Item], depth: usize, violations: &mu
 #[test]
 fn every_file_says_what_it_answers() {
     let silent = sources::written().filter(|source| !source.text.starts_with("//!"));
-    report(silent.map(|source| source.at(1, "does not begin with //!")).collect());
+    report(
+        silent
+            .map(|source| source.at(1, "does not begin with //!"))
+            .collect(),
+    );
 }
 
 #[test]
 fn unsafe_stands_only_where_the_architecture_names_it() {
     let mut violations = Vec::new();
-    for source in sources::all().iter().filter(|source| !UNSAFE_FILES.contains(&source.name.as_str())) {
-        let stream = source.text.parse().unwrap_or_else(|error| panic!("{}: {error}", source.name));
+    for source in sources::all()
+        .iter()
+        .filter(|source| !UNSAFE_FILES.contains(&source.name.as_str()))
+    {
+        let stream = source
+            .text
+            .parse()
+            .unwrap_or_else(|error| panic!("{}: {error}", source.name));
         for (line, token) in tokens(stream) {
             if matches!(&token, TokenTree::Ident(ident) if ident == "unsafe") {
                 violations.push(source.at(line, "unsafe"));
@@ -192,7 +239,11 @@ fn unsafe_stands_only_where_the_architecture_names_it() {
 fn a_silenced_lint_says_why() {
     let mut violations = Vec::new();
     for source in sources::written() {
-        violations.extend(silenced(&source.text).into_iter().map(|(line, problem)| source.at(line, problem)));
+        violations.extend(
+            silenced(&source.text)
+                .into_iter()
+                .map(|(line, problem)| source.at(line, problem)),
+        );
     }
     report(violations);
 }
@@ -208,12 +259,17 @@ fn silenced_lints_are_found() {
 fn silenced(text: &str) -> Vec<(usize, &'static str)> {
     let mut found = Vec::new();
     for pair in tokens(text.parse().expect("a source can be cut into tokens")).windows(2) {
-        let [(line, TokenTree::Ident(word)), (_, TokenTree::Group(group))] = pair else { continue };
+        let [(line, TokenTree::Ident(word)), (_, TokenTree::Group(group))] = pair else {
+            continue;
+        };
         if !(word == "allow" || word == "expect") || !is_lint_list(group) {
             continue;
         }
         if word == "allow" {
-            found.push((*line, "allow(…): expect(…, reason = \"…\") tells when it is not needed any more"));
+            found.push((
+                *line,
+                "allow(…): expect(…, reason = \"…\") tells when it is not needed any more",
+            ));
         } else if !group.stream().to_string().contains("reason =") {
             found.push((*line, "a lint is silenced without a reason"));
         }
@@ -223,7 +279,16 @@ fn silenced(text: &str) -> Vec<(usize, &'static str)> {
 
 /// Tells `expect(clippy::large_futures, …)` from a call of `.expect("…")`.
 fn is_lint_list(group: &proc_macro2::Group) -> bool {
-    const LINTS: &[&str] = &["clippy", "rustdoc", "rustc", "missing_docs", "unused", "dead_code", "unsafe_code", "deprecated"];
+    const LINTS: &[&str] = &[
+        "clippy",
+        "rustdoc",
+        "rustc",
+        "missing_docs",
+        "unused",
+        "dead_code",
+        "unsafe_code",
+        "deprecated",
+    ];
     let first = group.stream().into_iter().next();
     matches!(first, Some(TokenTree::Ident(ident)) if {
         let name = ident.to_string();

@@ -40,7 +40,11 @@ impl Measure {
     fn function(&mut self, signature: &syn::Signature, end: Span) {
         let line = signature.span().start().line;
         let lines = end.end().line + 1 - line;
-        self.functions.push(Function { name: signature.ident.to_string(), line, lines });
+        self.functions.push(Function {
+            name: signature.ident.to_string(),
+            line,
+            lines,
+        });
     }
 }
 
@@ -70,13 +74,26 @@ impl<'ast> Visit<'ast> for Measure {
 
     fn visit_generics(&mut self, generics: &'ast Generics) {
         let line = generics.span().start().line;
-        let predicates = generics.where_clause.as_ref().map_or(0, |clause| clause.predicates.len());
-        let types = generics.params.iter().filter(|param| matches!(param, GenericParam::Type(_))).count();
+        let predicates = generics
+            .where_clause
+            .as_ref()
+            .map_or(0, |clause| clause.predicates.len());
+        let types = generics
+            .params
+            .iter()
+            .filter(|param| matches!(param, GenericParam::Type(_)))
+            .count();
         if predicates > WHERE_PREDICATES_MAX {
-            self.heavy.push((line, format!("{predicates} predicates in a where, at most {WHERE_PREDICATES_MAX}")));
+            self.heavy.push((
+                line,
+                format!("{predicates} predicates in a where, at most {WHERE_PREDICATES_MAX}"),
+            ));
         }
         if types > TYPE_PARAMETERS_MAX {
-            self.heavy.push((line, format!("{types} type parameters, at most {TYPE_PARAMETERS_MAX}")));
+            self.heavy.push((
+                line,
+                format!("{types} type parameters, at most {TYPE_PARAMETERS_MAX}"),
+            ));
         }
         syn::visit::visit_generics(self, generics);
     }
@@ -103,15 +120,24 @@ fn functions_are_short() {
                 lengths.push(function.lines);
             }
             if function.lines > FUNCTION_LINES_MAX {
-                let text = format!("{} has {} lines, at most {FUNCTION_LINES_MAX}", function.name, function.lines);
-                found.push((format!("{}::{}", source.name, function.name), source.at(function.line, text)));
+                let text = format!(
+                    "{} has {} lines, at most {FUNCTION_LINES_MAX}",
+                    function.name, function.lines
+                );
+                found.push((
+                    format!("{}::{}", source.name, function.name),
+                    source.at(function.line, text),
+                ));
             }
         }
     }
     lengths.sort_unstable();
     let mean = lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64;
     let p90 = lengths[lengths.len() * 9 / 10];
-    println!("{} functions: mean {mean:.1} lines (goal 13), 90th percentile {p90} (goal 27)", lengths.len());
+    println!(
+        "{} functions: mean {mean:.1} lines (goal 13), 90th percentile {p90} (goal 27)",
+        lengths.len()
+    );
     report(without(LONG_FUNCTIONS, found));
 }
 
@@ -130,12 +156,17 @@ fn files_are_short_before_their_tests() {
 
 /// Up to the first module of tests that stands in the file itself.
 fn lines_before_tests(source: &Source) -> usize {
-    let tests = source.parse().items.into_iter().find_map(|item| match item {
-        Item::Mod(module) if module.content.is_some() && is_cfg_test(&module.attrs) => {
-            module.attrs.first().map(|attribute| attribute.span().start().line - 1)
-        }
-        _ => None,
-    });
+    let tests = source
+        .parse()
+        .items
+        .into_iter()
+        .find_map(|item| match item {
+            Item::Mod(module) if module.content.is_some() && is_cfg_test(&module.attrs) => module
+                .attrs
+                .first()
+                .map(|attribute| attribute.span().start().line - 1),
+            _ => None,
+        });
     tests.unwrap_or_else(|| source.text.lines().count())
 }
 
@@ -143,7 +174,12 @@ fn lines_before_tests(source: &Source) -> usize {
 fn generics_are_light() {
     let mut violations = Vec::new();
     for source in sources::written() {
-        violations.extend(measured(source).heavy.into_iter().map(|(line, text)| source.at(line, text)));
+        violations.extend(
+            measured(source)
+                .heavy
+                .into_iter()
+                .map(|(line, text)| source.at(line, text)),
+        );
     }
     report(violations);
 }

@@ -48,7 +48,9 @@ pub(crate) fn all() -> &'static [Source] {
             .map(|(name, path)| Source {
                 text: fs::read_to_string(&path).expect("a source is UTF-8"),
                 is_generated: name.starts_with("xds/src/wire/"),
-                is_test: name.contains("/tests/") || name.ends_with("/tests.rs") || name.ends_with("_tests.rs"),
+                is_test: name.contains("/tests/")
+                    || name.ends_with("/tests.rs")
+                    || name.ends_with("_tests.rs"),
                 name,
             })
             .collect();
@@ -82,6 +84,9 @@ pub(crate) fn tokens(stream: TokenStream) -> Vec<(usize, TokenTree)> {
 pub(crate) fn is_cfg_test(attributes: &[syn::Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         attribute.path().is_ident("cfg")
-            && attribute.meta.require_list().is_ok_and(|list| list.tokens.to_string() == "test")
+            && attribute
+                .meta
+                .require_list()
+                .is_ok_and(|list| list.tokens.to_string() == "test")
     })
 }

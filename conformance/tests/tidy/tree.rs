@@ -14,10 +14,16 @@ pub(crate) fn files_below(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut waiting = vec![dir.to_owned()];
     while let Some(dir) = waiting.pop() {
-        let Ok(entries) = fs::read_dir(&dir) else { continue };
+        let Ok(entries) = fs::read_dir(&dir) else {
+            continue;
+        };
         for entry in entries {
             let path = entry.expect("a directory entry").path();
-            let name = path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .expect("an entry has a name")
+                .to_string_lossy()
+                .into_owned();
             if !path.is_dir() {
                 found.push(path);
             } else if !SKIPPED.contains(&name.as_str()) {
@@ -31,14 +37,28 @@ pub(crate) fn files_below(dir: &Path) -> Vec<PathBuf> {
 
 /// As a reader of the list would write it.
 pub(crate) fn shown(path: &Path) -> String {
-    path.strip_prefix(root()).unwrap_or(path).to_string_lossy().into_owned()
+    path.strip_prefix(root())
+        .unwrap_or(path)
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Our own sources: members of the workspace, tests included.
 pub(crate) fn rust_files() -> Vec<PathBuf> {
-    let members = ["proxy", "xds", "filters", "control-plane", "gpu-agent", "conformance"];
-    let files = members.iter().flat_map(|member| files_below(&root().join(member)));
-    files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
+    let members = [
+        "proxy",
+        "xds",
+        "filters",
+        "control-plane",
+        "gpu-agent",
+        "conformance",
+    ];
+    let files = members
+        .iter()
+        .flat_map(|member| files_below(&root().join(member)));
+    files
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .collect()
 }
 
 #[test]
@@ -54,12 +74,17 @@ fn nothing_reads_outside_the_tree() {
     let mut violations = Vec::new();
     for path in files_below(&root()) {
         // What is no text has no paths in it.
-        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let Ok(text) = fs::read_to_string(&path) else {
+            continue;
+        };
         for (index, line) in text.lines().enumerate() {
             for wanted in &never {
                 // `framework/` and `x/work/` are no absolute paths.
                 let at = line.match_indices(wanted.as_str()).find(|(at, _)| {
-                    wanted.starts_with('.') || !line[..*at].ends_with(|before: char| before.is_alphanumeric() || "_-./}".contains(before))
+                    wanted.starts_with('.')
+                        || !line[..*at].ends_with(|before: char| {
+                            before.is_alphanumeric() || "_-./}".contains(before)
+                        })
                 });
                 if at.is_some() {
                     violations.push(format!("{}:{}: names {wanted}", shown(&path), index + 1));
@@ -76,14 +101,22 @@ fn stages_are_executables() {
     let mut violations = Vec::new();
     let mut stages = 0;
     let conformance = root().join("conformance");
-    let runs = fs::read_dir(&conformance).expect("conformance").map(|entry| entry.expect("entry").path().join("run"));
-    for run in runs.filter(|run| run.is_file()).chain([root().join(".ci/run")]) {
+    let runs = fs::read_dir(&conformance)
+        .expect("conformance")
+        .map(|entry| entry.expect("entry").path().join("run"));
+    for run in runs
+        .filter(|run| run.is_file())
+        .chain([root().join(".ci/run")])
+    {
         stages += 1;
         let mode = fs::metadata(&run).expect("metadata").permissions().mode();
         if mode & 0o111 == 0 {
             violations.push(format!("{}: is not executable", shown(&run)));
         }
-        if !fs::read_to_string(&run).expect("a script").starts_with("#!") {
+        if !fs::read_to_string(&run)
+            .expect("a script")
+            .starts_with("#!")
+        {
             violations.push(format!("{}:1: says no interpreter", shown(&run)));
         }
     }

@@ -1,3 +1,5 @@
+//! The index against a naive one, over random histories of several engines; and its limits.
+
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 
