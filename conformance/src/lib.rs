@@ -2,6 +2,7 @@
 //!
 //! Whatever judges the product lives here and shares no codec with it.
 
+pub mod demo;
 pub mod harness;
 pub mod reexec;
 pub mod sim;

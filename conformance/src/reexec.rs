@@ -6,6 +6,10 @@ use std::{
     process::ExitCode,
 };
 
+/// In the environment of a part whose starter holds the other end of its standard input: the part ends when that end
+/// closes, so it never outlives its starter, however that ended. Opt-in, since many a standard input is at its end.
+pub const ENDS_WITH_STDIN: &str = "OUTRIGGER_ENDS_WITH_STDIN";
+
 /// Runs the part that the first argument names: `proxy`, `engine` or `agent`, with the arguments after it. `None` if
 /// it names none of them, and the caller's own work begins.
 #[must_use]
@@ -14,12 +18,22 @@ pub fn dispatch() -> Option<ExitCode> {
     let program = arguments.next()?;
     let part = arguments.next()?;
     let rest = || -> Vec<OsString> { std::iter::once(program).chain(arguments).collect() };
-    match part.to_str().unwrap_or_default() {
+    let part = part.to_str().unwrap_or_default();
+    if matches!(part, "proxy" | "engine" | "agent") && std::env::var_os(ENDS_WITH_STDIN).is_some() {
+        std::thread::spawn(end_with_stdin);
+    }
+    match part {
         "proxy" => Some(outrigger_proxy::run(rest())),
         "engine" => Some(crate::sim::run(rest())),
         "agent" => Some(agent(rest())),
         _ => None,
     }
+}
+
+fn end_with_stdin() {
+    // Whatever comes is of no interest, and an error is an end too.
+    let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+    std::process::exit(0);
 }
 
 fn agent(arguments: Vec<OsString>) -> ExitCode {

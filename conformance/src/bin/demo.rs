@@ -4,5 +4,5 @@ fn main() -> std::process::ExitCode {
     if let Some(code) = outrigger_conformance::reexec::dispatch() {
         return code;
     }
-    std::process::ExitCode::SUCCESS
+    outrigger_conformance::demo::run(std::env::args_os())
 }
