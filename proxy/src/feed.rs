@@ -19,7 +19,7 @@ use outrigger_filters::{
     error::Flag,
 };
 use outrigger_xds::{
-    feed::{self, FeedBody, FeedMessage, FeedSource, FeedStream, FeedSubscription, FeedTimeouts},
+    feed::{self, FeedBody, FeedError, FeedMessage, FeedSource, FeedStream, FeedSubscription, FeedTimeouts},
     report::{EngineId, KvSnapshot, Load},
     resource::endpoint::Address,
 };
@@ -185,7 +185,13 @@ impl Body for UntilDrain {
 pub async fn follow_local(fleet: Arc<Fleet>, source: Arc<dyn FeedSource>) {
     loop {
         let mut messages = source.subscribe();
-        while let Some(message) = messages.next().await {
+        loop {
+            let message = tokio::select! {
+                message = messages.next() => message,
+                // What was told of it before was told to nobody; a new subscription begins with all of it.
+                () = fleet.wanted() => None,
+            };
+            let Some(message) = message else { break };
             if !fleet.apply(&Source::Local, message) {
                 break;
             }
@@ -232,7 +238,12 @@ async fn follow_peer(fleet: Arc<Fleet>, address: Address) {
     let gauge = metrics::gauge!("outrigger_feed_connected", "peer" => address.to_string());
     loop {
         match hear(&fleet, &source, &address, &gauge).await {
-            Ok(()) => pause = RETRY_MIN,
+            // It is there and will tell all again; until then what it told is the best there is.
+            Ok(Ended::Gap) => {
+                tokio::time::sleep(RETRY_MIN).await;
+                continue;
+            }
+            Ok(Ended::Broke) => pause = RETRY_MIN,
             Err(error) => {
                 tracing::debug!(peer = %address, %error, "feed of a peer ended");
                 metrics::counter!("outrigger_feed_failures_total", "peer" => address.to_string()).increment(1);
@@ -245,8 +256,16 @@ async fn follow_peer(fleet: Arc<Fleet>, address: Address) {
     }
 }
 
-/// One connection to a peer's feed; `Ok` if it told anything before it ended.
-async fn hear(fleet: &Fleet, source: &Source, address: &Address, gauge: &metrics::Gauge) -> Result<(), String> {
+/// How a feed ended that had begun.
+enum Ended {
+    /// Something of it was missed: it must begin anew.
+    Gap,
+    /// The peer ended it, or cannot be heard any more.
+    Broke,
+}
+
+/// One connection to a peer's feed; an error if it ended before it told anything.
+async fn hear(fleet: &Fleet, source: &Source, address: &Address, gauge: &metrics::Gauge) -> Result<Ended, String> {
     let uri = format!("http://{address}").parse::<http::Uri>().map_err(|error| error.to_string())?;
     let mut messages = feed::connect(uri, FeedTimeouts::default()).await.map_err(|error| error.to_string())?;
     tracing::info!(peer = %address, "listening to a peer's feed");
@@ -257,17 +276,22 @@ async fn hear(fleet: &Fleet, source: &Source, address: &Address, gauge: &metrics
             Ok(message) => {
                 told = true;
                 if !fleet.apply(source, message) {
-                    return Ok(());
+                    return Ok(Ended::Gap);
                 }
+            }
+            Err(error @ FeedError::Gap { .. }) => {
+                tracing::warn!(peer = %address, %error, "a feed must begin anew");
+                metrics::counter!("outrigger_feed_gaps_total").increment(1);
+                return Ok(Ended::Gap);
             }
             Err(error) if told => {
                 tracing::info!(peer = %address, %error, "feed of a peer broke");
-                return Ok(());
+                return Ok(Ended::Broke);
             }
             Err(error) => return Err(error.to_string()),
         }
     }
-    if told { Ok(()) } else { Err("it ended before it told anything".into()) }
+    if told { Ok(Ended::Broke) } else { Err("it ended before it told anything".into()) }
 }
 
 /// An agent's gRPC feed as a source: reconnects by itself. While the agent cannot be heard its engines' caches count

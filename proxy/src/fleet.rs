@@ -3,7 +3,7 @@
 //! Feeds write here, from the main runtime; requests read endpoints through views. An endpoint keeps its identity
 //! (its `Arc`, its counters, its slot in the KV index) for as long as its name is known.
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
     endpoints::{Endpoint, EndpointStats, Live, Via},
     kv_index::KvIndex,
@@ -17,7 +17,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// Where a message came from, which decides how its engines are reached.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -41,13 +41,26 @@ pub struct Fleet {
     known: Mutex<AHashMap<EngineId, Known>>,
     /// Counts changes of membership; views are rebuilt when it moves.
     changed: watch::Sender<u64>,
+    /// Engines that were told of before configuration named them.
+    overheard: Mutex<AHashSet<EngineId>>,
+    /// Configuration now names one of them.
+    wanted: Notify,
 }
 
 impl Fleet {
     /// Nobody yet.
     #[must_use]
     pub fn new(index: Arc<KvIndex>) -> Arc<Self> {
-        Arc::new(Self { index, known: Mutex::default(), changed: watch::Sender::new(0) })
+        Arc::new(Self { index, known: Mutex::default(), changed: watch::Sender::new(0), overheard: Mutex::default(), wanted: Notify::new() })
+    }
+
+    fn overheard(&self) -> MutexGuard<'_, AHashSet<EngineId>> {
+        self.overheard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Completes when an engine was configured that had been told of before: whoever tells must tell again.
+    pub async fn wanted(&self) {
+        self.wanted.notified().await;
     }
 
     fn known(&self) -> MutexGuard<'_, AHashMap<EngineId, Known>> {
@@ -87,6 +100,9 @@ impl Fleet {
         let before = known.remove(id);
         let (epoch, heard) = before.map_or_else(Default::default, |found| (found.epoch, found.heard));
         known.insert(id.clone(), Known { endpoint: endpoint.clone(), source: Source::Local, epoch, heard });
+        if self.overheard().remove(id) {
+            self.wanted.notify_one();
+        }
         endpoint
     }
 
@@ -122,6 +138,7 @@ impl Fleet {
         if !known.contains_key(&message.engine) {
             let Source::Peer(address) = source else {
                 tracing::debug!(engine = %message.engine, "feed tells of an engine that is not configured");
+                self.overheard().insert(message.engine);
                 return true;
             };
             let endpoint = self.endpoint(&message.engine, address, Via::Peer, UpstreamProtocol::Http2, 1);
