@@ -22,6 +22,7 @@ use outrigger_proxy::{
 };
 use outrigger_xds::{
     block_hash::BLOCK_TOKENS_DEFAULT,
+    feed::FeedSource,
     resource::{
         bootstrap::Bootstrap,
         endpoint::{Address, HealthStatus, LbEndpoint},
@@ -33,7 +34,10 @@ use std::{
     future::Future,
     net::SocketAddr,
     path::PathBuf,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -72,6 +76,7 @@ pub struct ProxyBuilder {
     servers: Vec<SocketAddr>,
     edits: Vec<Box<dyn FnOnce(&mut Bootstrap)>>,
     concurrency: usize,
+    told_by: Option<Arc<dyn FeedSource>>,
 }
 
 impl ProxyBuilder {
@@ -116,6 +121,13 @@ impl ProxyBuilder {
         self
     }
 
+    /// Who tells of the engines beside it, instead of the adapters.
+    #[must_use]
+    pub fn told_by(mut self, source: impl FeedSource) -> Self {
+        self.told_by = Some(Arc::new(source));
+        self
+    }
+
     /// A change to the resources that the flags became.
     #[must_use]
     pub fn edit(mut self, edit: impl FnOnce(&mut Bootstrap) + 'static) -> Self {
@@ -153,7 +165,10 @@ impl ProxyBuilder {
         for edit in self.edits {
             edit(&mut bootstrap);
         }
-        let watcher = Watcher::embedded(None, BLOCK_TOKENS_DEFAULT).expect("invariant: built with the adapters");
+        let watcher = match self.told_by {
+            Some(source) => Watcher::elsewhere(source),
+            None => Watcher::embedded(None, BLOCK_TOKENS_DEFAULT).expect("invariant: built with the adapters"),
+        };
         let settings =
             Settings { concurrency: self.concurrency, watcher, command_line: Value::Null, log: None };
         let proxy = Proxy::start(bootstrap.clone(), settings).expect("invariant: the proxy starts");

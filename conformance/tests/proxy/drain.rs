@@ -80,20 +80,40 @@ async fn the_drain_time_cuts_what_does_not_end() {
     assert!(stream.whole().await.broken, "the client sees that it was cut");
 }
 
+/// What a client may hold open without asking for anything.
+#[derive(Debug, Clone, Copy)]
+enum Idle {
+    Served(Version),
+    Silent,
+    HalfAHead,
+}
+
 #[tokio::test]
-async fn an_idle_proxy_ends_at_once() {
-    let server = streaming(1).await;
-    let (mut process, outbound) = started(&server, &[]).await;
-    let mut idle = Client::connect(outbound, Version::H1).await;
-    assert_eq!(idle.post(CHAT, STREAM).await.status, 200);
-    // One that never sent anything.
-    let silent = TcpStream::connect(outbound).await.unwrap();
-    let mut half = TcpStream::connect(outbound).await.unwrap();
-    half.write_all(b"GET / HTTP/1.1\r\nho").await.unwrap();
-    process.signal("TERM");
-    let status = process.ended(Duration::from_secs(4)).await.expect("nothing runs, so nothing is waited for");
-    assert_eq!(status.code(), Some(0));
-    drop((silent, half));
+async fn a_proxy_that_does_nothing_ends_at_once() {
+    for idle in [Idle::Served(Version::H1), Idle::Served(Version::H2), Idle::Silent, Idle::HalfAHead] {
+        let server = streaming(1).await;
+        let (mut process, outbound) = started(&server, &[]).await;
+        let (mut socket, mut client) = (None, None);
+        match idle {
+            Idle::Served(version) => {
+                let mut served = Client::connect(outbound, version).await;
+                assert_eq!(served.post(CHAT, STREAM).await.status, 200);
+                client = Some(served);
+            }
+            Idle::Silent => socket = Some(TcpStream::connect(outbound).await.unwrap()),
+            Idle::HalfAHead => {
+                let mut half = TcpStream::connect(outbound).await.unwrap();
+                half.write_all(b"GET / HTTP/1.1\r\nho").await.unwrap();
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                socket = Some(half);
+            }
+        }
+        process.signal("TERM");
+        let status = process.ended(Duration::from_secs(4)).await;
+        let status = status.unwrap_or_else(|| panic!("{idle:?}: nothing runs, so nothing is waited for"));
+        assert_eq!(status.code(), Some(0));
+        drop((socket, client));
+    }
 }
 
 #[tokio::test]

@@ -299,6 +299,78 @@ async fn a_stream_that_breaks_is_told_of_and_a_whole_answer_is_cut() {
 }
 
 #[tokio::test]
+async fn a_body_shorter_than_its_length_is_seen_to_be_cut() {
+    for version in Version::BOTH {
+        for through_peer in [false, true] {
+            let server = Upstream::engine(|mut conn, _| async move {
+                conn.write("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"half\":").await;
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                None
+            })
+            .await;
+            let beside = ProxyBuilder::new().engine(server.address).start();
+            beside.wait_alive(1).await;
+            let entry = ProxyBuilder::new().peer(beside.inbound()).start();
+            entry.wait_alive(1).await;
+            let proxy = if through_peer { &entry } else { &beside };
+            let reply = proxy.client(version).await.post(CHAT, WHOLE).await;
+            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, "{\"half\":"), "{version:?}");
+            assert!(reply.broken, "{version:?} through a peer: {through_peer}");
+            let flags = proxy.only_log().await["response_flags"].clone();
+            assert!(["UC", "UR"].contains(&flags.as_str().unwrap_or_default()), "{version:?} {through_peer}: {flags}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_breaks_off_upstream_and_is_not_sent_again() {
+    use tokio::io::AsyncWriteExt;
+    for path in [CHAT, "/other"] {
+        let (one, two) = (healthy().await, healthy().await);
+        let proxy = ProxyBuilder::new().server(one.address).server(two.address).start();
+        let mut socket = tokio::net::TcpStream::connect(proxy.outbound()).await.unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{{\"a\":");
+        socket.write_all(head.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(socket);
+        let line = proxy.only_log().await;
+        assert!(line["response_flags"].as_str().is_some_and(|flags| flags.contains("DC")), "{path}: {line}");
+        assert!(one.exchanges().is_empty() && two.exchanges().is_empty(), "{path}: no whole request arrived");
+        for server in [&one, &two] {
+            // A failed upload is the client's fault: the engine stays in use.
+            assert!(server.connections() <= 1, "{path}");
+        }
+        assert_eq!(proxy.client(Version::H1).await.post(CHAT, WHOLE).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_before_the_end_of_an_upload_arrives() {
+    use tokio::io::AsyncWriteExt;
+    for keep_reading in [true, false] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let engine = tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut buffer = vec![0; 65536];
+                let _ = tokio::io::AsyncReadExt::read(&mut socket, &mut buffer).await;
+                let _ = socket
+                    .write_all(b"HTTP/1.1 413 Content Too Large\r\nconnection: close\r\ncontent-length: 4\r\n\r\nmuch")
+                    .await;
+                while keep_reading && tokio::io::AsyncReadExt::read(&mut socket, &mut buffer).await.is_ok_and(|read| read > 0) {}
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        let proxy = ProxyBuilder::new().server(address).start();
+        let mut post = request(Method::POST, "/upload", vec![b'x'; 8 << 20]);
+        post.headers_mut().insert("content-type", "application/octet-stream".parse().unwrap());
+        let reply = proxy.client(Version::H2).await.send(post).await;
+        assert_eq!((reply.status.as_u16(), reply.text().as_str()), (413, "much"), "keeps reading: {keep_reading}");
+        engine.abort();
+    }
+}
+
+#[tokio::test]
 async fn a_stream_that_breaks_behind_a_peer_is_told_of_too() {
     for how in [Late::Closes, Late::Resets, Late::Garbage] {
         let server = breaking(how).await;

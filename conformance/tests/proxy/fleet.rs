@@ -2,19 +2,24 @@
 //! dead, stalled or returning peer changes.
 
 use bytes::Bytes;
+use futures_util::{StreamExt, stream};
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive, eventually, hosts, request, wait_alive,
+        Client, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive, eventually, hosts, request, scratch, wait_alive,
     },
     sim::{Config, SimEngine},
+};
+use outrigger_xds::{
+    feed::{FeedBody, FeedMessage, FeedSource, FeedStream},
+    report::{EngineId, EngineState, Health, KvSnapshot, Load},
 };
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -363,6 +368,154 @@ async fn an_engine_that_dies_leaves_every_proxy_and_comes_back_to_all() {
     far.wait_alive(2).await;
 }
 
+/// Tells of one healthy engine; each subscription but the last of `stories` ends as its story says.
+struct Scripted {
+    engine: EngineId,
+    subscriptions: AtomicUsize,
+    stories: &'static [Story],
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Story {
+    /// A message is missing.
+    Gap,
+    /// The stream ends.
+    Ends,
+    /// All goes well.
+    Holds,
+}
+
+impl FeedSource for Scripted {
+    fn subscribe(&self) -> FeedStream {
+        let number = self.subscriptions.fetch_add(1, SeqCst);
+        let story = *self.stories.get(number).unwrap_or(&Story::Holds);
+        let message = |seq, body| FeedMessage { engine: self.engine.clone(), epoch: 7, seq, body };
+        let state = EngineState { health: Health::Healthy, dp_size: 1, ..EngineState::default() };
+        let begin = [
+            message(5, FeedBody::State(state)),
+            message(5, FeedBody::Load(Load::default())),
+            message(5, FeedBody::Snapshot(KvSnapshot { block_tokens: 32, ..KvSnapshot::default() })),
+        ];
+        let later = message(9, FeedBody::Changes(Vec::new()));
+        let tail = stream::once(async move {
+            match story {
+                Story::Holds => std::future::pending::<()>().await,
+                Story::Gap | Story::Ends => tokio::time::sleep(Duration::from_millis(150)).await,
+            }
+            matches!(story, Story::Gap).then_some(later)
+        });
+        let rest = tail.filter_map(|message| async move { message });
+        // After a gap the teller does not end the stream: it is for the listener to ask anew.
+        let end = stream::once(async move {
+            if matches!(story, Story::Gap) {
+                std::future::pending::<()>().await;
+            }
+        })
+        .filter_map(|()| async move { None });
+        Box::pin(stream::iter(begin).chain(rest).chain(end))
+    }
+}
+
+#[tokio::test]
+async fn a_gap_in_a_peers_feed_is_repaired_and_costs_no_request() {
+    let server = echo("far").await;
+    let node = format!("scripted-{}", server.address.port());
+    // Both the proxy beside the engine and the gateway listen; the first two subscriptions have a gap.
+    let source = Scripted {
+        engine: EngineId::from(format!("{node}/{}", server.address).as_str()),
+        subscriptions: AtomicUsize::new(0),
+        stories: &[Story::Holds, Story::Gap, Story::Gap, Story::Gap],
+    };
+    let beside = ProxyBuilder::new().flag("--node-id", &node).engine(server.address).told_by(source).start();
+    beside.wait_alive(1).await;
+    let gateway = ProxyBuilder::new().peer(beside.inbound()).start();
+    gateway.wait_alive(1).await;
+    let gaps = "outrigger_feed_gaps_total";
+    let mut client = gateway.client(Version::H1).await;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(1200) {
+        assert_eq!(client.post(CHAT, r#"{"model":"m"}"#).await.status, 200);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(gateway.metric(gaps, "").await >= 3.0, "gaps are counted");
+    assert_eq!(alive(gateway.admin()).await, 1);
+}
+
+#[tokio::test]
+async fn an_engine_told_of_before_it_was_configured_is_used_once_it_is() {
+    let server = echo("late").await;
+    let node = format!("scripted-{}", server.address.port());
+    let source = Scripted {
+        engine: EngineId::from(format!("{node}/{}", server.address).as_str()),
+        subscriptions: AtomicUsize::new(0),
+        stories: &[],
+    };
+    let proxy = ProxyBuilder::new()
+        .flag("--node-id", &node)
+        .engine(server.address)
+        .told_by(source)
+        .edit(|bootstrap| bootstrap.clusters.iter_mut().for_each(|cluster| cluster.load_assignment.endpoints.clear()))
+        .start();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(alive(proxy.admin()).await, 0);
+    let mut more = proxy.bootstrap.clone();
+    let port = server.address.port();
+    for cluster in &mut more.clusters {
+        let mut endpoint = outrigger_xds::resource::endpoint::LbEndpoint {
+            address: outrigger_xds::resource::endpoint::Address { host: "127.0.0.1".into(), port },
+            health_status: Default::default(),
+            load_balancing_weight: 1,
+            metadata: Default::default(),
+        };
+        let ours = serde_json::json!({"duty": "engine", "id": format!("{node}/127.0.0.1:{port}")});
+        endpoint.metadata.insert("outrigger".into(), ours);
+        cluster.load_assignment.endpoints.push(endpoint);
+    }
+    proxy.proxy.apply(more).unwrap();
+    proxy.wait_alive(1).await;
+    assert_eq!(proxy.client(Version::H1).await.post(CHAT, r#"{"model":"m"}"#).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_peers_feed_that_ends_is_asked_for_again() {
+    let server = echo("far").await;
+    let node = format!("scripted-{}", server.address.port());
+    let source = Scripted {
+        engine: EngineId::from(format!("{node}/{}", server.address).as_str()),
+        subscriptions: AtomicUsize::new(0),
+        stories: &[Story::Holds, Story::Ends, Story::Ends],
+    };
+    let beside = ProxyBuilder::new().flag("--node-id", &node).engine(server.address).told_by(source).start();
+    beside.wait_alive(1).await;
+    let gateway = ProxyBuilder::new().peer(beside.inbound()).start();
+    gateway.wait_alive(1).await;
+    let last = format!("peer=\"{}\"", beside.inbound());
+    eventually("the feed was cut", || async {
+        (gateway.metric("outrigger_feed_connected", &last).await == 0.0).then_some(())
+    })
+    .await;
+    gateway.wait_alive(1).await;
+    assert_eq!(gateway.client(Version::H1).await.post(CHAT, r#"{"model":"m"}"#).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_large_body_passes_through_a_peer_as_it_is() {
+    let server = Upstream::engine(|mut conn, got| async move {
+        let sum: u64 = got.body.iter().enumerate().map(|(at, byte)| (at as u64 + 1) * u64::from(*byte)).sum();
+        conn.json("200 OK", &format!("{{\"sum\":{sum}}}")).await.then_some(conn)
+    })
+    .await;
+    let beside = ProxyBuilder::new().engine(server.address).start();
+    let entry = ProxyBuilder::new().peer(beside.inbound()).start();
+    entry.wait_alive(1).await;
+    let body = format!("{{\"model\":\"m\",\"prompt\":\"{}\"}}", "0123456789".repeat(400_000));
+    let sum: u64 = body.bytes().enumerate().map(|(at, byte)| (at as u64 + 1) * u64::from(byte)).sum();
+    for version in Version::BOTH {
+        let reply = entry.client(version).await.post(COMPLETIONS, body.clone()).await;
+        assert_eq!(reply.json()["sum"], sum, "{version:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_peers_refusal_is_walked_past() {
     let (own, far) = (engine("sim"), engine("sim"));
@@ -388,7 +541,9 @@ async fn a_peers_refusal_is_walked_past() {
 
 #[tokio::test]
 async fn a_push_of_configuration_loses_nothing_and_breaks_no_stream() {
-    let engine = SimEngine::start(Config { model_path: None, ..Config::default() }).unwrap();
+    // With the model's files at hand prompts are tokenised here, so that a hit is predicted from the second time on.
+    let files = scratch("model");
+    let engine = SimEngine::start(Config { model_path: Some(files.clone()), ..Config::default() }).unwrap();
     let proxy = ProxyBuilder::new().engine(engine.http_addr).flag("--policy", "kv").start();
     proxy.wait_alive(1).await;
     let prompt = "the same words again and again and again ".repeat(40);
@@ -436,6 +591,7 @@ async fn a_push_of_configuration_loses_nothing_and_breaks_no_stream() {
         (host["outrigger"]["load"]["active_requests"] == 0).then_some(())
     })
     .await;
+    let _ = std::fs::remove_dir_all(files);
 }
 
 #[tokio::test]

@@ -233,6 +233,25 @@ async fn raw_connect(address: std::net::SocketAddr) -> String {
 }
 
 #[tokio::test]
+async fn requests_sent_ahead_on_one_connection_are_answered_in_order() {
+    let server = Upstream::start(|mut conn, got| async move {
+        if got.path() == "/slow" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let path = got.path().to_owned();
+        conn.answer("200 OK", "text/plain", &format!("<{path}>")).await.then_some(conn)
+    })
+    .await;
+    let proxy = before(&server).await;
+    let text = "POST /slow HTTP/1.1\r\nhost: h\r\ncontent-length: 3\r\n\r\nabcGET /fast HTTP/1.1\r\nhost: h\r\n\r\n\
+                GET /last HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+    let answer = raw(proxy.outbound(), text.as_bytes()).await;
+    let order: Vec<_> = ["</slow>", "</fast>", "</last>"].iter().map(|mark| answer.find(mark)).collect();
+    assert!(order.iter().all(Option::is_some) && order.is_sorted(), "{order:?}: {answer}");
+    assert_eq!(server.exchanges()[0].body, b"abc");
+}
+
+#[tokio::test]
 async fn http_1_0_must_upgrade() {
     let server = Upstream::named("a").await;
     let proxy = before(&server).await;
