@@ -46,23 +46,51 @@ fn links_lead_somewhere() {
     for page in pages() {
         let text = fs::read_to_string(&page).expect("a page is UTF-8");
         for (index, line) in text.lines().enumerate() {
-            for target in links(line) {
-                let path = target.split('#').next().unwrap_or_default();
-                if path.is_empty() || path.contains("://") || path.starts_with("mailto:") {
-                    continue;
-                }
-                let directory = page.parent().expect("a page lies in a directory");
-                if !directory.join(path).exists() {
-                    violations.push(format!(
-                        "{}:{}: {target} does not exist",
-                        shown(&page),
-                        index + 1
-                    ));
-                }
-            }
+            let broken = links(line)
+                .into_iter()
+                .filter(|target| !leads_somewhere(&page, target));
+            violations.extend(
+                broken.map(|target| {
+                    format!("{}:{}: {target} does not exist", shown(&page), index + 1)
+                }),
+            );
         }
     }
     report(violations);
+}
+
+fn leads_somewhere(page: &Path, target: &str) -> bool {
+    if target.contains("://") || target.starts_with("mailto:") {
+        return true;
+    }
+    let (path, anchor) = target.split_once('#').unwrap_or((target, ""));
+    let directory = page.parent().expect("a page lies in a directory");
+    let path = if path.is_empty() {
+        page.to_owned()
+    } else {
+        directory.join(path)
+    };
+    if anchor.is_empty() {
+        return path.exists();
+    }
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let mut headings = text.lines().filter_map(|line| line.strip_prefix('#'));
+    headings.any(|heading| slug(heading.trim_start_matches('#').trim()) == anchor)
+}
+
+/// The anchor that Markdown renderers give a heading.
+fn slug(heading: &str) -> String {
+    let kept = heading
+        .chars()
+        .filter(|letter| letter.is_alphanumeric() || " -_".contains(*letter));
+    kept.map(|letter| {
+        if letter == ' ' {
+            '-'
+        } else {
+            letter.to_ascii_lowercase()
+        }
+    })
+    .collect()
 }
 
 #[test]
