@@ -55,6 +55,8 @@ use tokio::{runtime, sync::watch};
 const COMPUTE_THREADS_MAX: usize = 4;
 /// How often pools are swept and gauges brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How long the end waits for the admin's last answers.
+const ADMIN_FAREWELL: Duration = Duration::from_secs(1);
 /// How often a drain looks whether anything still runs.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
@@ -77,6 +79,8 @@ pub struct Proxy {
     shared: Arc<Shared>,
     addresses: HashMap<String, SocketAddr>,
     admin: Option<SocketAddr>,
+    /// Ends (without ever saying anything) when the admin's last answer is out.
+    admin_ended: std::sync::mpsc::Receiver<()>,
     stop: watch::Sender<bool>,
     workers: Vec<thread::JoinHandle<()>>,
     main: Option<runtime::Runtime>,
@@ -109,12 +113,13 @@ impl Proxy {
         let (shared, bound) = assemble(&bootstrap, &settings, main.handle().clone(), &drain)?;
         let addresses: HashMap<_, _> = bound.iter().map(|bound| (bound.name.clone(), bound.address)).collect();
         let (stop, stopped) = watch::channel(false);
-        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, &stop).map_err(|error| vec![error])?;
+        let (ended, admin_ended) = std::sync::mpsc::channel();
+        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
         let workers = start_workers(bound, settings.concurrency.max(1), &shared, &stopped)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
-        Ok(Self { drain, shared, addresses, admin, stop, workers, main: Some(main) })
+        Ok(Self { drain, shared, addresses, admin, admin_ended, stop, workers, main: Some(main) })
     }
 
     /// Where a listener really listens.
@@ -170,6 +175,8 @@ impl Proxy {
             let _ = worker.join();
         }
         self.shared.sinks.flush(Duration::from_secs(1));
+        // Whoever asked for the end by the admin is to get its answer.
+        let _ = self.admin_ended.recv_timeout(ADMIN_FAREWELL);
         if let Some(main) = self.main.take() {
             main.shutdown_background();
         }
@@ -310,7 +317,7 @@ fn start_admin(
     bootstrap: &Bootstrap,
     settings: &Settings,
     addresses: &HashMap<String, SocketAddr>,
-    stop: &watch::Sender<bool>,
+    (stop, ended): (&watch::Sender<bool>, std::sync::mpsc::Sender<()>),
 ) -> Result<Option<SocketAddr>, String> {
     let Some(configured) = &bootstrap.admin else { return Ok(None) };
     let explain = |error: std::io::Error| format!("admin: cannot bind {}: {error}", configured.address);
@@ -325,6 +332,7 @@ fn start_admin(
             let _ = stopped.wait_for(|stop| *stop).await;
         })
         .await;
+        drop(ended);
     });
     Ok(Some(address))
 }
