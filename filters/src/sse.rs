@@ -43,10 +43,11 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// vLLM, SGLang: the engine failed while the HTTP status already said 200.
+    /// The engine failed while the HTTP status already said 200: OpenAI's form of it, and Anthropic's.
     #[must_use]
     pub fn is_error(&self) -> bool {
-        self.data().starts_with(b"{\"error\"")
+        let data = self.data();
+        data.starts_with(b"{\"error\"") || data.starts_with(b"{\"type\":\"error\"")
     }
 
     /// `data: [DONE]`.
