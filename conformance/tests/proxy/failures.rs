@@ -24,6 +24,7 @@ enum Early {
     HalfAHead,
     DiesBeforeFirstEvent,
     ErrorFirst,
+    ErrorFirstInTwoPieces,
     Answers500,
     Answers503,
 }
@@ -36,6 +37,7 @@ const EARLY: &[Early] = &[
     Early::HalfAHead,
     Early::DiesBeforeFirstEvent,
     Early::ErrorFirst,
+    Early::ErrorFirstInTwoPieces,
     Early::Answers500,
     Early::Answers503,
 ];
@@ -63,6 +65,14 @@ async fn fail(how: Early, mut conn: Conn) -> Option<Conn> {
         Early::ErrorFirst => {
             conn.begin_events().await;
             conn.event(r#"{"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}"#).await;
+            conn.event("[DONE]").await;
+            conn.end().await;
+        }
+        Early::ErrorFirstInTwoPieces => {
+            conn.begin_events().await;
+            conn.chunk("data: {\"err").await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            conn.chunk("or\": {\"message\": \"EngineCore died\"}}\n\n").await;
             conn.event("[DONE]").await;
             conn.end().await;
         }
@@ -112,8 +122,47 @@ async fn a_generation_that_fails_before_its_first_event_goes_to_another_engine()
 }
 
 #[tokio::test]
+async fn a_generation_that_fails_early_behind_a_peer_goes_to_another_one() {
+    for &how in EARLY.iter().filter(|&&how| how != Early::Refuses) {
+        let bad = Upstream::engine(move |conn, _| fail(how, conn)).await;
+        let good = Upstream::engine(|mut conn, _| async move {
+            conn.begin_events().await;
+            conn.event("{\"id\":1}").await;
+            conn.event("[DONE]").await;
+            conn.end().await.then_some(conn)
+        })
+        .await;
+        let beside = [&bad, &good].map(|server| ProxyBuilder::new().engine(server.address).start());
+        let gateway = ProxyBuilder::new().peer(beside[0].inbound()).peer(beside[1].inbound()).start();
+        gateway.wait_alive(2).await;
+        for call in 0..2 {
+            let reply = gateway.client(Version::H1).await.post(CHAT, STREAM).await;
+            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, SERVED), "{how:?} call {call}");
+        }
+        assert!(!bad.exchanges().is_empty(), "{how:?}: it was asked");
+    }
+}
+
+#[tokio::test]
+async fn an_error_in_anthropics_form_is_one_too() {
+    let bad = Upstream::start(|mut conn, _| async move {
+        conn.begin_events().await;
+        conn.chunk("event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"internal_error\",\"message\":\"EngineCore died\"}}\n\n").await;
+        conn.end().await.then_some(conn)
+    })
+    .await;
+    let good = healthy().await;
+    let proxy = ProxyBuilder::new().server(bad.address).server(good.address).start();
+    let mut client = proxy.client(Version::H1).await;
+    for _ in 0..2 {
+        assert_eq!(client.post("/v1/messages", STREAM).await.text(), SERVED);
+    }
+    assert_eq!(bad.exchanges().len(), 1);
+}
+
+#[tokio::test]
 async fn a_whole_answer_that_fails_at_its_head_goes_to_another_engine() {
-    for &how in EARLY.iter().filter(|how| !matches!(how, Early::ErrorFirst | Early::DiesBeforeFirstEvent)) {
+    for &how in EARLY.iter().filter(|how| !matches!(how, Early::ErrorFirst | Early::ErrorFirstInTwoPieces | Early::DiesBeforeFirstEvent)) {
         let (address, _failing) = failing(how).await;
         let good = healthy().await;
         let proxy = ProxyBuilder::new().server(address).server(good.address).start();

@@ -92,7 +92,7 @@ async fn events_that_are_ready_together_leave_together() {
     assert_eq!(text.matches("data: ").count(), 2000);
     // A chunk of the response is what the proxy wrote at once.
     let chunks = text.split("\r\n").filter(|line| !line.is_empty() && line.len() < 6 && line.bytes().all(|byte| byte.is_ascii_hexdigit())).count();
-    assert!(chunks < 50, "2000 events that were there together left in {chunks} pieces");
+    assert!(chunks > 0 && chunks < 50, "2000 events that were there together left in {chunks} pieces");
 }
 
 #[tokio::test]
@@ -192,9 +192,11 @@ async fn time_to_close(way: Way, answer: &'static [&'static str]) -> Duration {
     let mut stream = client.begin(request(Method::POST, CHAT, STREAM)).await;
     stream.until(answer[answer.len() - 1]).await;
     let left = Instant::now();
-    client.abandon();
+    // A connection with other streams stays; only this one ends.
     drop(stream);
+    let kept = (version == Version::H2).then_some(client);
     let at = eventually("the engine sees it", || async { *gone.lock().unwrap() }).await;
+    drop(kept);
     at.saturating_duration_since(left)
 }
 
