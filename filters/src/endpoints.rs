@@ -202,9 +202,9 @@ pub struct SendOptions {
     pub connect_timeout: Duration,
     /// From the end of sending to response headers; `None` is unlimited.
     pub headers_timeout: Option<Duration>,
-    /// May run twice without harm: then a pooled connection that the upstream closed meanwhile is replaced by a new
-    /// one without anybody noticing.
-    pub replayable: bool,
+    /// A pooled connection that the upstream closed meanwhile is replaced by a new one without anybody noticing, at
+    /// the price of a copy of the head. Without it the caller gets a `stale` error and decides.
+    pub replace_stale: bool,
 }
 
 /// The way out: connections, pools, codecs.

@@ -109,6 +109,8 @@ pub struct Error {
     pub message: Cow<'static, str>,
     /// May trying again help?
     pub retry: Retry,
+    /// A reused connection turned out to be closed: the same endpoint is worth another try at once.
+    pub stale: bool,
     /// `Retry-After` to send.
     pub retry_after: Option<Duration>,
 }
@@ -129,6 +131,7 @@ impl Error {
             details: details.into(),
             message: message.into(),
             retry: Retry::No,
+            stale: false,
             retry_after: None,
         }
     }
@@ -157,6 +160,7 @@ impl Error {
             details: format!("upstream_reset_before_response_started{{{}}}", reason.replace(' ', "_")).into(),
             message: format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}").into(),
             retry,
+            stale: false,
             retry_after: None,
         }
     }

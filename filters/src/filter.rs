@@ -1,7 +1,7 @@
 //! The two seams: a filter around the rest of the chain, and observers of whole stream events.
 
 use crate::{body::{RequestBody, ResponseBody}, endpoints::Endpoint, error::Error, openai::OpenAiRequest, sse::Event};
-use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};
 use std::{
@@ -9,22 +9,27 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// What a filter gives: a response, or whatever kept it from beginning.
+pub type Handled<'a> = BoxFuture<'a, Result<Response<ResponseBody>, Error>>;
+
 /// Seam (a): a function around the rest of the chain.
 ///
 /// It may answer itself, call `next` never, once or more often (each further call with a [`RequestBody::replay`] and
 /// a [`Context::fork`]), and wrap the response. Filters above it run once per request, those below once per call.
-#[async_trait]
+///
+/// An implementation is `Box::pin(async move { … })`, or hands the rest of the chain's future on if it has nothing to
+/// add: one allocation a filter at most.
 pub trait HttpFilter: Send + Sync {
     /// Handles one request.
     ///
     /// # Errors
     /// Whatever kept the response from beginning; the connection manager turns it into a local reply.
-    async fn handle(
-        &self,
+    fn handle<'a>(
+        &'a self,
         request: Request<RequestBody>,
-        context: &mut Context,
-        next: Next<'_>,
-    ) -> Result<Response<ResponseBody>, Error>;
+        context: &'a mut Context,
+        next: Next<'a>,
+    ) -> Handled<'a>;
 }
 
 /// A chain, ready to run; shared by all requests of a route.
@@ -47,14 +52,10 @@ impl<'a> Next<'a> {
     ///
     /// # Errors
     /// As [`HttpFilter::handle`]; also if the chain has no terminal filter, which configuration checks rule out.
-    pub async fn run(
-        self,
-        request: Request<RequestBody>,
-        context: &mut Context,
-    ) -> Result<Response<ResponseBody>, Error> {
+    pub fn run(self, request: Request<RequestBody>, context: &'a mut Context) -> Handled<'a> {
         match self.rest.split_first() {
-            Some((filter, rest)) => filter.handle(request, context, Next { rest }).await,
-            None => Err(Error::no_healthy_upstream()),
+            Some((filter, rest)) => filter.handle(request, context, Next { rest }),
+            None => Box::pin(std::future::ready(Err(Error::no_healthy_upstream()))),
         }
     }
 }

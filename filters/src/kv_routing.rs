@@ -11,19 +11,17 @@ mod decision;
 mod sent;
 
 use crate::{
-    body::{RequestBody, ResponseBody},
+    body::RequestBody,
     endpoints::{Endpoint, Via},
-    error::Error,
-    filter::{Context, HttpFilter, Next},
+    filter::{Context, Handled, HttpFilter, Next},
     openai::{OpenAiRequest, Prompt},
     registry,
     services::Services,
     tokens::{Source, Tokenized, Unavailable},
 };
-use async_trait::async_trait;
 pub use cost::Weights;
 use decision::{Blocks, Decider};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
 use sent::Sent;
 use serde::Deserialize;
@@ -100,37 +98,38 @@ pub fn factory(
     }))
 }
 
-#[async_trait]
 impl HttpFilter for KvRouting {
-    async fn handle(
-        &self,
+    fn handle<'a>(
+        &'a self,
         request: Request<RequestBody>,
-        context: &mut Context,
-        next: Next<'_>,
-    ) -> Result<Response<ResponseBody>, Error> {
-        let openai = context
-            .openai
-            .clone()
-            .filter(|openai| openai.is_generation());
-        let Some(openai) = openai else {
-            return next.run(request, context).await;
-        };
-        let started = Instant::now();
-        match self
-            .decide(&openai, request.headers(), context, started)
-            .await
-        {
-            Ok(how) => metrics::counter!("outrigger_routing_total", "how" => how).increment(1),
-            Err(reason) => {
-                metrics::counter!("outrigger_routing_total", "how" => "load").increment(1);
-                metrics::counter!("outrigger_routing_fallback_total", "reason" => reason)
-                    .increment(1);
+        context: &'a mut Context,
+        next: Next<'a>,
+    ) -> Handled<'a> {
+        Box::pin(async move {
+            let openai = context
+                .openai
+                .clone()
+                .filter(|openai| openai.is_generation());
+            let Some(openai) = openai else {
+                return next.run(request, context).await;
+            };
+            let started = Instant::now();
+            match self
+                .decide(&openai, request.headers(), context, started)
+                .await
+            {
+                Ok(how) => metrics::counter!("outrigger_routing_total", "how" => how).increment(1),
+                Err(reason) => {
+                    metrics::counter!("outrigger_routing_total", "how" => "load").increment(1);
+                    metrics::counter!("outrigger_routing_fallback_total", "reason" => reason)
+                        .increment(1);
+                }
             }
-        }
-        metrics::histogram!("outrigger_routing_decision_seconds").record(started.elapsed());
-        let mut response = next.run(request, context).await?;
-        self.explain(response.headers_mut(), context);
-        Ok(response)
+            metrics::histogram!("outrigger_routing_decision_seconds").record(started.elapsed());
+            let mut response = next.run(request, context).await?;
+            self.explain(response.headers_mut(), context);
+            Ok(response)
+        })
     }
 }
 

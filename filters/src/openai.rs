@@ -9,15 +9,14 @@ mod parse;
 mod usage;
 
 use crate::{
-    body::{ReadOutcome, RequestBody, ResponseBody},
+    body::{ReadOutcome, RequestBody},
     error::Error,
-    filter::{Context, HttpFilter, Next},
+    filter::{Context, Handled, HttpFilter, Next},
     registry,
     services::Services,
 };
-use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, header};
+use http::{HeaderMap, Method, Request, header};
 use observe::{Models, Observer};
 use serde::Deserialize;
 use std::{
@@ -284,29 +283,30 @@ pub fn factory(
     }))
 }
 
-#[async_trait]
 impl HttpFilter for OpenAi {
-    async fn handle(
-        &self,
+    fn handle<'a>(
+        &'a self,
         mut request: Request<RequestBody>,
-        context: &mut Context,
-        next: Next<'_>,
-    ) -> Result<Response<ResponseBody>, Error> {
-        let started = Instant::now();
-        let openai = Arc::new(self.read(&mut request).await?);
-        context.log.model.clone_from(&openai.model);
-        if openai.is_generation() {
-            let handles = self.models.handles(
-                openai.model.as_ref(),
-                &context.route.cluster,
-                &self.services,
-            );
-            context
-                .observers
-                .push(Box::new(Observer::new(openai.api, handles, started)));
-        }
-        context.openai = Some(openai);
-        next.run(request, context).await
+        context: &'a mut Context,
+        next: Next<'a>,
+    ) -> Handled<'a> {
+        Box::pin(async move {
+            let started = Instant::now();
+            let openai = Arc::new(self.read(&mut request).await?);
+            context.log.model.clone_from(&openai.model);
+            if openai.is_generation() {
+                let handles = self.models.handles(
+                    openai.model.as_ref(),
+                    &context.route.cluster,
+                    &self.services,
+                );
+                context
+                    .observers
+                    .push(Box::new(Observer::new(openai.api, handles, started)));
+            }
+            context.openai = Some(openai);
+            next.run(request, context).await
+        })
     }
 }
 

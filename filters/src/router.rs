@@ -12,11 +12,10 @@ use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Want},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, HttpFilter, Next, Ranked},
+    filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
     services::Services,
 };
-use async_trait::async_trait;
 use attempt::{Attempt, Outcome};
 use http::{Request, Response, StatusCode};
 use retry::{Budget, Rules};
@@ -51,22 +50,23 @@ pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn
     Ok(Arc::new(Router { services: services.clone(), config, budget: Arc::default() }))
 }
 
-#[async_trait]
 impl HttpFilter for Router {
-    async fn handle(
-        &self,
+    fn handle<'a>(
+        &'a self,
         request: Request<RequestBody>,
-        context: &mut Context,
-        _next: Next<'_>,
-    ) -> Result<Response<ResponseBody>, Error> {
-        let cluster = context.route.cluster.clone();
-        let view = self.services.endpoints.view(&cluster).ok_or_else(|| no_cluster(&cluster))?;
-        context.log.upstream_cluster = cluster;
-        let active = self.budget.enter();
-        let mut walk = Walk::new(self, &view, context);
-        let outcome = walk.run(request, context).await;
-        drop(active);
-        outcome
+        context: &'a mut Context,
+        _next: Next<'a>,
+    ) -> Handled<'a> {
+        Box::pin(async move {
+            let cluster = context.route.cluster.clone();
+            let view = self.services.endpoints.view(&cluster).ok_or_else(|| no_cluster(&cluster))?;
+            context.log.upstream_cluster = cluster;
+            let active = self.budget.enter();
+            let mut walk = Walk::new(self, &view, context);
+            let outcome = walk.run(request, context).await;
+            drop(active);
+            outcome
+        })
     }
 }
 
@@ -87,13 +87,14 @@ struct Walk<'a> {
     view: &'a Arc<ClusterView>,
     rules: Rules,
     tried: Vec<Arc<Endpoint>>,
+    went_stale: bool,
 }
 
 impl<'a> Walk<'a> {
     fn new(router: &'a Router, view: &'a Arc<ClusterView>, context: &Context) -> Self {
         let generation = context.openai.as_ref().is_some_and(|openai| openai.is_generation());
         let rules = Rules::new(context.route.retry_policy.as_ref(), generation);
-        Self { router, view, rules, tried: Vec::new() }
+        Self { router, view, rules, tried: Vec::new(), went_stale: false }
     }
 
     async fn run(
@@ -117,6 +118,13 @@ impl<'a> Walk<'a> {
             let Some(spare) = spare.filter(|_| helps && self.may_retry(context)) else {
                 return self.finish(outcome, context);
             };
+            if outcome.is_stale() && !self.went_stale {
+                // Nobody refused anything: the engine just closed an idle connection. It stays the first choice.
+                self.went_stale = true;
+                self.tried.pop();
+                request = spare;
+                continue;
+            }
             retry::count(&context.route.cluster, &outcome);
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
             last = Some(outcome);
@@ -178,7 +186,8 @@ impl<'a> Walk<'a> {
 
     /// A copy of the request for a further attempt, if one is possible at all. Bodies are shared, not copied.
     fn spare(&self, request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-        if self.tried.len() > self.rules.retries_max || self.view.endpoints.len() < 2 && !self.rules.same_host {
+        // Also with a single endpoint: its pooled connection may be stale.
+        if self.tried.len() > self.rules.retries_max.max(1) {
             return None;
         }
         let body = request.body().replay()?;

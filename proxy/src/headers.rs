@@ -19,6 +19,54 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// More proxies than this on one way are a loop, whoever they are.
 pub const HOPS_MAX: usize = 8;
 
+/// Which headers that mean something to a proxy are there: found in one pass, so that the many that are absent cost
+/// no lookup each.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen {
+    pub(crate) hop_by_hop: bool,
+    pub(crate) upgrade: bool,
+    pub(crate) expect: bool,
+    pub(crate) between_proxies: bool,
+    pub(crate) debug: bool,
+    pub(crate) via: bool,
+    pub(crate) request_id: bool,
+    pub(crate) traceparent: bool,
+    pub(crate) forwarded_for: bool,
+    pub(crate) forwarded_proto: bool,
+    pub(crate) transfer_encoding: bool,
+    pub(crate) server: bool,
+    /// How many `host` lines there are.
+    pub(crate) hosts: usize,
+    /// Bytes of all names and values.
+    pub(crate) bytes: usize,
+}
+
+impl Seen {
+    pub(crate) fn of(headers: &HeaderMap) -> Self {
+        let mut seen = Self::default();
+        for (name, value) in headers {
+            seen.bytes += name.as_str().len() + value.len();
+            match name.as_str() {
+                "host" => seen.hosts += 1,
+                "server" => seen.server = true,
+                "connection" | "keep-alive" | "proxy-connection" | "te" => seen.hop_by_hop = true,
+                "transfer-encoding" => (seen.hop_by_hop, seen.transfer_encoding) = (true, true),
+                "upgrade" => (seen.hop_by_hop, seen.upgrade) = (true, true),
+                "expect" => seen.expect = true,
+                "x-outrigger-debug" => seen.debug = true,
+                "x-outrigger-via" => seen.via = true,
+                "x-request-id" => seen.request_id = true,
+                "traceparent" => seen.traceparent = true,
+                "x-forwarded-for" => seen.forwarded_for = true,
+                "x-forwarded-proto" => seen.forwarded_proto = true,
+                other if other.starts_with("x-outrigger-") => seen.between_proxies = true,
+                _ => {}
+            }
+        }
+        seen
+    }
+}
+
 /// Takes off what belongs to one connection only (RFC 9110, 7.6.1); `te: trailers` stays, gRPC needs it.
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
@@ -113,14 +161,14 @@ pub(crate) fn trace_id(traceparent: &str) -> &str {
 }
 
 /// Appends the peer's address to `x-forwarded-for`.
-pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, peer: IpAddr) {
-    let mut text = String::new();
-    if let Some(known) = headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok()) {
-        text.push_str(known);
+pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: IpAddr) {
+    let mut text = String::with_capacity(16);
+    if seen.forwarded_for {
+        text.push_str(headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok()).unwrap_or_default());
         text.push(',');
     }
     let _ = write!(text, "{}", peer.to_canonical());
-    if let Ok(value) = HeaderValue::from_str(&text) {
+    if let Ok(value) = HeaderValue::try_from(text) {
         headers.insert(FORWARDED_FOR, value);
     }
 }

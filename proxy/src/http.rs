@@ -6,7 +6,7 @@
 use crate::{
     access_log::{AccessLogs, Captured, Entry},
     flow::{self, FlowLimits},
-    headers::{self, Upgrade},
+    headers::{self, Seen, Upgrade},
     metrics::HttpStats,
     route,
     snapshot::{BuiltRoute, HttpConfig, Target},
@@ -48,6 +48,8 @@ pub struct Manager {
     pub stats: Arc<HttpStats>,
     /// This proxy's id, for loop detection.
     pub node: Arc<str>,
+    /// The same as a header.
+    pub via: HeaderValue,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
 }
@@ -111,34 +113,40 @@ impl Manager {
         config: &HttpConfig,
         connection: &ConnectionInfo,
     ) -> Result<(), Error> {
-        check_head(parts, config)?;
+        let seen = Seen::of(&parts.headers);
+        check_head(parts, &seen, config)?;
         let fields = &mut parts.headers;
-        if headers::upgrade(fields) == Upgrade::Refused || parts.method == Method::CONNECT {
+        let refused = seen.upgrade && headers::upgrade(fields) == Upgrade::Refused;
+        if refused || parts.method == Method::CONNECT {
             return Err(client_error(StatusCode::FORBIDDEN, "upgrade_failed", "this proxy does not upgrade connections"));
         }
-        headers::strip_hop_by_hop(fields);
-        // We answer it ourselves, by reading the body.
-        fields.remove(header::EXPECT);
+        if seen.hop_by_hop {
+            headers::strip_hop_by_hop(fields);
+        }
+        if seen.expect {
+            // We answer it ourselves, by reading the body.
+            fields.remove(header::EXPECT);
+        }
         if config.inbound {
             context.named = fields.get(attempt::ENDPOINT_HEADER).and_then(|id| Some(EngineId::from(id.to_str().ok()?)));
             context.prompt = attempt::told(fields);
             context.told_hit_tokens = attempt::told_hits(fields);
+        } else if !seen.via {
+            fields.insert(headers::VIA, self.via.clone());
         } else if !headers::append_via(fields, &self.node) {
-            return Err(Error::new(
-                Origin::Downstream,
-                Flag::NoRouteFound,
-                StatusCode::LOOP_DETECTED,
-                "loop_detected",
-                "the request has been through this proxy before",
-            ));
+            return Err(looped());
         }
-        attempt::strip_hop_headers(fields);
-        fields.remove(headers::DEBUG);
-        self.identify(fields, record, config);
+        if seen.between_proxies {
+            attempt::strip_hop_headers(fields);
+        }
+        if seen.debug {
+            fields.remove(headers::DEBUG);
+        }
+        self.identify(fields, &seen, record, config);
         if config.manager.use_remote_address && !config.inbound {
-            headers::append_forwarded_for(fields, connection.remote.ip());
+            headers::append_forwarded_for(fields, &seen, connection.remote.ip());
         }
-        if !fields.contains_key(headers::FORWARDED_PROTO) {
+        if !seen.forwarded_proto {
             fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static("http"));
         }
         context.request_id = record.request_id.clone();
@@ -146,29 +154,30 @@ impl Manager {
     }
 
     /// Request and trace ids: kept, or made.
-    fn identify(&self, fields: &mut HeaderMap, record: &mut Record, config: &HttpConfig) {
+    fn identify(&self, fields: &mut HeaderMap, seen: &Seen, record: &mut Record, config: &HttpConfig) {
         let manager = &config.manager;
         let at_edge = manager.use_remote_address && !config.inbound;
         let keep = manager.preserve_external_request_id || !at_edge;
-        let known = fields.get(headers::REQUEST_ID).filter(|_| keep).and_then(|id| id.to_str().ok());
+        let known = (seen.request_id && keep).then(|| fields.get(headers::REQUEST_ID)?.to_str().ok()).flatten();
         record.request_id = match known {
             Some(id) => id.into(),
             None if manager.generate_request_id => {
                 let id = headers::new_request_id();
-                if let Ok(value) = HeaderValue::from_str(&id) {
+                let shared = Arc::from(id.as_str());
+                if let Ok(value) = HeaderValue::try_from(id) {
                     fields.insert(headers::REQUEST_ID, value);
                 }
-                id.into()
+                shared
             }
             None => Arc::default(),
         };
-        let known = fields.get(headers::TRACEPARENT).and_then(|parent| parent.to_str().ok());
+        let known = seen.traceparent.then(|| fields.get(headers::TRACEPARENT)?.to_str().ok()).flatten();
         record.trace_id = match known.map(headers::trace_id).filter(|id| !id.is_empty()) {
             Some(id) => id.into(),
             None => {
                 let parent = headers::new_traceparent();
                 let id = headers::trace_id(&parent).into();
-                if let Ok(value) = HeaderValue::from_str(&parent) {
+                if let Ok(value) = HeaderValue::try_from(parent) {
                     fields.insert(headers::TRACEPARENT, value);
                 }
                 id
@@ -216,8 +225,11 @@ impl Manager {
             Err(error) => self.local_reply(&error, shape, &mut log, inbound),
         };
         let (mut parts, body) = response.into_parts();
-        headers::strip_hop_by_hop(&mut parts.headers);
-        if !parts.headers.contains_key(header::SERVER) {
+        let seen = Seen::of(&parts.headers);
+        if seen.hop_by_hop {
+            headers::strip_hop_by_hop(&mut parts.headers);
+        }
+        if !seen.server {
             parts.headers.insert(header::SERVER, SERVER);
         }
         record.logs.capture_response(&parts.headers, &mut record.captured);
@@ -263,23 +275,24 @@ fn count_request(stats: &HttpStats, version: Version) {
     if version == Version::HTTP_2 { &stats.downstream_rq_http2_total } else { &stats.downstream_rq_http1_total }.increment(1);
 }
 
-fn check_head(parts: &Parts, config: &HttpConfig) -> Result<(), Error> {
+fn check_head(parts: &Parts, seen: &Seen, config: &HttpConfig) -> Result<(), Error> {
     if parts.version < Version::HTTP_11 {
         return Err(client_error(StatusCode::UPGRADE_REQUIRED, "low_version", "Upgrade Required"));
     }
-    if parts.version == Version::HTTP_11 && !parts.headers.contains_key(header::HOST) && parts.uri.authority().is_none() {
+    if parts.version == Version::HTTP_11 && seen.hosts == 0 && parts.uri.authority().is_none() {
         return Err(client_error(StatusCode::BAD_REQUEST, "missing_host_header", "Bad Request"));
     }
-    if parts.headers.get_all(header::HOST).iter().count() > 1 {
+    if seen.hosts > 1 {
         return Err(client_error(StatusCode::BAD_REQUEST, "http1.multiple_hosts", "Bad Request"));
     }
     // Only what we decode ourselves may frame a message; anything else could end elsewhere for the next reader.
     let codings = || parts.headers.get_all(header::TRANSFER_ENCODING).iter();
-    if codings().count() > 1 || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+    if seen.transfer_encoding
+        && (codings().count() > 1 || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")))
+    {
         return Err(client_error(StatusCode::BAD_REQUEST, "http1.invalid_transfer_encoding", "Bad Request"));
     }
-    let size: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    if size > config.manager.max_request_headers_kb as usize * 1024 {
+    if seen.bytes > config.manager.max_request_headers_kb as usize * 1024 {
         return Err(client_error(
             StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             "http1.headers_too_large",
@@ -287,6 +300,16 @@ fn check_head(parts: &Parts, config: &HttpConfig) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+fn looped() -> Error {
+    Error::new(
+        Origin::Downstream,
+        Flag::NoRouteFound,
+        StatusCode::LOOP_DETECTED,
+        "loop_detected",
+        "the request has been through this proxy before",
+    )
 }
 
 fn client_error(status: StatusCode, details: &'static str, message: &'static str) -> Error {

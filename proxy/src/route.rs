@@ -6,6 +6,11 @@ use outrigger_xds::resource::route::{HeaderMatch, HeaderValueMatch, PathMatch, R
 /// Index of the virtual host for an authority, in Envoy's order: exact, longest `*.suffix`, longest `prefix.*`, `*`.
 #[must_use]
 pub fn virtual_host(config: &RouteConfiguration, authority: &str) -> Option<usize> {
+    if let [host] = config.virtual_hosts.as_slice() {
+        if matches!(host.domains.as_slice(), [any] if any == "*") {
+            return Some(0);
+        }
+    }
     let authority = authority.to_ascii_lowercase();
     let mut best: Option<(u8, usize, usize)> = None;
     for (index, host) in config.virtual_hosts.iter().enumerate() {

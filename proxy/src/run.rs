@@ -25,6 +25,7 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use clap::Parser;
+use http::HeaderValue;
 use outrigger_filters::{
     kv_index::{self, KvIndex},
     services::Services,
@@ -228,6 +229,8 @@ fn assemble(
             logs: ArcSwap::from_pointee(logs),
             stats: HttpStats::new(&listener.http.stat_prefix),
             node: bootstrap.node.id.as_str().into(),
+            via: HeaderValue::from_str(&bootstrap.node.id)
+                .map_err(|_| vec![format!("node id '{}' cannot be a header value", bootstrap.node.id.escape_debug())])?,
             feed: (listener.traffic_direction == TrafficDirection::Inbound).then(|| service.clone()),
         };
         managers.insert(listener.name.clone(), Arc::new(manager));

@@ -2,7 +2,7 @@
 
 use super::{leg::Leg, retry::Rules, want};
 use crate::{
-    body::{RequestBody, ResponseBody},
+    body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
     filter::{Context, Ranked},
@@ -10,7 +10,7 @@ use crate::{
     sse,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::BodyExt;
@@ -62,6 +62,10 @@ impl Outcome {
                 Retry::NothingReceived => rules.reset,
             },
         }
+    }
+
+    pub(crate) fn is_stale(&self) -> bool {
+        matches!(self, Self::Failed(error) if error.stale)
     }
 
     pub(crate) fn reason(&self) -> &'static str {
@@ -129,7 +133,7 @@ impl<'a> Attempt<'a> {
         SendOptions {
             connect_timeout: self.view.connect_timeout,
             headers_timeout: per_try.or(headers_timeout),
-            replayable: self.rules.reset,
+            replace_stale: false,
         }
     }
 
@@ -170,7 +174,7 @@ impl<'a> Attempt<'a> {
         let endpoint = &self.target.endpoint;
         reservation.finish(false);
         endpoint.stats.error.fetch_add(1, Relaxed);
-        if matches!(
+        if !error.stale && matches!(
             error.flag,
             Flag::UpstreamConnectionFailure | Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset
         ) {
@@ -208,29 +212,27 @@ impl<'a> Attempt<'a> {
         if unwanted { Outcome::Unwanted(response) } else { Outcome::Response(response) }
     }
 
-    /// Waits for the first bytes of a stream, while another engine can still take over unnoticed.
+    /// Waits for the first event of a stream, while another engine can still take over unnoticed.
     async fn first_frame(&self, body: &mut ResponseBody, context: &Context) -> Result<Option<Frame<Bytes>>, Error> {
         let limit = context.openai.as_ref().and_then(|openai| openai.limits.first_token_timeout);
         let frame = match limit {
-            Some(limit) => tokio::time::timeout(limit, body.frame()).await.map_err(|_| Error::upstream_timeout())?,
-            None => body.frame().await,
-        };
-        match frame {
-            None => Ok(None),
-            Some(Err(error)) => Err(Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived)),
-            Some(Ok(frame)) => {
-                let failed = frame.data_ref().is_some_and(|data| sse::Event { raw: data }.is_error());
-                if failed {
-                    metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event").increment(1);
-                    return Err(Error::upstream_reset(
-                        Flag::UpstreamRemoteReset,
-                        "engine reported an error",
-                        Retry::NothingReceived,
-                    ));
-                }
-                Ok(Some(frame))
+            Some(limit) => {
+                tokio::time::timeout(limit, first_event(body)).await.map_err(|_| Error::upstream_timeout())?
             }
+            None => first_event(body).await,
+        };
+        let frame =
+            frame.map_err(|error| Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived))?;
+        let data = frame.as_ref().and_then(Frame::data_ref);
+        if data.is_some_and(|data| sse::Event { raw: data }.is_error()) {
+            metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event").increment(1);
+            return Err(Error::upstream_reset(
+                Flag::UpstreamRemoteReset,
+                "engine reported an error",
+                Retry::NothingReceived,
+            ));
         }
+        Ok(frame)
     }
 
     /// What the client is told of how it was served.
@@ -243,6 +245,27 @@ impl<'a> Attempt<'a> {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }
+}
+
+/// The first frames of a stream as one, up to where its first event is whole. Almost always that is one frame, as it came.
+async fn first_event(body: &mut ResponseBody) -> Result<Option<Frame<Bytes>>, BodyError> {
+    let mut seen = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let data = match frame?.into_data() {
+            Ok(data) => data,
+            // Trailers: the end. A stream that ends within its first event has nothing else to say.
+            Err(trailers) if seen.is_empty() => return Ok(Some(trailers)),
+            Err(_) => break,
+        };
+        if seen.is_empty() && sse::event_length(&data).is_some() {
+            return Ok(Some(Frame::data(data)));
+        }
+        seen.extend_from_slice(&data);
+        if sse::event_length(&seen).is_some() || seen.len() > sse::EVENT_BYTES_MAX {
+            break;
+        }
+    }
+    Ok((!seen.is_empty()).then(|| Frame::data(seen.freeze())))
 }
 
 /// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it.

@@ -31,8 +31,6 @@ pub struct Rules {
     pub retriable_4xx: bool,
     /// The first stream event is awaited, and may be an error: generations only.
     pub peek: bool,
-    /// The same endpoint may be tried again.
-    pub same_host: bool,
     /// Of one attempt; zero is none.
     pub per_try_timeout: Duration,
 }
@@ -50,7 +48,6 @@ impl Rules {
                 gateway_error: generation,
                 retriable_4xx: false,
                 peek: generation,
-                same_host: false,
                 per_try_timeout: Duration::ZERO,
             };
         };
@@ -63,7 +60,6 @@ impl Rules {
             gateway_error: on("gateway-error") || on("5xx"),
             retriable_4xx: on("retriable-4xx"),
             peek: generation && (on("reset") || on("5xx")),
-            same_host: false,
             per_try_timeout: policy.per_try_timeout,
         }
     }

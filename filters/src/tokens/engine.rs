@@ -229,7 +229,7 @@ async fn exchange(
     let options = SendOptions {
         connect_timeout: Duration::from_secs(1),
         headers_timeout: None,
-        replayable: true,
+        replace_stale: true,
     };
     let response = upstream
         .send(endpoint, request, options)

@@ -1,7 +1,6 @@
 //! A fleet without sockets: endpoints whose state the test sets, and engines that are closures.
 
 use arc_swap::ArcSwap;
-use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, StatusCode};
 use outrigger_filters::{
@@ -11,7 +10,7 @@ use outrigger_filters::{
         Via, Want,
     },
     error::Error,
-    filter::{Chain, Context, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
+    filter::{Chain, Context, Handled, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
     kv_index::{KvIndex, Limits},
     registry,
     services::Services,
@@ -215,18 +214,19 @@ pub(crate) struct Last {
     pub(crate) body: Mutex<Option<bytes::Bytes>>,
 }
 
-#[async_trait]
 impl HttpFilter for Last {
-    async fn handle(
-        &self,
+    fn handle<'a>(
+        &'a self,
         request: Request<RequestBody>,
-        _context: &mut Context,
-        _next: Next<'_>,
-    ) -> Result<Response<ResponseBody>, Error> {
-        use http_body_util::BodyExt;
-        let body = request.into_body().collect().await.unwrap().to_bytes();
-        *self.body.lock().unwrap() = Some(body);
-        Ok(Response::new(full("ok")))
+        _context: &'a mut Context,
+        _next: Next<'a>,
+    ) -> Handled<'a> {
+        Box::pin(async move {
+            use http_body_util::BodyExt;
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            *self.body.lock().unwrap() = Some(body);
+            Ok(Response::new(full("ok")))
+        })
     }
 }
 

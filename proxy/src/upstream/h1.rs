@@ -41,15 +41,15 @@ struct Conn {
 }
 
 thread_local! {
-    static IDLE: RefCell<AHashMap<EngineId, Vec<Conn>>> = RefCell::default();
+    static IDLE: RefCell<AHashMap<EngineId, Vec<Box<Conn>>>> = RefCell::default();
 }
 
 impl Conn {
-    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
+    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Box<Self>, Error> {
         let (socket, open) = connect(endpoint, options.connect_timeout).await?;
         let (sender, driver) =
             http1::handshake(TokioIo::new(socket)).await.map_err(|error| classify(&error).retry(Retry::NothingSent))?;
-        Ok(Self { sender, driver, _open: open, idle_since_ms: 0 })
+        Ok(Box::new(Self { sender, driver, _open: open, idle_since_ms: 0 }))
     }
 
     /// Lets the connection notice that its peer closed it; true if it can take a request.
@@ -58,7 +58,7 @@ impl Conn {
         !closed && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(())))
     }
 
-    async fn reuse(endpoint: &Endpoint) -> Option<Self> {
+    async fn reuse(endpoint: &Endpoint) -> Option<Box<Self>> {
         loop {
             let mut conn = IDLE.with_borrow_mut(|idle| idle.get_mut(&endpoint.id)?.pop())?;
             let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
@@ -68,7 +68,7 @@ impl Conn {
         }
     }
 
-    fn keep(mut self, endpoint: &Endpoint, cx: &mut Context<'_>) {
+    fn keep(mut self: Box<Self>, endpoint: &Endpoint, cx: &mut Context<'_>) {
         if !self.poll_usable(cx) {
             return;
         }
@@ -109,16 +109,18 @@ pub(super) async fn send(
         return exchange(conn, endpoint, request, options).await;
     };
     // The peer may be closing the connection this very moment: nothing came back then, and a new one will tell.
-    let spare = copy(&request);
+    let spare = options.replace_stale.then(|| copy(&request)).flatten();
     match exchange(conn, endpoint, request, options).await {
-        Err(error) if closed_while_idle(&error) => match spare {
-            Some(request) => {
-                metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
-                let conn = Conn::open(endpoint, options).await?;
-                exchange(conn, endpoint, request, options).await
-            }
-            None => Err(error),
-        },
+        Err(mut error) if closed_while_idle(&error) => {
+            metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
+            let Some(request) = spare else {
+                error.stale = true;
+                error.retry = Retry::NothingSent;
+                return Err(error);
+            };
+            let conn = Conn::open(endpoint, options).await?;
+            exchange(conn, endpoint, request, options).await
+        }
         outcome => outcome,
     }
 }
@@ -137,7 +139,7 @@ fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
 }
 
 async fn exchange(
-    mut conn: Conn,
+    mut conn: Box<Conn>,
     endpoint: &Arc<Endpoint>,
     request: Request<RequestBody>,
     options: SendOptions,
@@ -168,7 +170,7 @@ async fn exchange(
 /// A response body that drives its own connection.
 struct Exchange {
     body: Incoming,
-    conn: Option<Conn>,
+    conn: Option<Box<Conn>>,
     endpoint: Arc<Endpoint>,
     /// An error or trailers met while bytes before them were still to be handed on.
     held: Option<Result<Frame<Bytes>, BodyError>>,
