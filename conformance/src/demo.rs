@@ -47,9 +47,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     // A second subscriber is nobody's business here: the demo is the whole process.
-    let _ = tracing_subscriber::fmt().with_writer(std::io::stderr).try_init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let ended = runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run_until_told(&flags)));
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .try_init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let ended = runtime
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(run_until_told(&flags)));
     match ended {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -62,7 +68,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// True if all went well.
 async fn run_until_told(flags: &Flags) -> anyhow::Result<bool> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
     let told = async {
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -70,7 +79,9 @@ async fn run_until_told(flags: &Flags) -> anyhow::Result<bool> {
         }
     };
     if !flags.check {
-        return live::run(!flags.no_traffic, flags.seed, told).await.map(|()| true);
+        return live::run(!flags.no_traffic, flags.seed, told)
+            .await
+            .map(|()| true);
     }
     tokio::select! {
         passed = check::run(flags.seed) => Ok(passed),

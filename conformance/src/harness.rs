@@ -50,13 +50,19 @@ const LOOK: Duration = Duration::from_millis(5);
 ///
 /// # Panics
 /// If it gives nothing for [`PATIENCE`]; `what` says what was waited for.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub async fn eventually<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = look().await {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "waited {PATIENCE:?} in vain: {what}"
+        );
         tokio::time::sleep(LOOK).await;
     }
 }
@@ -83,7 +89,11 @@ impl ProxyBuilder {
     /// A proxy with free ports, one worker, `round_robin`, and an access log that the case can read.
     #[must_use]
     pub fn new() -> Self {
-        Self { concurrency: 1, ..Self::default() }.flag("--policy", "round_robin")
+        Self {
+            concurrency: 1,
+            ..Self::default()
+        }
+        .flag("--policy", "round_robin")
     }
 
     /// A command-line flag. One given twice counts as given last.
@@ -149,7 +159,10 @@ impl ProxyBuilder {
             ("--listen", "127.0.0.1:0"),
             ("--inbound", "127.0.0.1:0"),
             ("--admin", "127.0.0.1:0"),
-            ("--access-log", log.to_str().expect("invariant: made of ASCII")),
+            (
+                "--access-log",
+                log.to_str().expect("invariant: made of ASCII"),
+            ),
             ("--node-id", &node),
         ] {
             if !self.arguments.iter().any(|given| given == name) {
@@ -157,7 +170,8 @@ impl ProxyBuilder {
             }
         }
         arguments.extend(last_of_each(self.arguments));
-        let options = <Options as clap::Parser>::try_parse_from(&arguments).expect("invariant: flags of a test are right");
+        let options = <Options as clap::Parser>::try_parse_from(&arguments)
+            .expect("invariant: flags of a test are right");
         let mut bootstrap = from_options(&options).expect("invariant: flags of a test are right");
         for address in &self.servers {
             add_server(&mut bootstrap, *address);
@@ -167,12 +181,21 @@ impl ProxyBuilder {
         }
         let watcher = match self.told_by {
             Some(source) => Watcher::elsewhere(source),
-            None => Watcher::embedded(None, BLOCK_TOKENS_DEFAULT).expect("invariant: built with the adapters"),
+            None => Watcher::embedded(None, BLOCK_TOKENS_DEFAULT)
+                .expect("invariant: built with the adapters"),
         };
-        let settings =
-            Settings { concurrency: self.concurrency, watcher, command_line: Value::Null, log: None };
+        let settings = Settings {
+            concurrency: self.concurrency,
+            watcher,
+            command_line: Value::Null,
+            log: None,
+        };
         let proxy = Proxy::start(bootstrap.clone(), settings).expect("invariant: the proxy starts");
-        TestProxy { proxy, log, bootstrap }
+        TestProxy {
+            proxy,
+            log,
+            bootstrap,
+        }
     }
 }
 
@@ -180,19 +203,31 @@ impl ProxyBuilder {
 fn last_of_each(arguments: Vec<String>) -> Vec<String> {
     let pairs: Vec<_> = arguments.chunks(2).map(<[String]>::to_vec).collect();
     let adds_up = |name: &str| matches!(name, "--engine" | "--peer");
-    let is_last = |at: usize| adds_up(&pairs[at][0]) || !pairs[at + 1..].iter().any(|later| later[0] == pairs[at][0]);
-    (0..pairs.len()).filter(|&at| is_last(at)).flat_map(|at| pairs[at].clone()).collect()
+    let is_last = |at: usize| {
+        adds_up(&pairs[at][0]) || !pairs[at + 1..].iter().any(|later| later[0] == pairs[at][0])
+    };
+    (0..pairs.len())
+        .filter(|&at| is_last(at))
+        .flat_map(|at| pairs[at].clone())
+        .collect()
 }
 
 /// Puts an ordinary HTTP server into the fleet's cluster.
 pub fn add_server(bootstrap: &mut Bootstrap, address: SocketAddr) {
     let endpoint = LbEndpoint {
-        address: Address { host: address.ip().to_string(), port: address.port() },
+        address: Address {
+            host: address.ip().to_string(),
+            port: address.port(),
+        },
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
         metadata: BTreeMap::new(),
     };
-    for cluster in bootstrap.clusters.iter_mut().filter(|cluster| cluster.name == FLEET) {
+    for cluster in bootstrap
+        .clusters
+        .iter_mut()
+        .filter(|cluster| cluster.name == FLEET)
+    {
         cluster.load_assignment.endpoints.push(endpoint.clone());
     }
 }
@@ -210,19 +245,25 @@ impl TestProxy {
     /// Where clients arrive.
     #[must_use]
     pub fn outbound(&self) -> SocketAddr {
-        self.proxy.address(OUTBOUND).expect("invariant: every stand-alone proxy has it")
+        self.proxy
+            .address(OUTBOUND)
+            .expect("invariant: every stand-alone proxy has it")
     }
 
     /// Where peers arrive.
     #[must_use]
     pub fn inbound(&self) -> SocketAddr {
-        self.proxy.address(INBOUND).expect("invariant: every stand-alone proxy has it")
+        self.proxy
+            .address(INBOUND)
+            .expect("invariant: every stand-alone proxy has it")
     }
 
     /// Where the admin listens.
     #[must_use]
     pub fn admin(&self) -> SocketAddr {
-        self.proxy.admin_address().expect("invariant: every stand-alone proxy has it")
+        self.proxy
+            .admin_address()
+            .expect("invariant: every stand-alone proxy has it")
     }
 
     /// A client connection to the outbound listener.
@@ -245,8 +286,12 @@ impl TestProxy {
         let lines = || async {
             let text = std::fs::read_to_string(&self.log).unwrap_or_default();
             let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-            let lines: Vec<Value> =
-                whole.lines().map(|line| serde_json::from_str(line).expect("invariant: an access log line is JSON")).collect();
+            let lines: Vec<Value> = whole
+                .lines()
+                .map(|line| {
+                    serde_json::from_str(line).expect("invariant: an access log line is JSON")
+                })
+                .collect();
             (lines.len() >= count).then_some(lines)
         };
         eventually(&format!("{count} lines of access log"), lines).await
@@ -271,9 +316,16 @@ impl Drop for TestProxy {
 pub async fn hosts(admin: SocketAddr, cluster: &str) -> Vec<Value> {
     let reply = Client::get(admin, "/clusters?format=json").await;
     let all = reply.json();
-    let statuses = all["cluster_statuses"].as_array().cloned().unwrap_or_default();
-    let found = statuses.into_iter().find(|status| status["name"] == cluster);
-    found.and_then(|status| status["host_statuses"].as_array().cloned()).unwrap_or_default()
+    let statuses = all["cluster_statuses"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    let found = statuses
+        .into_iter()
+        .find(|status| status["name"] == cluster);
+    found
+        .and_then(|status| status["host_statuses"].as_array().cloned())
+        .unwrap_or_default()
 }
 
 /// How many endpoints of the fleet may get requests.
@@ -287,7 +339,10 @@ pub async fn alive(admin: SocketAddr) -> usize {
 
 /// Waits until exactly `count` endpoints of the fleet may get requests.
 pub async fn wait_alive(admin: SocketAddr, count: usize) {
-    eventually(&format!("{count} endpoints alive"), || async { (alive(admin).await == count).then_some(()) }).await;
+    eventually(&format!("{count} endpoints alive"), || async {
+        (alive(admin).await == count).then_some(())
+    })
+    .await;
 }
 
 /// See [`TestProxy::metric`].

@@ -1,10 +1,7 @@
 //! One binary that is also a proxy, an engine or an agent: whoever needs real processes (kill -9 must be real) starts
 //! itself again with another first argument.
 
-use std::{
-    ffi::OsString,
-    process::ExitCode,
-};
+use std::{ffi::OsString, process::ExitCode};
 
 /// In the environment of a part whose starter holds the other end of its standard input: the part ends when that end
 /// closes, so it never outlives its starter, however that ended. Opt-in, since many a standard input is at its end.
@@ -46,9 +43,13 @@ fn agent(arguments: Vec<OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     // Best effort: a program that runs this as a part of itself may have its own subscriber.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
     let run = || tokio::runtime::Runtime::new()?.block_on(outrigger_gpu_agent::run::run(args));
     match run() {
         Ok(()) => ExitCode::SUCCESS,

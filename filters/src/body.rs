@@ -26,13 +26,18 @@ pub struct BodyError {
 impl BodyError {
     /// An error with its flag.
     pub fn new(flag: Flag, message: impl fmt::Display) -> Self {
-        Self { flag, message: message.to_string() }
+        Self {
+            flag,
+            message: message.to_string(),
+        }
     }
 }
 
 /// A body of bytes at hand.
 pub fn full(bytes: impl Into<Bytes>) -> ResponseBody {
-    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+    Full::new(bytes.into())
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 /// A body of nothing.
@@ -76,13 +81,21 @@ impl RequestBody {
     /// No body.
     #[must_use]
     pub fn empty() -> Self {
-        Self { read: None, rest: Rest::None, whole: Some(Bytes::new()) }
+        Self {
+            read: None,
+            rest: Rest::None,
+            whole: Some(Bytes::new()),
+        }
     }
 
     /// A body of bytes at hand.
     pub fn full(bytes: impl Into<Bytes>) -> Self {
         let bytes = bytes.into();
-        Self { read: Some(bytes.clone()), rest: Rest::None, whole: Some(bytes) }
+        Self {
+            read: Some(bytes.clone()),
+            rest: Rest::None,
+            whole: Some(bytes),
+        }
     }
 
     /// The body of a request that hyper received.
@@ -91,13 +104,21 @@ impl RequestBody {
         if body.is_end_stream() {
             return Self::empty();
         }
-        Self { read: None, rest: Rest::Incoming(body), whole: None }
+        Self {
+            read: None,
+            rest: Rest::Incoming(body),
+            whole: None,
+        }
     }
 
     /// Any other stream.
     #[must_use]
     pub fn boxed(body: UnsyncBoxBody<Bytes, BodyError>) -> Self {
-        Self { read: None, rest: Rest::Boxed(body), whole: None }
+        Self {
+            read: None,
+            rest: Rest::Boxed(body),
+            whole: None,
+        }
     }
 
     /// Reads the whole body if it is no longer than `limit` bytes. One frame is taken as it is; several are joined by
@@ -107,7 +128,11 @@ impl RequestBody {
     /// The client broke off or sent garbage.
     pub async fn read_whole(&mut self, limit: usize) -> Result<ReadOutcome, BodyError> {
         if let Some(whole) = &self.whole {
-            return Ok(if whole.len() > limit { ReadOutcome::TooLarge } else { ReadOutcome::Whole(whole.clone()) });
+            return Ok(if whole.len() > limit {
+                ReadOutcome::TooLarge
+            } else {
+                ReadOutcome::Whole(whole.clone())
+            });
         }
         let hint = self.size_hint();
         if hint.lower() > limit as u64 {
@@ -116,7 +141,9 @@ impl RequestBody {
         let mut joined = BytesMut::new();
         let mut first: Option<Bytes> = self.read.take();
         while let Some(frame) = std::future::poll_fn(|cx| self.poll_rest(cx)).await {
-            let Ok(data) = frame?.into_data() else { continue };
+            let Ok(data) = frame?.into_data() else {
+                continue;
+            };
             let so_far = joined.len() + first.as_ref().map_or(0, Bytes::len);
             if joined.is_empty() {
                 match first.take() {
@@ -159,7 +186,10 @@ impl RequestBody {
             Rest::None => None,
             Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| {
                 frame.map_err(|error| {
-                    BodyError::new(Flag::DownstreamConnectionTermination, format_args!("client's body broke: {error}"))
+                    BodyError::new(
+                        Flag::DownstreamConnectionTermination,
+                        format_args!("client's body broke: {error}"),
+                    )
                 })
             }),
             Rest::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
@@ -170,7 +200,9 @@ impl RequestBody {
 
 impl fmt::Debug for RequestBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RequestBody").field("whole", &self.whole.as_ref().map(Bytes::len)).finish_non_exhaustive()
+        f.debug_struct("RequestBody")
+            .field("whole", &self.whole.as_ref().map(Bytes::len))
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,13 +1,19 @@
 //! The fleet as filters see it: clusters, their endpoints, and the way to them. The proxy implements the traits.
 
-use crate::{body::{RequestBody, ResponseBody}, error::Error};
+use crate::{
+    body::{RequestBody, ResponseBody},
+    error::Error,
+};
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load},
-    resource::{cluster::{LbPolicy, UpstreamProtocol}, endpoint::Address},
+    resource::{
+        cluster::{LbPolicy, UpstreamProtocol},
+        endpoint::Address,
+    },
 };
 use std::{
     sync::{
@@ -35,9 +41,18 @@ impl ClusterView {
     /// alive (one of them then gives the engine's own 404); if none is alive, none.
     #[must_use]
     pub fn candidates(&self, model: Option<&str>) -> Vec<Arc<Endpoint>> {
-        let alive: Vec<_> = self.endpoints.iter().filter(|endpoint| endpoint.is_alive()).cloned().collect();
+        let alive: Vec<_> = self
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.is_alive())
+            .cloned()
+            .collect();
         let Some(model) = model else { return alive };
-        let serving: Vec<_> = alive.iter().filter(|endpoint| endpoint.serves(model)).cloned().collect();
+        let serving: Vec<_> = alive
+            .iter()
+            .filter(|endpoint| endpoint.serves(model))
+            .cloned()
+            .collect();
         if serving.is_empty() { alive } else { serving }
     }
 }
@@ -89,7 +104,12 @@ pub struct Live {
 
 impl Default for Live {
     fn default() -> Self {
-        Self { state: Arc::default(), load: Load::default(), load_at: Instant::now(), heard: false }
+        Self {
+            state: Arc::default(),
+            load: Load::default(),
+            load_at: Instant::now(),
+            heard: false,
+        }
     }
 }
 
@@ -138,6 +158,22 @@ impl Endpoint {
         live.heard && live.state.health == Health::Healthy
     }
 
+    /// Alive, and serving `model` if one is named: both answers from one look.
+    #[must_use]
+    pub fn fits(&self, model: Option<&str>) -> bool {
+        use outrigger_xds::report::Health;
+        if self.via == Via::Plain {
+            return true;
+        }
+        let live = self.live.load();
+        let models = &live.state.models;
+        live.heard
+            && live.state.health == Health::Healthy
+            && model.is_none_or(|model| {
+                models.is_empty() || models.iter().any(|known| known.id == model)
+            })
+    }
+
     /// Whether it was passed over lately because it failed.
     #[must_use]
     pub fn is_inhibited(&self) -> bool {
@@ -147,7 +183,9 @@ impl Endpoint {
 
     /// Notes a failure of the connection itself: others are preferred for [`INHIBIT_MS`].
     pub fn inhibit(&self) {
-        self.stats.inhibited_until_ms.store(clock_ms() + INHIBIT_MS, Relaxed);
+        self.stats
+            .inhibited_until_ms
+            .store(clock_ms() + INHIBIT_MS, Relaxed);
     }
 
     /// Whether it serves `model`, as base model or adapter. An engine that told no models serves any.
@@ -192,7 +230,12 @@ pub trait Endpoints: Send + Sync {
     ///
     /// # Errors
     /// The endpoint beside us refuses (a limit, draining); the error carries its load in the message.
-    fn reserve(&self, view: &ClusterView, endpoint: &Arc<Endpoint>, want: &Want) -> Result<Box<dyn Reservation>, Error>;
+    fn reserve(
+        &self,
+        view: &ClusterView,
+        endpoint: &Arc<Endpoint>,
+        want: &Want,
+    ) -> Result<Box<dyn Reservation>, Error>;
 }
 
 /// Limits of one exchange with an upstream.

@@ -22,22 +22,71 @@ pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.engine_ap
 /// development mode, SGLang 0.5.23, TensorRT-LLM 1.2).
 const ADMIN_SEGMENTS: &[&str] = &[
     // vLLM
-    "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache", "collective_rpc", "sleep", "wake_up", "is_sleeping",
-    "release_kv_cache_memory", "pause", "resume", "is_paused", "abort_requests", "server_info", "scale_elastic_ep",
-    "is_scaling_elastic_ep", "fault_tolerance", "kv_event_sources", "start_profile", "stop_profile", "update_weights",
-    "init_weight_transfer_engine", "get_world_size",
+    "reset_prefix_cache",
+    "reset_mm_cache",
+    "reset_encoder_cache",
+    "collective_rpc",
+    "sleep",
+    "wake_up",
+    "is_sleeping",
+    "release_kv_cache_memory",
+    "pause",
+    "resume",
+    "is_paused",
+    "abort_requests",
+    "server_info",
+    "scale_elastic_ep",
+    "is_scaling_elastic_ep",
+    "fault_tolerance",
+    "kv_event_sources",
+    "start_profile",
+    "stop_profile",
+    "update_weights",
+    "init_weight_transfer_engine",
+    "get_world_size",
     // SGLang
-    "flush_cache", "pause_generation", "continue_generation", "release_memory_occupation", "resume_memory_occupation",
-    "abort_request", "load_lora_adapter", "unload_lora_adapter", "load_lora_adapter_from_tensors", "open_session",
-    "close_session", "hicache", "set_internal_state", "slow_down", "pd_role_switch", "get_server_info",
-    "update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_distributed",
-    "update_weights_from_ipc", "update_weight_version", "init_weights_update_group", "destroy_weights_update_group",
-    "init_weights_send_group_for_remote_instance", "send_weights_to_remote_instance", "get_weights_by_name",
-    "weights_checker", "start_expert_distribution_record", "stop_expert_distribution_record",
-    "dump_expert_distribution_record", "configure_logging", "freeze_gc", "get_hicache_l3_cache_layout",
-    "set_trace_level", "clear_hicache_storage_backend",
+    "flush_cache",
+    "pause_generation",
+    "continue_generation",
+    "release_memory_occupation",
+    "resume_memory_occupation",
+    "abort_request",
+    "load_lora_adapter",
+    "unload_lora_adapter",
+    "load_lora_adapter_from_tensors",
+    "open_session",
+    "close_session",
+    "hicache",
+    "set_internal_state",
+    "slow_down",
+    "pd_role_switch",
+    "get_server_info",
+    "update_weights_from_disk",
+    "update_weights_from_tensor",
+    "update_weights_from_distributed",
+    "update_weights_from_ipc",
+    "update_weight_version",
+    "init_weights_update_group",
+    "destroy_weights_update_group",
+    "init_weights_send_group_for_remote_instance",
+    "send_weights_to_remote_instance",
+    "get_weights_by_name",
+    "weights_checker",
+    "start_expert_distribution_record",
+    "stop_expert_distribution_record",
+    "dump_expert_distribution_record",
+    "configure_logging",
+    "freeze_gc",
+    "get_hicache_l3_cache_layout",
+    "set_trace_level",
+    "clear_hicache_storage_backend",
     // TensorRT-LLM
-    "kv_cache_events", "perf_metrics", "release_memory", "resume_memory", "_resource_governor", "_internal",
+    "kv_cache_events",
+    "perf_metrics",
+    "release_memory",
+    "resume_memory",
+    "_resource_governor",
+    "_internal",
 ];
 
 /// Whole paths of the same kind.
@@ -60,7 +109,10 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { allow: Vec::new(), fleet_answers: true }
+        Self {
+            allow: Vec::new(),
+            fleet_answers: true,
+        }
     }
 }
 
@@ -76,13 +128,18 @@ pub struct EngineApi {
 ///
 /// # Errors
 /// The configuration has an unknown field, or allows what is not refused.
-pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
     let config: Config = registry::parse(value)?;
     let mut refused_segments: HashSet<_> = ADMIN_SEGMENTS.iter().copied().collect();
     let mut refused_paths: HashSet<_> = ADMIN_PATHS.iter().copied().collect();
     for allowed in &config.allow {
         if !refused_segments.remove(allowed.as_str()) && !refused_paths.remove(allowed.as_str()) {
-            return Err(format!("allow: '{allowed}' is not among the paths that are refused"));
+            return Err(format!(
+                "allow: '{allowed}' is not among the paths that are refused"
+            ));
         }
     }
     Ok(Arc::new(EngineApi {
@@ -106,8 +163,9 @@ impl HttpFilter for EngineApi {
             return Box::pin(ready(Err(refusal())));
         }
         let readable = matches!(*request.method(), Method::GET | Method::HEAD);
-        if let Some(response) =
-            (self.fleet_answers && readable).then(|| self.answer(path, context)).flatten()
+        if let Some(response) = (self.fleet_answers && readable)
+            .then(|| self.answer(path, context))
+            .flatten()
         {
             context.log.details = "engine_api".into();
             return Box::pin(ready(Ok(response)));
@@ -128,21 +186,35 @@ impl EngineApi {
         };
         let trimmed = path.strip_prefix('/').unwrap_or(path);
         let segment = trimmed.split('/').next().unwrap_or_default();
-        self.refused_segments.contains(segment) || self.refused_paths.contains(path.trim_end_matches('/'))
+        self.refused_segments.contains(segment)
+            || self.refused_paths.contains(path.trim_end_matches('/'))
     }
 
     fn answer(&self, path: &str, context: &Context) -> Option<Response<ResponseBody>> {
-        if !matches!(path, "/v1/models" | "/health" | "/ping" | "/version" | "/metrics" | "/live" | "/ready") {
+        if !matches!(
+            path,
+            "/v1/models" | "/health" | "/ping" | "/version" | "/metrics" | "/live" | "/ready"
+        ) {
             return None;
         }
         let view = self.services.endpoints.view(&context.route.cluster)?;
-        let alive: Vec<_> = view.endpoints.iter().filter(|endpoint| endpoint.is_alive()).cloned().collect();
-        let engines = alive.iter().filter(|endpoint| !endpoint.live.load().state.models.is_empty());
+        let alive: Vec<_> = view
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.is_alive())
+            .cloned()
+            .collect();
+        let engines = alive
+            .iter()
+            .filter(|endpoint| !endpoint.live.load().state.models.is_empty());
         if path == "/v1/models" {
             // An unknown kind of engine answers for itself.
             return (engines.count() > 0).then(|| json(StatusCode::OK, models(&alive)));
         }
-        let gateway = !view.endpoints.iter().any(|endpoint| endpoint.via != Via::Peer);
+        let gateway = !view
+            .endpoints
+            .iter()
+            .any(|endpoint| endpoint.via != Via::Peer);
         gateway.then(|| gateway_answer(path, !alive.is_empty()))
     }
 }
@@ -163,8 +235,11 @@ fn normalised(path: &str) -> String {
     let mut out: Vec<u8> = Vec::with_capacity(bytes.len());
     let mut at = 0;
     while at < bytes.len() {
-        let hex = (bytes[at] == b'%').then(|| bytes.get(at + 1..at + 3)).flatten();
-        let decoded = hex.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        let hex = (bytes[at] == b'%')
+            .then(|| bytes.get(at + 1..at + 3))
+            .flatten();
+        let decoded =
+            hex.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
         let byte = decoded.unwrap_or(bytes[at]);
         at += if decoded.is_some() { 3 } else { 1 };
         if !(byte == b'/' && out.last() == Some(&b'/')) {
@@ -193,14 +268,26 @@ fn models(alive: &[Arc<Endpoint>]) -> String {
 
 fn gateway_answer(path: &str, healthy: bool) -> Response<ResponseBody> {
     match path {
-        "/version" => json(StatusCode::OK, format!("{{\"version\":\"outrigger/{}\"}}", env!("CARGO_PKG_VERSION"))),
+        "/version" => json(
+            StatusCode::OK,
+            format!(
+                "{{\"version\":\"outrigger/{}\"}}",
+                env!("CARGO_PKG_VERSION")
+            ),
+        ),
         "/metrics" => {
-            let mut response = Response::new(full("# This is a gateway: engines have metrics of their own; the proxy's are on its admin listener.\n"));
-            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
+            let mut response = Response::new(full(
+                "# This is a gateway: engines have metrics of their own; the proxy's are on its admin listener.\n",
+            ));
+            response.headers_mut().insert(
+                header::CONTENT_TYPE,
+                HeaderValue::from_static("text/plain; version=0.0.4"),
+            );
             response
         }
         _ => {
-            let mut response = Response::new(full(if healthy { "" } else { "no engine is healthy" }));
+            let mut response =
+                Response::new(full(if healthy { "" } else { "no engine is healthy" }));
             if !healthy {
                 *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             }
@@ -212,7 +299,10 @@ fn gateway_answer(path: &str, healthy: bool) -> Response<ResponseBody> {
 fn json(status: StatusCode, text: String) -> Response<ResponseBody> {
     let mut response = Response::new(full(text));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     response
 }
 

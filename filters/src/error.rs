@@ -157,8 +157,15 @@ impl Error {
             origin: Origin::Upstream,
             flag,
             status: StatusCode::SERVICE_UNAVAILABLE,
-            details: format!("upstream_reset_before_response_started{{{}}}", reason.replace(' ', "_")).into(),
-            message: format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}").into(),
+            details: format!(
+                "upstream_reset_before_response_started{{{}}}",
+                reason.replace(' ', "_")
+            )
+            .into(),
+            message: format!(
+                "upstream connect error or disconnect/reset before headers. reset reason: {reason}"
+            )
+            .into(),
             retry,
             stale: false,
             retry_after: None,

@@ -1,6 +1,12 @@
 //! The two seams: a filter around the rest of the chain, and observers of whole stream events.
 
-use crate::{body::{RequestBody, ResponseBody}, endpoints::Endpoint, error::Error, openai::OpenAiRequest, sse::Event};
+use crate::{
+    body::{RequestBody, ResponseBody},
+    endpoints::Endpoint,
+    error::Error,
+    openai::OpenAiRequest,
+    sse::Event,
+};
 use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};

@@ -64,7 +64,10 @@ pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
     let headers = response.headers_mut();
     headers.insert(ERROR_HEADER, HeaderValue::from_static(error.flag.as_str()));
     if let Some(after) = error.retry_after {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
+        headers.insert(
+            header::RETRY_AFTER,
+            HeaderValue::from(after.as_secs().max(1)),
+        );
     }
     response
 }
@@ -77,16 +80,26 @@ pub fn direct(status: StatusCode, body: &str, shape: Shape) -> Response<Response
         Shape::OpenAi | Shape::Anthropic if is_error => {
             let kind = openai_type(status);
             let value = match shape {
-                Shape::Anthropic => json!({"type": "error", "error": {"type": anthropic_type(status), "message": body}}),
-                _ => json!({"error": {"message": body, "type": kind, "param": null, "code": status.as_u16()}}),
+                Shape::Anthropic => {
+                    json!({"type": "error", "error": {"type": anthropic_type(status), "message": body}})
+                }
+                _ => {
+                    json!({"error": {"message": body, "type": kind, "param": null, "code": status.as_u16()}})
+                }
             };
             json_reply(status, &value)
         }
         _ => {
-            let mut response = Response::new(if body.is_empty() { empty() } else { full(body.to_owned()) });
+            let mut response = Response::new(if body.is_empty() {
+                empty()
+            } else {
+                full(body.to_owned())
+            });
             *response.status_mut() = status;
             if !body.is_empty() {
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+                response
+                    .headers_mut()
+                    .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             }
             response
         }
@@ -94,11 +107,17 @@ pub fn direct(status: StatusCode, body: &str, shape: Shape) -> Response<Response
 }
 
 fn plain(error: &Error) -> Response<ResponseBody> {
-    let body = if error.message.is_empty() { empty() } else { full(error.message.to_string()) };
+    let body = if error.message.is_empty() {
+        empty()
+    } else {
+        full(error.message.to_string())
+    };
     let mut response = Response::new(body);
     *response.status_mut() = error.status;
     if !error.message.is_empty() {
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     }
     response
 }
@@ -106,7 +125,10 @@ fn plain(error: &Error) -> Response<ResponseBody> {
 fn json_reply(status: StatusCode, value: &serde_json::Value) -> Response<ResponseBody> {
     let mut response = Response::new(full(value.to_string()));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     response
 }
 
@@ -167,7 +189,10 @@ fn grpc(error: &Error) -> Response<ResponseBody> {
     };
     let mut response = Response::new(empty());
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/grpc"),
+    );
     headers.insert("grpc-status", HeaderValue::from(code));
     if let Ok(message) = HeaderValue::from_str(&percent_encode(&error.message)) {
         headers.insert("grpc-message", message);
@@ -201,7 +226,8 @@ pub fn farewell_event(farewell: Farewell, error: &BodyError) -> Option<Bytes> {
             Some(format!("data: {value}\n\ndata: [DONE]\n\n").into())
         }
         Farewell::Anthropic => {
-            let value = json!({"type": "error", "error": {"type": "api_error", "message": error.message}});
+            let value =
+                json!({"type": "error", "error": {"type": "api_error", "message": error.message}});
             Some(format!("event: error\ndata: {value}\n\n").into())
         }
     }

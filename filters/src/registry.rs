@@ -22,16 +22,38 @@ pub struct Registration {
 
 /// Every filter.
 pub const FILTERS: &[Registration] = &[
-    Registration { name: "engine_api", type_urls: &[engine_api::TYPE_URL], terminal: false, factory: engine_api::factory },
-    Registration { name: "openai", type_urls: &[openai::TYPE_URL], terminal: false, factory: openai::factory },
-    Registration { name: "kv_routing", type_urls: &[kv_routing::TYPE_URL], terminal: false, factory: kv_routing::factory },
-    Registration { name: "router", type_urls: &[router::TYPE_URL], terminal: true, factory: router::factory },
+    Registration {
+        name: "engine_api",
+        type_urls: &[engine_api::TYPE_URL],
+        terminal: false,
+        factory: engine_api::factory,
+    },
+    Registration {
+        name: "openai",
+        type_urls: &[openai::TYPE_URL],
+        terminal: false,
+        factory: openai::factory,
+    },
+    Registration {
+        name: "kv_routing",
+        type_urls: &[kv_routing::TYPE_URL],
+        terminal: false,
+        factory: kv_routing::factory,
+    },
+    Registration {
+        name: "router",
+        type_urls: &[router::TYPE_URL],
+        terminal: true,
+        factory: router::factory,
+    },
 ];
 
 /// Looks a filter up by type URL.
 #[must_use]
 pub fn find(type_url: &str) -> Option<&'static Registration> {
-    FILTERS.iter().find(|filter| filter.type_urls.contains(&type_url))
+    FILTERS
+        .iter()
+        .find(|filter| filter.type_urls.contains(&type_url))
 }
 
 /// Builds a filter.
@@ -40,7 +62,10 @@ pub fn find(type_url: &str) -> Option<&'static Registration> {
 /// No such filter, or its configuration is wrong.
 pub fn build(config: &TypedConfig, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
     let registration = find(&config.type_url).ok_or_else(|| {
-        format!("Didn't find a registered implementation for type URL: '{}'", config.type_url)
+        format!(
+            "Didn't find a registered implementation for type URL: '{}'",
+            config.type_url
+        )
     })?;
     (registration.factory)(&config.value, services)
 }

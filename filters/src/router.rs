@@ -10,7 +10,7 @@ pub mod retry;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Want},
+    endpoints::{ClusterView, Endpoint, Via, Want},
     error::{Error, Flag, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
@@ -45,9 +45,16 @@ pub struct Router {
 ///
 /// # Errors
 /// The configuration has an unknown field.
-pub fn factory(value: &serde_json::Value, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
     let config = registry::parse(value)?;
-    Ok(Arc::new(Router { services: services.clone(), config, budget: Arc::default() }))
+    Ok(Arc::new(Router {
+        services: services.clone(),
+        config,
+        budget: Arc::default(),
+    }))
 }
 
 impl HttpFilter for Router {
@@ -59,7 +66,11 @@ impl HttpFilter for Router {
     ) -> Handled<'a> {
         Box::pin(async move {
             let cluster = context.route.cluster.clone();
-            let view = self.services.endpoints.view(&cluster).ok_or_else(|| no_cluster(&cluster))?;
+            let view = self
+                .services
+                .endpoints
+                .view(&cluster)
+                .ok_or_else(|| no_cluster(&cluster))?;
             context.log.upstream_cluster = cluster;
             let active = self.budget.enter();
             let mut walk = Walk::new(self, &view, context);
@@ -92,9 +103,18 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn new(router: &'a Router, view: &'a Arc<ClusterView>, context: &Context) -> Self {
-        let generation = context.openai.as_ref().is_some_and(|openai| openai.is_generation());
+        let generation = context
+            .openai
+            .as_ref()
+            .is_some_and(|openai| openai.is_generation());
         let rules = Rules::new(context.route.retry_policy.as_ref(), generation);
-        Self { router, view, rules, tried: Vec::new(), went_stale: false }
+        Self {
+            router,
+            view,
+            rules,
+            tried: Vec::new(),
+            went_stale: false,
+        }
     }
 
     async fn run(
@@ -110,7 +130,13 @@ impl<'a> Walk<'a> {
             self.tried.push(target.endpoint.clone());
             context.log.attempts = self.tried.len() as u32;
             let spare = self.spare(&request);
-            let attempt = Attempt::new(&self.router.services, self.view, &target, &self.rules, self.tried.len());
+            let attempt = Attempt::new(
+                &self.router.services,
+                self.view,
+                &target,
+                &self.rules,
+                self.tried.len(),
+            );
             let permit = (self.tried.len() > 1).then(|| self.router.budget.retrying());
             let outcome = attempt.run(request, context).await;
             drop(permit);
@@ -135,25 +161,28 @@ impl<'a> Walk<'a> {
     /// Where to next: the ranking first, then the cluster's policy over what was not tried yet.
     fn next_target(&self, context: &Context) -> Result<Option<Ranked>, Error> {
         if context.route.inbound {
-            return if self.tried.is_empty() { self.named(context).map(Some) } else { Ok(None) };
+            return if self.tried.is_empty() {
+                self.named(context).map(Some)
+            } else {
+                Ok(None)
+            };
         }
-        let untried = |endpoint: &Arc<Endpoint>| !self.tried.iter().any(|tried| tried.id == endpoint.id);
-        let ranked = context.ranked.iter().filter(|ranked| untried(&ranked.endpoint) && ranked.endpoint.is_alive());
-        let fresh = ranked.clone().find(|ranked| !ranked.endpoint.is_inhibited());
+        let ranked = context
+            .ranked
+            .iter()
+            .filter(|ranked| !self.has_tried(&ranked.endpoint) && ranked.endpoint.is_alive());
+        let fresh = ranked
+            .clone()
+            .find(|ranked| !ranked.endpoint.is_inhibited());
         if let Some(ranked) = fresh.or_else(|| ranked.clone().next()) {
             return Ok(Some(ranked.clone()));
         }
-        let openai = context.openai.as_deref();
-        let mut candidates = self.view.candidates(openai.and_then(|openai| openai.model.as_deref()));
-        candidates.retain(untried);
-        if candidates.iter().any(|endpoint| !endpoint.is_inhibited()) {
-            candidates.retain(|endpoint| !endpoint.is_inhibited());
-        }
-        let stays_home = openai.is_some_and(|openai| openai.model.is_none() && !openai.is_generation());
-        if stays_home && candidates.iter().any(|endpoint| endpoint.via == crate::endpoints::Via::Local) {
-            candidates.retain(|endpoint| endpoint.via == crate::endpoints::Via::Local);
-        }
-        let chosen = self.router.services.endpoints.choose(self.view, &candidates);
+        let candidates = self.candidates(context);
+        let chosen = self
+            .router
+            .services
+            .endpoints
+            .choose(self.view, &candidates);
         match chosen {
             Some(index) => Ok(Some(Ranked {
                 endpoint: candidates[index].clone(),
@@ -166,18 +195,65 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// Those that may be tried now: nearly always all that are alive, serve the model and have not failed lately.
+    fn candidates(&self, context: &Context) -> Vec<Arc<Endpoint>> {
+        let openai = context.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        // What names no model is about the node it came to.
+        let stays_home = model.is_none() && openai.is_some_and(|openai| !openai.is_generation());
+        let home = stays_home
+            && self
+                .view
+                .endpoints
+                .iter()
+                .any(|endpoint| endpoint.via == Via::Local);
+        let fits = |endpoint: &&Arc<Endpoint>| {
+            endpoint.fits(model)
+                && !endpoint.is_inhibited()
+                && (!home || endpoint.via == Via::Local)
+                && !self.has_tried(endpoint)
+        };
+        let mut fit = Vec::with_capacity(self.view.endpoints.len());
+        fit.extend(self.view.endpoints.iter().filter(fits).cloned());
+        if !fit.is_empty() {
+            return fit;
+        }
+        let mut rest = self.view.candidates(model);
+        rest.retain(|endpoint| !self.has_tried(endpoint));
+        if home && rest.iter().any(|endpoint| endpoint.via == Via::Local) {
+            rest.retain(|endpoint| endpoint.via == Via::Local);
+        }
+        if rest.iter().any(|endpoint| !endpoint.is_inhibited()) {
+            rest.retain(|endpoint| !endpoint.is_inhibited());
+        }
+        rest
+    }
+
+    fn has_tried(&self, endpoint: &Endpoint) -> bool {
+        self.tried.iter().any(|tried| tried.id == endpoint.id)
+    }
+
     /// Inbound never chooses: the peer said which engine, and only those beside us count.
     fn named(&self, context: &Context) -> Result<Ranked, Error> {
         let named = context.named.as_ref();
-        let endpoint = self.view.endpoints.iter().find(|endpoint| Some(&endpoint.id) == named);
+        let endpoint = self
+            .view
+            .endpoints
+            .iter()
+            .find(|endpoint| Some(&endpoint.id) == named);
         match endpoint {
-            Some(endpoint) if endpoint.is_alive() => {
-                Ok(Ranked { endpoint: endpoint.clone(), rank: None, cost: 0.0, hit_tokens: context.told_hit_tokens })
-            }
+            Some(endpoint) if endpoint.is_alive() => Ok(Ranked {
+                endpoint: endpoint.clone(),
+                rank: None,
+                cost: 0.0,
+                hit_tokens: context.told_hit_tokens,
+            }),
             _ => {
                 let mut error = Error::no_healthy_upstream().retry(Retry::NothingSent);
                 if named.is_none() {
-                    error.message = "inbound: no endpoint named; clients belong on the outbound listener".into();
+                    error.message =
+                        "inbound: no endpoint named; clients belong on the outbound listener"
+                            .into();
                 }
                 Err(error)
             }
@@ -200,7 +276,10 @@ impl<'a> Walk<'a> {
 
     fn may_retry(&self, context: &Context) -> bool {
         let route = &context.route;
-        let allowed = self.router.budget.allows(route.retry_budget_percent, route.min_retry_concurrency);
+        let allowed = self
+            .router
+            .budget
+            .allows(route.retry_budget_percent, route.min_retry_concurrency);
         if !allowed {
             metrics::counter!("envoy_cluster_upstream_rq_retry_overflow", "envoy_cluster_name" => route.cluster.to_string())
                 .increment(1);
@@ -208,7 +287,11 @@ impl<'a> Walk<'a> {
         allowed
     }
 
-    fn finish(&self, outcome: Outcome, context: &mut Context) -> Result<Response<ResponseBody>, Error> {
+    fn finish(
+        &self,
+        outcome: Outcome,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Error> {
         match outcome {
             Outcome::Response(mut response) => {
                 if self.router.config.suppress_envoy_headers {
@@ -228,7 +311,11 @@ impl<'a> Walk<'a> {
 }
 
 /// No endpoint is left: the last failure stands.
-fn give_up(last: Option<Outcome>, tried: usize, context: &mut Context) -> Result<Response<ResponseBody>, Error> {
+fn give_up(
+    last: Option<Outcome>,
+    tried: usize,
+    context: &mut Context,
+) -> Result<Response<ResponseBody>, Error> {
     match last {
         Some(Outcome::Response(response) | Outcome::Unwanted(response)) => Ok(*response),
         Some(Outcome::Failed(error)) => Err(exhausted(error, tried, context)),
@@ -255,5 +342,9 @@ fn exhausted(mut error: Error, tried: usize, context: &mut Context) -> Error {
 
 /// What the chosen endpoint will be asked for.
 pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
-    Want { prompt_tokens: context.prompt.tokens, hit_tokens: target.hit_tokens, blocks: context.prompt.blocks.clone() }
+    Want {
+        prompt_tokens: context.prompt.tokens,
+        hit_tokens: target.hit_tokens,
+        blocks: context.prompt.blocks.clone(),
+    }
 }

@@ -60,9 +60,12 @@ impl<'a> Event<'a> {
 /// Whether these headers announce an SSE stream.
 #[must_use]
 pub fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream")))
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        value
+            .as_bytes()
+            .get(..17)
+            .is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream"))
+    })
 }
 
 /// Length of the first whole event in `bytes`, blank line included.
@@ -157,7 +160,11 @@ impl Pace {
     fn bucket(gap: Duration) -> usize {
         let us = (gap.as_micros() as u64).max(1);
         let doubling = us.ilog2() as usize;
-        let quarter = if doubling >= 2 { (us >> (doubling - 2)) & 3 } else { 0 } as usize;
+        let quarter = if doubling >= 2 {
+            (us >> (doubling - 2)) & 3
+        } else {
+            0
+        } as usize;
         (doubling * 4 + quarter).min(127)
     }
 
@@ -170,7 +177,9 @@ impl Pace {
             left == 0
         })?;
         let (doubling, quarter) = (bucket / 4, (bucket % 4) as u64);
-        Some(Duration::from_micros((1 << doubling) + (quarter << doubling) / 4))
+        Some(Duration::from_micros(
+            (1 << doubling) + (quarter << doubling) / 4,
+        ))
     }
 }
 
@@ -189,11 +198,24 @@ impl Observed {
         // Last words need a body of open length.
         let open = events && !headers.contains_key(header::CONTENT_LENGTH);
         let farewell = if open { farewell } else { Farewell::Abort };
-        Self { inner, events, tail: BytesMut::new(), observers, farewell, on_end: Some(on_end), log, bytes: 0, pace: Pace::default(), ended: None }
+        Self {
+            inner,
+            events,
+            tail: BytesMut::new(),
+            observers,
+            farewell,
+            on_end: Some(on_end),
+            log,
+            bytes: 0,
+            pace: Pace::default(),
+            ended: None,
+        }
     }
 
     fn close(&mut self, end: End) {
-        let Some(on_end) = self.on_end.take() else { return };
+        let Some(on_end) = self.on_end.take() else {
+            return;
+        };
         for observer in &mut self.observers {
             observer.on_end(end, &mut self.log);
         }
@@ -216,7 +238,11 @@ impl Observed {
             }
             return Some(chunk);
         }
-        let whole = if self.tail.is_empty() { self.split_off_tail(chunk) } else { self.join_tail(&chunk) }?;
+        let whole = if self.tail.is_empty() {
+            self.split_off_tail(chunk)
+        } else {
+            self.join_tail(&chunk)
+        }?;
         Some(self.show(whole, at))
     }
 
@@ -339,7 +365,11 @@ impl Body for Observed {
     }
 
     fn size_hint(&self) -> SizeHint {
-        if self.events { SizeHint::default() } else { self.inner.size_hint() }
+        if self.events {
+            SizeHint::default()
+        } else {
+            self.inner.size_hint()
+        }
     }
 }
 
@@ -347,7 +377,11 @@ impl Drop for Observed {
     fn drop(&mut self) {
         // hyper drops a body of known length without polling for its end.
         let complete = is_over(&self.inner) && self.tail.is_empty();
-        self.close(if complete { End::Complete } else { End::ClientGone });
+        self.close(if complete {
+            End::Complete
+        } else {
+            End::ClientGone
+        });
     }
 }
 
@@ -374,18 +408,32 @@ mod tests {
     }
 
     async fn run(chunks: Vec<Result<&'static str, BodyError>>) -> (String, Vec<String>, End, bool) {
-        let frames = chunks.into_iter().map(|chunk| chunk.map(|text| Frame::data(Bytes::from_static(text.as_bytes()))));
+        let frames = chunks
+            .into_iter()
+            .map(|chunk| chunk.map(|text| Frame::data(Bytes::from_static(text.as_bytes()))));
         let inner = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
         let mut headers = HeaderMap::new();
-        headers.insert(header::CONTENT_TYPE, "text/event-stream; charset=utf-8".parse().unwrap());
+        headers.insert(
+            header::CONTENT_TYPE,
+            "text/event-stream; charset=utf-8".parse().unwrap(),
+        );
         let (seen, end) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None)));
         let observers: Vec<Box<dyn StreamObserver>> = vec![Box::new(Collect(seen.clone()))];
         let ended = end.clone();
         let on_end: Closing = Box::new(move |summary| *ended.lock().unwrap() = Some(summary.end));
-        let body = Observed::new(inner, &headers, observers, Farewell::OpenAi, LogFields::default(), on_end);
+        let body = Observed::new(
+            inner,
+            &headers,
+            observers,
+            Farewell::OpenAi,
+            LogFields::default(),
+            on_end,
+        );
         let collected = body.collect().await;
         let failed = collected.is_err();
-        let text = collected.map(|all| String::from_utf8(all.to_bytes().to_vec()).unwrap()).unwrap_or_default();
+        let text = collected
+            .map(|all| String::from_utf8(all.to_bytes().to_vec()).unwrap())
+            .unwrap_or_default();
         let seen = seen.lock().unwrap().clone();
         let end = end.lock().unwrap().unwrap();
         (text, seen, end, failed)
@@ -393,7 +441,13 @@ mod tests {
 
     #[tokio::test]
     async fn events_cut_by_reads_arrive_whole_and_in_order() {
-        let (text, seen, end, _) = run(vec![Ok("data: a\n\nda"), Ok("ta: b\r\n\r"), Ok("\n: note\n\ndata: c\n"), Ok("\n")]).await;
+        let (text, seen, end, _) = run(vec![
+            Ok("data: a\n\nda"),
+            Ok("ta: b\r\n\r"),
+            Ok("\n: note\n\ndata: c\n"),
+            Ok("\n"),
+        ])
+        .await;
         assert_eq!(text, "data: a\n\ndata: b\r\n\r\n: note\n\ndata: c\n\n");
         assert_eq!(seen, ["a", "b", "", "c"]);
         assert_eq!(end, End::Complete);
@@ -401,7 +455,10 @@ mod tests {
 
     #[tokio::test]
     async fn edits_touch_only_their_event() {
-        let (text, ..) = run(vec![Ok("data: a\n\ndata: drop\n\ndata: replace\n\ndata: z\n\n")]).await;
+        let (text, ..) = run(vec![Ok(
+            "data: a\n\ndata: drop\n\ndata: replace\n\ndata: z\n\n",
+        )])
+        .await;
         assert_eq!(text, "data: a\n\ndata: other\n\ndata: z\n\n");
     }
 
@@ -423,7 +480,10 @@ mod tests {
             pace.tick(at);
         }
         let p99 = pace.gap_p99().unwrap();
-        assert!(p99 >= Duration::from_millis(80) && p99 <= Duration::from_millis(100), "{p99:?}");
+        assert!(
+            p99 >= Duration::from_millis(80) && p99 <= Duration::from_millis(100),
+            "{p99:?}"
+        );
         assert_eq!(Pace::bucket(Duration::from_micros(1)), 0);
         assert!(Pace::bucket(Duration::from_secs(3600)) < 128);
     }

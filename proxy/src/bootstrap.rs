@@ -10,7 +10,8 @@ use outrigger_xds::resource::{
     cluster::{Cluster, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
     listener::{
-        AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener, TrafficDirection,
+        AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
+        TrafficDirection,
     },
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
 };
@@ -32,33 +33,66 @@ pub const LOCAL: &str = "local";
 /// Everything that is wrong with the flags.
 pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
     let mut errors = Vec::new();
-    let mut keep = |result: Result<Address, String>| result.map_err(|error| errors.push(error)).ok();
+    let mut keep =
+        |result: Result<Address, String>| result.map_err(|error| errors.push(error)).ok();
     let outbound = keep(options::listen(&options.listen, "--listen"));
     let inbound = keep(options::listen(&options.inbound, "--inbound"));
     let admin = keep(options::listen(&options.admin, "--admin"));
-    let peers: Vec<_> = options.peer.iter().filter_map(|peer| keep(options::url(peer, "--peer"))).collect();
+    let peers: Vec<_> = options
+        .peer
+        .iter()
+        .filter_map(|peer| keep(options::url(peer, "--peer")))
+        .collect();
     let engines: Vec<_> = options
         .engine
         .iter()
-        .filter_map(|engine| options::engine(engine).map_err(|error| errors.push(error)).ok())
+        .filter_map(|engine| {
+            options::engine(engine)
+                .map_err(|error| errors.push(error))
+                .ok()
+        })
         .collect();
-    let (Some(outbound), Some(inbound), Some(admin), true) = (outbound, inbound, admin, errors.is_empty()) else {
+    let (Some(outbound), Some(inbound), Some(admin), true) =
+        (outbound, inbound, admin, errors.is_empty())
+    else {
         return Err(errors);
     };
     let node = options.node();
-    let local: Vec<_> = engines.iter().map(|engine| engine_endpoint(&node, engine)).collect();
-    let fleet: Vec<_> = local.iter().cloned().chain(peers.iter().map(peer_endpoint)).collect();
+    let local: Vec<_> = engines
+        .iter()
+        .map(|engine| engine_endpoint(&node, engine))
+        .collect();
+    let fleet: Vec<_> = local
+        .iter()
+        .cloned()
+        .chain(peers.iter().map(peer_endpoint))
+        .collect();
     Ok(Bootstrap {
-        node: Node { id: node, cluster: "outrigger".into() },
-        admin: Some(Admin { address: admin, access_log: Vec::new() }),
-        listeners: vec![outbound_listener(options, outbound), inbound_listener(inbound)],
-        clusters: vec![cluster(FLEET, options.policy, fleet), cluster(LOCAL, options.policy, local)],
+        node: Node {
+            id: node,
+            cluster: "outrigger".into(),
+        },
+        admin: Some(Admin {
+            address: admin,
+            access_log: Vec::new(),
+        }),
+        listeners: vec![
+            outbound_listener(options, outbound),
+            inbound_listener(inbound),
+        ],
+        clusters: vec![
+            cluster(FLEET, options.policy, fleet),
+            cluster(LOCAL, options.policy, local),
+        ],
     })
 }
 
 fn engine_endpoint(node: &str, engine: &options::EngineOption) -> LbEndpoint {
     let id = format!("{node}/{}", engine.address);
-    endpoint(&engine.address, json!({"duty": "engine", "id": id, "role": engine.role.as_str()}))
+    endpoint(
+        &engine.address,
+        json!({"duty": "engine", "id": id, "role": engine.role.as_str()}),
+    )
 }
 
 fn peer_endpoint(peer: &Address) -> LbEndpoint {
@@ -84,7 +118,10 @@ fn cluster(name: &str, policy: Policy, endpoints: Vec<LbEndpoint>) -> Cluster {
     Cluster {
         name: name.into(),
         lb_policy,
-        load_assignment: ClusterLoadAssignment { cluster_name: name.into(), endpoints },
+        load_assignment: ClusterLoadAssignment {
+            cluster_name: name.into(),
+            endpoints,
+        },
         ..Cluster::default()
     }
 }
@@ -131,7 +168,10 @@ fn inbound_listener(address: Address) -> Listener {
     let http = HttpConnectionManager {
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
-        http_filters: vec![ours("engine_api", json!({"fleet_answers": false})), router_filter()],
+        http_filters: vec![
+            ours("engine_api", json!({"fleet_answers": false})),
+            router_filter(),
+        ],
         route_config: everything_to(LOCAL),
         stream_idle_timeout: Duration::ZERO,
         ..HttpConnectionManager::default()
@@ -139,29 +179,55 @@ fn inbound_listener(address: Address) -> Listener {
     listener(INBOUND, address, TrafficDirection::Inbound, http)
 }
 
-fn listener(name: &str, address: Address, traffic_direction: TrafficDirection, http: HttpConnectionManager) -> Listener {
-    Listener { name: name.into(), address, traffic_direction, http, tcp_backlog_size: 16_384 }
+fn listener(
+    name: &str,
+    address: Address,
+    traffic_direction: TrafficDirection,
+    http: HttpConnectionManager,
+) -> Listener {
+    Listener {
+        name: name.into(),
+        address,
+        traffic_direction,
+        http,
+        tcp_backlog_size: 16_384,
+    }
 }
 
 fn ours(name: &str, value: Value) -> HttpFilter {
     let type_url = format!("type.googleapis.com/outrigger.filters.http.{name}.v1.Config");
-    HttpFilter { name: name.into(), config: TypedConfig { type_url, value }, is_optional: false, disabled: false }
+    HttpFilter {
+        name: name.into(),
+        config: TypedConfig { type_url, value },
+        is_optional: false,
+        disabled: false,
+    }
 }
 
 fn router_filter() -> HttpFilter {
     HttpFilter {
         name: "router".into(),
-        config: TypedConfig { type_url: router::TYPE_URL.into(), value: json!({}) },
+        config: TypedConfig {
+            type_url: router::TYPE_URL.into(),
+            value: json!({}),
+        },
         is_optional: false,
         disabled: false,
     }
 }
 
 fn everything_to(cluster: &str) -> RouteConfiguration {
-    let action = RouteAction { cluster: cluster.into(), timeout: Some(Duration::ZERO), ..RouteAction::default() };
+    let action = RouteAction {
+        cluster: cluster.into(),
+        timeout: Some(Duration::ZERO),
+        ..RouteAction::default()
+    };
     let route = Route {
         name: cluster.into(),
-        r#match: RouteMatch { case_sensitive: true, ..RouteMatch::default() },
+        r#match: RouteMatch {
+            case_sensitive: true,
+            ..RouteMatch::default()
+        },
         action: Action::Route(action),
         typed_per_filter_config: BTreeMap::new(),
     };
@@ -182,5 +248,8 @@ fn access_log(target: &str) -> Vec<AccessLog> {
         "-" => AccessLogSink::Stdout,
         path => AccessLogSink::File(path.to_owned()),
     };
-    vec![AccessLog { sink, format: AccessLogFormat::Json(access_log::default_json()) }]
+    vec![AccessLog {
+        sink,
+        format: AccessLogFormat::Json(access_log::default_json()),
+    }]
 }

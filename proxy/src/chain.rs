@@ -23,26 +23,41 @@ pub struct BuiltChain {
 ///
 /// # Errors
 /// A filter is unknown (and not optional) or refuses its configuration; the text names it.
-pub fn build(filters: &[HttpFilter], route: &Route, services: &Services) -> Result<BuiltChain, String> {
+pub fn build(
+    filters: &[HttpFilter],
+    route: &Route,
+    services: &Services,
+) -> Result<BuiltChain, String> {
     let mut built = Vec::with_capacity(filters.len());
     let mut openai = false;
     for filter in filters {
-        let Some(config) = effective(filter, route) else { continue };
+        let Some(config) = effective(filter, route) else {
+            continue;
+        };
         if filter.is_optional && registry::find(&config.type_url).is_none() {
-            tracing::info!(filter = filter.name, type_url = config.type_url, "optional filter is unknown, left out");
+            tracing::info!(
+                filter = filter.name,
+                type_url = config.type_url,
+                "optional filter is unknown, left out"
+            );
             continue;
         }
-        let instance =
-            registry::build(&config, services).map_err(|error| format!("http_filters[{}]: {error}", filter.name))?;
+        let instance = registry::build(&config, services)
+            .map_err(|error| format!("http_filters[{}]: {error}", filter.name))?;
         openai |= config.type_url == openai::TYPE_URL;
         built.push(instance);
     }
     for name in route.typed_per_filter_config.keys() {
         if !filters.iter().any(|filter| filter.name == *name) {
-            return Err(format!("typed_per_filter_config[{name}]: no such filter in the chain"));
+            return Err(format!(
+                "typed_per_filter_config[{name}]: no such filter in the chain"
+            ));
         }
     }
-    Ok(BuiltChain { filters: Arc::from(built), openai })
+    Ok(BuiltChain {
+        filters: Arc::from(built),
+        openai,
+    })
 }
 
 /// The configuration a filter has on a route; `None` if it is not in that route's chain.
@@ -53,14 +68,23 @@ fn effective(filter: &HttpFilter, route: &Route) -> Option<TypedConfig> {
     if own.type_url != FILTER_CONFIG_URL {
         return Some(own.clone());
     }
-    let disabled = own.value.get("disabled").and_then(serde_json::Value::as_bool).unwrap_or(false);
+    let disabled = own
+        .value
+        .get("disabled")
+        .and_then(serde_json::Value::as_bool)
+        .unwrap_or(false);
     if disabled {
         return None;
     }
     let inner = own.value.get("config");
-    let type_url = inner.and_then(|inner| inner.get("@type")).and_then(serde_json::Value::as_str);
+    let type_url = inner
+        .and_then(|inner| inner.get("@type"))
+        .and_then(serde_json::Value::as_str);
     match (type_url, inner) {
-        (Some(type_url), Some(inner)) => Some(TypedConfig { type_url: type_url.to_owned(), value: inner.clone() }),
+        (Some(type_url), Some(inner)) => Some(TypedConfig {
+            type_url: type_url.to_owned(),
+            value: inner.clone(),
+        }),
         _ => Some(filter.config.clone()),
     }
 }

@@ -47,15 +47,25 @@ struct Entry {
 /// The name an endpoint of a configured cluster has in the fleet.
 #[must_use]
 pub fn engine_id(endpoint: &LbEndpoint) -> EngineId {
-    let named = endpoint.metadata.get(METADATA_NAMESPACE).and_then(|ours| ours.get("id")?.as_str());
-    named.map_or_else(|| EngineId::from(endpoint.address.to_string().as_str()), EngineId::from)
+    let named = endpoint
+        .metadata
+        .get(METADATA_NAMESPACE)
+        .and_then(|ours| ours.get("id")?.as_str());
+    named.map_or_else(
+        || EngineId::from(endpoint.address.to_string().as_str()),
+        EngineId::from,
+    )
 }
 
 impl Clusters {
     /// No clusters yet.
     #[must_use]
     pub fn new(fleet: Arc<Fleet>, ledgers: Arc<Ledgers>) -> Arc<Self> {
-        Arc::new(Self { entries: ArcSwap::default(), fleet, ledgers })
+        Arc::new(Self {
+            entries: ArcSwap::default(),
+            fleet,
+            ledgers,
+        })
     }
 
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
@@ -92,23 +102,47 @@ impl Clusters {
     pub fn count_members(&self) {
         for entry in self.entries.load().values() {
             let view = entry.view.load();
-            let healthy = view.endpoints.iter().filter(|endpoint| endpoint.is_alive()).count();
-            entry.stats.membership_total.set(view.endpoints.len() as f64);
+            let healthy = view
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.is_alive())
+                .count();
+            entry
+                .stats
+                .membership_total
+                .set(view.endpoints.len() as f64);
             entry.stats.membership_healthy.set(healthy as f64);
             let sum = |of: fn(&EndpointStats) -> &AtomicU64| -> u64 {
-                view.endpoints.iter().map(|endpoint| of(&endpoint.stats).load(Relaxed)).sum()
+                view.endpoints
+                    .iter()
+                    .map(|endpoint| of(&endpoint.stats).load(Relaxed))
+                    .sum()
             };
             // Connections belong to endpoints, which clusters may share.
-            entry.stats.upstream_cx_total.absolute(sum(|stats| &stats.connections));
-            entry.stats.upstream_cx_active.set(sum(|stats| &stats.connections_active) as f64);
-            entry.stats.upstream_cx_connect_fail.absolute(sum(|stats| &stats.connect_fail));
+            entry
+                .stats
+                .upstream_cx_total
+                .absolute(sum(|stats| &stats.connections));
+            entry
+                .stats
+                .upstream_cx_active
+                .set(sum(|stats| &stats.connections_active) as f64);
+            entry
+                .stats
+                .upstream_cx_connect_fail
+                .absolute(sum(|stats| &stats.connect_fail));
         }
     }
 
     /// All views, ordered by name, for the admin.
     #[must_use]
     pub fn views(&self) -> Vec<Arc<ClusterView>> {
-        let mut views: Vec<_> = self.entries.load().values().map(|entry| entry.view.load_full()).collect();
+        let mut views: Vec<_> = self
+            .entries
+            .load()
+            .values()
+            .map(|entry| entry.view.load_full())
+            .collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
     }
@@ -122,7 +156,11 @@ impl Clusters {
             match configured.duty() {
                 Duty::Peer => endpoints.extend(self.fleet.behind(&configured.address)),
                 duty => {
-                    let via = if duty == Duty::Engine { Via::Local } else { Via::Plain };
+                    let via = if duty == Duty::Engine {
+                        Via::Local
+                    } else {
+                        Via::Plain
+                    };
                     endpoints.push(self.fleet.configure(
                         &engine_id(configured),
                         &configured.address,
@@ -142,8 +180,13 @@ impl Clusters {
     }
 
     fn ledgers_of(&self, view: &ClusterView) -> AHashMap<EngineId, Arc<Ledger>> {
-        let local = view.endpoints.iter().filter(|endpoint| endpoint.via == Via::Local);
-        local.map(|endpoint| (endpoint.id.clone(), self.ledgers.open(&endpoint.id))).collect()
+        let local = view
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.via == Via::Local);
+        local
+            .map(|endpoint| (endpoint.id.clone(), self.ledgers.open(&endpoint.id)))
+            .collect()
     }
 
     fn entry(&self, cluster: &str) -> Option<Arc<Entry>> {
@@ -163,27 +206,51 @@ impl Endpoints for Clusters {
         }
         Some(match view.lb_policy {
             LbPolicy::RoundRobin => {
-                self.entries.load().get(&view.name)?.next.fetch_add(1, Relaxed) % count
+                self.entries
+                    .load()
+                    .get(&view.name)?
+                    .next
+                    .fetch_add(1, Relaxed)
+                    % count
             }
             LbPolicy::Random => rand::rng().random_range(0..count),
             LbPolicy::LeastRequest => least_loaded(candidates),
         })
     }
 
-    fn reserve(&self, view: &ClusterView, endpoint: &Arc<Endpoint>, want: &Want) -> Result<Box<dyn Reservation>, Error> {
-        let entry = self.entry(&view.name).ok_or_else(Error::no_healthy_upstream)?;
+    fn reserve(
+        &self,
+        view: &ClusterView,
+        endpoint: &Arc<Endpoint>,
+        want: &Want,
+    ) -> Result<Box<dyn Reservation>, Error> {
+        let entry = self
+            .entry(&view.name)
+            .ok_or_else(Error::no_healthy_upstream)?;
         let active = endpoint.stats.active.load(Relaxed);
         if active >= u64::from(entry.config.circuit_breakers.max_requests) {
             entry.stats.upstream_rq_pending_overflow.increment(1);
             return Err(overflow(active));
         }
-        let entered = entry.ledgers.load().get(&endpoint.id).map(|ledger| ledger.enter(want));
+        let entered = entry
+            .ledgers
+            .load()
+            .get(&endpoint.id)
+            .map(|ledger| ledger.enter(want));
         endpoint.stats.active.fetch_add(1, Relaxed);
         let prefill = want.prompt_tokens.saturating_sub(want.hit_tokens);
         endpoint.stats.prefill_tokens.fetch_add(prefill, Relaxed);
         entry.stats.upstream_rq_total.increment(1);
         entry.stats.upstream_rq_active.increment(1.0);
-        Ok(Box::new(Leg { endpoint: endpoint.clone(), stats: entry.stats.clone(), entered, prefill, begun: Instant::now(), status: None, finished: false }))
+        Ok(Box::new(Leg {
+            endpoint: endpoint.clone(),
+            stats: entry.stats.clone(),
+            entered,
+            prefill,
+            begun: Instant::now(),
+            status: None,
+            finished: false,
+        }))
     }
 }
 
@@ -195,9 +262,19 @@ fn least_loaded(candidates: &[Arc<Endpoint>]) -> usize {
     let second = if other >= first { other + 1 } else { other };
     // What its own proxy counts includes other routers' requests; ours may be newer.
     let load = |endpoint: &Endpoint| {
-        endpoint.live.load().load.active_requests.max(endpoint.stats.active.load(Relaxed)) / u64::from(endpoint.weight)
+        endpoint
+            .live
+            .load()
+            .load
+            .active_requests
+            .max(endpoint.stats.active.load(Relaxed))
+            / u64::from(endpoint.weight)
     };
-    if load(&candidates[second]) < load(&candidates[first]) { second } else { first }
+    if load(&candidates[second]) < load(&candidates[first]) {
+        second
+    } else {
+        first
+    }
 }
 
 fn overflow(active: u64) -> Error {
@@ -228,7 +305,10 @@ impl Reservation for Leg {
     fn first_byte(&mut self) {
         let prefill = std::mem::take(&mut self.prefill);
         if prefill > 0 {
-            self.endpoint.stats.prefill_tokens.fetch_sub(prefill, Relaxed);
+            self.endpoint
+                .stats
+                .prefill_tokens
+                .fetch_sub(prefill, Relaxed);
         }
         if let Some(entered) = &mut self.entered {
             entered.first_byte();

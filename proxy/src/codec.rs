@@ -32,7 +32,12 @@ const H2_PING_INTERVAL: Duration = Duration::from_secs(20);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Serves one connection.
-pub(crate) async fn serve(socket: TcpStream, manager: Arc<Manager>, info: Arc<ConnectionInfo>, drain: Drain) {
+pub(crate) async fn serve(
+    socket: TcpStream,
+    manager: Arc<Manager>,
+    info: Arc<ConnectionInfo>,
+    drain: Drain,
+) {
     let config = manager.config.load_full();
     let builder = builder(&config.manager);
     drop(config);
@@ -65,7 +70,9 @@ pub(crate) async fn serve(socket: TcpStream, manager: Arc<Manager>, info: Arc<Co
         }
     };
     if let Err(error) = outcome {
-        let protocol = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_parse());
+        let protocol = error
+            .downcast_ref::<hyper::Error>()
+            .is_some_and(|error| error.is_parse());
         if protocol {
             stats.downstream_cx_protocol_error.increment(1);
         }
@@ -98,7 +105,10 @@ fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
         Codec::Http2 => builder.http2_only(),
     };
     let idle = Some(config.idle_timeout).filter(|idle| !idle.is_zero());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(idle);
     builder
         .http2()
         .timer(TokioTimer::new())

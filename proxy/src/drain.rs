@@ -15,7 +15,10 @@ pub struct Drain {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self { switch: Arc::new(watch::Sender::new(false)), running: Arc::default() }
+        Self {
+            switch: Arc::new(watch::Sender::new(false)),
+            running: Arc::default(),
+        }
     }
 }
 

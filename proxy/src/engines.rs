@@ -5,7 +5,10 @@
 use outrigger_xds::{
     feed::FeedSource,
     report::EngineId,
-    resource::{bootstrap::Bootstrap, endpoint::{Address, Duty, METADATA_NAMESPACE}},
+    resource::{
+        bootstrap::Bootstrap,
+        endpoint::{Address, Duty, METADATA_NAMESPACE},
+    },
 };
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -23,15 +26,27 @@ pub struct ConfiguredEngine {
 pub fn configured(bootstrap: &Bootstrap) -> (BTreeMap<EngineId, ConfiguredEngine>, Vec<Address>) {
     let mut engines = BTreeMap::new();
     let mut peers = Vec::new();
-    for endpoint in bootstrap.clusters.iter().flat_map(|cluster| &cluster.load_assignment.endpoints) {
+    for endpoint in bootstrap
+        .clusters
+        .iter()
+        .flat_map(|cluster| &cluster.load_assignment.endpoints)
+    {
         match endpoint.duty() {
             Duty::Engine => {
                 let ours = endpoint.metadata.get(METADATA_NAMESPACE);
-                let role = ours.and_then(|ours| ours.get("role")?.as_str()).unwrap_or_default().to_owned();
-                let engine = ConfiguredEngine { address: endpoint.address.clone(), role };
+                let role = ours
+                    .and_then(|ours| ours.get("role")?.as_str())
+                    .unwrap_or_default()
+                    .to_owned();
+                let engine = ConfiguredEngine {
+                    address: endpoint.address.clone(),
+                    role,
+                };
                 engines.insert(crate::cluster::engine_id(endpoint), engine);
             }
-            Duty::Peer if !peers.contains(&endpoint.address) => peers.push(endpoint.address.clone()),
+            Duty::Peer if !peers.contains(&endpoint.address) => {
+                peers.push(endpoint.address.clone())
+            }
             Duty::Peer | Duty::Plain => {}
         }
     }
@@ -91,8 +106,16 @@ impl Watcher {
         {
             let hub = outrigger_gpu_agent::Hub::new();
             let api_key = api_key.map(outrigger_gpu_agent::ApiKey::new);
-            let embedded = Embedded { hub: hub.clone(), watched: Arc::default(), api_key, block_tokens };
-            Ok(Self { source: hub, embedded: Some(embedded) })
+            let embedded = Embedded {
+                hub: hub.clone(),
+                watched: Arc::default(),
+                api_key,
+                block_tokens,
+            };
+            Ok(Self {
+                source: hub,
+                embedded: Some(embedded),
+            })
         }
         #[cfg(not(feature = "standalone"))]
         {
@@ -127,7 +150,10 @@ impl FeedSource for NatsSource {
 impl Embedded {
     fn configure(&self, engines: &BTreeMap<EngineId, ConfiguredEngine>) {
         use outrigger_xds::report::Role;
-        let mut watched = self.watched.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut watched = self
+            .watched
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         watched.retain(|id, engine| {
             let stays = engines.get(id) == Some(engine);
             if !stays {

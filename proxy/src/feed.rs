@@ -19,7 +19,10 @@ use outrigger_filters::{
     error::Flag,
 };
 use outrigger_xds::{
-    feed::{self, FeedBody, FeedError, FeedMessage, FeedSource, FeedStream, FeedSubscription, FeedTimeouts},
+    feed::{
+        self, FeedBody, FeedError, FeedMessage, FeedSource, FeedStream, FeedSubscription,
+        FeedTimeouts,
+    },
     report::{EngineId, KvSnapshot, Load},
     resource::endpoint::Address,
 };
@@ -104,12 +107,15 @@ impl Telling {
 
     fn fill(&mut self, mut message: FeedMessage) -> FeedMessage {
         let ledgers = &self.ledgers;
-        let told = self.told.entry(message.engine.clone()).or_insert_with(|| Told {
-            ledger: ledgers.open(&message.engine),
-            load: Load::default(),
-            epoch: message.epoch,
-            seq: message.seq,
-        });
+        let told = self
+            .told
+            .entry(message.engine.clone())
+            .or_insert_with(|| Told {
+                ledger: ledgers.open(&message.engine),
+                load: Load::default(),
+                epoch: message.epoch,
+                seq: message.seq,
+            });
         (told.epoch, told.seq) = (message.epoch, message.seq);
         if let FeedBody::Load(load) = &mut message.body {
             told.ledger.fill(load);
@@ -138,7 +144,11 @@ impl Telling {
 
 /// The feed as a service of an inbound listener.
 #[must_use]
-pub fn service(source: Arc<dyn FeedSource>, runtime: tokio::runtime::Handle, drain: Drain) -> FeedService {
+pub fn service(
+    source: Arc<dyn FeedSource>,
+    runtime: tokio::runtime::Handle,
+    drain: Drain,
+) -> FeedService {
     let service = feed::service(source);
     Arc::new(move |request| {
         let service = service.clone();
@@ -152,9 +162,15 @@ pub fn service(source: Arc<dyn FeedSource>, runtime: tokio::runtime::Handle, dra
                 return gone;
             };
             response.map(|body| {
-                let body = body.map_err(|status| BodyError::new(Flag::LocalReset, format_args!("feed: {status}")));
+                let body = body.map_err(|status| {
+                    BodyError::new(Flag::LocalReset, format_args!("feed: {status}"))
+                });
                 let drained = Box::pin(async move { drain.begun().await });
-                UntilDrain { body: body.boxed_unsync(), drained }.boxed_unsync()
+                UntilDrain {
+                    body: body.boxed_unsync(),
+                    drained,
+                }
+                .boxed_unsync()
             })
         })
     })
@@ -210,7 +226,10 @@ impl Peers {
     /// Nobody yet.
     #[must_use]
     pub fn new(fleet: Arc<Fleet>) -> Self {
-        Self { fleet, tasks: AHashMap::new() }
+        Self {
+            fleet,
+            tasks: AHashMap::new(),
+        }
     }
 
     /// Listens to exactly these; a peer that stays is not disturbed.
@@ -246,7 +265,8 @@ async fn follow_peer(fleet: Arc<Fleet>, address: Address) {
             Ok(Ended::Broke) => pause = RETRY_MIN,
             Err(error) => {
                 tracing::debug!(peer = %address, %error, "feed of a peer ended");
-                metrics::counter!("outrigger_feed_failures_total", "peer" => address.to_string()).increment(1);
+                metrics::counter!("outrigger_feed_failures_total", "peer" => address.to_string())
+                    .increment(1);
             }
         }
         gauge.set(0.0);
@@ -265,9 +285,18 @@ enum Ended {
 }
 
 /// One connection to a peer's feed; an error if it ended before it told anything.
-async fn hear(fleet: &Fleet, source: &Source, address: &Address, gauge: &metrics::Gauge) -> Result<Ended, String> {
-    let uri = format!("http://{address}").parse::<http::Uri>().map_err(|error| error.to_string())?;
-    let mut messages = feed::connect(uri, FeedTimeouts::default()).await.map_err(|error| error.to_string())?;
+async fn hear(
+    fleet: &Fleet,
+    source: &Source,
+    address: &Address,
+    gauge: &metrics::Gauge,
+) -> Result<Ended, String> {
+    let uri = format!("http://{address}")
+        .parse::<http::Uri>()
+        .map_err(|error| error.to_string())?;
+    let mut messages = feed::connect(uri, FeedTimeouts::default())
+        .await
+        .map_err(|error| error.to_string())?;
     tracing::info!(peer = %address, "listening to a peer's feed");
     gauge.set(1.0);
     let mut told = false;
@@ -291,7 +320,11 @@ async fn hear(fleet: &Fleet, source: &Source, address: &Address, gauge: &metrics
             Err(error) => return Err(error.to_string()),
         }
     }
-    if told { Ok(Ended::Broke) } else { Err("it ended before it told anything".into()) }
+    if told {
+        Ok(Ended::Broke)
+    } else {
+        Err("it ended before it told anything".into())
+    }
 }
 
 /// An agent's gRPC feed as a source: reconnects by itself. While the agent cannot be heard its engines' caches count
@@ -300,7 +333,12 @@ pub struct AgentSource(pub http::Uri);
 
 impl FeedSource for AgentSource {
     fn subscribe(&self) -> FeedStream {
-        let hearing = Hearing { uri: self.0.clone(), messages: None, known: AHashMap::new(), queue: VecDeque::new() };
+        let hearing = Hearing {
+            uri: self.0.clone(),
+            messages: None,
+            known: AHashMap::new(),
+            queue: VecDeque::new(),
+        };
         Box::pin(stream::unfold(hearing, Hearing::next))
     }
 }
@@ -345,7 +383,12 @@ impl Hearing {
     fn forget(&mut self) {
         for (engine, epoch) in self.known.drain() {
             let body = FeedBody::Snapshot(KvSnapshot::default());
-            self.queue.push_back(FeedMessage { engine, epoch: epoch ^ 1, seq: 0, body });
+            self.queue.push_back(FeedMessage {
+                engine,
+                epoch: epoch ^ 1,
+                seq: 0,
+                body,
+            });
         }
     }
 }

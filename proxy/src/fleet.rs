@@ -51,11 +51,19 @@ impl Fleet {
     /// Nobody yet.
     #[must_use]
     pub fn new(index: Arc<KvIndex>) -> Arc<Self> {
-        Arc::new(Self { index, known: Mutex::default(), changed: watch::Sender::new(0), overheard: Mutex::default(), wanted: Notify::new() })
+        Arc::new(Self {
+            index,
+            known: Mutex::default(),
+            changed: watch::Sender::new(0),
+            overheard: Mutex::default(),
+            wanted: Notify::new(),
+        })
     }
 
     fn overheard(&self) -> MutexGuard<'_, AHashSet<EngineId>> {
-        self.overheard.lock().unwrap_or_else(PoisonError::into_inner)
+        self.overheard
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Completes when an engine was configured that had been told of before: whoever tells must tell again.
@@ -98,15 +106,31 @@ impl Fleet {
             endpoint.live.store(found.endpoint.live.load_full());
         }
         let before = known.remove(id);
-        let (epoch, heard) = before.map_or_else(Default::default, |found| (found.epoch, found.heard));
-        known.insert(id.clone(), Known { endpoint: endpoint.clone(), source: Source::Local, epoch, heard });
+        let (epoch, heard) =
+            before.map_or_else(Default::default, |found| (found.epoch, found.heard));
+        known.insert(
+            id.clone(),
+            Known {
+                endpoint: endpoint.clone(),
+                source: Source::Local,
+                epoch,
+                heard,
+            },
+        );
         if self.overheard().remove(id) {
             self.wanted.notify_one();
         }
         endpoint
     }
 
-    fn endpoint(&self, id: &EngineId, address: &Address, via: Via, protocol: UpstreamProtocol, weight: u32) -> Arc<Endpoint> {
+    fn endpoint(
+        &self,
+        id: &EngineId,
+        address: &Address,
+        via: Via,
+        protocol: UpstreamProtocol,
+        weight: u32,
+    ) -> Arc<Endpoint> {
         Arc::new(Endpoint {
             id: id.clone(),
             address: address.clone(),
@@ -141,13 +165,25 @@ impl Fleet {
                 self.overheard().insert(message.engine);
                 return true;
             };
-            let endpoint = self.endpoint(&message.engine, address, Via::Peer, UpstreamProtocol::Http2, 1);
-            let entry =
-                Known { endpoint, source: source.clone(), epoch: message.epoch, heard: Continuity::default() };
+            let endpoint = self.endpoint(
+                &message.engine,
+                address,
+                Via::Peer,
+                UpstreamProtocol::Http2,
+                1,
+            );
+            let entry = Known {
+                endpoint,
+                source: source.clone(),
+                epoch: message.epoch,
+                heard: Continuity::default(),
+            };
             known.insert(message.engine.clone(), entry);
             self.changed.send_modify(|count| *count += 1);
         }
-        let Some(entry) = known.get_mut(&message.engine) else { return true };
+        let Some(entry) = known.get_mut(&message.engine) else {
+            return true;
+        };
         if entry.source != *source {
             // Beside us and behind a peer at once: what is beside us knows best. Of two peers, the first.
             // A proxy that is its own peer (one list of peers for all) is such a case, and harmless.
@@ -180,7 +216,11 @@ impl Fleet {
             FeedBody::State(state) => self.take_state(endpoint, state),
             FeedBody::Load(load) => {
                 let known = endpoint.live.load_full();
-                endpoint.live.store(Arc::new(Live { load, load_at: Instant::now(), ..(*known).clone() }));
+                endpoint.live.store(Arc::new(Live {
+                    load,
+                    load_at: Instant::now(),
+                    ..(*known).clone()
+                }));
             }
             FeedBody::Snapshot(snapshot) => {
                 self.index.replace(endpoint.slot, &snapshot);
@@ -216,21 +256,37 @@ impl Fleet {
             self.index.clear(endpoint.slot);
         }
         // Well again, or heard of again: what failed before says nothing about it now.
-        if state.health == Health::Healthy && (known.state.health != Health::Healthy || !known.heard) {
-            endpoint.stats.inhibited_until_ms.store(0, std::sync::atomic::Ordering::Relaxed);
+        if state.health == Health::Healthy
+            && (known.state.health != Health::Healthy || !known.heard)
+        {
+            endpoint
+                .stats
+                .inhibited_until_ms
+                .store(0, std::sync::atomic::Ordering::Relaxed);
         }
-        endpoint.live.store(Arc::new(Live { state: Arc::new(state), heard: true, ..(*known).clone() }));
+        endpoint.live.store(Arc::new(Live {
+            state: Arc::new(state),
+            heard: true,
+            ..(*known).clone()
+        }));
     }
 
     fn forget(&self, endpoint: &Endpoint) {
         let known = endpoint.live.load_full();
-        endpoint.live.store(Arc::new(Live { heard: false, ..(*known).clone() }));
+        endpoint.live.store(Arc::new(Live {
+            heard: false,
+            ..(*known).clone()
+        }));
         self.index.clear(endpoint.slot);
     }
 
     /// A source cannot be heard any more: its engines get no requests until it can.
     pub fn lost(&self, source: &Source) {
-        for known in self.known().values().filter(|known| known.source == *source) {
+        for known in self
+            .known()
+            .values()
+            .filter(|known| known.source == *source)
+        {
             self.forget(&known.endpoint);
         }
     }

@@ -13,9 +13,9 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
 /// Limits of one body; `None` is off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,7 +32,14 @@ pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
         return body;
     }
     let now = Instant::now();
-    Limited { body, limits, begun: now, last: now, timer: None }.boxed_unsync()
+    Limited {
+        body,
+        limits,
+        begun: now,
+        last: now,
+        timer: None,
+    }
+    .boxed_unsync()
 }
 
 struct Limited {
@@ -45,21 +52,30 @@ struct Limited {
 
 impl Limited {
     fn deadline(&self) -> Option<(Instant, Flag)> {
-        let gap = self.limits.gap.map(|gap| (self.last + gap, Flag::StreamIdleTimeout));
-        let total = self.limits.total.map(|total| (self.begun + total, Flag::DurationTimeout));
+        let gap = self
+            .limits
+            .gap
+            .map(|gap| (self.last + gap, Flag::StreamIdleTimeout));
+        let total = self
+            .limits
+            .total
+            .map(|total| (self.begun + total, Flag::DurationTimeout));
         [gap, total].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Ready when a limit is passed.
     fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
         loop {
-            let Some((at, flag)) = self.deadline() else { return Poll::Pending };
+            let Some((at, flag)) = self.deadline() else {
+                return Poll::Pending;
+            };
             if at <= Instant::now() {
                 let text = match flag {
                     Flag::DurationTimeout => "the response took longer than its total limit",
                     _ => "the engine sent nothing for longer than the limit between tokens",
                 };
-                metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str()).increment(1);
+                metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
+                    .increment(1);
                 return Poll::Ready(BodyError::new(flag, text));
             }
             match &mut self.timer {
@@ -67,9 +83,9 @@ impl Limited {
                     if timer.as_mut().poll(cx).is_pending() {
                         return Poll::Pending;
                     }
-                    timer.as_mut().reset(at.into());
+                    timer.as_mut().reset(at);
                 }
-                None => self.timer = Some(Box::pin(tokio::time::sleep_until(at.into()))),
+                None => self.timer = Some(Box::pin(tokio::time::sleep_until(at))),
             }
         }
     }
@@ -132,13 +148,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stall_is_noticed_and_a_live_stream_is_not_cut() {
-        let limits = FlowLimits { gap: Some(Duration::from_millis(30)), total: None };
+        let limits = FlowLimits {
+            gap: Some(Duration::from_millis(30)),
+            total: None,
+        };
         assert_eq!(run(limits).await, (5, Flag::StreamIdleTimeout));
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_total_holds() {
-        let limits = FlowLimits { gap: Some(Duration::from_secs(1)), total: Some(Duration::from_millis(35)) };
+        let limits = FlowLimits {
+            gap: Some(Duration::from_secs(1)),
+            total: Some(Duration::from_millis(35)),
+        };
         assert_eq!(run(limits).await, (3, Flag::DurationTimeout));
     }
 }

@@ -76,7 +76,9 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove(PROXY_CONNECTION);
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::UPGRADE);
-    let trailers = headers.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    let trailers = headers
+        .get(header::TE)
+        .is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
     if !trailers {
         headers.remove(header::TE);
     }
@@ -90,7 +92,10 @@ fn strip_named_by_connection(headers: &mut HeaderMap) {
     }
     for name in named {
         // `te` has its own rule; a client must not have us drop what frames or addresses the message.
-        if !matches!(name, header::TE | header::HOST | header::CONTENT_LENGTH | header::AUTHORIZATION) {
+        if !matches!(
+            name,
+            header::TE | header::HOST | header::CONTENT_LENGTH | header::AUTHORIZATION
+        ) {
             headers.remove(name);
         }
     }
@@ -108,7 +113,9 @@ pub(crate) enum Upgrade {
 
 /// Judges an upgrade; `h2c` is taken off, as Envoy does.
 pub(crate) fn upgrade(headers: &mut HeaderMap) -> Upgrade {
-    let Some(wanted) = headers.get(header::UPGRADE) else { return Upgrade::None };
+    let Some(wanted) = headers.get(header::UPGRADE) else {
+        return Upgrade::None;
+    };
     if wanted.as_bytes().eq_ignore_ascii_case(b"h2c") {
         headers.remove(header::UPGRADE);
         headers.remove(HTTP2_SETTINGS);
@@ -157,14 +164,22 @@ fn push_hex(text: &mut String, byte: u8) {
 
 /// The trace id of a `traceparent`; empty if it is malformed.
 pub(crate) fn trace_id(traceparent: &str) -> &str {
-    traceparent.get(3..35).filter(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit())).unwrap_or_default()
+    traceparent
+        .get(3..35)
+        .filter(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+        .unwrap_or_default()
 }
 
 /// Appends the peer's address to `x-forwarded-for`.
 pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: IpAddr) {
     let mut text = String::with_capacity(16);
     if seen.forwarded_for {
-        text.push_str(headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok()).unwrap_or_default());
+        text.push_str(
+            headers
+                .get(FORWARDED_FOR)
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default(),
+        );
         text.push(',');
     }
     let _ = write!(text, "{}", peer.to_canonical());
@@ -175,11 +190,18 @@ pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: I
 
 /// Adds this proxy to the way of a request; false means it has been here, or has come too far.
 pub(crate) fn append_via(headers: &mut HeaderMap, node: &str) -> bool {
-    let known = headers.get(VIA).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let known = headers
+        .get(VIA)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     if known.split(',').any(|id| id == node) || known.split(',').count() > HOPS_MAX {
         return false;
     }
-    let text = if known.is_empty() { node.to_owned() } else { format!("{known},{node}") };
+    let text = if known.is_empty() {
+        node.to_owned()
+    } else {
+        format!("{known},{node}")
+    };
     if let Ok(value) = HeaderValue::from_str(&text) {
         headers.insert(VIA, value);
     }

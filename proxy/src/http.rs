@@ -13,7 +13,9 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
+};
 use hyper::body::Incoming;
 use outrigger_filters::{
     body::{RequestBody, ResponseBody},
@@ -81,26 +83,35 @@ impl Manager {
         let (mut parts, body) = request.into_parts();
         let mut record = Record::begin(self, &parts, *connection);
         count_request(&self.stats, parts.version);
-        let mut context = Context { debug: parts.headers.contains_key(headers::DEBUG), attempt: 1, ..Context::default() };
-        let (response, shape, limits) = match self.prepare(&mut parts, &mut record, &mut context, &config, connection) {
-            Err(error) => {
-                // Refused, but still in the form that clients of this route read.
-                let openai = config.route(&parts).is_some_and(|route| route.openai);
-                (Err(error), Shape::of(&record.path, &parts.headers, openai), FlowLimits::default())
-            }
-            Ok(()) => match config.route(&parts) {
-                None => {
-                    let shape = Shape::of(&record.path, &parts.headers, false);
-                    (Err(no_route()), shape, FlowLimits::default())
-                }
-                Some(route) => {
-                    let shape = Shape::of(&record.path, &parts.headers, route.openai);
-                    record.captured = record.logs.capture(&parts);
-                    let response = self.run(route, parts, body, &mut context, shape).await;
-                    (response, shape, limits(&config, &context))
-                }
-            },
+        let mut context = Context {
+            debug: parts.headers.contains_key(headers::DEBUG),
+            attempt: 1,
+            ..Context::default()
         };
+        let (response, shape, limits) =
+            match self.prepare(&mut parts, &mut record, &mut context, &config, connection) {
+                Err(error) => {
+                    // Refused, but still in the form that clients of this route read.
+                    let openai = config.route(&parts).is_some_and(|route| route.openai);
+                    (
+                        Err(error),
+                        Shape::of(&record.path, &parts.headers, openai),
+                        FlowLimits::default(),
+                    )
+                }
+                Ok(()) => match config.route(&parts) {
+                    None => {
+                        let shape = Shape::of(&record.path, &parts.headers, false);
+                        (Err(no_route()), shape, FlowLimits::default())
+                    }
+                    Some(route) => {
+                        let shape = Shape::of(&record.path, &parts.headers, route.openai);
+                        record.captured = record.logs.capture(&parts);
+                        let response = self.run(route, parts, body, &mut context, shape).await;
+                        (response, shape, limits(&config, &context))
+                    }
+                },
+            };
         self.finish(response, record, context, shape, limits, config.inbound)
     }
 
@@ -118,7 +129,11 @@ impl Manager {
         let fields = &mut parts.headers;
         let refused = seen.upgrade && headers::upgrade(fields) == Upgrade::Refused;
         if refused || parts.method == Method::CONNECT {
-            return Err(client_error(StatusCode::FORBIDDEN, "upgrade_failed", "this proxy does not upgrade connections"));
+            return Err(client_error(
+                StatusCode::FORBIDDEN,
+                "upgrade_failed",
+                "this proxy does not upgrade connections",
+            ));
         }
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(fields);
@@ -128,7 +143,9 @@ impl Manager {
             fields.remove(header::EXPECT);
         }
         if config.inbound {
-            context.named = fields.get(attempt::ENDPOINT_HEADER).and_then(|id| Some(EngineId::from(id.to_str().ok()?)));
+            context.named = fields
+                .get(attempt::ENDPOINT_HEADER)
+                .and_then(|id| Some(EngineId::from(id.to_str().ok()?)));
             context.prompt = attempt::told(fields);
             context.told_hit_tokens = attempt::told_hits(fields);
         } else if !seen.via {
@@ -154,11 +171,19 @@ impl Manager {
     }
 
     /// Request and trace ids: kept, or made.
-    fn identify(&self, fields: &mut HeaderMap, seen: &Seen, record: &mut Record, config: &HttpConfig) {
+    fn identify(
+        &self,
+        fields: &mut HeaderMap,
+        seen: &Seen,
+        record: &mut Record,
+        config: &HttpConfig,
+    ) {
         let manager = &config.manager;
         let at_edge = manager.use_remote_address && !config.inbound;
         let keep = manager.preserve_external_request_id || !at_edge;
-        let known = (seen.request_id && keep).then(|| fields.get(headers::REQUEST_ID)?.to_str().ok()).flatten();
+        let known = (seen.request_id && keep)
+            .then(|| fields.get(headers::REQUEST_ID)?.to_str().ok())
+            .flatten();
         record.request_id = match known {
             Some(id) => id.into(),
             None if manager.generate_request_id => {
@@ -171,7 +196,10 @@ impl Manager {
             }
             None => Arc::default(),
         };
-        let known = seen.traceparent.then(|| fields.get(headers::TRACEPARENT)?.to_str().ok()).flatten();
+        let known = seen
+            .traceparent
+            .then(|| fields.get(headers::TRACEPARENT)?.to_str().ok())
+            .flatten();
         record.trace_id = match known.map(headers::trace_id).filter(|id| !id.is_empty()) {
             Some(id) => id.into(),
             None => {
@@ -199,7 +227,11 @@ impl Manager {
                 self.stats.rq_direct_response.increment(1);
                 Ok(local_reply::direct(*status, body, shape))
             }
-            Target::Chain { filters, facts, prefix_rewrite } => {
+            Target::Chain {
+                filters,
+                facts,
+                prefix_rewrite,
+            } => {
                 context.route = facts.clone();
                 if let Some((from, to)) = prefix_rewrite {
                     rewrite(&mut parts, from, to)?;
@@ -232,12 +264,18 @@ impl Manager {
         if !seen.server {
             parts.headers.insert(header::SERVER, SERVER);
         }
-        record.logs.capture_response(&parts.headers, &mut record.captured);
+        record
+            .logs
+            .capture_response(&parts.headers, &mut record.captured);
         record.code = parts.status.as_u16();
         record.head_sent = record.started.elapsed();
         record.route = context.route.clone();
         // The entry proxy speaks to the client; a peer must see the break itself.
-        let farewell = if inbound { outrigger_filters::sse::Farewell::Abort } else { shape.farewell() };
+        let farewell = if inbound {
+            outrigger_filters::sse::Farewell::Abort
+        } else {
+            shape.farewell()
+        };
         let observers = std::mem::take(&mut context.observers);
         let on_end = Box::new(move |summary: Summary| record.end(summary));
         let body = flow::limit(body, limits);
@@ -245,7 +283,13 @@ impl Manager {
         Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
     }
 
-    fn local_reply(&self, error: &Error, shape: Shape, log: &mut LogFields, inbound: bool) -> Response<ResponseBody> {
+    fn local_reply(
+        &self,
+        error: &Error,
+        shape: Shape,
+        log: &mut LogFields,
+        inbound: bool,
+    ) -> Response<ResponseBody> {
         log.flags.push(error.flag);
         log.details = error.details.to_string();
         tracing::debug!(%error, "local reply");
@@ -263,7 +307,9 @@ impl Manager {
                 Retry::NothingReceived => Some("nothing-received"),
             };
             if let Some(retry) = retry {
-                response.headers_mut().insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
+                response
+                    .headers_mut()
+                    .insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
             }
         }
         response
@@ -272,25 +318,47 @@ impl Manager {
 
 fn count_request(stats: &HttpStats, version: Version) {
     stats.downstream_rq_total.increment(1);
-    if version == Version::HTTP_2 { &stats.downstream_rq_http2_total } else { &stats.downstream_rq_http1_total }.increment(1);
+    if version == Version::HTTP_2 {
+        &stats.downstream_rq_http2_total
+    } else {
+        &stats.downstream_rq_http1_total
+    }
+    .increment(1);
 }
 
 fn check_head(parts: &Parts, seen: &Seen, config: &HttpConfig) -> Result<(), Error> {
     if parts.version < Version::HTTP_11 {
-        return Err(client_error(StatusCode::UPGRADE_REQUIRED, "low_version", "Upgrade Required"));
+        return Err(client_error(
+            StatusCode::UPGRADE_REQUIRED,
+            "low_version",
+            "Upgrade Required",
+        ));
     }
     if parts.version == Version::HTTP_11 && seen.hosts == 0 && parts.uri.authority().is_none() {
-        return Err(client_error(StatusCode::BAD_REQUEST, "missing_host_header", "Bad Request"));
+        return Err(client_error(
+            StatusCode::BAD_REQUEST,
+            "missing_host_header",
+            "Bad Request",
+        ));
     }
     if seen.hosts > 1 {
-        return Err(client_error(StatusCode::BAD_REQUEST, "http1.multiple_hosts", "Bad Request"));
+        return Err(client_error(
+            StatusCode::BAD_REQUEST,
+            "http1.multiple_hosts",
+            "Bad Request",
+        ));
     }
     // Only what we decode ourselves may frame a message; anything else could end elsewhere for the next reader.
     let codings = || parts.headers.get_all(header::TRANSFER_ENCODING).iter();
     if seen.transfer_encoding
-        && (codings().count() > 1 || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")))
+        && (codings().count() > 1
+            || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")))
     {
-        return Err(client_error(StatusCode::BAD_REQUEST, "http1.invalid_transfer_encoding", "Bad Request"));
+        return Err(client_error(
+            StatusCode::BAD_REQUEST,
+            "http1.invalid_transfer_encoding",
+            "Bad Request",
+        ));
     }
     if seen.bytes > config.manager.max_request_headers_kb as usize * 1024 {
         return Err(client_error(
@@ -313,30 +381,51 @@ fn looped() -> Error {
 }
 
 fn client_error(status: StatusCode, details: &'static str, message: &'static str) -> Error {
-    Error::new(Origin::Downstream, Flag::DownstreamProtocolError, status, details, message)
+    Error::new(
+        Origin::Downstream,
+        Flag::DownstreamProtocolError,
+        status,
+        details,
+        message,
+    )
 }
 
 fn no_route() -> Error {
-    Error::new(Origin::Downstream, Flag::NoRouteFound, StatusCode::NOT_FOUND, "route_not_found", "")
+    Error::new(
+        Origin::Downstream,
+        Flag::NoRouteFound,
+        StatusCode::NOT_FOUND,
+        "route_not_found",
+        "",
+    )
 }
 
 fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {
-    let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    let path = parts
+        .uri
+        .path_and_query()
+        .map_or("/", http::uri::PathAndQuery::as_str);
     let rest = path.get(from.len()..).unwrap_or_default();
     let path = format!("{to}{rest}");
     let mut uri = parts.uri.clone().into_parts();
     uri.path_and_query = path.parse().ok();
-    parts.uri = http::Uri::from_parts(uri)
-        .map_err(|_| client_error(StatusCode::BAD_REQUEST, "path_normalization_failed", "Bad Request"))?;
+    parts.uri = http::Uri::from_parts(uri).map_err(|_| {
+        client_error(
+            StatusCode::BAD_REQUEST,
+            "path_normalization_failed",
+            "Bad Request",
+        )
+    })?;
     Ok(())
 }
 
 /// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
 fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
     match &context.openai {
-        Some(openai) if openai.is_generation() => {
-            FlowLimits { gap: openai.limits.inter_token_timeout, total: openai.limits.total_timeout }
-        }
+        Some(openai) if openai.is_generation() => FlowLimits {
+            gap: openai.limits.inter_token_timeout,
+            total: openai.limits.total_timeout,
+        },
         _ => FlowLimits {
             gap: Some(config.manager.stream_idle_timeout).filter(|gap| !gap.is_zero()),
             total: context.route.timeout.filter(|total| !total.is_zero()),
@@ -367,7 +456,10 @@ struct Record {
 
 impl Record {
     fn begin(manager: &Manager, parts: &Parts, connection: ConnectionInfo) -> Self {
-        let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let length = parts
+            .headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse().ok());
         manager.stats.downstream_rq_active.increment(1.0);
         Self {
             logs: manager.logs.load_full(),
@@ -377,7 +469,10 @@ impl Record {
             started: Instant::now(),
             head_sent: Duration::ZERO,
             method: parts.method.clone(),
-            path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
+            path: parts
+                .uri
+                .path_and_query()
+                .map_or_else(String::new, ToString::to_string),
             authority: route::authority(&parts.uri, &parts.headers).to_owned(),
             protocol: parts.version,
             code: 0,
@@ -393,7 +488,10 @@ impl Record {
     fn end(mut self, mut summary: Summary) {
         self.ended = true;
         if summary.end == End::ClientGone {
-            summary.log.flags.push(Flag::DownstreamConnectionTermination);
+            summary
+                .log
+                .flags
+                .push(Flag::DownstreamConnectionTermination);
             if summary.log.details.is_empty() {
                 summary.log.details = "downstream_remote_disconnect".into();
             }
@@ -446,7 +544,13 @@ impl Drop for Record {
             let mut log = LogFields::default();
             log.flags.push(Flag::DownstreamConnectionTermination);
             log.details = "downstream_remote_disconnect".into();
-            let summary = Summary { end: End::ClientGone, bytes: 0, first_byte: None, gap_p99: None, log };
+            let summary = Summary {
+                end: End::ClientGone,
+                bytes: 0,
+                first_byte: None,
+                gap_p99: None,
+                log,
+            };
             self.close(&summary);
         }
     }

@@ -5,7 +5,10 @@
 
 use ahash::AHashMap;
 use outrigger_filters::endpoints::Want;
-use outrigger_xds::{block_hash::BlockHash, report::{EngineId, Load}};
+use outrigger_xds::{
+    block_hash::BlockHash,
+    report::{EngineId, Load},
+};
 use std::sync::{
     Arc, Mutex, PoisonError,
     atomic::{AtomicU64, Ordering::Relaxed},
@@ -36,7 +39,12 @@ impl Ledger {
         let (changes, queue) = mpsc::channel(QUEUE_CHANGES_MAX);
         let blocks = Arc::new(AtomicU64::new(0));
         tokio::spawn(keep_table(queue, blocks.clone()));
-        Arc::new(Self { requests: AtomicU64::new(0), prefill_tokens: AtomicU64::new(0), blocks, changes })
+        Arc::new(Self {
+            requests: AtomicU64::new(0),
+            prefill_tokens: AtomicU64::new(0),
+            blocks,
+            changes,
+        })
     }
 
     /// Enters one request.
@@ -45,11 +53,19 @@ impl Ledger {
         let prefill = want.prompt_tokens.saturating_sub(want.hit_tokens);
         self.requests.fetch_add(1, Relaxed);
         self.prefill_tokens.fetch_add(prefill, Relaxed);
-        let told = !want.blocks.is_empty() && self.changes.try_send(Change::Begin(want.blocks.clone())).is_ok();
+        let told = !want.blocks.is_empty()
+            && self
+                .changes
+                .try_send(Change::Begin(want.blocks.clone()))
+                .is_ok();
         if !told && !want.blocks.is_empty() {
             metrics::counter!("outrigger_ledger_overflow_total").increment(1);
         }
-        Entered { ledger: self.clone(), prefill, blocks: told.then(|| want.blocks.clone()) }
+        Entered {
+            ledger: self.clone(),
+            prefill,
+            blocks: told.then(|| want.blocks.clone()),
+        }
     }
 
     /// Its part of a load report.
@@ -80,8 +96,12 @@ impl Drop for Entered {
     fn drop(&mut self) {
         self.first_byte();
         self.ledger.requests.fetch_sub(1, Relaxed);
-        let Some(blocks) = self.blocks.take() else { return };
-        if let Err(mpsc::error::TrySendError::Full(change)) = self.ledger.changes.try_send(Change::End(blocks)) {
+        let Some(blocks) = self.blocks.take() else {
+            return;
+        };
+        if let Err(mpsc::error::TrySendError::Full(change)) =
+            self.ledger.changes.try_send(Change::End(blocks))
+        {
             // What was begun must be ended, or the account would grow for ever.
             let changes = self.ledger.changes.clone();
             tokio::spawn(async move { changes.send(change).await });
@@ -122,8 +142,14 @@ pub struct Ledgers {
 impl Ledgers {
     /// The account of an engine, opened if it has none. Not for the request path.
     pub fn open(&self, engine: &EngineId) -> Arc<Ledger> {
-        let mut by_engine = self.by_engine.lock().unwrap_or_else(PoisonError::into_inner);
-        by_engine.entry(engine.clone()).or_insert_with(Ledger::new).clone()
+        let mut by_engine = self
+            .by_engine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        by_engine
+            .entry(engine.clone())
+            .or_insert_with(Ledger::new)
+            .clone()
     }
 }
 
@@ -132,7 +158,11 @@ mod tests {
     use super::*;
 
     fn want(tokens: u64, hits: u64, blocks: &[u64]) -> Want {
-        Want { prompt_tokens: tokens, hit_tokens: hits, blocks: blocks.into() }
+        Want {
+            prompt_tokens: tokens,
+            hit_tokens: hits,
+            blocks: blocks.into(),
+        }
     }
 
     async fn load(ledger: &Ledger) -> (u64, u64, u64) {
@@ -141,7 +171,11 @@ mod tests {
         }
         let mut load = Load::default();
         ledger.fill(&mut load);
-        (load.active_requests, load.active_prefill_tokens, load.active_blocks)
+        (
+            load.active_requests,
+            load.active_prefill_tokens,
+            load.active_blocks,
+        )
     }
 
     #[tokio::test]

@@ -20,9 +20,11 @@ pub mod ledger;
 pub mod listener;
 pub mod metrics;
 pub mod options;
+pub mod process;
 pub mod route;
 pub mod run;
 pub mod snapshot;
 pub mod upstream;
 
-pub use run::{Proxy, run};
+pub use process::run;
+pub use run::Proxy;

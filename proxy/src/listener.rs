@@ -1,6 +1,11 @@
 //! Sockets that accept: one per worker with SO_REUSEPORT, bound before anything runs.
 
-use crate::{codec, drain::Drain, http::{ConnectionInfo, Manager}, metrics::ListenerStats};
+use crate::{
+    codec,
+    drain::Drain,
+    http::{ConnectionInfo, Manager},
+    metrics::ListenerStats,
+};
 use outrigger_xds::resource::listener::Listener;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
@@ -36,7 +41,12 @@ pub struct Bound {
 /// The address does not resolve or cannot be bound; the text names listener and address.
 pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
     let wanted = &listener.address;
-    let explain = |error: io::Error| format!("listener '{}': cannot bind {wanted}: {error}", listener.name);
+    let explain = |error: io::Error| {
+        format!(
+            "listener '{}': cannot bind {wanted}: {error}",
+            listener.name
+        )
+    };
     let mut address = (wanted.host.as_str(), wanted.port)
         .to_socket_addrs()
         .map_err(explain)?
@@ -52,11 +62,19 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
         address = socket.local_addr().map_err(explain)?;
         sockets.push(socket);
     }
-    Ok(Bound { name: listener.name.clone(), address, sockets })
+    Ok(Bound {
+        name: listener.name.clone(),
+        address,
+        sockets,
+    })
 }
 
 fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::net::TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
     socket.set_reuse_address(true)?;
     if listen {
         socket.set_reuse_port(true)?;

@@ -1,10 +1,7 @@
 //! The command line: what was typed, and what it means as resources.
 
 use clap::Parser;
-use outrigger_xds::{
-    report::Role,
-    resource::endpoint::Address,
-};
+use outrigger_xds::{report::Role, resource::endpoint::Address};
 use std::{path::PathBuf, time::Duration};
 
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
@@ -138,7 +135,11 @@ pub fn engine(text: &str) -> Result<EngineOption, String> {
             "role=both" => Role::Both,
             "role=prefill" => Role::Prefill,
             "role=decode" => Role::Decode,
-            other => return Err(format!("--engine {text}: '{other}' is not role=prefill, role=decode or role=both")),
+            other => {
+                return Err(format!(
+                    "--engine {text}: '{other}' is not role=prefill, role=decode or role=both"
+                ));
+            }
         };
     }
     Ok(EngineOption { address, role })
@@ -149,18 +150,33 @@ pub fn engine(text: &str) -> Result<EngineOption, String> {
 /// # Errors
 /// Says what is wrong with it.
 pub fn url(text: &str, flag: &str) -> Result<Address, String> {
-    let uri: http::Uri = text.parse().map_err(|error| format!("{flag} {text}: {error}"))?;
+    let uri: http::Uri = text
+        .parse()
+        .map_err(|error| format!("{flag} {text}: {error}"))?;
     match uri.scheme_str() {
         Some("http") => {}
-        Some("https") => return Err(format!("{flag} {text}: TLS to upstreams is not supported yet")),
+        Some("https") => {
+            return Err(format!(
+                "{flag} {text}: TLS to upstreams is not supported yet"
+            ));
+        }
         _ => return Err(format!("{flag} {text}: must begin with http://")),
     }
     if !matches!(uri.path(), "" | "/") {
         return Err(format!("{flag} {text}: a path is not possible here"));
     }
-    let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| format!("{flag} {text}: no host"))?;
-    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-    Ok(Address { host, port: uri.port_u16().unwrap_or(80) })
+    let host = uri
+        .host()
+        .filter(|host| !host.is_empty())
+        .ok_or_else(|| format!("{flag} {text}: no host"))?;
+    let host = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    Ok(Address {
+        host,
+        port: uri.port_u16().unwrap_or(80),
+    })
 }
 
 /// Reads `HOST:PORT` to listen on; `:PORT` is all interfaces.
@@ -168,11 +184,18 @@ pub fn url(text: &str, flag: &str) -> Result<Address, String> {
 /// # Errors
 /// Says what is wrong with it.
 pub fn listen(text: &str, flag: &str) -> Result<Address, String> {
-    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("{flag} {text}: must be HOST:PORT"))?;
-    let port = port.parse().map_err(|_| format!("{flag} {text}: '{port}' is not a port"))?;
+    let (host, port) = text
+        .rsplit_once(':')
+        .ok_or_else(|| format!("{flag} {text}: must be HOST:PORT"))?;
+    let port = port
+        .parse()
+        .map_err(|_| format!("{flag} {text}: '{port}' is not a port"))?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let host = if host.is_empty() { "0.0.0.0" } else { host };
-    Ok(Address { host: host.to_owned(), port })
+    Ok(Address {
+        host: host.to_owned(),
+        port,
+    })
 }
 
 #[cfg(test)]
@@ -182,7 +205,10 @@ mod tests {
     #[test]
     fn engines_are_read_or_refused_with_a_reason() {
         let read = engine("http://[::1]:8000/;role=prefill").unwrap();
-        assert_eq!((read.address.host.as_str(), read.address.port, read.role), ("::1", 8000, Role::Prefill));
+        assert_eq!(
+            (read.address.host.as_str(), read.address.port, read.role),
+            ("::1", 8000, Role::Prefill)
+        );
         for (text, reason) in [
             ("localhost:8000", "must begin with http://"),
             ("https://a:1", "TLS"),

@@ -1,7 +1,9 @@
 //! Finding the route of a request: virtual host by domain, then the first route that matches.
 
 use http::{HeaderMap, HeaderName, Method, Uri, request::Parts};
-use outrigger_xds::resource::route::{HeaderMatch, HeaderValueMatch, PathMatch, RouteConfiguration, RouteMatch};
+use outrigger_xds::resource::route::{
+    HeaderMatch, HeaderValueMatch, PathMatch, RouteConfiguration, RouteMatch,
+};
 
 /// Index of the virtual host for an authority, in Envoy's order: exact, longest `*.suffix`, longest `prefix.*`, `*`.
 #[must_use]
@@ -15,7 +17,9 @@ pub fn virtual_host(config: &RouteConfiguration, authority: &str) -> Option<usiz
     let mut best: Option<(u8, usize, usize)> = None;
     for (index, host) in config.virtual_hosts.iter().enumerate() {
         for domain in &host.domains {
-            let Some((class, length)) = rank(&domain.to_ascii_lowercase(), &authority) else { continue };
+            let Some((class, length)) = rank(&domain.to_ascii_lowercase(), &authority) else {
+                continue;
+            };
             if best.is_none_or(|(known, known_length, _)| (class, length) > (known, known_length)) {
                 best = Some((class, length, index));
             }
@@ -30,10 +34,12 @@ fn rank(domain: &str, authority: &str) -> Option<(u8, usize)> {
         return Some((0, 0));
     }
     if let Some(suffix) = domain.strip_prefix('*') {
-        return (authority.len() > suffix.len() && authority.ends_with(suffix)).then_some((2, suffix.len()));
+        return (authority.len() > suffix.len() && authority.ends_with(suffix))
+            .then_some((2, suffix.len()));
     }
     if let Some(prefix) = domain.strip_suffix('*') {
-        return (authority.len() > prefix.len() && authority.starts_with(prefix)).then_some((1, prefix.len()));
+        return (authority.len() > prefix.len() && authority.starts_with(prefix))
+            .then_some((1, prefix.len()));
     }
     (domain == authority).then_some((3, domain.len()))
 }
@@ -41,13 +47,21 @@ fn rank(domain: &str, authority: &str) -> Option<(u8, usize)> {
 /// Whether a request is one a route is for.
 #[must_use]
 pub fn matches(route: &RouteMatch, parts: &Parts) -> bool {
-    path_matches(route, parts.uri.path()) && route.headers.iter().all(|header| header_matches(header, parts))
+    path_matches(route, parts.uri.path())
+        && route
+            .headers
+            .iter()
+            .all(|header| header_matches(header, parts))
 }
 
 fn path_matches(route: &RouteMatch, path: &str) -> bool {
     let starts = |prefix: &str| {
         path.get(..prefix.len()).is_some_and(|head| {
-            if route.case_sensitive { head == prefix } else { head.eq_ignore_ascii_case(prefix) }
+            if route.case_sensitive {
+                head == prefix
+            } else {
+                head.eq_ignore_ascii_case(prefix)
+            }
         })
     };
     match &route.path {
@@ -72,12 +86,20 @@ fn header_matches(wanted: &HeaderMatch, parts: &Parts) -> bool {
     holds != wanted.invert
 }
 
-fn value_of<'a>(name: &str, method: &'a Method, uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
+fn value_of<'a>(
+    name: &str,
+    method: &'a Method,
+    uri: &'a Uri,
+    headers: &'a HeaderMap,
+) -> Option<&'a str> {
     match name {
         ":method" => Some(method.as_str()),
         ":path" => uri.path_and_query().map(http::uri::PathAndQuery::as_str),
         ":authority" => Some(authority(uri, headers)),
-        _ => headers.get(HeaderName::from_bytes(name.as_bytes()).ok()?)?.to_str().ok(),
+        _ => headers
+            .get(HeaderName::from_bytes(name.as_bytes()).ok()?)?
+            .to_str()
+            .ok(),
     }
 }
 
@@ -85,7 +107,12 @@ fn value_of<'a>(name: &str, method: &'a Method, uri: &'a Uri, headers: &'a Heade
 #[must_use]
 pub fn authority<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> &'a str {
     uri.authority().map_or_else(
-        || headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default(),
+        || {
+            headers
+                .get(http::header::HOST)
+                .and_then(|host| host.to_str().ok())
+                .unwrap_or_default()
+        },
         |authority| authority.as_str(),
     )
 }
@@ -100,12 +127,21 @@ mod tests {
             domains: domains.iter().map(ToString::to_string).collect(),
             ..VirtualHost::default()
         };
-        RouteConfiguration { name: "t".into(), virtual_hosts: hosts.iter().map(host).collect() }
+        RouteConfiguration {
+            name: "t".into(),
+            virtual_hosts: hosts.iter().map(host).collect(),
+        }
     }
 
     #[test]
     fn domains_are_matched_in_envoys_order() {
-        let config = config(&[&["*"], &["foo.*"], &["*.bar.com"], &["*.foo.bar.com"], &["a.foo.bar.com"]]);
+        let config = config(&[
+            &["*"],
+            &["foo.*"],
+            &["*.bar.com"],
+            &["*.foo.bar.com"],
+            &["a.foo.bar.com"],
+        ]);
         for (authority, index) in [
             ("A.foo.bar.com", 4),
             ("b.foo.bar.com", 3),
@@ -121,17 +157,35 @@ mod tests {
     #[test]
     fn paths_and_headers() {
         let check = |path: PathMatch, request: &str| {
-            let route = RouteMatch { path, case_sensitive: true, headers: vec![] };
+            let route = RouteMatch {
+                path,
+                case_sensitive: true,
+                headers: vec![],
+            };
             let (parts, ()) = http::Request::get(request).body(()).unwrap().into_parts();
             matches(&route, &parts)
         };
         assert!(check(PathMatch::Prefix("/v1/".into()), "/v1/chat?x=1"));
         assert!(!check(PathMatch::Path("/v1".into()), "/v1/"));
         assert!(check(PathMatch::Path("/v1".into()), "/v1?x"));
-        assert!(check(PathMatch::PathSeparatedPrefix("/sleep".into()), "/sleep/a"));
-        assert!(!check(PathMatch::PathSeparatedPrefix("/sleep".into()), "/sleepy"));
-        let header = |value, invert| HeaderMatch { name: "x-a".into(), value, invert };
-        let (parts, ()) = http::Request::get("/").header("x-a", "abc").body(()).unwrap().into_parts();
+        assert!(check(
+            PathMatch::PathSeparatedPrefix("/sleep".into()),
+            "/sleep/a"
+        ));
+        assert!(!check(
+            PathMatch::PathSeparatedPrefix("/sleep".into()),
+            "/sleepy"
+        ));
+        let header = |value, invert| HeaderMatch {
+            name: "x-a".into(),
+            value,
+            invert,
+        };
+        let (parts, ()) = http::Request::get("/")
+            .header("x-a", "abc")
+            .body(())
+            .unwrap()
+            .into_parts();
         for (value, invert, expected) in [
             (HeaderValueMatch::Exact("abc".into()), false, true),
             (HeaderValueMatch::Exact("abc".into()), true, false),

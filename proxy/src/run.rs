@@ -1,15 +1,11 @@
-//! From configuration to a running proxy, and to its end.
+//! From a configuration to a running proxy, and to its end.
 //!
 //! N worker threads with a single-threaded runtime each carry traffic; one more runtime carries admin, feeds and
 //! adapters. Everything that can fail to start fails before the first connection is accepted.
 
 use crate::{
     access_log::{AccessLogs, Sinks},
-    admin::{
-        self,
-        logging::{LogFormat, LogHandle},
-    },
-    bootstrap,
+    admin::{self, logging::LogHandle},
     cluster::Clusters,
     drain::Drain,
     engines::{self, Watcher},
@@ -19,12 +15,10 @@ use crate::{
     ledger::Ledgers,
     listener::{self, Bound},
     metrics::{HttpStats, ListenerStats},
-    options::{Mode, Options},
     snapshot,
     upstream::{self, Pools},
 };
 use arc_swap::ArcSwap;
-use clap::Parser;
 use http::HeaderValue;
 use outrigger_filters::{
     kv_index::{self, KvIndex},
@@ -32,7 +26,7 @@ use outrigger_filters::{
     tokens::{Tokenizers, TokenizersConfig},
 };
 use outrigger_xds::{
-    load::{self, Syntax},
+    load,
     resource::{
         bootstrap::Bootstrap,
         listener::{Listener, TrafficDirection},
@@ -40,13 +34,8 @@ use outrigger_xds::{
 };
 use std::{
     collections::HashMap,
-    ffi::OsString,
     net::SocketAddr,
-    process::ExitCode,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::AtomicUsize,
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread,
     time::{Duration, Instant},
 };
@@ -78,7 +67,7 @@ pub struct Proxy {
     /// Begins to end it.
     pub drain: Drain,
     shared: Arc<Shared>,
-    addresses: HashMap<String, SocketAddr>,
+    pub(crate) addresses: HashMap<String, SocketAddr>,
     admin: Option<SocketAddr>,
     /// Ends (without ever saying anything) when the admin's last answer is out.
     admin_ended: std::sync::mpsc::Receiver<()>,
@@ -108,19 +97,33 @@ impl Proxy {
     /// Everything that kept it from starting.
     pub fn start(bootstrap: Bootstrap, settings: Settings) -> Result<Self, Vec<String>> {
         crate::metrics::install();
-        let main = main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
+        let main =
+            main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
         let guard = main.enter();
         let drain = Drain::default();
         let (shared, bound) = assemble(&bootstrap, &settings, main.handle().clone(), &drain)?;
-        let addresses: HashMap<_, _> = bound.iter().map(|bound| (bound.name.clone(), bound.address)).collect();
+        let addresses: HashMap<_, _> = bound
+            .iter()
+            .map(|bound| (bound.name.clone(), bound.address))
+            .collect();
         let (stop, stopped) = watch::channel(false);
         let (ended, admin_ended) = std::sync::mpsc::channel();
-        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, (&stop, ended)).map_err(|error| vec![error])?;
+        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, (&stop, ended))
+            .map_err(|error| vec![error])?;
         start_tasks(&shared);
         let workers = start_workers(bound, settings.concurrency.max(1), &shared, &stopped)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
-        Ok(Self { drain, shared, addresses, admin, admin_ended, stop, workers, main: Some(main) })
+        Ok(Self {
+            drain,
+            shared,
+            addresses,
+            admin,
+            admin_ended,
+            stop,
+            workers,
+            main: Some(main),
+        })
     }
 
     /// Where a listener really listens.
@@ -156,12 +159,34 @@ impl Proxy {
         let deadline = Instant::now() + limit;
         while self.drain.running() > 0 {
             if Instant::now() >= deadline {
-                tracing::warn!(connections = self.drain.running(), "drain time is over, closing what still runs");
+                tracing::warn!(
+                    connections = self.drain.running(),
+                    "drain time is over, closing what still runs"
+                );
                 return false;
             }
             thread::sleep(DRAIN_POLL);
         }
         true
+    }
+
+    /// Waits for SIGTERM, SIGINT or the admin's `/quitquitquit`.
+    pub(crate) fn wait_for_end(&self) -> std::io::Result<()> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut stopped = self.stop.subscribe();
+        self.shared.runtime.block_on(async {
+            let (mut terminate, mut interrupt) = (
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::interrupt())?,
+            );
+            let why = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+                _ = stopped.wait_for(|stop| *stop) => "quitquitquit",
+            };
+            tracing::info!(why, "draining");
+            Ok(())
+        })
     }
 
     /// Ends it at once.
@@ -190,7 +215,7 @@ impl Drop for Proxy {
     }
 }
 
-fn main_runtime() -> std::io::Result<runtime::Runtime> {
+pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
     runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(COMPUTE_THREADS_MAX)
@@ -223,18 +248,26 @@ fn assemble(
     let mut managers = HashMap::new();
     let mut bound = Vec::new();
     for listener in &bootstrap.listeners {
-        let logs = AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
+        let logs =
+            AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
         let manager = Manager {
             config: ArcSwap::new(built[&listener.name].clone()),
             logs: ArcSwap::from_pointee(logs),
             stats: HttpStats::new(&listener.http.stat_prefix),
             node: bootstrap.node.id.as_str().into(),
-            via: HeaderValue::from_str(&bootstrap.node.id)
-                .map_err(|_| vec![format!("node id '{}' cannot be a header value", bootstrap.node.id.escape_debug())])?,
-            feed: (listener.traffic_direction == TrafficDirection::Inbound).then(|| service.clone()),
+            via: HeaderValue::from_str(&bootstrap.node.id).map_err(|_| {
+                vec![format!(
+                    "node id '{}' cannot be a header value",
+                    bootstrap.node.id.escape_debug()
+                )]
+            })?,
+            feed: (listener.traffic_direction == TrafficDirection::Inbound)
+                .then(|| service.clone()),
         };
         managers.insert(listener.name.clone(), Arc::new(manager));
-        bound.push(listener::bind(listener, settings.concurrency.max(1)).map_err(|error| vec![error])?);
+        bound.push(
+            listener::bind(listener, settings.concurrency.max(1)).map_err(|error| vec![error])?,
+        );
     }
     let shared = Arc::new(Shared {
         services,
@@ -259,7 +292,10 @@ impl Shared {
         let (engines, peers) = engines::configured(bootstrap);
         self.clusters.configure(&bootstrap.clusters);
         self.watcher.configure(&engines);
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).configure(&peers);
+        self.peers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .configure(&peers);
         self.bootstrap.store(Arc::new(bootstrap.clone()));
     }
 
@@ -267,15 +303,22 @@ impl Shared {
         let _guard = self.runtime.enter();
         let known = self.bootstrap.load_full();
         let place = |listeners: &[Listener]| -> Vec<_> {
-            listeners.iter().map(|listener| (listener.name.clone(), listener.address.clone())).collect()
+            listeners
+                .iter()
+                .map(|listener| (listener.name.clone(), listener.address.clone()))
+                .collect()
         };
         if place(&known.listeners) != place(&bootstrap.listeners) {
-            return Err(vec!["listeners cannot be added, removed or moved while running (not supported yet)".into()]);
+            return Err(vec![
+                "listeners cannot be added, removed or moved while running (not supported yet)"
+                    .into(),
+            ]);
         }
         let built = snapshot::build(&bootstrap, &self.services)?;
         let mut logs = HashMap::new();
         for listener in &bootstrap.listeners {
-            let log = AccessLogs::new(&listener.http.access_log, &self.sinks).map_err(|error| vec![error])?;
+            let log = AccessLogs::new(&listener.http.access_log, &self.sinks)
+                .map_err(|error| vec![error])?;
             logs.insert(listener.name.clone(), Arc::new(log));
         }
         // Clusters first: a route must never name one that is not there yet.
@@ -291,7 +334,11 @@ impl Shared {
     }
 
     fn state(&self) -> admin::ServerState {
-        if self.drain.has_begun() { admin::ServerState::Draining } else { admin::ServerState::Live }
+        if self.drain.has_begun() {
+            admin::ServerState::Draining
+        } else {
+            admin::ServerState::Live
+        }
     }
 }
 
@@ -322,9 +369,14 @@ fn start_admin(
     addresses: &HashMap<String, SocketAddr>,
     (stop, ended): (&watch::Sender<bool>, std::sync::mpsc::Sender<()>),
 ) -> Result<Option<SocketAddr>, String> {
-    let Some(configured) = &bootstrap.admin else { return Ok(None) };
-    let explain = |error: std::io::Error| format!("admin: cannot bind {}: {error}", configured.address);
-    let socket = std::net::TcpListener::bind((configured.address.host.as_str(), configured.address.port)).map_err(explain)?;
+    let Some(configured) = &bootstrap.admin else {
+        return Ok(None);
+    };
+    let explain =
+        |error: std::io::Error| format!("admin: cannot bind {}: {error}", configured.address);
+    let socket =
+        std::net::TcpListener::bind((configured.address.host.as_str(), configured.address.port))
+            .map_err(explain)?;
     socket.set_nonblocking(true).map_err(explain)?;
     let address = socket.local_addr().map_err(explain)?;
     let socket = tokio::net::TcpListener::from_std(socket).map_err(explain)?;
@@ -346,9 +398,18 @@ fn admin_state(
     addresses: &HashMap<String, SocketAddr>,
     stop: watch::Sender<bool>,
 ) -> admin::AdminState {
-    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) =
-        (shared.clone(), shared.clone(), shared.clone(), shared.clone(), shared.clone(), shared.clone());
-    let mut listeners: Vec<_> = addresses.iter().map(|(name, address)| (name.clone(), *address)).collect();
+    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) = (
+        shared.clone(),
+        shared.clone(),
+        shared.clone(),
+        shared.clone(),
+        shared.clone(),
+        shared.clone(),
+    );
+    let mut listeners: Vec<_> = addresses
+        .iter()
+        .map(|(name, address)| (name.clone(), *address))
+        .collect();
     listeners.sort();
     let node = shared.bootstrap.load().node.clone();
     admin::AdminState {
@@ -387,15 +448,24 @@ fn start_workers(
         let open = Arc::new(AtomicUsize::new(0));
         let manager = &shared.managers[&bound.name];
         for (socket, share) in bound.sockets.into_iter().zip(&mut shares) {
-            share.push(Share { socket, manager: manager.clone(), stats: stats.clone(), open: open.clone() });
+            share.push(Share {
+                socket,
+                manager: manager.clone(),
+                stats: stats.clone(),
+                open: open.clone(),
+            });
         }
     }
     let spawn = |(index, shares): (usize, Vec<Share>)| {
         let (drain, stopped) = (shared.drain.clone(), stopped.clone());
-        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        thread::Builder::new().name(format!("outrigger-w{index}")).spawn(move || {
-            runtime.block_on(work(shares, drain, stopped));
-        })
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        thread::Builder::new()
+            .name(format!("outrigger-w{index}"))
+            .spawn(move || {
+                runtime.block_on(work(shares, drain, stopped));
+            })
     };
     shares.into_iter().enumerate().map(spawn).collect()
 }
@@ -412,7 +482,9 @@ async fn work(shares: Vec<Share>, drain: Drain, mut stopped: watch::Receiver<boo
     for share in shares {
         let drain = drain.clone();
         tokio::spawn(async move {
-            if let Err(error) = listener::accept(share.socket, share.manager, share.stats, share.open, drain).await {
+            if let Err(error) =
+                listener::accept(share.socket, share.manager, share.stats, share.open, drain).await
+            {
                 tracing::error!(%error, "a listener stopped accepting");
             }
         });
@@ -424,169 +496,4 @@ async fn work(shares: Vec<Share>, drain: Drain, mut stopped: watch::Receiver<boo
             _ = tick.tick() => upstream::h1::close_idle(),
         }
     }
-}
-
-/// The whole process: reads the command line, serves until told to end. Exit codes: 0 ended well (or the
-/// configuration is valid), 1 could not start, 2 the command line is wrong.
-#[must_use]
-pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let options = match Options::try_parse_from(arguments) {
-        Ok(options) => options,
-        Err(error) => {
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
-        }
-    };
-    let served = admin::logging::init_tracing(&options.log_level, LogFormat::Text)
-        .map_err(|error| vec![format!("--log-level: {error}")])
-        .and_then(|log| serve(&options, log));
-    match served {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(errors) => {
-            for error in errors {
-                eprintln!("outrigger-proxy: {error}");
-            }
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
-    let Some(path) = &options.config_path else {
-        let bootstrap = bootstrap::from_options(options)?;
-        // The same checks as a file's.
-        return load::bootstrap_from_value(load::bootstrap_to_json(&bootstrap)).map_err(|errors| vec![errors.to_string()]);
-    };
-    let text = std::fs::read_to_string(path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
-    let syntax = if path.extension().is_some_and(|extension| extension == "json") { Syntax::Json } else { Syntax::Yaml };
-    let mut read = load::bootstrap(&text, syntax).map_err(|errors| vec![format!("{}:\n{errors}", path.display())])?;
-    if let Some(node) = &options.node_id {
-        read.node.id.clone_from(node);
-    }
-    if read.node.id.is_empty() {
-        read.node.id = options.node();
-    }
-    Ok(read)
-}
-
-fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
-    if let Some(agent) = &options.agent {
-        let address = crate::options::url(agent, "--agent").map_err(|error| vec![error])?;
-        let uri = format!("http://{address}").parse().map_err(|error| vec![format!("--agent {agent}: {error}")])?;
-        return Ok(Watcher::elsewhere(Arc::new(feed::AgentSource(uri))));
-    }
-    if let Some(nats) = &options.nats {
-        return Watcher::nats(nats).map_err(|error| vec![error]);
-    }
-    let key = match &options.engine_api_key_file {
-        None => None,
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| vec![format!("--engine-api-key-file {}: {error}", path.display())])?;
-            Some(text.trim().to_owned())
-        }
-    };
-    Watcher::embedded(key.as_deref(), options.block_tokens).map_err(|error| vec![error])
-}
-
-fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
-    let bootstrap = resources(options)?;
-    if options.mode == Mode::Validate {
-        return validate(&bootstrap, options);
-    }
-    let concurrency =
-        options.concurrency.unwrap_or_else(|| thread::available_parallelism().map_or(1, std::num::NonZero::get));
-    let watcher = {
-        let main = main_runtime().map_err(|error| vec![error.to_string()])?;
-        let _guard = main.enter();
-        let watcher = watcher(options);
-        main.shutdown_background();
-        watcher?
-    };
-    let command_line = serde_json::json!({
-        "concurrency": concurrency,
-        "config_path": options.config_path,
-        "mode": "Serve",
-        "drain_time": format!("{}s", options.drain_time_s),
-        "service_node": bootstrap.node.id,
-        "engine": options.engine,
-        "peer": options.peer,
-    });
-    let proxy = Proxy::start(bootstrap, Settings { concurrency, watcher, command_line, log: Some(log) })?;
-    announce(&proxy);
-    tell_admin_address(&proxy, options)?;
-    wait_for_end(&proxy).map_err(|error| vec![error.to_string()])?;
-    proxy.drain(options.drain_time());
-    proxy.stop();
-    Ok(())
-}
-
-fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>> {
-    check(bootstrap)?;
-    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
-    let _guard = main.enter();
-    watcher(options)?;
-    println!("configuration is valid: {} listeners, {} clusters", bootstrap.listeners.len(), bootstrap.clusters.len());
-    Ok(())
-}
-
-/// Checks what starting would check, short of binding sockets.
-///
-/// # Errors
-/// Everything that is wrong.
-pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
-    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
-    let _guard = main.enter();
-    let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
-    let clusters = Clusters::new(Fleet::new(index.clone()), Arc::default());
-    let services = Services {
-        endpoints: clusters,
-        upstream: Arc::new(Pools),
-        kv_index: index,
-        tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
-        compute: main.handle().clone(),
-    };
-    snapshot::build(bootstrap, &services)?;
-    let sinks = Sinks::default();
-    for listener in &bootstrap.listeners {
-        AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
-    }
-    Ok(())
-}
-
-fn announce(proxy: &Proxy) {
-    let mut names: Vec<_> = proxy.addresses.iter().collect();
-    names.sort();
-    for (name, address) in names {
-        tracing::info!(listener = name, %address, "listening");
-    }
-    if let Some(address) = proxy.admin {
-        tracing::info!(%address, "admin");
-    }
-}
-
-/// `--admin-address-path`, as Envoy's.
-fn tell_admin_address(proxy: &Proxy, options: &Options) -> Result<(), Vec<String>> {
-    let (Some(path), Some(address)) = (&options.admin_address_path, proxy.admin) else { return Ok(()) };
-    // A reader must never see half of it.
-    let half = path.with_extension("part");
-    std::fs::write(&half, address.to_string())
-        .and_then(|()| std::fs::rename(&half, path))
-        .map_err(|error| vec![format!("--admin-address-path {}: {error}", path.display())])
-}
-
-/// Waits for SIGTERM, SIGINT or the admin's `/quitquitquit`.
-fn wait_for_end(proxy: &Proxy) -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut stopped = proxy.stop.subscribe();
-    proxy.shared.runtime.block_on(async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let why = tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            _ = stopped.wait_for(|stop| *stop) => "quitquitquit",
-        };
-        tracing::info!(why, "draining");
-        Ok(())
-    })
 }

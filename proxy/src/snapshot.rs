@@ -71,12 +71,23 @@ impl HttpConfig {
             for (index, route) in host.routes.iter().enumerate() {
                 match build_route(manager, host, route, inbound, clusters, services) {
                     Ok(route) => routes.push(route),
-                    Err(error) => errors.push(format!("virtual_hosts[{}].routes[{index}]: {error}", host.name)),
+                    Err(error) => errors.push(format!(
+                        "virtual_hosts[{}].routes[{index}]: {error}",
+                        host.name
+                    )),
                 }
             }
             hosts.push(routes);
         }
-        if errors.is_empty() { Ok(Self { manager: manager.clone(), inbound, hosts }) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok(Self {
+                manager: manager.clone(),
+                inbound,
+                hosts,
+            })
+        } else {
+            Err(errors)
+        }
     }
 
     /// The route of a request.
@@ -84,7 +95,9 @@ impl HttpConfig {
     pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
         let authority = route::authority(&parts.uri, &parts.headers);
         let host = route::virtual_host(&self.manager.route_config, authority)?;
-        self.hosts[host].iter().find(|route| route::matches(&route.r#match, parts))
+        self.hosts[host]
+            .iter()
+            .find(|route| route::matches(&route.r#match, parts))
     }
 }
 
@@ -99,34 +112,54 @@ fn build_route(
     let chain = chain::build(&manager.http_filters, route, services)?;
     let target = match &route.action {
         Action::DirectResponse { status, body } => Target::Direct {
-            status: http::StatusCode::from_u16(*status).map_err(|_| format!("status {status} is no HTTP status"))?,
+            status: http::StatusCode::from_u16(*status)
+                .map_err(|_| format!("status {status} is no HTTP status"))?,
             body: body.clone(),
         },
         Action::Route(action) => {
-            let cluster =
-                clusters.get(&action.cluster).ok_or_else(|| format!("unknown cluster '{}'", action.cluster))?;
+            let cluster = clusters
+                .get(&action.cluster)
+                .ok_or_else(|| format!("unknown cluster '{}'", action.cluster))?;
             let facts = RouteFacts {
                 name: route.name.as_str().into(),
                 virtual_host: host.name.as_str().into(),
                 cluster: action.cluster.as_str().into(),
                 // Unset stays unset: what applies then depends on the chain.
-                timeout: action.timeout.or_else(|| chain.openai.then_some(Duration::ZERO)),
-                retry_policy: action.retry_policy.clone().or_else(|| host.retry_policy.clone()),
+                timeout: action
+                    .timeout
+                    .or_else(|| chain.openai.then_some(Duration::ZERO)),
+                retry_policy: action
+                    .retry_policy
+                    .clone()
+                    .or_else(|| host.retry_policy.clone()),
                 retry_budget_percent: cluster.circuit_breakers.retry_budget_percent,
                 min_retry_concurrency: cluster.circuit_breakers.min_retry_concurrency,
                 inbound,
             };
-            let prefix_rewrite = action.prefix_rewrite.as_ref().map(|to| (matched_prefix(&route.r#match), to.clone()));
-            Target::Chain { filters: chain.filters, facts: Arc::new(facts), prefix_rewrite }
+            let prefix_rewrite = action
+                .prefix_rewrite
+                .as_ref()
+                .map(|to| (matched_prefix(&route.r#match), to.clone()));
+            Target::Chain {
+                filters: chain.filters,
+                facts: Arc::new(facts),
+                prefix_rewrite,
+            }
         }
     };
-    Ok(BuiltRoute { r#match: route.r#match.clone(), target, openai: chain.openai })
+    Ok(BuiltRoute {
+        r#match: route.r#match.clone(),
+        target,
+        openai: chain.openai,
+    })
 }
 
 fn matched_prefix(route: &RouteMatch) -> String {
     use outrigger_xds::resource::route::PathMatch;
     match &route.path {
-        PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => path.clone(),
+        PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => {
+            path.clone()
+        }
     }
 }
 
@@ -134,18 +167,37 @@ fn matched_prefix(route: &RouteMatch) -> String {
 ///
 /// # Errors
 /// Everything that is wrong, each with its place.
-pub fn build(bootstrap: &Bootstrap, services: &Services) -> Result<HashMap<String, Arc<HttpConfig>>, Vec<String>> {
-    let clusters: HashMap<String, Cluster> =
-        bootstrap.clusters.iter().map(|cluster| (cluster.name.clone(), cluster.clone())).collect();
+pub fn build(
+    bootstrap: &Bootstrap,
+    services: &Services,
+) -> Result<HashMap<String, Arc<HttpConfig>>, Vec<String>> {
+    let clusters: HashMap<String, Cluster> = bootstrap
+        .clusters
+        .iter()
+        .map(|cluster| (cluster.name.clone(), cluster.clone()))
+        .collect();
     let mut built = HashMap::new();
     let mut errors = Vec::new();
     for listener in &bootstrap.listeners {
-        match HttpConfig::build(&listener.http, listener.traffic_direction, &clusters, services) {
+        match HttpConfig::build(
+            &listener.http,
+            listener.traffic_direction,
+            &clusters,
+            services,
+        ) {
             Ok(http) => {
                 built.insert(listener.name.clone(), Arc::new(http));
             }
-            Err(found) => errors.extend(found.into_iter().map(|error| format!("listener '{}': {error}", listener.name))),
+            Err(found) => errors.extend(
+                found
+                    .into_iter()
+                    .map(|error| format!("listener '{}': {error}", listener.name)),
+            ),
         }
     }
-    if errors.is_empty() { Ok(built) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok(built)
+    } else {
+        Err(errors)
+    }
 }

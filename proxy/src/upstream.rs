@@ -75,9 +75,17 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
         .cloned()
         .or_else(|| host.and_then(|host| host.to_str().ok()?.parse().ok()))
         .or_else(|| endpoint.address.to_string().parse().ok());
-    let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let path = request
+        .uri()
+        .path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"));
     if let Some(authority) = authority {
-        let built = Uri::builder().scheme("http").authority(authority).path_and_query(path).build();
+        let built = Uri::builder()
+            .scheme("http")
+            .authority(authority)
+            .path_and_query(path)
+            .build();
         if let Ok(uri) = built {
             *request.uri_mut() = uri;
         }
@@ -89,10 +97,18 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
 fn classify(error: &hyper::Error) -> Error {
     if error.is_canceled() || error.is_closed() {
         // The dispatcher had not begun to write it.
-        return Error::upstream_reset(Flag::UpstreamConnectionFailure, "connection termination", Retry::NothingSent);
+        return Error::upstream_reset(
+            Flag::UpstreamConnectionFailure,
+            "connection termination",
+            Retry::NothingSent,
+        );
     }
     if error.is_parse() {
-        return Error::upstream_reset(Flag::UpstreamProtocolError, "protocol error", Retry::NothingReceived);
+        return Error::upstream_reset(
+            Flag::UpstreamProtocolError,
+            "protocol error",
+            Retry::NothingReceived,
+        );
     }
     if caused_by_client(error) {
         return Error::downstream_gone("the request body ended early");
@@ -104,7 +120,11 @@ fn classify(error: &hyper::Error) -> Error {
             Retry::NothingReceived,
         );
     }
-    Error::upstream_reset(Flag::UpstreamRemoteReset, "remote reset", Retry::NothingReceived)
+    Error::upstream_reset(
+        Flag::UpstreamRemoteReset,
+        "remote reset",
+        Retry::NothingReceived,
+    )
 }
 
 /// The request body failed, not the upstream: the client's fault.
@@ -128,5 +148,8 @@ fn classify_body(error: &hyper::Error) -> outrigger_filters::body::BodyError {
     } else {
         Flag::UpstreamRemoteReset
     };
-    outrigger_filters::body::BodyError::new(flag, format_args!("the engine's response broke off: {error}"))
+    outrigger_filters::body::BodyError::new(
+        flag,
+        format_args!("the engine's response broke off: {error}"),
+    )
 }

@@ -20,7 +20,10 @@ use std::{
 };
 
 /// Fast engines, so that the check takes seconds; slow enough that streams can be cut.
-const SPEED: Speed = Speed { prefill_tokens_per_s: 50_000, decode_itl_ms: 2.0 };
+const SPEED: Speed = Speed {
+    prefill_tokens_per_s: 50_000,
+    decode_itl_ms: 2.0,
+};
 const CONVERSATIONS: usize = 12;
 const TURNS: usize = 4;
 /// Clients at once.
@@ -44,7 +47,11 @@ pub(super) async fn run(seed: u64) -> bool {
     match tokio::time::timeout(CHECK_LIMIT, stages(&mut report, seed)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => report.expect("the demo runs", false, format!("{error:#}")),
-        Err(_) => report.expect("the check ends", false, format!("not within {CHECK_LIMIT:?}")),
+        Err(_) => report.expect(
+            "the check ends",
+            false,
+            format!("not within {CHECK_LIMIT:?}"),
+        ),
     }
     report.conclude()
 }
@@ -77,23 +84,46 @@ pub(super) struct Turn {
 /// Sends a request to a proxy; what is wrong with the answer if it is not whole.
 pub(super) async fn send(fleet: &Fleet, entry: usize, ask: &Ask) -> Result<Turn, String> {
     let address = fleet.proxies[entry].outbound;
-    let reply = exchange::post(address, ask.path, &ask.body, &Flight::default(), REQUEST_LIMIT).await;
+    let reply = exchange::post(
+        address,
+        ask.path,
+        &ask.body,
+        &Flight::default(),
+        REQUEST_LIMIT,
+    )
+    .await;
     let answer = Generation::of(&reply);
     let served = fleet.served_by(&reply);
-    let (Some(served), 200, true, None) = (served, reply.status, answer.is_whole(), &reply.fault) else {
+    let (Some(served), 200, true, None) = (served, reply.status, answer.is_whole(), &reply.fault)
+    else {
         let text: String = reply.text().chars().take(200).collect();
-        return Err(format!("{} {} {} {text}", reply.status, reply.engine(), reply.fault.as_deref().unwrap_or_default()));
+        return Err(format!(
+            "{} {} {} {text}",
+            reply.status,
+            reply.engine(),
+            reply.fault.as_deref().unwrap_or_default()
+        ));
     };
     let first_s = reply.first.unwrap_or_default().as_secs_f64();
     let (engine, predicted) = (reply.engine().to_owned(), reply.predicted());
-    Ok(Turn { ask: ask.clone(), answer, served, engine, predicted, first_s })
+    Ok(Turn {
+        ask: ask.clone(),
+        answer,
+        served,
+        engine,
+        predicted,
+        first_s,
+    })
 }
 
 /// The engines' own counter of prompt tokens taken from their caches.
 async fn hit_tokens(fleet: &Fleet) -> f64 {
     let mut sum = 0.0;
     for engine in &fleet.engines {
-        sum += engine.metrics().await.sum("vllm:prefix_cache_hits_total", &[]);
+        sum += engine
+            .metrics()
+            .await
+            .sum("vllm:prefix_cache_hits_total", &[]);
     }
     sum
 }
@@ -107,19 +137,31 @@ async fn settled(fleet: &Fleet, held: &Held, names: &[Option<String>]) -> bool {
 }
 
 /// Each request after the events and the load of the one before it have arrived.
-async fn one_at_a_time(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut Held) -> Vec<Turn> {
+async fn one_at_a_time(
+    report: &mut Report,
+    fleet: &Fleet,
+    seed: u64,
+    held: &mut Held,
+) -> Vec<Turn> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut conversations: Vec<_> = (0..CONVERSATIONS).map(|n| Conversation::new(seed, n, ANSWER_TOKENS)).collect();
+    let mut conversations: Vec<_> = (0..CONVERSATIONS)
+        .map(|n| Conversation::new(seed, n, ANSWER_TOKENS))
+        .collect();
     let (mut turns, mut failures) = (Vec::new(), Vec::new());
     let (mut restless, mut busy, mut reusable) = (0, 0, 0);
     let mut names = vec![None; fleet.engines.len()];
     let mut entries = [0_usize; 2];
     let before = hit_tokens(fleet).await;
-    for _ in 0..TURNS {
+    for turn in 0..TURNS {
         let mut order: Vec<usize> = (0..CONVERSATIONS).collect();
         order.shuffle(&mut rng);
         for number in order {
-            let entry = rng.random_range(0..fleet.proxies.len());
+            // Nobody's prefix is anywhere yet in the first round, and idle engines serve what enters beside them.
+            let entry = if turn == 0 {
+                number % 2
+            } else {
+                rng.random_range(0..2)
+            };
             entries[entry] += 1;
             let ask = conversations[number].next(false);
             let sent = Instant::now();
@@ -134,7 +176,8 @@ async fn one_at_a_time(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut
                     turns.push(turn);
                     restless += usize::from(!settled(fleet, held, &names).await);
                     // Its load is told a little later than its events.
-                    let is_idle = wait_until(SETTLE_LIMIT, || fleet.is_told_idle(served, sent)).await;
+                    let is_idle =
+                        wait_until(SETTLE_LIMIT, || fleet.is_told_idle(served, sent)).await;
                     busy += usize::from(is_idle.is_none());
                 }
             }
@@ -142,18 +185,33 @@ async fn one_at_a_time(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut
     }
     let own_hits = hit_tokens(fleet).await - before;
     let all = CONVERSATIONS * TURNS;
-    report.expect("one at a time: every request is answered", turns.len() == all, outcome(turns.len(), all, &failures));
+    report.expect(
+        "one at a time: every request is answered",
+        turns.len() == all,
+        outcome(turns.len(), all, &failures),
+    );
     let what = "one at a time: both indexes hold exactly what requests left on each engine";
-    report.expect(what, restless == 0, format!("{restless} of {all} did not within {SETTLE_LIMIT:?}"));
+    report.expect(
+        what,
+        restless == 0,
+        format!("{restless} of {all} did not within {SETTLE_LIMIT:?}"),
+    );
     let what = "one at a time: both proxies hear that the engine is idle again";
-    report.expect(what, busy == 0, format!("{busy} of {all} did not within {SETTLE_LIMIT:?}"));
+    report.expect(
+        what,
+        busy == 0,
+        format!("{busy} of {all} did not within {SETTLE_LIMIT:?}"),
+    );
     judge_hits(report, &turns, reusable, own_hits);
     judge_spread(report, &turns, entries);
     turns
 }
 
 fn outcome(answered: usize, all: usize, failures: &[String]) -> String {
-    format!("{answered} of {all} {}", failures.first().map_or("", String::as_str))
+    format!(
+        "{answered} of {all} {}",
+        failures.first().map_or("", String::as_str)
+    )
 }
 
 fn judge_hits(report: &mut Report, turns: &[Turn], reusable: usize, own_hits: f64) {
@@ -164,19 +222,42 @@ fn judge_hits(report: &mut Report, turns: &[Turn], reusable: usize, own_hits: f6
         .filter_map(|turn| turn.predicted.zip(turn.answer.cached))
         .map(|((predicted, exact), cached)| (predicted, exact, cached))
         .collect();
-    let right = told.iter().filter(|(predicted, _, cached)| predicted.abs_diff(*cached) <= BLOCK_TOKENS as u64).count();
+    let right = told
+        .iter()
+        .filter(|(predicted, _, cached)| predicted.abs_diff(*cached) <= BLOCK_TOKENS as u64)
+        .count();
     let exact = told.iter().filter(|(_, exact, _)| *exact).count();
-    let what = format!("one at a time: at least {HIT_RATIO_MIN} of reusable tokens come from caches");
-    report.expect(&what, reusable > 0 && ratio >= HIT_RATIO_MIN, format!("{cached} of {reusable}, {ratio:.4}"));
+    let what =
+        format!("one at a time: at least {HIT_RATIO_MIN} of reusable tokens come from caches");
+    report.expect(
+        &what,
+        reusable > 0 && ratio >= HIT_RATIO_MIN,
+        format!("{cached} of {reusable}, {ratio:.4}"),
+    );
     let what = "one at a time: engines counted the same hits as they told clients";
-    report.expect(what, own_hits == cached as f64, format!("{own_hits} and {cached}"));
+    report.expect(
+        what,
+        own_hits == cached as f64,
+        format!("{own_hits} and {cached}"),
+    );
     report.expect(
         "one at a time: 99 % of predictions are right within one block",
-        !told.is_empty() && told.len() == turns.len() && right as f64 >= told.len() as f64 * PREDICTED_RIGHT_MIN,
-        format!("{right} of {}, told for {} of {}", told.len(), told.len(), turns.len()),
+        !told.is_empty()
+            && told.len() == turns.len()
+            && right as f64 >= told.len() as f64 * PREDICTED_RIGHT_MIN,
+        format!(
+            "{right} of {}, told for {} of {}",
+            told.len(),
+            told.len(),
+            turns.len()
+        ),
     );
     let what = "one at a time: prompts are known by their exact tokens";
-    report.expect(what, !told.is_empty() && exact == told.len(), format!("{exact} of {}", told.len()));
+    report.expect(
+        what,
+        !told.is_empty() && exact == told.len(),
+        format!("{exact} of {}", told.len()),
+    );
     let mut first: Vec<f64> = turns.iter().map(|turn| turn.first_s).collect();
     let figures = json!({
         "requests": turns.len(), "reusable_tokens": reusable, "cached_tokens": cached, "hit_ratio": ratio,
@@ -187,10 +268,16 @@ fn judge_hits(report: &mut Report, turns: &[Turn], reusable: usize, own_hits: f6
 }
 
 fn judge_spread(report: &mut Report, turns: &[Turn], entries: [usize; 2]) {
-    let served: Vec<usize> = (0..2).map(|engine| turns.iter().filter(|turn| turn.served == engine).count()).collect();
+    let served: Vec<usize> = (0..2)
+        .map(|engine| turns.iter().filter(|turn| turn.served == engine).count())
+        .collect();
     let what = "one at a time: requests entered at both proxies and both engines served";
     let holds = entries.iter().chain(&served).all(|&count| count > 0);
-    report.expect(what, holds, format!("entered {entries:?}, served {served:?}"));
+    report.expect(
+        what,
+        holds,
+        format!("entered {entries:?}, served {served:?}"),
+    );
 }
 
 /// What many clients share.
@@ -217,7 +304,11 @@ impl Crowd<'_> {
                     Err(failure) => self.failures.borrow_mut().push(failure),
                     Ok(turn) => {
                         *self.reusable.borrow_mut() += before.reusable_tokens(&turn.answer.prompt);
-                        self.held.borrow_mut().add(&turn.engine, &turn.answer.prompt, &turn.answer.generated);
+                        self.held.borrow_mut().add(
+                            &turn.engine,
+                            &turn.answer.prompt,
+                            &turn.answer.generated,
+                        );
                         conversation.answered(&turn.answer.text);
                         self.turns.borrow_mut().push(turn);
                     }
@@ -232,7 +323,10 @@ async fn at_once(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut Held)
     // Other conversations than before.
     let seed = seed.wrapping_add(1_000_000);
     let talk = |number: usize| {
-        (Conversation::new(seed, number, ANSWER_TOKENS), StdRng::seed_from_u64(seed.wrapping_mul(31).wrapping_add(number as u64)))
+        (
+            Conversation::new(seed, number, ANSWER_TOKENS),
+            StdRng::seed_from_u64(seed.wrapping_mul(31).wrapping_add(number as u64)),
+        )
     };
     let crowd = Crowd {
         fleet,
@@ -245,11 +339,31 @@ async fn at_once(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut Held)
     let begun = Instant::now();
     join_all((0..CLIENTS).map(|_| crowd.client())).await;
     let took_s = begun.elapsed().as_secs_f64();
-    let Crowd { turns, failures, reusable, held, .. } = crowd;
-    let (turns, failures, reusable, held) = (turns.into_inner(), failures.into_inner(), reusable.into_inner(), held.into_inner());
+    let Crowd {
+        turns,
+        failures,
+        reusable,
+        held,
+        ..
+    } = crowd;
+    let (turns, failures, reusable, held) = (
+        turns.into_inner(),
+        failures.into_inner(),
+        reusable.into_inner(),
+        held.into_inner(),
+    );
     let all = CONVERSATIONS * TURNS;
-    report.expect("at once: every stream is answered", turns.len() == all, outcome(turns.len(), all, &failures));
-    let name = |engine: usize| turns.iter().find(|turn| turn.served == engine).map(|turn| turn.engine.clone());
+    report.expect(
+        "at once: every stream is answered",
+        turns.len() == all,
+        outcome(turns.len(), all, &failures),
+    );
+    let name = |engine: usize| {
+        turns
+            .iter()
+            .find(|turn| turn.served == engine)
+            .map(|turn| turn.engine.clone())
+    };
     let names: Vec<_> = (0..fleet.engines.len()).map(name).collect();
     let what = "at once: both indexes come to hold exactly what requests left on each engine";
     let agree = settled(fleet, held, &names).await;
@@ -268,7 +382,16 @@ async fn at_once(report: &mut Report, fleet: &Fleet, seed: u64, held: &mut Held)
 /// What an engine says when it is asked straight.
 pub(super) async fn straight(fleet: &Fleet, engine: usize, ask: &Ask) -> Generation {
     let address = fleet.engines[engine].http;
-    Generation::of(&exchange::post(address, ask.path, &ask.body, &Flight::default(), REQUEST_LIMIT).await)
+    Generation::of(
+        &exchange::post(
+            address,
+            ask.path,
+            &ask.body,
+            &Flight::default(),
+            REQUEST_LIMIT,
+        )
+        .await,
+    )
 }
 
 /// How many of these answers the engine that did not serve gives word for word, and one that it does not.
@@ -278,19 +401,38 @@ pub(super) async fn same_straight<'a>(
 ) -> (usize, Option<String>) {
     let compared = answers.map(|(ask, answer, engine)| async move {
         let own = straight(fleet, engine, ask).await;
-        let same = own.is_whole() && own.text == answer.text && own.prompt == answer.prompt && own.generated == answer.generated;
+        let same = own.is_whole()
+            && own.text == answer.text
+            && own.prompt == answer.prompt
+            && own.generated == answer.generated;
         (!same).then(|| format!("{:?} straight, {:?} through a proxy", own.text, answer.text))
     });
-    let differences: Vec<Option<String>> = stream::iter(compared.collect::<Vec<_>>()).buffered(CLIENTS).collect().await;
-    let same = differences.iter().filter(|difference| difference.is_none()).count();
+    let differences: Vec<Option<String>> = stream::iter(compared.collect::<Vec<_>>())
+        .buffered(CLIENTS)
+        .collect()
+        .await;
+    let same = differences
+        .iter()
+        .filter(|difference| difference.is_none())
+        .count();
     (same, differences.into_iter().flatten().next())
 }
 
 /// An engine's text depends on every token before it: the other engine, asked straight, must say the same.
 async fn texts(report: &mut Report, fleet: &Fleet, turns: &[Turn]) {
-    let answers = turns.iter().map(|turn| (&turn.ask, &turn.answer, 1 - turn.served));
+    let answers = turns
+        .iter()
+        .map(|turn| (&turn.ask, &turn.answer, 1 - turn.served));
     let (same, difference) = same_straight(fleet, answers).await;
     let holds = !turns.is_empty() && same == turns.len();
-    let seen = format!("{same} of {} {}", turns.len(), difference.unwrap_or_default());
-    report.expect("texts are those of an engine asked straight, whichever served", holds, seen);
+    let seen = format!(
+        "{same} of {} {}",
+        turns.len(),
+        difference.unwrap_or_default()
+    );
+    report.expect(
+        "texts are those of an engine asked straight, whichever served",
+        holds,
+        seen,
+    );
 }

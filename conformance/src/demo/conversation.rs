@@ -12,10 +12,10 @@ const GROUPS: usize = 4;
 const SYSTEM_WORDS: usize = 90;
 const USER_WORDS: usize = 35;
 const WORDS: &[&str] = &[
-    "the", "of", "and", "request", "that", "system", "user", "answer", "please", "summary", "river", "mountain",
-    "with", "for", "each", "token", "cache", "section", "history", "result", "number", "light", "paper", "engine",
-    "garden", "about", "which", "there", "morning", "station", "letter", "window", "bridge", "winter", "harbour",
-    "lantern", "sail", "island",
+    "the", "of", "and", "request", "that", "system", "user", "answer", "please", "summary",
+    "river", "mountain", "with", "for", "each", "token", "cache", "section", "history", "result",
+    "number", "light", "paper", "engine", "garden", "about", "which", "there", "morning",
+    "station", "letter", "window", "bridge", "winter", "harbour", "lantern", "sail", "island",
 ];
 
 /// `count` words.
@@ -51,13 +51,20 @@ impl Conversation {
     pub(super) fn new(seed: u64, number: usize, max_tokens: u32) -> Self {
         let group = number % GROUPS;
         let mut of_group = StdRng::seed_from_u64(seed ^ ((group as u64 + 1) << 32));
-        let system = format!("You answer in few words. Topic {group}: {}.", prose(&mut of_group, SYSTEM_WORDS));
+        let system = format!(
+            "You answer in few words. Topic {group}: {}.",
+            prose(&mut of_group, SYSTEM_WORDS)
+        );
         let form = if number % 4 == 3 {
             Form::Text(system)
         } else {
             Form::Chat(vec![json!({"role": "system", "content": system})])
         };
-        Self { form, rng: StdRng::seed_from_u64(seed.wrapping_add(number as u64)), max_tokens }
+        Self {
+            form,
+            rng: StdRng::seed_from_u64(seed.wrapping_add(number as u64)),
+            max_tokens,
+        }
     }
 
     /// The client's next turn, streamed or not as it likes, unless it is told to.
@@ -104,12 +111,18 @@ mod tests {
             let mut conversation = Conversation::new(1, number, 8);
             let said = |ask: &Ask| match &ask.body["prompt"] {
                 Value::String(text) => text.clone(),
-                _ => ask.body["messages"].to_string().trim_end_matches(']').to_owned(),
+                _ => ask.body["messages"]
+                    .to_string()
+                    .trim_end_matches(']')
+                    .to_owned(),
             };
             let first = said(&conversation.next(false));
             conversation.answered("certainly");
             let second = said(&conversation.next(false));
-            assert!(second.starts_with(&first) && second[first.len()..].contains("certainly"), "{second}");
+            assert!(
+                second.starts_with(&first) && second[first.len()..].contains("certainly"),
+                "{second}"
+            );
         }
     }
 

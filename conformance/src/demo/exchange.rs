@@ -47,7 +47,10 @@ pub(super) struct Reply {
 impl Reply {
     /// A header as text; empty if there is none.
     pub(super) fn header(&self, name: &str) -> &str {
-        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+        self.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
     }
 
     /// The engine that answered; empty if nobody says.
@@ -73,12 +76,34 @@ impl Reply {
 
 /// GETs a path.
 pub(super) async fn get(address: SocketAddr, path: &str, limit: Duration) -> Reply {
-    exchange(address, Method::GET, path, Bytes::new(), &Flight::default(), limit).await
+    exchange(
+        address,
+        Method::GET,
+        path,
+        Bytes::new(),
+        &Flight::default(),
+        limit,
+    )
+    .await
 }
 
 /// POSTs JSON, asking for debugging.
-pub(super) async fn post(address: SocketAddr, path: &str, body: &Value, flight: &Flight, limit: Duration) -> Reply {
-    exchange(address, Method::POST, path, body.to_string().into(), flight, limit).await
+pub(super) async fn post(
+    address: SocketAddr,
+    path: &str,
+    body: &Value,
+    flight: &Flight,
+    limit: Duration,
+) -> Reply {
+    exchange(
+        address,
+        Method::POST,
+        path,
+        body.to_string().into(),
+        flight,
+        limit,
+    )
+    .await
 }
 
 async fn exchange(
@@ -97,7 +122,12 @@ async fn exchange(
         hung: false,
         first: None,
     };
-    match tokio::time::timeout(limit, try_exchange(address, method, path, body, flight, &mut reply)).await {
+    match tokio::time::timeout(
+        limit,
+        try_exchange(address, method, path, body, flight, &mut reply),
+    )
+    .await
+    {
         Ok(Ok(())) => {}
         Ok(Err(error)) => reply.fault = Some(format!("{error:#}")),
         Err(_) => {
@@ -119,7 +149,8 @@ async fn try_exchange(
     let sent = Instant::now();
     let socket = TcpStream::connect(address).await?;
     socket.set_nodelay(true)?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
     // Its error comes out of the request too.
     let connection = tokio::spawn(async move { drop(connection.await) });
     let _ends = AbortOnDrop(connection);
@@ -180,7 +211,10 @@ impl Generation {
     pub(super) fn of(reply: &Reply) -> Self {
         let mut generation = Self::default();
         let text = reply.text();
-        if reply.header("content-type").starts_with("text/event-stream") {
+        if reply
+            .header("content-type")
+            .starts_with("text/event-stream")
+        {
             for event in text.split("\n\n").filter(|event| !event.is_empty()) {
                 match event.strip_prefix("data: ") {
                     Some("[DONE]") => generation.ended = true,
@@ -198,7 +232,11 @@ impl Generation {
 
     /// Whether it is a whole answer.
     pub(super) fn is_whole(&self) -> bool {
-        self.ended && !self.error && !self.garbage && !self.prompt.is_empty() && self.cached.is_some()
+        self.ended
+            && !self.error
+            && !self.garbage
+            && !self.prompt.is_empty()
+            && self.cached.is_some()
     }
 
     fn part(&mut self, data: &str) {
@@ -209,7 +247,8 @@ impl Generation {
         self.error |= value.get("error").is_some();
         let ids = |value: &Value| -> Vec<u32> {
             let all = value.as_array().into_iter().flatten();
-            all.filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
+            all.filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
+                .collect()
         };
         let choice = &value["choices"][0];
         for told in [&value["prompt_token_ids"], &choice["prompt_token_ids"]] {
@@ -218,12 +257,20 @@ impl Generation {
             }
         }
         self.generated.extend(ids(&choice["token_ids"]));
-        for text in [&choice["delta"]["content"], &choice["message"]["content"], &choice["text"]] {
+        for text in [
+            &choice["delta"]["content"],
+            &choice["message"]["content"],
+            &choice["text"],
+        ] {
             self.text.push_str(text.as_str().unwrap_or_default());
         }
         if value["usage"].is_object() {
             // vLLM says null where nothing was cached.
-            self.cached = Some(value["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0));
+            self.cached = Some(
+                value["usage"]["prompt_tokens_details"]["cached_tokens"]
+                    .as_u64()
+                    .unwrap_or(0),
+            );
         }
     }
 }

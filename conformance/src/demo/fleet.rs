@@ -50,29 +50,56 @@ impl Engine {
             ("--model-path", dir.join("model").display().to_string()),
             ("--block-size", BLOCK_TOKENS.to_string()),
             ("--seed", number.to_string()),
-            ("--prefill-tokens-per-s", speed.prefill_tokens_per_s.to_string()),
+            (
+                "--prefill-tokens-per-s",
+                speed.prefill_tokens_per_s.to_string(),
+            ),
             ("--decode-itl-ms", speed.decode_itl_ms.to_string()),
         ];
-        let mut arguments: Vec<String> = arguments.into_iter().flat_map(|(name, value)| [name.into(), value]).collect();
-        arguments.extend(["--enable-prompt-tokens-details".into(), "--enable-scale-out".into()]);
+        let mut arguments: Vec<String> = arguments
+            .into_iter()
+            .flat_map(|(name, value)| [name.into(), value])
+            .collect();
+        arguments.extend([
+            "--enable-prompt-tokens-details".into(),
+            "--enable-scale-out".into(),
+        ]);
         let log = dir.join(format!("engine-{number}.log"));
         let free = ["--port", "0", "--events-port", "0", "--replay-port", "0"].map(String::from);
         let (process, bound) = Self::launch(&[&arguments[..], &free[..]].concat(), &log).await?;
         let port = |name: &str| -> Result<SocketAddr> {
-            Ok(bound[name].as_str().with_context(|| format!("an engine without {name}"))?.parse()?)
+            Ok(bound[name]
+                .as_str()
+                .with_context(|| format!("an engine without {name}"))?
+                .parse()?)
         };
         let http = port("http")?;
-        for (flag, name) in [("--port", "http"), ("--events-port", "events"), ("--replay-port", "replay")] {
+        for (flag, name) in [
+            ("--port", "http"),
+            ("--events-port", "events"),
+            ("--replay-port", "replay"),
+        ] {
             arguments.extend([flag.into(), port(name)?.port().to_string()]);
         }
-        Ok(Self { process, arguments, log, http })
+        Ok(Self {
+            process,
+            arguments,
+            log,
+            http,
+        })
     }
 
     /// Starts the process and gives what it says of its addresses.
     async fn launch(arguments: &[String], log: &Path) -> Result<(Process, Value)> {
         let mut process = Process::start("engine", arguments, log)?;
-        let line = process.line(START_LIMIT).await.context("an engine does not start")?;
-        Ok((process, serde_json::from_str(&line).context("the first line of an engine")?))
+        let line = process
+            .line(START_LIMIT)
+            .await
+            .context("an engine does not start")?;
+        Ok((
+            process,
+            serde_json::from_str(&line).context("the first line of an engine")?,
+        ))
     }
 
     /// `kill -9`.
@@ -120,8 +147,6 @@ pub(super) struct Known {
     pub(super) health: String,
     pub(super) running: u64,
     pub(super) waiting: u64,
-    /// Requests this proxy sent it.
-    pub(super) requests: u64,
     /// It is healthy, heard, and tells its KV events.
     pub(super) is_ready: bool,
     /// How long ago this proxy last heard of its load.
@@ -131,7 +156,13 @@ pub(super) struct Known {
 }
 
 impl Proxy {
-    async fn start(number: usize, engine: SocketAddr, inbound: u16, peer: u16, dir: &Path) -> Result<Self> {
+    async fn start(
+        number: usize,
+        engine: SocketAddr,
+        inbound: u16,
+        peer: u16,
+        dir: &Path,
+    ) -> Result<Self> {
         let admin_file = dir.join(format!("proxy-{number}.admin"));
         // What an earlier try left there would be taken for this one's.
         let _ = std::fs::remove_file(&admin_file);
@@ -147,8 +178,15 @@ impl Proxy {
             ("--concurrency", "1".into()),
             ("--node-id", format!("proxy-{number}")),
         ];
-        let arguments: Vec<String> = arguments.into_iter().flat_map(|(name, value)| [name.into(), value]).collect();
-        let process = Process::start("proxy", &arguments, &dir.join(format!("proxy-{number}.log")))?;
+        let arguments: Vec<String> = arguments
+            .into_iter()
+            .flat_map(|(name, value)| [name.into(), value])
+            .collect();
+        let process = Process::start(
+            "proxy",
+            &arguments,
+            &dir.join(format!("proxy-{number}.log")),
+        )?;
         let begun = Instant::now();
         let admin = loop {
             let text = std::fs::read_to_string(&admin_file).unwrap_or_default();
@@ -160,7 +198,11 @@ impl Proxy {
             }
             tokio::time::sleep(LOOK).await;
         };
-        let mut proxy = Self { process, admin, outbound: admin };
+        let mut proxy = Self {
+            process,
+            admin,
+            outbound: admin,
+        };
         proxy.outbound = proxy.listener(OUTBOUND).await?;
         if proxy.listener(INBOUND).await?.port() != inbound {
             bail!("proxy {number} listens for its peer where the peer does not look");
@@ -171,29 +213,47 @@ impl Proxy {
     async fn listener(&self, name: &str) -> Result<SocketAddr> {
         let reply = exchange::get(self.admin, "/listeners?format=json", ASK_LIMIT).await;
         let all: Value = serde_json::from_slice(&reply.body).context("/listeners of a proxy")?;
-        let found = all["listener_statuses"].as_array().into_iter().flatten().find(|status| status["name"] == name);
-        let socket = &found.with_context(|| format!("a proxy without listener {name}"))?["local_address"]["socket_address"];
+        let found = all["listener_statuses"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|status| status["name"] == name);
+        let socket = &found.with_context(|| format!("a proxy without listener {name}"))?["local_address"]
+            ["socket_address"];
         let address = socket["address"].as_str().unwrap_or_default();
-        format!("{address}:{}", socket["port_value"]).parse().context("the address of a listener")
+        format!("{address}:{}", socket["port_value"])
+            .parse()
+            .context("the address of a listener")
     }
 
     /// Its `/stats/prometheus`; empty if it does not answer.
     pub(super) async fn stats(&self) -> Page {
-        Page::parse(&exchange::get(self.admin, "/stats/prometheus", ASK_LIMIT).await.text())
+        Page::parse(
+            &exchange::get(self.admin, "/stats/prometheus", ASK_LIMIT)
+                .await
+                .text(),
+        )
     }
 
     /// What its `/clusters` says of the fleet.
     pub(super) async fn known(&self) -> Vec<Known> {
         let reply = exchange::get(self.admin, "/clusters?format=json", ASK_LIMIT).await;
         let all: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
-        let fleet = all["cluster_statuses"].as_array().into_iter().flatten().find(|status| status["name"] == FLEET);
+        let fleet = all["cluster_statuses"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|status| status["name"] == FLEET);
         let hosts = fleet.and_then(|fleet| fleet["host_statuses"].as_array());
         hosts.into_iter().flatten().map(Known::of).collect()
     }
 
     /// What it knows of one engine.
     pub(super) async fn knows(&self, engine: &Engine) -> Option<Known> {
-        self.known().await.into_iter().find(|known| engine.is(&known.engine_id))
+        self.known()
+            .await
+            .into_iter()
+            .find(|known| engine.is(&known.engine_id))
     }
 }
 
@@ -202,13 +262,10 @@ impl Known {
         let own = &host["outrigger"];
         let number = |value: &Value| value.as_u64().unwrap_or_default();
         let health = own["health"].as_str().unwrap_or("unknown").to_owned();
-        let mut stats = host["stats"].as_array().into_iter().flatten();
-        let requests = stats.find(|stat| stat["name"] == "rq_total").and_then(|stat| stat["value"].as_str());
         Self {
             engine_id: own["engine_id"].as_str().unwrap_or_default().to_owned(),
             running: number(&own["load"]["running"]),
             waiting: number(&own["load"]["waiting"]),
-            requests: requests.and_then(|value| value.parse().ok()).unwrap_or_default(),
             load_age: Duration::from_millis(number(&own["load"]["told_ms_ago"])),
             is_idle: own["load"]["active_requests"] == 0 && own["load"]["active_blocks"] == 0,
             is_ready: health == "healthy" && own["heard"] == true && own["kv_events"] == true,
@@ -219,7 +276,11 @@ impl Known {
 
 /// KV blocks that a proxy's index holds of an engine.
 pub(super) fn index_blocks(stats: &Page, engine: &Engine) -> u64 {
-    stats.sum_ending("outrigger_kv_index_blocks", "engine", &format!("/{}", engine.http)) as u64
+    stats.sum_ending(
+        "outrigger_kv_index_blocks",
+        "engine",
+        &format!("/{}", engine.http),
+    ) as u64
 }
 
 /// All of the demo's processes.
@@ -234,9 +295,15 @@ impl Fleet {
     pub(super) async fn start(speed: Speed) -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("outrigger-demo-{}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        let mut fleet = Self { engines: Vec::new(), proxies: Vec::new(), dir };
+        let mut fleet = Self {
+            engines: Vec::new(),
+            proxies: Vec::new(),
+            dir,
+        };
         for number in 0..2 {
-            fleet.engines.push(Engine::start(number, speed, &fleet.dir).await?);
+            fleet
+                .engines
+                .push(Engine::start(number, speed, &fleet.dir).await?);
         }
         fleet.start_proxies().await?;
         for engine in 0..fleet.engines.len() {
@@ -249,7 +316,13 @@ impl Fleet {
         for left in (0..PROXY_STARTS_MAX).rev() {
             let inbound = free_ports()?;
             let start = |number: usize| {
-                Proxy::start(number, self.engines[number].http, inbound[number], inbound[1 - number], &self.dir)
+                Proxy::start(
+                    number,
+                    self.engines[number].http,
+                    inbound[number],
+                    inbound[1 - number],
+                    &self.dir,
+                )
             };
             match tokio::try_join!(start(0), start(1)) {
                 Ok((first, second)) => {
@@ -268,20 +341,38 @@ impl Fleet {
         let engine = &self.engines[engine];
         let all_know = || async {
             for proxy in &self.proxies {
-                if !proxy.knows(engine).await.is_some_and(|known| known.is_ready) {
+                if !proxy
+                    .knows(engine)
+                    .await
+                    .is_some_and(|known| known.is_ready)
+                {
                     return false;
                 }
             }
             true
         };
-        let logs = || self.proxies.iter().map(|proxy| proxy.process.log_tail()).collect::<Vec<_>>().join("\n");
+        let logs = || {
+            self.proxies
+                .iter()
+                .map(|proxy| proxy.process.log_tail())
+                .collect::<Vec<_>>()
+                .join("\n")
+        };
         let waited = wait_until(limit, all_know).await;
-        waited.with_context(|| format!("engine {} is not ready for both proxies: {}", engine.http, logs()))
+        waited.with_context(|| {
+            format!(
+                "engine {} is not ready for both proxies: {}",
+                engine.http,
+                logs()
+            )
+        })
     }
 
     /// The number of the engine that answered; `None` if it is none of ours.
     pub(super) fn served_by(&self, reply: &Reply) -> Option<usize> {
-        self.engines.iter().position(|engine| engine.is(reply.engine()))
+        self.engines
+            .iter()
+            .position(|engine| engine.is(reply.engine()))
     }
 
     /// Blocks in each proxy's index, of each engine.
@@ -289,7 +380,12 @@ impl Fleet {
         let mut indexes = Vec::new();
         for proxy in &self.proxies {
             let stats = proxy.stats().await;
-            indexes.push(self.engines.iter().map(|engine| index_blocks(&stats, engine)).collect());
+            indexes.push(
+                self.engines
+                    .iter()
+                    .map(|engine| index_blocks(&stats, engine))
+                    .collect(),
+            );
         }
         indexes
     }
@@ -340,7 +436,10 @@ fn free_ports() -> Result<[u16; 2]> {
 }
 
 /// Time until `holds`, or `None` if it does not within `limit`.
-pub(super) async fn wait_until<F: Future<Output = bool>>(limit: Duration, mut holds: impl FnMut() -> F) -> Option<Duration> {
+pub(super) async fn wait_until<F: Future<Output = bool>>(
+    limit: Duration,
+    mut holds: impl FnMut() -> F,
+) -> Option<Duration> {
     let begun = Instant::now();
     loop {
         if holds().await {

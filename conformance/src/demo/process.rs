@@ -34,7 +34,11 @@ pub(super) struct Process {
 impl Process {
     /// Starts `part` (see [`reexec::dispatch`]) with `arguments`; what it logs goes to the file `log`.
     pub(super) fn start<A: AsRef<OsStr>>(part: &str, arguments: &[A], log: &Path) -> Result<Self> {
-        let program = std::env::current_exe().context("the path of this program")?;
+        let mut program = std::env::current_exe().context("the path of this program")?;
+        if !program.exists() {
+            // It was built anew while we run. On Linux the old one can still be had.
+            program = PathBuf::from("/proc/self/exe");
+        }
         let errors = std::fs::File::create(log).with_context(|| log.display().to_string())?;
         let mut child = Command::new(program)
             .arg(part)
@@ -49,7 +53,13 @@ impl Process {
             .with_context(|| format!("cannot start {part}"))?;
         let pid = child.id().context("a process that ended as it began")?;
         let (leash, out) = (child.stdin.take(), child.stdout.take().map(BufReader::new));
-        Ok(Self { child: RefCell::new(child), leash, out, log: log.to_owned(), pid })
+        Ok(Self {
+            child: RefCell::new(child),
+            leash,
+            out,
+            log: log.to_owned(),
+            pid,
+        })
     }
 
     /// The next line of its standard output.

@@ -14,7 +14,12 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(seed: u64) -> Self {
         let figures = Map::from_iter([("seed".to_owned(), json!(seed))]);
-        Self { begun: Instant::now(), expectations: Vec::new(), failed: Vec::new(), figures }
+        Self {
+            begun: Instant::now(),
+            expectations: Vec::new(),
+            failed: Vec::new(),
+            figures,
+        }
     }
 
     /// Notes whether an expectation holds, and what was seen.
@@ -24,7 +29,8 @@ impl Report {
         if !holds {
             self.failed.push(name.to_owned());
         }
-        self.expectations.push(json!({"name": name, "ok": holds, "seen": seen}));
+        self.expectations
+            .push(json!({"name": name, "ok": holds, "seen": seen}));
     }
 
     /// Notes a figure.
@@ -38,7 +44,10 @@ impl Report {
         self.figure("ok", json!(ok));
         self.figure("failed", json!(self.failed));
         self.figure("expectations", json!(self.expectations));
-        self.figure("seconds", json!((self.begun.elapsed().as_secs_f64() * 100.0).round() / 100.0));
+        self.figure(
+            "seconds",
+            json!((self.begun.elapsed().as_secs_f64() * 100.0).round() / 100.0),
+        );
         if !ok {
             eprintln!("outrigger-demo --check: failed: {}", self.failed.join("; "));
         }
@@ -51,5 +60,7 @@ impl Report {
 pub(super) fn quantile_ms(seconds: &mut [f64], quantile: f64) -> Value {
     seconds.sort_by(f64::total_cmp);
     let at = ((seconds.len() as f64 - 1.0) * quantile).round() as usize;
-    seconds.get(at).map_or(Value::Null, |value| json!((value * 10_000.0).round() / 10.0))
+    seconds.get(at).map_or(Value::Null, |value| {
+        json!((value * 10_000.0).round() / 10.0)
+    })
 }

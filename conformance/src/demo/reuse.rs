@@ -67,7 +67,16 @@ mod tests {
     fn full_blocks_of_a_prompt_are_reusable_but_not_its_last_token() {
         let mut held = Held::default();
         held.add("a", &tokens(96), &[]);
-        for (prompt, reusable) in [(31, 0), (32, 0), (33, 32), (64, 32), (65, 64), (96, 64), (97, 96), (200, 96)] {
+        for (prompt, reusable) in [
+            (31, 0),
+            (32, 0),
+            (33, 32),
+            (64, 32),
+            (65, 64),
+            (96, 64),
+            (97, 96),
+            (200, 96),
+        ] {
             assert_eq!(held.reusable_tokens(&tokens(prompt)), reusable, "{prompt}");
         }
         assert_eq!(held.blocks("a"), 3);
@@ -79,7 +88,10 @@ mod tests {
         held.add("a", &tokens(30), &[30, 31]);
         assert_eq!(held.blocks("a"), 0);
         held.add("a", &tokens(30), &[30, 31, 32]);
-        assert_eq!((held.blocks("a"), held.reusable_tokens(&tokens(40))), (1, 32));
+        assert_eq!(
+            (held.blocks("a"), held.reusable_tokens(&tokens(40))),
+            (1, 32)
+        );
     }
 
     #[test]
@@ -100,6 +112,9 @@ mod tests {
         held.add("a", &tokens(96), &[]);
         held.add("b", &tokens(32), &[]);
         assert_eq!(held.reusable_tokens(&tokens(97)), 96);
-        assert_eq!((held.blocks("a"), held.blocks("b"), held.blocks("c")), (3, 1, 0));
+        assert_eq!(
+            (held.blocks("a"), held.blocks("b"), held.blocks("c")),
+            (3, 1, 0)
+        );
     }
 }

@@ -75,13 +75,17 @@ impl Reply {
     /// If it is none.
     #[must_use]
     pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {:?}", self.text()))
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|error| panic!("{error}: {:?}", self.text()))
     }
 
     /// A header as text; empty if there is none.
     #[must_use]
     pub fn header(&self, name: &str) -> &str {
-        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+        self.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
     }
 }
 
@@ -90,8 +94,12 @@ impl Reply {
 pub fn request(method: Method, path: &str, body: impl Into<Bytes>) -> Request<AnyBody> {
     let body = Full::new(body.into()).boxed_unsync();
     let mut request = Request::new(body);
-    let json = "application/json".parse().expect("invariant: a header value");
-    request.headers_mut().insert(http::header::CONTENT_TYPE, json);
+    let json = "application/json"
+        .parse()
+        .expect("invariant: a header value");
+    request
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, json);
     *request.method_mut() = method;
     *request.uri_mut() = path.parse().expect("invariant: paths of a test are paths");
     request
@@ -103,33 +111,59 @@ impl Client {
     /// # Panics
     /// If that fails.
     pub async fn connect(address: SocketAddr, version: Version) -> Self {
-        let socket = TcpStream::connect(address).await.expect("invariant: the proxy accepts");
-        socket.set_nodelay(true).expect("invariant: a socket option");
+        let socket = TcpStream::connect(address)
+            .await
+            .expect("invariant: the proxy accepts");
+        socket
+            .set_nodelay(true)
+            .expect("invariant: a socket option");
         let io = TokioIo::new(socket);
         let (sender, driver) = match version {
             Version::H1 => {
                 let (sender, driver) = http1::handshake(io).await.expect("invariant: a handshake");
-                (Sender::H1(sender), tokio::spawn(async move { drop(driver.await) }))
+                (
+                    Sender::H1(sender),
+                    tokio::spawn(async move { drop(driver.await) }),
+                )
             }
             Version::H2 => {
-                let (sender, driver) = http2::handshake(TokioExecutor::new(), io).await.expect("invariant: a handshake");
-                (Sender::H2(sender), tokio::spawn(async move { drop(driver.await) }))
+                let (sender, driver) = http2::handshake(TokioExecutor::new(), io)
+                    .await
+                    .expect("invariant: a handshake");
+                (
+                    Sender::H2(sender),
+                    tokio::spawn(async move { drop(driver.await) }),
+                )
             }
         };
-        Self { sender, address, driver }
+        Self {
+            sender,
+            address,
+            driver,
+        }
     }
 
     /// Sends a request; `None` if the connection ended without an answer.
     pub async fn try_send(&mut self, mut request: Request<AnyBody>) -> Option<Response<Incoming>> {
         let answer = match &mut self.sender {
             Sender::H1(sender) => {
-                let host = self.address.to_string().parse().expect("invariant: a header value");
-                request.headers_mut().entry(http::header::HOST).or_insert(host);
+                let host = self
+                    .address
+                    .to_string()
+                    .parse()
+                    .expect("invariant: a header value");
+                request
+                    .headers_mut()
+                    .entry(http::header::HOST)
+                    .or_insert(host);
                 sender.ready().await.ok()?;
                 timeout(PATIENCE, sender.send_request(request)).await
             }
             Sender::H2(sender) => {
-                let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+                let path = request
+                    .uri()
+                    .path_and_query()
+                    .map_or("/", |path| path.as_str());
                 let uri = format!("http://{}{path}", self.address);
                 *request.uri_mut() = uri.parse().expect("invariant: paths of a test are paths");
                 sender.ready().await.ok()?;
@@ -146,7 +180,13 @@ impl Client {
     pub async fn begin(&mut self, request: Request<AnyBody>) -> Streaming {
         let response = self.try_send(request).await.expect("invariant: an answer");
         let (parts, body) = response.into_parts();
-        Streaming { status: parts.status, headers: parts.headers, body, trailers: None, broken: false }
+        Streaming {
+            status: parts.status,
+            headers: parts.headers,
+            body,
+            trailers: None,
+            broken: false,
+        }
     }
 
     /// Sends a request and reads its whole answer.
@@ -200,7 +240,10 @@ impl Streaming {
     /// The next bytes; `None` at the end, however it came about.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
-            match timeout(PATIENCE, self.body.frame()).await.expect("invariant: the next bytes in time")? {
+            match timeout(PATIENCE, self.body.frame())
+                .await
+                .expect("invariant: the next bytes in time")?
+            {
                 Ok(frame) => match frame.into_data() {
                     Ok(data) => return Some(data),
                     Err(frame) => self.trailers = frame.into_trailers().ok(),
@@ -220,7 +263,10 @@ impl Streaming {
     pub async fn until(&mut self, text: &str) -> String {
         let mut seen = String::new();
         while !seen.contains(text) {
-            let more = self.next().await.unwrap_or_else(|| panic!("ended without {text:?} after {seen:?}"));
+            let more = self
+                .next()
+                .await
+                .unwrap_or_else(|| panic!("ended without {text:?} after {seen:?}"));
             seen.push_str(&String::from_utf8_lossy(&more));
         }
         seen
@@ -232,8 +278,20 @@ impl Streaming {
         while let Some(data) = self.next().await {
             body.extend_from_slice(&data);
         }
-        let Self { status, headers, trailers, broken, .. } = self;
-        Reply { status, headers, body: body.into(), trailers, broken }
+        let Self {
+            status,
+            headers,
+            trailers,
+            broken,
+            ..
+        } = self;
+        Reply {
+            status,
+            headers,
+            body: body.into(),
+            trailers,
+            broken,
+        }
     }
 }
 
@@ -244,7 +302,9 @@ pub async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
 
 /// As [`raw`], but for `limit` at most.
 pub async fn raw_within(address: SocketAddr, bytes: &[u8], limit: Duration) -> String {
-    let mut socket = TcpStream::connect(address).await.expect("invariant: the proxy accepts");
+    let mut socket = TcpStream::connect(address)
+        .await
+        .expect("invariant: the proxy accepts");
     // A server that refuses may close before it has read everything.
     let _ = socket.write_all(bytes).await;
     let mut answer = Vec::new();

@@ -30,7 +30,9 @@ impl EchoH2 {
     /// # Panics
     /// If no port is free.
     pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("invariant: a free port");
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("invariant: a free port");
         let address = listener.local_addr().expect("invariant: a bound socket");
         let connections = Arc::new(AtomicUsize::new(0));
         let counted = connections.clone();
@@ -42,7 +44,11 @@ impl EchoH2 {
                 tokio::spawn(async move { drop(serve.await) });
             }
         });
-        Self { address, connections, task }
+        Self {
+            address,
+            connections,
+            task,
+        }
     }
 
     /// Connections so far.

@@ -42,7 +42,11 @@ impl Process {
 
     /// Starts `program proxy -c CONFIG` with further flags, and waits until it listens.
     pub async fn with_config(program: &str, config: &str, flags: &[&str]) -> Self {
-        Self::start(program, &[&["-c", config, "--concurrency", "1"], flags].concat()).await
+        Self::start(
+            program,
+            &[&["-c", config, "--concurrency", "1"], flags].concat(),
+        )
+        .await
     }
 
     async fn start(program: &str, flags: &[&str]) -> Self {
@@ -50,10 +54,22 @@ impl Process {
         let mut command = Command::new(program);
         command.arg("proxy");
         let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
-        command.args(flags).arg("--admin-address-path").arg(&admin_path);
-        let child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("invariant: the program starts");
+        command
+            .args(flags)
+            .arg("--admin-address-path")
+            .arg(&admin_path);
+        let child = command
+            .stdout(Stdio::null())
+            .stderr(errors)
+            .spawn()
+            .expect("invariant: the program starts");
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut process = Self { child, admin_path, error_path, admin: unknown };
+        let mut process = Self {
+            child,
+            admin_path,
+            error_path,
+            admin: unknown,
+        };
         process.admin = eventually("the admin's address", || {
             let text = std::fs::read_to_string(&process.admin_path).unwrap_or_default();
             async move { text.trim().parse().ok() }
@@ -64,11 +80,23 @@ impl Process {
 
     /// Where a listener listens.
     pub async fn listener(&self, name: &str) -> SocketAddr {
-        let all = Client::get(self.admin, "/listeners?format=json").await.json();
-        let statuses = all["listener_statuses"].as_array().cloned().unwrap_or_default();
-        let found = statuses.iter().find(|status| status["name"] == name).expect("invariant: a listener of this name");
+        let all = Client::get(self.admin, "/listeners?format=json")
+            .await
+            .json();
+        let statuses = all["listener_statuses"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let found = statuses
+            .iter()
+            .find(|status| status["name"] == name)
+            .expect("invariant: a listener of this name");
         let socket = &found["local_address"]["socket_address"];
-        let text = format!("{}:{}", socket["address"].as_str().unwrap_or_default(), socket["port_value"]);
+        let text = format!(
+            "{}:{}",
+            socket["address"].as_str().unwrap_or_default(),
+            socket["port_value"]
+        );
         text.parse().expect("invariant: an address")
     }
 
@@ -77,7 +105,9 @@ impl Process {
     /// # Panics
     /// If the process is gone.
     pub fn signal(&self, name: &str) {
-        let told = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
+        let told = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status();
         assert!(told.is_ok_and(|status| status.success()), "kill -{name}");
     }
 

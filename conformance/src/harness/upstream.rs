@@ -32,13 +32,19 @@ impl Exchange {
     /// A header; empty if there is none.
     #[must_use]
     pub fn header(&self, name: &str) -> &str {
-        self.headers.iter().find(|(known, _)| known == name).map_or("", |(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map_or("", |(_, value)| value.as_str())
     }
 
     /// Whether a header came, and how often.
     #[must_use]
     pub fn count(&self, name: &str) -> usize {
-        self.headers.iter().filter(|(known, _)| known == name).count()
+        self.headers
+            .iter()
+            .filter(|(known, _)| known == name)
+            .count()
     }
 
     /// The path.
@@ -138,8 +144,16 @@ impl Conn {
             .filter_map(|line| line.split_once(':'))
             .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
             .collect();
-        let mut exchange = Exchange { line, headers, body: Vec::new(), connection: self.number };
-        if exchange.header("expect").eq_ignore_ascii_case("100-continue") {
+        let mut exchange = Exchange {
+            line,
+            headers,
+            body: Vec::new(),
+            connection: self.number,
+        };
+        if exchange
+            .header("expect")
+            .eq_ignore_ascii_case("100-continue")
+        {
             self.write("HTTP/1.1 100 Continue\r\n\r\n").await;
         }
         if exchange.header("transfer-encoding").contains("chunked") {
@@ -154,7 +168,12 @@ impl Conn {
     async fn chunks(&mut self, body: &mut Vec<u8>) -> Option<()> {
         loop {
             let end = self.fill_until(b"\r\n").await?;
-            let size = std::str::from_utf8(&self.read[..end - 2]).ok()?.split(';').next()?.trim().to_owned();
+            let size = std::str::from_utf8(&self.read[..end - 2])
+                .ok()?
+                .split(';')
+                .next()?
+                .trim()
+                .to_owned();
             let size = usize::from_str_radix(&size, 16).ok()?;
             self.read.drain(..end);
             if size == 0 {
@@ -191,7 +210,12 @@ impl Conn {
 
     async fn more(&mut self) -> Option<()> {
         let mut buffer = vec![0; 64 * 1024];
-        let read = self.socket.read(&mut buffer).await.ok().filter(|&read| read > 0)?;
+        let read = self
+            .socket
+            .read(&mut buffer)
+            .await
+            .ok()
+            .filter(|&read| read > 0)?;
         self.read.extend_from_slice(&buffer[..read]);
         Some(())
     }
@@ -236,7 +260,9 @@ impl Upstream {
     /// Answers every request with a small JSON object that names it.
     pub async fn named(name: &'static str) -> Self {
         Self::start(move |mut conn, _| async move {
-            conn.json("200 OK", &format!("{{\"served_by\":\"{name}\"}}")).await.then_some(conn)
+            conn.json("200 OK", &format!("{{\"served_by\":\"{name}\"}}"))
+                .await
+                .then_some(conn)
         })
         .await
     }
@@ -246,11 +272,17 @@ impl Upstream {
         S: Fn(Conn, Exchange) -> F + Send + Sync + 'static,
         F: Future<Output = Option<Conn>> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("invariant: a free port");
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("invariant: a free port");
         let address = listener.local_addr().expect("invariant: a bound socket");
         let seen = Arc::new(Seen::default());
         let task = tokio::spawn(accept(listener, seen.clone(), Arc::new(serve), detected));
-        Self { address, seen, task }
+        Self {
+            address,
+            seen,
+            task,
+        }
     }
 
     /// Connections so far.
@@ -262,7 +294,11 @@ impl Upstream {
     /// Requests so far.
     #[must_use]
     pub fn exchanges(&self) -> Vec<Exchange> {
-        self.seen.exchanges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.seen
+            .exchanges
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The only request so far.
@@ -294,13 +330,20 @@ where
         let number = seen.connections.fetch_add(1, SeqCst) + 1;
         let (seen, serve) = (seen.clone(), serve.clone());
         connections.spawn(async move {
-            let mut conn = Conn { socket, read: Vec::new(), number };
+            let mut conn = Conn {
+                socket,
+                read: Vec::new(),
+                number,
+            };
             while let Some(exchange) = conn.next().await {
                 if detected && exchange.line.starts_with("GET ") {
                     conn.json("404 Not Found", "{}").await;
                     continue;
                 }
-                seen.exchanges.lock().unwrap_or_else(PoisonError::into_inner).push(exchange.clone());
+                seen.exchanges
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(exchange.clone());
                 match serve(conn, exchange).await {
                     Some(back) => conn = back,
                     None => return,

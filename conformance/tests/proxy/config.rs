@@ -2,7 +2,9 @@
 
 use http::Method;
 use outrigger_conformance::{
-    harness::{Client, Process, ProxyBuilder, Upstream, Version, alive, eventually, request, scratch},
+    harness::{
+        Client, Process, ProxyBuilder, Upstream, Version, alive, eventually, request, scratch,
+    },
     sim::{Config, SimEngine},
 };
 use std::{
@@ -17,7 +19,11 @@ const CHAT: &str = "/v1/chat/completions";
 
 /// A port that is free now.
 async fn free() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -28,16 +34,38 @@ async fn before_its_engine_a_proxy_answers_503_and_then_serves() {
         let mut client = proxy.client(version).await;
         let body = r#"{"model":"sim","prompt":"hello","max_tokens":2}"#;
         let early = client.post("/v1/completions", body).await;
-        assert_eq!((early.status.as_u16(), early.header("x-outrigger-error")), (503, "UH"), "{version:?}");
-        assert!(early.header("retry-after").parse::<u32>().is_ok_and(|seconds| seconds >= 1));
+        assert_eq!(
+            (early.status.as_u16(), early.header("x-outrigger-error")),
+            (503, "UH"),
+            "{version:?}"
+        );
+        assert!(
+            early
+                .header("retry-after")
+                .parse::<u32>()
+                .is_ok_and(|seconds| seconds >= 1)
+        );
         assert_eq!(early.json()["error"]["message"], "no healthy upstream");
-        assert_eq!(Client::get(proxy.admin(), "/ready").await.status, 200, "the proxy itself is ready");
-        let config = Config { port: address.port(), ..Config::default() };
-        let Ok(_engine) = SimEngine::start(config) else { continue };
+        assert_eq!(
+            Client::get(proxy.admin(), "/ready").await.status,
+            200,
+            "the proxy itself is ready"
+        );
+        let config = Config {
+            port: address.port(),
+            ..Config::default()
+        };
+        let Ok(_engine) = SimEngine::start(config) else {
+            continue;
+        };
         let started = Instant::now();
         proxy.wait_alive(1).await;
         // Tried at most a second apart; the rest is for a busy machine.
-        assert!(started.elapsed() < Duration::from_millis(2500), "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < Duration::from_millis(2500),
+            "{:?}",
+            started.elapsed()
+        );
         let reply = client.post("/v1/completions", body).await;
         assert_eq!(reply.status, 200, "{}", reply.text());
         assert_eq!(reply.json()["model"], "sim");
@@ -67,15 +95,23 @@ async fn a_dead_engine_is_tried_at_most_a_second_apart() {
 async fn an_engine_of_unknown_kind_is_plain_http() {
     let server = Upstream::engine(|mut conn, got| async move {
         let path = got.path().to_owned();
-        conn.answer("200 OK", "text/plain", &format!("you asked for {path}")).await.then_some(conn)
+        conn.answer("200 OK", "text/plain", &format!("you asked for {path}"))
+            .await
+            .then_some(conn)
     })
     .await;
-    let proxy = ProxyBuilder::new().engine(server.address).flag("--policy", "kv").start();
+    let proxy = ProxyBuilder::new()
+        .engine(server.address)
+        .flag("--policy", "kv")
+        .start();
     proxy.wait_alive(1).await;
     for version in Version::BOTH {
         let mut client = proxy.client(version).await;
         for path in [CHAT, "/predict?x=1", "/v1/models"] {
-            assert_eq!(client.post(path, r#"{"model":"any"}"#).await.text(), format!("you asked for {path}"));
+            assert_eq!(
+                client.post(path, r#"{"model":"any"}"#).await.text(),
+                format!("you asked for {path}")
+            );
         }
         let listed = client.send(request(Method::GET, "/v1/models", "")).await;
         assert_eq!(listed.status, 404, "it has no list, and says so itself");
@@ -95,9 +131,17 @@ struct Ran {
 }
 
 fn run(arguments: &[&str]) -> Ran {
-    let output = Command::new(PROGRAM).arg("proxy").args(arguments).output().unwrap();
+    let output = Command::new(PROGRAM)
+        .arg("proxy")
+        .args(arguments)
+        .output()
+        .unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ran { code: output.status.code(), out: text(output.stdout), errors: text(output.stderr) }
+    Ran {
+        code: output.status.code(),
+        out: text(output.stdout),
+        errors: text(output.stderr),
+    }
 }
 
 fn bootstrap(upstream: SocketAddr, more: &str) -> String {
@@ -151,11 +195,26 @@ async fn validate_tells_good_from_bad_and_where() {
     assert_eq!(ran.code, Some(0), "{}", ran.errors);
     assert!(ran.out.contains("valid"), "{}", ran.out);
     for (text, says) in [
-        (bootstrap(upstream, "no_such_field: 1"), vec!["no_such_field", "listeners[0]"]),
-        (bootstrap(upstream, "").replace("cluster: plain", "cluster: missing"), vec!["missing"]),
-        (bootstrap(upstream, "stream_idle_timeout: soon"), vec!["stream_idle_timeout"]),
-        (bootstrap(upstream, "").replace("connect_timeout: 1s", "connect_timeout: 0s"), vec!["connect_timeout"]),
-        (bootstrap(upstream, "").replace("clusters:", "cluster_list:"), vec!["cluster_list", "static_resources"]),
+        (
+            bootstrap(upstream, "no_such_field: 1"),
+            vec!["no_such_field", "listeners[0]"],
+        ),
+        (
+            bootstrap(upstream, "").replace("cluster: plain", "cluster: missing"),
+            vec!["missing"],
+        ),
+        (
+            bootstrap(upstream, "stream_idle_timeout: soon"),
+            vec!["stream_idle_timeout"],
+        ),
+        (
+            bootstrap(upstream, "").replace("connect_timeout: 1s", "connect_timeout: 0s"),
+            vec!["connect_timeout"],
+        ),
+        (
+            bootstrap(upstream, "").replace("clusters:", "cluster_list:"),
+            vec!["cluster_list", "static_resources"],
+        ),
         ("[".to_owned(), vec![]),
     ] {
         let bad = write("bad.yaml", &text);
@@ -165,20 +224,42 @@ async fn validate_tells_good_from_bad_and_where() {
             assert!(ran.errors.contains(word), "{word}: {}", ran.errors);
         }
     }
-    let both = bootstrap(upstream, "no_such_field: 1").replace("cluster: plain", "cluster: plain, other_field: 2");
-    let ran = run(&["-c", write("both.yaml", &both).to_str().unwrap(), "--mode", "validate"]);
-    assert!(ran.errors.contains("no_such_field") && ran.errors.contains("other_field"), "all at once: {}", ran.errors);
+    let both = bootstrap(upstream, "no_such_field: 1")
+        .replace("cluster: plain", "cluster: plain, other_field: 2");
+    let ran = run(&[
+        "-c",
+        write("both.yaml", &both).to_str().unwrap(),
+        "--mode",
+        "validate",
+    ]);
+    assert!(
+        ran.errors.contains("no_such_field") && ran.errors.contains("other_field"),
+        "all at once: {}",
+        ran.errors
+    );
 }
 
 #[tokio::test]
 async fn a_wrong_command_line_is_told_and_nothing_starts() {
     for (arguments, code, says) in [
         (vec!["--no-such-flag"], 2, "--no-such-flag"),
-        (vec!["--engine", "localhost:8000"], 1, "must begin with http://"),
-        (vec!["--engine", "http://a:1;role=x", "--peer", "b"], 1, "role=x"),
+        (
+            vec!["--engine", "localhost:8000"],
+            1,
+            "must begin with http://",
+        ),
+        (
+            vec!["--engine", "http://a:1;role=x", "--peer", "b"],
+            1,
+            "role=x",
+        ),
         (vec!["-c", "/no/such/file"], 1, "/no/such/file"),
         (vec!["-c", "x", "--engine", "http://a:1"], 2, "--engine"),
-        (vec!["--engine-api-key-file", "/no/such/file"], 1, "/no/such/file"),
+        (
+            vec!["--engine-api-key-file", "/no/such/file"],
+            1,
+            "/no/such/file",
+        ),
     ] {
         let ran = run(&[arguments.as_slice(), &["--mode", "validate"]].concat());
         assert_eq!(ran.code, Some(code), "{arguments:?}: {}", ran.errors);
@@ -186,9 +267,22 @@ async fn a_wrong_command_line_is_told_and_nothing_starts() {
     }
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let ran = run(&["--listen", &address, "--inbound", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--access-log", "none"]);
+    let ran = run(&[
+        "--listen",
+        &address,
+        "--inbound",
+        "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
+        "--access-log",
+        "none",
+    ]);
     assert_eq!(ran.code, Some(1));
-    assert!(ran.errors.contains(&address) && ran.errors.contains("outbound"), "{}", ran.errors);
+    assert!(
+        ran.errors.contains(&address) && ran.errors.contains("outbound"),
+        "{}",
+        ran.errors
+    );
 }
 
 #[tokio::test]
@@ -201,7 +295,10 @@ async fn a_bootstrap_with_a_plain_cluster_serves() {
         let mut client = Client::connect(outbound, version).await;
         assert_eq!(client.post("/x", "{}").await.json()["served_by"], "plain");
         let direct = client.post("/direct", "").await;
-        assert_eq!((direct.status.as_u16(), direct.text().as_str()), (418, "short and stout"));
+        assert_eq!(
+            (direct.status.as_u16(), direct.text().as_str()),
+            (418, "short and stout")
+        );
     }
     drop(server);
     let gone = eventually("the server is gone", || async {
@@ -209,7 +306,11 @@ async fn a_bootstrap_with_a_plain_cluster_serves() {
         (reply.status == 503).then_some(reply)
     })
     .await;
-    assert!(gone.text().starts_with("upstream connect error"), "Envoy's words: {}", gone.text());
+    assert!(
+        gone.text().starts_with("upstream connect error"),
+        "Envoy's words: {}",
+        gone.text()
+    );
     assert_eq!(gone.header("x-outrigger-error"), "UF");
     let dump = Client::get(process.admin, "/config_dump").await;
     assert!(dump.text().contains("\"plain\""), "{}", dump.text());

@@ -1,7 +1,9 @@
 //! Ending, and what workers owe to each other: SIGTERM, drain, both workers serving, a reader of the admin that stalls.
 
 use http::Method;
-use outrigger_conformance::harness::{Client, Process, ProxyBuilder, Upstream, Version, eventually, request};
+use outrigger_conformance::harness::{
+    Client, Process, ProxyBuilder, Upstream, Version, eventually, request,
+};
 use std::{
     collections::HashSet,
     time::{Duration, Instant},
@@ -55,12 +57,29 @@ async fn sigterm_lets_streams_finish_and_takes_nothing_new() {
         })
         .await;
         assert_eq!(ready, "DRAINING\n");
-        eventually("nothing new is accepted", || async { TcpStream::connect(outbound).await.is_err().then_some(()) }).await;
-        eventually("the idle connection is closed", || async { idle.is_closed().then_some(()) }).await;
-        assert!(process.ended(Duration::ZERO).await.is_none(), "a stream still runs");
+        eventually("nothing new is accepted", || async {
+            TcpStream::connect(outbound).await.is_err().then_some(())
+        })
+        .await;
+        eventually("the idle connection is closed", || async {
+            idle.is_closed().then_some(())
+        })
+        .await;
+        assert!(
+            process.ended(Duration::ZERO).await.is_none(),
+            "a stream still runs"
+        );
         let rest = stream.whole().await;
-        assert!(rest.text().contains("number 49.") && rest.text().ends_with("data: [DONE]\n\n") && !rest.broken, "{version:?}");
-        let status = process.ended(Duration::from_secs(5)).await.expect("it ends with its last stream");
+        assert!(
+            rest.text().contains("number 49.")
+                && rest.text().ends_with("data: [DONE]\n\n")
+                && !rest.broken,
+            "{version:?}"
+        );
+        let status = process
+            .ended(Duration::from_secs(5))
+            .await
+            .expect("it ends with its last stream");
         assert_eq!(status.code(), Some(0), "{version:?}: {}", process.errors());
     }
 }
@@ -74,10 +93,20 @@ async fn the_drain_time_cuts_what_does_not_end() {
     stream.until("number 2.").await;
     let told = Instant::now();
     process.signal("TERM");
-    let status = process.ended(Duration::from_secs(8)).await.expect("it ends");
-    assert!(told.elapsed() >= Duration::from_millis(900), "not before its time: {:?}", told.elapsed());
+    let status = process
+        .ended(Duration::from_secs(8))
+        .await
+        .expect("it ends");
+    assert!(
+        told.elapsed() >= Duration::from_millis(900),
+        "not before its time: {:?}",
+        told.elapsed()
+    );
     assert_eq!(status.code(), Some(0));
-    assert!(stream.whole().await.broken, "the client sees that it was cut");
+    assert!(
+        stream.whole().await.broken,
+        "the client sees that it was cut"
+    );
 }
 
 /// What a client may hold open without asking for anything.
@@ -90,7 +119,12 @@ enum Idle {
 
 #[tokio::test]
 async fn a_proxy_that_does_nothing_ends_at_once() {
-    for idle in [Idle::Served(Version::H1), Idle::Served(Version::H2), Idle::Silent, Idle::HalfAHead] {
+    for idle in [
+        Idle::Served(Version::H1),
+        Idle::Served(Version::H2),
+        Idle::Silent,
+        Idle::HalfAHead,
+    ] {
         let server = streaming(1).await;
         let (mut process, outbound) = started(&server, &[]).await;
         let (mut socket, mut client) = (None, None);
@@ -110,7 +144,8 @@ async fn a_proxy_that_does_nothing_ends_at_once() {
         }
         process.signal("TERM");
         let status = process.ended(Duration::from_secs(4)).await;
-        let status = status.unwrap_or_else(|| panic!("{idle:?}: nothing runs, so nothing is waited for"));
+        let status =
+            status.unwrap_or_else(|| panic!("{idle:?}: nothing runs, so nothing is waited for"));
         assert_eq!(status.code(), Some(0));
         drop((socket, client));
     }
@@ -122,24 +157,47 @@ async fn quitquitquit_ends_it_too() {
     let (mut process, _) = started(&server, &[]).await;
     let mut admin = Client::connect(process.admin, Version::H1).await;
     assert_eq!(admin.post("/quitquitquit", "").await.text(), "OK\n");
-    let status = process.ended(Duration::from_secs(4)).await.expect("it ends");
+    let status = process
+        .ended(Duration::from_secs(4))
+        .await
+        .expect("it ends");
     assert_eq!(status.code(), Some(0), "{}", process.errors());
 }
 
 #[tokio::test]
 async fn both_workers_serve() {
     let server = Upstream::named("a").await;
-    let proxy = ProxyBuilder::new().server(server.address).concurrency(2).start();
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .concurrency(2)
+        .start();
     // Each worker has an upstream pool of its own, so connections upstream tell workers apart: with all clients idle
     // in between, one worker alone would use one connection.
     for _ in 0..64 {
-        assert_eq!(proxy.client(Version::H1).await.post(CHAT, "{}").await.status, 200);
+        assert_eq!(
+            proxy
+                .client(Version::H1)
+                .await
+                .post(CHAT, "{}")
+                .await
+                .status,
+            200
+        );
         if server.connections() > 1 {
             break;
         }
     }
-    let used: HashSet<_> = server.exchanges().iter().map(|exchange| exchange.connection).collect();
-    assert_eq!(used.len(), 2, "{} requests went over {used:?}", server.exchanges().len());
+    let used: HashSet<_> = server
+        .exchanges()
+        .iter()
+        .map(|exchange| exchange.connection)
+        .collect();
+    assert_eq!(
+        used.len(),
+        2,
+        "{} requests went over {used:?}",
+        server.exchanges().len()
+    );
 }
 
 #[tokio::test]
@@ -151,7 +209,8 @@ async fn a_stalled_reader_of_the_admin_delays_no_request() {
         let mut socket = TcpStream::connect(proxy.admin()).await.unwrap();
         // Asks for a lot and reads nothing.
         let ask = "GET /stats/prometheus HTTP/1.1\r\nhost: h\r\n\r\n".repeat(500);
-        let _ = tokio::time::timeout(Duration::from_millis(100), socket.write_all(ask.as_bytes())).await;
+        let _ = tokio::time::timeout(Duration::from_millis(100), socket.write_all(ask.as_bytes()))
+            .await;
         stalled.push(socket);
     }
     let mut client = proxy.client(Version::H1).await;
@@ -162,5 +221,8 @@ async fn a_stalled_reader_of_the_admin_delays_no_request() {
         times.push(begun.elapsed());
     }
     times.sort();
-    assert!(times[25] < Duration::from_millis(20), "the median of {times:?}");
+    assert!(
+        times[25] < Duration::from_millis(20),
+        "the median of {times:?}"
+    );
 }

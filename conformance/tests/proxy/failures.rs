@@ -1,7 +1,9 @@
 //! Engines that fail in every way they know, and what the client gets.
 
 use http::Method;
-use outrigger_conformance::harness::{Conn, ProxyBuilder, TestProxy, Upstream, Version, metric, request};
+use outrigger_conformance::harness::{
+    Conn, ProxyBuilder, TestProxy, Upstream, Version, metric, request,
+};
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::bootstrap::Bootstrap;
 use serde_json::Value;
@@ -52,7 +54,11 @@ async fn failing(how: Early) -> (SocketAddr, Option<Upstream>) {
 
 /// An address where nobody listens.
 async fn refused() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap()
 }
 
 async fn fail(how: Early, mut conn: Conn) -> Option<Conn> {
@@ -72,12 +78,25 @@ async fn fail(how: Early, mut conn: Conn) -> Option<Conn> {
             conn.begin_events().await;
             conn.chunk("data: {\"err").await;
             tokio::time::sleep(Duration::from_millis(20)).await;
-            conn.chunk("or\": {\"message\": \"EngineCore died\"}}\n\n").await;
+            conn.chunk("or\": {\"message\": \"EngineCore died\"}}\n\n")
+                .await;
             conn.event("[DONE]").await;
             conn.end().await;
         }
-        Early::Answers500 => drop(conn.json("500 Internal Server Error", r#"{"error":{"message":"from the engine"}}"#).await),
-        Early::Answers503 => drop(conn.json("503 Service Unavailable", r#"{"error":{"message":"from the engine"}}"#).await),
+        Early::Answers500 => drop(
+            conn.json(
+                "500 Internal Server Error",
+                r#"{"error":{"message":"from the engine"}}"#,
+            )
+            .await,
+        ),
+        Early::Answers503 => drop(
+            conn.json(
+                "503 Service Unavailable",
+                r#"{"error":{"message":"from the engine"}}"#,
+            )
+            .await,
+        ),
     }
     None
 }
@@ -104,19 +123,34 @@ async fn a_generation_that_fails_before_its_first_event_goes_to_another_engine()
         for &how in EARLY {
             let (address, _failing) = failing(how).await;
             let good = healthy().await;
-            let proxy = ProxyBuilder::new().server(address).server(good.address).start();
+            let proxy = ProxyBuilder::new()
+                .server(address)
+                .server(good.address)
+                .start();
             let mut client = proxy.client(version).await;
             let mut attempts = Vec::new();
             for call in 0..2 {
                 let reply = client.post(CHAT, STREAM).await;
-                assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, SERVED), "{how:?} {version:?} call {call}");
+                assert_eq!(
+                    (reply.status.as_u16(), reply.text().as_str()),
+                    (200, SERVED),
+                    "{how:?} {version:?} call {call}"
+                );
                 assert!(!reply.broken);
             }
             for line in proxy.log(2).await {
-                attempts.push(line["attempts"].as_u64().unwrap_or_else(|| panic!("{line}")));
+                attempts.push(
+                    line["attempts"]
+                        .as_u64()
+                        .unwrap_or_else(|| panic!("{line}")),
+                );
             }
             // Of two in turn, one met the failing engine first.
-            assert_eq!(attempts.iter().max(), Some(&2), "{how:?} {version:?}: {attempts:?}");
+            assert_eq!(
+                attempts.iter().max(),
+                Some(&2),
+                "{how:?} {version:?}: {attempts:?}"
+            );
         }
     }
 }
@@ -133,11 +167,18 @@ async fn a_generation_that_fails_early_behind_a_peer_goes_to_another_one() {
         })
         .await;
         let beside = [&bad, &good].map(|server| ProxyBuilder::new().engine(server.address).start());
-        let gateway = ProxyBuilder::new().peer(beside[0].inbound()).peer(beside[1].inbound()).start();
+        let gateway = ProxyBuilder::new()
+            .peer(beside[0].inbound())
+            .peer(beside[1].inbound())
+            .start();
         gateway.wait_alive(2).await;
         for call in 0..2 {
             let reply = gateway.client(Version::H1).await.post(CHAT, STREAM).await;
-            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, SERVED), "{how:?} call {call}");
+            assert_eq!(
+                (reply.status.as_u16(), reply.text().as_str()),
+                (200, SERVED),
+                "{how:?} call {call}"
+            );
         }
         assert!(!bad.exchanges().is_empty(), "{how:?}: it was asked");
     }
@@ -152,7 +193,10 @@ async fn an_error_in_anthropics_form_is_one_too() {
     })
     .await;
     let good = healthy().await;
-    let proxy = ProxyBuilder::new().server(bad.address).server(good.address).start();
+    let proxy = ProxyBuilder::new()
+        .server(bad.address)
+        .server(good.address)
+        .start();
     let mut client = proxy.client(Version::H1).await;
     for _ in 0..2 {
         assert_eq!(client.post("/v1/messages", STREAM).await.text(), SERVED);
@@ -162,21 +206,39 @@ async fn an_error_in_anthropics_form_is_one_too() {
 
 #[tokio::test]
 async fn a_whole_answer_that_fails_at_its_head_goes_to_another_engine() {
-    for &how in EARLY.iter().filter(|how| !matches!(how, Early::ErrorFirst | Early::ErrorFirstInTwoPieces | Early::DiesBeforeFirstEvent)) {
+    for &how in EARLY.iter().filter(|how| {
+        !matches!(
+            how,
+            Early::ErrorFirst | Early::ErrorFirstInTwoPieces | Early::DiesBeforeFirstEvent
+        )
+    }) {
         let (address, _failing) = failing(how).await;
         let good = healthy().await;
-        let proxy = ProxyBuilder::new().server(address).server(good.address).start();
+        let proxy = ProxyBuilder::new()
+            .server(address)
+            .server(good.address)
+            .start();
         let mut client = proxy.client(Version::H1).await;
         for _ in 0..2 {
             let reply = client.post(CHAT, WHOLE).await;
-            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, r#"{"id":1}"#), "{how:?}");
+            assert_eq!(
+                (reply.status.as_u16(), reply.text().as_str()),
+                (200, r#"{"id":1}"#),
+                "{how:?}"
+            );
         }
     }
 }
 
 #[tokio::test]
 async fn what_is_no_generation_keeps_the_engines_answer_and_is_not_sent_twice() {
-    for how in [Early::Answers500, Early::Answers503, Early::ResetsAtOnce, Early::ClosesAtOnce, Early::Garbage] {
+    for how in [
+        Early::Answers500,
+        Early::Answers503,
+        Early::ResetsAtOnce,
+        Early::ClosesAtOnce,
+        Early::Garbage,
+    ] {
         let (first, one) = failing(how).await;
         let (second, two) = failing(how).await;
         let proxy = ProxyBuilder::new().server(first).server(second).start();
@@ -184,12 +246,22 @@ async fn what_is_no_generation_keeps_the_engines_answer_and_is_not_sent_twice() 
             let reply = proxy.client(Version::H1).await.post(path, WHOLE).await;
             match how {
                 Early::Answers500 => assert_eq!(reply.status, 500),
-                _ => assert!(matches!(reply.status.as_u16(), 502 | 503), "{how:?}: {}", reply.status),
+                _ => assert!(
+                    matches!(reply.status.as_u16(), 502 | 503),
+                    "{how:?}: {}",
+                    reply.status
+                ),
             }
             let engines_own = matches!(how, Early::Answers500 | Early::Answers503);
-            assert_eq!(reply.text().contains("from the engine"), engines_own, "{how:?}: {}", reply.text());
+            assert_eq!(
+                reply.text().contains("from the engine"),
+                engines_own,
+                "{how:?}: {}",
+                reply.text()
+            );
         }
-        let sent = one.map_or(0, |server| server.exchanges().len()) + two.map_or(0, |server| server.exchanges().len());
+        let sent = one.map_or(0, |server| server.exchanges().len())
+            + two.map_or(0, |server| server.exchanges().len());
         assert_eq!(sent, 2, "{how:?}: two calls, each sent once");
     }
 }
@@ -197,16 +269,31 @@ async fn what_is_no_generation_keeps_the_engines_answer_and_is_not_sent_twice() 
 #[tokio::test]
 async fn a_call_that_could_not_be_sent_goes_to_another_engine_whatever_it_is() {
     let (dead, good) = (refused().await, healthy().await);
-    let proxy = ProxyBuilder::new().server(dead).server(good.address).start();
+    let proxy = ProxyBuilder::new()
+        .server(dead)
+        .server(good.address)
+        .start();
     for path in ["/v1/embeddings", CHAT] {
         for _ in 0..2 {
-            assert_eq!(proxy.client(Version::H1).await.post(path, WHOLE).await.status, 200, "{path}");
+            assert_eq!(
+                proxy
+                    .client(Version::H1)
+                    .await
+                    .post(path, WHOLE)
+                    .await
+                    .status,
+                200,
+                "{path}"
+            );
         }
     }
 }
 
 fn local_reply(reply: &outrigger_conformance::harness::Reply) -> (u16, String) {
-    (reply.status.as_u16(), reply.header("x-outrigger-error").to_owned())
+    (
+        reply.status.as_u16(),
+        reply.header("x-outrigger-error").to_owned(),
+    )
 }
 
 #[tokio::test]
@@ -223,12 +310,25 @@ async fn when_all_fail_the_answer_says_which_way() {
         let reply = proxy.client(Version::H1).await.post(CHAT, STREAM).await;
         let (status, got) = local_reply(&reply);
         assert!(status == 503 || status == 502, "{how:?}: {status}");
-        assert!(got == flag || how == Early::ResetsAtOnce && got == "UR", "{how:?}: {got}");
+        assert!(
+            got == flag || how == Early::ResetsAtOnce && got == "UR",
+            "{how:?}: {got}"
+        );
         let error = &reply.json()["error"];
-        assert!(error["message"].as_str().is_some_and(|text| text.starts_with("upstream connect error")), "{error}");
+        assert!(
+            error["message"]
+                .as_str()
+                .is_some_and(|text| text.starts_with("upstream connect error")),
+            "{error}"
+        );
         assert_eq!(error["code"], status);
         let line = proxy.only_log().await;
-        assert!(line["response_flags"].as_str().is_some_and(|flags| flags.contains(&got)), "{line}");
+        assert!(
+            line["response_flags"]
+                .as_str()
+                .is_some_and(|flags| flags.contains(&got)),
+            "{line}"
+        );
         assert_eq!(line["response_code"], status, "{line}");
     }
 }
@@ -236,8 +336,17 @@ async fn when_all_fail_the_answer_says_which_way() {
 /// Sets a field of the `openai` filter.
 fn openai(field: &'static str, value: u64) -> impl FnOnce(&mut Bootstrap) {
     move |bootstrap| {
-        for listener in bootstrap.listeners.iter_mut().filter(|listener| listener.name == OUTBOUND) {
-            for filter in listener.http.http_filters.iter_mut().filter(|filter| filter.name == "openai") {
+        for listener in bootstrap
+            .listeners
+            .iter_mut()
+            .filter(|listener| listener.name == OUTBOUND)
+        {
+            for filter in listener
+                .http
+                .http_filters
+                .iter_mut()
+                .filter(|filter| filter.name == "openai")
+            {
                 filter.config.value[field] = value.into();
             }
         }
@@ -266,16 +375,29 @@ async fn an_engine_that_is_silent_is_given_up_in_time() {
             ("first_token_timeout_ms", &[""]),
         ] {
             let server = silent(after).await;
-            let proxy = ProxyBuilder::new().server(server.address).edit(openai(field, 100)).start();
+            let proxy = ProxyBuilder::new()
+                .server(server.address)
+                .edit(openai(field, 100))
+                .start();
             let begun = Instant::now();
             let reply = proxy.client(version).await.post(CHAT, STREAM).await;
-            assert_eq!(local_reply(&reply), (504, "UT".to_owned()), "{field} {version:?}");
-            assert!(begun.elapsed() >= Duration::from_millis(100) && begun.elapsed() < Duration::from_secs(3));
+            assert_eq!(
+                local_reply(&reply),
+                (504, "UT".to_owned()),
+                "{field} {version:?}"
+            );
+            assert!(
+                begun.elapsed() >= Duration::from_millis(100)
+                    && begun.elapsed() < Duration::from_secs(3)
+            );
             assert_eq!(reply.json()["error"]["type"], "TimeoutError");
             assert_eq!(proxy.only_log().await["response_flags"], "UT");
         }
         let server = silent(&["{\"id\":1}"]).await;
-        let proxy = ProxyBuilder::new().server(server.address).edit(openai("inter_token_timeout_ms", 100)).start();
+        let proxy = ProxyBuilder::new()
+            .server(server.address)
+            .edit(openai("inter_token_timeout_ms", 100))
+            .start();
         let reply = proxy.client(version).await.post(CHAT, STREAM).await;
         assert_eq!(reply.status, 200);
         assert_told_of_the_break(&reply.text(), "data: {\"id\":1}\n\n");
@@ -285,8 +407,12 @@ async fn an_engine_that_is_silent_is_given_up_in_time() {
 
 /// What a client of an OpenAI stream reads when it breaks: all whole events, an error event, `[DONE]`.
 fn assert_told_of_the_break(text: &str, events: &str) {
-    let rest = text.strip_prefix(events).unwrap_or_else(|| panic!("{text}"));
-    let error = rest.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\ndata: [DONE]\n\n"));
+    let rest = text
+        .strip_prefix(events)
+        .unwrap_or_else(|| panic!("{text}"));
+    let error = rest
+        .strip_prefix("data: ")
+        .and_then(|rest| rest.strip_suffix("\n\ndata: [DONE]\n\n"));
     let error: Value = serde_json::from_str(error.unwrap_or_else(|| panic!("{text}"))).unwrap();
     assert!(error["error"]["message"].is_string(), "{text}");
 }
@@ -326,17 +452,39 @@ async fn a_stream_that_breaks_is_told_of_and_a_whole_answer_is_cut() {
     for how in [Late::Closes, Late::Resets, Late::Garbage] {
         for version in Version::BOTH {
             let (server, other) = (breaking(how).await, breaking(how).await);
-            let proxy = ProxyBuilder::new().server(server.address).server(other.address).start();
+            let proxy = ProxyBuilder::new()
+                .server(server.address)
+                .server(other.address)
+                .start();
             let mut client = proxy.client(version).await;
             let reply = client.post(CHAT, STREAM).await;
             assert_eq!(reply.status, 200);
             assert_told_of_the_break(&reply.text(), "data: one\n\n");
-            assert!(!reply.broken, "{how:?} {version:?}: told of, not cut as well");
+            assert!(
+                !reply.broken,
+                "{how:?} {version:?}: told of, not cut as well"
+            );
             let reply = client.post("/v1/messages", STREAM).await;
-            assert!(reply.text().starts_with("data: one\n\nevent: error\ndata: {\"error\"") || reply.text().starts_with("data: one\n\nevent: error\ndata: {\"type\":\"error\""), "{}", reply.text());
+            assert!(
+                reply
+                    .text()
+                    .starts_with("data: one\n\nevent: error\ndata: {\"error\"")
+                    || reply
+                        .text()
+                        .starts_with("data: one\n\nevent: error\ndata: {\"type\":\"error\""),
+                "{}",
+                reply.text()
+            );
             let reply = proxy.client(version).await.post(CHAT, WHOLE).await;
-            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, r#"{"choices":["#), "{how:?} {version:?}");
-            assert!(reply.broken, "{how:?} {version:?}: the client must see that it is cut");
+            assert_eq!(
+                (reply.status.as_u16(), reply.text().as_str()),
+                (200, r#"{"choices":["#),
+                "{how:?} {version:?}"
+            );
+            assert!(
+                reply.broken,
+                "{how:?} {version:?}: the client must see that it is cut"
+            );
             let sent = server.exchanges().len() + other.exchanges().len();
             assert_eq!(sent, 3, "after a delivered byte nothing is sent again");
             for line in proxy.log(3).await {
@@ -363,10 +511,17 @@ async fn a_body_shorter_than_its_length_is_seen_to_be_cut() {
             entry.wait_alive(1).await;
             let proxy = if through_peer { &entry } else { &beside };
             let reply = proxy.client(version).await.post(CHAT, WHOLE).await;
-            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, "{\"half\":"), "{version:?}");
+            assert_eq!(
+                (reply.status.as_u16(), reply.text().as_str()),
+                (200, "{\"half\":"),
+                "{version:?}"
+            );
             assert!(reply.broken, "{version:?} through a peer: {through_peer}");
             let flags = proxy.only_log().await["response_flags"].clone();
-            assert!(["UC", "UR"].contains(&flags.as_str().unwrap_or_default()), "{version:?} {through_peer}: {flags}");
+            assert!(
+                ["UC", "UR"].contains(&flags.as_str().unwrap_or_default()),
+                "{version:?} {through_peer}: {flags}"
+            );
         }
     }
 }
@@ -376,20 +531,43 @@ async fn an_upload_that_breaks_off_breaks_off_upstream_and_is_not_sent_again() {
     use tokio::io::AsyncWriteExt;
     for path in [CHAT, "/other"] {
         let (one, two) = (healthy().await, healthy().await);
-        let proxy = ProxyBuilder::new().server(one.address).server(two.address).start();
-        let mut socket = tokio::net::TcpStream::connect(proxy.outbound()).await.unwrap();
-        let head = format!("POST {path} HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{{\"a\":");
+        let proxy = ProxyBuilder::new()
+            .server(one.address)
+            .server(two.address)
+            .start();
+        let mut socket = tokio::net::TcpStream::connect(proxy.outbound())
+            .await
+            .unwrap();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{{\"a\":"
+        );
         socket.write_all(head.as_bytes()).await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         drop(socket);
         let line = proxy.only_log().await;
-        assert!(line["response_flags"].as_str().is_some_and(|flags| flags.contains("DC")), "{path}: {line}");
-        assert!(one.exchanges().is_empty() && two.exchanges().is_empty(), "{path}: no whole request arrived");
+        assert!(
+            line["response_flags"]
+                .as_str()
+                .is_some_and(|flags| flags.contains("DC")),
+            "{path}: {line}"
+        );
+        assert!(
+            one.exchanges().is_empty() && two.exchanges().is_empty(),
+            "{path}: no whole request arrived"
+        );
         for server in [&one, &two] {
             // A failed upload is the client's fault: the engine stays in use.
             assert!(server.connections() <= 1, "{path}");
         }
-        assert_eq!(proxy.client(Version::H1).await.post(CHAT, WHOLE).await.status, 200);
+        assert_eq!(
+            proxy
+                .client(Version::H1)
+                .await
+                .post(CHAT, WHOLE)
+                .await
+                .status,
+            200
+        );
     }
 }
 
@@ -406,15 +584,24 @@ async fn an_answer_before_the_end_of_an_upload_arrives() {
                 let _ = socket
                     .write_all(b"HTTP/1.1 413 Content Too Large\r\nconnection: close\r\ncontent-length: 4\r\n\r\nmuch")
                     .await;
-                while keep_reading && tokio::io::AsyncReadExt::read(&mut socket, &mut buffer).await.is_ok_and(|read| read > 0) {}
+                while keep_reading
+                    && tokio::io::AsyncReadExt::read(&mut socket, &mut buffer)
+                        .await
+                        .is_ok_and(|read| read > 0)
+                {}
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
         let proxy = ProxyBuilder::new().server(address).start();
         let mut post = request(Method::POST, "/upload", vec![b'x'; 8 << 20]);
-        post.headers_mut().insert("content-type", "application/octet-stream".parse().unwrap());
+        post.headers_mut()
+            .insert("content-type", "application/octet-stream".parse().unwrap());
         let reply = proxy.client(Version::H2).await.send(post).await;
-        assert_eq!((reply.status.as_u16(), reply.text().as_str()), (413, "much"), "keeps reading: {keep_reading}");
+        assert_eq!(
+            (reply.status.as_u16(), reply.text().as_str()),
+            (413, "much"),
+            "keeps reading: {keep_reading}"
+        );
         engine.abort();
     }
 }
@@ -438,7 +625,8 @@ async fn an_error_after_the_first_event_passes_as_the_engine_said_it() {
         conn.begin_events().await;
         conn.event("{\"id\":1}").await;
         tokio::time::sleep(Duration::from_millis(30)).await;
-        conn.event(r#"{"error": {"message": "EngineCore died", "code": 500}}"#).await;
+        conn.event(r#"{"error": {"message": "EngineCore died", "code": 500}}"#)
+            .await;
         conn.event("[DONE]").await;
         conn.end().await.then_some(conn)
     })
@@ -468,20 +656,30 @@ async fn local_replies_take_the_form_of_whoever_asked() {
         assert_eq!(openai.header("retry-after"), "1");
         assert_eq!(openai.header("content-type"), "application/json");
         let error = &openai.json()["error"];
-        assert_eq!((&error["type"], &error["code"]), (&"ServiceUnavailableError".into(), &503.into()));
+        assert_eq!(
+            (&error["type"], &error["code"]),
+            (&"ServiceUnavailableError".into(), &503.into())
+        );
         let anthropic = client.post("/v1/messages", STREAM).await;
         assert_eq!(anthropic.status, 503);
         assert_eq!(anthropic.json()["type"], "error");
         assert_eq!(anthropic.json()["error"]["type"], "overloaded_error");
         let mut call = request(Method::POST, "/inference.Engine/Generate", "");
-        call.headers_mut().insert("content-type", "application/grpc+proto".parse().unwrap());
+        call.headers_mut()
+            .insert("content-type", "application/grpc+proto".parse().unwrap());
         let grpc = client.send(call).await;
-        assert_eq!((grpc.status.as_u16(), grpc.header("grpc-status")), (200, "14"));
+        assert_eq!(
+            (grpc.status.as_u16(), grpc.header("grpc-status")),
+            (200, "14")
+        );
         assert_eq!(grpc.header("content-type"), "application/grpc");
         assert!(!grpc.header("grpc-message").is_empty());
         for line in proxy.log(3).await {
             assert_eq!(line["response_flags"], "UH", "{line}");
-            assert_eq!(line["response_code_details"], "no_healthy_upstream", "{line}");
+            assert_eq!(
+                line["response_code_details"], "no_healthy_upstream",
+                "{line}"
+            );
         }
     }
 }
@@ -492,11 +690,23 @@ async fn the_retry_budget_holds_when_everything_fails() {
     let failing = || {
         Upstream::start(|mut conn, _| async move {
             tokio::time::sleep(Duration::from_millis(300)).await;
-            conn.json("500 Internal Server Error", "{}").await.then_some(conn)
+            conn.json("500 Internal Server Error", "{}")
+                .await
+                .then_some(conn)
         })
     };
-    let servers = [failing().await, failing().await, failing().await, failing().await];
-    let proxy = servers.iter().fold(ProxyBuilder::new(), |proxy, server| proxy.server(server.address)).start();
+    let servers = [
+        failing().await,
+        failing().await,
+        failing().await,
+        failing().await,
+    ];
+    let proxy = servers
+        .iter()
+        .fold(ProxyBuilder::new(), |proxy, server| {
+            proxy.server(server.address)
+        })
+        .start();
     let overflow = "envoy_cluster_upstream_rq_retry_overflow";
     let before = metric(proxy.admin(), overflow, "fleet").await;
     let calls = 40;
@@ -515,7 +725,10 @@ async fn the_retry_budget_holds_when_everything_fails() {
     assert!(sent > calls, "some were retried");
     // 20 % of those active, at least 3 at a time: without a budget it were four for each call.
     assert!(sent <= calls + calls / 2, "{sent} sent for {calls} calls");
-    assert!(metric(proxy.admin(), overflow, "fleet").await > before, "what was not retried is counted");
+    assert!(
+        metric(proxy.admin(), overflow, "fleet").await > before,
+        "what was not retried is counted"
+    );
 }
 
 #[tokio::test]
@@ -523,7 +736,12 @@ async fn a_limit_on_requests_is_told_and_logged() {
     let server = silent(&["{\"id\":1}"]).await;
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(|bootstrap| bootstrap.clusters.iter_mut().for_each(|cluster| cluster.circuit_breakers.max_requests = 1))
+        .edit(|bootstrap| {
+            bootstrap
+                .clusters
+                .iter_mut()
+                .for_each(|cluster| cluster.circuit_breakers.max_requests = 1)
+        })
         .start();
     let mut first = proxy.client(Version::H1).await;
     let mut running = first.begin(request(Method::POST, CHAT, STREAM)).await;

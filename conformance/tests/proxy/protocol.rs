@@ -32,17 +32,29 @@ async fn method_path_headers_and_body_pass_both_ways() {
         let proxy = before(&server).await;
         let mut put = request(Method::PUT, "/some/path?a=1&b=%20x", "body");
         put.headers_mut().insert("x-mine", "yes".parse().unwrap());
-        put.headers_mut().insert("authorization", "Bearer key".parse().unwrap());
+        put.headers_mut()
+            .insert("authorization", "Bearer key".parse().unwrap());
         let reply = proxy.client(version).await.send(put).await;
         assert_eq!(reply.status, 201, "{version:?}");
         assert_eq!(reply.text(), "hello");
-        assert_eq!(reply.header("server"), "uvicorn", "the engine's own name passes");
+        assert_eq!(
+            reply.header("server"),
+            "uvicorn",
+            "the engine's own name passes"
+        );
         assert_eq!(reply.headers.get_all("x-two").iter().count(), 2);
         let got = server.only();
         assert_eq!(got.line, "PUT /some/path?a=1&b=%20x HTTP/1.1");
         assert_eq!(got.body, b"body");
-        assert_eq!((got.header("x-mine"), got.header("authorization")), ("yes", "Bearer key"));
-        assert_eq!(got.header("host"), proxy.outbound().to_string(), "as the client said it");
+        assert_eq!(
+            (got.header("x-mine"), got.header("authorization")),
+            ("yes", "Bearer key")
+        );
+        assert_eq!(
+            got.header("host"),
+            proxy.outbound().to_string(),
+            "as the client said it"
+        );
     }
 }
 
@@ -55,7 +67,11 @@ async fn connections_are_kept_on_both_sides() {
         for _ in 0..6 {
             assert_eq!(client.post(CHAT, "{}").await.status, 200);
         }
-        assert_eq!(server.connections(), 1, "{version:?}: one connection upstream for six requests");
+        assert_eq!(
+            server.connections(),
+            1,
+            "{version:?}: one connection upstream for six requests"
+        );
         assert_eq!(server.exchanges().len(), 6);
     }
 }
@@ -63,7 +79,8 @@ async fn connections_are_kept_on_both_sides() {
 #[tokio::test]
 async fn an_engine_connection_that_said_close_is_not_used_again() {
     let server = Upstream::start(|mut conn, _| async move {
-        conn.write("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok").await;
+        conn.write("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok")
+            .await;
         None
     })
     .await;
@@ -71,7 +88,10 @@ async fn an_engine_connection_that_said_close_is_not_used_again() {
     let mut client = proxy.client(Version::H1).await;
     for _ in 0..3 {
         let reply = client.post("/x", "").await;
-        assert_eq!((reply.status.as_u16(), reply.header("connection")), (200, ""));
+        assert_eq!(
+            (reply.status.as_u16(), reply.header("connection")),
+            (200, "")
+        );
     }
     assert_eq!(server.connections(), 3);
 }
@@ -83,7 +103,11 @@ async fn http2_upstream_shares_one_connection_and_passes_trailers_both_ways() {
         let proxy = ProxyBuilder::new()
             .server(server.address)
             .edit(|bootstrap| {
-                for cluster in bootstrap.clusters.iter_mut().filter(|cluster| cluster.name == FLEET) {
+                for cluster in bootstrap
+                    .clusters
+                    .iter_mut()
+                    .filter(|cluster| cluster.name == FLEET)
+                {
                     cluster.protocol = UpstreamProtocol::Http2;
                 }
             })
@@ -92,15 +116,27 @@ async fn http2_upstream_shares_one_connection_and_passes_trailers_both_ways() {
         for _ in 0..2 {
             let mut trailers = HeaderMap::new();
             trailers.insert("x-checksum", "abc".parse().unwrap());
-            let frames = [Ok(Frame::data(Bytes::from_static(b"data"))), Ok(Frame::trailers(trailers))];
+            let frames = [
+                Ok(Frame::data(Bytes::from_static(b"data"))),
+                Ok(Frame::trailers(trailers)),
+            ];
             let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
             let mut post = request(Method::POST, "/echo", "");
             *post.body_mut() = body;
             post.headers_mut().insert("te", "trailers".parse().unwrap());
-            post.headers_mut().insert("trailer", "x-checksum".parse().unwrap());
+            post.headers_mut()
+                .insert("trailer", "x-checksum".parse().unwrap());
             let reply = client.send(post).await;
-            assert_eq!((reply.status.as_u16(), reply.text().as_str()), (200, "data"), "{version:?}");
-            assert_eq!(reply.header("x-got-te"), "trailers", "{version:?}: gRPC needs it");
+            assert_eq!(
+                (reply.status.as_u16(), reply.text().as_str()),
+                (200, "data"),
+                "{version:?}"
+            );
+            assert_eq!(
+                reply.header("x-got-te"),
+                "trailers",
+                "{version:?}: gRPC needs it"
+            );
             if version == Version::H2 {
                 let trailers = reply.trailers.expect("trailers come back");
                 assert_eq!(trailers["x-checksum"], "abc");
@@ -124,12 +160,22 @@ async fn hop_by_hop_headers_go_no_further() {
                 proxy-connection: keep-alive\r\nte: trailers, deflate\r\nx-keep: 1\r\n\r\n";
     let answer = raw(address, head.as_bytes()).await.to_lowercase();
     let got = server.only();
-    for name in ["connection", "x-secret", "keep-alive", "proxy-connection", "te", "upgrade"] {
+    for name in [
+        "connection",
+        "x-secret",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "upgrade",
+    ] {
         assert_eq!(got.count(name), 0, "{name} reached the engine: {got:?}");
     }
     assert_eq!(got.header("x-keep"), "1");
     for name in ["keep-alive:", "x-private:", "proxy-connection:"] {
-        assert!(!answer.contains(name), "{name} reached the client: {answer}");
+        assert!(
+            !answer.contains(name),
+            "{name} reached the client: {answer}"
+        );
     }
     assert!(answer.contains("x-public: 1"), "{answer}");
 }
@@ -144,7 +190,11 @@ async fn ids_are_made_or_kept_and_the_client_is_named() {
         client.post(CHAT, "{}").await;
         let mut given = request(Method::POST, CHAT, "{}");
         let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        for (name, value) in [("x-request-id", "mine"), ("traceparent", trace), ("x-forwarded-for", "10.1.2.3")] {
+        for (name, value) in [
+            ("x-request-id", "mine"),
+            ("traceparent", trace),
+            ("x-forwarded-for", "10.1.2.3"),
+        ] {
             given.headers_mut().insert(name, value.parse().unwrap());
         }
         client.send(given).await;
@@ -155,7 +205,10 @@ async fn ids_are_made_or_kept_and_the_client_is_named() {
         assert_eq!(got[0].header("x-forwarded-for"), "127.0.0.1");
         assert_eq!(got[2].header("x-request-id"), "mine");
         assert_eq!(got[2].header("traceparent"), trace);
-        assert_eq!(got[2].header("x-forwarded-for").replace(' ', ""), "10.1.2.3,127.0.0.1");
+        assert_eq!(
+            got[2].header("x-forwarded-for").replace(' ', ""),
+            "10.1.2.3,127.0.0.1"
+        );
         let log = proxy.log(3).await;
         assert_eq!(log[2]["request_id"], "mine");
     }
@@ -163,11 +216,21 @@ async fn ids_are_made_or_kept_and_the_client_is_named() {
 
 #[tokio::test]
 async fn each_attempt_has_an_id_of_its_own_upstream() {
-    let refuses = || Upstream::start(|mut conn, _| async move { conn.json("503 Service Unavailable", "{}").await.then_some(conn) });
+    let refuses = || {
+        Upstream::start(|mut conn, _| async move {
+            conn.json("503 Service Unavailable", "{}")
+                .await
+                .then_some(conn)
+        })
+    };
     let (first, second) = (refuses().await, refuses().await);
-    let proxy = ProxyBuilder::new().server(first.address).server(second.address).start();
+    let proxy = ProxyBuilder::new()
+        .server(first.address)
+        .server(second.address)
+        .start();
     let mut post = request(Method::POST, CHAT, r#"{"model":"m"}"#);
-    post.headers_mut().insert("x-request-id", "one".parse().unwrap());
+    post.headers_mut()
+        .insert("x-request-id", "one".parse().unwrap());
     let reply = proxy.client(Version::H1).await.send(post).await;
     assert_eq!(reply.status, 503);
     let mut ids = [first.only(), second.only()].map(|got| got.header("x-request-id").to_owned());
@@ -196,7 +259,11 @@ async fn expect_continue_is_answered_here() {
         let then = String::from_utf8_lossy(&buffer[..read]).into_owned();
         assert!(then.starts_with("HTTP/1.1 200 "), "{path}: {then}");
         let got = server.only();
-        assert_eq!((got.count("expect"), got.body.as_slice()), (0, b"{}".as_slice()), "{path}");
+        assert_eq!(
+            (got.count("expect"), got.body.as_slice()),
+            (0, b"{}".as_slice()),
+            "{path}"
+        );
     }
 }
 
@@ -212,10 +279,16 @@ async fn upgrades_are_refused_and_h2c_offers_ignored() {
     let read = socket.read(&mut buffer).await.unwrap();
     let answer = String::from_utf8_lossy(&buffer[..read]).into_owned();
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
-    assert!(answer.contains("\"error\""), "an OpenAI client reads JSON: {answer}");
+    assert!(
+        answer.contains("\"error\""),
+        "an OpenAI client reads JSON: {answer}"
+    );
     assert!(server.exchanges().is_empty());
     let connect = raw_connect(proxy.outbound()).await;
-    assert!(connect.starts_with("HTTP/1.1 40"), "CONNECT is refused: {connect}");
+    assert!(
+        connect.starts_with("HTTP/1.1 40"),
+        "CONNECT is refused: {connect}"
+    );
     let h2c = "GET /x HTTP/1.1\r\nhost: h\r\nconnection: close, upgrade, http2-settings\r\nupgrade: h2c\r\n\
                http2-settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n";
     let answer = raw(proxy.outbound(), h2c.as_bytes()).await;
@@ -226,9 +299,15 @@ async fn upgrades_are_refused_and_h2c_offers_ignored() {
 
 async fn raw_connect(address: std::net::SocketAddr) -> String {
     let mut socket = TcpStream::connect(address).await.unwrap();
-    socket.write_all(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com:443\r\n\r\n").await.unwrap();
+    socket
+        .write_all(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com:443\r\n\r\n")
+        .await
+        .unwrap();
     let mut buffer = vec![0; 4096];
-    let read = tokio::time::timeout(Duration::from_secs(5), socket.read(&mut buffer)).await.unwrap().unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(5), socket.read(&mut buffer))
+        .await
+        .unwrap()
+        .unwrap();
     String::from_utf8_lossy(&buffer[..read]).into_owned()
 }
 
@@ -239,15 +318,23 @@ async fn requests_sent_ahead_on_one_connection_are_answered_in_order() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let path = got.path().to_owned();
-        conn.answer("200 OK", "text/plain", &format!("<{path}>")).await.then_some(conn)
+        conn.answer("200 OK", "text/plain", &format!("<{path}>"))
+            .await
+            .then_some(conn)
     })
     .await;
     let proxy = before(&server).await;
     let text = "POST /slow HTTP/1.1\r\nhost: h\r\ncontent-length: 3\r\n\r\nabcGET /fast HTTP/1.1\r\nhost: h\r\n\r\n\
                 GET /last HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
     let answer = raw(proxy.outbound(), text.as_bytes()).await;
-    let order: Vec<_> = ["</slow>", "</fast>", "</last>"].iter().map(|mark| answer.find(mark)).collect();
-    assert!(order.iter().all(Option::is_some) && order.is_sorted(), "{order:?}: {answer}");
+    let order: Vec<_> = ["</slow>", "</fast>", "</last>"]
+        .iter()
+        .map(|mark| answer.find(mark))
+        .collect();
+    assert!(
+        order.iter().all(Option::is_some) && order.is_sorted(),
+        "{order:?}: {answer}"
+    );
     assert_eq!(server.exchanges()[0].body, b"abc");
 }
 
@@ -262,18 +349,39 @@ async fn http_1_0_must_upgrade() {
 
 /// Requests whose end two parties could see in different places, or that no party should pass on.
 const AMBIGUOUS: &[(&str, &str)] = &[
-    ("two lengths", "content-length: 4\r\ncontent-length: 5\r\n\r\nabcde"),
+    (
+        "two lengths",
+        "content-length: 4\r\ncontent-length: 5\r\n\r\nabcde",
+    ),
     ("a list of lengths", "content-length: 4, 5\r\n\r\nabcde"),
     ("a signed length", "content-length: +4\r\n\r\nabcd"),
     ("a negative length", "content-length: -1\r\n\r\n"),
     ("a hexadecimal length", "content-length: 0x4\r\n\r\nabcd"),
-    ("chunked is not last", "transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
-    ("an unknown coding", "transfer-encoding: xchunked\r\n\r\n0\r\n\r\n"),
-    ("chunked twice", "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"),
-    ("chunked within a list", "transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
-    ("a vertical tab", "transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n"),
+    (
+        "chunked is not last",
+        "transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "an unknown coding",
+        "transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "chunked twice",
+        "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "chunked within a list",
+        "transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "a vertical tab",
+        "transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    ),
     ("a space before the colon", "content-length : 4\r\n\r\nabcd"),
-    ("a folded header", "x-a: b\r\n content-length: 4\r\n\r\nabcd"),
+    (
+        "a folded header",
+        "x-a: b\r\n content-length: 4\r\n\r\nabcd",
+    ),
     ("a NUL in a value", "x-a: b\0c\r\n\r\n"),
     ("a bare CR in a value", "x-a: b\rc: d\r\n\r\n"),
     ("a name that is none", "x a: b\r\n\r\n"),
@@ -287,7 +395,9 @@ async fn ambiguous_requests_are_refused_and_go_no_further() {
     let mut wrong = Vec::new();
     for path in [CHAT, "/other"] {
         for (what, rest) in AMBIGUOUS {
-            let text = format!("POST {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-type: application/json\r\n{rest}");
+            let text = format!(
+                "POST {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-type: application/json\r\n{rest}"
+            );
             let seen = server.exchanges().len();
             let answer = outrigger_conformance::harness::raw_within(
                 proxy.outbound(),
@@ -297,7 +407,10 @@ async fn ambiguous_requests_are_refused_and_go_no_further() {
             .await;
             let first = answer.lines().next().unwrap_or_default().to_owned();
             if !first.starts_with("HTTP/1.1 400 ") || server.exchanges().len() != seen {
-                wrong.push(format!("{what} to {path}: {first:?}, {} upstream", server.exchanges().len() - seen));
+                wrong.push(format!(
+                    "{what} to {path}: {first:?}, {} upstream",
+                    server.exchanges().len() - seen
+                ));
             }
         }
     }
@@ -326,7 +439,11 @@ async fn a_length_beside_chunks_is_not_passed_on() {
             }
             let got = server.only();
             assert_eq!(got.body, b"{}", "{framing:?}");
-            assert_eq!(got.count("content-length") + got.count("transfer-encoding"), 1, "{got:?}");
+            assert_eq!(
+                got.count("content-length") + got.count("transfer-encoding"),
+                1,
+                "{got:?}"
+            );
             if got.count("content-length") == 1 {
                 assert_eq!(got.header("content-length"), "2");
             }
@@ -347,10 +464,17 @@ async fn a_request_line_or_chunk_that_is_none_is_refused() {
         "POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n0\r\n\r\n",
     ] {
         let answer = raw(proxy.outbound(), text.as_bytes()).await;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400 "), "{text:?}: {answer}");
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
+            "{text:?}: {answer}"
+        );
     }
     assert!(server.exchanges().is_empty(), "{:?}", server.exchanges());
-    assert_eq!(Client::get(proxy.outbound(), "/x").await.status, 200, "and others are served on");
+    assert_eq!(
+        Client::get(proxy.outbound(), "/x").await.status,
+        200,
+        "and others are served on"
+    );
 }
 
 #[tokio::test]
@@ -360,7 +484,9 @@ async fn heads_that_are_too_large_are_refused() {
         let proxy = before(&server).await;
         let mut client = proxy.client(version).await;
         let mut large = request(Method::GET, "/x", "");
-        large.headers_mut().insert("x-large", "a".repeat(70 * 1024).parse().unwrap());
+        large
+            .headers_mut()
+            .insert("x-large", "a".repeat(70 * 1024).parse().unwrap());
         if let Some(answer) = client.try_send(large).await {
             assert_eq!(answer.status(), 431, "{version:?}");
         }
@@ -391,7 +517,10 @@ async fn an_idle_connection_that_the_engine_closes_costs_no_request() {
             };
             call.headers_mut().insert("x-turn", turn.parse().unwrap());
             let reply = client.send(call).await;
-            assert_eq!(reply.status, 200, "turn {turn}, closes at once: {closes_at_once}, body {body:?}");
+            assert_eq!(
+                reply.status, 200,
+                "turn {turn}, closes at once: {closes_at_once}, body {body:?}"
+            );
         }
         assert_eq!(server.connections(), 2);
     }
@@ -415,7 +544,11 @@ async fn bodies_go_on_as_the_bytes_that_came() {
                 assert_eq!(reply.status, 200);
                 let got = server.exchanges();
                 assert_eq!(got[at].body, text.as_bytes(), "{version:?} {path}");
-                assert!(got[at].count("content-length") + got[at].count("transfer-encoding") <= 1, "{:?}", got[at]);
+                assert!(
+                    got[at].count("content-length") + got[at].count("transfer-encoding") <= 1,
+                    "{:?}",
+                    got[at]
+                );
             }
         }
     }
@@ -442,26 +575,50 @@ async fn chunked_requests_arrive_whole() {
 async fn a_body_over_the_limit_streams_on_and_is_counted() {
     for version in Version::BOTH {
         let server = Upstream::start(|mut conn, got| async move {
-            let hash = got.body.iter().fold(7u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(*byte)));
-            conn.json("200 OK", &format!("{{\"bytes\":{},\"hash\":{hash}}}", got.body.len())).await.then_some(conn)
+            let hash = got.body.iter().fold(7u64, |hash, byte| {
+                hash.wrapping_mul(31).wrapping_add(u64::from(*byte))
+            });
+            conn.json(
+                "200 OK",
+                &format!("{{\"bytes\":{},\"hash\":{hash}}}", got.body.len()),
+            )
+            .await
+            .then_some(conn)
         })
         .await;
-        let proxy = ProxyBuilder::new().server(server.address).flag("--body-bytes-max", "100000").start();
-        let text = format!("{{\"model\":\"m\",\"prompt\":\"{}\"}}", "word ".repeat(60_000));
-        let hash = text.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let proxy = ProxyBuilder::new()
+            .server(server.address)
+            .flag("--body-bytes-max", "100000")
+            .start();
+        let text = format!(
+            "{{\"model\":\"m\",\"prompt\":\"{}\"}}",
+            "word ".repeat(60_000)
+        );
+        let hash = text.bytes().fold(7u64, |hash, byte| {
+            hash.wrapping_mul(31).wrapping_add(u64::from(byte))
+        });
         let name = "outrigger_openai_body_too_large_total";
         let counted = proxy.metric(name, "completions").await;
         for chunked in [false, true] {
             let mut post = request(Method::POST, "/v1/completions", text.clone());
             if chunked {
-                let pieces: Vec<_> = text.as_bytes().chunks(30_000).map(Bytes::copy_from_slice).collect();
+                let pieces: Vec<_> = text
+                    .as_bytes()
+                    .chunks(30_000)
+                    .map(Bytes::copy_from_slice)
+                    .collect();
                 let frames = pieces.into_iter().map(|piece| Ok(Frame::data(piece)));
-                let body: AnyBody = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+                let body: AnyBody =
+                    StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
                 *post.body_mut() = body;
             }
             let reply = proxy.client(version).await.send(post).await;
             assert_eq!(reply.status, 200);
-            assert_eq!(reply.json()["bytes"], text.len(), "{version:?} chunked {chunked}");
+            assert_eq!(
+                reply.json()["bytes"],
+                text.len(),
+                "{version:?} chunked {chunked}"
+            );
             assert_eq!(reply.json()["hash"], hash);
         }
         assert!(proxy.metric(name, "completions").await >= counted + 2.0);
@@ -482,14 +639,30 @@ async fn answers_without_a_body_end_where_they_end() {
     for version in Version::BOTH {
         let proxy = before(&server).await;
         let mut client = proxy.client(version).await;
-        for (method, path, status) in [(Method::GET, "/204", 204), (Method::GET, "/304", 304), (Method::HEAD, "/head", 200)] {
+        for (method, path, status) in [
+            (Method::GET, "/204", 204),
+            (Method::GET, "/304", 304),
+            (Method::HEAD, "/head", 200),
+        ] {
             let reply = client.send(request(method, path, "")).await;
-            assert_eq!((reply.status.as_u16(), reply.body.len()), (status, 0), "{version:?} {path}");
+            assert_eq!(
+                (reply.status.as_u16(), reply.body.len()),
+                (status, 0),
+                "{version:?} {path}"
+            );
             if path == "/head" {
                 assert_eq!(reply.header("content-length"), "1234", "{version:?}");
             }
         }
-        let flags: Vec<_> = proxy.log(3).await.iter().map(|line| line["response_flags"].clone()).collect();
-        assert!(flags.iter().all(|flag| flag == "-" || flag.is_null()), "{version:?}: {flags:?}");
+        let flags: Vec<_> = proxy
+            .log(3)
+            .await
+            .iter()
+            .map(|line| line["response_flags"].clone())
+            .collect();
+        assert!(
+            flags.iter().all(|flag| flag == "-" || flag.is_null()),
+            "{version:?}: {flags:?}"
+        );
     }
 }

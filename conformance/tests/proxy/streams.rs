@@ -21,13 +21,20 @@ enum Way {
     ThroughPeer(Version),
 }
 
-const WAYS: [Way; 4] =
-    [Way::Straight(Version::H1), Way::Straight(Version::H2), Way::ThroughPeer(Version::H1), Way::ThroughPeer(Version::H2)];
+const WAYS: [Way; 4] = [
+    Way::Straight(Version::H1),
+    Way::Straight(Version::H2),
+    Way::ThroughPeer(Version::H1),
+    Way::ThroughPeer(Version::H2),
+];
 
 /// The proxies on the way; the first is the one that clients use.
 async fn proxies(way: Way, server: &Upstream) -> (Vec<TestProxy>, Version) {
     match way {
-        Way::Straight(version) => (vec![ProxyBuilder::new().server(server.address).start()], version),
+        Way::Straight(version) => (
+            vec![ProxyBuilder::new().server(server.address).start()],
+            version,
+        ),
         Way::ThroughPeer(version) => {
             let beside = ProxyBuilder::new().engine(server.address).start();
             let entry = ProxyBuilder::new().peer(beside.inbound()).start();
@@ -39,7 +46,11 @@ async fn proxies(way: Way, server: &Upstream) -> (Vec<TestProxy>, Version) {
 
 /// The least of some measurements: what the proxy needs, without what a busy machine adds.
 fn best(times: &[Duration]) -> Duration {
-    times.iter().copied().min().expect("at least one measurement")
+    times
+        .iter()
+        .copied()
+        .min()
+        .expect("at least one measurement")
 }
 
 #[tokio::test]
@@ -68,7 +79,10 @@ async fn a_lone_event_leaves_at_once() {
             times.push(told.recv().await.expect("when it was sent").elapsed());
         }
         times.sort();
-        assert!(times[4] < Duration::from_millis(20), "{way:?}: the median of {times:?}");
+        assert!(
+            times[4] < Duration::from_millis(20),
+            "{way:?}: the median of {times:?}"
+        );
     }
 }
 
@@ -84,15 +98,26 @@ async fn events_that_are_ready_together_leave_together() {
     .await;
     let proxy = ProxyBuilder::new().server(server.address).start();
     let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{STREAM}", STREAM.len());
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{STREAM}",
+        STREAM.len()
+    );
     socket.write_all(head.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     socket.read_to_end(&mut answer).await.unwrap();
     let text = String::from_utf8(answer).unwrap();
     assert_eq!(text.matches("data: ").count(), 2000);
     // A chunk of the response is what the proxy wrote at once.
-    let chunks = text.split("\r\n").filter(|line| !line.is_empty() && line.len() < 6 && line.bytes().all(|byte| byte.is_ascii_hexdigit())).count();
-    assert!(chunks > 0 && chunks < 50, "2000 events that were there together left in {chunks} pieces");
+    let chunks = text
+        .split("\r\n")
+        .filter(|line| {
+            !line.is_empty() && line.len() < 6 && line.bytes().all(|byte| byte.is_ascii_hexdigit())
+        })
+        .count();
+    assert!(
+        chunks > 0 && chunks < 50,
+        "2000 events that were there together left in {chunks} pieces"
+    );
 }
 
 #[tokio::test]
@@ -132,7 +157,10 @@ async fn a_slow_reader_stalls_its_engine_and_not_our_memory() {
                 conn.begin_events().await;
                 let event = format!("data: {}\n\n", "x".repeat(4087));
                 let piece = format!("{:x}\r\n{event}\r\n", event.len()).repeat(16);
-                let _ = tell.send(conn.push(piece.as_bytes(), 200 << 20, Duration::from_millis(400)).await);
+                let _ = tell.send(
+                    conn.push(piece.as_bytes(), 200 << 20, Duration::from_millis(400))
+                        .await,
+                );
                 None
             }
         })
@@ -141,16 +169,26 @@ async fn a_slow_reader_stalls_its_engine_and_not_our_memory() {
         let mut client = proxies[0].client(version).await;
         let mut stream = client.begin(request(Method::POST, CHAT, STREAM)).await;
         stream.next().await.expect("it begins");
-        let pushed = tokio::time::timeout(PATIENCE, told.recv()).await.expect("it stalls").expect("a figure");
+        let pushed = tokio::time::timeout(PATIENCE, told.recv())
+            .await
+            .expect("it stalls")
+            .expect("a figure");
         println!("{way:?}: {} KiB on the way", pushed >> 10);
-        assert!(pushed < HELD_BYTES_MAX, "{way:?}: the engine could send {pushed} bytes that nobody read");
+        assert!(
+            pushed < HELD_BYTES_MAX,
+            "{way:?}: the engine could send {pushed} bytes that nobody read"
+        );
     }
 }
 
 /// A server that answers as far as `answer` goes and then tells when its client went away.
 async fn departed(
     answer: &'static [&'static str],
-) -> (Upstream, mpsc::UnboundedReceiver<()>, Arc<Mutex<Option<Instant>>>) {
+) -> (
+    Upstream,
+    mpsc::UnboundedReceiver<()>,
+    Arc<Mutex<Option<Instant>>>,
+) {
     let (tell, told) = mpsc::unbounded_channel();
     let gone = Arc::new(Mutex::new(None));
     let seen = gone.clone();
@@ -204,8 +242,15 @@ async fn time_to_close(way: Way, answer: &'static [&'static str]) -> Duration {
 async fn the_engine_learns_within_100_ms_that_the_client_went_before_the_first_byte() {
     for way in WAYS {
         // The best of three: the requirement is the proxy's, not the busy machine's.
-        let times = [time_to_close(way, &[]).await, time_to_close(way, &[]).await, time_to_close(way, &[]).await];
-        assert!(best(&times) < Duration::from_millis(100), "{way:?}: {times:?}");
+        let times = [
+            time_to_close(way, &[]).await,
+            time_to_close(way, &[]).await,
+            time_to_close(way, &[]).await,
+        ];
+        assert!(
+            best(&times) < Duration::from_millis(100),
+            "{way:?}: {times:?}"
+        );
     }
 }
 
@@ -213,33 +258,69 @@ async fn the_engine_learns_within_100_ms_that_the_client_went_before_the_first_b
 async fn the_engine_learns_within_100_ms_that_the_client_went_in_mid_stream() {
     const BEGUN: &[&str] = &["one", "two"];
     for way in WAYS {
-        let times =
-            [time_to_close(way, BEGUN).await, time_to_close(way, BEGUN).await, time_to_close(way, BEGUN).await];
-        assert!(best(&times) < Duration::from_millis(100), "{way:?}: {times:?}");
+        let times = [
+            time_to_close(way, BEGUN).await,
+            time_to_close(way, BEGUN).await,
+            time_to_close(way, BEGUN).await,
+        ];
+        assert!(
+            best(&times) < Duration::from_millis(100),
+            "{way:?}: {times:?}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_request_queued_in_the_engine_leaves_its_queue_with_its_client() {
     for version in Version::BOTH {
-        let slow = Config { batch_slots: 1, decode_itl_ms: 20.0, ..Config::default() };
+        let slow = Config {
+            batch_slots: 1,
+            decode_itl_ms: 20.0,
+            ..Config::default()
+        };
         let engine = SimEngine::start(slow).unwrap();
         let proxy = ProxyBuilder::new().engine(engine.http_addr).start();
         proxy.wait_alive(1).await;
-        let long = r#"{"model":"sim","prompt":"go on","max_tokens":2000,"ignore_eos":true,"stream":true}"#;
+        let long =
+            r#"{"model":"sim","prompt":"go on","max_tokens":2000,"ignore_eos":true,"stream":true}"#;
         let mut first = proxy.client(version).await;
-        let mut running = first.begin(request(Method::POST, "/v1/completions", long)).await;
+        let mut running = first
+            .begin(request(Method::POST, "/v1/completions", long))
+            .await;
         running.until("data: ").await;
         let mut second = proxy.client(version).await;
-        let waiting = tokio::spawn(async move { drop(second.try_send(request(Method::POST, "/v1/completions", long)).await) });
-        eventually("one runs and one waits", || async { (engine.load().1 == 1 && engine.load().0 == 1).then_some(()) }).await;
+        let waiting = tokio::spawn(async move {
+            drop(
+                second
+                    .try_send(request(Method::POST, "/v1/completions", long))
+                    .await,
+            )
+        });
+        eventually("one runs and one waits", || async {
+            (engine.load().1 == 1 && engine.load().0 == 1).then_some(())
+        })
+        .await;
         waiting.abort();
-        eventually("the queue is empty", || async { (engine.load().0 == 0).then_some(()) }).await;
+        eventually("the queue is empty", || async {
+            (engine.load().0 == 0).then_some(())
+        })
+        .await;
         first.abandon();
         drop(running);
-        eventually("the engine is idle", || async { (engine.load().1 == 0).then_some(()) }).await;
-        let flags: Vec<_> = proxy.log(2).await.iter().map(|line| line["response_flags"].clone()).collect();
-        assert!(flags.iter().all(|flag| flag == "DC"), "{version:?}: {flags:?}");
+        eventually("the engine is idle", || async {
+            (engine.load().1 == 0).then_some(())
+        })
+        .await;
+        let flags: Vec<_> = proxy
+            .log(2)
+            .await
+            .iter()
+            .map(|line| line["response_flags"].clone())
+            .collect();
+        assert!(
+            flags.iter().all(|flag| flag == "DC"),
+            "{version:?}: {flags:?}"
+        );
     }
 }
 
@@ -265,7 +346,10 @@ async fn one_stream_of_an_http2_connection_that_is_cancelled_leaves_the_others_a
         cancelled.until("number 1\n").await;
         drop(cancelled);
         let rest = kept.whole().await;
-        assert!(rest.text().contains("number 199\n\n") && !rest.broken, "{way:?}");
+        assert!(
+            rest.text().contains("number 199\n\n") && !rest.broken,
+            "{way:?}"
+        );
     }
 }
 
@@ -277,7 +361,8 @@ async fn one_stalled_reader_of_a_peer_connection_does_not_stop_the_others() {
         if endless {
             let event = format!("data: {}\n\n", "x".repeat(4087));
             let piece = format!("{:x}\r\n{event}\r\n", event.len()).repeat(16);
-            conn.push(piece.as_bytes(), 200 << 20, Duration::from_secs(5)).await;
+            conn.push(piece.as_bytes(), 200 << 20, Duration::from_secs(5))
+                .await;
             return None;
         }
         conn.event("short").await;
@@ -289,11 +374,17 @@ async fn one_stalled_reader_of_a_peer_connection_does_not_stop_the_others() {
     let mut stalled = Vec::new();
     for _ in 0..4 {
         let mut client = proxies[0].client(Version::H1).await;
-        let mut stream = client.begin(request(Method::POST, "/v1/completions", endless)).await;
+        let mut stream = client
+            .begin(request(Method::POST, "/v1/completions", endless))
+            .await;
         stream.next().await.expect("it begins");
         stalled.push((client, stream));
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let reply = proxies[0].client(Version::H1).await.post("/v1/completions", STREAM).await;
+    let reply = proxies[0]
+        .client(Version::H1)
+        .await
+        .post("/v1/completions", STREAM)
+        .await;
     assert_eq!(reply.text(), "data: short\n\n");
 }

@@ -30,7 +30,8 @@ pub const BLOCKS_HEADER: HeaderName = HeaderName::from_static("x-outrigger-block
 /// On a local reply to a peer: what retrying may do (`nothing-sent`, `nothing-received`).
 pub const RETRY_HEADER: HeaderName = HeaderName::from_static("x-outrigger-retry");
 /// Milliseconds from request to response headers.
-pub const SERVICE_TIME_HEADER: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+pub const SERVICE_TIME_HEADER: HeaderName =
+    HeaderName::from_static("x-envoy-upstream-service-time");
 /// The data-parallel rank, in the words of vLLM and SGLang.
 const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -100,21 +101,41 @@ impl<'a> Attempt<'a> {
         rules: &'a Rules,
         number: usize,
     ) -> Self {
-        Self { services, view, target, rules, number }
+        Self {
+            services,
+            view,
+            target,
+            rules,
+            number,
+        }
     }
 
-    pub(crate) async fn run(self, mut request: Request<RequestBody>, context: &mut Context) -> Outcome {
+    pub(crate) async fn run(
+        self,
+        mut request: Request<RequestBody>,
+        context: &mut Context,
+    ) -> Outcome {
         let endpoint = &self.target.endpoint;
-        let reservation = match self.services.endpoints.reserve(self.view, endpoint, &want(context, self.target)) {
-            Ok(reservation) => reservation,
-            Err(error) => return Outcome::Failed(error),
-        };
+        let reservation =
+            match self
+                .services
+                .endpoints
+                .reserve(self.view, endpoint, &want(context, self.target))
+            {
+                Ok(reservation) => reservation,
+                Err(error) => return Outcome::Failed(error),
+            };
         self.address(request.headers_mut(), context);
         context.log.upstream_host = Some(endpoint.id.clone());
-        context.log.hit_tokens_predicted = (context.prompt.tokens > 0).then_some(self.target.hit_tokens);
+        context.log.hit_tokens_predicted =
+            (context.prompt.tokens > 0).then_some(self.target.hit_tokens);
         endpoint.stats.total.fetch_add(1, Relaxed);
         let started = Instant::now();
-        let sent = self.services.upstream.send(endpoint, request, self.options(context)).await;
+        let sent = self
+            .services
+            .upstream
+            .send(endpoint, request, self.options(context))
+            .await;
         match sent {
             Ok(response) => {
                 context.log.upstream_service_time = Some(started.elapsed());
@@ -127,7 +148,11 @@ impl<'a> Attempt<'a> {
     fn options(&self, context: &Context) -> SendOptions {
         let headers_timeout = match &context.openai {
             Some(openai) if openai.is_generation() => openai.limits.headers_timeout,
-            _ => context.route.timeout.or(Some(ROUTE_TIMEOUT)).filter(|timeout| !timeout.is_zero()),
+            _ => context
+                .route
+                .timeout
+                .or(Some(ROUTE_TIMEOUT))
+                .filter(|timeout| !timeout.is_zero()),
         };
         let per_try = Some(self.rules.per_try_timeout).filter(|timeout| !timeout.is_zero());
         SendOptions {
@@ -161,7 +186,10 @@ impl<'a> Attempt<'a> {
         if context.prompt.tokens == 0 {
             return;
         }
-        headers.insert(PROMPT_TOKENS_HEADER, HeaderValue::from(context.prompt.tokens));
+        headers.insert(
+            PROMPT_TOKENS_HEADER,
+            HeaderValue::from(context.prompt.tokens),
+        );
         headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(self.target.hit_tokens));
         let told = &context.prompt.blocks[..context.prompt.blocks.len().min(TOLD_BLOCKS_MAX)];
         let bytes: Vec<u8> = told.iter().flat_map(|hash| hash.to_le_bytes()).collect();
@@ -174,10 +202,14 @@ impl<'a> Attempt<'a> {
         let endpoint = &self.target.endpoint;
         reservation.finish(false);
         endpoint.stats.error.fetch_add(1, Relaxed);
-        if !error.stale && matches!(
-            error.flag,
-            Flag::UpstreamConnectionFailure | Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset
-        ) {
+        if !error.stale
+            && matches!(
+                error.flag,
+                Flag::UpstreamConnectionFailure
+                    | Flag::UpstreamConnectionTermination
+                    | Flag::UpstreamRemoteReset
+            )
+        {
             endpoint.inhibit();
         }
         error
@@ -198,7 +230,8 @@ impl<'a> Attempt<'a> {
         let unwanted = self.rules.unwanted(parts.status);
         let mut peeked = None;
         let mut body = body;
-        if self.rules.peek && parts.status == StatusCode::OK && sse::is_event_stream(&parts.headers) {
+        if self.rules.peek && parts.status == StatusCode::OK && sse::is_event_stream(&parts.headers)
+        {
             match self.first_frame(&mut body, context).await {
                 Ok(frame) => peeked = frame,
                 Err(error) => return Outcome::Failed(self.failed(error, reservation)),
@@ -207,25 +240,44 @@ impl<'a> Attempt<'a> {
         parts.headers.remove(RETRY_HEADER);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
-        let leg = Leg::new(peeked, body, self.target.endpoint.clone(), reservation, success);
+        let leg = Leg::new(
+            peeked,
+            body,
+            self.target.endpoint.clone(),
+            reservation,
+            success,
+        );
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
-        if unwanted { Outcome::Unwanted(response) } else { Outcome::Response(response) }
+        if unwanted {
+            Outcome::Unwanted(response)
+        } else {
+            Outcome::Response(response)
+        }
     }
 
     /// Waits for the first event of a stream, while another engine can still take over unnoticed.
-    async fn first_frame(&self, body: &mut ResponseBody, context: &Context) -> Result<Option<Frame<Bytes>>, Error> {
-        let limit = context.openai.as_ref().and_then(|openai| openai.limits.first_token_timeout);
+    async fn first_frame(
+        &self,
+        body: &mut ResponseBody,
+        context: &Context,
+    ) -> Result<Option<Frame<Bytes>>, Error> {
+        let limit = context
+            .openai
+            .as_ref()
+            .and_then(|openai| openai.limits.first_token_timeout);
         let frame = match limit {
-            Some(limit) => {
-                tokio::time::timeout(limit, first_event(body)).await.map_err(|_| Error::upstream_timeout())?
-            }
+            Some(limit) => tokio::time::timeout(limit, first_event(body))
+                .await
+                .map_err(|_| Error::upstream_timeout())?,
             None => first_event(body).await,
         };
-        let frame =
-            frame.map_err(|error| Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived))?;
+        let frame = frame.map_err(|error| {
+            Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived)
+        })?;
         let data = frame.as_ref().and_then(Frame::data_ref);
         if data.is_some_and(|data| sse::Event { raw: data }.is_error()) {
-            metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event").increment(1);
+            metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event")
+                .increment(1);
             return Err(Error::upstream_reset(
                 Flag::UpstreamRemoteReset,
                 "engine reported an error",
@@ -240,7 +292,10 @@ impl<'a> Attempt<'a> {
         if context.route.inbound {
             return;
         }
-        headers.insert(SERVICE_TIME_HEADER, HeaderValue::from(started.elapsed().as_millis() as u64));
+        headers.insert(
+            SERVICE_TIME_HEADER,
+            HeaderValue::from(started.elapsed().as_millis() as u64),
+        );
         if let Ok(id) = HeaderValue::from_str(&self.target.endpoint.id.0) {
             headers.insert(ENDPOINT_HEADER, id);
         }
@@ -275,32 +330,56 @@ fn refusal(headers: &HeaderMap) -> Option<Error> {
         b"nothing-received" => Retry::NothingReceived,
         _ => return None,
     };
-    Some(Error::upstream_reset(Flag::UpstreamConnectionFailure, "remote connection failure", retry))
+    Some(Error::upstream_reset(
+        Flag::UpstreamConnectionFailure,
+        "remote connection failure",
+        retry,
+    ))
 }
 
 /// Reads what a peer told of the prompt. Garbage counts as untold.
 #[must_use]
 pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
-    let number = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let blocks = headers.get(&BLOCKS_HEADER).and_then(|value| STANDARD_NO_PAD.decode(value.as_bytes()).ok());
+    let number = |name: &HeaderName| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok()?.parse::<u64>().ok())
+    };
+    let blocks = headers
+        .get(&BLOCKS_HEADER)
+        .and_then(|value| STANDARD_NO_PAD.decode(value.as_bytes()).ok());
     let blocks: Vec<u64> = blocks
         .unwrap_or_default()
         .chunks_exact(8)
         .take(TOLD_BLOCKS_MAX)
-        .map(|chunk| u64::from_le_bytes(chunk.try_into().expect("invariant: chunks of eight bytes")))
+        .map(|chunk| {
+            u64::from_le_bytes(chunk.try_into().expect("invariant: chunks of eight bytes"))
+        })
         .collect();
-    crate::filter::PromptFacts { tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0), blocks: blocks.into() }
+    crate::filter::PromptFacts {
+        tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0),
+        blocks: blocks.into(),
+    }
 }
 
 /// Hit tokens that a peer told.
 #[must_use]
 pub fn told_hits(headers: &HeaderMap) -> u64 {
-    headers.get(&HIT_TOKENS_HEADER).and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0)
+    headers
+        .get(&HIT_TOKENS_HEADER)
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Takes off everything that only proxies may say to each other.
 pub fn strip_hop_headers(headers: &mut HeaderMap) {
-    for name in [&ENDPOINT_HEADER, &PROMPT_TOKENS_HEADER, &HIT_TOKENS_HEADER, &BLOCKS_HEADER, &RETRY_HEADER] {
+    for name in [
+        &ENDPOINT_HEADER,
+        &PROMPT_TOKENS_HEADER,
+        &HIT_TOKENS_HEADER,
+        &BLOCKS_HEADER,
+        &RETRY_HEADER,
+    ] {
         headers.remove(name);
     }
 }
@@ -308,5 +387,10 @@ pub fn strip_hop_headers(headers: &mut HeaderMap) {
 /// For tests and the proxy: an endpoint as the target of a single attempt.
 #[must_use]
 pub fn target(endpoint: Arc<Endpoint>) -> Ranked {
-    Ranked { endpoint, rank: None, cost: 0.0, hit_tokens: 0 }
+    Ranked {
+        endpoint,
+        rank: None,
+        cost: 0.0,
+        hit_tokens: 0,
+    }
 }

@@ -33,13 +33,24 @@ impl Leg {
         reservation: Box<dyn Reservation>,
         success: bool,
     ) -> Self {
-        Self { peeked, inner, endpoint, reservation: Some(reservation), success }
+        Self {
+            peeked,
+            inner,
+            endpoint,
+            reservation: Some(reservation),
+            success,
+        }
     }
 
     fn finish(&mut self, success: bool) {
         if let Some(mut reservation) = self.reservation.take() {
             let stats = &self.endpoint.stats;
-            if success { &stats.success } else { &stats.error }.fetch_add(1, Relaxed);
+            if success {
+                &stats.success
+            } else {
+                &stats.error
+            }
+            .fetch_add(1, Relaxed);
             reservation.finish(success);
         }
     }

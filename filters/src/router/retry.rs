@@ -54,7 +54,10 @@ impl Rules {
         let on = |name: &str| policy.retry_on.iter().any(|on| on == name);
         Self {
             retries_max: policy.num_retries as usize,
-            connect_failure: on("connect-failure") || on("5xx") || on("gateway-error") || on("reset-before-request"),
+            connect_failure: on("connect-failure")
+                || on("5xx")
+                || on("gateway-error")
+                || on("reset-before-request"),
             reset: on("reset") || on("5xx") || on("gateway-error"),
             server_error: on("5xx"),
             gateway_error: on("gateway-error") || on("5xx"),
@@ -117,7 +120,8 @@ impl Budget {
 /// Envoy's counters of retries.
 pub(super) fn count(cluster: &str, outcome: &Outcome) {
     let cluster = cluster.to_owned();
-    metrics::counter!("envoy_cluster_upstream_rq_retry", "envoy_cluster_name" => cluster.clone()).increment(1);
+    metrics::counter!("envoy_cluster_upstream_rq_retry", "envoy_cluster_name" => cluster.clone())
+        .increment(1);
     metrics::counter!("outrigger_retries_total", "envoy_cluster_name" => cluster, "reason" => outcome.reason())
         .increment(1);
 }
@@ -129,11 +133,25 @@ mod tests {
     #[test]
     fn a_generation_is_retried_on_what_another_engine_may_do_better() {
         let rules = Rules::new(None, true);
-        for (status, unwanted) in [(500, true), (503, true), (501, false), (400, false), (404, false), (429, false)] {
-            assert_eq!(rules.unwanted(StatusCode::from_u16(status).unwrap()), unwanted, "{status}");
+        for (status, unwanted) in [
+            (500, true),
+            (503, true),
+            (501, false),
+            (400, false),
+            (404, false),
+            (429, false),
+        ] {
+            assert_eq!(
+                rules.unwanted(StatusCode::from_u16(status).unwrap()),
+                unwanted,
+                "{status}"
+            );
         }
         let other = Rules::new(None, false);
-        assert!(!other.unwanted(StatusCode::SERVICE_UNAVAILABLE), "anything else keeps the engine's answer");
+        assert!(
+            !other.unwanted(StatusCode::SERVICE_UNAVAILABLE),
+            "anything else keeps the engine's answer"
+        );
         assert!(other.connect_failure && !other.reset);
     }
 

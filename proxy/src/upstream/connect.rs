@@ -14,7 +14,10 @@ use std::{
 use tokio::net::TcpStream;
 
 /// Opens a connection; failures are counted at the endpoint.
-pub(super) async fn connect(endpoint: &Arc<Endpoint>, limit: Duration) -> Result<(TcpStream, OpenConnection), Error> {
+pub(super) async fn connect(
+    endpoint: &Arc<Endpoint>,
+    limit: Duration,
+) -> Result<(TcpStream, OpenConnection), Error> {
     let opened = tokio::time::timeout(limit, open(&endpoint.address)).await;
     let stats = &endpoint.stats;
     match opened {

@@ -47,9 +47,15 @@ thread_local! {
 impl Conn {
     async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Box<Self>, Error> {
         let (socket, open) = connect(endpoint, options.connect_timeout).await?;
-        let (sender, driver) =
-            http1::handshake(TokioIo::new(socket)).await.map_err(|error| classify(&error).retry(Retry::NothingSent))?;
-        Ok(Box::new(Self { sender, driver, _open: open, idle_since_ms: 0 }))
+        let (sender, driver) = http1::handshake(TokioIo::new(socket))
+            .await
+            .map_err(|error| classify(&error).retry(Retry::NothingSent))?;
+        Ok(Box::new(Self {
+            sender,
+            driver,
+            _open: open,
+            idle_since_ms: 0,
+        }))
     }
 
     /// Lets the connection notice that its peer closed it; true if it can take a request.
@@ -127,7 +133,12 @@ pub(super) async fn send(
 
 fn closed_while_idle(error: &Error) -> bool {
     error.retry != Retry::No
-        && matches!(error.flag, Flag::UpstreamConnectionTermination | Flag::UpstreamConnectionFailure | Flag::UpstreamRemoteReset)
+        && matches!(
+            error.flag,
+            Flag::UpstreamConnectionTermination
+                | Flag::UpstreamConnectionFailure
+                | Flag::UpstreamRemoteReset
+        )
 }
 
 fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
@@ -158,13 +169,23 @@ async fn exchange(
             answer.as_mut().poll(cx)
         });
         match options.headers_timeout {
-            Some(limit) => tokio::time::timeout(limit, both).await.map_err(|_| Error::upstream_timeout())?,
+            Some(limit) => tokio::time::timeout(limit, both)
+                .await
+                .map_err(|_| Error::upstream_timeout())?,
             None => both.await,
         }
     };
     let response = response.map_err(|error| classify(&error))?;
     let endpoint = endpoint.clone();
-    Ok(response.map(|body| Exchange { body, conn: Some(conn), endpoint, held: None }.boxed_unsync()))
+    Ok(response.map(|body| {
+        Exchange {
+            body,
+            conn: Some(conn),
+            endpoint,
+            held: None,
+        }
+        .boxed_unsync()
+    }))
 }
 
 /// A response body that drives its own connection.
@@ -177,7 +198,10 @@ struct Exchange {
 }
 
 impl Exchange {
-    fn poll_one(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_one(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         if frame.is_ready() {
             return frame;
@@ -210,7 +234,11 @@ impl Body for Exchange {
         let mut merged = Merged::default();
         loop {
             let held = match this.poll_one(cx) {
-                Poll::Pending => return merged.finish().map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(data)))),
+                Poll::Pending => {
+                    return merged
+                        .finish()
+                        .map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(data))));
+                }
                 Poll::Ready(None) => {
                     this.release(cx);
                     return Poll::Ready(merged.finish().map(Ok));

@@ -1,10 +1,6 @@
 //! HTTP/2 (prior knowledge) to an endpoint, in practice the inbound listener of another proxy.
 
-use super::{
-    H2_STREAMS_MAX, classify, classify_body,
-    connect::connect,
-    h1::Merged,
-};
+use super::{H2_STREAMS_MAX, classify, classify_body, connect::connect, h1::Merged};
 use ahash::AHashMap;
 use bytes::Bytes;
 use http::{Request, Response};
@@ -57,7 +53,10 @@ impl Conn {
         OPEN.with_borrow_mut(|open| {
             let conns = open.get_mut(address)?;
             conns.retain(|conn| !conn.sender.is_closed());
-            conns.iter().find(|conn| conn.streams.load(Relaxed) < H2_STREAMS_MAX).cloned()
+            conns
+                .iter()
+                .find(|conn| conn.streams.load(Relaxed) < H2_STREAMS_MAX)
+                .cloned()
         })
     }
 
@@ -80,14 +79,25 @@ impl Conn {
                 tracing::debug!(%error, "h2 connection ended");
             }
         });
-        let conn = Self { sender, streams: Arc::default() };
-        OPEN.with_borrow_mut(|open| open.entry(endpoint.address.clone()).or_default().push(conn.clone()));
+        let conn = Self {
+            sender,
+            streams: Arc::default(),
+        };
+        OPEN.with_borrow_mut(|open| {
+            open.entry(endpoint.address.clone())
+                .or_default()
+                .push(conn.clone())
+        });
         Ok(conn)
     }
 }
 
 fn failure() -> Error {
-    Error::upstream_reset(Flag::UpstreamConnectionFailure, "remote connection failure", Retry::NothingSent)
+    Error::upstream_reset(
+        Flag::UpstreamConnectionFailure,
+        "remote connection failure",
+        Retry::NothingSent,
+    )
 }
 
 /// One exchange.
@@ -103,11 +113,20 @@ pub(super) async fn send(
     let stream = Stream::new(conn.streams.clone());
     let answer = conn.sender.send_request(request);
     let response = match options.headers_timeout {
-        Some(limit) => tokio::time::timeout(limit, answer).await.map_err(|_| Error::upstream_timeout())?,
+        Some(limit) => tokio::time::timeout(limit, answer)
+            .await
+            .map_err(|_| Error::upstream_timeout())?,
         None => answer.await,
     };
     let response = response.map_err(|error| classify(&error))?;
-    Ok(response.map(|body| Exchange { body, _stream: stream, held: None }.boxed_unsync()))
+    Ok(response.map(|body| {
+        Exchange {
+            body,
+            _stream: stream,
+            held: None,
+        }
+        .boxed_unsync()
+    }))
 }
 
 /// Counts one stream of a connection until dropped.
@@ -148,7 +167,11 @@ impl Body for Exchange {
         let mut merged = Merged::default();
         loop {
             let held = match Pin::new(&mut this.body).poll_frame(cx) {
-                Poll::Pending => return merged.finish().map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(data)))),
+                Poll::Pending => {
+                    return merged
+                        .finish()
+                        .map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(data))));
+                }
                 Poll::Ready(None) => return Poll::Ready(merged.finish().map(Ok)),
                 Poll::Ready(Some(Err(error))) => Err(classify_body(&error)),
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {

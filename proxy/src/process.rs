@@ -1,0 +1,210 @@
+//! The process: from the command line to an exit code.
+//!
+//! What runs in between is [`Proxy`]'s; this only says with what it starts and when it ends.
+
+use crate::{
+    access_log::{AccessLogs, Sinks},
+    admin::{
+        self,
+        logging::{LogFormat, LogHandle},
+    },
+    bootstrap,
+    cluster::Clusters,
+    engines::Watcher,
+    feed,
+    fleet::Fleet,
+    options::{Mode, Options},
+    run::{Proxy, Settings, main_runtime},
+    snapshot,
+    upstream::Pools,
+};
+use clap::Parser;
+use outrigger_filters::{
+    kv_index::{self, KvIndex},
+    services::Services,
+    tokens::{Tokenizers, TokenizersConfig},
+};
+use outrigger_xds::{
+    load::{self, Syntax},
+    resource::bootstrap::Bootstrap,
+};
+use std::{ffi::OsString, process::ExitCode, sync::Arc, thread};
+
+/// The whole process: reads the command line, serves until told to end. Exit codes: 0 ended well (or the
+/// configuration is valid), 1 could not start, 2 the command line is wrong.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let options = match Options::try_parse_from(arguments) {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let served = admin::logging::init_tracing(&options.log_level, LogFormat::Text)
+        .map_err(|error| vec![format!("--log-level: {error}")])
+        .and_then(|log| serve(&options, log));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(errors) => {
+            for error in errors {
+                eprintln!("outrigger-proxy: {error}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
+    let Some(path) = &options.config_path else {
+        let bootstrap = bootstrap::from_options(options)?;
+        // The same checks as a file's.
+        return load::bootstrap_from_value(load::bootstrap_to_json(&bootstrap))
+            .map_err(|errors| vec![errors.to_string()]);
+    };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| vec![format!("{}: {error}", path.display())])?;
+    let syntax = if path
+        .extension()
+        .is_some_and(|extension| extension == "json")
+    {
+        Syntax::Json
+    } else {
+        Syntax::Yaml
+    };
+    let mut read = load::bootstrap(&text, syntax)
+        .map_err(|errors| vec![format!("{}:\n{errors}", path.display())])?;
+    if let Some(node) = &options.node_id {
+        read.node.id.clone_from(node);
+    }
+    if read.node.id.is_empty() {
+        read.node.id = options.node();
+    }
+    Ok(read)
+}
+
+fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
+    if let Some(agent) = &options.agent {
+        let address = crate::options::url(agent, "--agent").map_err(|error| vec![error])?;
+        let uri = format!("http://{address}")
+            .parse()
+            .map_err(|error| vec![format!("--agent {agent}: {error}")])?;
+        return Ok(Watcher::elsewhere(Arc::new(feed::AgentSource(uri))));
+    }
+    if let Some(nats) = &options.nats {
+        return Watcher::nats(nats).map_err(|error| vec![error]);
+    }
+    let key = match &options.engine_api_key_file {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|error| {
+                vec![format!("--engine-api-key-file {}: {error}", path.display())]
+            })?;
+            Some(text.trim().to_owned())
+        }
+    };
+    Watcher::embedded(key.as_deref(), options.block_tokens).map_err(|error| vec![error])
+}
+
+fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
+    let bootstrap = resources(options)?;
+    if options.mode == Mode::Validate {
+        return validate(&bootstrap, options);
+    }
+    let concurrency = options
+        .concurrency
+        .unwrap_or_else(|| thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    let watcher = {
+        let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+        let _guard = main.enter();
+        let watcher = watcher(options);
+        main.shutdown_background();
+        watcher?
+    };
+    let command_line = serde_json::json!({
+        "concurrency": concurrency,
+        "config_path": options.config_path,
+        "mode": "Serve",
+        "drain_time": format!("{}s", options.drain_time_s),
+        "service_node": bootstrap.node.id,
+        "engine": options.engine,
+        "peer": options.peer,
+    });
+    let proxy = Proxy::start(
+        bootstrap,
+        Settings {
+            concurrency,
+            watcher,
+            command_line,
+            log: Some(log),
+        },
+    )?;
+    announce(&proxy);
+    tell_admin_address(&proxy, options)?;
+    proxy
+        .wait_for_end()
+        .map_err(|error| vec![error.to_string()])?;
+    proxy.drain(options.drain_time());
+    proxy.stop();
+    Ok(())
+}
+
+fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>> {
+    check(bootstrap)?;
+    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+    let _guard = main.enter();
+    watcher(options)?;
+    println!(
+        "configuration is valid: {} listeners, {} clusters",
+        bootstrap.listeners.len(),
+        bootstrap.clusters.len()
+    );
+    Ok(())
+}
+
+/// Checks what starting would check, short of binding sockets.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
+    let main = main_runtime().map_err(|error| vec![error.to_string()])?;
+    let _guard = main.enter();
+    let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
+    let clusters = Clusters::new(Fleet::new(index.clone()), Arc::default());
+    let services = Services {
+        endpoints: clusters,
+        upstream: Arc::new(Pools),
+        kv_index: index,
+        tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
+        compute: main.handle().clone(),
+    };
+    snapshot::build(bootstrap, &services)?;
+    let sinks = Sinks::default();
+    for listener in &bootstrap.listeners {
+        AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
+    }
+    Ok(())
+}
+
+fn announce(proxy: &Proxy) {
+    let mut names: Vec<_> = proxy.addresses.iter().collect();
+    names.sort();
+    for (name, address) in names {
+        tracing::info!(listener = name, %address, "listening");
+    }
+    if let Some(address) = proxy.admin_address() {
+        tracing::info!(%address, "admin");
+    }
+}
+
+/// `--admin-address-path`, as Envoy's.
+fn tell_admin_address(proxy: &Proxy, options: &Options) -> Result<(), Vec<String>> {
+    let (Some(path), Some(address)) = (&options.admin_address_path, proxy.admin_address()) else {
+        return Ok(());
+    };
+    // A reader must never see half of it.
+    let half = path.with_extension("part");
+    std::fs::write(&half, address.to_string())
+        .and_then(|()| std::fs::rename(&half, path))
+        .map_err(|error| vec![format!("--admin-address-path {}: {error}", path.display())])
+}
