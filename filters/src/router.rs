@@ -98,7 +98,10 @@ struct Walk<'a> {
     view: &'a Arc<ClusterView>,
     rules: Rules,
     tried: Vec<Arc<Endpoint>>,
-    went_stale: bool,
+    /// Attempts so far; also those that `tried` has forgotten.
+    attempts: usize,
+    /// The endpoint whose pooled connection turned out to be closed: once per request, nobody holds that against it.
+    stale: Option<Arc<Endpoint>>,
 }
 
 impl<'a> Walk<'a> {
@@ -113,7 +116,8 @@ impl<'a> Walk<'a> {
             view,
             rules,
             tried: Vec::new(),
-            went_stale: false,
+            attempts: 0,
+            stale: None,
         }
     }
 
@@ -127,15 +131,26 @@ impl<'a> Walk<'a> {
             let Some(target) = self.next_target(context)? else {
                 return give_up(last, self.tried.len(), context);
             };
+            if let (Some(Outcome::Failed(error)), Some(stale)) = (&last, &self.stale)
+                && error.stale
+                && stale.id != target.endpoint.id
+            {
+                // Gone altogether meanwhile: another one takes over, as after any failure.
+                retry::count(
+                    &context.route.cluster,
+                    Flag::UpstreamConnectionTermination.as_str(),
+                );
+            }
             self.tried.push(target.endpoint.clone());
-            context.log.attempts = self.tried.len() as u32;
+            self.attempts += 1;
+            context.log.attempts = self.attempts as u32;
             let spare = self.spare(&request);
             let attempt = Attempt::new(
                 &self.router.services,
                 self.view,
                 &target,
                 &self.rules,
-                self.tried.len(),
+                self.attempts,
             );
             let permit = (self.tried.len() > 1).then(|| self.router.budget.retrying());
             let outcome = attempt.run(request, context).await;
@@ -144,14 +159,12 @@ impl<'a> Walk<'a> {
             let Some(spare) = spare.filter(|_| helps && self.may_retry(context)) else {
                 return self.finish(outcome, context);
             };
-            if outcome.is_stale() && !self.went_stale {
+            if outcome.is_stale() && self.stale.is_none() {
                 // Nobody refused anything: the engine just closed an idle connection. It stays the first choice.
-                self.went_stale = true;
-                self.tried.pop();
-                request = spare;
-                continue;
+                self.stale = self.tried.pop();
+            } else {
+                retry::count(&context.route.cluster, outcome.reason());
             }
-            retry::count(&context.route.cluster, &outcome);
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
             last = Some(outcome);
             request = spare;

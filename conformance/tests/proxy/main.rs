@@ -5,4 +5,5 @@ mod drain;
 mod failures;
 mod fleet;
 mod protocol;
+mod reuse;
 mod streams;

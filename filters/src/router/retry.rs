@@ -1,6 +1,5 @@
 //! When another attempt is allowed: our defaults, Envoy's `retry_on`, and the budget.
 
-use super::attempt::Outcome;
 use http::StatusCode;
 use outrigger_xds::resource::route::RetryPolicy;
 use std::{
@@ -118,11 +117,11 @@ impl Budget {
 }
 
 /// Envoy's counters of retries.
-pub(super) fn count(cluster: &str, outcome: &Outcome) {
+pub(super) fn count(cluster: &str, reason: &'static str) {
     let cluster = cluster.to_owned();
     metrics::counter!("envoy_cluster_upstream_rq_retry", "envoy_cluster_name" => cluster.clone())
         .increment(1);
-    metrics::counter!("outrigger_retries_total", "envoy_cluster_name" => cluster, "reason" => outcome.reason())
+    metrics::counter!("outrigger_retries_total", "envoy_cluster_name" => cluster, "reason" => reason)
         .increment(1);
 }
 

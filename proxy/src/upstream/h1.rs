@@ -31,6 +31,9 @@ use tokio::net::TcpStream;
 
 /// Frames that are ready together are joined up to this size, so that they leave in one write.
 const MERGE_BYTES_MAX: usize = 32 * 1024;
+/// A reused connection that ends this soon after a request was sent on it, with nothing received, had been closed by an
+/// upstream that had not seen the request. Later, the upstream may have begun to work on it.
+const STALE_MS_MAX: u64 = 20;
 
 /// A connection with nothing running on it, or the one an exchange runs on.
 struct Conn {
@@ -116,9 +119,12 @@ pub(super) async fn send(
     };
     // The peer may be closing the connection this very moment: nothing came back then, and a new one will tell.
     let spare = options.replace_stale.then(|| copy(&request)).flatten();
+    let sent_ms = clock_ms();
     match exchange(conn, endpoint, request, options).await {
-        Err(mut error) if closed_while_idle(&error) => {
+        Err(mut error) if closed_while_idle(&error, sent_ms) => {
             metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
+            // The others are no younger, and whoever tries again is to get a new one.
+            IDLE.with_borrow_mut(|idle| idle.remove(&endpoint.id));
             let Some(request) = spare else {
                 error.stale = true;
                 error.retry = Retry::NothingSent;
@@ -131,8 +137,9 @@ pub(super) async fn send(
     }
 }
 
-fn closed_while_idle(error: &Error) -> bool {
+fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
     error.retry != Retry::No
+        && clock_ms().saturating_sub(sent_ms) <= STALE_MS_MAX
         && matches!(
             error.flag,
             Flag::UpstreamConnectionTermination

@@ -1,0 +1,104 @@
+//! What becomes of a request whose reused connection ends before an answer?
+
+use futures_util::future::join_all;
+use outrigger_conformance::harness::{Client, Conn, ProxyBuilder, TestProxy, Upstream, Version};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+const CHAT: &str = "/v1/chat/completions";
+const WHOLE: &str = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
+/// Well past the moment in which a connection may turn out to be closed.
+const AT_WORK: Duration = Duration::from_millis(150);
+
+/// Answers the first request of each connection and hangs up on the second, `after` it came.
+async fn hangs_up_on_the_second(after: Duration) -> Upstream {
+    let known: Arc<Mutex<HashSet<usize>>> = Arc::default();
+    Upstream::start(move |mut conn: Conn, got| {
+        let first = known.lock().unwrap().insert(got.connection);
+        async move {
+            if !first {
+                tokio::time::sleep(after).await;
+                return None;
+            }
+            // Long enough for several to run at once, each on a connection of its own.
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            conn.json("200 OK", r#"{"id":1}"#).await.then_some(conn)
+        }
+    })
+    .await
+}
+
+/// A generation, or a call without a body.
+async fn ask(proxy: &TestProxy, path: &str) -> u16 {
+    let reply = match path {
+        CHAT => proxy.client(Version::H1).await.post(path, WHOLE).await,
+        _ => Client::get(proxy.outbound(), path).await,
+    };
+    reply.status.as_u16()
+}
+
+/// A proxy of one worker, with `count` connections open to the servers.
+async fn warmed(servers: &[&Upstream], count: usize) -> TestProxy {
+    let proxy = servers.iter().fold(ProxyBuilder::new(), |builder, server| {
+        builder.server(server.address)
+    });
+    let proxy = proxy.concurrency(1).start();
+    let asked = join_all((0..count).map(|_| ask(&proxy, "/other"))).await;
+    assert_eq!(asked, vec![200; count]);
+    proxy
+}
+
+#[tokio::test]
+async fn a_closed_idle_connection_is_replaced_by_a_new_one_unnoticed() {
+    for path in ["/other", CHAT] {
+        let server = hangs_up_on_the_second(Duration::ZERO).await;
+        // Of three idle connections none is any good.
+        let proxy = warmed(&[&server], 3).await;
+        assert_eq!(ask(&proxy, path).await, 200, "{path}");
+        let stale = "outrigger_upstream_stale_connections_total";
+        assert!(proxy.metric(stale, "").await >= 1.0, "{path}");
+        let ids: HashSet<_> = server
+            .exchanges()
+            .iter()
+            .map(|got| got.header("x-request-id").to_owned())
+            .collect();
+        assert_eq!(
+            ids.len(),
+            server.exchanges().len(),
+            "each attempt has its own id"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_under_work_on_a_reused_connection_is_not_sent_twice() {
+    let server = hangs_up_on_the_second(AT_WORK).await;
+    let proxy = warmed(&[&server], 1).await;
+    assert_eq!(ask(&proxy, "/other").await, 503);
+    assert_eq!(
+        server.exchanges().len(),
+        2,
+        "one to warm up, one that failed"
+    );
+    let line = proxy.log(2).await.pop().unwrap();
+    assert_eq!(line["response_flags"], "UC", "{line}");
+}
+
+#[tokio::test]
+async fn a_generation_lost_on_a_reused_connection_is_counted_as_a_retry() {
+    let one = hangs_up_on_the_second(AT_WORK).await;
+    let two = Upstream::named("b").await;
+    let proxy = warmed(&[&one, &two], 2).await;
+    for _ in 0..2 {
+        assert_eq!(ask(&proxy, CHAT).await, 200);
+    }
+    assert_eq!(proxy.metric("outrigger_retries_total", "UC").await, 1.0);
+    assert_eq!(
+        one.exchanges().len(),
+        2,
+        "one to warm up, one that was lost"
+    );
+}
