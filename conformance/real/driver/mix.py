@@ -194,6 +194,7 @@ def measure(report, engines, proxies, seed, label, concurrency):
 def run(report, engines, proxies, restart):
     """Both orders; `restart(policy)` restarts the proxies. Ends with proxies of policy kv. Returns figures and kv outcomes."""
     figures, kept = {"orders": []}, []
+    hits, reusable = ({"kv": 0, "round_robin": 0} for _ in range(2))
     for seed, order in ((7, ("kv", "round_robin")), (8, ("round_robin", "kv"))):
         block = {"order": list(order)}
         for policy in order:
@@ -202,8 +203,13 @@ def run(report, engines, proxies, restart):
                 label = f"{policy} {'sequential' if concurrency == 1 else 'concurrency 8'}"
                 block[label], outcomes = measure(report, engines, proxies, seed, label, concurrency)
                 kept += outcomes if (policy, concurrency) == ("kv", 1) else []
+            hits[policy] += block[f"{policy} concurrency 8"]["hit_tokens"]
+            reusable[policy] += block[f"{policy} concurrency 8"]["reusable_tokens"]
         figures["orders"].append(block)
-        alone, crowd = ({p: block[f"{p} {how}"]["hit_ratio"] or 0 for p in order} for how in ("sequential", "concurrency 8"))
+        alone = {p: block[f"{p} sequential"]["hit_ratio"] or 0 for p in order}
         report.expect("7.2 kv one at a time reaches 0.95", alone["kv"] >= 0.95, alone)
-        report.expect("7.2 kv at concurrency 8 is better than round_robin", crowd["kv"] > crowd["round_robin"], crowd)
+    # One order at concurrency 8 is 48 requests, and who meets whom is chance: both orders are judged together.
+    crowd = {policy: round(hits[policy] / max(reusable[policy], 1), 4) for policy in hits}
+    figures["concurrency_8_hit_ratio"] = crowd
+    report.expect("7.2 kv at concurrency 8 is better than round_robin", crowd["kv"] > crowd["round_robin"], crowd)
     return figures, kept
