@@ -102,6 +102,8 @@ struct Walk<'a> {
     attempts: usize,
     /// The endpoint whose pooled connection turned out to be closed: once per request, nobody holds that against it.
     stale: Option<Arc<Endpoint>>,
+    /// Whether the coming attempt is one that the retry budget allowed.
+    is_budgeted: bool,
 }
 
 impl<'a> Walk<'a> {
@@ -118,6 +120,7 @@ impl<'a> Walk<'a> {
             tried: Vec::new(),
             attempts: 0,
             stale: None,
+            is_budgeted: false,
         }
     }
 
@@ -152,11 +155,11 @@ impl<'a> Walk<'a> {
                 &self.rules,
                 self.attempts,
             );
-            let permit = (self.tried.len() > 1).then(|| self.router.budget.retrying());
+            let permit = self.is_budgeted.then(|| self.router.budget.retrying());
             let outcome = attempt.run(request, context).await;
             drop(permit);
             let helps = outcome.retry_helps(&self.rules);
-            let Some(spare) = spare.filter(|_| helps && self.may_retry(context)) else {
+            let Some(spare) = spare.filter(|_| helps && self.may_retry(&outcome, context)) else {
                 return self.finish(outcome, context);
             };
             if outcome.is_stale() && self.stale.is_none() {
@@ -287,8 +290,15 @@ impl<'a> Walk<'a> {
         Some(spare)
     }
 
-    fn may_retry(&self, context: &Context) -> bool {
+    /// A request whose first engine broke goes on to one other whatever the budget: a dying engine takes all it was
+    /// working on with it, and that adds no more load than those requests were. What comes after is budgeted.
+    fn may_retry(&mut self, outcome: &Outcome, context: &Context) -> bool {
         let route = &context.route;
+        let first = self.tried.len() == 1 && route.retry_policy.is_none();
+        self.is_budgeted = !(first && outcome.is_breakdown());
+        if !self.is_budgeted {
+            return true;
+        }
         let allowed = self
             .router
             .budget

@@ -69,6 +69,20 @@ impl Outcome {
         matches!(self, Self::Failed(error) if error.stale)
     }
 
+    /// Whether the endpoint broke, rather than being too busy or too slow.
+    pub(crate) fn is_breakdown(&self) -> bool {
+        match self {
+            Self::Response(_) => false,
+            Self::Unwanted(response) => matches!(response.status().as_u16(), 500 | 502),
+            Self::Failed(error) => matches!(
+                error.flag,
+                Flag::UpstreamConnectionFailure
+                    | Flag::UpstreamConnectionTermination
+                    | Flag::UpstreamRemoteReset
+            ),
+        }
+    }
+
     pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Response(_) => "none",
