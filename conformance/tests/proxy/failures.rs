@@ -11,6 +11,7 @@ use std::{
     net::SocketAddr,
     time::{Duration, Instant},
 };
+use tokio::net::TcpSocket;
 
 const CHAT: &str = "/v1/chat/completions";
 const STREAM: &str = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -44,21 +45,20 @@ const EARLY: &[Early] = &[
     Early::Answers503,
 ];
 
-async fn failing(how: Early) -> (SocketAddr, Option<Upstream>) {
+async fn failing(how: Early) -> (SocketAddr, Result<Upstream, TcpSocket>) {
     if how == Early::Refuses {
-        return (refused().await, None);
+        let (address, held) = refused();
+        return (address, Err(held));
     }
     let server = Upstream::start(move |conn, _| fail(how, conn)).await;
-    (server.address, Some(server))
+    (server.address, Ok(server))
 }
 
-/// An address where nobody listens.
-async fn refused() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
+/// An address where nobody listens, kept from others by a socket that is only bound.
+fn refused() -> (SocketAddr, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    (socket.local_addr().unwrap(), socket)
 }
 
 async fn fail(how: Early, mut conn: Conn) -> Option<Conn> {
@@ -268,7 +268,7 @@ async fn what_is_no_generation_keeps_the_engines_answer_and_is_not_sent_twice() 
 
 #[tokio::test]
 async fn a_call_that_could_not_be_sent_goes_to_another_engine_whatever_it_is() {
-    let (dead, good) = (refused().await, healthy().await);
+    let ((dead, _held), good) = (refused(), healthy().await);
     let proxy = ProxyBuilder::new()
         .server(dead)
         .server(good.address)
@@ -642,8 +642,11 @@ async fn an_error_after_the_first_event_passes_as_the_engine_said_it() {
 }
 
 async fn nobody() -> TestProxy {
-    let dead = refused().await;
-    ProxyBuilder::new().engine(dead).start()
+    let (dead, held) = refused();
+    let proxy = ProxyBuilder::new().engine(dead).start();
+    // As long as the test's process: its proxy tries again and again.
+    std::mem::forget(held);
+    proxy
 }
 
 #[tokio::test]
