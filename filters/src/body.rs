@@ -1,12 +1,17 @@
 //! Bodies on their way through the chain: streamed unless a filter asks for bytes, never copied twice.
 
-use crate::error::Flag;
+use crate::{endpoints::clock_ms, error::Flag};
 use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
 use std::{
     fmt,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -52,14 +57,60 @@ pub fn is_over(body: &ResponseBody) -> bool {
     body.is_end_stream() || body.size_hint().exact() == Some(0)
 }
 
+/// How far a client's upload is, told to whoever waits for the upstream meanwhile.
+#[derive(Debug, Clone)]
+pub struct Upload(Arc<AtomicU64>);
+
+/// See [`Upload::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UploadState {
+    /// More is to come; the last piece came at this time.
+    Runs(u64),
+    /// All is here since this time.
+    Ended(u64),
+    /// The client broke off: what fails then is not the upstream's fault.
+    Broke,
+}
+
+const UPLOAD_BROKE: u64 = u64::MAX;
+
+impl Upload {
+    fn begin() -> Self {
+        Self(Arc::new(AtomicU64::new(clock_ms() << 1)))
+    }
+
+    /// How it stands; times are on [`clock_ms`]'s clock.
+    #[must_use]
+    pub fn state(&self) -> UploadState {
+        match self.0.load(Relaxed) {
+            UPLOAD_BROKE => UploadState::Broke,
+            ended if ended & 1 == 1 => UploadState::Ended(ended >> 1),
+            runs => UploadState::Runs(runs >> 1),
+        }
+    }
+
+    fn note(&self, frame: Option<&Result<Frame<Bytes>, BodyError>>, over: bool) {
+        let ended = over || frame.is_none();
+        let state = match frame {
+            Some(Err(_)) => UPLOAD_BROKE,
+            _ => clock_ms() << 1 | u64::from(ended),
+        };
+        self.0.store(state, Relaxed);
+    }
+}
+
 /// A request body: bytes already read, then the rest of the stream.
 ///
 /// It is *replayable* (see [`RequestBody::replay`]) once it was read whole; until then it can be sent once.
 pub struct RequestBody {
     read: Option<Bytes>,
     rest: Rest,
-    /// Set when `read` holds everything.
+    /// Come after `read` and `rest`.
+    trailers: Option<HeaderMap>,
+    /// Set when `read` and `trailers` hold everything.
     whole: Option<Bytes>,
+    /// Of a client that still sends.
+    upload: Option<Upload>,
 }
 
 enum Rest {
@@ -84,7 +135,9 @@ impl RequestBody {
         Self {
             read: None,
             rest: Rest::None,
+            trailers: None,
             whole: Some(Bytes::new()),
+            upload: None,
         }
     }
 
@@ -94,7 +147,9 @@ impl RequestBody {
         Self {
             read: Some(bytes.clone()),
             rest: Rest::None,
+            trailers: None,
             whole: Some(bytes),
+            upload: None,
         }
     }
 
@@ -107,7 +162,9 @@ impl RequestBody {
         Self {
             read: None,
             rest: Rest::Incoming(body),
+            trailers: None,
             whole: None,
+            upload: Some(Upload::begin()),
         }
     }
 
@@ -117,7 +174,9 @@ impl RequestBody {
         Self {
             read: None,
             rest: Rest::Boxed(body),
+            trailers: None,
             whole: None,
+            upload: None,
         }
     }
 
@@ -141,8 +200,12 @@ impl RequestBody {
         let mut joined = BytesMut::new();
         let mut first: Option<Bytes> = self.read.take();
         while let Some(frame) = std::future::poll_fn(|cx| self.poll_rest(cx)).await {
-            let Ok(data) = frame?.into_data() else {
-                continue;
+            let data = match frame?.into_data() {
+                Ok(data) => data,
+                Err(trailers) => {
+                    self.trailers = trailers.into_trailers().ok();
+                    continue;
+                }
             };
             let so_far = joined.len() + first.as_ref().map_or(0, Bytes::len);
             if joined.is_empty() {
@@ -172,7 +235,15 @@ impl RequestBody {
     /// A second copy of the body (sharing its bytes), if it was read whole.
     #[must_use]
     pub fn replay(&self) -> Option<Self> {
-        self.whole.clone().map(Self::full)
+        let mut copy = Self::full(self.whole.clone()?);
+        copy.trailers.clone_from(&self.trailers);
+        Some(copy)
+    }
+
+    /// Tells how far the client's upload is; `None` if all of it is here.
+    #[must_use]
+    pub fn upload(&self) -> Option<Upload> {
+        self.upload.clone().filter(|_| self.whole.is_none())
     }
 
     /// The bytes, if it was read whole.
@@ -194,6 +265,9 @@ impl RequestBody {
             }),
             Rest::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
         };
+        if let (Some(upload), Rest::Incoming(body)) = (&self.upload, &self.rest) {
+            upload.note(next.as_ref(), body.is_end_stream());
+        }
         Poll::Ready(next)
     }
 }
@@ -217,11 +291,14 @@ impl Body for RequestBody {
         if let Some(bytes) = self.read.take() {
             return Poll::Ready(Some(Ok(Frame::data(bytes))));
         }
-        self.poll_rest(cx)
+        let next = ready!(self.poll_rest(cx));
+        let trailers = || self.trailers.take().map(|all| Ok(Frame::trailers(all)));
+        Poll::Ready(next.or_else(trailers))
     }
 
     fn is_end_stream(&self) -> bool {
         self.read.is_none()
+            && self.trailers.is_none()
             && match &self.rest {
                 Rest::None => true,
                 Rest::Incoming(body) => body.is_end_stream(),

@@ -238,6 +238,24 @@ pub trait Endpoints: Send + Sync {
     ) -> Result<Box<dyn Reservation>, Error>;
 }
 
+/// A request that got no response; if nothing of it was sent, it is handed back to be sent elsewhere.
+#[derive(Debug)]
+pub struct Unanswered {
+    /// Why.
+    pub error: Error,
+    /// Untouched.
+    pub request: Option<Box<Request<RequestBody>>>,
+}
+
+impl From<Error> for Unanswered {
+    fn from(error: Error) -> Self {
+        Self {
+            error,
+            request: None,
+        }
+    }
+}
+
 /// Limits of one exchange with an upstream.
 #[derive(Debug, Clone, Copy)]
 pub struct SendOptions {
@@ -259,5 +277,5 @@ pub trait Upstream: Send + Sync {
         endpoint: &'a Arc<Endpoint>,
         request: Request<RequestBody>,
         options: SendOptions,
-    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>>;
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>>;
 }

@@ -1,8 +1,8 @@
 //! The two seams: a filter around the rest of the chain, and observers of whole stream events.
 
 use crate::{
-    body::{RequestBody, ResponseBody},
-    endpoints::Endpoint,
+    body::{RequestBody, ResponseBody, Upload, UploadState},
+    endpoints::{Endpoint, clock_ms},
     error::Error,
     openai::OpenAiRequest,
     sse::Event,
@@ -75,7 +75,7 @@ pub struct RouteFacts {
     pub virtual_host: Arc<str>,
     /// Cluster; resolved by name at each use, in the state of that moment.
     pub cluster: Arc<str>,
-    /// Whole exchange; `None` is off.
+    /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
     pub retry_policy: Option<RetryPolicy>,
@@ -116,6 +116,10 @@ pub struct Context {
     pub route: Arc<RouteFacts>,
     /// Our id of the request (`x-request-id`).
     pub request_id: Arc<str>,
+    /// When its head came.
+    pub received: Option<Instant>,
+    /// Tells how far its body is, if it was not all here with the head.
+    pub upload: Option<Upload>,
     /// What `openai` parsed.
     pub openai: Option<Arc<OpenAiRequest>>,
     /// Candidates left by a routing filter, best first; empty means the cluster's own policy.
@@ -145,6 +149,8 @@ impl Context {
         Self {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
+            received: self.received,
+            upload: self.upload.clone(),
             openai: self.openai.clone(),
             ranked: Vec::new(),
             prompt: self.prompt.clone(),
@@ -155,6 +161,29 @@ impl Context {
             observers: Vec::new(),
             log: LogFields::default(),
             extensions: self.extensions.clone(),
+        }
+    }
+
+    /// Limit of the whole exchange: `openai`'s for generations, else the route's.
+    #[must_use]
+    pub fn total_timeout(&self) -> Option<Duration> {
+        match &self.openai {
+            Some(openai) if openai.is_generation() => openai.limits.total_timeout,
+            _ => self.route.timeout,
+        }
+    }
+
+    /// When the whole request was here: from then on limits of its response count. Now, while it is still coming.
+    #[must_use]
+    pub fn complete_since(&self) -> Instant {
+        let now = Instant::now();
+        match self.upload.as_ref().map(Upload::state) {
+            None => self.received.unwrap_or(now),
+            Some(UploadState::Ended(at_ms)) => {
+                let passed = Duration::from_millis(clock_ms().saturating_sub(at_ms));
+                now.checked_sub(passed).unwrap_or(now)
+            }
+            Some(UploadState::Runs(_) | UploadState::Broke) => now,
         }
     }
 

@@ -169,6 +169,8 @@ pub struct OpenAiRequest {
     pub cache_salt: Option<Arc<str>>,
     /// The bytes that are forwarded, if they were read.
     pub body: Option<Bytes>,
+    /// They were not, because there are too many.
+    pub too_large: bool,
     /// What kind of prompt.
     pub prompt: Prompt,
     /// Where it lies in `body`.
@@ -328,7 +330,10 @@ impl OpenAi {
             ReadOutcome::TooLarge => {
                 metrics::counter!("outrigger_openai_body_too_large_total", "api" => api.as_str())
                     .increment(1);
-                return Ok(OpenAiRequest::unread(api, self.limits));
+                return Ok(OpenAiRequest {
+                    too_large: true,
+                    ..OpenAiRequest::unread(api, self.limits)
+                });
             }
         };
         Ok(self.parse(api, body).await)

@@ -134,20 +134,13 @@ impl<'a> Walk<'a> {
             let Some(target) = self.next_target(context)? else {
                 return give_up(last, self.tried.len(), context);
             };
-            if let (Some(Outcome::Failed(error)), Some(stale)) = (&last, &self.stale)
-                && error.stale
-                && stale.id != target.endpoint.id
-            {
-                // Gone altogether meanwhile: another one takes over, as after any failure.
-                retry::count(
-                    &context.route.cluster,
-                    Flag::UpstreamConnectionTermination.as_str(),
-                );
+            if let Some(last) = &last {
+                self.count_retry(last, &target, context);
             }
             self.tried.push(target.endpoint.clone());
             self.attempts += 1;
             context.log.attempts = self.attempts as u32;
-            let spare = self.spare(&request);
+            let spare = spare(&request);
             let attempt = Attempt::new(
                 &self.router.services,
                 self.view,
@@ -156,21 +149,31 @@ impl<'a> Walk<'a> {
                 self.attempts,
             );
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
-            let outcome = attempt.run(request, context).await;
+            let (outcome, unsent) = attempt.run(request, context).await;
             drop(permit);
-            let helps = outcome.retry_helps(&self.rules);
-            let Some(spare) = spare.filter(|_| helps && self.may_retry(&outcome, context)) else {
+            let again = spare.or(unsent.map(|request| *request));
+            let Some(again) = again.filter(|_| self.may_retry(&outcome, context)) else {
                 return self.finish(outcome, context);
             };
             if outcome.is_stale() && self.stale.is_none() {
                 // Nobody refused anything: the engine just closed an idle connection. It stays the first choice.
                 self.stale = self.tried.pop();
-            } else {
-                retry::count(&context.route.cluster, outcome.reason());
             }
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
             last = Some(outcome);
-            request = spare;
+            request = again;
+        }
+    }
+
+    /// A connection that turned out to be closed is replaced unnoticed, unless its endpoint is gone altogether.
+    fn count_retry(&self, last: &Outcome, target: &Ranked, context: &Context) {
+        let replaced = last.is_stale()
+            && self
+                .stale
+                .as_ref()
+                .is_some_and(|stale| stale.id == target.endpoint.id);
+        if !replaced {
+            retry::count(&context.route.cluster, last.reason());
         }
     }
 
@@ -206,7 +209,7 @@ impl<'a> Walk<'a> {
                 cost: 0.0,
                 hit_tokens: 0,
             })),
-            None if self.tried.is_empty() => Err(Error::no_healthy_upstream()),
+            None if self.attempts == 0 => Err(Error::no_healthy_upstream()),
             None => Ok(None),
         }
     }
@@ -215,9 +218,9 @@ impl<'a> Walk<'a> {
     fn candidates(&self, context: &Context) -> Vec<Arc<Endpoint>> {
         let openai = context.openai.as_deref();
         let model = openai.and_then(|openai| openai.model.as_deref());
-        // What names no model is about the node it came to.
-        let stays_home = model.is_none() && openai.is_some_and(|openai| !openai.is_generation());
-        let home = stays_home
+        // What names no model is about the node it came to, and stays there, whatever becomes of it. A body too long to
+        // be read may name one.
+        let home = openai.is_some_and(|openai| openai.model.is_none() && !openai.too_large)
             && self
                 .view
                 .endpoints
@@ -235,10 +238,13 @@ impl<'a> Walk<'a> {
             return fit;
         }
         let mut rest = self.view.candidates(model);
-        rest.retain(|endpoint| !self.has_tried(endpoint));
-        if home && rest.iter().any(|endpoint| endpoint.via == Via::Local) {
+        if home {
             rest.retain(|endpoint| endpoint.via == Via::Local);
         }
+        let untried = |endpoint: &Arc<Endpoint>| !self.has_tried(endpoint);
+        // As Envoy does, where somebody asked for retries by name.
+        let again = context.route.retry_policy.is_some() && !rest.iter().any(untried);
+        rest.retain(|endpoint| again || untried(endpoint));
         if rest.iter().any(|endpoint| !endpoint.is_inhibited()) {
             rest.retain(|endpoint| !endpoint.is_inhibited());
         }
@@ -276,24 +282,21 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// A copy of the request for a further attempt, if one is possible at all. Bodies are shared, not copied.
-    fn spare(&self, request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-        // Also with a single endpoint: its pooled connection may be stale.
-        if self.tried.len() > self.rules.retries_max.max(1) {
-            return None;
-        }
-        let body = request.body().replay()?;
-        let mut spare = Request::new(body);
-        *spare.method_mut() = request.method().clone();
-        *spare.uri_mut() = request.uri().clone();
-        *spare.headers_mut() = request.headers().clone();
-        Some(spare)
-    }
-
-    /// A request whose first engine broke goes on to one other whatever the budget: a dying engine takes all it was
-    /// working on with it, and that adds no more load than those requests were. What comes after is budgeted.
+    /// Whether another attempt may help, is left, and is within the budget.
     fn may_retry(&mut self, outcome: &Outcome, context: &Context) -> bool {
+        if !outcome.retry_helps(&self.rules) {
+            return false;
+        }
         let route = &context.route;
+        if outcome.is_stale() && self.stale.is_none() {
+            self.is_budgeted = false;
+            return true;
+        }
+        if self.tried.len() > self.rules.retries_max {
+            return false;
+        }
+        // A request whose first engine broke goes on to one other whatever the budget: a dying engine takes all it was
+        // working on with it, and that adds no more load than those requests were. What comes after is budgeted.
         let first = self.tried.len() == 1 && route.retry_policy.is_none();
         self.is_budgeted = !(first && outcome.is_breakdown());
         if !self.is_budgeted {
@@ -331,6 +334,16 @@ impl<'a> Walk<'a> {
             Outcome::Failed(error) => Err(exhausted(error, self.tried.len(), context)),
         }
     }
+}
+
+/// A copy of the request for a further attempt, if its body is at hand. Bodies are shared, not copied.
+fn spare(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    let body = request.body().replay()?;
+    let mut spare = Request::new(body);
+    *spare.method_mut() = request.method().clone();
+    *spare.uri_mut() = request.uri().clone();
+    *spare.headers_mut() = request.headers().clone();
+    Some(spare)
 }
 
 /// No endpoint is left: the last failure stands.

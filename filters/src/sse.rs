@@ -110,6 +110,8 @@ pub struct Observed {
     inner: ResponseBody,
     events: bool,
     tail: BytesMut,
+    /// Came with an unfinished event before them.
+    trailers: Option<Frame<Bytes>>,
     observers: Vec<Box<dyn StreamObserver>>,
     farewell: Farewell,
     /// Set at the end; the connection manager's closing act.
@@ -202,6 +204,7 @@ impl Observed {
             inner,
             events,
             tail: BytesMut::new(),
+            trailers: None,
             observers,
             farewell,
             on_end: Some(on_end),
@@ -327,6 +330,11 @@ impl Body for Observed {
         if this.ended.is_some() {
             return Poll::Ready(None);
         }
+        if let Some(trailers) = this.trailers.take() {
+            this.ended = Some(End::Complete);
+            this.close(End::Complete);
+            return Poll::Ready(Some(Ok(trailers)));
+        }
         loop {
             match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
@@ -336,7 +344,18 @@ impl Body for Observed {
                             return Poll::Ready(Some(Ok(Frame::data(bytes))));
                         }
                     }
-                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                    // The last frame there is; nobody polls for more.
+                    Err(trailers) if this.tail.is_empty() => {
+                        this.ended = Some(End::Complete);
+                        this.close(End::Complete);
+                        return Poll::Ready(Some(Ok(trailers)));
+                    }
+                    Err(trailers) => {
+                        let rest = this.tail.split().freeze();
+                        this.bytes += rest.len() as u64;
+                        this.trailers = Some(trailers);
+                        return Poll::Ready(Some(Ok(Frame::data(rest))));
+                    }
                 },
                 Some(Err(error)) => {
                     this.ended = Some(End::UpstreamBroke);
@@ -360,8 +379,9 @@ impl Body for Observed {
     }
 
     fn is_end_stream(&self) -> bool {
-        // Always polled to its end, so that `on_end` runs there and not in drop.
+        // A body that is over before it began goes out as such: HTTP/2 then says so in the headers' frame.
         self.ended.is_some()
+            || self.tail.is_empty() && self.trailers.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -376,7 +396,7 @@ impl Body for Observed {
 impl Drop for Observed {
     fn drop(&mut self) {
         // hyper drops a body of known length without polling for its end.
-        let complete = is_over(&self.inner) && self.tail.is_empty();
+        let complete = is_over(&self.inner) && self.tail.is_empty() && self.trailers.is_none();
         self.close(if complete {
             End::Complete
         } else {

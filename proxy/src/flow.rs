@@ -22,8 +22,8 @@ use tokio::time::{Instant, Sleep};
 pub(crate) struct FlowLimits {
     /// Between two reads that bring something.
     pub(crate) gap: Option<Duration>,
-    /// From now to the end.
-    pub(crate) total: Option<Duration>,
+    /// When it must be over.
+    pub(crate) until: Option<std::time::Instant>,
 }
 
 /// Puts a body under its limits.
@@ -31,12 +31,10 @@ pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
     if limits == FlowLimits::default() || body.is_end_stream() {
         return body;
     }
-    let now = Instant::now();
     Limited {
         body,
         limits,
-        begun: now,
-        last: now,
+        last: Instant::now(),
         timer: None,
     }
     .boxed_unsync()
@@ -45,7 +43,6 @@ pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
 struct Limited {
     body: ResponseBody,
     limits: FlowLimits,
-    begun: Instant,
     last: Instant,
     timer: Option<Pin<Box<Sleep>>>,
 }
@@ -58,8 +55,8 @@ impl Limited {
             .map(|gap| (self.last + gap, Flag::StreamIdleTimeout));
         let total = self
             .limits
-            .total
-            .map(|total| (self.begun + total, Flag::DurationTimeout));
+            .until
+            .map(|until| (until.into(), Flag::DurationTimeout));
         [gap, total].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
@@ -150,7 +147,7 @@ mod tests {
     async fn a_stall_is_noticed_and_a_live_stream_is_not_cut() {
         let limits = FlowLimits {
             gap: Some(Duration::from_millis(30)),
-            total: None,
+            until: None,
         };
         assert_eq!(run(limits).await, (5, Flag::StreamIdleTimeout));
     }
@@ -159,7 +156,7 @@ mod tests {
     async fn the_total_holds() {
         let limits = FlowLimits {
             gap: Some(Duration::from_secs(1)),
-            total: Some(Duration::from_millis(35)),
+            until: Some((Instant::now() + Duration::from_millis(35)).into_std()),
         };
         assert_eq!(run(limits).await, (3, Flag::DurationTimeout));
     }

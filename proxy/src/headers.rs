@@ -174,13 +174,11 @@ pub(crate) fn trace_id(traceparent: &str) -> &str {
 pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: IpAddr) {
     let mut text = String::with_capacity(16);
     if seen.forwarded_for {
-        text.push_str(
-            headers
-                .get(FORWARDED_FOR)
-                .and_then(|value| value.to_str().ok())
-                .unwrap_or_default(),
-        );
-        text.push(',');
+        // Several lines are one list.
+        for line in headers.get_all(FORWARDED_FOR) {
+            text.push_str(line.to_str().unwrap_or_default());
+            text.push(',');
+        }
     }
     let _ = write!(text, "{}", peer.to_canonical());
     if let Ok(value) = HeaderValue::try_from(text) {

@@ -85,6 +85,7 @@ impl Manager {
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
+            received: Some(record.started),
             attempt: 1,
             ..Context::default()
         };
@@ -236,7 +237,9 @@ impl Manager {
                 if let Some((from, to)) = prefix_rewrite {
                     rewrite(&mut parts, from, to)?;
                 }
-                let request = Request::from_parts(parts, RequestBody::incoming(body));
+                let body = RequestBody::incoming(body);
+                context.upload = body.upload();
+                let request = Request::from_parts(parts, body);
                 Next::new(filters).run(request, context).await
             }
         }
@@ -421,15 +424,14 @@ fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {
 
 /// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
 fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
-    match &context.openai {
-        Some(openai) if openai.is_generation() => FlowLimits {
-            gap: openai.limits.inter_token_timeout,
-            total: openai.limits.total_timeout,
-        },
-        _ => FlowLimits {
-            gap: Some(config.manager.stream_idle_timeout).filter(|gap| !gap.is_zero()),
-            total: context.route.timeout.filter(|total| !total.is_zero()),
-        },
+    let gap = match &context.openai {
+        Some(openai) if openai.is_generation() => openai.limits.inter_token_timeout,
+        _ => Some(config.manager.stream_idle_timeout).filter(|gap| !gap.is_zero()),
+    };
+    let total = context.total_timeout();
+    FlowLimits {
+        gap,
+        until: total.map(|total| context.complete_since() + total),
     }
 }
 

@@ -14,6 +14,9 @@ use outrigger_xds::resource::{
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+/// Of a route that has no timeout, as in Envoy.
+const ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// One listener's HTTP side.
 pub struct HttpConfig {
     /// As configured.
@@ -124,10 +127,7 @@ fn build_route(
                 name: route.name.as_str().into(),
                 virtual_host: host.name.as_str().into(),
                 cluster: action.cluster.as_str().into(),
-                // Unset stays unset: what applies then depends on the chain.
-                timeout: action
-                    .timeout
-                    .or_else(|| chain.openai.then_some(Duration::ZERO)),
+                timeout: route_timeout(action.timeout, chain.openai),
                 retry_policy: action
                     .retry_policy
                     .clone()
@@ -152,6 +152,16 @@ fn build_route(
         target,
         openai: chain.openai,
     })
+}
+
+/// Envoy's default, but none for token streams, which have limits of their own.
+fn route_timeout(configured: Option<Duration>, openai: bool) -> Option<Duration> {
+    let default = if openai {
+        Duration::ZERO
+    } else {
+        ROUTE_TIMEOUT
+    };
+    Some(configured.unwrap_or(default)).filter(|timeout| !timeout.is_zero())
 }
 
 fn matched_prefix(route: &RouteMatch) -> String {

@@ -9,14 +9,15 @@ pub mod h1;
 pub mod h2;
 
 use futures_util::future::BoxFuture;
+use http::StatusCode;
 use http::{Request, Response, Uri, Version, uri::PathAndQuery};
 use outrigger_filters::{
-    body::{RequestBody, ResponseBody},
-    endpoints::{Endpoint, SendOptions, Upstream},
-    error::{Error, Flag, Retry},
+    body::{RequestBody, ResponseBody, Upload, UploadState},
+    endpoints::{Endpoint, SendOptions, Unanswered, Upstream, clock_ms},
+    error::{Error, Flag, Origin, Retry},
 };
 use outrigger_xds::resource::cluster::UpstreamProtocol;
-use std::sync::Arc;
+use std::{future::Future, pin::pin, sync::Arc, time::Duration};
 
 /// Idle pooled HTTP/1 connections are not reused after this long: uvicorn closes its own at 5 s.
 pub const IDLE_MS_MAX: u64 = 4_000;
@@ -35,7 +36,7 @@ impl Upstream for Pools {
         endpoint: &'a Arc<Endpoint>,
         mut request: Request<RequestBody>,
         options: SendOptions,
-    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>> {
         Box::pin(async move {
             match endpoint.protocol {
                 UpstreamProtocol::Http1 => {
@@ -51,15 +52,13 @@ impl Upstream for Pools {
     }
 }
 
-/// HTTP/1 request line: path and query only, `host` as the client said.
+/// HTTP/1 request line: path and query only. An authority in it or in `:authority` is what the request was routed by,
+/// and replaces whatever `host` says (RFC 9112, 3.2.2).
 fn to_origin_form(request: &mut Request<RequestBody>) {
-    if !request.headers().contains_key(http::header::HOST) {
-        let authority = request.uri().authority().map(ToString::to_string);
-        if let Some(host) = authority.and_then(|authority| authority.parse().ok()) {
+    if let Some(authority) = request.uri().authority() {
+        if let Ok(host) = authority.as_str().parse() {
             request.headers_mut().insert(http::header::HOST, host);
         }
-    }
-    if request.uri().authority().is_some() {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
     }
@@ -91,6 +90,63 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
         }
     }
     *request.version_mut() = Version::HTTP_2;
+}
+
+/// Waits for response headers, at most `limit` from when the client had sent everything.
+///
+/// # Errors
+/// The upstream was too slow (504), or the client stopped sending (408).
+async fn headers_within<F: Future>(
+    limit: Option<Duration>,
+    upload: Option<&Upload>,
+    answer: F,
+) -> Result<F::Output, Error> {
+    let Some(limit) = limit else {
+        return Ok(answer.await);
+    };
+    let mut answer = pin!(answer);
+    let mut wait = limit;
+    loop {
+        if let Ok(answer) = tokio::time::timeout(wait, answer.as_mut()).await {
+            return Ok(answer);
+        }
+        let (since_ms, slow) = match upload.map(Upload::state) {
+            Some(UploadState::Runs(since_ms)) => (since_ms, upload_stalled as fn() -> Error),
+            Some(UploadState::Ended(since_ms)) => (since_ms, Error::upstream_timeout as _),
+            Some(UploadState::Broke) | None => return Err(Error::upstream_timeout()),
+        };
+        let passed = Duration::from_millis(clock_ms().saturating_sub(since_ms));
+        wait = limit.saturating_sub(passed);
+        if wait.is_zero() {
+            return Err(slow());
+        }
+    }
+}
+
+fn upload_stalled() -> Error {
+    Error::new(
+        Origin::Downstream,
+        Flag::StreamIdleTimeout,
+        StatusCode::REQUEST_TIMEOUT,
+        "stream_idle_timeout",
+        "stream timeout",
+    )
+}
+
+/// hyper's error before a response; if nothing was sent, with the request.
+fn unanswered(
+    mut error: hyper::client::conn::TrySendError<Request<RequestBody>>,
+    upload: Option<&Upload>,
+) -> Unanswered {
+    let request = error.take_message().map(Box::new);
+    if upload.is_some_and(|upload| upload.state() == UploadState::Broke) {
+        return Error::downstream_gone("the request body ended early").into();
+    }
+    let mut error = classify(&error.into_error());
+    if request.is_some() {
+        error.retry = Retry::NothingSent;
+    }
+    Unanswered { error, request }
 }
 
 /// How hyper's error before a response maps to Envoy's flag, its reset reason, and what a retry may do.

@@ -5,5 +5,6 @@ mod drain;
 mod failures;
 mod fleet;
 mod protocol;
+mod regression;
 mod reuse;
 mod streams;

@@ -69,6 +69,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
         n: fields.n.unwrap_or(1).max(1),
         max_tokens: fields.max_tokens(),
         cache_salt: fields.cache_salt.as_ref().map(|salt| salt.as_ref().into()),
+        too_large: false,
         body: Some(body.clone()),
         prompt: if fields.media(api) {
             Prompt::Media

@@ -3,9 +3,10 @@
 use super::{leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
+    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Unanswered, Via},
     error::{Error, Flag, Retry},
     filter::{Context, Ranked},
+    local_reply,
     services::Services,
     sse,
 };
@@ -16,7 +17,7 @@ use http_body::Frame;
 use http_body_util::BodyExt;
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// Names the engine to the proxy beside it, and in responses to the client.
@@ -39,8 +40,8 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 /// Most block hashes told along in a header; the first ones matter most for what is shared.
 pub const TOLD_BLOCKS_MAX: usize = 256;
 
-/// Time to response headers where neither route nor filter gives one (Envoy's default route timeout).
-const ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+/// What came of an attempt, and the request if nothing of it was sent.
+pub(crate) type Tried = (Outcome, Option<Box<Request<RequestBody>>>);
 
 /// What came of an attempt.
 pub(crate) enum Outcome {
@@ -79,6 +80,7 @@ impl Outcome {
                 Flag::UpstreamConnectionFailure
                     | Flag::UpstreamConnectionTermination
                     | Flag::UpstreamRemoteReset
+                    | Flag::NoHealthyUpstream
             ),
         }
     }
@@ -128,7 +130,7 @@ impl<'a> Attempt<'a> {
         self,
         mut request: Request<RequestBody>,
         context: &mut Context,
-    ) -> Outcome {
+    ) -> Tried {
         let endpoint = &self.target.endpoint;
         let reservation =
             match self
@@ -137,7 +139,7 @@ impl<'a> Attempt<'a> {
                 .reserve(self.view, endpoint, &want(context, self.target))
             {
                 Ok(reservation) => reservation,
-                Err(error) => return Outcome::Failed(error),
+                Err(error) => return (Outcome::Failed(error), Some(Box::new(request))),
             };
         self.address(request.headers_mut(), context);
         context.log.upstream_host = Some(endpoint.id.clone());
@@ -153,25 +155,47 @@ impl<'a> Attempt<'a> {
         match sent {
             Ok(response) => {
                 context.log.upstream_service_time = Some(started.elapsed());
-                self.judge(response, reservation, started, context).await
+                let outcome = self.judge(response, reservation, started, context).await;
+                (outcome, None)
             }
-            Err(error) => Outcome::Failed(self.failed(error, reservation)),
+            Err(Unanswered { mut error, request }) => {
+                if error.flag == Flag::UpstreamRequestTimeout && self.per_try_ended(started) {
+                    error.details = "upstream_per_try_timeout".into();
+                    error.retry = Retry::NothingReceived;
+                }
+                let unsent = request.map(|request| self.take_back(request));
+                (Outcome::Failed(self.failed(error, reservation)), unsent)
+            }
         }
+    }
+
+    /// Takes off what only this attempt's endpoint was to be told.
+    fn take_back(&self, mut request: Box<Request<RequestBody>>) -> Box<Request<RequestBody>> {
+        strip_hop_headers(request.headers_mut());
+        if self.target.rank.is_some() {
+            request.headers_mut().remove(RANK_HEADER);
+        }
+        request
+    }
+
+    fn per_try_ended(&self, started: Instant) -> bool {
+        let limit = self.rules.per_try_timeout;
+        !limit.is_zero() && started.elapsed() >= limit
     }
 
     fn options(&self, context: &Context) -> SendOptions {
         let headers_timeout = match &context.openai {
             Some(openai) if openai.is_generation() => openai.limits.headers_timeout,
-            _ => context
-                .route
-                .timeout
-                .or(Some(ROUTE_TIMEOUT))
-                .filter(|timeout| !timeout.is_zero()),
+            _ => None,
         };
+        // The whole exchange has one limit, however many attempts it takes.
+        let left = context
+            .total_timeout()
+            .map(|total| total.saturating_sub(context.complete_since().elapsed()));
         let per_try = Some(self.rules.per_try_timeout).filter(|timeout| !timeout.is_zero());
         SendOptions {
             connect_timeout: self.view.connect_timeout,
-            headers_timeout: per_try.or(headers_timeout),
+            headers_timeout: [headers_timeout, left, per_try].into_iter().flatten().min(),
             replace_stale: false,
         }
     }
@@ -181,8 +205,12 @@ impl<'a> Attempt<'a> {
         if self.number > 1 {
             // vLLM derives its ids from this one and refuses a second use while the first may still run.
             let id = format!("{}-{}", context.request_id, self.number);
-            if let Ok(value) = HeaderValue::from_str(&id) {
-                headers.insert(REQUEST_ID_HEADER, value);
+            match HeaderValue::from_str(&id) {
+                Ok(value) if !context.request_id.is_empty() => {
+                    headers.insert(REQUEST_ID_HEADER, value);
+                }
+                // It has none of ours; the engine makes one for each attempt.
+                _ => {}
             }
         }
         if let Some(rank) = self.target.rank {
@@ -337,18 +365,29 @@ async fn first_event(body: &mut ResponseBody) -> Result<Option<Frame<Bytes>>, Bo
     Ok((!seen.is_empty()).then(|| Frame::data(seen.freeze())))
 }
 
-/// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it.
+/// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it. It is reported
+/// under the flag that the other proxy gave it.
 fn refusal(headers: &HeaderMap) -> Option<Error> {
     let retry = match headers.get(RETRY_HEADER)?.as_bytes() {
         b"nothing-sent" => Retry::NothingSent,
         b"nothing-received" => Retry::NothingReceived,
         _ => return None,
     };
-    Some(Error::upstream_reset(
-        Flag::UpstreamConnectionFailure,
-        "remote connection failure",
-        retry,
-    ))
+    let told = headers
+        .get(local_reply::ERROR_HEADER)
+        .and_then(|flag| flag.to_str().ok());
+    let (flag, reason) = match told {
+        Some("UO") => (Flag::UpstreamOverflow, "overflow"),
+        Some("UC") => (
+            Flag::UpstreamConnectionTermination,
+            "connection termination",
+        ),
+        Some("UR") => (Flag::UpstreamRemoteReset, "remote reset"),
+        Some("UPE") => (Flag::UpstreamProtocolError, "protocol error"),
+        Some("UH") => return Some(Error::no_healthy_upstream().retry(retry)),
+        _ => (Flag::UpstreamConnectionFailure, "remote connection failure"),
+    };
+    Some(Error::upstream_reset(flag, reason, retry))
 }
 
 /// Reads what a peer told of the prompt. Garbage counts as untold.

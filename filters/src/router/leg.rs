@@ -72,9 +72,13 @@ impl Body for Leg {
         }
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
         match &frame {
-            Some(Ok(_)) => {
+            Some(Ok(frame)) => {
                 if let Some(reservation) = &mut self.reservation {
                     reservation.first_byte();
+                }
+                if frame.is_trailers() {
+                    let success = self.success;
+                    self.finish(success);
                 }
             }
             Some(Err(error)) => {

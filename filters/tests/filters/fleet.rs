@@ -6,8 +6,8 @@ use http::{Request, Response, StatusCode};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, full},
     endpoints::{
-        ClusterView, Endpoint, EndpointStats, Endpoints, Live, Reservation, SendOptions, Upstream,
-        Via, Want,
+        ClusterView, Endpoint, EndpointStats, Endpoints, Live, Reservation, SendOptions,
+        Unanswered, Upstream, Via, Want,
     },
     error::Error,
     filter::{Chain, Context, Handled, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
@@ -86,7 +86,7 @@ impl Upstream for Answers {
         endpoint: &'a Arc<Endpoint>,
         request: Request<RequestBody>,
         _options: SendOptions,
-    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>> {
         Box::pin(async move {
             let asked = Asked {
                 endpoint: endpoint.id.clone(),

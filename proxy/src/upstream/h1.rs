@@ -3,6 +3,7 @@
 use super::{
     IDLE_CONNECTIONS_MAX, IDLE_MS_MAX, classify, classify_body,
     connect::{OpenConnection, connect},
+    headers_within, unanswered,
 };
 use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
@@ -16,10 +17,10 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use outrigger_filters::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{Endpoint, SendOptions, clock_ms},
+    endpoints::{Endpoint, SendOptions, Unanswered, clock_ms},
     error::{Error, Flag, Retry},
 };
-use outrigger_xds::report::EngineId;
+use outrigger_xds::resource::endpoint::Address;
 use std::{
     cell::RefCell,
     future::{Future, poll_fn},
@@ -44,7 +45,7 @@ struct Conn {
 }
 
 thread_local! {
-    static IDLE: RefCell<AHashMap<EngineId, Vec<Box<Conn>>>> = RefCell::default();
+    static IDLE: RefCell<AHashMap<Address, Vec<Box<Conn>>>> = RefCell::default();
 }
 
 impl Conn {
@@ -69,7 +70,7 @@ impl Conn {
 
     async fn reuse(endpoint: &Endpoint) -> Option<Box<Self>> {
         loop {
-            let mut conn = IDLE.with_borrow_mut(|idle| idle.get_mut(&endpoint.id)?.pop())?;
+            let mut conn = IDLE.with_borrow_mut(|idle| idle.get_mut(&endpoint.address)?.pop())?;
             let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
             if fresh && poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))).await {
                 return Some(conn);
@@ -83,14 +84,14 @@ impl Conn {
         }
         self.idle_since_ms = clock_ms();
         IDLE.with_borrow_mut(|idle| {
-            if let Some(conns) = idle.get_mut(&endpoint.id) {
+            if let Some(conns) = idle.get_mut(&endpoint.address) {
                 // Old ones are at the front; they go first.
                 if conns.len() >= IDLE_CONNECTIONS_MAX {
                     conns.remove(0);
                 }
                 conns.push(self);
             } else {
-                idle.insert(endpoint.id.clone(), vec![self]);
+                idle.insert(endpoint.address.clone(), vec![self]);
             }
         });
     }
@@ -112,28 +113,40 @@ pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
     request: Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Error> {
+) -> Result<Response<ResponseBody>, Unanswered> {
     let Some(conn) = Conn::reuse(endpoint).await else {
-        let conn = Conn::open(endpoint, options).await?;
-        return exchange(conn, endpoint, request, options).await;
+        return send_anew(endpoint, request, options).await;
     };
     // The peer may be closing the connection this very moment: nothing came back then, and a new one will tell.
     let spare = options.replace_stale.then(|| copy(&request)).flatten();
     let sent_ms = clock_ms();
     match exchange(conn, endpoint, request, options).await {
-        Err(mut error) if closed_while_idle(&error, sent_ms) => {
+        Err(mut failed) if closed_while_idle(&failed.error, sent_ms) => {
             metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
             // The others are no younger, and whoever tries again is to get a new one.
-            IDLE.with_borrow_mut(|idle| idle.remove(&endpoint.id));
-            let Some(request) = spare else {
-                error.stale = true;
-                error.retry = Retry::NothingSent;
-                return Err(error);
-            };
-            let conn = Conn::open(endpoint, options).await?;
-            exchange(conn, endpoint, request, options).await
+            IDLE.with_borrow_mut(|idle| idle.remove(&endpoint.address));
+            if let Some(request) = spare {
+                return send_anew(endpoint, request, options).await;
+            }
+            failed.error.stale = true;
+            failed.error.retry = Retry::NothingSent;
+            Err(failed)
         }
         outcome => outcome,
+    }
+}
+
+async fn send_anew(
+    endpoint: &Arc<Endpoint>,
+    request: Request<RequestBody>,
+    options: SendOptions,
+) -> Result<Response<ResponseBody>, Unanswered> {
+    match Conn::open(endpoint, options).await {
+        Ok(conn) => exchange(conn, endpoint, request, options).await,
+        Err(error) => Err(Unanswered {
+            error,
+            request: Some(Box::new(request)),
+        }),
     }
 }
 
@@ -161,9 +174,10 @@ async fn exchange(
     endpoint: &Arc<Endpoint>,
     request: Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Error> {
+) -> Result<Response<ResponseBody>, Unanswered> {
+    let upload = request.body().upload();
     let response = {
-        let mut answer = pin!(conn.sender.send_request(request));
+        let mut answer = pin!(conn.sender.try_send_request(request));
         let driver = &mut conn.driver;
         let mut closed = false;
         let both = poll_fn(|cx| {
@@ -175,14 +189,9 @@ async fn exchange(
             }
             answer.as_mut().poll(cx)
         });
-        match options.headers_timeout {
-            Some(limit) => tokio::time::timeout(limit, both)
-                .await
-                .map_err(|_| Error::upstream_timeout())?,
-            None => both.await,
-        }
+        headers_within(options.headers_timeout, upload.as_ref(), both).await?
     };
-    let response = response.map_err(|error| classify(&error))?;
+    let response = response.map_err(|error| unanswered(error, upload.as_ref()))?;
     let endpoint = endpoint.clone();
     Ok(response.map(|body| {
         Exchange {
@@ -266,7 +275,10 @@ impl Body for Exchange {
                         }
                         continue;
                     }
-                    Err(trailers) => Ok(trailers),
+                    Err(trailers) => {
+                        this.release(cx);
+                        Ok(trailers)
+                    }
                 },
             };
             // What came before an error or trailers goes on first.

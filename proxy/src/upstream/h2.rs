@@ -1,6 +1,8 @@
 //! HTTP/2 (prior knowledge) to an endpoint, in practice the inbound listener of another proxy.
 
-use super::{H2_STREAMS_MAX, classify, classify_body, connect::connect, h1::Merged};
+use super::{
+    H2_STREAMS_MAX, classify_body, connect::connect, h1::Merged, headers_within, unanswered,
+};
 use ahash::AHashMap;
 use bytes::Bytes;
 use http::{Request, Response};
@@ -13,12 +15,13 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use outrigger_filters::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{Endpoint, SendOptions},
+    endpoints::{Endpoint, SendOptions, Unanswered},
     error::{Error, Flag, Retry},
 };
 use outrigger_xds::resource::endpoint::Address;
 use std::{
     cell::RefCell,
+    future::{Future, poll_fn},
     pin::Pin,
     sync::{
         Arc,
@@ -42,6 +45,8 @@ const MERGE_BYTES_MAX: usize = 32 * 1024;
 struct Conn {
     sender: SendRequest<RequestBody>,
     streams: Arc<AtomicUsize>,
+    /// As many as the peer takes.
+    streams_allowed: Arc<AtomicUsize>,
 }
 
 thread_local! {
@@ -49,13 +54,18 @@ thread_local! {
 }
 
 impl Conn {
+    /// As many as we like to have on one connection, or as few as the peer takes.
+    fn streams_max(&self) -> usize {
+        self.streams_allowed.load(Relaxed).clamp(1, H2_STREAMS_MAX)
+    }
+
     fn reuse(address: &Address) -> Option<Self> {
         OPEN.with_borrow_mut(|open| {
             let conns = open.get_mut(address)?;
             conns.retain(|conn| !conn.sender.is_closed());
             conns
                 .iter()
-                .find(|conn| conn.streams.load(Relaxed) < H2_STREAMS_MAX)
+                .find(|conn| conn.streams.load(Relaxed) < conn.streams_max())
                 .cloned()
         })
     }
@@ -69,19 +79,27 @@ impl Conn {
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .handshake(TokioIo::new(socket));
-        let (sender, driver) = tokio::time::timeout(options.connect_timeout, handshake)
+        let (sender, mut driver) = tokio::time::timeout(options.connect_timeout, handshake)
             .await
             .map_err(|_| failure())?
             .map_err(|_| failure())?;
+        let streams_allowed = Arc::new(AtomicUsize::new(driver.current_max_send_streams()));
+        let allowed = streams_allowed.clone();
         tokio::spawn(async move {
             let _counted = counted;
-            if let Err(error) = driver.await {
+            let driven = poll_fn(|cx| {
+                let driven = Pin::new(&mut driver).poll(cx);
+                allowed.store(driver.current_max_send_streams(), Relaxed);
+                driven
+            });
+            if let Err(error) = driven.await {
                 tracing::debug!(%error, "h2 connection ended");
             }
         });
         let conn = Self {
             sender,
             streams: Arc::default(),
+            streams_allowed,
         };
         OPEN.with_borrow_mut(|open| {
             open.entry(endpoint.address.clone())
@@ -105,20 +123,23 @@ pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
     request: Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Error> {
+) -> Result<Response<ResponseBody>, Unanswered> {
     let mut conn = match Conn::reuse(&endpoint.address) {
         Some(conn) => conn,
-        None => Conn::open(endpoint, options).await?,
+        None => match Conn::open(endpoint, options).await {
+            Ok(conn) => conn,
+            Err(error) => {
+                let request = Some(Box::new(request));
+                return Err(Unanswered { error, request });
+            }
+        },
     };
     let stream = Stream::new(conn.streams.clone());
-    let answer = conn.sender.send_request(request);
-    let response = match options.headers_timeout {
-        Some(limit) => tokio::time::timeout(limit, answer)
-            .await
-            .map_err(|_| Error::upstream_timeout())?,
-        None => answer.await,
-    };
-    let response = response.map_err(|error| classify(&error))?;
+    let upload = request.body().upload();
+    let answer = conn.sender.try_send_request(request);
+    let response = headers_within(options.headers_timeout, upload.as_ref(), answer)
+        .await?
+        .map_err(|error| unanswered(error, upload.as_ref()))?;
     Ok(response.map(|body| {
         Exchange {
             body,
