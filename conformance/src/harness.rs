@@ -75,12 +75,15 @@ pub fn scratch(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("outrigger-{}-{number}-{name}", std::process::id()))
 }
 
+/// A change to the resources of a proxy.
+type EditResources = Box<dyn FnOnce(&mut Bootstrap)>;
+
 /// What a proxy is to be.
 #[derive(Default)]
 pub struct ProxyBuilder {
     arguments: Vec<String>,
     servers: Vec<SocketAddr>,
-    edits: Vec<Box<dyn FnOnce(&mut Bootstrap)>>,
+    edits: Vec<EditResources>,
     concurrency: usize,
     told_by: Option<Arc<dyn FeedSource>>,
 }
@@ -169,7 +172,7 @@ impl ProxyBuilder {
                 arguments.extend([name.to_owned(), value.to_owned()]);
             }
         }
-        arguments.extend(last_of_each(self.arguments));
+        arguments.extend(last_of_each(&self.arguments));
         let options = <Options as clap::Parser>::try_parse_from(&arguments)
             .expect("invariant: flags of a test are right");
         let mut bootstrap = from_options(&options).expect("invariant: flags of a test are right");
@@ -200,7 +203,7 @@ impl ProxyBuilder {
 }
 
 /// Flags that may be given once keep the last value; `--engine` and `--peer` add up.
-fn last_of_each(arguments: Vec<String>) -> Vec<String> {
+fn last_of_each(arguments: &[String]) -> Vec<String> {
     let pairs: Vec<_> = arguments.chunks(2).map(<[String]>::to_vec).collect();
     let adds_up = |name: &str| matches!(name, "--engine" | "--peer");
     let is_last = |at: usize| {

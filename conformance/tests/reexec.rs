@@ -1,5 +1,10 @@
 //! Does a part that this program starts of itself end with whoever started it, and only if it was told to?
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "the helpers of a test fail it by panicking, as its body does"
+)]
+
 use outrigger_conformance::reexec::ENDS_WITH_STDIN;
 use std::{
     io::{BufRead, BufReader},

@@ -75,10 +75,11 @@ impl Manager {
         connection: &ConnectionInfo,
     ) -> Response<ResponseBody> {
         let config = self.config.load_full();
-        if config.inbound && request.uri().path().starts_with(FEED_PREFIX) {
-            if let Some(feed) = &self.feed {
-                return feed(request).await;
-            }
+        if config.inbound
+            && request.uri().path().starts_with(FEED_PREFIX)
+            && let Some(feed) = &self.feed
+        {
+            return feed(request).await;
         }
         let (mut parts, body) = request.into_parts();
         let mut record = Record::begin(self, &parts, *connection);

@@ -8,10 +8,10 @@ use outrigger_xds::resource::route::{
 /// Index of the virtual host for an authority, in Envoy's order: exact, longest `*.suffix`, longest `prefix.*`, `*`.
 #[must_use]
 pub fn virtual_host(config: &RouteConfiguration, authority: &str) -> Option<usize> {
-    if let [host] = config.virtual_hosts.as_slice() {
-        if matches!(host.domains.as_slice(), [any] if any == "*") {
-            return Some(0);
-        }
+    if let [host] = config.virtual_hosts.as_slice()
+        && matches!(host.domains.as_slice(), [any] if any == "*")
+    {
+        return Some(0);
     }
     let authority = authority.to_ascii_lowercase();
     let mut best: Option<(u8, usize, usize)> = None;

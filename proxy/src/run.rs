@@ -101,17 +101,24 @@ impl Proxy {
             main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
         let guard = main.enter();
         let drain = Drain::default();
-        let (shared, bound) = assemble(&bootstrap, &settings, main.handle().clone(), &drain)?;
+        let concurrency = settings.concurrency.max(1);
+        let Settings {
+            watcher,
+            command_line,
+            log,
+            ..
+        } = settings;
+        let (shared, bound) = assemble(bootstrap, watcher, concurrency, main.handle(), &drain)?;
         let addresses: HashMap<_, _> = bound
             .iter()
             .map(|bound| (bound.name.clone(), bound.address))
             .collect();
         let (stop, stopped) = watch::channel(false);
         let (ended, admin_ended) = std::sync::mpsc::channel();
-        let admin = start_admin(&shared, &bootstrap, &settings, &addresses, (&stop, ended))
-            .map_err(|error| vec![error])?;
+        let state = admin_state(&shared, (command_line, log), &addresses, stop.clone());
+        let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
-        let workers = start_workers(bound, settings.concurrency.max(1), &shared, &stopped)
+        let workers = start_workers(bound, concurrency, &shared, &stopped)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
         Ok(Self {
@@ -225,9 +232,10 @@ pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
 }
 
 fn assemble(
-    bootstrap: &Bootstrap,
-    settings: &Settings,
-    runtime: runtime::Handle,
+    bootstrap: Bootstrap,
+    watcher: Watcher,
+    concurrency: usize,
+    runtime: &runtime::Handle,
     drain: &Drain,
 ) -> Result<(Arc<Shared>, Vec<Bound>), Vec<String>> {
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
@@ -241,8 +249,8 @@ fn assemble(
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
     };
-    let built = snapshot::build(bootstrap, &services)?;
-    let local = LocalFeed::new(settings.watcher.source.clone(), ledgers);
+    let built = snapshot::build(&bootstrap, &services)?;
+    let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let service = feed::service(local.clone(), runtime.clone(), drain.clone());
     let sinks = Sinks::default();
     let mut managers = HashMap::new();
@@ -265,14 +273,12 @@ fn assemble(
                 .then(|| service.clone()),
         };
         managers.insert(listener.name.clone(), Arc::new(manager));
-        bound.push(
-            listener::bind(listener, settings.concurrency.max(1)).map_err(|error| vec![error])?,
-        );
+        bound.push(listener::bind(listener, concurrency).map_err(|error| vec![error])?);
     }
     let shared = Arc::new(Shared {
         services,
         clusters,
-        watcher: settings.watcher.clone(),
+        watcher,
         peers: Mutex::new(Peers::new(fleet.clone())),
         managers,
         sinks,
@@ -288,15 +294,15 @@ fn assemble(
 }
 
 impl Shared {
-    fn configure(&self, bootstrap: &Bootstrap) {
-        let (engines, peers) = engines::configured(bootstrap);
+    fn configure(&self, bootstrap: Bootstrap) {
+        let (engines, peers) = engines::configured(&bootstrap);
         self.clusters.configure(&bootstrap.clusters);
         self.watcher.configure(&engines);
         self.peers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .configure(&peers);
-        self.bootstrap.store(Arc::new(bootstrap.clone()));
+        self.bootstrap.store(Arc::new(bootstrap));
     }
 
     fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
@@ -322,7 +328,7 @@ impl Shared {
             logs.insert(listener.name.clone(), Arc::new(log));
         }
         // Clusters first: a route must never name one that is not there yet.
-        self.configure(&bootstrap);
+        self.configure(bootstrap);
         for (name, manager) in &self.managers {
             if let (Some(http), Some(log)) = (built.get(name), logs.remove(name)) {
                 manager.config.store(http.clone());
@@ -364,11 +370,10 @@ fn start_tasks(shared: &Arc<Shared>) {
 
 fn start_admin(
     shared: &Arc<Shared>,
-    bootstrap: &Bootstrap,
-    settings: &Settings,
-    addresses: &HashMap<String, SocketAddr>,
+    state: admin::AdminState,
     (stop, ended): (&watch::Sender<bool>, std::sync::mpsc::Sender<()>),
 ) -> Result<Option<SocketAddr>, String> {
+    let bootstrap = shared.bootstrap.load();
     let Some(configured) = &bootstrap.admin else {
         return Ok(None);
     };
@@ -380,10 +385,9 @@ fn start_admin(
     socket.set_nonblocking(true).map_err(explain)?;
     let address = socket.local_addr().map_err(explain)?;
     let socket = tokio::net::TcpListener::from_std(socket).map_err(explain)?;
-    let state = Arc::new(admin_state(shared, settings, addresses, stop.clone()));
     let mut stopped = stop.subscribe();
     shared.runtime.spawn(async move {
-        admin::serve(socket, state, async move {
+        admin::serve(socket, Arc::new(state), async move {
             let _ = stopped.wait_for(|stop| *stop).await;
         })
         .await;
@@ -394,7 +398,7 @@ fn start_admin(
 
 fn admin_state(
     shared: &Arc<Shared>,
-    settings: &Settings,
+    (options, log): (serde_json::Value, Option<LogHandle>),
     addresses: &HashMap<String, SocketAddr>,
     stop: watch::Sender<bool>,
 ) -> admin::AdminState {
@@ -421,10 +425,10 @@ fn admin_state(
         }),
         clusters: Arc::new(move || for_clusters.clusters.views()),
         listeners: Arc::new(move || listeners.clone()),
-        options: settings.command_line.clone(),
+        options,
         node: (node.id, node.cluster),
         on_drain: Arc::new(move || for_drain.drain.begin()),
-        set_log_level: match settings.log.clone() {
+        set_log_level: match log {
             Some(log) => Arc::new(move |directives: &str| log.set(directives)),
             None => Arc::new(|_: &str| Err("this process's log is not ours".into())),
         },

@@ -1,5 +1,10 @@
 //! What a proxy does on the wire, seen from outside: real sockets, real proxies, real failures.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "the helpers of a test fail it by panicking, as its body does"
+)]
+
 mod config;
 mod drain;
 mod failures;

@@ -44,8 +44,11 @@ struct Conn {
     idle_since_ms: u64,
 }
 
+/// A connection is large, and goes in and out with each request: hence boxed.
+type Idle = AHashMap<Address, Vec<Box<Conn>>>;
+
 thread_local! {
-    static IDLE: RefCell<AHashMap<Address, Vec<Box<Conn>>>> = RefCell::default();
+    static IDLE: RefCell<Idle> = RefCell::default();
 }
 
 impl Conn {
