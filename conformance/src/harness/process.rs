@@ -8,6 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Sends a signal (`TERM`, `KILL`, `STOP`, `CONT`) to a process. By the shell's own `kill`: the program of that name
+/// comes with a package that a slim machine lacks.
+///
+/// # Panics
+/// If the process is gone.
+pub fn send_signal(pid: u32, name: &str) {
+    let told = Command::new("sh")
+        .args(["-c", &format!("kill -{name} {pid}")])
+        .status();
+    assert!(told.is_ok_and(|status| status.success()), "kill -{name}");
+}
+
 /// A child process; killed when dropped.
 pub struct Process {
     child: Child,
@@ -105,10 +117,7 @@ impl Process {
     /// # Panics
     /// If the process is gone.
     pub fn signal(&self, name: &str) {
-        let told = Command::new("kill")
-            .args([&format!("-{name}"), &self.child.id().to_string()])
-            .status();
-        assert!(told.is_ok_and(|status| status.success()), "kill -{name}");
+        send_signal(self.child.id(), name);
     }
 
     /// Waits for its end; `None` if it still runs after `limit`.

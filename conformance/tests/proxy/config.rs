@@ -13,23 +13,24 @@ use std::{
     process::Command,
     time::{Duration, Instant},
 };
+use tokio::net::TcpSocket;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 const CHAT: &str = "/v1/chat/completions";
 
-/// A port that is free now.
-async fn free() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
+/// A port where nobody listens yet, kept from others: a socket that is only bound shares it with a later listener that
+/// names it, and no port 0 finds it.
+fn held() -> (SocketAddr, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    (socket.local_addr().unwrap(), socket)
 }
 
 #[tokio::test]
 async fn before_its_engine_a_proxy_answers_503_and_then_serves() {
     for version in Version::BOTH {
-        let address = free().await;
+        let (address, _held) = held();
         let proxy = ProxyBuilder::new().engine(address).start();
         let mut client = proxy.client(version).await;
         let body = r#"{"model":"sim","prompt":"hello","max_tokens":2}"#;
@@ -55,9 +56,7 @@ async fn before_its_engine_a_proxy_answers_503_and_then_serves() {
             port: address.port(),
             ..Config::default()
         };
-        let Ok(_engine) = SimEngine::start(config) else {
-            continue;
-        };
+        let _engine = SimEngine::start(config).expect("the held port");
         let started = Instant::now();
         proxy.wait_alive(1).await;
         // Tried at most a second apart; the rest is for a busy machine.
@@ -74,7 +73,7 @@ async fn before_its_engine_a_proxy_answers_503_and_then_serves() {
 
 #[tokio::test]
 async fn a_dead_engine_is_tried_at_most_a_second_apart() {
-    let address = free().await;
+    let (address, _held) = held();
     let proxy = ProxyBuilder::new().engine(address).start();
     // Nobody is there for a while: the pause between tries must not have grown.
     tokio::time::sleep(Duration::from_millis(1200)).await;
@@ -189,7 +188,7 @@ static_resources:
 
 #[tokio::test]
 async fn validate_tells_good_from_bad_and_where() {
-    let upstream = free().await;
+    let (upstream, _held) = held();
     let good = write("good.yaml", &bootstrap(upstream, ""));
     let ran = run(&["-c", good.to_str().unwrap(), "--mode", "validate"]);
     assert_eq!(ran.code, Some(0), "{}", ran.errors);

@@ -4,6 +4,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use outrigger_conformance::harness::send_signal;
 use outrigger_conformance::sim::{Config, Fault, FaultKind, SimEngine};
 use serde_json::{Value, json};
 
@@ -309,14 +310,7 @@ fn on_sigterm_streams_end_as_recorded_and_the_binary_exits_with_0() {
     answer
         .chunks
         .push(client.chunk().expect("a chunk").expect("a token"));
-    let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .arg(pid)
-            .status()
-            .expect("kill")
-            .success()
-    );
+    send_signal(child.id(), "TERM");
     while let Some(chunk) = client.chunk().expect("a clean end") {
         answer.chunks.push(chunk);
     }
