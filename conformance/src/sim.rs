@@ -1,23 +1,34 @@
 //! Answers "what would an engine do": a simulated vLLM 0.32, for tests, the demo and black-box cases.
 //!
-//! On the wire it is told apart from the recordings in `fixtures/http-vllm-0.32.0` by its text alone. Behind the wire
-//! are a real block cache with KV events, a timing model with queue and batch, and faults on command
-//! (`/sim/fault`, the only endpoint a real engine lacks). It shares no codec with the product.
+//! Every exchange in `fixtures/http-vllm-0.32.0` is answered so that its text, ids, counts and times alone tell it from
+//! the recording. Behind the wire are a real block cache with KV events, a timing model with queue and batch, and
+//! faults on command (`/sim/fault`, the only endpoint a real engine lacks). It shares no codec with the product.
 //!
-//! Missing, and refused with 501: tools, structured output, media, beam search, `echo`, prompt logprobs, LoRA,
-//! `/v1/responses`, `derender`, sleeping and pausing, KV transfer, embeddings. Also not simulated: sampling fields other than
-//! temperature and seed (they are accepted and change nothing), CORS answers to a request with `Origin`, and the
-//! text of the prompt that vLLM tells again when a prompt ends inside a character.
+//! What no recording shows is refused with 501:
+//!
+//! - media, beam search, LoRA, suffixes, KV transfer, embeddings, `derender`, sleeping and pausing;
+//! - of tools: calls in a conversation's history, tools of `/v1/messages` and `/v1/responses`;
+//! - of structured output: everything but `response_format` of chat; JSON schemas with other keywords than those in
+//!   `schema` get 400;
+//! - of figures for prompts: `prompt_logprobs`, and `echo` in a stream or without an answer;
+//! - of `/v1/responses`: stored ones, reasoning, text formats, input other than text; `render` for any of these forms.
+//!
+//! Two things are answered without a recording: the end of a complete tool call (those recorded are cut short; here it
+//! is `tool_calls`), and a whole `/v1/messages`. Also not simulated: a call by a model that may choose (`auto`: it never
+//! calls), sampling fields other than temperature and seed (they are accepted and change nothing), CORS answers to a
+//! request with `Origin`, and the text of the prompt that vLLM tells again when a prompt ends inside a character.
 
 mod api;
 mod blocks;
 mod chat;
 mod completions;
 mod config;
+mod echo;
 mod engine;
 mod events;
 mod fault;
 mod feed;
+mod forms;
 mod generate;
 mod http;
 mod json_error;
@@ -25,8 +36,10 @@ mod messages;
 mod metrics_page;
 mod model;
 mod rendered;
+mod responses;
 mod routes;
 mod scheduler;
+mod schema;
 mod template;
 mod tokenizer;
 mod zmtp;

@@ -7,6 +7,8 @@ mod cache;
 mod client;
 #[path = "sim_engine/faults.rs"]
 mod faults;
+#[path = "sim_engine/forms.rs"]
+mod forms;
 #[path = "sim_engine/json.rs"]
 mod json;
 #[path = "sim_engine/model_files.rs"]

@@ -1,7 +1,7 @@
 //! Answers "what does this request ask for, and how is it refused": what the generation endpoints have in common.
 //!
 //! Messages, types and codes of refusals are vLLM 0.32's where a recording shows them. What the simulator cannot do
-//! (tools, structured output, prompt logprobs, …) is refused with 501, never made up.
+//! (beam search, LoRA, KV transfer, …) is refused with 501, never made up.
 
 use std::sync::Arc;
 
@@ -204,8 +204,8 @@ pub(crate) fn check_model(engine: &Engine, fields: &Fields) -> Result<(), ApiErr
     }
 }
 
-/// Refuses what is not simulated.
-pub(crate) fn check_simulated(fields: &Fields) -> Result<(), ApiError> {
+/// Refuses what is not simulated, but for the fields that the endpoint takes.
+pub(crate) fn check_simulated(fields: &Fields, takes: &[&str]) -> Result<(), ApiError> {
     for (name, what) in [
         ("tools", "tool calls"),
         ("structured_outputs", "structured outputs"),
@@ -215,16 +215,18 @@ pub(crate) fn check_simulated(fields: &Fields) -> Result<(), ApiError> {
         ("suffix", "suffixes"),
         ("kv_transfer_params", "KV transfer"),
     ] {
-        let given = set(fields, name).filter(|value| **value != Value::Bool(false));
+        let given = set(fields, name)
+            .filter(|value| **value != Value::Bool(false) && !takes.contains(&name));
         if given.is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty())) {
             return Err(ApiError::not_implemented(what));
         }
     }
-    if flag(fields, "echo") {
+    if flag(fields, "echo") && !takes.contains(&"echo") {
         return Err(ApiError::not_implemented("echo"));
     }
     match set(fields, "response_format").and_then(|format| format["type"].as_str()) {
         None | Some("text") => Ok(()),
+        Some(_) if takes.contains(&"response_format") => Ok(()),
         Some(_) => Err(ApiError::not_implemented("structured outputs")),
     }
 }
@@ -286,6 +288,8 @@ pub(crate) fn read_sampling(
             .unwrap_or_default(),
         include_stop_str_in_output: flag(fields, "include_stop_str_in_output"),
         logprobs: None,
+        given: None,
+        skip_cache: false,
     })
 }
 

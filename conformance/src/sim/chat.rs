@@ -11,6 +11,7 @@ use super::api::{
 };
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
+use super::forms::{self, Call, Form, ToolCall, ToolDelta};
 use super::http::{Piece, Request, Response};
 use super::model::Choice;
 use super::rendered::{render_id, rendered};
@@ -50,11 +51,13 @@ struct FullChoice {
 #[derive(Serialize)]
 struct FullMessage {
     role: &'static str,
-    content: String,
+    content: Option<String>,
     refusal: Option<()>,
     annotations: Option<()>,
     audio: Option<()>,
     function_call: Option<()>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall; 1]>,
     reasoning: Option<()>,
 }
 
@@ -111,11 +114,15 @@ struct ChunkChoice {
     token_ids: Option<Option<Vec<u32>>>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Delta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
-    content: String,
+    /// `null` beside a tool call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolDelta; 1]>,
 }
 
 /// The messages of a request with their content as text.
@@ -190,12 +197,14 @@ struct Asked {
     sampling: Sampling,
     n: usize,
     return_token_ids: bool,
+    /// The tool call of each choice, where one is forced.
+    calls: Vec<Option<Call>>,
 }
 
 fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
     let messages = read_messages(fields)?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields)?;
+    api::check_simulated(fields, &["tools", "response_format"])?;
     let prompt = engine
         .tokenizer
         .encode(&render(&messages, read_ending(fields)?));
@@ -212,7 +221,27 @@ fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
         sampling,
         n: api::read_n(fields)?,
         return_token_ids: api::flag(fields, "return_token_ids"),
+        calls: Vec::new(),
     })
+}
+
+/// What each choice is to generate, its form filled in.
+fn sequences(
+    engine: &Engine,
+    asked: &mut Asked,
+    form: &Form,
+) -> Result<Vec<(Vec<u32>, Sampling)>, ApiError> {
+    let mut sequences = Vec::with_capacity(asked.n);
+    for index in 0..asked.n {
+        let filled = form.fill(engine, &asked.prompt, &asked.sampling, index)?;
+        let sampling = Sampling {
+            given: filled.tokens,
+            ..asked.sampling.clone()
+        };
+        asked.calls.push(filled.call);
+        sequences.push((asked.prompt.clone(), sampling));
+    }
+    Ok(sequences)
 }
 
 /// `POST /v1/chat/completions`.
@@ -221,9 +250,10 @@ pub(crate) async fn completions(
     request: &Request,
 ) -> Result<Response, Response> {
     let fields = api::read_fields(request)?;
-    let asked = read(engine, &fields)?;
+    let mut asked = read(engine, &fields)?;
+    let form = forms::read(request)?;
+    let sequences = sequences(engine, &mut asked, &form)?;
     let flight = Flight::begin(engine, request, &fields, "chatcmpl")?;
-    let sequences = vec![(asked.prompt.clone(), asked.sampling.clone()); asked.n];
     let generation = engine.generate(sequences, api::text(&fields, "cache_salt"));
     let mut feed = Feed::new(engine, generation, flight);
     let created = unix_s() as u64;
@@ -233,6 +263,7 @@ pub(crate) async fn completions(
             created,
             options: StreamOptions::read(&fields),
             made: vec![0; asked.n],
+            told: vec![0; asked.n],
             open: asked.n,
             cached_tokens: None,
             engine: Arc::clone(engine),
@@ -289,12 +320,19 @@ fn full_choice(engine: &Engine, asked: &Asked, outputs: &[Output]) -> FullChoice
         .last()
         .and_then(|output| output.finish.as_ref())
         .map(reasons);
-    let (finish_reason, stop_reason) =
+    let (mut finish_reason, stop_reason) =
         finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
     let token_ids = asked
         .return_token_ids
         .then(|| outputs.iter().map(|output| output.choice.token).collect());
-    let content = outputs.iter().map(|output| output.text.as_str()).collect();
+    let content: String = outputs.iter().map(|output| output.text.as_str()).collect();
+    let call = asked.calls[index].as_ref();
+    let tool_calls = call
+        .and_then(|call| call.whole(&content))
+        .map(|call| [call]);
+    if tool_calls.is_some() {
+        finish_reason = Some("tool_calls");
+    }
     let logprobs = asked.sampling.logprobs.map(|top| Logprobs {
         content: outputs
             .iter()
@@ -303,11 +341,12 @@ fn full_choice(engine: &Engine, asked: &Asked, outputs: &[Output]) -> FullChoice
     });
     let message = FullMessage {
         role: "assistant",
-        content,
+        content: tool_calls.is_none().then_some(content),
         refusal: None,
         annotations: None,
         audio: None,
         function_call: None,
+        tool_calls,
         reasoning: None,
     };
     FullChoice {
@@ -344,8 +383,9 @@ struct ChatWriter {
     id: String,
     created: u64,
     options: StreamOptions,
-    /// Tokens of each choice so far.
+    /// Tokens, and bytes of text, of each choice so far.
     made: Vec<usize>,
+    told: Vec<usize>,
     open: usize,
     cached_tokens: Option<usize>,
 }
@@ -391,7 +431,8 @@ impl ChatWriter {
         for index in 0..self.asked.n {
             let delta = Delta {
                 role: Some("assistant"),
-                content: String::new(),
+                content: Some(Some(String::new())),
+                tool_calls: None,
             };
             let choice = ChunkChoice {
                 index,
@@ -415,6 +456,37 @@ impl ChatWriter {
     }
 }
 
+impl ChatWriter {
+    /// What `text` tells of its choice; `None` if nothing.
+    fn delta(&mut self, index: usize, text: String) -> Option<Delta> {
+        let told = self.told[index];
+        self.told[index] += text.len();
+        match &self.asked.calls[index] {
+            Some(call) => call.delta(told, &text).map(|call| Delta {
+                content: Some(None),
+                tool_calls: Some([call]),
+                role: None,
+            }),
+            None => Some(text)
+                .filter(|text| !text.is_empty())
+                .map(|text| Delta {
+                    content: Some(Some(text)),
+                    ..Delta::default()
+                }),
+        }
+    }
+
+    /// What a chunk holds that has nothing to tell.
+    fn no_delta(&self, index: usize) -> Delta {
+        Delta {
+            content: self.asked.calls[index]
+                .is_none()
+                .then(|| Some(String::new())),
+            ..Delta::default()
+        }
+    }
+}
+
 /// Which optional parts a chunk has.
 #[derive(Clone, Copy)]
 struct Parts {
@@ -428,24 +500,28 @@ impl Writer for ChatWriter {
             self.cached_tokens = Some(output.cached_tokens);
             self.open_choices(events);
         }
-        self.made[output.index] += 1;
+        let index = output.index;
+        self.made[index] += 1;
         let finish = output.finish.as_ref().map(reasons);
         self.open -= usize::from(finish.is_some());
-        // vLLM sends no chunk for a token whose text is still held back, unless ids were asked for.
-        if output.text.is_empty() && finish.is_none() && !self.asked.return_token_ids {
+        let delta = self.delta(index, output.text);
+        // vLLM sends no chunk for a token that tells nothing yet, unless ids were asked for.
+        if delta.is_none() && finish.is_none() && !self.asked.return_token_ids {
             return false;
         }
         let logprobs = self.asked.sampling.logprobs.map(|top| Logprobs {
             content: vec![token_logprob(&self.engine.tokenizer, &output.choice, top)],
         });
-        let (finish_reason, stop_reason) =
+        let (mut finish_reason, stop_reason) =
             finish.map_or((None, None), |(reason, stop)| (Some(reason), Some(stop)));
+        let called = self.asked.calls[index].as_ref();
+        if finish_reason.is_some() && called.is_some_and(|call| call.is_complete(self.told[index]))
+        {
+            finish_reason = Some("tool_calls");
+        }
         let choice = ChunkChoice {
-            index: output.index,
-            delta: Delta {
-                role: None,
-                content: output.text,
-            },
+            index,
+            delta: delta.unwrap_or_else(|| self.no_delta(index)),
             logprobs,
             finish_reason,
             stop_reason,
@@ -458,7 +534,7 @@ impl Writer for ChatWriter {
         let usage = self
             .options
             .continuous
-            .then(|| self.tally(self.made[output.index]).continuous());
+            .then(|| self.tally(self.made[index]).continuous());
         let fingerprint = self.open == 0 && !self.options.include_usage;
         self.push(
             events,
@@ -495,6 +571,8 @@ pub(crate) fn render_endpoint(engine: &Engine, request: &Request) -> Result<Resp
         return Err(ApiError::scale_out_disabled().into());
     }
     let fields = api::read_fields(request)?;
+    // What render makes of a form is not recorded.
+    api::check_simulated(&fields, &[])?;
     let asked = read(engine, &fields)?;
     let id = render_id(engine, request, &fields, "chatcmpl");
     Ok(Response::json(

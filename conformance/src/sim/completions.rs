@@ -10,6 +10,7 @@ use super::api::{
     self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
     Usage, reasons, to_json,
 };
+use super::echo::{Place, prompt_places};
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
@@ -43,17 +44,18 @@ struct FullChoice<'a> {
     finish_reason: Option<&'static str>,
     stop_reason: Option<StopReason>,
     token_ids: Option<Vec<u32>>,
-    prompt_logprobs: Option<()>,
+    prompt_logprobs: Option<Vec<Option<Place>>>,
     prompt_token_ids: Option<&'a [u32]>,
     routed_experts: Option<()>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Logprobs {
     text_offset: Vec<usize>,
-    token_logprobs: Vec<f64>,
+    /// `null` for the first token of an echoed prompt.
+    token_logprobs: Vec<Option<f64>>,
     tokens: Vec<String>,
-    top_logprobs: Vec<TopLogprobs>,
+    top_logprobs: Vec<Option<TopLogprobs>>,
 }
 
 /// A map in the order of likelihood.
@@ -137,17 +139,21 @@ struct Asked {
     sampling: Vec<Sampling>,
     n: usize,
     return_token_ids: bool,
+    /// The prompt stands before the text.
+    echo: bool,
 }
 
 fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
     let prompts = read_prompts(engine, fields)?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields)?;
+    api::check_simulated(fields, &["echo"])?;
+    let echo = read_echo(fields)?;
     let wanted = api::integer(fields, "max_tokens")?.unwrap_or(MAX_TOKENS_DEFAULT);
     let logprobs = api::integer(fields, "logprobs")?;
     let sampling = |prompt: &Vec<u32>| {
         Ok(Sampling {
             logprobs,
+            skip_cache: echo && logprobs.is_some(),
             ..api::read_sampling(engine, fields, Some(wanted), prompt.len())?
         })
     };
@@ -159,7 +165,20 @@ fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
         prompts,
         n: api::read_n(fields)?,
         return_token_ids: api::flag(fields, "return_token_ids"),
+        echo,
     })
+}
+
+/// Whether the prompt is asked for. The stream of one and a prompt without an answer are not recorded.
+fn read_echo(fields: &Fields) -> Result<bool, ApiError> {
+    let echo = api::flag(fields, "echo");
+    if echo && api::flag(fields, "stream") {
+        return Err(ApiError::not_implemented("echo in a stream"));
+    }
+    if echo && api::integer(fields, "max_tokens")? == Some(0) {
+        return Err(ApiError::not_implemented("echo without an answer"));
+    }
+    Ok(echo)
 }
 
 impl Asked {
@@ -255,49 +274,78 @@ fn full_choice<'a>(engine: &Engine, asked: &'a Asked, outputs: &[Output]) -> Ful
         .map(reasons);
     let (finish_reason, stop_reason) =
         finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
+    let mut text = String::new();
+    let mut places = None;
+    let prompt = &asked.prompts[index / asked.n];
+    if asked.echo {
+        text = engine.tokenizer.decode(prompt);
+        let top = asked.sampling[0].logprobs;
+        places = top.map(|top| prompt_places(engine, prompt, top));
+    }
+    let mut told = Logprobs::default();
+    if let Some(places) = &places {
+        tell_prompt(&engine.tokenizer, prompt, places, &mut told);
+    }
+    text.extend(outputs.iter().map(|output| output.text.as_str()));
     FullChoice {
         index,
-        text: outputs.iter().map(|output| output.text.as_str()).collect(),
-        logprobs: logprobs(&engine.tokenizer, asked, outputs, 0),
+        text,
+        logprobs: logprobs(&engine.tokenizer, asked, outputs, (told, 0)),
         finish_reason,
         stop_reason,
         token_ids: asked
             .return_token_ids
             .then(|| outputs.iter().map(|output| output.choice.token).collect()),
-        prompt_logprobs: None,
+        prompt_logprobs: places,
         prompt_token_ids: asked.prompt_ids(index),
         routed_experts: None,
     }
 }
 
+impl Logprobs {
+    /// One more token; `told` characters went before the first.
+    fn push(&mut self, told: usize, token: String, logprob: Option<f64>, top: Option<TopLogprobs>) {
+        let behind = |(offset, last): (&usize, &String)| offset + last.chars().count();
+        let offset = self.text_offset.last().zip(self.tokens.last()).map(behind);
+        self.text_offset.push(offset.unwrap_or(told));
+        self.token_logprobs.push(logprob);
+        self.tokens.push(token);
+        self.top_logprobs.push(top);
+    }
+}
+
+/// The tokens of an echoed prompt come first.
+fn tell_prompt(
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    places: &[Option<Place>],
+    out: &mut Logprobs,
+) {
+    for (&token, place) in prompt.iter().zip(places) {
+        let logprob = place.as_ref().and_then(Place::logprob);
+        let top = place.as_ref().map(|place| TopLogprobs(place.by_text()));
+        out.push(0, tokenizer.decode(&[token]), logprob, top);
+    }
+}
+
+/// The figures of `outputs` behind those in `out`, before which `told` characters went.
 fn logprobs(
     tokenizer: &Tokenizer,
     asked: &Asked,
     outputs: &[Output],
-    told: usize,
+    (mut out, told): (Logprobs, usize),
 ) -> Option<Logprobs> {
     let top = asked.sampling[0].logprobs?;
-    let mut out = Logprobs {
-        text_offset: vec![],
-        token_logprobs: vec![],
-        tokens: vec![],
-        top_logprobs: vec![],
-    };
-    let mut offset = told;
     for output in outputs {
         let choice = &output.choice;
         let token = tokenizer.decode(&[choice.token]);
-        out.text_offset.push(offset);
-        offset += token.chars().count();
-        out.token_logprobs.push(choice.logprob);
         let others = choice
             .runners_up
             .iter()
             .map(|(id, logprob)| (tokenizer.decode(&[*id]), *logprob));
         let all = std::iter::once((token.clone(), choice.logprob)).chain(others);
-        out.top_logprobs
-            .push(TopLogprobs(all.take(top.max(1)).collect()));
-        out.tokens.push(token);
+        let all = TopLogprobs(all.take(top.max(1)).collect());
+        out.push(told, token.clone(), Some(choice.logprob), Some(all));
     }
     Some(out)
 }
@@ -352,7 +400,7 @@ impl Writer for CompletionWriter {
             &self.engine.tokenizer,
             &self.asked,
             std::slice::from_ref(&output),
-            self.told[index],
+            (Logprobs::default(), self.told[index]),
         );
         self.told[index] += output.text.chars().count();
         let usage = self.options.continuous.then(|| {
@@ -404,6 +452,8 @@ pub(crate) fn render_endpoint(engine: &Engine, request: &Request) -> Result<Resp
         return Err(ApiError::scale_out_disabled().into());
     }
     let fields = api::read_fields(request)?;
+    // What render makes of an echo is not recorded.
+    api::check_simulated(&fields, &[])?;
     let asked = read(engine, &fields)?;
     let id = render_id(engine, request, &fields, "cmpl");
     let each = asked.prompts.iter().zip(&asked.sampling).enumerate();

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::config::Config;
 use super::events::encode_batch;
 use super::fault::{Fault, FaultKind, Faults};
-use super::model::mix;
+use super::model::{Model, mix};
 use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
 use super::tokenizer::Tokenizer;
 use super::zmtp::Publisher;
@@ -34,6 +34,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Engine {
     pub(crate) config: Config,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) model: Arc<Model>,
     pub(crate) publisher: Publisher,
     pub(crate) faults: Faults,
     /// External ids of generation requests in flight.
@@ -56,6 +57,7 @@ pub(crate) struct Engine {
 impl Engine {
     pub(crate) fn new(config: Config, id_salt: u64) -> Self {
         let tokenizer = Arc::new(Tokenizer::embedded());
+        let model = Arc::new(Model::new(&tokenizer));
         let faults = Faults::default();
         config.faults.iter().for_each(|fault| faults.arm(*fault));
         Self {
@@ -63,8 +65,14 @@ impl Engine {
             faults,
             in_flight: Mutex::default(),
             event_sources: Mutex::new("{}".to_owned()),
-            scheduler: Mutex::new(Scheduler::new(&config, Arc::clone(&tokenizer), unix_s())),
+            scheduler: Mutex::new(Scheduler::new(
+                &config,
+                Arc::clone(&tokenizer),
+                Arc::clone(&model),
+                unix_s(),
+            )),
             tokenizer,
+            model,
             wake: Notify::new(),
             frozen_until: Mutex::default(),
             refused_until: Mutex::default(),
@@ -90,6 +98,11 @@ impl Engine {
 
     fn number(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The seed of a sampled request that brings none.
+    pub(crate) fn default_seed(&self) -> u64 {
+        self.config.seed ^ self.number()
     }
 
     /// Sixteen hexadecimal digits, as vLLM makes up for a request without an id of its own.

@@ -113,12 +113,14 @@ impl Feed {
     /// Makes a stream of events: `writer` turns tokens into events.
     pub(crate) fn into_stream(
         self,
-        writer: impl Writer + 'static,
+        mut writer: impl Writer + 'static,
     ) -> impl Stream<Item = Piece> + Send + 'static {
+        let mut ready = VecDeque::new();
+        writer.begin(&mut ready);
         let state = Streaming {
             feed: self,
             writer,
-            ready: VecDeque::new(),
+            ready,
             ended: false,
         };
         stream::unfold(state, |mut state| async move {
@@ -132,6 +134,8 @@ impl Feed {
 
 /// An endpoint's way to write a stream.
 pub(crate) trait Writer: Send {
+    /// Events that wait for no token.
+    fn begin(&mut self, _events: &mut Events) {}
     /// Events for one more token; true when it was the last of all choices.
     fn token(&mut self, output: Output, events: &mut Events) -> bool;
     /// Events behind the last token.

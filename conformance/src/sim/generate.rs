@@ -97,7 +97,7 @@ fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
     let ids = ids.ok_or_else(|| ApiError::missing("token_ids", fields))?;
     let prompt = api::token_ids(ids).ok_or_else(|| ApiError::wrong_type("token_ids", "list"))?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields)?;
+    api::check_simulated(fields, &[])?;
     check_vocabulary(engine, prompt.iter().copied())?;
     let none = Fields::new();
     let params = fields.get("sampling_params").and_then(Value::as_object);

@@ -107,7 +107,7 @@ fn read(engine: &Engine, fields: &mut Fields) -> Result<(Vec<u32>, Sampling), Ap
     let max_tokens = api::integer(fields, "max_tokens")?;
     let max_tokens = max_tokens.ok_or_else(|| ApiError::missing("max_tokens", fields))?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields)?;
+    api::check_simulated(fields, &[])?;
     if let Some(system) = fields.get("system").filter(|system| !system.is_null()) {
         let content = read_content(system)
             .ok_or_else(|| ApiError::not_implemented("system content other than text"))?;

@@ -38,6 +38,11 @@ impl History {
         history
     }
 
+    /// What all tokens together come to.
+    pub(crate) fn hash(&self) -> u64 {
+        self.hash
+    }
+
     pub(crate) fn push(&mut self, token: u32) {
         self.hash = mix(self.hash ^ (u64::from(token) << 17));
         self.last = [self.last[1], self.last[2], token];
@@ -113,7 +118,26 @@ impl Model {
         runners_up: usize,
     ) -> Choice {
         let hash = mix(history.hash ^ salt);
-        let token = self.pick(history, hash, may_end);
+        self.figures(hash, self.pick(history, hash, may_end), runners_up)
+    }
+
+    /// The token a form asks for, with the figures the model would give its own choice.
+    pub(crate) fn given(
+        &self,
+        history: &History,
+        salt: u64,
+        token: u32,
+        runners_up: usize,
+    ) -> Choice {
+        self.figures(mix(history.hash ^ salt), token, runners_up)
+    }
+
+    /// A word with a blank before it.
+    pub(crate) fn word(&self, bits: u64) -> u32 {
+        pick_from(&self.words, bits)
+    }
+
+    fn figures(&self, hash: u64, token: u32, runners_up: usize) -> Choice {
         let fraction = |bits: u64| (bits % 4096) as f64 / 4096.0;
         let logprob = -fraction(mix(hash ^ 1));
         let mut behind = logprob;

@@ -13,7 +13,7 @@ use super::fault::Fault;
 use super::http::{Body, Request, Response};
 use super::metrics_page::PageNames;
 use super::template::render;
-use super::{chat, completions, generate, messages};
+use super::{chat, completions, generate, messages, responses};
 
 const VERSION: &str = "0.32.0";
 /// Recorded `/server_info`, whose model and sizes are replaced.
@@ -136,6 +136,10 @@ fn refuse_stranger(engine: &Engine, request: &Request) -> Option<Response> {
 }
 
 async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
+    if request.path.starts_with("/v1/responses/") && request.path != "/v1/responses/render" {
+        // By id: to be fetched, or with `/cancel` behind it.
+        return Err(ApiError::not_implemented("stored responses").into());
+    }
     let route = ROUTES
         .iter()
         .find(|route| route.path == request.path && (!route.dev || engine.config.dev_mode));
@@ -156,6 +160,7 @@ async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, R
     match route.path {
         "/v1/chat/completions" => chat::completions(engine, request).await,
         "/v1/completions" => completions::completions(engine, request).await,
+        "/v1/responses" => responses::responses(engine, request).await,
         "/v1/messages" => messages::messages(engine, request).await,
         "/inference/v1/generate" => generate::generate(engine, request).await,
         "/v1/chat/completions/render" => chat::render_endpoint(engine, request),
@@ -324,7 +329,7 @@ struct Tokenized {
 fn tokenize(engine: &Engine, request: &Request) -> Result<Response, Response> {
     let fields = api::read_fields(request)?;
     api::check_model(engine, &fields)?;
-    api::check_simulated(&fields)?;
+    api::check_simulated(&fields, &["tools"])?;
     let tokens = match fields.get("prompt") {
         Some(Value::String(prompt)) => engine.tokenizer.encode(prompt),
         Some(_) => return Err(ApiError::wrong_type("prompt", "string").into()),

@@ -43,6 +43,21 @@ pub(crate) struct Sampling {
     pub(crate) include_stop_str_in_output: bool,
     /// How many runners-up to tell with each token; `None`: no probabilities at all.
     pub(crate) logprobs: Option<usize>,
+    /// The tokens of the form that is asked for, then the end; `None`: what the model likes.
+    pub(crate) given: Option<Arc<[u32]>>,
+    /// Compute the whole prompt: who asks for figures of its tokens cannot have them from the cache.
+    pub(crate) skip_cache: bool,
+}
+
+impl Sampling {
+    /// What makes this sample its own: 0 for greedy decoding.
+    pub(crate) fn salt(&self, default_seed: u64, index: usize) -> u64 {
+        if self.temperature > 0.0 {
+            mix(mix(self.seed.unwrap_or(default_seed)) ^ index as u64) | 1
+        } else {
+            0
+        }
+    }
 }
 
 /// One token of one choice of a request.
@@ -105,7 +120,7 @@ pub(crate) struct Step {
 pub(crate) struct Scheduler {
     config: Config,
     tokenizer: Arc<Tokenizer>,
-    model: Model,
+    model: Arc<Model>,
     pool: BlockPool,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
@@ -113,9 +128,14 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    pub(crate) fn new(config: &Config, tokenizer: Arc<Tokenizer>, started_s: f64) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        tokenizer: Arc<Tokenizer>,
+        model: Arc<Model>,
+        started_s: f64,
+    ) -> Self {
         Self {
-            model: Model::new(&tokenizer),
+            model,
             tokenizer,
             pool: BlockPool::new(config.kv_blocks),
             waiting: VecDeque::new(),
@@ -127,15 +147,9 @@ impl Scheduler {
 
     /// Queues a sequence.
     pub(crate) fn add(&mut self, new: NewSequence) {
-        let sampled = new.sampling.temperature > 0.0;
-        let seed = new.sampling.seed.unwrap_or(self.config.seed ^ new.id);
         self.waiting.push_back(Sequence {
             history: History::of(&new.prompt),
-            salt: if sampled {
-                mix(mix(seed) ^ new.index as u64) | 1
-            } else {
-                0
-            },
+            salt: new.sampling.salt(self.config.seed ^ new.id, new.index),
             detokenizer: Detokenizer::behind(&self.tokenizer, &new.prompt),
             tokens: new.prompt.clone(),
             new,
@@ -263,10 +277,13 @@ impl Scheduler {
         let sequence = self.waiting.front_mut()?;
         let total = sequence.tokens.len();
         // The last token is always computed, since its result is what the step is for.
-        extend_hashes(sequence, (total - 1) / size, size);
-        let hit = self
-            .pool
-            .find_prefix(&sequence.hashes[..(total - 1) / size]);
+        let reusable = if sequence.new.sampling.skip_cache {
+            0
+        } else {
+            (total - 1) / size
+        };
+        extend_hashes(sequence, reusable, size);
+        let hit = self.pool.find_prefix(&sequence.hashes[..reusable]);
         let cached = hit.len() * size;
         let count = (total - cached).min(budget);
         let needed = (cached + count).div_ceil(size) - hit.len();
@@ -296,8 +313,10 @@ impl Scheduler {
         sequence.admitted = Some(now);
         let (prompt, cached) = (sequence.new.prompt.len() as f64, cached as f64);
         let metrics = &mut self.metrics;
-        metrics.add("vllm:prefix_cache_queries_total", prompt);
-        metrics.add("vllm:prefix_cache_hits_total", cached);
+        if !sequence.new.sampling.skip_cache {
+            metrics.add("vllm:prefix_cache_queries_total", prompt);
+            metrics.add("vllm:prefix_cache_hits_total", cached);
+        }
         metrics.add("vllm:prompt_tokens_total", prompt);
         metrics.add("vllm:prompt_tokens_cached_total", cached);
         metrics.add(
@@ -365,9 +384,14 @@ impl Scheduler {
         let made = sequence.tokens.len() - sequence.new.prompt.len();
         let may_end = !sampling.ignore_eos && made >= sampling.min_tokens;
         let runners_up = sampling.logprobs.unwrap_or(0);
-        let choice = self
-            .model
-            .next(&sequence.history, sequence.salt, may_end, runners_up);
+        let (history, salt) = (&sequence.history, sequence.salt);
+        let choice = match &sampling.given {
+            Some(given) => {
+                let token = given.get(made).copied().unwrap_or(EOS);
+                self.model.given(history, salt, token, runners_up)
+            }
+            None => self.model.next(history, salt, may_end, runners_up),
+        };
         sequence.tokens.push(choice.token);
         sequence.history.push(choice.token);
         let now = Instant::now();
@@ -484,7 +508,8 @@ fn name_blocks(sequence: &mut Sequence, full: usize, size: usize, pool: &mut Blo
 
 fn check_end(sequence: &Sequence, token: u32, made: usize, length_max: usize) -> Option<Finish> {
     let sampling = &sequence.new.sampling;
-    if token == EOS && !sampling.ignore_eos {
+    // Behind a form nothing can follow.
+    if token == EOS && (!sampling.ignore_eos || sampling.given.is_some()) {
         Some(Finish::Eos)
     } else if made >= sampling.min_tokens && sampling.stop_token_ids.contains(&token) {
         Some(Finish::StopToken(token))

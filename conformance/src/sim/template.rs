@@ -1,7 +1,7 @@
 //! Answers "which prompt is this conversation": ChatML, written out in plain Rust.
 //!
-//! `assets/chat_template.jinja` says the same for those who render templates; a test holds both together. No tools,
-//! no media: such requests are refused before they get here.
+//! `assets/chat_template.jinja` says the same for those who render templates; a test holds both together. It
+//! leaves tools out, as the template behind the recordings does; media are refused before they get here.
 
 /// The chat template as it is written into a model directory.
 pub const CHAT_TEMPLATE: &str = include_str!("../../assets/chat_template.jinja");

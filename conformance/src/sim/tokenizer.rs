@@ -116,6 +116,13 @@ impl Tokenizer {
         ids
     }
 
+    /// The ids of `text`, in which nothing is special.
+    pub(crate) fn encode_as_text(&self, text: &str) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        self.encode_ordinary(text, &mut ids);
+        ids
+    }
+
     fn encode_ordinary(&self, text: &str, ids: &mut Vec<u32>) {
         let mut rest = text.as_bytes();
         while !rest.is_empty() {

@@ -7,6 +7,14 @@ const MASKED: &[&str] = &[
     "id",
     "request_id",
     "created",
+    "created_at",
+    "item_id",
+    "delta",
+    "arguments",
+    "token_logprobs",
+    "text_offset",
+    "rank",
+    "decoded_token",
     "content",
     "text",
     "token",
@@ -17,6 +25,7 @@ const MASKED: &[&str] = &[
     "cached_tokens",
     "created_cache_tokens",
     "input_tokens",
+    "cache_write_tokens",
     "cache_creation_input_tokens",
     "cache_read_input_tokens",
     "prompt_token_ids",
@@ -28,6 +37,9 @@ const MASKED: &[&str] = &[
     "endpoint",
     "replay_endpoint",
 ];
+
+/// Keys whose objects have tokens as their keys, as many as it takes: only the kinds of their values are compared.
+const BY_TOKEN: &[&str] = &["top_logprobs", "prompt_logprobs"];
 
 #[derive(Debug)]
 pub(crate) enum Json {
@@ -95,6 +107,29 @@ impl Json {
         self.write(false, also)
     }
 
+    /// The kinds in a list of objects that have tokens as their keys, equal neighbours counted once; `None` if `key`
+    /// is of no such list. (The logprobs of chat tell tokens as values.)
+    fn by_token(&self, key: &str, also: &[&str]) -> Option<String> {
+        let Self::List(list) = self else { return None };
+        let tells = |value: &Self| matches!(value, Self::Object(entries) if entries.iter().any(|(key, _)| key == "token"));
+        if !BY_TOKEN.contains(&key) || list.iter().any(tells) {
+            return None;
+        }
+        let mut shapes = Vec::new();
+        for value in list {
+            match value {
+                Self::Object(entries) => shapes.extend(
+                    entries
+                        .iter()
+                        .map(|(_, value)| format!("{{*:{}}}", value.write(true, also))),
+                ),
+                other => shapes.push(other.write(true, also)),
+            }
+        }
+        shapes.dedup();
+        Some(format!("[{}]", shapes.join(",")))
+    }
+
     fn write(&self, masked: bool, also: &[&str]) -> String {
         match self {
             Self::Null => "null".to_owned(),
@@ -114,7 +149,10 @@ impl Json {
             Self::Object(entries) => {
                 let entry = |(key, value): &(String, Self)| {
                     let masked = MASKED.contains(&key.as_str()) || also.contains(&key.as_str());
-                    format!("{key}:{}", value.write(masked, also))
+                    match value.by_token(key, also) {
+                        Some(shape) => format!("{key}:{shape}"),
+                        None => format!("{key}:{}", value.write(masked, also)),
+                    }
                 };
                 format!(
                     "{{{}}}",
