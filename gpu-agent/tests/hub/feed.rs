@@ -141,7 +141,7 @@ fn tell(hub: &Arc<Hub>, broker: &Broker) -> tokio::task::JoinHandle<()> {
 }
 
 #[tokio::test]
-#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); CI runs it"]
+#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); conformance/nats/run runs it"]
 async fn over_nats() {
     let broker = Broker::start(None).await;
     let engine = FakeEngine::start().await;
@@ -150,7 +150,7 @@ async fn over_nats() {
 }
 
 #[tokio::test]
-#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); CI runs it"]
+#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); conformance/nats/run runs it"]
 async fn over_nats_a_late_listener_and_one_that_missed_something_get_snapshots() {
     let broker = Broker::start(None).await;
     let engine = FakeEngine::start().await;
@@ -202,7 +202,7 @@ async fn over_nats_a_late_listener_and_one_that_missed_something_get_snapshots()
 }
 
 #[tokio::test]
-#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); CI runs it"]
+#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); conformance/nats/run runs it"]
 async fn over_nats_a_silent_agent_s_engines_are_gone_and_come_back() {
     let broker = Broker::start(None).await;
     let engine = FakeEngine::start().await;
