@@ -10,7 +10,7 @@ mod upstream;
 
 pub use client::{AnyBody, Client, Reply, Streaming, Version, raw, raw_within, request};
 pub use echo::EchoH2;
-pub use process::{Process, send_signal};
+pub use process::{Agent, Process, send_signal};
 pub use upstream::{Conn, Exchange, Upstream};
 
 use outrigger_proxy::{
@@ -21,7 +21,6 @@ use outrigger_proxy::{
     run::Settings,
 };
 use outrigger_xds::{
-    block_hash::BLOCK_TOKENS_DEFAULT,
     feed::FeedSource,
     resource::{
         bootstrap::Bootstrap,
@@ -184,12 +183,13 @@ impl ProxyBuilder {
         }
         let watcher = match self.told_by {
             Some(source) => Watcher::elsewhere(source),
-            None => Watcher::embedded(None, BLOCK_TOKENS_DEFAULT)
+            None => Watcher::embedded(None, options.block_tokens)
                 .expect("invariant: built with the adapters"),
         };
         let settings = Settings {
             concurrency: self.concurrency,
             watcher,
+            block_tokens: options.block_tokens,
             command_line: Value::Null,
             log: None,
         };

@@ -83,10 +83,10 @@ pub struct Endpoint {
     pub weight: u32,
     /// Where the KV index keeps it.
     pub slot: usize,
-    /// What is known of it now.
-    pub live: ArcSwap<Live>,
-    /// Counted by this proxy.
-    pub stats: EndpointStats,
+    /// What is known of it now. One for all endpoints of this name: clusters may differ in weight or protocol.
+    pub live: Arc<ArcSwap<Live>>,
+    /// Counted by this proxy; one for all endpoints of this name.
+    pub stats: Arc<EndpointStats>,
 }
 
 /// What is known of an endpoint now.

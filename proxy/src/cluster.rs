@@ -1,7 +1,7 @@
 //! Clusters: configured by name, their endpoints taken from the fleet, one chosen by the cluster's policy.
 
 use crate::{
-    fleet::Fleet,
+    fleet::{Fleet, Way},
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
 };
@@ -22,7 +22,7 @@ use outrigger_xds::{
 use rand::Rng;
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
@@ -33,6 +33,8 @@ pub struct Clusters {
     entries: ArcSwap<AHashMap<Arc<str>, Arc<Entry>>>,
     fleet: Arc<Fleet>,
     ledgers: Arc<Ledgers>,
+    /// Held while views are built: one made of clusters that are being replaced would bring back what they named.
+    building: Mutex<()>,
 }
 
 struct Entry {
@@ -65,11 +67,13 @@ impl Clusters {
             entries: ArcSwap::default(),
             fleet,
             ledgers,
+            building: Mutex::default(),
         })
     }
 
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
     pub fn configure(&self, clusters: &[Cluster]) {
+        let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let entries = clusters.iter().map(|cluster| {
             let view = self.view_of(cluster);
             let stats = ClusterStats::new(&cluster.name);
@@ -84,17 +88,26 @@ impl Clusters {
             (Arc::from(cluster.name.as_str()), Arc::new(entry))
         });
         self.entries.store(Arc::new(entries.collect()));
+        let named = clusters
+            .iter()
+            .flat_map(|cluster| &cluster.load_assignment.endpoints)
+            .filter(|endpoint| endpoint.duty() != Duty::Peer)
+            .map(engine_id);
+        self.fleet.retain_configured(&named.collect());
+        drop(building);
         self.count_members();
     }
 
     /// Builds all views anew after the fleet's membership changed.
     pub fn refresh(&self) {
+        let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
             let view = self.view_of(&entry.config);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
         }
+        drop(building);
         self.count_members();
     }
 
@@ -150,24 +163,28 @@ impl Clusters {
     fn view_of(&self, cluster: &Cluster) -> ClusterView {
         let mut endpoints = Vec::new();
         for configured in &cluster.load_assignment.endpoints {
-            if configured.health_status == HealthStatus::Unhealthy {
-                continue;
-            }
+            let is_used = configured.health_status != HealthStatus::Unhealthy;
             match configured.duty() {
-                Duty::Peer => endpoints.extend(self.fleet.behind(&configured.address)),
+                Duty::Peer if is_used => {
+                    endpoints.extend(self.fleet.behind(&configured.address));
+                }
+                Duty::Peer => {}
                 duty => {
-                    let via = if duty == Duty::Engine {
-                        Via::Local
-                    } else {
-                        Via::Plain
+                    let way = Way {
+                        address: &configured.address,
+                        via: if duty == Duty::Engine {
+                            Via::Local
+                        } else {
+                            Via::Plain
+                        },
+                        protocol: cluster.protocol,
+                        weight: configured.load_balancing_weight,
                     };
-                    endpoints.push(self.fleet.configure(
-                        &engine_id(configured),
-                        &configured.address,
-                        via,
-                        cluster.protocol,
-                        configured.load_balancing_weight,
-                    ));
+                    // Also one that is not used is listened to, so that all is known of it when it is.
+                    let endpoint = self.fleet.configure(&engine_id(configured), &way);
+                    if is_used {
+                        endpoints.push(endpoint);
+                    }
                 }
             }
         }

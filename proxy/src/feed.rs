@@ -9,7 +9,7 @@ use crate::{
     http::FeedService,
     ledger::{Ledger, Ledgers},
 };
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use futures_util::{StreamExt, stream};
 use http::{Response, StatusCode};
 use http_body::{Body, Frame};
@@ -30,11 +30,15 @@ use std::{
     collections::VecDeque,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
-use tokio::{task::JoinHandle, time::Interval};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, Interval},
+};
 use tower::ServiceExt;
 
 /// How often a changed load is told.
@@ -43,18 +47,43 @@ const LOAD_INTERVAL: Duration = Duration::from_millis(25);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest pause before a peer is called again.
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// A new subscription has told all it has when it named nobody new for so long.
+const SETTLE_TIME: Duration = Duration::from_secs(3);
+/// Engines that are not ours whose names are remembered.
+const OVERHEARD_MAX: usize = 65_536;
 
-/// What this proxy tells: the adapters' messages with our account of load in them.
+/// What this proxy tells of the engines beside it: the adapters' messages with our account of load in them.
 pub struct LocalFeed {
     source: Arc<dyn FeedSource>,
     ledgers: Arc<Ledgers>,
+    /// The engines that configuration puts beside us. An agent or broker may tell of others: those are not ours to
+    /// tell, since a peer that hears of them from us would send us their requests.
+    beside: watch::Sender<Arc<AHashSet<EngineId>>>,
+    /// Those others, so that each is logged once.
+    logged: Arc<Mutex<AHashSet<EngineId>>>,
 }
 
 impl LocalFeed {
-    /// Tells what `source` knows.
+    /// Tells what `source` knows, of nobody yet.
     #[must_use]
     pub fn new(source: Arc<dyn FeedSource>, ledgers: Arc<Ledgers>) -> Arc<Self> {
-        Arc::new(Self { source, ledgers })
+        Arc::new(Self {
+            source,
+            ledgers,
+            beside: watch::Sender::default(),
+            logged: Arc::default(),
+        })
+    }
+
+    /// Tells of exactly these engines.
+    pub fn configure(&self, beside: AHashSet<EngineId>) {
+        self.beside.send_if_modified(|known| {
+            let changes = **known != beside;
+            if changes {
+                *known = Arc::new(beside);
+            }
+            changes
+        });
     }
 }
 
@@ -62,10 +91,17 @@ impl FeedSource for LocalFeed {
     fn subscribe(&self) -> FeedStream {
         let mut tick = tokio::time::interval(LOAD_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut changes = self.beside.subscribe();
+        let beside = changes.borrow_and_update().clone();
         let telling = Telling {
+            source: self.source.clone(),
             inner: self.source.subscribe(),
             ledgers: self.ledgers.clone(),
+            beside,
+            changes,
             told: AHashMap::new(),
+            overheard: AHashSet::new(),
+            logged: self.logged.clone(),
             queue: VecDeque::new(),
             tick,
         };
@@ -75,9 +111,15 @@ impl FeedSource for LocalFeed {
 
 /// One subscription to [`LocalFeed`].
 struct Telling {
+    source: Arc<dyn FeedSource>,
     inner: FeedStream,
     ledgers: Arc<Ledgers>,
+    beside: Arc<AHashSet<EngineId>>,
+    changes: watch::Receiver<Arc<AHashSet<EngineId>>>,
     told: AHashMap<EngineId, Told>,
+    /// Whom `inner` tells of who is not beside us.
+    overheard: AHashSet<EngineId>,
+    logged: Arc<Mutex<AHashSet<EngineId>>>,
     queue: VecDeque<FeedMessage>,
     tick: Interval,
 }
@@ -85,6 +127,8 @@ struct Telling {
 struct Told {
     ledger: Arc<Ledger>,
     load: Load,
+    /// When `load` was told.
+    at: Instant,
     epoch: u64,
     seq: u64,
 }
@@ -97,15 +141,24 @@ impl Telling {
             }
             tokio::select! {
                 message = self.inner.next() => {
-                    let message = self.fill(message?);
-                    return Some((message, self));
+                    let message = message?;
+                    if self.beside.contains(&message.engine) {
+                        let message = self.fill(message);
+                        return Some((message, self));
+                    }
+                    self.overhear(message);
                 }
                 _ = self.tick.tick() => self.collect(),
+                Ok(()) = self.changes.changed() => self.reconfigure(),
             }
         }
     }
 
     fn fill(&mut self, mut message: FeedMessage) -> FeedMessage {
+        if message.body == FeedBody::Gone {
+            self.told.remove(&message.engine);
+            return message;
+        }
         let ledgers = &self.ledgers;
         let told = self
             .told
@@ -113,6 +166,7 @@ impl Telling {
             .or_insert_with(|| Told {
                 ledger: ledgers.open(&message.engine),
                 load: Load::default(),
+                at: Instant::now(),
                 epoch: message.epoch,
                 seq: message.seq,
             });
@@ -120,8 +174,48 @@ impl Telling {
         if let FeedBody::Load(load) = &mut message.body {
             told.ledger.fill(load);
             told.load = load.clone();
+            told.at = Instant::now();
         }
         message
+    }
+
+    fn overhear(&mut self, message: FeedMessage) {
+        if message.body == FeedBody::Gone {
+            self.overheard.remove(&message.engine);
+            return;
+        }
+        if self.overheard.contains(&message.engine) || self.overheard.len() >= OVERHEARD_MAX {
+            return;
+        }
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged.len() < OVERHEARD_MAX && logged.insert(message.engine.clone()) {
+            tracing::info!(engine = %message.engine, "told of an engine that is not configured beside this proxy");
+        }
+        self.overheard.insert(message.engine);
+    }
+
+    fn reconfigure(&mut self) {
+        self.beside = self.changes.borrow_and_update().clone();
+        let (beside, queue) = (&self.beside, &mut self.queue);
+        self.told.retain(|engine, told| {
+            let stays = beside.contains(engine);
+            if !stays {
+                queue.push_back(FeedMessage {
+                    engine: engine.clone(),
+                    epoch: told.epoch,
+                    seq: told.seq,
+                    body: FeedBody::Gone,
+                });
+            }
+            stays
+        });
+        // What was told of it before is dropped; a new subscription begins with all of it.
+        if self.overheard.len() >= OVERHEARD_MAX
+            || self.overheard.iter().any(|engine| beside.contains(engine))
+        {
+            self.overheard.clear();
+            self.inner = self.source.subscribe();
+        }
     }
 
     /// Queues a load message for every engine whose account changed since it was last told.
@@ -131,6 +225,8 @@ impl Telling {
             told.ledger.fill(&mut load);
             if load != told.load {
                 told.load = load.clone();
+                // The engine's own figures are no younger for being told again.
+                load.engine_age = load.engine_age.map(|age| age + told.at.elapsed());
                 self.queue.push_back(FeedMessage {
                     engine: engine.clone(),
                     epoch: told.epoch,
@@ -139,6 +235,39 @@ impl Telling {
                 });
             }
         }
+    }
+}
+
+/// Who a subscription has named, until it has told all it has.
+struct RollCall {
+    named: AHashSet<EngineId>,
+    /// `None` once it is over.
+    until: Option<Instant>,
+}
+
+impl RollCall {
+    fn begin() -> Self {
+        Self {
+            named: AHashSet::new(),
+            until: Some(Instant::now() + SETTLE_TIME),
+        }
+    }
+
+    fn hear(&mut self, engine: &EngineId) {
+        if self.until.is_some() && !self.named.contains(engine) {
+            self.named.insert(engine.clone());
+            self.until = Some(Instant::now() + SETTLE_TIME);
+        }
+    }
+
+    /// Everybody named; completes once, when nobody new was named for a while.
+    async fn over(&mut self) -> AHashSet<EngineId> {
+        match self.until {
+            Some(until) => tokio::time::sleep_until(until).await,
+            None => std::future::pending().await,
+        }
+        self.until = None;
+        std::mem::take(&mut self.named)
     }
 }
 
@@ -201,13 +330,7 @@ impl Body for UntilDrain {
 pub async fn follow_local(fleet: Arc<Fleet>, source: Arc<dyn FeedSource>) {
     loop {
         let mut messages = source.subscribe();
-        loop {
-            let message = tokio::select! {
-                message = messages.next() => message,
-                // What was told of it before was told to nobody; a new subscription begins with all of it.
-                () = fleet.wanted() => None,
-            };
-            let Some(message) = message else { break };
+        while let Some(message) = messages.next().await {
             if !fleet.apply(&Source::Local, message) {
                 break;
             }
@@ -300,10 +423,21 @@ async fn hear(
     tracing::info!(peer = %address, "listening to a peer's feed");
     gauge.set(1.0);
     let mut told = false;
-    while let Some(message) = messages.next().await {
+    let mut roll = RollCall::begin();
+    loop {
+        let message = tokio::select! {
+            biased;
+            message = messages.next() => message,
+            named = roll.over() => {
+                fleet.retain_named(source, &named);
+                continue;
+            }
+        };
+        let Some(message) = message else { break };
         match message {
             Ok(message) => {
                 told = true;
+                roll.hear(&message.engine);
                 if !fleet.apply(source, message) {
                     return Ok(Ended::Gap);
                 }
@@ -328,7 +462,7 @@ async fn hear(
 }
 
 /// An agent's gRPC feed as a source: reconnects by itself. While the agent cannot be heard its engines' caches count
-/// as unknown; their health is then what requests find.
+/// as unknown; their health is then what requests find. Engines it no longer tells of when it is back are gone.
 pub struct AgentSource(pub http::Uri);
 
 impl FeedSource for AgentSource {
@@ -337,6 +471,9 @@ impl FeedSource for AgentSource {
             uri: self.0.clone(),
             messages: None,
             known: AHashMap::new(),
+            roll: RollCall::begin(),
+            told: false,
+            pause: Duration::ZERO,
             queue: VecDeque::new(),
         };
         Box::pin(stream::unfold(hearing, Hearing::next))
@@ -346,7 +483,13 @@ impl FeedSource for AgentSource {
 struct Hearing {
     uri: http::Uri,
     messages: Option<FeedSubscription>,
+    /// Its engines, and the epoch of each.
     known: AHashMap<EngineId, u64>,
+    roll: RollCall,
+    /// Whether the current subscription told anything.
+    told: bool,
+    /// Before it is called.
+    pause: Duration,
     queue: VecDeque<FeedMessage>,
 }
 
@@ -357,38 +500,204 @@ impl Hearing {
                 return Some((message, self));
             }
             let Some(messages) = &mut self.messages else {
-                match feed::connect(self.uri.clone(), FeedTimeouts::default()).await {
-                    Ok(messages) => self.messages = Some(messages),
-                    Err(error) => {
-                        tracing::debug!(agent = %self.uri, %error, "agent cannot be heard");
-                        tokio::time::sleep(RETRY_MAX / 2).await;
-                    }
-                }
+                self.call().await;
                 continue;
             };
-            match messages.next().await {
+            let message = tokio::select! {
+                biased;
+                message = messages.next() => message,
+                named = self.roll.over() => {
+                    self.dismiss(&named);
+                    continue;
+                }
+            };
+            match message {
                 Some(Ok(message)) => {
-                    self.known.insert(message.engine.clone(), message.epoch);
+                    self.told = true;
+                    self.roll.hear(&message.engine);
+                    if message.body == FeedBody::Gone {
+                        self.known.remove(&message.engine);
+                    } else {
+                        self.known.insert(message.engine.clone(), message.epoch);
+                    }
                     return Some((message, self));
                 }
                 broken => {
                     tracing::warn!(agent = %self.uri, reason = ?broken, "agent's feed broke");
-                    self.messages = None;
-                    self.forget();
+                    self.broke();
                 }
             }
         }
     }
 
-    fn forget(&mut self) {
-        for (engine, epoch) in self.known.drain() {
+    async fn call(&mut self) {
+        tokio::time::sleep(self.pause).await;
+        match feed::connect(self.uri.clone(), FeedTimeouts::default()).await {
+            Ok(messages) => {
+                self.messages = Some(messages);
+                self.roll = RollCall::begin();
+                self.told = false;
+            }
+            Err(error) => {
+                tracing::debug!(agent = %self.uri, %error, "agent cannot be heard");
+                self.pause = RETRY_MAX / 2;
+            }
+        }
+    }
+
+    fn broke(&mut self) {
+        self.messages = None;
+        // One that accepts and breaks off is not called without a pause.
+        self.pause = if self.told {
+            RETRY_MIN
+        } else {
+            (self.pause * 2).clamp(RETRY_MIN, RETRY_MAX)
+        };
+        for (engine, epoch) in &self.known {
             let body = FeedBody::Snapshot(KvSnapshot::default());
             self.queue.push_back(FeedMessage {
-                engine,
+                engine: engine.clone(),
                 epoch: epoch ^ 1,
                 seq: 0,
                 body,
             });
         }
+    }
+
+    /// Those that were not named are gone.
+    fn dismiss(&mut self, named: &AHashSet<EngineId>) {
+        let queue = &mut self.queue;
+        self.known.retain(|engine, epoch| {
+            let stays = named.contains(engine);
+            if !stays {
+                queue.push_back(FeedMessage {
+                    engine: engine.clone(),
+                    epoch: *epoch,
+                    seq: 0,
+                    body: FeedBody::Gone,
+                });
+            }
+            stays
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_filters::endpoints::Want;
+    use outrigger_xds::report::EngineState;
+    use tokio::sync::mpsc;
+
+    /// Tells what it is given; each subscription takes the queue over.
+    struct Queue(Mutex<Vec<mpsc::UnboundedReceiver<FeedMessage>>>);
+
+    impl FeedSource for Queue {
+        fn subscribe(&self) -> FeedStream {
+            let mut queue = self.0.lock().unwrap().remove(0);
+            Box::pin(stream::poll_fn(move |context| queue.poll_recv(context)))
+        }
+    }
+
+    /// A feed of `subscriptions` subscriptions, and what each is told by.
+    fn feed(
+        subscriptions: usize,
+    ) -> (
+        Arc<LocalFeed>,
+        Arc<Ledgers>,
+        Vec<mpsc::UnboundedSender<FeedMessage>>,
+    ) {
+        let (senders, receivers) = (0..subscriptions)
+            .map(|_| mpsc::unbounded_channel())
+            .unzip();
+        let ledgers = Arc::new(Ledgers::default());
+        let source = Arc::new(Queue(Mutex::new(receivers)));
+        (LocalFeed::new(source, ledgers.clone()), ledgers, senders)
+    }
+
+    fn beside(names: &[&str]) -> AHashSet<EngineId> {
+        names.iter().map(|name| EngineId::from(*name)).collect()
+    }
+
+    fn message(engine: &str, body: FeedBody) -> FeedMessage {
+        FeedMessage {
+            engine: engine.into(),
+            epoch: 1,
+            seq: 1,
+            body,
+        }
+    }
+
+    fn state(engine: &str) -> FeedMessage {
+        message(engine, FeedBody::State(EngineState::default()))
+    }
+
+    /// The next message; `None` if none comes for a good while.
+    async fn next(stream: &mut FeedStream) -> Option<FeedMessage> {
+        let patience = LOAD_INTERVAL * 8;
+        tokio::time::timeout(patience, stream.next())
+            .await
+            .ok()
+            .flatten()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_load_told_again_is_no_younger() {
+        let (local, ledgers, senders) = feed(1);
+        local.configure(beside(&["e"]));
+        let mut heard = local.subscribe();
+        let load = Load {
+            engine_age: Some(Duration::from_secs(1)),
+            ..Load::default()
+        };
+        senders[0].send(message("e", FeedBody::Load(load))).unwrap();
+        assert!(next(&mut heard).await.is_some());
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let _entered = ledgers.open(&"e".into()).enter(&Want::default());
+        let FeedBody::Load(told) = next(&mut heard).await.unwrap().body else {
+            panic!("a load")
+        };
+        assert_eq!(told.active_requests, 1);
+        assert!(
+            told.engine_age.unwrap() >= Duration::from_secs(3),
+            "{told:?}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gone_engine_is_not_told_of_again_when_its_account_changes() {
+        let (local, ledgers, senders) = feed(1);
+        local.configure(beside(&["e"]));
+        let mut heard = local.subscribe();
+        let entered = ledgers.open(&"e".into()).enter(&Want::default());
+        senders[0].send(state("e")).unwrap();
+        assert_eq!(next(&mut heard).await, Some(state("e")));
+        let counted = next(&mut heard).await.unwrap().body;
+        assert!(matches!(counted, FeedBody::Load(load) if load.active_requests == 1));
+        let gone = message("e", FeedBody::Gone);
+        senders[0].send(gone.clone()).unwrap();
+        assert_eq!(next(&mut heard).await, Some(gone));
+        drop(entered);
+        assert_eq!(next(&mut heard).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_engines_beside_us_are_told_from_when_to_when_they_are() {
+        let (local, _ledgers, senders) = feed(2);
+        local.configure(beside(&["ours"]));
+        let mut heard = local.subscribe();
+        senders[0].send(state("later")).unwrap();
+        senders[0].send(state("ours")).unwrap();
+        assert_eq!(next(&mut heard).await, Some(state("ours")));
+        // Configured now: all of it is asked for, and what is no longer ours is gone.
+        local.configure(beside(&["later"]));
+        senders[1].send(state("ours")).unwrap();
+        senders[1].send(state("later")).unwrap();
+        assert_eq!(
+            next(&mut heard).await,
+            Some(message("ours", FeedBody::Gone))
+        );
+        assert_eq!(next(&mut heard).await, Some(state("later")));
+        assert_eq!(next(&mut heard).await, None);
     }
 }

@@ -5,19 +5,19 @@
 
 use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
-    endpoints::{Endpoint, EndpointStats, Live, Via},
+    endpoints::{Endpoint, Live, Via},
     kv_index::KvIndex,
 };
 use outrigger_xds::{
     feed::{Continuity, FeedBody, FeedMessage},
-    report::{EngineId, EngineState, Health},
+    report::{EngineId, EngineState, Health, KvSnapshot},
     resource::{cluster::UpstreamProtocol, endpoint::Address},
 };
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 /// Where a message came from, which decides how its engines are reached.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,46 +29,74 @@ pub enum Source {
 }
 
 struct Known {
-    endpoint: Arc<Endpoint>,
+    /// Never empty; more than one where clusters differ in how they use it. All share what is live.
+    variants: Vec<Arc<Endpoint>>,
     source: Source,
     epoch: u64,
     heard: Continuity,
+    /// Its blocks have another size than ours and are not indexed.
+    unfit: bool,
+}
+
+impl Known {
+    fn new(endpoint: Arc<Endpoint>, source: Source) -> Self {
+        Self {
+            variants: vec![endpoint],
+            source,
+            epoch: 0,
+            heard: Continuity::default(),
+            unfit: false,
+        }
+    }
+
+    /// Any of them, for what they share.
+    fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.variants[0]
+    }
+}
+
+/// How configuration reaches and uses an endpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct Way<'a> {
+    /// Where.
+    pub address: &'a Address,
+    /// What stands there.
+    pub via: Via,
+    /// Spoken there.
+    pub protocol: UpstreamProtocol,
+    /// At least 1.
+    pub weight: u32,
+}
+
+impl Way<'_> {
+    fn is_of(&self, endpoint: &Endpoint) -> bool {
+        endpoint.address == *self.address
+            && endpoint.via == self.via
+            && endpoint.protocol == self.protocol
+            && endpoint.weight == self.weight.max(1)
+    }
 }
 
 /// All of them.
 pub struct Fleet {
     index: Arc<KvIndex>,
+    /// Tokens in a canonical block of the index.
+    block_tokens: usize,
     known: Mutex<AHashMap<EngineId, Known>>,
     /// Counts changes of membership; views are rebuilt when it moves.
     changed: watch::Sender<u64>,
-    /// Engines that were told of before configuration named them.
-    overheard: Mutex<AHashSet<EngineId>>,
-    /// Configuration now names one of them.
-    wanted: Notify,
 }
 
 impl Fleet {
-    /// Nobody yet.
+    /// Nobody yet; the index has blocks of `block_tokens` tokens.
     #[must_use]
-    pub fn new(index: Arc<KvIndex>) -> Arc<Self> {
+    pub fn new(index: Arc<KvIndex>, block_tokens: usize) -> Arc<Self> {
         Arc::new(Self {
             index,
+            block_tokens,
             known: Mutex::default(),
             changed: watch::Sender::new(0),
-            overheard: Mutex::default(),
-            wanted: Notify::new(),
         })
-    }
-
-    fn overheard(&self) -> MutexGuard<'_, AHashSet<EngineId>> {
-        self.overheard
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Completes when an engine was configured that had been told of before: whoever tells must tell again.
-    pub async fn wanted(&self) {
-        self.wanted.notified().await;
     }
 
     fn known(&self) -> MutexGuard<'_, AHashMap<EngineId, Known>> {
@@ -82,64 +110,77 @@ impl Fleet {
     }
 
     /// An endpoint that configuration names: kept if it is known, else new and not yet heard of.
-    pub fn configure(
-        &self,
-        id: &EngineId,
-        address: &Address,
-        via: Via,
-        protocol: UpstreamProtocol,
-        weight: u32,
-    ) -> Arc<Endpoint> {
+    pub fn configure(&self, id: &EngineId, way: &Way<'_>) -> Arc<Endpoint> {
         let mut known = self.known();
-        if let Some(found) = known.get(id) {
-            let same = found.endpoint.address == *address
-                && found.endpoint.via == via
-                && found.endpoint.protocol == protocol
-                && found.endpoint.weight == weight;
-            if same {
-                return found.endpoint.clone();
-            }
+        let Some(found) = known.get_mut(id) else {
+            let endpoint = self.endpoint(id, way, None);
+            known.insert(id.clone(), Known::new(endpoint.clone(), Source::Local));
+            return endpoint;
+        };
+        if let Some(same) = found.variants.iter().find(|known| way.is_of(known)) {
+            return same.clone();
         }
-        let endpoint = self.endpoint(id, address, via, protocol, weight);
-        if let Some(found) = known.get(id) {
-            // Same engine, other way to it: what is known of it stays.
-            endpoint.live.store(found.endpoint.live.load_full());
+        // Same engine, other way to it: what is known of it stays.
+        let endpoint = self.endpoint(id, way, Some(found.endpoint()));
+        if found.source != Source::Local {
+            found.source = Source::Local;
+            found.variants.clear();
         }
-        let before = known.remove(id);
-        let (epoch, heard) =
-            before.map_or_else(Default::default, |found| (found.epoch, found.heard));
-        known.insert(
-            id.clone(),
-            Known {
-                endpoint: endpoint.clone(),
-                source: Source::Local,
-                epoch,
-                heard,
-            },
-        );
-        if self.overheard().remove(id) {
-            self.wanted.notify_one();
-        }
+        found.variants.push(endpoint.clone());
         endpoint
     }
 
+    /// Configuration names these and no others: the rest of what it named before is no longer known.
+    pub fn retain_configured(&self, named: &AHashSet<EngineId>) {
+        self.retain(|id, known| known.source != Source::Local || named.contains(id));
+        for known in self.known().values_mut() {
+            // Ways that no cluster goes any more. The views hold those that are still gone.
+            let mut kept = 0;
+            let last = known.variants.len() - 1;
+            let mut at = 0;
+            known.variants.retain(|endpoint| {
+                let stays = Arc::strong_count(endpoint) > 1 || (at == last && kept == 0);
+                at += 1;
+                kept += usize::from(stays);
+                stays
+            });
+        }
+    }
+
+    /// Forgets those that do not stay; gives how many.
+    fn retain(&self, stays: impl Fn(&EngineId, &Known) -> bool) -> usize {
+        let mut known = self.known();
+        let before = known.len();
+        known.retain(|id, known| {
+            let stays = stays(id, known);
+            if !stays {
+                self.index.remove(known.endpoint().slot);
+            }
+            stays
+        });
+        let gone = before - known.len();
+        if gone > 0 {
+            self.changed.send_modify(|count| *count += 1);
+        }
+        gone
+    }
+
+    /// A new endpoint; `twin` has the same name, and what is live is shared with it.
     fn endpoint(
         &self,
         id: &EngineId,
-        address: &Address,
-        via: Via,
-        protocol: UpstreamProtocol,
-        weight: u32,
+        way: &Way<'_>,
+        twin: Option<&Arc<Endpoint>>,
     ) -> Arc<Endpoint> {
         Arc::new(Endpoint {
             id: id.clone(),
-            address: address.clone(),
-            via,
-            protocol,
-            weight: weight.max(1),
+            address: way.address.clone(),
+            via: way.via,
+            protocol: way.protocol,
+            weight: way.weight.max(1),
             slot: self.index.slot(id),
-            live: Default::default(),
-            stats: EndpointStats::default(),
+            live: twin.map_or_else(Default::default, |twin| twin.live.clone()),
+            stats: twin.map_or_else(Default::default, |twin| twin.stats.clone()),
         })
     }
 
@@ -150,7 +191,7 @@ impl Fleet {
         let mut found: Vec<_> = known
             .values()
             .filter(|known| matches!(&known.source, Source::Peer(address) if address == peer))
-            .map(|known| known.endpoint.clone())
+            .map(|known| known.endpoint().clone())
             .collect();
         found.sort_by(|a, b| a.id.cmp(&b.id));
         found
@@ -162,23 +203,22 @@ impl Fleet {
         if !known.contains_key(&message.engine) {
             let Source::Peer(address) = source else {
                 tracing::debug!(engine = %message.engine, "feed tells of an engine that is not configured");
-                self.overheard().insert(message.engine);
                 return true;
             };
-            let endpoint = self.endpoint(
-                &message.engine,
+            match message.body {
+                FeedBody::State(_) => {}
+                FeedBody::Gone => return true,
+                // It was somebody else's when this source told its state, and has been dropped meanwhile.
+                FeedBody::Load(_) | FeedBody::Snapshot(_) | FeedBody::Changes(_) => return false,
+            }
+            let way = Way {
                 address,
-                Via::Peer,
-                UpstreamProtocol::Http2,
-                1,
-            );
-            let entry = Known {
-                endpoint,
-                source: source.clone(),
-                epoch: message.epoch,
-                heard: Continuity::default(),
+                via: Via::Peer,
+                protocol: UpstreamProtocol::Http2,
+                weight: 1,
             };
-            known.insert(message.engine.clone(), entry);
+            let endpoint = self.endpoint(&message.engine, &way, None);
+            known.insert(message.engine.clone(), Known::new(endpoint, source.clone()));
             self.changed.send_modify(|count| *count += 1);
         }
         let Some(entry) = known.get_mut(&message.engine) else {
@@ -194,7 +234,7 @@ impl Fleet {
         let gone = message.body == FeedBody::Gone;
         let whole = self.take(entry, message);
         if gone && matches!(source, Source::Peer(_)) {
-            let (id, slot) = (entry.endpoint.id.clone(), entry.endpoint.slot);
+            let (id, slot) = (entry.endpoint().id.clone(), entry.endpoint().slot);
             known.remove(&id);
             self.index.remove(slot);
             self.changed.send_modify(|count| *count += 1);
@@ -211,7 +251,7 @@ impl Fleet {
                 return false;
             }
         };
-        let endpoint = &entry.endpoint;
+        let endpoint = &entry.variants[0];
         match message.body {
             FeedBody::State(state) => self.take_state(endpoint, state),
             FeedBody::Load(load) => {
@@ -223,7 +263,19 @@ impl Fleet {
                 }));
             }
             FeedBody::Snapshot(snapshot) => {
-                self.index.replace(endpoint.slot, &snapshot);
+                let unfit = self.is_unfit(&snapshot);
+                if unfit && !entry.unfit {
+                    tracing::warn!(engine = %endpoint.id, theirs = snapshot.block_tokens, ours = self.block_tokens,
+                        "KV blocks of another size than ours are not indexed: --block-tokens must be the same everywhere");
+                }
+                entry.unfit = unfit;
+                if unfit {
+                    metrics::counter!("outrigger_feed_unfit_blocks_total", "engine" => endpoint.id.to_string())
+                        .increment(1);
+                    self.index.clear(endpoint.slot);
+                } else {
+                    self.index.replace(endpoint.slot, &snapshot);
+                }
                 entry.epoch = message.epoch;
                 count_events(endpoint, message.seq);
             }
@@ -232,7 +284,7 @@ impl Fleet {
                     self.index.clear(endpoint.slot);
                     entry.epoch = message.epoch;
                 }
-                for change in &changes {
+                for change in changes.iter().filter(|_| !entry.unfit) {
                     self.index.apply(endpoint.slot, change);
                 }
                 count_events(endpoint, message.seq);
@@ -243,6 +295,11 @@ impl Fleet {
             FeedBody::Gone => self.forget(endpoint),
         }
         true
+    }
+
+    /// Whether a snapshot's hashes can match none of ours. An empty one may leave its size unsaid.
+    fn is_unfit(&self, snapshot: &KvSnapshot) -> bool {
+        snapshot.block_tokens != 0 && snapshot.block_tokens as usize != self.block_tokens
     }
 
     fn take_state(&self, endpoint: &Endpoint, state: EngineState) {
@@ -287,25 +344,122 @@ impl Fleet {
             .values()
             .filter(|known| known.source == *source)
         {
-            self.forget(&known.endpoint);
+            self.forget(known.endpoint());
+        }
+    }
+
+    /// A source has told all it has: what else was known from it is gone, be it that it has another name now.
+    pub fn retain_named(&self, source: &Source, named: &AHashSet<EngineId>) {
+        let gone = self.retain(|id, known| known.source != *source || named.contains(id));
+        if gone > 0 {
+            tracing::info!(?source, gone, "engines are no longer told of");
         }
     }
 
     /// A peer was taken out of the configuration: its engines are no longer known.
     pub fn dismiss(&self, peer: &Address) {
         let source = Source::Peer(peer.clone());
-        let mut known = self.known();
-        known.retain(|_, known| {
-            let stays = known.source != source;
-            if !stays {
-                self.index.remove(known.endpoint.slot);
-            }
-            stays
-        });
-        self.changed.send_modify(|count| *count += 1);
+        self.retain(|_, known| known.source != source);
     }
 }
 
 fn count_events(endpoint: &Endpoint, seq: u64) {
     metrics::gauge!("outrigger_kv_events_seq", "engine" => endpoint.id.to_string()).set(seq as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK_TOKENS: usize = 32;
+
+    fn fleet() -> (Arc<Fleet>, Arc<KvIndex>) {
+        let index = Arc::new(KvIndex::default());
+        (Fleet::new(index.clone(), BLOCK_TOKENS), index)
+    }
+
+    fn named(names: &[&str]) -> AHashSet<EngineId> {
+        names.iter().map(|name| EngineId::from(*name)).collect()
+    }
+
+    fn configure(fleet: &Fleet, id: &str, weight: u32) -> Arc<Endpoint> {
+        let way = Way {
+            address: &Address::default(),
+            via: Via::Local,
+            protocol: UpstreamProtocol::Http1,
+            weight,
+        };
+        fleet.configure(&id.into(), &way)
+    }
+
+    fn message(engine: &str, body: FeedBody) -> FeedMessage {
+        FeedMessage {
+            engine: engine.into(),
+            epoch: 1,
+            seq: 1,
+            body,
+        }
+    }
+
+    fn healthy(engine: &str) -> FeedMessage {
+        let state = EngineState {
+            health: Health::Healthy,
+            ..EngineState::default()
+        };
+        message(engine, FeedBody::State(state))
+    }
+
+    #[test]
+    fn an_engine_that_a_push_takes_away_leaves_nothing() {
+        let (fleet, index) = fleet();
+        let (stays, goes) = (configure(&fleet, "stays", 1), configure(&fleet, "goes", 1));
+        let peer = Source::Peer(Address::default());
+        assert!(fleet.apply(&peer, healthy("far")));
+        fleet.retain_configured(&named(&["stays"]));
+        assert_eq!(index.slot(&"new".into()), goes.slot, "its slot is free");
+        assert!(Arc::ptr_eq(&configure(&fleet, "stays", 1), &stays));
+        assert_eq!(fleet.behind(&Address::default()).len(), 1);
+    }
+
+    #[test]
+    fn what_is_known_of_an_engine_is_one_however_clusters_use_it() {
+        let (fleet, _index) = fleet();
+        let light = configure(&fleet, "e", 1);
+        let heavy = configure(&fleet, "e", 5);
+        light.inhibit();
+        light
+            .stats
+            .active
+            .fetch_add(3, std::sync::atomic::Ordering::Relaxed);
+        assert!(heavy.is_inhibited());
+        assert!(fleet.apply(&Source::Local, healthy("e")));
+        assert!(light.is_alive() && heavy.is_alive());
+        for _ in 0..2 {
+            assert!(Arc::ptr_eq(&configure(&fleet, "e", 5), &heavy));
+            assert!(Arc::ptr_eq(&configure(&fleet, "e", 1), &light));
+            fleet.retain_configured(&named(&["e"]));
+        }
+        // No cluster has it at weight 1 any more.
+        drop(light);
+        fleet.retain_configured(&named(&["e"]));
+        assert_eq!(fleet.known()[&"e".into()].variants.len(), 1);
+        assert!(configure(&fleet, "e", 1).is_alive());
+    }
+
+    #[test]
+    fn an_engine_dropped_by_one_peer_is_asked_for_at_the_other_that_tells_of_it() {
+        let (fleet, _index) = fleet();
+        let peer = |port| {
+            Source::Peer(Address {
+                port,
+                ..Address::default()
+            })
+        };
+        assert!(fleet.apply(&peer(1), healthy("moves")));
+        assert!(fleet.apply(&peer(2), healthy("moves")), "a conflict");
+        fleet.retain_named(&peer(1), &named(&[]));
+        let load = message("moves", FeedBody::Load(Default::default()));
+        assert!(!fleet.apply(&peer(2), load), "its state is not known");
+        assert!(fleet.apply(&peer(2), healthy("moves")));
+    }
 }

@@ -25,6 +25,7 @@ use outrigger_filters::{
     tokens::{Tokenizers, TokenizersConfig},
 };
 use outrigger_xds::{
+    block_hash::BLOCK_TOKENS_DEFAULT,
     load::{self, Syntax},
     resource::bootstrap::Bootstrap,
 };
@@ -135,6 +136,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
         Settings {
             concurrency,
             watcher,
+            block_tokens: options.block_tokens,
             command_line,
             log: Some(log),
         },
@@ -170,7 +172,10 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
     let main = main_runtime().map_err(|error| vec![error.to_string()])?;
     let _guard = main.enter();
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
-    let clusters = Clusters::new(Fleet::new(index.clone()), Arc::default());
+    let clusters = Clusters::new(
+        Fleet::new(index.clone(), BLOCK_TOKENS_DEFAULT),
+        Arc::default(),
+    );
     let services = Services {
         endpoints: clusters,
         upstream: Arc::new(Pools),

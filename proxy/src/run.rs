@@ -56,6 +56,8 @@ pub struct Settings {
     pub concurrency: usize,
     /// Who tells of the engines beside us.
     pub watcher: Watcher,
+    /// Tokens in a canonical KV block.
+    pub block_tokens: usize,
     /// Shown by the admin.
     pub command_line: serde_json::Value,
     /// For `/logging`; none where somebody else owns the process's log.
@@ -81,6 +83,7 @@ struct Shared {
     services: Services,
     clusters: Arc<Clusters>,
     watcher: Watcher,
+    local: Arc<LocalFeed>,
     peers: Mutex<Peers>,
     managers: HashMap<String, Arc<Manager>>,
     sinks: Sinks,
@@ -104,11 +107,13 @@ impl Proxy {
         let concurrency = settings.concurrency.max(1);
         let Settings {
             watcher,
+            block_tokens,
             command_line,
             log,
             ..
         } = settings;
-        let (shared, bound) = assemble(bootstrap, watcher, concurrency, main.handle(), &drain)?;
+        let watched = (watcher, block_tokens);
+        let (shared, bound) = assemble(bootstrap, watched, concurrency, main.handle(), &drain)?;
         let addresses: HashMap<_, _> = bound
             .iter()
             .map(|bound| (bound.name.clone(), bound.address))
@@ -233,13 +238,13 @@ pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
 
 fn assemble(
     bootstrap: Bootstrap,
-    watcher: Watcher,
+    (watcher, block_tokens): (Watcher, usize),
     concurrency: usize,
     runtime: &runtime::Handle,
     drain: &Drain,
 ) -> Result<(Arc<Shared>, Vec<Bound>), Vec<String>> {
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
-    let fleet = Fleet::new(index.clone());
+    let fleet = Fleet::new(index.clone(), block_tokens);
     let ledgers = Arc::new(Ledgers::default());
     let clusters = Clusters::new(fleet.clone(), ledgers.clone());
     let services = Services {
@@ -279,6 +284,7 @@ fn assemble(
         services,
         clusters,
         watcher,
+        local: local.clone(),
         peers: Mutex::new(Peers::new(fleet.clone())),
         managers,
         sinks,
@@ -297,6 +303,8 @@ impl Shared {
     fn configure(&self, bootstrap: Bootstrap) {
         let (engines, peers) = engines::configured(&bootstrap);
         self.clusters.configure(&bootstrap.clusters);
+        // The fleet knows them by now, so nothing told of them is lost.
+        self.local.configure(engines.keys().cloned().collect());
         self.watcher.configure(&engines);
         self.peers
             .lock()

@@ -1,16 +1,20 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
-use crate::{chain, route};
+use crate::{chain, cluster::engine_id, route};
 use http::request::Parts;
 use outrigger_filters::{
     filter::{Chain, RouteFacts},
     services::Services,
 };
-use outrigger_xds::resource::{
-    bootstrap::Bootstrap,
-    cluster::Cluster,
-    listener::{HttpConnectionManager, TrafficDirection},
-    route::{Action, Route, RouteMatch, VirtualHost},
+use outrigger_xds::{
+    report::EngineId,
+    resource::{
+        bootstrap::Bootstrap,
+        cluster::Cluster,
+        endpoint::{Address, Duty},
+        listener::{HttpConnectionManager, TrafficDirection},
+        route::{Action, Route, RouteMatch, VirtualHost},
+    },
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -164,6 +168,27 @@ fn route_timeout(configured: Option<Duration>, openai: bool) -> Option<Duration>
     Some(configured.unwrap_or(default)).filter(|timeout| !timeout.is_zero())
 }
 
+/// Clusters may differ in how they use an endpoint, never in where it is: connections belong to names.
+fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
+    let mut addresses: HashMap<EngineId, &Address> = HashMap::new();
+    let mut errors = Vec::new();
+    let endpoints = clusters.iter().flat_map(|cluster| {
+        let endpoints = cluster.load_assignment.endpoints.iter();
+        endpoints.map(|endpoint| (&cluster.name, endpoint))
+    });
+    for (cluster, endpoint) in endpoints.filter(|(_, endpoint)| endpoint.duty() != Duty::Peer) {
+        let id = engine_id(endpoint);
+        let address = &endpoint.address;
+        match addresses.get(&id) {
+            Some(known) if *known != address => errors.push(format!(
+                "cluster '{cluster}': endpoint '{id}' is at {address}, and at {known} elsewhere in this configuration"
+            )),
+            _ => drop(addresses.insert(id, address)),
+        }
+    }
+    errors
+}
+
 fn matched_prefix(route: &RouteMatch) -> String {
     use outrigger_xds::resource::route::PathMatch;
     match &route.path {
@@ -187,7 +212,7 @@ pub fn build(
         .map(|cluster| (cluster.name.clone(), cluster.clone()))
         .collect();
     let mut built = HashMap::new();
-    let mut errors = Vec::new();
+    let mut errors = one_address_a_name(&bootstrap.clusters);
     for listener in &bootstrap.listeners {
         match HttpConfig::build(
             &listener.http,

@@ -1,4 +1,4 @@
-//! A proxy as a process of its own, to be killed, told to end, and watched as it does.
+//! A proxy or an agent as a process of its own, to be killed, told to end, and watched as it does.
 
 use super::{Client, PATIENCE, eventually, scratch};
 use std::{
@@ -147,6 +147,63 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.admin_path);
+        let _ = std::fs::remove_file(&self.error_path);
+    }
+}
+
+/// An agent as a child process; killed when dropped.
+pub struct Agent {
+    child: Child,
+    error_path: PathBuf,
+    /// Where it serves its feed.
+    pub address: SocketAddr,
+}
+
+impl Agent {
+    /// Starts `program agent` with these flags and waits until it listens, on a free port unless `--listen` says which.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub async fn start(program: &str, flags: &[&str]) -> Self {
+        let error_path = scratch("stderr");
+        let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
+        let mut command = Command::new(program);
+        command.arg("agent").args(flags);
+        if !flags.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        let child = command
+            .env("NO_COLOR", "1")
+            .stdout(Stdio::null())
+            .stderr(errors)
+            .spawn()
+            .expect("invariant: the program starts");
+        let mut agent = Self {
+            child,
+            error_path,
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+        };
+        agent.address = eventually("the agent's address", || {
+            let text = std::fs::read_to_string(&agent.error_path).unwrap_or_default();
+            async move { served_at(&text) }
+        })
+        .await;
+        agent
+    }
+}
+
+/// The address in the line that says that the feed is served.
+fn served_at(log: &str) -> Option<SocketAddr> {
+    let line = log.lines().find(|line| line.contains("serving the feed"))?;
+    let (_, rest) = line.split_once("address=")?;
+    rest.split_whitespace().next()?.parse().ok()
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.error_path);
     }
 }

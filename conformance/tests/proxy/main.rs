@@ -8,6 +8,7 @@
 mod config;
 mod drain;
 mod failures;
+mod feeds;
 mod fleet;
 mod protocol;
 mod regression;

@@ -6,8 +6,8 @@ use http::{Request, Response, StatusCode};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, full},
     endpoints::{
-        ClusterView, Endpoint, EndpointStats, Endpoints, Live, Reservation, SendOptions,
-        Unanswered, Upstream, Via, Want,
+        ClusterView, Endpoint, Endpoints, Live, Reservation, SendOptions, Unanswered, Upstream,
+        Via, Want,
     },
     error::Error,
     filter::{Chain, Context, Handled, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
@@ -144,8 +144,8 @@ impl Fleet {
                     via: *via,
                     protocol: UpstreamProtocol::default(),
                     weight: 1,
-                    live: ArcSwap::from_pointee(live),
-                    stats: EndpointStats::default(),
+                    live: Arc::new(ArcSwap::from_pointee(live)),
+                    stats: Arc::default(),
                 })
             })
             .collect();

@@ -2,7 +2,7 @@
 
 use super::*;
 use arc_swap::ArcSwap;
-use outrigger_filters::endpoints::{Endpoint, EndpointStats, Live, Via};
+use outrigger_filters::endpoints::{Endpoint, Live, Via};
 use outrigger_xds::{
     report::{EngineKind, EngineState, Health, Load, Model},
     resource::{
@@ -66,8 +66,8 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
         protocol: UpstreamProtocol::Http1,
         weight: 1,
         slot: 0,
-        live: ArcSwap::from_pointee(live),
-        stats: EndpointStats::default(),
+        live: Arc::new(ArcSwap::from_pointee(live)),
+        stats: Arc::default(),
     })
 }
 

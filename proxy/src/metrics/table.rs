@@ -246,6 +246,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_feed_failures_total", &["peer"], "Feeds of a peer that could not be opened or broke."),
     counter("outrigger_feed_conflicts_total", NONE, "Engines told of by more than one feed."),
     counter("outrigger_feed_gaps_total", NONE, "Gaps in the sequence of a feed."),
+    counter("outrigger_feed_unfit_blocks_total", &["engine"], "Snapshots not indexed because their KV blocks have another size than ours."),
     counter("outrigger_ledger_overflow_total", NONE, "Requests whose prompt blocks were not counted because the queue to the ledger was full."),
     counter("outrigger_config_not_shown", NONE, "Parts of a configuration that could not be shown as JSON."),
     counter("outrigger_config_updates_total", NONE, "Configurations applied."),
