@@ -366,6 +366,8 @@ impl Cell {
     pub(crate) fn settle(&self, complete: bool) {
         let mut known = lock(&self.known);
         known.complete = complete;
+        // The snapshot says more than the one that began the history: where it is lost, its number shows that.
+        known.seq += 1;
         self.tell(&mut known, What::Resync);
     }
 
@@ -539,6 +541,26 @@ mod tests {
             (last.seq + 1, FeedBody::Changes(changes(1))),
             "nothing old comes after it"
         );
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_after_silent_changes_has_a_number_of_its_own() {
+        let (hub, cell) = hub().await;
+        let mut stream = hub.subscribe();
+        let empty = [
+            next(&mut stream).await,
+            next(&mut stream).await,
+            next(&mut stream).await,
+        ];
+        cell.settle(true);
+        let settled = [
+            next(&mut stream).await,
+            next(&mut stream).await,
+            next(&mut stream).await,
+        ];
+        assert!(matches!(settled[2].body, FeedBody::Snapshot(_)));
+        assert_eq!(settled[2].epoch, empty[2].epoch);
+        assert!(settled[2].seq > empty[2].seq, "or its loss is never seen");
     }
 
     #[tokio::test]

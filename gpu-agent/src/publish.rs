@@ -200,6 +200,20 @@ struct Heard {
     at: Instant,
 }
 
+impl Heard {
+    /// Whether an answer says no more than what was heard since it was asked for.
+    fn covers(&self, answer: &FeedMessage) -> bool {
+        self.position
+            .is_some_and(|(epoch, seq)| epoch == answer.epoch && seq >= answer.seq)
+    }
+
+    /// Whether something was told that was not heard.
+    fn misses_something(&self) -> bool {
+        self.position
+            .is_none_or(|(epoch, seq)| self.told.0 != epoch || self.told.1 > seq)
+    }
+}
+
 struct Listener {
     client: Client,
     inbox: Subject,
@@ -261,13 +275,10 @@ impl Listener {
         })
     }
 
-    /// Whether an answer says less than what was heard since it was asked for.
     fn is_old(&self, answer: &FeedMessage) -> bool {
-        let position = self
-            .heard
+        self.heard
             .get(&answer.engine)
-            .and_then(|heard| heard.position);
-        position.is_some_and(|(epoch, seq)| epoch == answer.epoch && seq > answer.seq)
+            .is_some_and(|heard| heard.covers(answer))
     }
 
     async fn hear(&mut self, message: FeedMessage) -> Result<(), NatsError> {
@@ -323,15 +334,10 @@ impl Listener {
 
     /// Asks where the last messages of a burst were lost, so that no gap showed.
     async fn ask_for_missed(&mut self) -> Result<(), NatsError> {
-        let missed = |heard: &Heard| {
-            heard
-                .position
-                .is_none_or(|(epoch, seq)| heard.told.0 != epoch || heard.told.1 > seq)
-        };
         let engines: Vec<EngineId> = self
             .heard
             .iter()
-            .filter(|(_, heard)| missed(heard))
+            .filter(|(_, heard)| heard.misses_something())
             .map(|(engine, _)| engine.clone())
             .collect();
         for engine in engines {
@@ -374,6 +380,29 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lost_snapshot_shows_and_an_old_answer_does_not_replace_it() {
+        let mut heard = Heard {
+            position: Some((7, 0)),
+            told: (7, 0),
+            at: Instant::now(),
+        };
+        let answer = |seq| FeedMessage {
+            engine: "e".into(),
+            epoch: 7,
+            seq,
+            body: FeedBody::Gone,
+        };
+        assert!(!heard.misses_something());
+        // The repeated state names a snapshot that never came.
+        heard.told = (7, 1);
+        assert!(heard.misses_something());
+        assert!(!heard.covers(&answer(1)), "that is what is missing");
+        heard.position = Some((7, 1));
+        assert!(heard.covers(&answer(0)) && heard.covers(&answer(1)));
+        assert!(!heard.covers(&answer(2)));
+    }
 
     #[test]
     fn an_engine_s_subject_is_one_token() {

@@ -6,11 +6,12 @@ use futures_util::StreamExt;
 use outrigger_gpu_agent::publish::{nats_publish, nats_subscribe};
 use outrigger_gpu_agent::server::serve;
 use outrigger_gpu_agent::{EngineConfig, Hub};
-use outrigger_xds::feed::{FeedSource, FeedStream, FeedTimeouts, connect};
+use outrigger_xds::feed::{FeedBody, FeedSource, FeedStream, FeedTimeouts, connect};
 use outrigger_xds::report::Health;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -132,10 +133,10 @@ impl Drop for Broker {
     }
 }
 
-fn tell(hub: &Arc<Hub>, broker: &Broker) -> tokio::task::JoinHandle<()> {
-    let (hub, url) = (Arc::clone(hub), broker.url());
+fn tell(source: &Arc<impl FeedSource>, broker: &Broker) -> tokio::task::JoinHandle<()> {
+    let (source, url) = (Arc::clone(source), broker.url());
     tokio::spawn(async move {
-        let ended = nats_publish(&url, hub).await;
+        let ended = nats_publish(&url, source).await;
         panic!("{ended:?}");
     })
 }
@@ -227,6 +228,50 @@ async fn over_nats_a_silent_agent_s_engines_are_gone_and_come_back() {
     listener
         .until(ID, "its return", |picture| {
             picture.device() == canonical(&[&prompt(1, 2)])
+        })
+        .await;
+}
+
+/// A hub whose first subscription loses every snapshot that has blocks; later ones lose nothing.
+struct Lossy {
+    hub: Arc<Hub>,
+    subscribed: AtomicBool,
+}
+
+impl FeedSource for Lossy {
+    fn subscribe(&self) -> FeedStream {
+        let messages = self.hub.subscribe();
+        if self.subscribed.swap(true, Ordering::Relaxed) {
+            return messages;
+        }
+        Box::pin(messages.filter(|message| {
+            let lost = matches!(&message.body, FeedBody::Snapshot(snapshot) if !snapshot.shelves.is_empty());
+            std::future::ready(!lost)
+        }))
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a nats-server (OUTRIGGER_NATS_SERVER or in the path); conformance/nats/run runs it"]
+async fn over_nats_a_lost_snapshot_is_asked_for() {
+    let broker = Broker::start(None).await;
+    let mut engine = FakeEngine::start().await;
+    engine.die().await;
+    let source = Arc::new(Lossy {
+        hub: hub_of(&engine),
+        subscribed: AtomicBool::new(false),
+    });
+    let _teller = tell(&source, &broker);
+    let mut listener = Listener::new(nats_subscribe(&broker.url()));
+    listener
+        .until(ID, "death", |picture| picture.state.health == Health::Dead)
+        .await;
+    // Its past comes in the snapshot that follows the replay.
+    engine.lose(vec![stored(&prompt(1, 3), 32, 0)]);
+    engine.rise();
+    listener
+        .until(ID, "its past", |picture| {
+            picture.device() == canonical(&[&prompt(1, 3)])
         })
         .await;
 }
