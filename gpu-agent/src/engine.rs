@@ -165,10 +165,10 @@ async fn watch(
         ..Reasons::default()
     };
     let mut ranks = Ranks::new(&detected.sources);
-    // Dropping the set ends its tasks.
-    let mut tasks = JoinSet::new();
+    // Dropping a set ends its tasks.
+    let (mut followers, mut poller) = (JoinSet::new(), JoinSet::new());
     for source in &detected.sources {
-        tasks.spawn(follow(
+        followers.spawn(follow(
             source.clone(),
             cell.id().to_string(),
             events_sender.clone(),
@@ -178,7 +178,7 @@ async fn watch(
         detected.state.clone(),
         Lineage::new(model, config.block_tokens, config.blocks_max),
     );
-    tasks.spawn(
+    poller.spawn(
         Poller::new(Arc::clone(client), config, detected, cell.id().to_string()).run(seen_sender),
     );
     loop {
@@ -200,6 +200,13 @@ async fn watch(
                 }
             },
             Some((rank, event)) = events.recv() => ranks.on_event(cell, rank, event),
+            how = ended(&mut followers) => {
+                metrics::counter!("outrigger_kv_event_followers_lost_total", "engine" => cell.id().to_string()).increment(1);
+                tracing::error!(engine = %cell.id(), how, "nobody follows its KV events any more: detecting anew");
+                // Not at once: what ended it may be the first thing the engine sends.
+                sleep(config.poll_interval).await;
+                return None;
+            }
         }
         reasons.sizes = sizes_reason(&cell.unfit_sizes(), config.block_tokens);
         reasons.events = ranks.reason();
@@ -207,6 +214,16 @@ async fn watch(
             state.kv_events = ranks.all_connected();
             state.reason = reasons.text();
         });
+    }
+}
+
+/// Completes when following a rank's events ended, which it never should while the engine is watched; says how.
+async fn ended(followers: &mut JoinSet<()>) -> String {
+    match followers.join_next().await {
+        Some(Ok(())) => "it ended".to_owned(),
+        Some(Err(error)) => error.to_string(),
+        // An engine without KV events.
+        None => std::future::pending().await,
     }
 }
 
@@ -479,5 +496,21 @@ impl Poller {
                 .await;
         }
         denied
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_follower_that_died_is_noticed_and_an_engine_without_any_is_not_disturbed() {
+        let mut followers = JoinSet::new();
+        let none = tokio::time::timeout(Duration::from_millis(20), ended(&mut followers)).await;
+        assert!(none.is_err(), "{none:?}");
+        followers.spawn(std::future::pending());
+        followers.spawn(async { panic!("a bug") });
+        let how = ended(&mut followers).await;
+        assert!(how.contains("a bug"), "{how}");
     }
 }

@@ -8,6 +8,7 @@ use crate::server::serve;
 use anyhow::{Context, bail};
 use clap::Parser;
 use metrics_exporter_prometheus::PrometheusBuilder;
+use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
 use outrigger_xds::feed::FeedSource;
 use outrigger_xds::report::{EngineId, Role};
 use std::net::SocketAddr;
@@ -39,6 +40,9 @@ pub struct Args {
     /// File with the API key of the engines.
     #[arg(long, value_name = "FILE")]
     pub engine_api_key_file: Option<PathBuf>,
+    /// Tokens in a canonical KV block; the same on all proxies and agents of a fleet.
+    #[arg(long, value_name = "N", default_value_t = BLOCK_TOKENS_DEFAULT)]
+    pub block_tokens: usize,
 }
 
 /// Reads one `--engine`; `node` begins its name.
@@ -76,6 +80,9 @@ pub fn parse_engine(text: &str, node: &str) -> anyhow::Result<EngineConfig> {
 /// # Errors
 /// If a flag is wrong or the address cannot be bound.
 pub async fn run(args: Args) -> anyhow::Result<()> {
+    if args.block_tokens == 0 {
+        bail!("--block-tokens 0: must be at least 1");
+    }
     let metrics = PrometheusBuilder::new()
         .install_recorder()
         .context("metrics")?;
@@ -91,6 +98,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let config = parse_engine(engine, &node)?;
         configs.push(EngineConfig {
             api_key: key.as_deref().map(ApiKey::new),
+            block_tokens: args.block_tokens,
             ..config
         });
     }

@@ -108,6 +108,8 @@ pub(crate) enum BeginReason {
     Restart,
     /// Batches are missing that can't be had any more.
     GapTooOld,
+    /// A batch says what nobody can read, and it may have been that blocks are gone.
+    Unreadable,
 }
 
 impl BeginReason {
@@ -116,6 +118,7 @@ impl BeginReason {
             Self::Start => "start",
             Self::Restart => "restart",
             Self::GapTooOld => "gap_too_old",
+            Self::Unreadable => "unreadable",
         }
     }
 }
@@ -172,7 +175,7 @@ impl Position {
     }
 
     fn advance(&mut self, seq: u64, fingerprint: u64) {
-        self.next = Some(seq + 1);
+        self.next = Some(seq.saturating_add(1));
         self.first.get_or_insert(seq);
         if self.delivered.len() == FINGERPRINTS_MAX {
             self.delivered.pop_front();
@@ -341,6 +344,11 @@ impl Follower {
     }
 
     async fn on_live(&mut self, stream: &mut ZmtpStream, message: Numbered) -> Result<(), Ended> {
+        if message.seq == END_OF_REPLAY {
+            // No engine lives to count so far; nothing could follow it.
+            self.count("outrigger_kv_event_garbage_total");
+            return Ok(());
+        }
         let mut verdict = self.judge(&message);
         match verdict {
             Verdict::Gap => {
@@ -538,10 +546,12 @@ impl Follower {
         let fingerprint = self.hasher.hash_one(&message.payload);
         match decode(&message.payload) {
             Ok(batch) => self.tell(RankEvent::Batch(batch)).await?,
-            // What it said is lost, and asking again would bring the same.
+            // What it said is lost, and asking again would bring the same: what is known starts after it.
             Err(error) => {
                 self.count("outrigger_kv_event_garbage_total");
                 tracing::warn!(engine = self.engine, rank = self.source.rank, seq = message.seq, %error, "unreadable KV events");
+                self.begin(BeginReason::Unreadable).await?;
+                self.position.first = Some(message.seq.saturating_add(1));
             }
         }
         self.position.advance(message.seq, fingerprint);

@@ -370,9 +370,21 @@ async fn told_proxy(engine: &Engine, node: &str, told: [&str; 2], more: &[&str])
 }
 
 /// What a proxy must learn and do when somebody else watches its engine.
-async fn a_proxy_lives_by_what_it_is_told(engine: &Engine, node: &str, told: [&str; 2]) {
+async fn a_proxy_lives_by_what_it_is_told(
+    engine: &Engine,
+    node: &str,
+    told: [&str; 2],
+    block_tokens: &str,
+) {
     let log = scratch("access.log");
-    let more = ["--policy", "kv", "--access-log", log.to_str().unwrap()];
+    let more = [
+        "--policy",
+        "kv",
+        "--access-log",
+        log.to_str().unwrap(),
+        "--block-tokens",
+        block_tokens,
+    ];
     let proxy = told_proxy(engine, node, told, &more).await;
     wait_alive(proxy.admin, 1).await;
     let host = hosts(proxy.admin, "fleet").await.remove(0);
@@ -416,11 +428,15 @@ fn hit(log: &Path, number: usize) -> Option<u64> {
 
 #[tokio::test]
 async fn a_proxy_lives_by_an_agents_feed() {
-    let engine = Engine::start();
-    let (url, node) = (engine.url(), "agent-grpc");
-    let agent = Agent::start(PROGRAM, &["--engine", &url, "--node", node]).await;
-    let feed = format!("http://{}", agent.address);
-    a_proxy_lives_by_what_it_is_told(&engine, node, ["--agent", &feed]).await;
+    for (node, block_tokens) in [("agent-32", "32"), ("agent-16", "16")] {
+        let engine = Engine::start();
+        let url = engine.url();
+        let mut flags = vec!["--engine", &url, "--node", node];
+        flags.extend(["--block-tokens", block_tokens]);
+        let agent = Agent::start(PROGRAM, &flags).await;
+        let feed = format!("http://{}", agent.address);
+        a_proxy_lives_by_what_it_is_told(&engine, node, ["--agent", &feed], block_tokens).await;
+    }
 }
 
 /// A broker of our own on a free port: `OUTRIGGER_NATS_SERVER`, else `nats-server` in the path.
@@ -478,7 +494,7 @@ async fn a_proxy_lives_by_a_feed_over_nats() {
     let (url, node) = (engine.url(), "agent-nats");
     let flags = ["--engine", &url, "--node", node, "--nats", &broker.url];
     let _agent = Agent::start(PROGRAM, &flags).await;
-    a_proxy_lives_by_what_it_is_told(&engine, node, ["--nats", &broker.url]).await;
+    a_proxy_lives_by_what_it_is_told(&engine, node, ["--nats", &broker.url], "32").await;
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! A hub against an engine with real sockets, through everything that goes wrong between them.
 
-use crate::listener::Listener;
+use crate::listener::{Listener, Picture};
 use crate::support::{FakeEngine, canonical, prompt, removed, stored};
 use outrigger_gpu_agent::{ApiKey, EngineConfig, Hub, KvEndpoints};
 use outrigger_xds::feed::FeedSource;
@@ -318,18 +318,71 @@ async fn garbage_and_duplicates_do_no_harm() {
     engine.repeat(0);
     engine.send(vec![b"kv-events".to_vec()]);
     engine.send(vec![b"kv-events".to_vec(), vec![1, 2, 3], vec![]]);
-    engine.send(vec![
-        b"kv-events".to_vec(),
-        1u64.to_be_bytes().to_vec(),
-        b"\xc1garbage".to_vec(),
-    ]);
-    engine.inner.lock().unwrap().next = 2;
     engine.publish(vec![removed(&a)]);
     let after = listener
         .until(ID, "the removal", |picture| picture.device().is_empty())
         .await;
     assert_eq!(after.epoch, before.epoch);
     assert!(after.state.kv_events);
+}
+
+#[tokio::test]
+async fn a_batch_of_the_last_number_there_is_does_not_end_the_listening() {
+    let engine = FakeEngine::start().await;
+    let (_hub, mut listener) = following(&engine).await;
+    let (a, b) = (prompt(1, 1), prompt(2, 2));
+    engine.publish(vec![stored(&a, 32, 0)]);
+    let before = listener
+        .until(ID, "the first", |picture| picture.device().len() == 1)
+        .await;
+    let (_, payload) = engine.inner.lock().unwrap().batches[0].clone();
+    engine.send(vec![b"kv-events".to_vec(), vec![0xff; 8], payload]);
+    engine.publish(vec![stored(&b, 32, 0)]);
+    let after = listener
+        .until(ID, "the next", |picture| {
+            picture.device() == canonical(&[&a, &b])
+        })
+        .await;
+    assert_eq!(after.epoch, before.epoch);
+}
+
+#[tokio::test]
+async fn what_an_unreadable_batch_removed_does_not_stay_indexed() {
+    let engine = FakeEngine::start().await;
+    let (hub, mut listener) = following(&engine).await;
+    let (a, b) = (prompt(1, 1), prompt(2, 2));
+    engine.publish(vec![stored(&a, 32, 0)]);
+    let before = listener
+        .until(ID, "the first", |picture| picture.device().len() == 1)
+        .await;
+    // Had it been readable, it would have said that `a` is gone.
+    let garbage = b"\xc1garbage".to_vec();
+    engine.send(vec![
+        b"kv-events".to_vec(),
+        1u64.to_be_bytes().to_vec(),
+        garbage.clone(),
+    ]);
+    let after = listener
+        .until(ID, "a new history", |picture| {
+            picture.device().is_empty() && picture.epoch != before.epoch
+        })
+        .await;
+    assert!(!after.complete && after.state.kv_events);
+    {
+        let mut inner = engine.inner.lock().unwrap();
+        inner.batches.push((1, garbage));
+        inner.next = 2;
+    }
+    engine.publish(vec![stored(&b, 32, 0)]);
+    let known = |picture: &Picture| picture.device() == canonical(&[&b]);
+    let next = listener.until(ID, "what follows", known).await;
+    assert_eq!(next.epoch, after.epoch);
+    // Who comes later and finds it in the replay begins after it too.
+    drop(hub);
+    let (_hub, mut late) = watch(&engine);
+    let settled = |picture: &Picture| known(picture) && picture.state.kv_events;
+    let picture = late.until(ID, "the past", settled).await;
+    assert!(!picture.complete);
 }
 
 #[tokio::test]

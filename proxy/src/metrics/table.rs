@@ -230,6 +230,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_kv_event_replays_total", &["engine"], "Replays asked of an engine."),
     counter("outrigger_kv_event_replay_failures_total", &["engine"], "Replays an engine did not give."),
     counter("outrigger_kv_event_waiting_overflows_total", &["engine"], "How often too many KV events waited for a replay."),
+    counter("outrigger_kv_event_followers_lost_total", &["engine"], "How often following an engine's KV events ended by a fault of ours and began anew."),
     counter("outrigger_kv_event_garbage_total", &["engine"], "KV messages of an engine that could not be read."),
     counter("outrigger_kv_blocks_ignored_total", &["engine", "reason"], "KV blocks announced by an engine that cannot be indexed."),
     gauge("outrigger_kv_blocks_tracked", &["engine"], "KV blocks of an engine that its own proxy or agent keeps track of."),
