@@ -330,7 +330,7 @@ async fn garbage_and_duplicates_do_no_harm() {
 async fn a_batch_of_the_last_number_there_is_does_not_end_the_listening() {
     let engine = FakeEngine::start().await;
     let (_hub, mut listener) = following(&engine).await;
-    let (a, b) = (prompt(1, 1), prompt(2, 2));
+    let (a, b, c) = (prompt(1, 1), prompt(2, 2), prompt(3, 3));
     engine.publish(vec![stored(&a, 32, 0)]);
     let before = listener
         .until(ID, "the first", |picture| picture.device().len() == 1)
@@ -338,9 +338,15 @@ async fn a_batch_of_the_last_number_there_is_does_not_end_the_listening() {
     let (_, payload) = engine.inner.lock().unwrap().batches[0].clone();
     engine.send(vec![b"kv-events".to_vec(), vec![0xff; 8], payload]);
     engine.publish(vec![stored(&b, 32, 0)]);
-    let after = listener
+    listener
         .until(ID, "the next", |picture| {
             picture.device() == canonical(&[&a, &b])
+        })
+        .await;
+    engine.publish(vec![stored(&c, 32, 0)]);
+    let after = listener
+        .until(ID, "the one after", |picture| {
+            picture.device() == canonical(&[&a, &b, &c])
         })
         .await;
     assert_eq!(after.epoch, before.epoch);
