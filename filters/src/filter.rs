@@ -96,8 +96,8 @@ pub struct Ranked {
     pub rank: Option<u32>,
     /// Its cost; lower is better.
     pub cost: f64,
-    /// Prompt tokens predicted to be cached there.
-    pub hit_tokens: u64,
+    /// Prompt tokens predicted to be cached there; `None` where nothing can be predicted.
+    pub hit_tokens: Option<u64>,
 }
 
 /// What a filter knows of the prompt; told along to the proxy beside the engine.
@@ -128,8 +128,8 @@ pub struct Context {
     pub prompt: PromptFacts,
     /// Endpoint named by the peer (inbound only).
     pub named: Option<EngineId>,
-    /// Hit tokens the peer predicted (inbound only).
-    pub told_hit_tokens: u64,
+    /// Hit tokens the peer predicted, if it did (inbound only).
+    pub told_hit_tokens: Option<u64>,
     /// Whether the client may see and asked for debug headers.
     pub debug: bool,
     /// Which attempt this is, from 1.

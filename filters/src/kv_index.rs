@@ -6,10 +6,13 @@
 //! score, know about load, or read engines' own hashes (the feed speaks canonical blocks).
 
 mod guesses;
+mod in_flight;
 mod table;
 
 use ahash::AHashMap;
 use guesses::Guesses;
+use in_flight::InFlight;
+pub use in_flight::{Flight, Shared};
 use metrics::Gauge;
 use outrigger_xds::{
     block_hash::BlockHash,
@@ -18,7 +21,7 @@ use outrigger_xds::{
 use std::{
     collections::VecDeque,
     sync::{
-        PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -110,6 +113,7 @@ struct Places {
 pub struct KvIndex {
     table: Table,
     guesses: Guesses,
+    in_flight: InFlight,
     places: RwLock<Places>,
     blocks: AtomicU64,
     limits: Limits,
@@ -129,6 +133,7 @@ impl KvIndex {
         Self {
             table: Table::default(),
             guesses,
+            in_flight: InFlight::default(),
             places: RwLock::default(),
             blocks: AtomicU64::new(0),
             limits,
@@ -237,6 +242,7 @@ impl KvIndex {
             return;
         };
         places.by_name.remove(&place.name);
+        self.in_flight.forget(slot);
         places.free.push_back(slot);
         // Still under the write lock: nobody can store for this slot until its old blocks are gone.
         let gone = self.table.retain(|_, holder| !table::is_slot(holder, slot));
@@ -268,6 +274,19 @@ impl KvIndex {
     #[must_use]
     pub fn guessed(&self, chain: &[BlockHash]) -> Vec<(usize, u32)> {
         self.guesses.prefixes(chain)
+    }
+
+    /// A request with these blocks, from its prompt's first on, is in flight at the engine in `slot` until the answer is
+    /// dropped.
+    #[must_use]
+    pub fn enter(&self, slot: usize, blocks: Arc<[BlockHash]>) -> Flight {
+        self.in_flight.enter(slot, blocks)
+    }
+
+    /// What of `chain` requests of this proxy have in flight at the engine in `slot`.
+    #[must_use]
+    pub fn in_flight(&self, slot: usize, chain: &[BlockHash]) -> Shared {
+        self.in_flight.shared(slot, chain)
     }
 
     fn store(&self, place: &Place, slot: usize, shelf: Shelf, hashes: &[BlockHash]) {

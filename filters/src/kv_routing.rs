@@ -13,9 +13,11 @@ mod sent;
 use crate::{
     body::RequestBody,
     endpoints::{Endpoint, Via},
-    filter::{Context, Handled, HttpFilter, Next},
+    filter::{Context, Handled, HttpFilter, Next, StreamObserver},
+    kv_index::Flight,
     openai::{OpenAiRequest, Prompt},
     registry,
+    router::attempt::RANK_HEADER,
     services::Services,
     tokens::{Source, Tokenized, Unavailable},
 };
@@ -114,11 +116,15 @@ impl HttpFilter for KvRouting {
                 return next.run(request, context).await;
             };
             let started = Instant::now();
-            match self
+            let decided = self
                 .decide(&openai, request.headers(), context, started)
-                .await
-            {
-                Ok(how) => metrics::counter!("outrigger_routing_total", "how" => how).increment(1),
+                .await;
+            let mut flight = None;
+            match decided {
+                Ok((how, begun)) => {
+                    metrics::counter!("outrigger_routing_total", "how" => how).increment(1);
+                    flight = begun;
+                }
                 Err(reason) => {
                     metrics::counter!("outrigger_routing_total", "how" => "load").increment(1);
                     metrics::counter!("outrigger_routing_fallback_total", "reason" => reason)
@@ -127,6 +133,10 @@ impl HttpFilter for KvRouting {
             }
             metrics::histogram!("outrigger_routing_decision_seconds").record(started.elapsed());
             let mut response = next.run(request, context).await?;
+            if let Some(flight) = flight.and_then(|flight| self.follow(flight, context)) {
+                // Observers live until the response is over, and so does what is in flight.
+                context.observers.push(Box::new(flight));
+            }
             self.explain(response.headers_mut(), context);
             Ok(response)
         })
@@ -134,14 +144,15 @@ impl HttpFilter for KvRouting {
 }
 
 impl KvRouting {
-    /// Leaves a ranking in the context and says how the prompt was known, or why there is none.
+    /// Leaves a ranking in the context and says how the prompt was known, or why there is none. The blocks are in flight at
+    /// the best endpoint from now on.
     async fn decide(
         &self,
         openai: &Arc<OpenAiRequest>,
         headers: &HeaderMap,
         context: &mut Context,
         started: Instant,
-    ) -> Result<&'static str, &'static str> {
+    ) -> Result<(&'static str, Option<Flight>), &'static str> {
         context.prompt.tokens = estimate(openai);
         let model = openai.model.as_deref().ok_or("no_model")?;
         let view = self
@@ -174,9 +185,10 @@ impl KvRouting {
         let decider = Decider {
             config: &self.config,
             sent: &self.sent,
+            rank: named_rank(headers),
             services: &self.services,
         };
-        decider
+        let flight = decider
             .decide(
                 &candidates,
                 model,
@@ -187,7 +199,21 @@ impl KvRouting {
                 started,
             )
             .await;
-        Ok(how)
+        Ok((how, flight))
+    }
+
+    /// What was to be in flight at the best endpoint is so at the one that answered, if that was ranked at all.
+    fn follow(&self, flight: Flight, context: &Context) -> Option<Flight> {
+        let served = context.log.upstream_host.as_ref();
+        let place = context
+            .ranked
+            .iter()
+            .position(|ranked| served.is_none_or(|served| ranked.endpoint.id == *served))?;
+        if place == 0 {
+            return Some(flight);
+        }
+        let slot = context.ranked[place].endpoint.slot;
+        Some(self.services.kv_index.enter(slot, flight.blocks()))
     }
 
     fn explain(&self, headers: &mut HeaderMap, context: &Context) {
@@ -203,6 +229,14 @@ impl KvRouting {
             headers.insert(DECISION_HEADER, decision);
         }
     }
+}
+
+/// A request in flight watches nothing: it only has to end with the response.
+impl StreamObserver for Flight {}
+
+/// The data-parallel rank that a client asks for.
+fn named_rank(headers: &HeaderMap) -> Option<u32> {
+    headers.get(RANK_HEADER)?.to_str().ok()?.trim().parse().ok()
 }
 
 /// The endpoint that tells tokens: one beside us if there is one, else the least busy.

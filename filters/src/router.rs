@@ -207,7 +207,7 @@ impl<'a> Walk<'a> {
                 endpoint: candidates[index].clone(),
                 rank: None,
                 cost: 0.0,
-                hit_tokens: 0,
+                hit_tokens: None,
             })),
             None if self.attempts == 0 => Err(Error::no_healthy_upstream()),
             None => Ok(None),
@@ -380,7 +380,7 @@ fn exhausted(mut error: Error, tried: usize, context: &mut Context) -> Error {
 pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
     Want {
         prompt_tokens: context.prompt.tokens,
-        hit_tokens: target.hit_tokens,
+        hit_tokens: target.hit_tokens.unwrap_or(0),
         blocks: context.prompt.blocks.clone(),
     }
 }

@@ -45,8 +45,10 @@ pub struct TokenizersConfig {
     pub inline_bytes_max: usize,
     /// Longest wait for an engine's answer. Default 2 s.
     pub engine_timeout: Duration,
-    /// How long an engine that refused (403, 404) is not asked again. Default 60 s.
+    /// How long an engine that refused (404; 403 for `render`) is not asked again. Default 60 s.
     pub reprobe_after: Duration,
+    /// How long a probe of a local tokenizer that said nothing (no answer, client not let in) is not repeated. Default 5 s.
+    pub verify_again_after: Duration,
 }
 
 impl Default for TokenizersConfig {
@@ -59,6 +61,7 @@ impl Default for TokenizersConfig {
             inline_bytes_max: 4 << 10,
             engine_timeout: Duration::from_secs(2),
             reprobe_after: Duration::from_secs(60),
+            verify_again_after: Duration::from_secs(5),
         }
     }
 }
@@ -119,9 +122,11 @@ pub enum Unavailable {
     NotAsked,
     /// The engine has no way to tell (403, 404).
     EngineRefused,
+    /// The engine does not let this client ask (401, 403): that says nothing of the prompt, nor of other clients.
+    EngineDenied,
     /// The engine says the request is wrong; it will say so to the client, too.
     EngineRejected,
-    /// The engine did not answer, or not in time.
+    /// The engine did not answer, or not in time, or has too much to do (429).
     EngineFailed,
 }
 
@@ -137,6 +142,7 @@ impl Unavailable {
             Self::Opaque => "opaque",
             Self::NotAsked => "not_asked",
             Self::EngineRefused => "engine_refused",
+            Self::EngineDenied => "engine_denied",
             Self::EngineRejected => "engine_rejected",
             Self::EngineFailed => "engine_failed",
         }
@@ -251,7 +257,10 @@ impl Tokenizers {
         let kind = Kind::of(request)?;
         let model = self.loaded(request, source)?;
         if model.trust(kind) == Trust::Unknown && self.config.engines {
-            model.verify(kind, request, source, &self.asker).await;
+            let again_after = self.config.verify_again_after;
+            model
+                .verify(kind, request, source, &self.asker, again_after)
+                .await;
         }
         if model.trust(kind) != Trust::Trusted {
             return None;

@@ -24,6 +24,8 @@ pub struct EventBatch {
     pub rank: Option<u32>,
     /// Events in order.
     pub events: Vec<Event>,
+    /// Fields of the batch and its events that this decoder does not know: keys of maps, items past the end of arrays.
+    pub unknown_fields: u64,
 }
 
 /// One event.
@@ -130,6 +132,12 @@ const REMOVED_FIELDS: [&str; 5] = [
     "ownership",
 ];
 
+/// Fields that only the map form has: its own tag, and what came after the array form.
+const MAP_FIELDS: [&str; 2] = ["type", "cache_salt"];
+
+/// Items of a batch.
+const BATCH_FIELDS: usize = 3;
+
 /// Decodes one payload.
 ///
 /// # Errors
@@ -156,6 +164,8 @@ pub fn decode(payload: &[u8]) -> Result<EventBatch, DecodeError> {
         timestamp,
         rank,
         events: events.iter().map(event).collect(),
+        unknown_fields: fields.len().saturating_sub(BATCH_FIELDS) as u64
+            + events.iter().map(unknown_fields).sum::<u64>(),
     })
 }
 
@@ -191,16 +201,41 @@ impl<'a, 'b> Fields<'a, 'b> {
     }
 }
 
-fn event(value: &ValueRef<'_>) -> Event {
-    let kind = match value {
+/// The name of an event's type.
+fn kind<'b>(value: &'b ValueRef<'_>) -> Option<&'b str> {
+    match value {
         ValueRef::Array(items) => items.first().and_then(text),
         ValueRef::Map(pairs) => pairs
             .iter()
             .find(|(key, _)| text(key) == Some("type"))
             .and_then(|(_, kind)| text(kind)),
         _ => None,
+    }
+}
+
+/// Fields of an event of a known type that nobody reads.
+fn unknown_fields(value: &ValueRef<'_>) -> u64 {
+    let order: &[&str] = match kind(value) {
+        Some("BlockStored") => &STORED_FIELDS,
+        Some("BlockRemoved") => &REMOVED_FIELDS,
+        Some("AllBlocksCleared") => &[],
+        _ => return 0,
     };
-    match kind {
+    match value {
+        ValueRef::Array(items) => items.len().saturating_sub(order.len() + 1) as u64,
+        ValueRef::Map(pairs) => {
+            let known = |name| order.contains(&name) || MAP_FIELDS.contains(&name);
+            let unknown = pairs
+                .iter()
+                .filter(|(key, _)| !text(key).is_some_and(known));
+            unknown.count() as u64
+        }
+        _ => 0,
+    }
+}
+
+fn event(value: &ValueRef<'_>) -> Event {
+    match kind(value) {
         Some("BlockStored") => stored(&Fields {
             form: value,
             order: &STORED_FIELDS,
@@ -604,6 +639,50 @@ mod tests {
             );
         }
         assert!(stored_with(vec![]).full_attention);
+    }
+
+    #[test]
+    fn fields_of_tomorrow_are_counted_in_either_form() {
+        let count = |batch: Vec<Value>| {
+            let mut bytes = Vec::new();
+            rmpv::encode::write_value(&mut bytes, &Value::Array(batch)).unwrap();
+            let batch = decode(&bytes).unwrap();
+            (batch.unknown_fields, batch.events.len())
+        };
+        let of = |events: Vec<Value>| count(vec![1.0.into(), list(events), 0.into()]);
+        let stored = |more: Vec<(&str, Value)>| {
+            let mut pairs = vec![
+                ("type", "BlockStored".into()),
+                ("block_hashes", list(vec![])),
+            ];
+            pairs.extend(STORED_FIELDS[1..].iter().map(|name| (*name, Value::Nil)));
+            pairs.push(("cache_salt", "s".into()));
+            pairs.extend(more);
+            map(pairs)
+        };
+        assert_eq!(of(vec![stored(vec![])]), (0, 1), "all that is known");
+        let tomorrow = vec![("field_of_tomorrow", 7.into()), ("another", Value::Nil)];
+        assert_eq!(of(vec![stored(tomorrow)]), (2, 1));
+        let removed = |items: usize| {
+            let mut event = vec!["BlockRemoved".into(), list(vec![7.into()])];
+            event.resize(items, Value::Nil);
+            list(event)
+        };
+        assert_eq!(of(vec![removed(6)]), (0, 1));
+        assert_eq!(of(vec![removed(8), removed(7)]), (3, 2));
+        let cleared = map(vec![("type", "AllBlocksCleared".into()), ("why", 1.into())]);
+        assert_eq!(of(vec![cleared]), (1, 1));
+        let unknown = map(vec![("type", "Offloaded".into()), ("why", 1.into())]);
+        assert_eq!(of(vec![unknown]), (0, 1), "counted as a type");
+        let numbered = Value::Map(vec![
+            ("type".into(), "AllBlocksCleared".into()),
+            (7.into(), 7.into()),
+        ]);
+        assert_eq!(of(vec![numbered]), (1, 1), "a key that is no name");
+        assert_eq!(
+            count(vec![1.0.into(), list(vec![]), 0.into(), "more".into()]),
+            (1, 0)
+        );
     }
 
     #[test]

@@ -343,6 +343,7 @@ impl Cell {
             known.lineage.apply(rank, event, &mut changes);
         }
         self.count(before, &known.lineage);
+        self.count_ignored("unknown_field", batch.unknown_fields);
         // Silent changes have no number: the snapshot that follows them says what they said, and another rank's
         // changes told in between must not seem to leave a gap.
         if !silent {
@@ -438,6 +439,13 @@ impl Cell {
         });
     }
 
+    fn count_ignored(&self, reason: &'static str, count: u64) {
+        if count > 0 {
+            metrics::counter!("outrigger_kv_blocks_ignored_total", "engine" => self.id.to_string(), "reason" => reason)
+                .increment(count);
+        }
+    }
+
     fn count(&self, before: LineageCounts, lineage: &Lineage) {
         let after = lineage.counts();
         for (reason, before, after) in [
@@ -462,10 +470,7 @@ impl Cell {
             ("malformed", before.malformed, after.malformed),
             ("unknown_type", before.unknown_type, after.unknown_type),
         ] {
-            if after > before {
-                metrics::counter!("outrigger_kv_blocks_ignored_total", "engine" => self.id.to_string(), "reason" => reason)
-                    .increment(after - before);
-            }
+            self.count_ignored(reason, after - before);
         }
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("outrigger_kv_blocks_tracked", "engine" => self.id.to_string())

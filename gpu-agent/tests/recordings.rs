@@ -113,6 +113,7 @@ fn check(payload: &[u8], decoded: &Value, place: &str) -> EventBatch {
         "{place}"
     );
     assert_eq!(batch.rank.map(u64::from), decoded[2].as_u64(), "{place}");
+    assert_eq!(batch.unknown_fields, 0, "{place}: every field is known");
     let expected: Vec<Event> = decoded[1].as_array().unwrap().iter().map(meaning).collect();
     assert_eq!(batch.events, expected, "{place}");
     batch
@@ -245,7 +246,8 @@ fn the_golden_payload() {
         Ok(EventBatch {
             timestamp: 1.5,
             rank: Some(0),
-            events
+            events,
+            unknown_fields: 0,
         })
     );
 }

@@ -427,13 +427,18 @@ async fn two() -> Two {
 impl Two {
     async fn uses_both(&self) {
         let mut client = self.entry.client(Version::H1).await;
+        // Ties are broken by what the engines said last, half a second ago at most, and by chance.
         let mut used = BTreeSet::new();
-        for _ in 0..6 {
+        for _ in 0..500 {
             let (status, by) = served_by(&mut client, "sim").await;
             assert_eq!(status, 200);
             used.insert(by);
+            if used.len() == 2 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert_eq!(used.len(), 2, "{used:?}");
+        panic!("only {used:?} is used");
     }
 }
 
@@ -908,9 +913,13 @@ async fn a_push_can_take_an_engine_away_and_bring_it_back() {
     }
     proxy.proxy.apply(proxy.bootstrap.clone()).unwrap();
     wait_alive(proxy.admin(), 2).await;
+    // Ties are broken by what the engines said last, half a second ago at most, and by chance.
     let mut used = BTreeSet::new();
-    for _ in 0..4 {
+    let mut asked = 0;
+    while used.len() < 2 {
         used.insert(served_by(&mut client, "sim").await.1);
+        asked += 1;
+        assert!(asked < 500, "only {used:?} is used");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(used.len(), 2);
 }

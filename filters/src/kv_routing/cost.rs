@@ -7,6 +7,9 @@
 //! credit = overlap_credit · decay · device + host_weight · host + disk_weight · disk + remote_weight · remote
 //! cost   = prefill_load_scale · max((P + L) / B − credit, 0) + decode blocks + decode_active_request_weight · requests
 //! ```
+//!
+//! Decode blocks are the distinct blocks of active requests if this one were added: those active already, and of the
+//! prompt's what is not among them.
 
 use serde::Deserialize;
 
@@ -89,6 +92,8 @@ pub(super) struct Inputs {
     pub(super) prefill_tokens: f64,
     /// Distinct blocks of active requests.
     pub(super) active_blocks: f64,
+    /// Of its blocks, how many are among these.
+    pub(super) shared_blocks: f64,
     /// Active requests.
     pub(super) active_requests: f64,
 }
@@ -109,7 +114,9 @@ pub(super) fn cost(
         + weights.remote_weight * inputs.remote;
     let cached = (inputs.device + inputs.host + inputs.disk + inputs.remote) * block_tokens;
     let raw_prefill = (inputs.prefill_tokens + inputs.prompt_tokens.max(cached)) / block_tokens;
-    let decode_blocks = inputs.active_blocks + prompt_blocks;
+    // Never less than the prompt's own: what is shared is active, whatever was told.
+    let others = (inputs.active_blocks - inputs.shared_blocks).max(0.0);
+    let decode_blocks = others + prompt_blocks;
     weights.prefill_load_scale * (raw_prefill - credit).max(0.0)
         + decode_blocks
         + weights.decode_active_request_weight * inputs.active_requests
@@ -189,6 +196,12 @@ mod tests {
         // 160 tokens ahead are 5 blocks; 7 blocks are being decoded already.
         let busy = inputs(|inputs| (inputs.prefill_tokens, inputs.active_blocks) = (160.0, 7.0));
         check(Weights::default(), busy, 160.0, 32.0);
+        // Of these 7, the prompt has 4 itself: 3 others.
+        let sharing = inputs(|inputs| (inputs.active_blocks, inputs.shared_blocks) = (7.0, 4.0));
+        check(Weights::default(), sharing, 0.0, 10.0 + 3.0 + 10.0);
+        // More shared than told of: the telling is late, the prompt's own blocks count all the same.
+        let late = inputs(|inputs| (inputs.active_blocks, inputs.shared_blocks) = (2.0, 4.0));
+        check(Weights::default(), late, 0.0, 20.0);
         // Requests count when asked to.
         let weighted = weights(|weights| weights.decode_active_request_weight = 2.0);
         check(

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     endpoints::{Endpoint, Live, Via},
     filter::{Context, PromptFacts, Ranked},
-    kv_index::{Overlap, Overlaps},
+    kv_index::{Flight, Overlap, Overlaps, Shared},
     openai::OpenAiRequest,
     services::Services,
 };
@@ -16,11 +16,13 @@ use outrigger_xds::block_hash::{self, BlockHash, Namespace};
 use serde::Serialize;
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Prompts of more tokens are hashed off the request's thread (some 60 ns a block).
 const INLINE_HASH_TOKENS_MAX: usize = 32 << 10;
+/// An engine's own figures older than this correct nothing: it is polled every half second.
+const FIGURES_AGE_MAX: Duration = Duration::from_secs(5);
 /// Costs are compared in units of this many blocks, so that rounding errors make no difference.
 const COST_GRAIN: f64 = 1e-6;
 
@@ -100,6 +102,8 @@ fn byte_chain(seed: BlockHash, request: &OpenAiRequest, block_bytes: usize) -> A
 pub(super) struct Decider<'a> {
     pub(super) config: &'a Config,
     pub(super) sent: &'a Sent,
+    /// The data-parallel rank that the client asks for.
+    pub(super) rank: Option<u32>,
     pub(super) services: &'a Services,
 }
 
@@ -109,8 +113,10 @@ struct Candidate {
     live: Arc<Live>,
     namespace: Namespace,
     overlap: Overlap,
+    shared: Shared,
     rank: Option<u32>,
-    hit_tokens: u64,
+    /// Where its cache is known.
+    hit_tokens: Option<u64>,
     inputs: Inputs,
     cost: f64,
     inhibited: bool,
@@ -122,7 +128,8 @@ struct Candidate {
 type Chains = Vec<(Namespace, Arc<[BlockHash]>)>;
 
 impl Decider<'_> {
-    /// Weighs the candidates and leaves ranking, prompt facts and record in the context.
+    /// Weighs the candidates and leaves ranking, prompt facts and record in the context. The answer keeps the prompt's
+    /// blocks in flight at the best one.
     #[expect(
         clippy::too_many_arguments,
         reason = "the inputs of one decision, used once"
@@ -136,7 +143,7 @@ impl Decider<'_> {
         context: &mut Context,
         how: &'static str,
         started: Instant,
-    ) {
+    ) -> Option<Flight> {
         let mut candidates: Vec<Candidate> = endpoints
             .iter()
             .map(|endpoint| Candidate::new(endpoint, model, salt))
@@ -157,10 +164,11 @@ impl Decider<'_> {
         self.overlap(&mut candidates, &chains, blocks.is_exact());
         self.weigh(&mut candidates, blocks.prompt_tokens(), blocks.is_exact());
         self.rank(&mut candidates);
-        self.conclude(&candidates, &chains, &blocks, context, how, started);
+        self.conclude(&candidates, &chains, &blocks, context, how, started)
     }
 
-    /// Looks up what each candidate holds: what engines told, or else what was sent to them.
+    /// Looks up what each candidate holds (what engines told, or else what was sent to them), and what of it this proxy has
+    /// in flight there.
     fn overlap(&self, candidates: &mut [Candidate], chains: &Chains, exact: bool) {
         let mut found = Overlaps::default();
         for (namespace, chain) in chains {
@@ -184,8 +192,9 @@ impl Decider<'_> {
                 .filter(|candidate| candidate.namespace == *namespace)
             {
                 let slot = candidate.endpoint.slot;
+                candidate.shared = self.services.kv_index.in_flight(slot, chain);
                 if exact && candidate.live.state.kv_events {
-                    candidate.take_best_rank(found.of(slot), &self.config.weights);
+                    candidate.take_best_rank(found.of(slot), &self.config.weights, self.rank);
                 } else if let Some((_, run)) = guessed.iter().find(|(other, _)| *other == slot) {
                     candidate.overlap = Overlap {
                         slot,
@@ -203,12 +212,12 @@ impl Decider<'_> {
             candidate.inputs = self.inputs(candidate, prompt_tokens);
             if exact && candidate.live.state.kv_events {
                 let blocks = u64::from(candidate.overlap.blocks());
-                candidate.hit_tokens = hit_tokens(
+                candidate.hit_tokens = Some(hit_tokens(
                     blocks * self.config.block_tokens as u64,
                     prompt_tokens,
                     candidate.live.state.block_tokens,
                     self.config.block_tokens as u64,
-                );
+                ));
             }
         }
         let min = candidates
@@ -222,13 +231,16 @@ impl Decider<'_> {
 
     /// Load as told, and what this router sent since. Of an endpoint nothing is told of, only the latter is known.
     ///
-    /// Prefill is also never less than what this router itself has in flight there: that covers what was on its way
-    /// while the report was.
+    /// Nothing is taken as less than what this router itself has in flight there: that covers what was on its way while
+    /// the report was. Requests are also never fewer than the engine itself counted when it was last polled: it knows of
+    /// those that were sent to it past all proxies. The engine's share of used blocks corrects nothing: it counts
+    /// generated blocks, and half a second after a conversation's turn it would still drive the next turn away.
     fn inputs(&self, candidate: &mut Candidate, prompt_tokens: u64) -> Inputs {
         let Candidate {
             endpoint,
             live,
             overlap,
+            shared,
             ..
         } = candidate;
         let stats = &endpoint.stats;
@@ -237,13 +249,14 @@ impl Decider<'_> {
         let since = self.sent.since(endpoint.slot, live.load_at);
         let (prefill, blocks, requests) = if live.heard {
             let load = &live.load;
+            let known = load.active_requests.max(counted_by_engine(live));
             (
                 (load.active_prefill_tokens + since.prefill_tokens).max(own_prefill),
-                load.active_blocks + since.blocks,
-                (load.active_requests + since.requests).max(own_active),
+                (load.active_blocks + since.blocks).max(shared.distinct),
+                (known + since.requests).max(own_active),
             )
         } else {
-            (own_prefill, 0, own_active)
+            (own_prefill, shared.distinct, own_active)
         };
         candidate.active = requests;
         // Load is told per engine; its ranks share it evenly as far as we can know.
@@ -256,6 +269,7 @@ impl Decider<'_> {
             remote: f64::from(overlap.remote_extra),
             prefill_tokens: prefill as f64 * share,
             active_blocks: blocks as f64 * share,
+            shared_blocks: f64::from(shared.prefix),
             active_requests: requests as f64 * share,
         }
     }
@@ -296,10 +310,8 @@ impl Decider<'_> {
         context: &mut Context,
         how: &'static str,
         started: Instant,
-    ) {
-        let Some(winner) = candidates.first() else {
-            return;
-        };
+    ) -> Option<Flight> {
+        let winner = candidates.first()?;
         let chain = chains
             .iter()
             .find(|(namespace, _)| *namespace == winner.namespace);
@@ -309,23 +321,32 @@ impl Decider<'_> {
             self.services.kv_index.guess(&chain, winner.endpoint.slot);
         }
         let amount = Amount {
-            prefill_tokens: prompt_tokens.saturating_sub(winner.hit_tokens),
-            blocks: prompt_tokens.div_ceil(self.config.block_tokens as u64),
+            prefill_tokens: prompt_tokens.saturating_sub(winner.hit_tokens.unwrap_or(0)),
+            blocks: prompt_tokens
+                .div_ceil(self.config.block_tokens as u64)
+                .saturating_sub(winner.shared.prefix.into()),
             requests: 1,
         };
         self.sent
             .note(winner.endpoint.slot, winner.live.load_at, amount);
         let told = chain.len().min(self.config.tell_blocks_max);
-        let blocks_told = match (blocks.is_exact(), told == chain.len()) {
-            (false, _) => Arc::default(),
-            (true, true) => chain,
-            (true, false) => chain[..told].into(),
+        // As many as the proxy beside the engine learns of: then both count alike.
+        let chain: Arc<[BlockHash]> = if told == chain.len() {
+            chain
+        } else {
+            chain[..told].into()
         };
+        let flight =
+            (told > 0).then(|| (self.services.kv_index).enter(winner.endpoint.slot, chain.clone()));
         context.prompt = PromptFacts {
             tokens: prompt_tokens,
-            blocks: blocks_told,
+            blocks: if blocks.is_exact() {
+                chain
+            } else {
+                Arc::default()
+            },
         };
-        context.log.hit_tokens_predicted = blocks.is_exact().then_some(winner.hit_tokens);
+        context.log.hit_tokens_predicted = winner.hit_tokens;
         context.ranked = candidates.iter().map(Candidate::ranked).collect();
         let record = Record {
             policy: "kv",
@@ -338,6 +359,17 @@ impl Decider<'_> {
             decision_us: started.elapsed().as_micros() as u64,
         };
         context.log.routing_decision = serde_json::to_string(&record).ok().map(Into::into);
+        flight
+    }
+}
+
+/// Requests running and waiting, as the engine itself said last; 0 if that is not known or too long ago.
+fn counted_by_engine(live: &Live) -> u64 {
+    match live.load.engine_age {
+        Some(age) if age + live.load_at.elapsed() <= FIGURES_AGE_MAX => {
+            live.load.running + live.load.waiting
+        }
+        _ => 0,
     }
 }
 
@@ -369,8 +401,9 @@ impl Candidate {
                 slot: endpoint.slot,
                 ..Overlap::default()
             },
+            shared: Shared::default(),
             rank: None,
-            hit_tokens: 0,
+            hit_tokens: None,
             inputs: Inputs::default(),
             cost: 0.0,
             inhibited: endpoint.is_inhibited(),
@@ -379,15 +412,20 @@ impl Candidate {
         }
     }
 
-    /// Of an engine's ranks the one that saves most; where none holds anything, the engine chooses.
-    fn take_best_rank(&mut self, ranks: &[Overlap], weights: &cost::Weights) {
+    /// Of an engine's ranks the one that the client named, or that saves most; where none holds anything, the engine
+    /// chooses.
+    fn take_best_rank(&mut self, ranks: &[Overlap], weights: &cost::Weights, named: Option<u32>) {
         let worth = |overlap: &Overlap| {
             weights.overlap_credit * f64::from(overlap.device)
                 + weights.host_weight * f64::from(overlap.host_extra)
                 + weights.disk_weight * f64::from(overlap.disk_extra)
                 + weights.remote_weight * f64::from(overlap.remote_extra)
         };
-        if let Some(best) = ranks.iter().max_by(|a, b| worth(a).total_cmp(&worth(b))) {
+        let best = ranks
+            .iter()
+            .filter(|overlap| named.is_none_or(|rank| overlap.rank == rank))
+            .max_by(|a, b| worth(a).total_cmp(&worth(b)));
+        if let Some(best) = best {
             self.overlap = *best;
             self.rank = (self.live.state.dp_size > 1).then_some(best.rank);
         }
@@ -408,7 +446,7 @@ impl Candidate {
             endpoint: &self.endpoint.id.0,
             rank: self.rank,
             cost: (self.cost * 1000.0).round() / 1000.0,
-            hit_tokens: self.hit_tokens,
+            hit_tokens: self.hit_tokens.unwrap_or(0),
             blocks: [
                 self.overlap.device,
                 self.overlap.host_extra,
@@ -417,6 +455,7 @@ impl Candidate {
             ],
             prefill_tokens: inputs.prefill_tokens as u64,
             active_blocks: inputs.active_blocks as u64,
+            shared_blocks: inputs.shared_blocks as u64,
             active_requests: inputs.active_requests as u64,
             inhibited: self.inhibited,
         }
@@ -478,6 +517,8 @@ struct Entry<'a> {
     blocks: [u32; 4],
     prefill_tokens: u64,
     active_blocks: u64,
+    /// Of these, blocks of the prompt.
+    shared_blocks: u64,
     active_requests: u64,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     inhibited: bool,

@@ -19,7 +19,7 @@ use std::{
 pub(super) struct Amount {
     /// Prompt tokens less predicted hits.
     pub(super) prefill_tokens: u64,
-    /// Prompt blocks.
+    /// Prompt blocks that were not active there already.
     pub(super) blocks: u64,
     /// Requests.
     pub(super) requests: u64,

@@ -34,7 +34,7 @@ pub const RETRY_HEADER: HeaderName = HeaderName::from_static("x-outrigger-retry"
 pub const SERVICE_TIME_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-upstream-service-time");
 /// The data-parallel rank, in the words of vLLM and SGLang.
-const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most block hashes told along in a header; the first ones matter most for what is shared.
@@ -143,8 +143,7 @@ impl<'a> Attempt<'a> {
             };
         self.address(request.headers_mut(), context);
         context.log.upstream_host = Some(endpoint.id.clone());
-        context.log.hit_tokens_predicted =
-            (context.prompt.tokens > 0).then_some(self.target.hit_tokens);
+        context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
         let started = Instant::now();
         let sent = self
@@ -214,7 +213,10 @@ impl<'a> Attempt<'a> {
             }
         }
         if let Some(rank) = self.target.rank {
-            headers.insert(RANK_HEADER, HeaderValue::from(rank));
+            // A client that names a rank means it; the prediction was then made for that one.
+            headers
+                .entry(RANK_HEADER)
+                .or_insert_with(|| HeaderValue::from(rank));
         }
         if self.target.endpoint.via == Via::Peer {
             self.tell_peer(headers, context);
@@ -232,7 +234,9 @@ impl<'a> Attempt<'a> {
             PROMPT_TOKENS_HEADER,
             HeaderValue::from(context.prompt.tokens),
         );
-        headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(self.target.hit_tokens));
+        if let Some(hit_tokens) = self.target.hit_tokens {
+            headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(hit_tokens));
+        }
         let told = &context.prompt.blocks[..context.prompt.blocks.len().min(TOLD_BLOCKS_MAX)];
         let bytes: Vec<u8> = told.iter().flat_map(|hash| hash.to_le_bytes()).collect();
         if let Ok(blocks) = HeaderValue::from_str(&STANDARD_NO_PAD.encode(bytes)) {
@@ -415,13 +419,10 @@ pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
     }
 }
 
-/// Hit tokens that a peer told.
+/// Hit tokens that a peer told; `None` if it could not predict any number.
 #[must_use]
-pub fn told_hits(headers: &HeaderMap) -> u64 {
-    headers
-        .get(&HIT_TOKENS_HEADER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .unwrap_or(0)
+pub fn told_hits(headers: &HeaderMap) -> Option<u64> {
+    headers.get(&HIT_TOKENS_HEADER)?.to_str().ok()?.parse().ok()
 }
 
 /// Takes off everything that only proxies may say to each other.
@@ -444,6 +445,6 @@ pub fn target(endpoint: Arc<Endpoint>) -> Ranked {
         endpoint,
         rank: None,
         cost: 0.0,
-        hit_tokens: 0,
+        hit_tokens: None,
     }
 }

@@ -83,6 +83,12 @@ impl Asker {
             let (status, answer) = asked.await.map_err(|_| Unavailable::EngineFailed)??;
             match status {
                 StatusCode::OK => return read(&answer).map(|ids| (ids, way)),
+                // vLLM answers 403 where rendering is switched off. Elsewhere it is about the client, as 401 is.
+                StatusCode::UNAUTHORIZED => return Err(Unavailable::EngineDenied),
+                StatusCode::FORBIDDEN if way != Way::Render => {
+                    return Err(Unavailable::EngineDenied);
+                }
+                StatusCode::TOO_MANY_REQUESTS => return Err(Unavailable::EngineFailed),
                 StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
                     // An unknown model is a 404 as well, but such requests do not come here.
                     self.remember(endpoint, way, path, status);

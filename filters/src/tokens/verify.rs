@@ -14,10 +14,10 @@ use crate::{
 };
 use bytes::Bytes;
 use serde_json::json;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
-
-/// How long a probe that the engine did not answer is not repeated.
-const RETRY_MS: u64 = 5_000;
+use std::{
+    sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
 /// What is known of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,13 +57,15 @@ impl Verified {
         }
     }
 
-    /// Asks the engine about the probe of this kind, if nobody else does.
+    /// Asks the engine about the probe of this kind, if nobody else does. If that says nothing, it is asked again after
+    /// `again_after`.
     pub(super) async fn verify(
         &self,
         kind: Kind,
         request: &OpenAiRequest,
         source: Source<'_>,
         asker: &Asker,
+        again_after: Duration,
     ) {
         let cell = &self.trust[kind as usize];
         let mine = clock_ms() >= self.not_before_ms.load(Relaxed)
@@ -92,7 +94,8 @@ impl Verified {
         let (outcome, result) = judge(ours.as_deref(), theirs.map(|(ids, _)| ids).as_deref());
         asking.outcome = outcome;
         if outcome == Trust::Unknown {
-            self.not_before_ms.store(clock_ms() + RETRY_MS, Relaxed);
+            let not_before = clock_ms() + again_after.as_millis() as u64;
+            self.not_before_ms.store(not_before, Relaxed);
         }
         metrics::counter!("outrigger_tokens_local_verifications_total", "kind" => kind.as_str(), "result" => result)
             .increment(1);
@@ -122,6 +125,8 @@ fn judge(
         // Without anything to compare with, the model's own files are still the best guess.
         (Ok(_), Err(Unavailable::EngineRefused)) => (Trust::Trusted, "unverifiable"),
         (Ok(_), Err(Unavailable::EngineFailed)) => (Trust::Unknown, "engine_failed"),
+        // The client that happened to be first has no key, or a wrong one: the next one may.
+        (Ok(_), Err(Unavailable::EngineDenied)) => (Trust::Unknown, "engine_denied"),
         (Ok(_), Err(_)) => (Trust::Distrusted, "engine_rejected"),
     }
 }
@@ -213,6 +218,11 @@ mod tests {
                 Ok(&[1, 2][..]),
                 Err(&Unavailable::EngineRejected),
                 Trust::Distrusted,
+            ),
+            (
+                Ok(&[1, 2][..]),
+                Err(&Unavailable::EngineDenied),
+                Trust::Unknown,
             ),
             (Err(&error), Ok(&[1][..]), Trust::Distrusted),
         ];

@@ -71,8 +71,17 @@ impl Endpoints for View {
         _endpoint: &Arc<Endpoint>,
         _want: &Want,
     ) -> Result<Box<dyn Reservation>, Error> {
-        Err(Error::no_healthy_upstream())
+        Ok(Box::new(Free))
     }
+}
+
+/// A reservation that nobody counts.
+struct Free;
+
+impl Reservation for Free {
+    fn first_byte(&mut self) {}
+    fn status(&mut self, _status: StatusCode) {}
+    fn finish(&mut self, _success: bool) {}
 }
 
 struct Answers {
@@ -190,6 +199,20 @@ impl Fleet {
         let mut live = Live::clone(&self.endpoints[index].live.load());
         change(Arc::make_mut(&mut live.state));
         self.endpoints[index].live.store(Arc::new(live));
+    }
+
+    /// The chain of `filters`, then the router: requests come to the engines.
+    pub(crate) fn chain_to_engines(&self, filters: &[(&str, serde_json::Value)]) -> Chain {
+        let router = (outrigger_filters::router::TYPE_URL, serde_json::json!({}));
+        let all = filters.iter().chain(std::iter::once(&router));
+        all.map(|(type_url, value)| {
+            let config = TypedConfig {
+                type_url: (*type_url).into(),
+                value: value.clone(),
+            };
+            registry::build(&config, &self.services).unwrap()
+        })
+        .collect()
     }
 
     /// The chain of `openai`, then `more`, then a filter that answers and leaves everything in the [`Outcome`].

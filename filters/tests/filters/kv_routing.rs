@@ -1,14 +1,17 @@
 //! The `kv_routing` filter: which endpoint comes first, and what is written down of it.
 
-use crate::fleet::{Engine, Fleet, KV, OPENAI, Outcome, post, vllm};
+use crate::fleet::{Engine, Fleet, KV, OPENAI, Outcome, post, run, vllm};
 use http::StatusCode;
-use outrigger_filters::{endpoints::Via, filter::Chain};
+use outrigger_filters::{body::RequestBody, endpoints::Via, filter::Chain};
 use outrigger_xds::{
     block_hash::{self, BlockHash, Namespace},
     report::{KvChange, Load, Shelf, Tier},
 };
 use serde_json::json;
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 fn silent() -> Engine {
     Arc::new(|_, _| (StatusCode::NOT_FOUND, "{}".into()))
@@ -71,7 +74,7 @@ async fn the_longest_prefix_wins_and_the_prediction_obeys_the_last_token_rule() 
         ["e2", "e1", "e0"],
         "all candidates, best first"
     );
-    let hits: Vec<u64> = outcome
+    let hits: Vec<Option<u64>> = outcome
         .context
         .ranked
         .iter()
@@ -79,7 +82,7 @@ async fn the_longest_prefix_wins_and_the_prediction_obeys_the_last_token_rule() 
         .collect();
     assert_eq!(
         hits,
-        [288, 128, 0],
+        [Some(288), Some(128), Some(0)],
         "of 320 tokens held the last block is computed again"
     );
     let costs: Vec<f64> = outcome
@@ -130,7 +133,7 @@ async fn adapters_and_salts_are_name_spaces_of_their_own() {
     ] {
         let outcome = post(&chain, "/v1/completions", body.to_string()).await;
         assert_eq!(outcome.names()[0], expected);
-        assert_eq!(outcome.context.ranked[1].hit_tokens, 0);
+        assert_eq!(outcome.context.ranked[1].hit_tokens, Some(0));
     }
 }
 
@@ -369,7 +372,7 @@ async fn a_single_candidate_is_predicted_without_asking_anybody() {
     let ids = ids(320);
     device(&fleet, 0, &hashes(&ids, None, None)[..6]);
     let outcome = complete(&chain, &ids).await;
-    assert_eq!(outcome.context.ranked[0].hit_tokens, 192);
+    assert_eq!(outcome.context.ranked[0].hit_tokens, Some(192));
     assert_eq!(
         outcome.context.prompt.blocks.len(),
         3,
@@ -407,4 +410,246 @@ async fn temperature_lets_others_have_a_turn() {
         firsts.insert(complete(&chain, &ids).await.names()[0].clone());
     }
     assert_eq!(firsts.len(), 3, "{firsts:?}");
+}
+
+fn cost_of(outcome: &Outcome, name: &str) -> f64 {
+    let mut ranked = outcome.context.ranked.iter();
+    ranked
+        .find(|ranked| &*ranked.endpoint.id.0 == name)
+        .unwrap()
+        .cost
+}
+
+#[tokio::test]
+async fn a_shared_prefix_that_is_active_already_is_not_counted_twice() {
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), silent());
+    let chain = chain(&fleet, json!({}));
+    let ids = ids(3200);
+    device(&fleet, 0, &hashes(&ids, None, None));
+    // In flight as long as its outcome lives.
+    let running = complete(&chain, &ids).await;
+    assert_eq!(running.names()[0], "e0");
+    let told = Load {
+        active_blocks: 100,
+        active_requests: 1,
+        ..Load::default()
+    };
+    // Until the report, the last block of the first is still being prefilled, as it always is; then nothing is.
+    for (told, expected) in [(None, 101.0), (Some(&told), 100.0)] {
+        if let Some(told) = told {
+            fleet.tell(0, told.clone());
+        }
+        let second = complete(&chain, &ids).await;
+        assert_eq!(
+            (cost_of(&second, "e0"), cost_of(&second, "e1")),
+            (expected, 200.0),
+            "all of its 100 blocks are active at e0"
+        );
+        assert_eq!(second.decision()["winner"]["shared_blocks"], 100);
+    }
+    // Of another prompt only the common beginning is.
+    let mut other = ids.clone();
+    other.truncate(1600);
+    other.extend(90_000..91_600);
+    fleet.tell(0, told);
+    let third = complete(&chain, &other).await;
+    assert_eq!(cost_of(&third, "e0"), 50.0 + 150.0);
+    drop((running, third));
+    fleet.tell(0, Load::default());
+    let last = complete(&chain, &ids).await;
+    assert_eq!(last.decision()["winner"]["shared_blocks"], 0);
+    assert_eq!(cost_of(&last, "e0"), 100.0);
+}
+
+#[tokio::test]
+async fn a_note_of_what_was_sent_adds_only_blocks_that_were_not_active() {
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), silent());
+    let chain = chain(&fleet, json!({}));
+    let ids = ids(320);
+    device(&fleet, 0, &hashes(&ids, None, None));
+    let mut running = Vec::new();
+    for _ in 0..3 {
+        running.push(complete(&chain, &ids).await);
+    }
+    let decision = complete(&chain, &ids).await.decision();
+    assert_eq!(
+        (
+            &decision["winner"]["active_blocks"],
+            &decision["winner"]["shared_blocks"]
+        ),
+        (&json!(10), &json!(10)),
+        "three requests of the same ten blocks"
+    );
+}
+
+#[tokio::test]
+async fn what_is_in_flight_outlives_a_push_of_configuration() {
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), silent());
+    let ids = ids(320);
+    device(&fleet, 0, &hashes(&ids, None, None));
+    let _running = complete(&chain(&fleet, json!({})), &ids).await;
+    let after = complete(&chain(&fleet, json!({})), &ids).await.decision();
+    assert_eq!(after["winner"]["active_blocks"], 10);
+    assert_eq!(after["winner"]["shared_blocks"], 10);
+}
+
+#[tokio::test]
+async fn requests_sent_past_all_proxies_are_seen_by_the_engines_own_figures() {
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), silent());
+    let weighted = json!({"weights": {"decode_active_request_weight": 2.0}});
+    let chain = chain(&fleet, weighted);
+    let polled = |age| Load {
+        running: 6,
+        waiting: 2,
+        active_requests: 3,
+        engine_age: Some(std::time::Duration::from_millis(age)),
+        ..Load::default()
+    };
+    fleet.tell(0, polled(100));
+    let outcome = complete(&chain, &ids(320)).await;
+    assert_eq!(outcome.names()[0], "e1");
+    assert_eq!(outcome.decision()["runner_up"]["active_requests"], 8);
+    assert_eq!(cost_of(&outcome, "e0"), 20.0 + 16.0);
+    // Figures of long ago correct nothing, nor do those that are lower.
+    for load in [
+        polled(60_000),
+        Load {
+            running: 1,
+            waiting: 0,
+            ..polled(100)
+        },
+    ] {
+        fleet.tell(0, load);
+        fleet.tell(1, Load::default());
+        let outcome = complete(&chain, &ids(320)).await;
+        assert_eq!(outcome.decision()["runner_up"]["active_requests"], 3);
+    }
+}
+
+fn with_rank(body: &str, rank: &'static str) -> http::Request<RequestBody> {
+    http::Request::post("/v1/completions")
+        .header("content-type", "application/json")
+        .header("x-data-parallel-rank", rank)
+        .body(RequestBody::full(body.to_owned()))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_client_s_own_rank_is_not_overwritten() {
+    let mut state = vllm("");
+    state.dp_size = 4;
+    let engine: Engine = Arc::new(|_, _| (StatusCode::OK, "{}".into()));
+    let fleet = Fleet::new(&[Via::Peer; 2], &state, engine);
+    let chain = fleet.chain_to_engines(&[(OPENAI, json!({})), (KV, json!({}))]);
+    let ids = ids(320);
+    let shelf = Shelf {
+        rank: 3,
+        tier: Tier::Device,
+    };
+    holds(&fleet, 1, shelf, &hashes(&ids, None, None));
+    let body = json!({"model": "m", "prompt": ids}).to_string();
+    run(&chain, with_rank(&body, "2")).await;
+    post(&chain, "/v1/completions", body).await;
+    let asked = fleet.asked.lock().unwrap().clone();
+    assert_eq!(asked[0].headers["x-data-parallel-rank"], "2");
+    let ours = &asked[1];
+    assert_eq!(
+        (&*ours.endpoint.0, &ours.headers["x-data-parallel-rank"]),
+        ("e1", &"3".parse::<http::HeaderValue>().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn where_nothing_was_predicted_the_log_does_not_say_zero() {
+    let engine: Engine = Arc::new(|_, _| (StatusCode::OK, "{}".into()));
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), engine);
+    let chain = fleet.chain_to_engines(&[(OPENAI, json!({})), (KV, json!({}))]);
+    let image = json!({"type": "image_url", "image_url": {"url": "x".repeat(400)}});
+    let media = json!({"model": "m", "messages": [{"role": "user", "content": [image]}]});
+    let ids = json!({"model": "m", "prompt": ids(320)});
+    for (path, body, expected) in [
+        ("/v1/chat/completions", media, None),
+        ("/v1/completions", ids, Some(0)),
+    ] {
+        let outcome = post(&chain, path, body.to_string()).await;
+        assert!(outcome.context.prompt.tokens > 0, "its length is known");
+        assert_eq!(outcome.context.log.hit_tokens_predicted, expected);
+        let asked = fleet.asked.lock().unwrap().last().unwrap().headers.clone();
+        let told = asked
+            .get("x-outrigger-hit-tokens")
+            .map(|told| told.to_str().unwrap().parse::<u64>().unwrap());
+        assert_eq!(told, expected, "the peer is told the same");
+    }
+}
+
+#[tokio::test]
+async fn what_is_in_flight_moves_to_the_engine_that_answered() {
+    let failing = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let engine: Engine = {
+        let failing = failing.clone();
+        // The first question fails, whoever is asked.
+        Arc::new(move |_, _| match failing.swap(false, Relaxed) {
+            true => (StatusCode::BAD_GATEWAY, "{}".into()),
+            false => (StatusCode::OK, "{}".into()),
+        })
+    };
+    let fleet = Fleet::new(&[Via::Peer; 2], &vllm(""), engine);
+    let chain = fleet.chain_to_engines(&[(OPENAI, json!({})), (KV, json!({}))]);
+    let ids = ids(320);
+    let blocks = hashes(&ids, None, None);
+    device(&fleet, 0, &blocks);
+    let running = complete(&chain, &ids).await;
+    let shared = || {
+        let of = |index: usize| {
+            let slot = fleet.endpoints[index].slot;
+            fleet.services.kv_index.in_flight(slot, &blocks).prefix
+        };
+        (of(0), of(1))
+    };
+    let served = running.context.log.upstream_host.clone().unwrap();
+    assert_eq!((&*served.0, shared()), ("e1", (0, 10)));
+    drop(running);
+    assert_eq!(shared(), (0, 0));
+}
+
+#[tokio::test]
+async fn a_rank_that_the_client_names_is_the_one_predicted_for() {
+    let mut state = vllm("");
+    state.dp_size = 4;
+    let fleet = Fleet::new(&[Via::Peer; 2], &state, silent());
+    let chain = chain(&fleet, json!({}));
+    let ids = ids(320);
+    let blocks = hashes(&ids, None, None);
+    for (rank, held) in [(1, 2), (3, 5)] {
+        let tier = Tier::Device;
+        holds(&fleet, 1, Shelf { rank, tier }, &blocks[..held]);
+    }
+    let body = json!({"model": "m", "prompt": ids}).to_string();
+    for (named, hits) in [("1", 64), ("2", 0)] {
+        let outcome = run(&chain, with_rank(&body, named)).await;
+        let ranked = outcome.context.ranked.iter();
+        let of_holder = ranked
+            .clone()
+            .find(|ranked| &*ranked.endpoint.id.0 == "e1")
+            .unwrap();
+        assert_eq!(of_holder.hit_tokens, Some(hits), "rank {named}");
+        assert_ne!(of_holder.rank, Some(3), "rank {named}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_predicted_of_an_engine_that_tells_no_events() {
+    let mut state = vllm("");
+    state.kv_events = false;
+    let fleet = Fleet::new(&[Via::Peer; 2], &state, silent());
+    let outcome = complete(&chain(&fleet, json!({})), &ids(320)).await;
+    assert_eq!(outcome.context.log.hit_tokens_predicted, None);
+    assert_eq!(outcome.context.ranked[0].hit_tokens, None);
+    let known = Fleet::new(&[Via::Peer; 2], &vllm(""), silent());
+    let outcome = complete(&chain(&known, json!({})), &ids(320)).await;
+    assert_eq!(
+        outcome.context.log.hit_tokens_predicted,
+        Some(0),
+        "its events say that it holds nothing"
+    );
 }

@@ -6,12 +6,15 @@ use http::{HeaderMap, StatusCode};
 use outrigger_filters::{
     endpoints::Via,
     openai::{Api, OpenAiRequest, StreamLimits},
-    tokens::{How, Source, Tokenized, Unavailable},
+    tokens::{How, Source, Tokenized, Tokenizers, TokenizersConfig, Unavailable},
 };
 use outrigger_xds::report::EngineKind;
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 fn request(api: Api, body: &str) -> Arc<OpenAiRequest> {
@@ -248,7 +251,7 @@ async fn settled(fleet: &Fleet) -> Tokenized {
             return got;
         }
         last = Some(got);
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     last.unwrap()
 }
@@ -297,6 +300,52 @@ async fn a_local_tokenizer_that_disagrees_is_never_used() {
 }
 
 #[tokio::test]
+async fn a_client_without_a_key_does_not_turn_the_local_tokenizer_off() {
+    let root = small_model();
+    for refusal in [401, 403, 429] {
+        let refusing = Arc::new(AtomicBool::new(true));
+        let twin = twin(Arc::new(AtomicBool::new(true)));
+        let engine: Engine = {
+            let refusing = refusing.clone();
+            Arc::new(move |path, body| match refusing.load(Relaxed) {
+                true => (StatusCode::from_u16(refusal).unwrap(), "{}".into()),
+                false => twin(path, body),
+            })
+        };
+        let mut fleet = Fleet::new(&[Via::Local], &vllm(root.to_str().unwrap()), engine);
+        fleet.services.tokenizers = Arc::new(Tokenizers::new(TokenizersConfig {
+            verify_again_after: Duration::from_millis(20),
+            ..TokenizersConfig::default()
+        }));
+        // Only the probe asks the engine here.
+        while fleet.paths().is_empty() {
+            assert!(tokens(&fleet, &chat("x"), false).await.is_err());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        refusing.store(false, Relaxed);
+        assert_eq!(settled(&fleet).await.how, How::Local, "after a {refusal}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_is_not_let_in_says_nothing_of_the_engine() {
+    for (status, expected) in [
+        (StatusCode::UNAUTHORIZED, Unavailable::EngineDenied),
+        (StatusCode::FORBIDDEN, Unavailable::EngineDenied),
+        (StatusCode::TOO_MANY_REQUESTS, Unavailable::EngineFailed),
+    ] {
+        let engine: Engine = Arc::new(move |_, _| (status, "{}".into()));
+        let fleet = Fleet::new(&[Via::Local], &vllm(""), engine);
+        fleet.change(0, |state| state.kind = EngineKind::Sglang);
+        for _ in 0..2 {
+            let got = tokens(&fleet, &chat("x"), true).await;
+            assert_eq!(got, Err(expected), "{status}");
+        }
+        assert_eq!(fleet.paths().len(), 2, "the next client is asked for");
+    }
+}
+
+#[tokio::test]
 async fn a_model_without_files_here_is_asked_of_its_engine() {
     let fleet = Fleet::new(&[Via::Local], &vllm("/nowhere/at/all"), recorded());
     for _ in 0..3 {
@@ -304,6 +353,6 @@ async fn a_model_without_files_here_is_asked_of_its_engine() {
             tokens(&fleet, &chat("x"), true).await.unwrap().ids.len(),
             34
         );
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -122,3 +122,36 @@ fn event_sources(events: &KvEvents, host: &str) -> Vec<EventSource> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_grow_by_one_a_rank() {
+        let info = |events: &str| {
+            let body = format!(r#"{{"dp_size":2,"page_size":16,"kv_events":{events}}}"#);
+            let mut answers = Answers::default();
+            answers.server_info = Some(body.into());
+            let mut state = EngineState::default();
+            let sources = complete(&answers, &Figures::default(), "h", &mut state);
+            assert_eq!((state.dp_size, state.block_tokens), (2, 16));
+            sources
+        };
+        let sources = info(
+            r#"{"publisher":"zmq","endpoint_host":"*","endpoint_port_base":5557,"topic":"kv","dp_size":2,"replay_endpoint_port_base":5657}"#,
+        );
+        let source = |rank, port: u16, replay: u16| EventSource {
+            rank,
+            address: format!("h:{port}"),
+            may_bind: false,
+            replay: Some(format!("h:{replay}")),
+            topic: "kv".into(),
+        };
+        assert_eq!(sources, [source(0, 5557, 5657), source(1, 5558, 5658)]);
+        let off = r#"{"publisher":"null","endpoint_host":"*","endpoint_port_base":5557}"#;
+        assert!(info(off).is_empty());
+        let last = r#"{"endpoint_host":"*","endpoint_port_base":65535,"dp_size":2}"#;
+        assert_eq!(info(last).len(), 1, "there is no port 65536");
+    }
+}

@@ -9,16 +9,16 @@ use rmpv::Value;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const ID: &str = "node/e";
+pub(crate) const ID: &str = "node/e";
 
-fn config(engine: &FakeEngine) -> EngineConfig {
+pub(crate) fn config(engine: &FakeEngine) -> EngineConfig {
     EngineConfig {
         poll_interval: Duration::from_millis(100),
         ..EngineConfig::new(ID.into(), engine.url())
     }
 }
 
-fn watch(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
+pub(crate) fn watch(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
     let hub = Hub::new();
     hub.watch(config(engine));
     let listener = Listener::new(hub.subscribe());
@@ -26,7 +26,7 @@ fn watch(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
 }
 
 /// Watches and waits until events flow.
-async fn following(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
+pub(crate) async fn following(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
     let (hub, mut listener) = watch(engine);
     listener
         .until(ID, "a settled history", |picture| {
@@ -80,6 +80,29 @@ async fn an_engine_is_detected_and_its_events_followed() {
     listener
         .until(ID, "nothing", |picture| picture.blocks.is_empty())
         .await;
+}
+
+#[tokio::test]
+async fn fields_of_tomorrow_are_counted_by_engine() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let counted = recorder.handle();
+    // The runtime of a test is one thread: this one.
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let engine = FakeEngine::start().await;
+    let (_hub, mut listener) = following(&engine).await;
+    let a = prompt(1, 1);
+    // Each has one, as all stores of this engine.
+    engine.publish(vec![stored(&a, 32, 0), stored(&a, 32, 0)]);
+    engine.publish(vec![removed(&a), removed(&a)]);
+    engine.publish(vec![stored(&prompt(2, 1), 32, 0)]);
+    listener
+        .until(ID, "the last", |picture| {
+            picture.device() == canonical(&[&prompt(2, 1)])
+        })
+        .await;
+    let line = "outrigger_kv_blocks_ignored_total{engine=\"node/e\",reason=\"unknown_field\"} 3";
+    let page = counted.render();
+    assert!(page.contains(line), "{page}");
 }
 
 #[tokio::test]

@@ -9,4 +9,6 @@ mod agent;
 mod engine;
 mod feed;
 mod listener;
+mod ranks;
+mod sglang;
 mod support;

@@ -33,6 +33,12 @@ pub(crate) struct Inner {
     pub(crate) replays: u32,
     pub(crate) connect_mode: bool,
     pub(crate) no_replay: bool,
+    /// Whose events these are.
+    pub(crate) rank: u32,
+    /// PUB and ROUTER sockets of further ranks, told beside those of rank 0.
+    pub(crate) further_ranks: Vec<(SocketAddr, SocketAddr)>,
+    /// Answers by path, of an engine that has no others.
+    pub(crate) bodies: Option<HashMap<&'static str, String>>,
 }
 
 pub(crate) struct FakeEngine {
@@ -80,6 +86,9 @@ impl FakeEngine {
             replays: 0,
             connect_mode: false,
             no_replay: false,
+            rank: 0,
+            further_ranks: Vec::new(),
+            bodies: None,
         };
         change(&mut inner);
         let mut engine = Self {
@@ -171,7 +180,7 @@ impl FakeEngine {
         inner.next += 1;
         // The time stamp makes each process's batches differ, as it does in life.
         let stamp = inner.process_start + seq as f64 / 1000.0;
-        let batch = Value::Array(vec![stamp.into(), Value::Array(events), 0.into()]);
+        let batch = Value::Array(vec![stamp.into(), Value::Array(events), inner.rank.into()]);
         let mut payload = Vec::new();
         rmpv::encode::write_value(&mut payload, &batch).unwrap();
         inner.batches.push((seq, payload.clone()));
@@ -224,6 +233,11 @@ impl Drop for FakeEngine {
 }
 
 fn answer(path: &str, inner: &Inner, ports: (SocketAddr, SocketAddr)) -> (u16, String) {
+    let not_found = || (404, r#"{"detail":"Not Found"}"#.into());
+    if let Some(bodies) = &inner.bodies {
+        let body = bodies.get(path).cloned();
+        return body.map_or_else(not_found, |body| (200, body));
+    }
     match path {
         "/version" => (200, r#"{"version":"0.32.0"}"#.into()),
         "/health" => (200, String::new()),
@@ -242,20 +256,22 @@ fn answer(path: &str, inner: &Inner, ports: (SocketAddr, SocketAddr)) -> (u16, S
         ),
         "/kv_event_sources" => {
             let host = if inner.connect_mode { "127.0.0.1" } else { "*" };
-            let replay = if inner.no_replay {
-                "null".into()
-            } else {
-                format!("\"tcp://*:{}\"", ports.1.port())
-            };
-            (
-                200,
+            let source = |(rank, (publisher, replay)): (usize, &(SocketAddr, SocketAddr))| {
+                let replay = if inner.no_replay {
+                    "null".into()
+                } else {
+                    format!("\"tcp://*:{}\"", replay.port())
+                };
                 format!(
-                    r#"{{"0":{{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://{host}:{}","replay_endpoint":{replay},"topic":"{TOPIC}"}}}}"#,
-                    ports.0.port()
-                ),
-            )
+                    r#""{rank}":{{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://{host}:{}","replay_endpoint":{replay},"topic":"{TOPIC}"}}"#,
+                    publisher.port()
+                )
+            };
+            let ranks = std::iter::once(&ports).chain(&inner.further_ranks);
+            let sources: Vec<String> = ranks.enumerate().map(source).collect();
+            (200, format!("{{{}}}", sources.join(",")))
         }
-        _ => (404, r#"{"detail":"Not Found"}"#.into()),
+        _ => not_found(),
     }
 }
 

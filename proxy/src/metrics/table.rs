@@ -232,7 +232,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_kv_event_waiting_overflows_total", &["engine"], "How often too many KV events waited for a replay."),
     counter("outrigger_kv_event_followers_lost_total", &["engine"], "How often following an engine's KV events ended by a fault of ours and began anew."),
     counter("outrigger_kv_event_garbage_total", &["engine"], "KV messages of an engine that could not be read."),
-    counter("outrigger_kv_blocks_ignored_total", &["engine", "reason"], "KV blocks announced by an engine that cannot be indexed."),
+    counter("outrigger_kv_blocks_ignored_total", &["engine", "reason"], "What an engine announced of KV blocks and cannot be indexed: blocks, events, fields."),
     gauge("outrigger_kv_blocks_tracked", &["engine"], "KV blocks of an engine that its own proxy or agent keeps track of."),
     gauge("outrigger_kv_events_seq", &["engine"], "Sequence number of the last KV event applied to the index."),
     counter("outrigger_nats_snapshots_total", NONE, "Snapshots published over NATS."),
