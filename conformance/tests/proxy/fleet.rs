@@ -166,6 +166,40 @@ async fn what_administers_engines_is_refused_from_outside() {
 }
 
 #[tokio::test]
+async fn weights_and_corpora_of_engines_are_not_open_to_clients() {
+    let server = Upstream::named("engine").await;
+    let proxy = ProxyBuilder::new().server(server.address).start();
+    let mut client = proxy.client(Version::H1).await;
+    for path in [
+        // vLLM 0.32
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/update_weight_version",
+        "/finish_weight_update",
+        "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
+        "/weight_checker",
+        "/weight_info",
+        // SGLang 0.5.23
+        "/begin_weight_update",
+        "/end_weight_update",
+        "/weights_checker",
+        "/add_external_corpus",
+        "/remove_external_corpus",
+        "/list_external_corpora",
+        "/remote_instance_transfer_engine_info",
+        "/get_remote_instance_transfer_engine_info",
+    ] {
+        for method in [Method::POST, Method::GET, Method::PUT] {
+            let reply = client.send(request(method.clone(), path, "{}")).await;
+            assert_eq!(reply.status, 403, "{method} {path}");
+        }
+    }
+    assert!(server.exchanges().is_empty(), "nothing reached the engine");
+}
+
+#[tokio::test]
 async fn inbound_serves_only_what_it_is_asked_for_by_name_and_has() {
     let engine = engine("sim");
     let proxy = ProxyBuilder::new().engine(engine.http_addr).start();
