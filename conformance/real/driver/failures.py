@@ -12,6 +12,7 @@ from fleet import blocks_of, health, wait_until
 from mix import prose
 
 WAIT_S = 60  # no request may take longer than this, whatever happens to its engine
+ENGINES_WORDS = b"EngineCore encountered an issue"  # what vLLM's API server says in a stream when its worker died
 
 
 class Load:
@@ -78,11 +79,17 @@ def verdict(stream, reply):
     return "ended with an error" if events_delivered(reply) else "failed: an error and nothing before it"
 
 
-def kill_under_load(report, label, victim, proxies, pid):
-    """Kills `pid` of the victim under load and judges every request. Returns figures."""
+def kill_under_load(report, label, victim, proxies, pid, in_its_words=False):
+    """Kills `pid` of the victim under load and judges every request. Returns figures.
+
+    With `in_its_words` some stream must have ended with the error that the engine itself reported.
+    """
     load = Load(proxies)
     try:
-        well = wait_until(lambda: load.strikes_well(victim), 45, every_s=0.02)
+        # A block count that was never above 0 would prove nothing when it is 0 afterwards.
+        indexed = wait_until(lambda: all(blocks_of(p, victim) > 0 for p in proxies), 45)
+        well = wait_until(lambda: load.strikes_well(victim) and all(blocks_of(p, victim) > 0 for p in proxies)
+                          and load.strikes_well(victim), 45, every_s=0.02)
         victim.kill(pid())
         killed = time.monotonic()
         gone = [wait_until(lambda p=p: blocks_of(p, victim) == 0, 15) for p in proxies]
@@ -97,6 +104,12 @@ def kill_under_load(report, label, victim, proxies, pid):
     struck = sum(reply.sent < killed < reply.done for _, reply in records)
     after = load.served_since(killed + 1)
     bad = {word: n for word, n in verdicts.items() if word not in ("answered", "ended with an error")}
+    own = sum(stream and ENGINES_WORDS in reply.body for stream, reply in records)
+    report.expect(f"7.4 {label}: it was in every index before", None not in (indexed, well), indexed)
+    if in_its_words:
+        report.expect(f"7.4 {label}: a stream ended with the engine's own error and [DONE]",
+                      any(stream and ENGINES_WORDS in reply.body and verdict(stream, reply) == "ended with an error"
+                          for stream, reply in records), own)
     report.expect(f"7.4 {label}: it died while it wrote to two clients and a third had nothing yet", well is not None, f"{struck} under way")
     report.expect(f"7.4 {label}: no request hung, none failed that had nothing delivered, no stream was torn", not bad, bad or verdicts)
     report.expect(f"7.4 {label}: streams that had delivered ended with an error event and [DONE]", verdicts.get("ended with an error", 0) >= 1, verdicts)
@@ -104,7 +117,7 @@ def kill_under_load(report, label, victim, proxies, pid):
     report.expect(f"7.4 {label}: the dead engine left every index", None not in gone, gone)
     report.expect(f"7.4 {label}: the dead engine is unhealthy in every proxy", None not in dead, dead)
     longest = max(reply.done - reply.sent for _, reply in records)
-    return {"requests": len(records), "under_way_when_it_died": struck, "verdicts": verdicts,
+    return {"requests": len(records), "under_way_when_it_died": struck, "verdicts": verdicts, "in_the_engines_words": own,
             "left_the_index_s": gone, "unhealthy_s": dead, "longest_request_s": round(longest, 2)}
 
 
@@ -150,7 +163,7 @@ def run(report, engines, proxies):
     victim, other = engines
     figures = {"api_server": kill_under_load(report, "API server killed", victim, proxies, lambda: victim.child.pid)}
     figures["api_server"]["back"] = comes_back(report, "API server killed", victim, proxies)
-    figures["worker"] = kill_under_load(report, "worker killed", victim, proxies, victim.worker_pid)
+    figures["worker"] = kill_under_load(report, "worker killed", victim, proxies, victim.worker_pid, in_its_words=True)
     figures["worker"]["back"] = comes_back(report, "worker killed", victim, proxies, "smollm2-also")
     union(report, victim, other, proxies)
     return figures

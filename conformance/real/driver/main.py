@@ -13,6 +13,7 @@ import failures
 import mix
 import prediction
 import wire
+from fleet import health, wait_until
 from processes import Engine, Proxy
 from report import Report
 
@@ -31,6 +32,12 @@ def arguments():
     return parser.parse_args()
 
 
+def reviewed(name):
+    """A list that people keep beside the stage."""
+    with open(os.path.join(HERE, "..", name)) as file:
+        return json.load(file)
+
+
 class Stage:
     """The processes, and the parts that use them."""
 
@@ -42,6 +49,7 @@ class Stage:
         self.engines = [Engine(f"engine-{x}", args.engines, self.logs) for x in "ab"]
         self.proxies = [Proxy(f"proxy-{x}", args.proxy, engine, self.logs) for x, engine in zip("ab", self.engines)]
         self.lone = Proxy("proxy-lone", args.proxy, self.engines[0], self.logs)
+        self.entry = Proxy("proxy-entry", args.proxy, None, self.logs)
         self.kept = []
 
     def start_engines(self, _report):
@@ -59,13 +67,17 @@ class Stage:
             proxy.wait_ready()
 
     def wire(self, report):
-        with open(os.path.join(HERE, "..", "exceptions.json")) as rules:
-            rules = json.load(rules)
+        rules, groups = (reviewed(name) for name in ("exceptions.json", "open_paths.json"))
         self.lone.start()
-        self.lone.wait_ready()
+        self.entry.start(peers=[self.lone])
         try:
-            return wire.run(report, self.engines[0], self.lone, self.args.recordings, rules)
+            self.lone.wait_ready()
+            self.entry.wait_ready()
+            if wait_until(lambda: health(self.entry, self.engines[0]) == "healthy", 20) is None:
+                raise RuntimeError("the proxy without an engine does not hear of its peer's")
+            return wire.run(report, self.engines[0], self.lone, self.entry, self.args.recordings, rules, groups)
         finally:
+            self.entry.stop()
             self.lone.stop()
 
     def routing(self, report):
@@ -91,7 +103,7 @@ class Stage:
     def stop(self):
         for number in ENDING:  # one signal is enough; the next must not keep processes alive
             signal.signal(number, signal.SIG_IGN)
-        for process in (self.lone, *self.proxies, *self.engines):
+        for process in (self.entry, self.lone, *self.proxies, *self.engines):
             process.stop(grace_s=5)
 
 

@@ -142,7 +142,7 @@ class Engine(Process):
 
 
 class Proxy(Process):
-    """One outrigger-proxy beside an engine. Its ports stay the same over restarts."""
+    """One outrigger-proxy, beside an engine or (with None) beside none. Its ports stay the same over restarts."""
 
     def __init__(self, name, binary, engine, logs):
         super().__init__(name, logs)
@@ -151,8 +151,10 @@ class Proxy(Process):
         self.address, self.inbound, self.admin = (f"127.0.0.1:{first + n}" for n in range(3))
 
     def start(self, policy="kv", peers=()):
-        argv = [self.binary, "--node-id", self.name, "--engine", f"http://{self.engine.address}", "--listen", self.address,
-                "--inbound", self.inbound, "--admin", self.admin, "--policy", policy]
+        argv = [self.binary, "--node-id", self.name, "--listen", self.address, "--inbound", self.inbound,
+                "--admin", self.admin, "--policy", policy]
+        if self.engine is not None:
+            argv += ["--engine", f"http://{self.engine.address}"]
         for peer in peers:
             argv += ["--peer", f"http://{peer.inbound}"]
         self.spawn(argv)
@@ -161,4 +163,8 @@ class Proxy(Process):
         self.wait_for("ready", lambda: client.status(self.admin, "/ready") == 200, timeout_s)
 
     def metrics(self):
-        return client.metrics(self.admin, "/stats/prometheus")
+        """Samples of its page; that it has none is an error, so that silence never counts as zero."""
+        samples = client.metrics(self.admin, "/stats/prometheus")
+        if not samples:
+            raise RuntimeError(f"{self.name} does not tell its metrics:\n{self.tail()}")
+        return samples

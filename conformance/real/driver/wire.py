@@ -22,6 +22,8 @@ REFUSED = [
     ("POST", "/collective_rpc"), ("GET", "/server_info"), ("POST", "/sleep?level=1"), ("POST", "/wake_up"),
     ("GET", "/is_sleeping"), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/is_paused"), ("POST", "/abort_requests"),
     ("POST", "/release_kv_cache_memory"), ("POST", "/update_weights"), ("POST", "/scale_elastic_ep"),
+    ("POST", "/start_weight_update"), ("POST", "/start_draft_weight_update"), ("POST", "/finish_weight_update"),
+    ("POST", "/shutdown_weight_transfer_engine"), ("POST", "/weight_checker"), ("GET", "/weight_info"),
     ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
     # The same places in other spellings: the engine decodes the path before it looks it up.
     ("POST", "/%73leep?level=1"), ("POST", "/reset%5fprefix_cache"), ("POST", "/sleep/?level=1"), ("POST", "//sleep?level=1"),
@@ -124,9 +126,9 @@ def differences(direct, through, additions):
 
 
 def compare_exchanges(report, engine, proxy, folder, rules):
-    """Each recorded request, straight and through the proxy, each with a cold cache."""
+    """Each recorded request, straight and through the proxy, each with a cold cache. Also gives the engine's replies."""
     equal = one_by_one = 0
-    used, recorded = set(), cases(folder)
+    used, added, direct_replies, recorded = set(), set(), {}, cases(folder)
     report.expect("7.1 recorded requests found", len(recorded) >= 40, len(recorded))
     for name, method, path, body in recorded:
         headers = {"content-type": "application/json"} if body is not None else {}
@@ -134,6 +136,8 @@ def compare_exchanges(report, engine, proxy, folder, rules):
         direct = client.exchange(engine.address, method, path, body, headers)
         cold([engine])
         through = client.exchange(proxy.address, method, path, body, headers)
+        direct_replies[name] = direct
+        added |= {header.lower() for header, _ in through.headers} & rules["additions"].keys()
         found, same_events = differences(direct, through, rules["additions"])
         left = []
         for part, theirs, ours in found:
@@ -146,7 +150,28 @@ def compare_exchanges(report, engine, proxy, folder, rules):
     report.expect("7.1 replies through the proxy equal the engine's", equal == len(recorded), f"{equal} of {len(recorded)}")
     stale = [r for n, r in enumerate(rules["exceptions"]) if n not in used]
     report.expect("7.1 every reviewed exception is needed", not stale, stale or len(used))
-    return {"requests": len(recorded), "equal": equal, "equal_event_by_event": one_by_one, "exceptions_used": len(used)}
+    unseen = sorted(rules["additions"].keys() - added)
+    report.expect("7.1 every addition of the proxy was seen", not unseen, unseen or sorted(added))
+    figures = {"requests": len(recorded), "equal": equal, "equal_event_by_event": one_by_one, "exceptions_used": len(used)}
+    return figures, direct_replies
+
+
+def compare_two_hops(report, engine, entry, folder, direct_replies):
+    """Each recorded request through a proxy without an engine of its own and a peer: status, body and events as the engine's."""
+    recorded, unequal = cases(folder), 0
+    for name, method, path, body in recorded:
+        headers = {"content-type": "application/json"} if body is not None else {}
+        cold([engine])
+        through = client.exchange(entry.address, method, path, body, headers)
+        found, _ = differences(direct_replies[name], through, ())
+        left = [x for x in found if x[0] in ("exchange", "status", "body")]
+        if not (through.header("x-outrigger-endpoint") or "").endswith(engine.address):
+            left.append(("served by", engine.address, through.header("x-outrigger-endpoint")))
+        if left:
+            report.expect(f"7.1 {name} is equal over two hops", False, left)
+        unequal += bool(left)
+    report.expect("7.1 replies over two hops equal the engine's", not unequal, f"{len(recorded) - unequal} of {len(recorded)}")
+    return {"two_hops": len(recorded), "two_hops_equal": len(recorded) - unequal}
 
 
 def compare_plain(report, engine, proxy, rules):
@@ -181,9 +206,32 @@ def compare_refused(report, engine, proxy):
     return {"refused_paths": len(REFUSED)}
 
 
-def run(report, engine, proxy, folder, rules):
-    """`proxy` has only `engine` and no peer."""
-    figures = compare_exchanges(report, engine, proxy, folder, rules)
+def compare_surface(report, engine, proxy, groups):
+    """Every path that the engine itself documents is either on the reviewed list of open ones, or refused by the proxy."""
+    documented = client.get(engine.address, "/openapi.json").json()["paths"]
+    reviewed = {path for group in groups.values() for path in group["paths"]}
+    let_through, refused = [], 0
+    for path, operations in sorted(documented.items()):
+        if path in reviewed:
+            continue
+        for method in operations:
+            where = re.sub(r"\{[^}]*\}", "x", path)
+            reply = client.exchange(proxy.address, method.upper(), where, "{}" if method != "get" else None)
+            if reply.status != 403 or reply.header("x-outrigger-error") is None:
+                let_through.append((method.upper(), path, reply.status))
+            refused += 1
+    report.expect("7.1 every documented path is on the reviewed list or refused", len(documented) >= 40 and not let_through,
+                  let_through or f"{len(documented)} paths, {refused} refused")
+    gone = sorted(reviewed - documented.keys())
+    report.expect("7.1 every path of the reviewed list is the engine's", not gone, gone or len(reviewed))
+    return {"documented_paths": len(documented), "open_paths": len(reviewed)}
+
+
+def run(report, engine, proxy, entry, folder, rules, groups):
+    """`proxy` has only `engine` and no peer; `entry` has no engine, and `proxy` as its only peer."""
+    figures, direct_replies = compare_exchanges(report, engine, proxy, folder, rules)
+    figures |= compare_two_hops(report, engine, entry, folder, direct_replies)
+    figures |= compare_surface(report, engine, proxy, groups)
     figures |= compare_plain(report, engine, proxy, rules)
     report.expect("7.1 /v1/models of one engine is its own", models(engine.address) == models(proxy.address), models(proxy.address))
     return figures | compare_refused(report, engine, proxy)
