@@ -90,6 +90,8 @@ struct Shared {
     bootstrap: ArcSwap<Bootstrap>,
     runtime: runtime::Handle,
     drain: Drain,
+    /// Set by the admin's `/quitquitquit`. Not the switch that ends workers: what runs is drained before that.
+    quit: watch::Sender<bool>,
     started: Instant,
 }
 
@@ -120,7 +122,7 @@ impl Proxy {
             .collect();
         let (stop, stopped) = watch::channel(false);
         let (ended, admin_ended) = std::sync::mpsc::channel();
-        let state = admin_state(&shared, (command_line, log), &addresses, stop.clone());
+        let state = admin_state(&shared, (command_line, log), &addresses);
         let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
         let workers = start_workers(bound, concurrency, &shared, &stopped)
@@ -185,7 +187,7 @@ impl Proxy {
     /// Waits for SIGTERM, SIGINT or the admin's `/quitquitquit`.
     pub(crate) fn wait_for_end(&self) -> std::io::Result<()> {
         use tokio::signal::unix::{SignalKind, signal};
-        let mut stopped = self.stop.subscribe();
+        let mut quit = self.shared.quit.subscribe();
         self.shared.runtime.block_on(async {
             let (mut terminate, mut interrupt) = (
                 signal(SignalKind::terminate())?,
@@ -194,7 +196,7 @@ impl Proxy {
             let why = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
-                _ = stopped.wait_for(|stop| *stop) => "quitquitquit",
+                _ = quit.wait_for(|quit| *quit) => "quitquitquit",
             };
             tracing::info!(why, "draining");
             Ok(())
@@ -291,6 +293,7 @@ fn assemble(
         bootstrap: ArcSwap::from_pointee(Bootstrap::default()),
         runtime: runtime.clone(),
         drain: drain.clone(),
+        quit: watch::Sender::new(false),
         started: Instant::now(),
     });
     runtime.spawn(feed::follow_local(fleet.clone(), local));
@@ -408,7 +411,6 @@ fn admin_state(
     shared: &Arc<Shared>,
     (options, log): (serde_json::Value, Option<LogHandle>),
     addresses: &HashMap<String, SocketAddr>,
-    stop: watch::Sender<bool>,
 ) -> admin::AdminState {
     let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) = (
         shared.clone(),
@@ -443,7 +445,7 @@ fn admin_state(
         reopen_logs: Arc::new(move || for_logs.sinks.reopen()),
         quit: Arc::new(move || {
             for_quit.drain.begin();
-            stop.send_replace(true);
+            for_quit.quit.send_replace(true);
         }),
     }
 }

@@ -165,6 +165,85 @@ async fn quitquitquit_ends_it_too() {
 }
 
 #[tokio::test]
+async fn quitquitquit_does_not_cut_running_streams() {
+    let server = streaming(50).await;
+    let (mut process, outbound) = started(&server, &[]).await;
+    let mut client = Client::connect(outbound, Version::H1).await;
+    let mut stream = client.begin(request(Method::POST, CHAT, STREAM)).await;
+    stream.until("number 2.").await;
+    let mut admin = Client::connect(process.admin, Version::H1).await;
+    assert_eq!(admin.post("/quitquitquit", "").await.text(), "OK\n");
+    let rest = stream.whole().await;
+    assert!(
+        rest.text().contains("number 49.") && !rest.broken,
+        "{}",
+        rest.text()
+    );
+    let status = process
+        .ended(Duration::from_secs(5))
+        .await
+        .expect("it ends with its last stream");
+    assert_eq!(status.code(), Some(0), "{}", process.errors());
+}
+
+#[tokio::test]
+async fn sigterm_at_a_peer_lets_what_streams_through_it_finish() {
+    for version in Version::BOTH {
+        let server = streaming(50).await;
+        let (mut beside, _) = started(&server, &[]).await;
+        let inbound = beside.listener("inbound").await;
+        let entry = ProxyBuilder::new().peer(inbound).start();
+        entry.wait_alive(1).await;
+        let mut client = entry.client(version).await;
+        let mut stream = client.begin(request(Method::POST, CHAT, STREAM)).await;
+        stream.until("number 2.").await;
+        beside.signal("TERM");
+        let rest = stream.whole().await;
+        assert!(
+            rest.text().contains("number 49.")
+                && rest.text().ends_with("data: [DONE]\n\n")
+                && !rest.broken,
+            "{version:?}: {}",
+            rest.text()
+        );
+        let status = beside
+            .ended(Duration::from_secs(5))
+            .await
+            .expect("it ends with its last stream");
+        assert_eq!(status.code(), Some(0), "{version:?}: {}", beside.errors());
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_is_killed_in_mid_stream_ends_it_with_an_error_event() {
+    for version in Version::BOTH {
+        let server = streaming(100_000).await;
+        let (beside, _) = started(&server, &[]).await;
+        let inbound = beside.listener("inbound").await;
+        let entry = ProxyBuilder::new().peer(inbound).start();
+        entry.wait_alive(1).await;
+        let mut client = entry.client(version).await;
+        let mut stream = client.begin(request(Method::POST, CHAT, STREAM)).await;
+        stream.until("number 2.").await;
+        beside.signal("KILL");
+        let rest = stream.whole().await;
+        let text = rest.text();
+        let mut events = text.trim_end().rsplit("\n\n");
+        assert_eq!(events.next(), Some("data: [DONE]"), "{version:?}: {text}");
+        let error = events.next().unwrap_or_default();
+        assert!(
+            error.starts_with("data: {\"error\"") && !rest.broken,
+            "{version:?}: {text}"
+        );
+        assert_eq!(
+            entry.only_log().await["response_flags"],
+            "UR",
+            "{version:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn both_workers_serve() {
     let server = Upstream::named("a").await;
     let proxy = ProxyBuilder::new()
