@@ -2,7 +2,7 @@
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    error::Error,
+    error::{Error, Flag},
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
@@ -126,6 +126,8 @@ pub struct EndpointStats {
     pub error: AtomicU64,
     /// Connections that could not be opened.
     pub connect_fail: AtomicU64,
+    /// Of these, for want of time.
+    pub connect_timeout: AtomicU64,
     /// Connections opened.
     pub connections: AtomicU64,
     /// Connections open.
@@ -213,8 +215,8 @@ pub trait Reservation: Send {
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
-    /// How it ended; dropping without it counts as cancelled.
-    fn finish(&mut self, success: bool);
+    /// It ended, whole or for this reason; dropping without it counts as cancelled.
+    fn finish(&mut self, broken: Option<Flag>);
 }
 
 /// The fleet.

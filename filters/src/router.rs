@@ -323,11 +323,15 @@ impl<'a> Walk<'a> {
                 if self.router.config.suppress_envoy_headers {
                     response.headers_mut().remove(attempt::SERVICE_TIME_HEADER);
                 }
+                if self.tried.len() > 1 {
+                    retry::count_success(&context.route.cluster);
+                }
                 Ok(*response)
             }
             Outcome::Unwanted(response) => {
                 if self.tried.len() > 1 {
                     context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+                    retry::count_exhausted(&context.route.cluster);
                 }
                 Ok(*response)
             }
@@ -363,6 +367,7 @@ fn give_up(
 fn exhausted(mut error: Error, tried: usize, context: &mut Context) -> Error {
     if tried > 1 {
         context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+        retry::count_exhausted(&context.route.cluster);
         if let Some(rest) = error.message.strip_prefix(
             "upstream connect error or disconnect/reset before headers. reset reason:",
         ) {

@@ -15,7 +15,7 @@ use outrigger_filters::{
 use outrigger_xds::{
     report::EngineId,
     resource::{
-        cluster::{Cluster, LbPolicy},
+        cluster::{Cluster, LbPolicy, UpstreamProtocol},
         endpoint::{Duty, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
     },
 };
@@ -125,25 +125,7 @@ impl Clusters {
                 .membership_total
                 .set(view.endpoints.len() as f64);
             entry.stats.membership_healthy.set(healthy as f64);
-            let sum = |of: fn(&EndpointStats) -> &AtomicU64| -> u64 {
-                view.endpoints
-                    .iter()
-                    .map(|endpoint| of(&endpoint.stats).load(Relaxed))
-                    .sum()
-            };
-            // Connections belong to endpoints, which clusters may share.
-            entry
-                .stats
-                .upstream_cx_total
-                .absolute(sum(|stats| &stats.connections));
-            entry
-                .stats
-                .upstream_cx_active
-                .set(sum(|stats| &stats.connections_active) as f64);
-            entry
-                .stats
-                .upstream_cx_connect_fail
-                .absolute(sum(|stats| &stats.connect_fail));
+            count_connections(&entry.stats, &view);
         }
     }
 
@@ -271,6 +253,36 @@ impl Endpoints for Clusters {
     }
 }
 
+/// Connections belong to endpoints, which clusters may share.
+fn count_connections(stats: &ClusterStats, view: &ClusterView) {
+    let sum = |of: fn(&EndpointStats) -> &AtomicU64, protocol: Option<UpstreamProtocol>| -> u64 {
+        view.endpoints
+            .iter()
+            .filter(|endpoint| protocol.is_none_or(|protocol| endpoint.protocol == protocol))
+            .map(|endpoint| of(&endpoint.stats).load(Relaxed))
+            .sum()
+    };
+    let opened = sum(|stats| &stats.connections, None);
+    let open = sum(|stats| &stats.connections_active, None);
+    stats.upstream_cx_total.absolute(opened);
+    stats.upstream_cx_active.set(open as f64);
+    stats
+        .upstream_cx_destroy
+        .absolute(opened.saturating_sub(open));
+    for (protocol, counter) in [
+        (UpstreamProtocol::Http1, &stats.upstream_cx_http1_total),
+        (UpstreamProtocol::Http2, &stats.upstream_cx_http2_total),
+    ] {
+        counter.absolute(sum(|stats| &stats.connections, Some(protocol)));
+    }
+    stats
+        .upstream_cx_connect_fail
+        .absolute(sum(|stats| &stats.connect_fail, None));
+    stats
+        .upstream_cx_connect_timeout
+        .absolute(sum(|stats| &stats.connect_timeout, None));
+}
+
 /// Envoy's "power of two choices": the less loaded of two random ones.
 fn least_loaded(candidates: &[Arc<Endpoint>]) -> usize {
     let mut rng = rand::rng();
@@ -336,8 +348,16 @@ impl Reservation for Leg {
         self.status = Some(status);
     }
 
-    fn finish(&mut self, _success: bool) {
+    fn finish(&mut self, broken: Option<Flag>) {
         self.finished = true;
+        match broken {
+            Some(Flag::UpstreamRequestTimeout) => {
+                self.stats.upstream_rq_timeout.increment(1);
+                self.stats.upstream_rq_tx_reset.increment(1);
+            }
+            Some(Flag::UpstreamRemoteReset) => self.stats.upstream_rq_rx_reset.increment(1),
+            _ => {}
+        }
         // No answer counts as Envoy's local reply.
         let status = self.status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
         self.stats.completed(status.as_u16(), self.begun.elapsed());
@@ -351,6 +371,7 @@ impl Drop for Leg {
         self.stats.upstream_rq_active.decrement(1.0);
         if !self.finished {
             self.stats.upstream_rq_cancelled.increment(1);
+            self.stats.upstream_rq_tx_reset.increment(1);
         }
     }
 }

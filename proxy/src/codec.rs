@@ -70,11 +70,12 @@ pub(crate) async fn serve(
         }
     };
     if let Err(error) = outcome {
-        let protocol = error
-            .downcast_ref::<hyper::Error>()
-            .is_some_and(|error| error.is_parse());
-        if protocol {
+        let hypers = error.downcast_ref::<hyper::Error>();
+        if hypers.is_some_and(hyper::Error::is_parse) {
             stats.downstream_cx_protocol_error.increment(1);
+        }
+        if hypers.is_some_and(hyper::Error::is_timeout) {
+            stats.downstream_cx_idle_timeout.increment(1);
         }
         tracing::debug!(%error, "downstream connection ended");
     }

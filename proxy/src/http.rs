@@ -509,6 +509,9 @@ impl Record {
         if summary.end == End::ClientGone {
             self.stats.downstream_rq_rx_reset.increment(1);
         }
+        if summary.log.flags.contains(&Flag::StreamIdleTimeout) {
+            self.stats.downstream_rq_idle_timeout.increment(1);
+        }
         if self.logs.is_empty() {
             return;
         }

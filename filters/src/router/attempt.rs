@@ -246,7 +246,7 @@ impl<'a> Attempt<'a> {
 
     fn failed(&self, error: Error, mut reservation: Box<dyn Reservation>) -> Error {
         let endpoint = &self.target.endpoint;
-        reservation.finish(false);
+        reservation.finish(Some(error.flag));
         endpoint.stats.error.fetch_add(1, Relaxed);
         if !error.stale
             && matches!(

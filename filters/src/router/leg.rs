@@ -42,16 +42,16 @@ impl Leg {
         }
     }
 
-    fn finish(&mut self, success: bool) {
+    fn finish(&mut self, broken: Option<Flag>) {
         if let Some(mut reservation) = self.reservation.take() {
             let stats = &self.endpoint.stats;
-            if success {
+            if self.success && broken.is_none() {
                 &stats.success
             } else {
                 &stats.error
             }
             .fetch_add(1, Relaxed);
-            reservation.finish(success);
+            reservation.finish(broken);
         }
     }
 }
@@ -77,20 +77,16 @@ impl Body for Leg {
                     reservation.first_byte();
                 }
                 if frame.is_trailers() {
-                    let success = self.success;
-                    self.finish(success);
+                    self.finish(None);
                 }
             }
             Some(Err(error)) => {
                 if error.flag != Flag::DownstreamConnectionTermination {
                     self.endpoint.inhibit();
                 }
-                self.finish(false);
+                self.finish(Some(error.flag));
             }
-            None => {
-                let success = self.success;
-                self.finish(success);
-            }
+            None => self.finish(None),
         }
         Poll::Ready(frame)
     }
@@ -115,8 +111,7 @@ impl Body for Leg {
 impl Drop for Leg {
     fn drop(&mut self) {
         if self.reservation.is_some() && self.peeked.is_none() && is_over(&self.inner) {
-            let success = self.success;
-            self.finish(success);
+            self.finish(None);
         }
     }
 }

@@ -116,6 +116,18 @@ impl Budget {
     }
 }
 
+/// A request that was tried again went well.
+pub(super) fn count_success(cluster: &str) {
+    metrics::counter!("envoy_cluster_upstream_rq_retry_success", "envoy_cluster_name" => cluster.to_owned())
+        .increment(1);
+}
+
+/// A request that was tried again failed for good.
+pub(super) fn count_exhausted(cluster: &str) {
+    metrics::counter!("envoy_cluster_upstream_rq_retry_limit_exceeded", "envoy_cluster_name" => cluster.to_owned())
+        .increment(1);
+}
+
 /// Envoy's counters of retries.
 pub(super) fn count(cluster: &str, reason: &'static str) {
     let cluster = cluster.to_owned();

@@ -9,7 +9,7 @@ use outrigger_filters::{
         ClusterView, Endpoint, Endpoints, Live, Reservation, SendOptions, Unanswered, Upstream,
         Via, Want,
     },
-    error::Error,
+    error::{Error, Flag},
     filter::{Chain, Context, Handled, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
     kv_index::{KvIndex, Limits},
     registry,
@@ -81,7 +81,7 @@ struct Free;
 impl Reservation for Free {
     fn first_byte(&mut self) {}
     fn status(&mut self, _status: StatusCode) {}
-    fn finish(&mut self, _success: bool) {}
+    fn finish(&mut self, _broken: Option<Flag>) {}
 }
 
 struct Answers {

@@ -56,8 +56,6 @@ pub struct ListenerStats {
     pub downstream_cx_destroy: Counter,
     /// Refused: too many.
     pub downstream_cx_overflow: Counter,
-    /// Closed: no filter chain for it.
-    pub no_filter_chain_match: Counter,
     downstream_cx_length_ms: Histogram,
 }
 
@@ -75,7 +73,6 @@ impl ListenerStats {
             downstream_cx_active: gauge!("envoy_listener_downstream_cx_active", "envoy_listener_address" => label.clone()),
             downstream_cx_destroy: counter("envoy_listener_downstream_cx_destroy"),
             downstream_cx_overflow: counter("envoy_listener_downstream_cx_overflow"),
-            no_filter_chain_match: counter("envoy_listener_no_filter_chain_match"),
             downstream_cx_length_ms: histogram!("envoy_listener_downstream_cx_length_ms", "envoy_listener_address" => label.clone()),
         })
     }
@@ -112,13 +109,7 @@ pub struct HttpStats {
     pub downstream_rq_http2_total: Counter,
     /// Reset by the client.
     pub downstream_rq_rx_reset: Counter,
-    /// Reset by us.
-    pub downstream_rq_tx_reset: Counter,
-    /// Answered 413.
-    pub downstream_rq_too_large: Counter,
-    /// Did not arrive in time.
-    pub downstream_rq_timeout: Counter,
-    /// No byte for too long.
+    /// Nothing came from upstream for too long.
     pub downstream_rq_idle_timeout: Counter,
     /// No route matched.
     pub no_route: Counter,
@@ -152,9 +143,6 @@ impl HttpStats {
             downstream_rq_http1_total: counter("envoy_http_downstream_rq_http1_total"),
             downstream_rq_http2_total: counter("envoy_http_downstream_rq_http2_total"),
             downstream_rq_rx_reset: counter("envoy_http_downstream_rq_rx_reset"),
-            downstream_rq_tx_reset: counter("envoy_http_downstream_rq_tx_reset"),
-            downstream_rq_too_large: counter("envoy_http_downstream_rq_too_large"),
-            downstream_rq_timeout: counter("envoy_http_downstream_rq_timeout"),
             downstream_rq_idle_timeout: counter("envoy_http_downstream_rq_idle_timeout"),
             no_route: counter("envoy_http_no_route"),
             no_cluster: counter("envoy_http_no_cluster"),
@@ -220,19 +208,12 @@ pub struct ClusterStats {
     pub upstream_cx_http1_total: Counter,
     /// Connections opened that speak HTTP/2.
     pub upstream_cx_http2_total: Counter,
-    /// Bytes received.
-    pub upstream_cx_rx_bytes_total: Counter,
-    /// Bytes sent.
-    pub upstream_cx_tx_bytes_total: Counter,
     /// Endpoints.
     pub membership_total: Gauge,
     /// Endpoints that may get requests.
     pub membership_healthy: Gauge,
     /// How often the set of endpoints changed.
     pub membership_change: Counter,
-    /// How often an endpoint was chosen although all were unhealthy.
-    pub lb_healthy_panic: Counter,
-    upstream_cx_connect_ms: Histogram,
     upstream_rq_completed: Counter,
     upstream_rq_xx: ByClass,
     upstream_rq_time: Histogram,
@@ -275,13 +256,9 @@ impl ClusterStats {
             upstream_cx_destroy: counter("envoy_cluster_upstream_cx_destroy"),
             upstream_cx_http1_total: counter("envoy_cluster_upstream_cx_http1_total"),
             upstream_cx_http2_total: counter("envoy_cluster_upstream_cx_http2_total"),
-            upstream_cx_rx_bytes_total: counter("envoy_cluster_upstream_cx_rx_bytes_total"),
-            upstream_cx_tx_bytes_total: counter("envoy_cluster_upstream_cx_tx_bytes_total"),
             membership_total: gauge("envoy_cluster_membership_total"),
             membership_healthy: gauge("envoy_cluster_membership_healthy"),
             membership_change: counter("envoy_cluster_membership_change"),
-            lb_healthy_panic: counter("envoy_cluster_lb_healthy_panic"),
-            upstream_cx_connect_ms: histogram("envoy_cluster_upstream_cx_connect_ms"),
             upstream_rq_completed: counter("envoy_cluster_upstream_rq_completed"),
             upstream_rq_xx: ByClass::new(|class| {
                 counter!(
@@ -313,24 +290,5 @@ impl ClusterStats {
             })
             .increment(1);
         }
-    }
-
-    /// A connection is open, so long after it was asked for.
-    pub fn connected(&self, time: Duration, http2: bool) {
-        self.upstream_cx_total.increment(1);
-        self.upstream_cx_active.increment(1.0);
-        if http2 {
-            &self.upstream_cx_http2_total
-        } else {
-            &self.upstream_cx_http1_total
-        }
-        .increment(1);
-        self.upstream_cx_connect_ms.record(millis(time));
-    }
-
-    /// Such a connection is closed.
-    pub fn disconnected(&self) {
-        self.upstream_cx_active.decrement(1.0);
-        self.upstream_cx_destroy.increment(1);
     }
 }

@@ -76,6 +76,36 @@ fn every_metric_of_the_sources_has_a_row_and_every_row_a_use() {
     );
 }
 
+/// A handle nobody adds to would be shown as 0 for ever, whatever happens.
+#[test]
+fn no_handle_is_exported_that_nothing_counts() {
+    let (mut stats, mut rest) = (String::new(), String::new());
+    for (path, text) in sources() {
+        if path.ends_with("metrics/stats.rs") {
+            stats = text;
+        } else {
+            // Tests stand at the end of a file, and count what the product must count itself.
+            rest.push_str(text.split("#[cfg(test)]").next().unwrap_or_default());
+        }
+    }
+    let handle =
+        Regex::new(r"(?m)^    (pub )?([a-z_0-9]+): (Counter|Gauge|Histogram|ByClass),").unwrap();
+    let mut silent = Vec::new();
+    let mut checked = 0;
+    for found in handle.captures_iter(&stats) {
+        let name = &found[2];
+        let field = Regex::new(&format!(r"\.{name}\b")).unwrap();
+        let metric = Regex::new(&format!(r#""envoy_(listener|http|cluster)_{name}""#)).unwrap();
+        let here = Regex::new(&format!(r"self\.{name}\b")).unwrap();
+        checked += 1;
+        if !field.is_match(&rest) && !metric.is_match(&rest) && !here.is_match(&stats) {
+            silent.push(name.to_owned());
+        }
+    }
+    assert!(checked > 30, "{checked} handles found");
+    assert!(silent.is_empty(), "nothing counts {silent:?}");
+}
+
 /// Up to the parenthesis that closes the call.
 fn arguments(text: &str) -> &str {
     let mut depth = 1;
@@ -213,8 +243,9 @@ fn dotted_names_are_envoys() {
     }
     assert!(!text.contains("downstream_cx_active"), "zero again");
     assert!(text.lines().is_sorted());
+    let _idle = HttpStats::new("dotted-idle");
     let all = show("dotted", Format::Text, false);
-    assert!(all.contains("cluster.dotted.upstream_cx_connect_ms: No recorded values\n"));
+    assert!(all.contains("http.dotted-idle.downstream_rq_time: No recorded values\n"));
 
     let json: serde_json::Value =
         serde_json::from_str(&show("dotted", Format::Json, true)).unwrap();

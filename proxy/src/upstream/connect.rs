@@ -33,6 +33,7 @@ pub(super) async fn connect(
         }
         Err(_) => {
             stats.connect_fail.fetch_add(1, Relaxed);
+            stats.connect_timeout.fetch_add(1, Relaxed);
             tracing::debug!(endpoint = %endpoint.id, limit_ms = limit.as_millis() as u64, "connect timed out");
             Err(failure("connection timeout"))
         }
