@@ -6,28 +6,18 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
+# shellcheck source=../../needs.sh
+. "$here/../../needs.sh"
+
 # What the steps below run. Named one by one, so that a machine without apt says exactly what it lacks.
 missing() {
-  command -v python3 > /dev/null || echo python3
-  python3 -c 'import ensurepip, venv' 2> /dev/null || echo python3-venv
+  missing_python
   command -v gcc > /dev/null || echo gcc
   [ -e /usr/include/stdio.h ] || echo libc6-dev
   { command -v readelf && command -v nm; } > /dev/null || echo binutils
   ldconfig -p | grep -q 'libnuma\.so\.1' || echo libnuma1
 }
-
-lacking=$(missing | tr '\n' ' ')
-if [ -n "$lacking" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-  echo "real: installing $lacking" >&2
-  apt-get update -qq
-  # shellcheck disable=SC2086 # one word per package
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $lacking > /dev/null
-  lacking=$(missing | tr '\n' ' ')
-fi
-if [ -n "$lacking" ]; then
-  echo "real: this machine lacks: $lacking(Debian package names; install them and run again)" >&2
-  exit 1
-fi
+install_missing real missing
 python3 - <<'P'
 import sys
 if not (3, 10) <= sys.version_info[:2] <= (3, 13):
