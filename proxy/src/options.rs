@@ -9,7 +9,7 @@ use std::{path::PathBuf, time::Duration};
 #[command(name = "outrigger-proxy", version, about, long_about = None)]
 pub struct Options {
     /// Envoy v3 bootstrap, YAML or JSON
-    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer"])]
+    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer", "listen", "inbound", "admin", "policy", "access_log", "body_bytes_max"])]
     pub config_path: Option<PathBuf>,
     /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both
     #[arg(long, value_name = "URL[;role=R]")]

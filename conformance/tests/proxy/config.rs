@@ -254,6 +254,18 @@ async fn a_wrong_command_line_is_told_and_nothing_starts() {
         ),
         (vec!["-c", "/no/such/file"], 1, "/no/such/file"),
         (vec!["-c", "x", "--engine", "http://a:1"], 2, "--engine"),
+        // What a file says cannot be said beside it: it would have no effect.
+        (vec!["-c", "x", "--peer", "http://a:1"], 2, "--peer"),
+        (vec!["-c", "x", "--listen", ":1"], 2, "--listen"),
+        (vec!["-c", "x", "--inbound", ":1"], 2, "--inbound"),
+        (vec!["-c", "x", "--admin", ":1"], 2, "--admin"),
+        (vec!["-c", "x", "--policy", "random"], 2, "--policy"),
+        (vec!["-c", "x", "--access-log", "none"], 2, "--access-log"),
+        (
+            vec!["-c", "x", "--body-bytes-max", "1"],
+            2,
+            "--body-bytes-max",
+        ),
         (
             vec!["--engine-api-key-file", "/no/such/file"],
             1,
