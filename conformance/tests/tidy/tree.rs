@@ -24,10 +24,12 @@ pub(crate) fn files_below(dir: &Path) -> Vec<PathBuf> {
                 .expect("an entry has a name")
                 .to_string_lossy()
                 .into_owned();
-            if !path.is_dir() {
-                found.push(path);
-            } else if !SKIPPED.contains(&name.as_str()) {
-                waiting.push(path);
+            // In a worktree of git, `.git` is a file that names a place outside.
+            let skipped = SKIPPED.contains(&name.as_str());
+            match path.is_dir() {
+                true if !skipped => waiting.push(path),
+                false if name != ".git" => found.push(path),
+                _ => {}
             }
         }
     }
