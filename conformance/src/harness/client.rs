@@ -1,6 +1,6 @@
 //! Clients of a case: one HTTP connection of a chosen version, and bytes on a bare socket.
 
-use super::PATIENCE;
+use super::{PATIENCE, upstream::SMALL_BUFFER_BYTES};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     task::JoinHandle,
     time::timeout,
 };
@@ -114,6 +114,41 @@ impl Client {
         let socket = TcpStream::connect(address)
             .await
             .expect("invariant: the proxy accepts");
+        Self::over(
+            socket,
+            address,
+            version,
+            &http2::Builder::new(TokioExecutor::new()),
+        )
+        .await
+    }
+
+    /// As [`Self::connect`], but its kernel and its HTTP/2 windows take little of what it does not read.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub async fn connect_small(address: SocketAddr, version: Version) -> Self {
+        let socket = TcpSocket::new_v4().expect("invariant: a socket");
+        socket
+            .set_recv_buffer_size(SMALL_BUFFER_BYTES as u32)
+            .expect("invariant: a socket option");
+        let socket = socket
+            .connect(address)
+            .await
+            .expect("invariant: the proxy accepts");
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .initial_stream_window_size(SMALL_BUFFER_BYTES as u32)
+            .initial_connection_window_size(SMALL_BUFFER_BYTES as u32);
+        Self::over(socket, address, version, &builder).await
+    }
+
+    async fn over(
+        socket: TcpStream,
+        address: SocketAddr,
+        version: Version,
+        builder: &http2::Builder<TokioExecutor>,
+    ) -> Self {
         socket
             .set_nodelay(true)
             .expect("invariant: a socket option");
@@ -127,9 +162,7 @@ impl Client {
                 )
             }
             Version::H2 => {
-                let (sender, driver) = http2::handshake(TokioExecutor::new(), io)
-                    .await
-                    .expect("invariant: a handshake");
+                let (sender, driver) = builder.handshake(io).await.expect("invariant: a handshake");
                 (
                     Sender::H2(sender),
                     tokio::spawn(async move { drop(driver.await) }),

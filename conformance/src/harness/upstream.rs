@@ -15,6 +15,9 @@ use tokio::{
     task::JoinHandle,
 };
 
+/// What a kernel is to hold of a connection whose reader is slow.
+pub(super) const SMALL_BUFFER_BYTES: usize = 64 << 10;
+
 /// A request as it stood on the wire.
 #[derive(Debug, Clone)]
 pub struct Exchange {
@@ -121,8 +124,11 @@ impl Conn {
         Instant::now()
     }
 
-    /// How many bytes can be written before the other side has taken nothing for `pause`, or `most` are reached.
+    /// How many bytes can be written before the other side has taken nothing for `pause`, or `most` are reached. What
+    /// this side's kernel would hold is kept small, so that it hides nothing.
     pub async fn push(&mut self, piece: &[u8], most: usize, pause: Duration) -> usize {
+        // Best effort: a larger buffer makes the figure larger.
+        let _ = socket2::SockRef::from(&self.socket).set_send_buffer_size(SMALL_BUFFER_BYTES);
         let mut pushed = 0;
         while pushed < most {
             match tokio::time::timeout(pause, self.socket.write(piece)).await {
