@@ -106,7 +106,7 @@ pub struct RequestBody {
     read: Option<Bytes>,
     rest: Rest,
     /// Come after `read` and `rest`.
-    trailers: Option<HeaderMap>,
+    trailers: Option<Box<HeaderMap>>,
     /// Set when `read` and `trailers` hold everything.
     whole: Option<Bytes>,
     /// Of a client that still sends.
@@ -203,7 +203,7 @@ impl RequestBody {
             let data = match frame?.into_data() {
                 Ok(data) => data,
                 Err(trailers) => {
-                    self.trailers = trailers.into_trailers().ok();
+                    self.trailers = trailers.into_trailers().ok().map(Box::new);
                     continue;
                 }
             };
@@ -292,7 +292,7 @@ impl Body for RequestBody {
             return Poll::Ready(Some(Ok(Frame::data(bytes))));
         }
         let next = ready!(self.poll_rest(cx));
-        let trailers = || self.trailers.take().map(|all| Ok(Frame::trailers(all)));
+        let trailers = || self.trailers.take().map(|all| Ok(Frame::trailers(*all)));
         Poll::Ready(next.or_else(trailers))
     }
 
