@@ -277,7 +277,7 @@ pub trait Upstream: Send + Sync {
     fn send<'a>(
         &'a self,
         endpoint: &'a Arc<Endpoint>,
-        request: Request<RequestBody>,
+        request: Box<Request<RequestBody>>,
         options: SendOptions,
     ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>>;
 }

@@ -64,6 +64,8 @@ impl HttpFilter for Router {
         context: &'a mut Context,
         _next: Next<'a>,
     ) -> Handled<'a> {
+        // Moved as a pointer from here on: it is large, and every future on its way would hold a copy.
+        let request = Box::new(request);
         Box::pin(async move {
             let cluster = context.route.cluster.clone();
             let view = self
@@ -126,7 +128,7 @@ impl<'a> Walk<'a> {
 
     async fn run(
         &mut self,
-        mut request: Request<RequestBody>,
+        mut request: Box<Request<RequestBody>>,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Error> {
         let mut last: Option<Outcome> = None;
@@ -151,8 +153,10 @@ impl<'a> Walk<'a> {
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
             let (outcome, unsent) = attempt.run(request, context).await;
             drop(permit);
-            let again = spare.or(unsent.map(|request| *request));
-            let Some(again) = again.filter(|_| self.may_retry(&outcome, context)) else {
+            let Some(again) = spare
+                .or(unsent)
+                .filter(|_| self.may_retry(&outcome, context))
+            else {
                 return self.finish(outcome, context);
             };
             if outcome.is_stale() && self.stale.is_none() {
@@ -341,9 +345,9 @@ impl<'a> Walk<'a> {
 }
 
 /// A copy of the request for a further attempt, if its body is at hand. Bodies are shared, not copied.
-fn spare(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+fn spare(request: &Request<RequestBody>) -> Option<Box<Request<RequestBody>>> {
     let body = request.body().replay()?;
-    let mut spare = Request::new(body);
+    let mut spare = Box::new(Request::new(body));
     *spare.method_mut() = request.method().clone();
     *spare.uri_mut() = request.uri().clone();
     *spare.headers_mut() = request.headers().clone();

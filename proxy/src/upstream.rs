@@ -34,21 +34,19 @@ impl Upstream for Pools {
     fn send<'a>(
         &'a self,
         endpoint: &'a Arc<Endpoint>,
-        mut request: Request<RequestBody>,
+        mut request: Box<Request<RequestBody>>,
         options: SendOptions,
     ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>> {
-        Box::pin(async move {
-            match endpoint.protocol {
-                UpstreamProtocol::Http1 => {
-                    to_origin_form(&mut request);
-                    h1::send(endpoint, request, options).await
-                }
-                UpstreamProtocol::Http2 => {
-                    to_absolute_form(endpoint, &mut request);
-                    h2::send(endpoint, request, options).await
-                }
+        match endpoint.protocol {
+            UpstreamProtocol::Http1 => {
+                to_origin_form(&mut request);
+                Box::pin(h1::send(endpoint, request, options))
             }
-        })
+            UpstreamProtocol::Http2 => {
+                to_absolute_form(endpoint, &mut request);
+                Box::pin(h2::send(endpoint, request, options))
+            }
+        }
     }
 }
 

@@ -128,18 +128,18 @@ impl<'a> Attempt<'a> {
 
     pub(crate) async fn run(
         self,
-        mut request: Request<RequestBody>,
+        mut request: Box<Request<RequestBody>>,
         context: &mut Context,
     ) -> Tried {
         let endpoint = &self.target.endpoint;
-        let reservation =
+        let mut reservation =
             match self
                 .services
                 .endpoints
                 .reserve(self.view, endpoint, &want(context, self.target))
             {
                 Ok(reservation) => reservation,
-                Err(error) => return (Outcome::Failed(error), Some(Box::new(request))),
+                Err(error) => return (Outcome::Failed(error), Some(request)),
             };
         self.address(request.headers_mut(), context);
         context.log.upstream_host = Some(endpoint.id.clone());
@@ -152,9 +152,16 @@ impl<'a> Attempt<'a> {
             .send(endpoint, request, self.options(context))
             .await;
         match sent {
-            Ok(response) => {
+            Ok(mut response) => {
                 context.log.upstream_service_time = Some(started.elapsed());
-                let outcome = self.judge(response, reservation, started, context).await;
+                reservation.status(response.status());
+                let peeked = if self.rules.peek && is_live_stream(&response) {
+                    // Boxed: its timer would be part of every request's future.
+                    Box::pin(self.first_frame(response.body_mut(), context)).await
+                } else {
+                    Ok(None)
+                };
+                let outcome = self.judge(response, peeked, reservation, started, context);
                 (outcome, None)
             }
             Err(Unanswered { mut error, request }) => {
@@ -261,28 +268,20 @@ impl<'a> Attempt<'a> {
         error
     }
 
-    async fn judge(
+    fn judge(
         &self,
         response: Response<ResponseBody>,
-        mut reservation: Box<dyn Reservation>,
+        peeked: Result<Option<Frame<Bytes>>, Error>,
+        reservation: Box<dyn Reservation>,
         started: Instant,
         context: &Context,
     ) -> Outcome {
+        let peeked = match refusal(response.headers()).map_or(peeked, Err) {
+            Ok(peeked) => peeked,
+            Err(error) => return Outcome::Failed(self.failed(error, reservation)),
+        };
         let (mut parts, body) = response.into_parts();
-        reservation.status(parts.status);
-        if let Some(error) = refusal(&parts.headers) {
-            return Outcome::Failed(self.failed(error, reservation));
-        }
         let unwanted = self.rules.unwanted(parts.status);
-        let mut peeked = None;
-        let mut body = body;
-        if self.rules.peek && parts.status == StatusCode::OK && sse::is_event_stream(&parts.headers)
-        {
-            match self.first_frame(&mut body, context).await {
-                Ok(frame) => peeked = frame,
-                Err(error) => return Outcome::Failed(self.failed(error, reservation)),
-            }
-        }
         parts.headers.remove(RETRY_HEADER);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
@@ -346,6 +345,11 @@ impl<'a> Attempt<'a> {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }
+}
+
+/// A stream that has begun well, and whose first event may still say otherwise.
+fn is_live_stream(response: &Response<ResponseBody>) -> bool {
+    response.status() == StatusCode::OK && sse::is_event_stream(response.headers())
 }
 
 /// The first frames of a stream as one, up to where its first event is whole. Almost always that is one frame, as it came.

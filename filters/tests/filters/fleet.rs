@@ -93,7 +93,7 @@ impl Upstream for Answers {
     fn send<'a>(
         &'a self,
         endpoint: &'a Arc<Endpoint>,
-        request: Request<RequestBody>,
+        request: Box<Request<RequestBody>>,
         _options: SendOptions,
     ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>> {
         Box::pin(async move {

@@ -114,11 +114,12 @@ pub fn close_idle() {
 /// One exchange.
 pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Unanswered> {
     let Some(conn) = Conn::reuse(endpoint).await else {
-        return send_anew(endpoint, request, options).await;
+        // Boxed, as it is rare: opening a connection would be part of every exchange's future.
+        return Box::pin(send_anew(endpoint, request, options)).await;
     };
     // The peer may be closing the connection this very moment: nothing came back then, and a new one will tell.
     let spare = options.replace_stale.then(|| copy(&request)).flatten();
@@ -129,7 +130,7 @@ pub(super) async fn send(
             // The others are no younger, and whoever tries again is to get a new one.
             IDLE.with_borrow_mut(|idle| idle.remove(&endpoint.address));
             if let Some(request) = spare {
-                return send_anew(endpoint, request, options).await;
+                return Box::pin(send_anew(endpoint, request, options)).await;
             }
             failed.error.stale = true;
             failed.error.retry = Retry::NothingSent;
@@ -141,14 +142,14 @@ pub(super) async fn send(
 
 async fn send_anew(
     endpoint: &Arc<Endpoint>,
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Unanswered> {
     match Conn::open(endpoint, options).await {
         Ok(conn) => exchange(conn, endpoint, request, options).await,
         Err(error) => Err(Unanswered {
             error,
-            request: Some(Box::new(request)),
+            request: Some(request),
         }),
     }
 }
@@ -164,8 +165,8 @@ fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
         )
 }
 
-fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    let mut copy = Request::new(request.body().replay()?);
+fn copy(request: &Request<RequestBody>) -> Option<Box<Request<RequestBody>>> {
+    let mut copy = Box::new(Request::new(request.body().replay()?));
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.headers_mut() = request.headers().clone();
@@ -175,12 +176,12 @@ fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
 async fn exchange(
     mut conn: Box<Conn>,
     endpoint: &Arc<Endpoint>,
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Unanswered> {
     let upload = request.body().upload();
     let response = {
-        let mut answer = pin!(conn.sender.try_send_request(request));
+        let mut answer = pin!(conn.sender.try_send_request(*request));
         let driver = &mut conn.driver;
         let mut closed = false;
         let both = poll_fn(|cx| {

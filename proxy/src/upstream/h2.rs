@@ -121,22 +121,23 @@ fn failure() -> Error {
 /// One exchange.
 pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Unanswered> {
     let mut conn = match Conn::reuse(&endpoint.address) {
         Some(conn) => conn,
-        None => match Conn::open(endpoint, options).await {
+        // Boxed, as it is rare.
+        None => match Box::pin(Conn::open(endpoint, options)).await {
             Ok(conn) => conn,
             Err(error) => {
-                let request = Some(Box::new(request));
+                let request = Some(request);
                 return Err(Unanswered { error, request });
             }
         },
     };
     let stream = Stream::new(conn.streams.clone());
     let upload = request.body().upload();
-    let answer = conn.sender.try_send_request(request);
+    let answer = conn.sender.try_send_request(*request);
     let response = headers_within(options.headers_timeout, upload.as_ref(), answer)
         .await?
         .map_err(|error| unanswered(error, upload.as_ref()))?;
