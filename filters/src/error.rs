@@ -1,7 +1,7 @@
 //! One error type for everything that can go wrong with a request: who, which of Envoy's flags, may a retry help.
 
-use http::StatusCode;
-use std::{borrow::Cow, fmt, time::Duration};
+use http::{HeaderMap, StatusCode};
+use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
 /// Envoy's response flags (the subset that can happen here); `Display` gives the short code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,14 @@ pub enum Flag {
     LocalReset,
     /// DO: refused here, draining or overloaded.
     DropOverload,
+    /// LH: a health check of this proxy failed.
+    FailedLocalHealthCheck,
+    /// RL: over a limit of requests or tokens.
+    RateLimited,
+    /// DI: delayed on purpose.
+    DelayInjected,
+    /// FI: ended on purpose.
+    FaultInjected,
 }
 
 impl Flag {
@@ -61,6 +69,10 @@ impl Flag {
             Self::DownstreamProtocolError => "DPE",
             Self::LocalReset => "LR",
             Self::DropOverload => "DO",
+            Self::FailedLocalHealthCheck => "LH",
+            Self::RateLimited => "RL",
+            Self::DelayInjected => "DI",
+            Self::FaultInjected => "FI",
         }
     }
 }
@@ -113,6 +125,34 @@ pub struct Error {
     pub stale: bool,
     /// `Retry-After` to send.
     pub retry_after: Option<Duration>,
+    /// What filters change in the headers of the local reply.
+    pub edits: Edits,
+}
+
+type EditReply = Arc<dyn Fn(StatusCode, &mut HeaderMap) + Send + Sync>;
+
+/// Changes to the headers of a local reply that is not made yet, in the order they were asked for.
+#[derive(Clone, Default)]
+pub struct Edits(Vec<EditReply>);
+
+impl Edits {
+    /// One more.
+    pub fn add(&mut self, edit: impl Fn(StatusCode, &mut HeaderMap) + Send + Sync + 'static) {
+        self.0.push(Arc::new(edit));
+    }
+
+    /// Makes them all.
+    pub fn apply(&self, status: StatusCode, headers: &mut HeaderMap) {
+        for edit in &self.0 {
+            edit(status, headers);
+        }
+    }
+}
+
+impl fmt::Debug for Edits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} edits", self.0.len())
+    }
 }
 
 impl Error {
@@ -133,6 +173,7 @@ impl Error {
             retry: Retry::No,
             stale: false,
             retry_after: None,
+            edits: Edits::default(),
         }
     }
 
@@ -169,6 +210,7 @@ impl Error {
             retry,
             stale: false,
             retry_after: None,
+            edits: Edits::default(),
         }
     }
 

@@ -6,12 +6,19 @@
 #![deny(missing_docs)]
 
 pub mod body;
+mod bucket;
+pub mod cors;
 pub mod endpoints;
 pub mod engine_api;
+mod envoy;
 pub mod error;
+pub mod fault;
 pub mod filter;
+pub mod header_mutation;
+pub mod health_check;
 pub mod kv_index;
 pub mod kv_routing;
+pub mod local_ratelimit;
 pub mod local_reply;
 pub mod openai;
 pub mod registry;

@@ -69,6 +69,7 @@ pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
             HeaderValue::from(after.as_secs().max(1)),
         );
     }
+    error.edits.apply(error.status, response.headers_mut());
     response
 }
 

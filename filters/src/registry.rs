@@ -1,12 +1,27 @@
 //! Which filters there are, by type URL. One line a filter.
 
-use crate::{engine_api, filter::HttpFilter, kv_routing, openai, router, services::Services};
+use crate::{
+    cors, engine_api, fault, filter::HttpFilter, header_mutation, health_check, kv_routing,
+    local_ratelimit, openai, router, services::Services,
+};
 use outrigger_xds::resource::route::TypedConfig;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
 /// Makes a filter from its configuration; the error names the field.
 pub type Factory = fn(&serde_json::Value, &Services) -> Result<Arc<dyn HttpFilter>, String>;
+
+/// Makes a filter for a route from its own configuration and that of the route, most specific first.
+pub type OnRoute =
+    fn(&serde_json::Value, &[TypedConfig], &Services) -> Result<Arc<dyn HttpFilter>, String>;
+
+/// How a route configures a filter otherwise than the filter itself is configured.
+pub struct PerRoute {
+    /// Type URL of a route's configuration.
+    pub type_url: &'static str,
+    /// Its constructor.
+    pub factory: OnRoute,
+}
 
 /// A filter that ships.
 pub struct Registration {
@@ -16,35 +31,76 @@ pub struct Registration {
     pub type_urls: &'static [&'static str],
     /// Whether it ends the chain.
     pub terminal: bool,
+    /// It also sees requests that go nowhere: those without a route, and those that their route answers itself.
+    pub sees_all: bool,
     /// Its constructor.
     pub factory: Factory,
+    /// `None`: a route's configuration has the filter's own type, and takes its place.
+    pub per_route: Option<PerRoute>,
+}
+
+impl Registration {
+    /// A filter that only sees what may go upstream.
+    const fn new(name: &'static str, type_urls: &'static [&'static str], factory: Factory) -> Self {
+        Self {
+            name,
+            type_urls,
+            terminal: false,
+            sees_all: false,
+            factory,
+            per_route: None,
+        }
+    }
 }
 
 /// Every filter.
 pub const FILTERS: &[Registration] = &[
+    Registration::new("engine_api", &[engine_api::TYPE_URL], engine_api::factory),
+    Registration::new("openai", &[openai::TYPE_URL], openai::factory),
+    Registration::new("kv_routing", &[kv_routing::TYPE_URL], kv_routing::factory),
     Registration {
-        name: "engine_api",
-        type_urls: &[engine_api::TYPE_URL],
-        terminal: false,
-        factory: engine_api::factory,
+        sees_all: true,
+        per_route: Some(PerRoute {
+            type_url: header_mutation::ROUTE_TYPE_URL,
+            factory: header_mutation::on_route,
+        }),
+        ..Registration::new(
+            "header_mutation",
+            &[header_mutation::TYPE_URL],
+            header_mutation::factory,
+        )
     },
     Registration {
-        name: "openai",
-        type_urls: &[openai::TYPE_URL],
-        terminal: false,
-        factory: openai::factory,
+        sees_all: true,
+        ..Registration::new(
+            "local_ratelimit",
+            &[local_ratelimit::TYPE_URL],
+            local_ratelimit::factory,
+        )
     },
     Registration {
-        name: "kv_routing",
-        type_urls: &[kv_routing::TYPE_URL],
-        terminal: false,
-        factory: kv_routing::factory,
+        sees_all: true,
+        ..Registration::new(
+            "health_check",
+            &[health_check::TYPE_URL],
+            health_check::factory,
+        )
     },
     Registration {
-        name: "router",
-        type_urls: &[router::TYPE_URL],
+        sees_all: true,
+        per_route: Some(PerRoute {
+            type_url: cors::ROUTE_TYPE_URL,
+            factory: cors::on_route,
+        }),
+        ..Registration::new("cors", &[cors::TYPE_URL], cors::factory)
+    },
+    Registration {
+        sees_all: true,
+        ..Registration::new("fault", &[fault::TYPE_URL], fault::factory)
+    },
+    Registration {
         terminal: true,
-        factory: router::factory,
+        ..Registration::new("router", &[router::TYPE_URL], router::factory)
     },
 ];
 
@@ -56,18 +112,47 @@ pub fn find(type_url: &str) -> Option<&'static Registration> {
         .find(|filter| filter.type_urls.contains(&type_url))
 }
 
-/// Builds a filter.
+/// Builds a filter. `own` is what a route (first) and what is around it say of it.
 ///
 /// # Errors
 /// No such filter, or its configuration is wrong.
-pub fn build(config: &TypedConfig, services: &Services) -> Result<Arc<dyn HttpFilter>, String> {
-    let registration = find(&config.type_url).ok_or_else(|| {
-        format!(
-            "Didn't find a registered implementation for type URL: '{}'",
-            config.type_url
-        )
-    })?;
-    (registration.factory)(&config.value, services)
+pub fn build(
+    config: &TypedConfig,
+    own: &[TypedConfig],
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
+    let registration = find(&config.type_url).ok_or_else(|| unknown(&config.type_url))?;
+    let Some(nearest) = own.first() else {
+        return (registration.factory)(&config.value, services);
+    };
+    match &registration.per_route {
+        Some(per_route) => {
+            if let Some(wrong) = own.iter().find(|own| own.type_url != per_route.type_url) {
+                return Err(format!(
+                    "a route configures it by '{}', not by '{}'",
+                    per_route.type_url, wrong.type_url
+                ));
+            }
+            (per_route.factory)(&config.value, own, services)
+        }
+        None => build(nearest, &[], services),
+    }
+}
+
+fn unknown(type_url: &str) -> String {
+    format!("Didn't find a registered implementation for type URL: '{type_url}'")
+}
+
+/// Whether `type_url` is one that a route may configure a filter with.
+#[must_use]
+pub fn is_known(type_url: &str) -> bool {
+    let is_per_route = |filter: &Registration| {
+        filter
+            .per_route
+            .as_ref()
+            .is_some_and(|per_route| per_route.type_url == type_url)
+    };
+    find(type_url).is_some() || FILTERS.iter().any(is_per_route)
 }
 
 /// Reads a filter's configuration; `null` means all defaults, `@type` is not ours to judge.

@@ -5,7 +5,10 @@ use crate::{
     kv_index::KvIndex,
     tokens::Tokenizers,
 };
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 /// Shared state and abilities. A push of configuration builds new filters with the same services, so it loses none
 /// of the index, load or health that live here.
@@ -21,4 +24,27 @@ pub struct Services {
     pub tokenizers: Arc<Tokenizers>,
     /// Where work of more than some tens of microseconds goes, off the request threads.
     pub compute: tokio::runtime::Handle,
+    /// Whether this proxy wants requests.
+    pub serving: Arc<Serving>,
+    /// Which group of proxies this one belongs to; may be empty.
+    pub node_cluster: Arc<str>,
+    /// Prefix of the connection manager that a filter is built for, in metrics.
+    pub stat_prefix: Arc<str>,
+}
+
+/// Whether this proxy wants requests: what health checks are told.
+#[derive(Debug, Default)]
+pub struct Serving {
+    /// Told to fail, by the admin.
+    pub failed: AtomicBool,
+    /// Draining has begun.
+    pub draining: AtomicBool,
+}
+
+impl Serving {
+    /// Whether a health check fails.
+    #[must_use]
+    pub fn fails(&self) -> bool {
+        self.failed.load(Relaxed) || self.draining.load(Relaxed)
+    }
 }

@@ -13,15 +13,12 @@ mod tests;
 
 pub use connection::Limits;
 
-use outrigger_filters::endpoints::ClusterView;
+use outrigger_filters::{endpoints::ClusterView, services::Serving};
 use serde_json::Value;
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Instant,
 };
 use tokio::net::TcpListener;
@@ -32,6 +29,8 @@ pub struct AdminState {
     pub started: Instant,
     /// How far it is.
     pub server_state: Arc<dyn Fn() -> ServerState + Send + Sync>,
+    /// What health checks are told.
+    pub serving: Arc<Serving>,
     /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out.
     pub config_dump: Arc<dyn Fn() -> Value + Send + Sync>,
     /// The clusters as they are now.
@@ -85,13 +84,11 @@ impl ServerState {
 /// The state of others and our own.
 struct Admin {
     state: Arc<AdminState>,
-    /// `/healthcheck/fail` was asked for.
-    fails_healthcheck: AtomicBool,
 }
 
 impl Admin {
     fn server_state(&self) -> ServerState {
-        if self.fails_healthcheck.load(Relaxed) {
+        if self.state.serving.failed.load(Relaxed) {
             ServerState::Draining
         } else {
             (self.state.server_state)()
@@ -111,9 +108,6 @@ pub async fn serve_within(
     limits: Limits,
     shutdown: impl Future,
 ) {
-    let admin = Arc::new(Admin {
-        state,
-        fails_healthcheck: AtomicBool::new(false),
-    });
+    let admin = Arc::new(Admin { state });
     connection::accept(listener, admin, limits, shutdown).await;
 }

@@ -1,14 +1,23 @@
 //! Building the filter chain of each route: the connection manager's filters, with the route's own configuration.
 
-use outrigger_filters::{filter::Chain, openai, registry, services::Services};
-use outrigger_xds::resource::{
-    listener::HttpFilter,
-    route::{Route, TypedConfig},
+use outrigger_filters::{
+    body::RequestBody,
+    error::{Error, Flag, Origin},
+    filter::{Chain, Context, Handled, HttpFilter as Filter, Next},
+    local_reply::{self, Shape},
+    openai, registry,
+    services::Services,
 };
-use std::sync::Arc;
+use outrigger_xds::resource::{listener::HttpFilter, route::TypedConfig};
+use std::{collections::BTreeMap, future::ready, sync::Arc};
 
 /// Envoy's wrapper that switches a filter off (or on) for a route.
 const FILTER_CONFIG_URL: &str = "type.googleapis.com/envoy.config.route.v3.FilterConfig";
+/// `%RESPONSE_CODE_DETAILS%` of an answer that a route itself gave.
+pub const DIRECT_RESPONSE: &str = "direct_response";
+
+/// Filter configuration of a route, or of what is around it, by filter name.
+pub type Own = BTreeMap<String, TypedConfig>;
 
 /// A route's chain, and what the connection manager must know of it.
 #[derive(Clone)]
@@ -19,72 +28,181 @@ pub struct BuiltChain {
     pub openai: bool,
 }
 
-/// Builds the chain for `route`.
-///
-/// # Errors
-/// A filter is unknown (and not optional) or refuses its configuration; the text names it.
-pub fn build(
-    filters: &[HttpFilter],
-    route: &Route,
-    services: &Services,
-) -> Result<BuiltChain, String> {
-    let mut built = Vec::with_capacity(filters.len());
-    let mut openai = false;
-    for filter in filters {
-        let Some(config) = effective(filter, route) else {
-            continue;
-        };
-        if filter.is_optional && registry::find(&config.type_url).is_none() {
-            tracing::info!(
-                filter = filter.name,
-                type_url = config.type_url,
-                "optional filter is unknown, left out"
-            );
-            continue;
-        }
-        let instance = registry::build(&config, services)
-            .map_err(|error| format!("http_filters[{}]: {error}", filter.name))?;
-        openai |= config.type_url == openai::TYPE_URL;
-        built.push(instance);
-    }
-    for name in route.typed_per_filter_config.keys() {
-        if !filters.iter().any(|filter| filter.name == *name) {
-            return Err(format!(
-                "typed_per_filter_config[{name}]: no such filter in the chain"
-            ));
-        }
-    }
-    Ok(BuiltChain {
-        filters: Arc::from(built),
-        openai,
-    })
+/// Builds the chains of one connection manager. A filter that no route configures is the same one in all chains, so
+/// that its limits are too; the router is each route's own.
+pub struct Chains<'a> {
+    filters: &'a [HttpFilter],
+    services: &'a Services,
+    shared: Vec<Option<Arc<dyn Filter>>>,
 }
 
-/// The configuration a filter has on a route; `None` if it is not in that route's chain.
-fn effective(filter: &HttpFilter, route: &Route) -> Option<TypedConfig> {
-    let Some(own) = route.typed_per_filter_config.get(&filter.name) else {
-        return (!filter.disabled).then(|| filter.config.clone());
-    };
+impl<'a> Chains<'a> {
+    /// Nothing built yet.
+    #[must_use]
+    pub fn new(filters: &'a [HttpFilter], services: &'a Services) -> Self {
+        Self {
+            filters,
+            services,
+            shared: vec![None; filters.len()],
+        }
+    }
+
+    /// The chain of a route; `own` is its filter configuration, then that of what is around it.
+    ///
+    /// # Errors
+    /// A filter is unknown (and not optional) or refuses its configuration; the text names it.
+    pub fn route(&mut self, own: &[&Own]) -> Result<BuiltChain, String> {
+        let mut built = Vec::with_capacity(self.filters.len());
+        let mut openai = false;
+        for index in 0..self.filters.len() {
+            if let Some(filter) = self.filter(index, own)? {
+                openai |= self.filters[index].config.type_url == openai::TYPE_URL;
+                built.push(filter);
+            }
+        }
+        for name in own.iter().flat_map(|own| own.keys()) {
+            if !self.filters.iter().any(|filter| filter.name == *name) {
+                return Err(format!(
+                    "typed_per_filter_config[{name}]: no such filter in the chain"
+                ));
+            }
+        }
+        Ok(BuiltChain {
+            filters: Arc::from(built),
+            openai,
+        })
+    }
+
+    /// What requests pass that need no upstream, with `last` at its end; empty if no filter sees them.
+    ///
+    /// # Errors
+    /// As [`Self::route`].
+    pub fn nowhere(&mut self, own: &[&Own], last: Arc<dyn Filter>) -> Result<Chain, String> {
+        let mut built = Vec::new();
+        for index in 0..self.filters.len() {
+            let registration = registry::find(&self.filters[index].config.type_url);
+            if registration.is_some_and(|registration| registration.sees_all) {
+                built.extend(self.filter(index, own)?);
+            }
+        }
+        if !built.is_empty() {
+            built.push(last);
+        }
+        Ok(Arc::from(built))
+    }
+
+    fn filter(&mut self, index: usize, own: &[&Own]) -> Result<Option<Arc<dyn Filter>>, String> {
+        let filter = &self.filters[index];
+        let name = &filter.name;
+        let located = |error| format!("http_filters[{name}]: {error}");
+        let Some(own) = effective(filter, own).map_err(located)? else {
+            return Ok(None);
+        };
+        let registration = registry::find(&filter.config.type_url);
+        if filter.is_optional && registration.is_none() {
+            tracing::info!(
+                filter = filter.name,
+                type_url = filter.config.type_url,
+                "optional filter is unknown, left out"
+            );
+            return Ok(None);
+        }
+        let shared = own.is_empty() && registration.is_some_and(|known| !known.terminal);
+        if let Some(known) = self.shared[index].as_ref().filter(|_| shared) {
+            return Ok(Some(known.clone()));
+        }
+        let built = registry::build(&filter.config, &own, self.services).map_err(located)?;
+        if shared {
+            self.shared[index] = Some(built.clone());
+        }
+        Ok(Some(built))
+    }
+}
+
+/// What a route and what is around it say of a filter, most specific first; `None` if it is not in that chain.
+fn effective(filter: &HttpFilter, own: &[&Own]) -> Result<Option<Vec<TypedConfig>>, String> {
+    let mut disabled = filter.disabled;
+    let mut said = Vec::new();
+    let levels = own.iter().filter_map(|own| own.get(&filter.name));
+    for (index, config) in levels.enumerate() {
+        let (off, config) = unwrap(config)?;
+        if index == 0 {
+            disabled = off;
+        }
+        said.extend(config);
+    }
+    Ok((!disabled).then_some(said))
+}
+
+/// Whether the filter is off there, and its configuration without `FilterConfig` around it.
+fn unwrap(own: &TypedConfig) -> Result<(bool, Option<TypedConfig>), String> {
     if own.type_url != FILTER_CONFIG_URL {
-        return Some(own.clone());
+        return Ok((false, Some(own.clone())));
     }
-    let disabled = own
+    let is_set =
+        |field: &str| own.value.get(field).and_then(serde_json::Value::as_bool) == Some(true);
+    let inner = own
         .value
-        .get("disabled")
-        .and_then(serde_json::Value::as_bool)
-        .unwrap_or(false);
-    if disabled {
-        return None;
+        .get("config")
+        .map(TypedConfig::from_json)
+        .transpose()
+        .map_err(|error| error.to_string())?;
+    let unknown =
+        |inner: &TypedConfig| is_set("is_optional") && !registry::is_known(&inner.type_url);
+    Ok((is_set("disabled"), inner.filter(|inner| !unknown(inner))))
+}
+
+/// Ends a chain that needs no upstream with a route's own answer.
+pub struct Direct {
+    /// Status.
+    pub status: http::StatusCode,
+    /// Body.
+    pub body: String,
+    /// Whether errors take OpenAI's form.
+    pub openai: bool,
+}
+
+impl Filter for Direct {
+    fn handle<'a>(
+        &'a self,
+        request: http::Request<RequestBody>,
+        context: &'a mut Context,
+        _next: Next<'a>,
+    ) -> Handled<'a> {
+        let shape = Shape::of(request.uri().path(), request.headers(), self.openai);
+        context.log.details = DIRECT_RESPONSE.into();
+        Box::pin(ready(Ok(local_reply::direct(
+            self.status,
+            &self.body,
+            shape,
+        ))))
     }
-    let inner = own.value.get("config");
-    let type_url = inner
-        .and_then(|inner| inner.get("@type"))
-        .and_then(serde_json::Value::as_str);
-    match (type_url, inner) {
-        (Some(type_url), Some(inner)) => Some(TypedConfig {
-            type_url: type_url.to_owned(),
-            value: inner.clone(),
-        }),
-        _ => Some(filter.config.clone()),
+}
+
+/// Ends the chain of requests that no route matches.
+pub struct NoRoute;
+
+impl NoRoute {
+    /// Envoy's answer.
+    #[must_use]
+    pub fn error() -> Error {
+        Error::new(
+            Origin::Downstream,
+            Flag::NoRouteFound,
+            http::StatusCode::NOT_FOUND,
+            "route_not_found",
+            "",
+        )
+    }
+}
+
+impl Filter for NoRoute {
+    fn handle<'a>(
+        &'a self,
+        _request: http::Request<RequestBody>,
+        _context: &'a mut Context,
+        _next: Next<'a>,
+    ) -> Handled<'a> {
+        Box::pin(ready(Err(Self::error())))
     }
 }

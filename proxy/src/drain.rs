@@ -1,14 +1,20 @@
 //! Draining: one switch that listeners and connections watch, and a count of what still runs.
 
+use outrigger_filters::services::Serving;
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+    atomic::{
+        AtomicUsize,
+        Ordering::{Relaxed, SeqCst},
+    },
 };
 use tokio::sync::watch;
 
 /// The switch.
 #[derive(Debug, Clone)]
 pub struct Drain {
+    /// What health checks are told.
+    pub serving: Arc<Serving>,
     switch: Arc<watch::Sender<bool>>,
     running: Arc<AtomicUsize>,
 }
@@ -16,6 +22,7 @@ pub struct Drain {
 impl Default for Drain {
     fn default() -> Self {
         Self {
+            serving: Arc::default(),
             switch: Arc::new(watch::Sender::new(false)),
             running: Arc::default(),
         }
@@ -35,6 +42,7 @@ impl Drop for Running {
 impl Drain {
     /// Begins to drain; idempotent.
     pub fn begin(&self) {
+        self.serving.draining.store(true, Relaxed);
         self.switch.send_replace(true);
     }
 

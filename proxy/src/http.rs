@@ -5,6 +5,7 @@
 
 use crate::{
     access_log::{AccessLogs, Captured, Entry},
+    chain::{self, NoRoute},
     flow::{self, FlowLimits},
     headers::{self, Seen, Upgrade},
     metrics::HttpStats,
@@ -104,7 +105,8 @@ impl Manager {
                 Ok(()) => match config.route(&parts) {
                     None => {
                         let shape = Shape::of(&record.path, &parts.headers, false);
-                        (Err(no_route()), shape, FlowLimits::default())
+                        let response = unrouted(&config, parts, body, &mut context).await;
+                        (response, shape, FlowLimits::default())
                     }
                     Some(route) => {
                         let shape = Shape::of(&record.path, &parts.headers, route.openai);
@@ -224,10 +226,24 @@ impl Manager {
         shape: Shape,
     ) -> Result<Response<ResponseBody>, Error> {
         match &route.target {
-            Target::Direct { status, body } => {
-                context.log.details = "direct_response".into();
-                self.stats.rq_direct_response.increment(1);
-                Ok(local_reply::direct(*status, body, shape))
+            Target::Direct {
+                filters,
+                facts,
+                status,
+                body: text,
+            } => {
+                let answer = if filters.is_empty() {
+                    context.log.details = chain::DIRECT_RESPONSE.into();
+                    Ok(local_reply::direct(*status, text, shape))
+                } else {
+                    context.route = facts.clone();
+                    let request = Request::from_parts(parts, RequestBody::incoming(body));
+                    Next::new(filters).run(request, context).await
+                };
+                if context.log.details == chain::DIRECT_RESPONSE {
+                    self.stats.rq_direct_response.increment(1);
+                }
+                answer
             }
             Target::Chain {
                 filters,
@@ -394,14 +410,18 @@ fn client_error(status: StatusCode, details: &'static str, message: &'static str
     )
 }
 
-fn no_route() -> Error {
-    Error::new(
-        Origin::Downstream,
-        Flag::NoRouteFound,
-        StatusCode::NOT_FOUND,
-        "route_not_found",
-        "",
-    )
+/// A request that no route is for: filters that see all may answer it, else nobody does.
+async fn unrouted(
+    config: &HttpConfig,
+    parts: Parts,
+    body: Incoming,
+    context: &mut Context,
+) -> Result<Response<ResponseBody>, Error> {
+    if config.unrouted.is_empty() {
+        return Err(NoRoute::error());
+    }
+    let request = Request::from_parts(parts, RequestBody::incoming(body));
+    Next::new(&config.unrouted).run(request, context).await
 }
 
 fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {

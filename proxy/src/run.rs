@@ -255,6 +255,9 @@ fn assemble(
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
+        serving: drain.serving.clone(),
+        node_cluster: bootstrap.node.cluster.as_str().into(),
+        stat_prefix: Arc::default(),
     };
     let built = snapshot::build(&bootstrap, &services)?;
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
@@ -437,6 +440,7 @@ fn admin_state(
         listeners: Arc::new(move || listeners.clone()),
         options,
         node: (node.id, node.cluster),
+        serving: shared.drain.serving.clone(),
         on_drain: Arc::new(move || for_drain.drain.begin()),
         set_log_level: match log {
             Some(log) => Arc::new(move |directives: &str| log.set(directives)),

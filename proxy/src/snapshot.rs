@@ -1,6 +1,10 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
-use crate::{chain, cluster::engine_id, route};
+use crate::{
+    chain::{Chains, Direct, NoRoute},
+    cluster::engine_id,
+    route,
+};
 use http::request::Parts;
 use outrigger_filters::{
     filter::{Chain, RouteFacts},
@@ -27,6 +31,8 @@ pub struct HttpConfig {
     pub manager: HttpConnectionManager,
     /// Whether peers arrive here.
     pub inbound: bool,
+    /// What requests without a route pass; may be empty.
+    pub unrouted: Chain,
     hosts: Vec<Vec<BuiltRoute>>,
 }
 
@@ -52,6 +58,10 @@ pub enum Target {
     },
     /// Answers here.
     Direct {
+        /// What it passes before; if empty, nothing, and this answer is given as it is.
+        filters: Chain,
+        /// Pinned facts.
+        facts: Arc<RouteFacts>,
         /// Status.
         status: http::StatusCode,
         /// Body.
@@ -73,10 +83,21 @@ impl HttpConfig {
         let inbound = direction == TrafficDirection::Inbound;
         let mut errors = Vec::new();
         let mut hosts = Vec::new();
+        let services = Services {
+            stat_prefix: manager.stat_prefix.as_str().into(),
+            ..services.clone()
+        };
+        let mut chains = Chains::new(&manager.http_filters, &services);
+        let unrouted = chains
+            .nowhere(&[], Arc::new(NoRoute))
+            .unwrap_or_else(|error| {
+                errors.push(error);
+                Arc::from([])
+            });
         for host in &manager.route_config.virtual_hosts {
             let mut routes = Vec::new();
             for (index, route) in host.routes.iter().enumerate() {
-                match build_route(manager, host, route, inbound, clusters, services) {
+                match build_route(&mut chains, host, route, inbound, clusters) {
                     Ok(route) => routes.push(route),
                     Err(error) => errors.push(format!(
                         "virtual_hosts[{}].routes[{index}]: {error}",
@@ -90,6 +111,7 @@ impl HttpConfig {
             Ok(Self {
                 manager: manager.clone(),
                 inbound,
+                unrouted,
                 hosts,
             })
         } else {
@@ -109,20 +131,36 @@ impl HttpConfig {
 }
 
 fn build_route(
-    manager: &HttpConnectionManager,
+    chains: &mut Chains<'_>,
     host: &VirtualHost,
     route: &Route,
     inbound: bool,
     clusters: &HashMap<String, Cluster>,
-    services: &Services,
 ) -> Result<BuiltRoute, String> {
-    let chain = chain::build(&manager.http_filters, route, services)?;
+    let own = [&route.typed_per_filter_config];
+    let chain = chains.route(&own)?;
     let target = match &route.action {
-        Action::DirectResponse { status, body } => Target::Direct {
-            status: http::StatusCode::from_u16(*status)
-                .map_err(|_| format!("status {status} is no HTTP status"))?,
-            body: body.clone(),
-        },
+        Action::DirectResponse { status, body } => {
+            let status = http::StatusCode::from_u16(*status)
+                .map_err(|_| format!("status {status} is no HTTP status"))?;
+            let last = Direct {
+                status,
+                body: body.clone(),
+                openai: chain.openai,
+            };
+            let facts = RouteFacts {
+                name: route.name.as_str().into(),
+                virtual_host: host.name.as_str().into(),
+                inbound,
+                ..RouteFacts::default()
+            };
+            Target::Direct {
+                filters: chains.nowhere(&own, Arc::new(last))?,
+                facts: Arc::new(facts),
+                status,
+                body: body.clone(),
+            }
+        }
         Action::Route(action) => {
             let cluster = clusters
                 .get(&action.cluster)

@@ -5,6 +5,7 @@
 //! It does not read files, and does not know which filters exist.
 
 mod dump;
+mod extensions;
 mod known;
 mod strict;
 mod walk;

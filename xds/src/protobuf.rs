@@ -169,6 +169,22 @@ impl TryFrom<Any> for TypedConfig {
     }
 }
 
+impl TypedConfig {
+    /// From the JSON of an `Any` (`@type` and the message's fields) inside another configuration.
+    ///
+    /// # Errors
+    /// The type is unknown, or the value does not fit it.
+    pub fn from_json(value: &Value) -> Result<Self, ConfigErrors> {
+        let any = POOL
+            .get_message_by_name("google.protobuf.Any")
+            .expect("invariant: our messages use it");
+        from_json(any, value)?
+            .transcode_to::<Any>()
+            .map_err(|error| ConfigErrors::one("", error.to_string()))?
+            .try_into()
+    }
+}
+
 impl From<&TypedConfig> for Any {
     fn from(config: &TypedConfig) -> Self {
         let typed =

@@ -8,3 +8,10 @@ pub mod cluster;
 pub mod endpoint;
 pub mod listener;
 pub mod route;
+
+/// The number of an `envoy.type.v3.StatusCode`.
+#[must_use]
+pub fn http_status(name: &str) -> Option<u16> {
+    let code = crate::wire::envoy::r#type::v3::StatusCode::from_str_name(name)?;
+    u16::try_from(code as i32).ok()
+}

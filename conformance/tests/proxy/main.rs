@@ -10,6 +10,7 @@ mod drain;
 mod failures;
 mod feeds;
 mod fleet;
+mod http_filters;
 mod limits;
 mod protocol;
 mod regression;

@@ -168,6 +168,9 @@ impl Fleet {
             kv_index,
             tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
             compute: tokio::runtime::Handle::current(),
+            serving: Arc::default(),
+            node_cluster: Arc::default(),
+            stat_prefix: Arc::default(),
         };
         Self {
             endpoints,
@@ -224,7 +227,7 @@ impl Fleet {
                 type_url: (*type_url).into(),
                 value: value.clone(),
             };
-            filters.push(registry::build(&config, &self.services).unwrap());
+            filters.push(registry::build(&config, &[], &self.services).unwrap());
         }
         filters.push(last.clone());
         (filters.into(), last)

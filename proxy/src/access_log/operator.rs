@@ -480,5 +480,9 @@ pub(super) fn long_flag(flag: Flag) -> &'static str {
         Flag::DownstreamProtocolError => "DownstreamProtocolError",
         Flag::LocalReset => "LocalReset",
         Flag::DropOverload => "DropOverLoad",
+        Flag::FailedLocalHealthCheck => "FailedLocalHealthCheck",
+        Flag::RateLimited => "RateLimited",
+        Flag::DelayInjected => "DelayInjected",
+        Flag::FaultInjected => "FaultInjected",
     }
 }

@@ -65,7 +65,7 @@ static ENDPOINTS: &[Endpoint] = &[
         "/healthcheck/fail",
         "cause the server to fail health checks",
         |admin, _| {
-            admin.fails_healthcheck.store(true, Relaxed);
+            admin.state.serving.failed.store(true, Relaxed);
             Reply::text("OK\n")
         },
     ),
@@ -73,7 +73,7 @@ static ENDPOINTS: &[Endpoint] = &[
         "/healthcheck/ok",
         "cause the server to pass health checks",
         |admin, _| {
-            admin.fails_healthcheck.store(false, Relaxed);
+            admin.state.serving.failed.store(false, Relaxed);
             Reply::text("OK\n")
         },
     ),

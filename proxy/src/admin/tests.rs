@@ -136,6 +136,7 @@ async fn start(limits: Limits) -> Running {
     ];
     let state = Arc::new(AdminState {
         started: Instant::now(),
+        serving: Arc::default(),
         server_state: Arc::new(move || states[usize::from(for_state.load(Relaxed))]),
         config_dump: Arc::new(
             || json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),

@@ -81,6 +81,7 @@ const HTTP_CLASS: &[&str] = &[
     "envoy_http_conn_manager_prefix",
     "envoy_response_code_class",
 ];
+const LOCAL_LIMIT: &[&str] = &["envoy_local_http_ratelimit_prefix"];
 const CLUSTER: &[&str] = &["envoy_cluster_name"];
 const CLUSTER_CLASS: &[&str] = &["envoy_cluster_name", "envoy_response_code_class"];
 const CLUSTER_CODE: &[&str] = &["envoy_cluster_name", "envoy_response_code"];
@@ -157,6 +158,16 @@ pub const ROWS: &[Row] = &[
     gauge("envoy_http_downstream_rq_active", HTTP, "Requests in flight."),
     counter("envoy_http_downstream_rq_xx", HTTP_CLASS, "Requests answered, by class of status."),
     millis("envoy_http_downstream_rq_time", HTTP, "From the first byte of a request to the last of its response."),
+    counter("envoy_http_local_rate_limit_enabled", LOCAL_LIMIT, "Requests that a local rate limit counted."),
+    counter("envoy_http_local_rate_limit_ok", LOCAL_LIMIT, "Requests within a local rate limit."),
+    counter("envoy_http_local_rate_limit_rate_limited", LOCAL_LIMIT, "Requests over a local rate limit, refused or not."),
+    counter("envoy_http_local_rate_limit_enforced", LOCAL_LIMIT, "Requests refused by a local rate limit."),
+    counter("envoy_http_cors_origin_valid", HTTP, "Requests of an origin that a CORS policy allows."),
+    counter("envoy_http_cors_origin_invalid", HTTP, "Requests of an origin that a CORS policy does not allow."),
+    counter("envoy_http_fault_delays_injected", HTTP, "Requests delayed on purpose."),
+    counter("envoy_http_fault_aborts_injected", HTTP, "Requests ended on purpose."),
+    counter("envoy_http_fault_faults_overflow", HTTP, "Requests left alone because too many had a fault already."),
+    gauge("envoy_http_fault_active_faults", HTTP, "Requests in flight that have a fault."),
     counter("envoy_cluster_upstream_rq_total", CLUSTER, "Requests sent, each attempt counted."),
     counter("envoy_cluster_upstream_rq_completed", CLUSTER, "Requests answered to their end."),
     counter("envoy_cluster_upstream_rq_timeout", CLUSTER, "Requests whose response headers or first event did not come in time."),

@@ -1,54 +1,7 @@
-//! Fields and types of Envoy that exist but are not transcribed: refused by name, or ignored and counted.
+//! Fields of Envoy that exist but are not transcribed: refused by name, or ignored and counted.
 //!
 //! Only names: what is neither here nor in `xds/proto` does not exist. A field leaves this table when it enters the
 //! transcription.
-
-/// Type URLs (without prefix) of Envoy extensions that users write and we do not have.
-pub(super) const TYPES_NOT_SUPPORTED: &[&str] = &[
-    "envoy.config.route.v3.FilterConfig",
-    "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
-    "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
-    "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig",
-    "envoy.extensions.filters.http.admission_control.v3.AdmissionControl",
-    "envoy.extensions.filters.http.buffer.v3.Buffer",
-    "envoy.extensions.filters.http.compressor.v3.Compressor",
-    "envoy.extensions.filters.http.cors.v3.Cors",
-    "envoy.extensions.filters.http.cors.v3.CorsPolicy",
-    "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
-    "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
-    "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute",
-    "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-    "envoy.extensions.filters.http.fault.v3.HTTPFault",
-    "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
-    "envoy.extensions.filters.http.grpc_web.v3.GrpcWeb",
-    "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
-    "envoy.extensions.filters.http.header_to_metadata.v3.Config",
-    "envoy.extensions.filters.http.health_check.v3.HealthCheck",
-    "envoy.extensions.filters.http.json_to_metadata.v3.JsonToMetadata",
-    "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
-    "envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig",
-    "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
-    "envoy.extensions.filters.http.lua.v3.Lua",
-    "envoy.extensions.filters.http.on_demand.v3.OnDemand",
-    "envoy.extensions.filters.http.ratelimit.v3.RateLimit",
-    "envoy.extensions.filters.http.rbac.v3.RBAC",
-    "envoy.extensions.filters.http.rbac.v3.RBACPerRoute",
-    "envoy.extensions.filters.http.set_filter_state.v3.Config",
-    "envoy.extensions.filters.http.set_metadata.v3.Config",
-    "envoy.extensions.filters.http.stateful_session.v3.StatefulSession",
-    "envoy.extensions.filters.http.wasm.v3.Wasm",
-    "envoy.extensions.filters.listener.http_inspector.v3.HttpInspector",
-    "envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
-    "envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol",
-    "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
-    "envoy.extensions.filters.network.connection_limit.v3.ConnectionLimit",
-    "envoy.extensions.filters.network.ext_authz.v3.ExtAuthz",
-    "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit",
-    "envoy.extensions.filters.network.rbac.v3.RBAC",
-    "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-    "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-    "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-];
 
 /// Fields by message that a configuration may not carry yet.
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
@@ -163,6 +116,10 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "envoy.config.common.mutation_rules.v3.HeaderMutation",
+        &["remove_on_match"],
+    ),
+    (
         "envoy.config.core.v3.Address",
         &["envoy_internal_address", "pipe"],
     ),
@@ -175,6 +132,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "watched_directory",
         ],
     ),
+    ("envoy.config.core.v3.HeaderValue", &["raw_value"]),
     (
         "envoy.config.core.v3.Http1ProtocolOptions",
         &[
@@ -435,6 +393,35 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &["format", "json_format", "typed_json_format"],
     ),
     (
+        "envoy.extensions.filters.http.fault.v3.HTTPFault",
+        &["downstream_nodes", "response_rate_limit"],
+    ),
+    (
+        "envoy.extensions.filters.http.header_mutation.v3.Mutations",
+        &[
+            "query_parameter_mutations",
+            "request_trailers_mutations",
+            "response_trailers_mutations",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.health_check.v3.HealthCheck",
+        &["cache_time", "cluster_min_healthy_percentages"],
+    ),
+    (
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        &[
+            "always_consume_default_token_bucket",
+            "descriptors",
+            "local_cluster_rate_limit",
+            "local_rate_limit_per_downstream_connection",
+            "max_dynamic_descriptors",
+            "rate_limits",
+            "stage",
+            "vh_rate_limits",
+        ],
+    ),
+    (
         "envoy.extensions.filters.http.router.v3.Router",
         &[
             "dynamic_stats",
@@ -553,6 +540,10 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "envoy.config.core.v3.RuntimeFractionalPercent",
+        &["runtime_key"],
+    ),
+    (
         "envoy.config.core.v3.SubstitutionFormatString",
         &["content_type"],
     ),
@@ -574,6 +565,20 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     (
         "envoy.config.route.v3.VirtualHost",
         &["metadata", "virtual_clusters"],
+    ),
+    (
+        "envoy.extensions.filters.http.fault.v3.HTTPFault",
+        &[
+            "abort_grpc_status_runtime",
+            "abort_http_status_runtime",
+            "abort_percent_runtime",
+            "delay_duration_runtime",
+            "delay_percent_runtime",
+            "disable_downstream_cluster_stats",
+            "filter_metadata",
+            "max_active_faults_runtime",
+            "response_rate_limit_percent_runtime",
+        ],
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",

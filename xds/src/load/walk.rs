@@ -3,12 +3,15 @@
 //! What does not fit is taken out, so that the rest can still be decoded and judged. Meaning (names that must not be
 //! empty, limits) is not looked at here: that is each resource's own `TryFrom`.
 
-use super::known;
+use super::{extensions, known};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{self, EXACT_INTEGER_MAX},
     wire::{
-        envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter,
+        envoy::{
+            config::route::v3::FilterConfig,
+            extensions::filters::network::http_connection_manager::v3::HttpFilter,
+        },
         xds::r#type::v3::TypedStruct,
     },
 };
@@ -75,7 +78,10 @@ impl Walk {
         place: &str,
     ) {
         let outer = self.optional_filter;
-        self.optional_filter = message.full_name() == HttpFilter::full_name()
+        let may_be_unknown = [HttpFilter::full_name(), FilterConfig::full_name()];
+        self.optional_filter = may_be_unknown
+            .iter()
+            .any(|name| message.full_name() == name)
             && ["is_optional", "isOptional"]
                 .iter()
                 .any(|key| fields.get(*key) == Some(&Value::Bool(true)));
@@ -296,7 +302,7 @@ impl Walk {
     }
 
     fn unknown_type(&mut self, type_url: &str, place: &str) {
-        let message = if known::TYPES_NOT_SUPPORTED.contains(&protobuf::type_name(type_url)) {
+        let message = if extensions::NOT_SUPPORTED.contains(&protobuf::type_name(type_url)) {
             format!("not supported yet: {type_url}")
         } else {
             format!(
@@ -324,7 +330,7 @@ impl Walk {
             if let Some(Value::Object(value)) = fields.get_mut("value") {
                 self.fields(&message, value, &join(place, "value"));
             }
-        } else if known::TYPES_NOT_SUPPORTED.contains(&protobuf::type_name(&inner))
+        } else if extensions::NOT_SUPPORTED.contains(&protobuf::type_name(&inner))
             && !self.optional_filter
         {
             self.errors

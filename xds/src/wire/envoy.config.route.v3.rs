@@ -233,6 +233,29 @@ impl ::prost::Name for HeaderMatcher {
         "/envoy.config.route.v3.HeaderMatcher".into()
     }
 }
+/// Wraps the configuration of a filter on a route.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilterConfig {
+    /// The configuration itself.
+    #[prost(message, optional, tag = "1")]
+    pub config: ::core::option::Option<::prost_types::Any>,
+    /// Left out if its type is unknown.
+    #[prost(bool, tag = "2")]
+    pub is_optional: bool,
+    /// The filter is not in the chain of this route.
+    #[prost(bool, tag = "3")]
+    pub disabled: bool,
+}
+impl ::prost::Name for FilterConfig {
+    const NAME: &'static str = "FilterConfig";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.FilterConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.FilterConfig".into()
+    }
+}
 /// A table of virtual hosts.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouteConfiguration {

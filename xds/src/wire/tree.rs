@@ -16,6 +16,13 @@ pub mod envoy {
                 include!("envoy.config.cluster.v3.rs");
             }
         }
+        pub mod common {
+            pub mod mutation_rules {
+                pub mod v3 {
+                    include!("envoy.config.common.mutation_rules.v3.rs");
+                }
+            }
+        }
         pub mod core {
             pub mod v3 {
                 include!("envoy.config.core.v3.rs");
@@ -50,8 +57,47 @@ pub mod envoy {
                 }
             }
         }
+        pub mod common {
+            pub mod ratelimit {
+                pub mod v3 {
+                    include!("envoy.extensions.common.ratelimit.v3.rs");
+                }
+            }
+        }
         pub mod filters {
+            pub mod common {
+                pub mod fault {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.common.fault.v3.rs");
+                    }
+                }
+            }
             pub mod http {
+                pub mod cors {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.cors.v3.rs");
+                    }
+                }
+                pub mod fault {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.fault.v3.rs");
+                    }
+                }
+                pub mod header_mutation {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.header_mutation.v3.rs");
+                    }
+                }
+                pub mod health_check {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.health_check.v3.rs");
+                    }
+                }
+                pub mod local_ratelimit {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.local_ratelimit.v3.rs");
+                    }
+                }
                 pub mod router {
                     pub mod v3 {
                         include!("envoy.extensions.filters.http.router.v3.rs");
