@@ -1,6 +1,7 @@
 //! A token bucket without a lock: one atomic holds the moment at which it was (or would have been) empty.
 //!
 //! It fills continuously, as Envoy's does since 1.31: `tokens_per_fill` in each `fill_interval`, a fraction at a time.
+//! It may be overdrawn on purpose ([`Bucket::settle`]), which later requests wait for.
 
 use std::{
     sync::{
@@ -34,15 +35,12 @@ pub(crate) struct Bucket {
 impl Bucket {
     /// A full one.
     pub(crate) fn full(max: f64, tokens: f64, each: Duration) -> Self {
-        let ns_per_token = each.as_nanos() as f64 / tokens;
-        let bucket = Self {
+        Self {
             max,
-            ns_per_token,
-            empty_at_ns: AtomicI64::new(0),
-        };
-        let full_since = bucket.full_since(now_ns());
-        bucket.empty_at_ns.store(full_since, Relaxed);
-        bucket
+            ns_per_token: each.as_nanos() as f64 / tokens,
+            // Long ago: full, whenever the first request says that it is.
+            empty_at_ns: AtomicI64::new(i64::MIN / 2),
+        }
     }
 
     /// When it would have been empty if it is just full at `now`.
@@ -82,6 +80,14 @@ impl Bucket {
                 Err(other) => known = other,
             }
         }
+    }
+
+    /// Takes `tokens` though they may not be there, or gives them back if negative.
+    pub(crate) fn settle(&self, tokens: f64, now: i64) {
+        let full_since = self.full_since(now);
+        let settle = |known: i64| Some(known.max(full_since).saturating_add(self.ns(tokens)));
+        // Never fails: the closure always gives something.
+        let _ = self.empty_at_ns.fetch_update(Relaxed, Relaxed, settle);
     }
 
     /// Tokens there; negative if overdrawn.
@@ -128,6 +134,22 @@ mod tests {
             "never more than it holds"
         );
         assert!(bucket.take(1.0, now + 100 * SECOND).is_err());
+    }
+
+    #[test]
+    fn it_can_be_overdrawn_and_given_back() {
+        let bucket = Bucket::full(10.0, 10.0, Duration::from_secs(1));
+        let now = now_ns();
+        bucket.settle(25.0, now);
+        assert!(bucket.remaining(now) < -14.9);
+        assert!(bucket.take(1.0, now + SECOND).is_err());
+        bucket.settle(-15.0, now + SECOND);
+        assert!(bucket.take(9.0, now + SECOND).is_ok());
+        bucket.settle(-100.0, now + SECOND);
+        assert!(
+            bucket.remaining(now + SECOND) <= 10.0,
+            "giving back fills it at most"
+        );
     }
 
     #[test]

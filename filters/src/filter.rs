@@ -222,6 +222,8 @@ pub struct LogFields {
     pub prompt_tokens: Option<u64>,
     /// From the engine's `usage`.
     pub completion_tokens: Option<u64>,
+    /// Events of a stream that brought tokens: an estimate of the completion where no `usage` was told.
+    pub tokens_seen: Option<u64>,
     /// Request sent upstream to response headers.
     pub upstream_service_time: Option<Duration>,
 }

@@ -153,7 +153,7 @@ impl KvRouting {
         context: &mut Context,
         started: Instant,
     ) -> Result<(&'static str, Option<Flight>), &'static str> {
-        context.prompt.tokens = estimate(openai);
+        context.prompt.tokens = openai.estimated_prompt_tokens();
         let model = openai.model.as_deref().ok_or("no_model")?;
         let view = self
             .services
@@ -257,14 +257,4 @@ fn may_guess(openai: &OpenAiRequest, reason: Unavailable) -> bool {
         Unavailable::EngineRefused | Unavailable::EngineFailed | Unavailable::NotAsked
     );
     silent && matches!(openai.prompt, Prompt::Messages | Prompt::Text)
-}
-
-/// Prompt tokens of a request by its length alone.
-fn estimate(openai: &OpenAiRequest) -> u64 {
-    let bytes = openai
-        .spans
-        .prompt
-        .as_ref()
-        .map_or(0, ExactSizeIterator::len);
-    (bytes / BYTES_PER_TOKEN) as u64
 }

@@ -25,4 +25,5 @@ pub mod registry;
 pub mod router;
 pub mod services;
 pub mod sse;
+pub mod token_ratelimit;
 pub mod tokens;

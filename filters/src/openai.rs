@@ -6,6 +6,7 @@
 
 mod observe;
 mod parse;
+mod tenants;
 mod usage;
 
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
     services::Services,
 };
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, header};
+use http::{HeaderMap, HeaderName, Method, Request, header};
 use observe::{Models, Observer};
 use serde::Deserialize;
 use std::{
@@ -24,9 +25,13 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tenants::{Meter, Tenants};
 
 /// Our own type.
 pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.openai.v1.Config";
+
+/// Bytes of JSON that make a token, where nothing better is known.
+const BYTES_PER_TOKEN: usize = 4;
 
 /// Which API a request speaks, by its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -155,6 +160,8 @@ pub struct PromptFlags {
 pub struct OpenAiRequest {
     /// By path.
     pub api: Api,
+    /// Whom its tokens are counted for, as the configured header says.
+    pub tenant: Option<Arc<str>>,
     /// As the client wrote it; `None` if it named none, or the body is not ours to read.
     pub model: Option<Arc<str>>,
     /// `stream`.
@@ -209,6 +216,13 @@ impl OpenAiRequest {
         )
     }
 
+    /// Prompt tokens by the length of the prompt alone.
+    #[must_use]
+    pub fn estimated_prompt_tokens(&self) -> u64 {
+        let bytes = self.spans.prompt.as_ref().map_or(0, ExactSizeIterator::len);
+        (bytes / BYTES_PER_TOKEN) as u64
+    }
+
     /// The raw JSON at a span.
     #[must_use]
     pub fn raw(&self, span: Option<&Range<usize>>) -> Option<&str> {
@@ -232,6 +246,8 @@ pub struct Config {
     pub inter_token_timeout_ms: u64,
     /// The whole exchange; 0 is off, which is the default.
     pub total_timeout_ms: u64,
+    /// Header that says for whom tokens are counted, `authorization` for API keys. Default: none, nobody is told apart.
+    pub tenant_header: String,
 }
 
 impl Default for Config {
@@ -243,6 +259,7 @@ impl Default for Config {
             first_token_timeout_ms: 600_000,
             inter_token_timeout_ms: 300_000,
             total_timeout_ms: 0,
+            tenant_header: String::new(),
         }
     }
 }
@@ -265,6 +282,8 @@ pub struct OpenAi {
     config: Config,
     limits: StreamLimits,
     models: Models,
+    tenant: Option<HeaderName>,
+    tenants: Tenants,
 }
 
 /// The registry's constructor.
@@ -277,11 +296,23 @@ pub fn factory(
 ) -> Result<Arc<dyn HttpFilter>, String> {
     let config: Config = registry::parse(value)?;
     let limits = config.limits();
+    let tenant = Some(config.tenant_header.as_str())
+        .filter(|name| !name.is_empty())
+        .map(|name| HeaderName::from_bytes(name.as_bytes()))
+        .transpose()
+        .map_err(|_| {
+            format!(
+                "tenant_header: '{}' is not a header name",
+                config.tenant_header
+            )
+        })?;
     Ok(Arc::new(OpenAi {
         services: services.clone(),
         config,
         limits,
         models: Models::default(),
+        tenant,
+        tenants: Tenants::default(),
     }))
 }
 
@@ -294,7 +325,11 @@ impl HttpFilter for OpenAi {
     ) -> Handled<'a> {
         Box::pin(async move {
             let started = Instant::now();
-            let openai = Arc::new(self.read(&mut request).await?);
+            let mut openai = self.read(&mut request).await?;
+            if let Some(header) = &self.tenant {
+                openai.tenant = tenant(request.headers(), header);
+            }
+            let openai = Arc::new(openai);
             context.log.model.clone_from(&openai.model);
             if openai.is_generation() {
                 let handles = self.models.handles(
@@ -302,9 +337,14 @@ impl HttpFilter for OpenAi {
                     &context.route.cluster,
                     &self.services,
                 );
-                context
-                    .observers
-                    .push(Box::new(Observer::new(openai.api, handles, started)));
+                let meter = self.tenant.is_some().then(|| Meter {
+                    handles: self
+                        .tenants
+                        .handles(openai.tenant.as_deref(), handles.model()),
+                    prompt: openai.estimated_prompt_tokens(),
+                });
+                let observer = Observer::new(openai.api, handles, meter, started);
+                context.observers.push(Box::new(observer));
             }
             context.openai = Some(openai);
             next.run(request, context).await
@@ -361,6 +401,16 @@ impl OpenAi {
             }
         })
     }
+}
+
+/// For whom tokens are counted; an API key without the scheme before it.
+fn tenant(headers: &HeaderMap, name: &HeaderName) -> Option<Arc<str>> {
+    let value = headers.get(name)?.to_str().ok()?;
+    let bare = match value.split_once(' ') {
+        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim_start(),
+        _ => value,
+    };
+    Some(bare).filter(|bare| !bare.is_empty()).map(Into::into)
 }
 
 /// JSON that is not compressed. vLLM and SGLang also read JSON without a content type, but only as bytes.

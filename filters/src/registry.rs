@@ -2,7 +2,7 @@
 
 use crate::{
     cors, engine_api, fault, filter::HttpFilter, header_mutation, health_check, kv_routing,
-    local_ratelimit, openai, router, services::Services,
+    local_ratelimit, openai, router, services::Services, token_ratelimit,
 };
 use outrigger_xds::resource::route::TypedConfig;
 use serde::de::DeserializeOwned;
@@ -35,6 +35,8 @@ pub struct Registration {
     pub sees_all: bool,
     /// Its constructor.
     pub factory: Factory,
+    /// Type URL of a filter that must stand before it.
+    pub after: Option<&'static str>,
     /// `None`: a route's configuration has the filter's own type, and takes its place.
     pub per_route: Option<PerRoute>,
 }
@@ -48,6 +50,7 @@ impl Registration {
             terminal: false,
             sees_all: false,
             factory,
+            after: None,
             per_route: None,
         }
     }
@@ -58,6 +61,14 @@ pub const FILTERS: &[Registration] = &[
     Registration::new("engine_api", &[engine_api::TYPE_URL], engine_api::factory),
     Registration::new("openai", &[openai::TYPE_URL], openai::factory),
     Registration::new("kv_routing", &[kv_routing::TYPE_URL], kv_routing::factory),
+    Registration {
+        after: Some(openai::TYPE_URL),
+        ..Registration::new(
+            "token_ratelimit",
+            &[token_ratelimit::TYPE_URL],
+            token_ratelimit::factory,
+        )
+    },
     Registration {
         sees_all: true,
         per_route: Some(PerRoute {

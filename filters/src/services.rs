@@ -3,6 +3,7 @@
 use crate::{
     endpoints::{Endpoints, Upstream},
     kv_index::KvIndex,
+    token_ratelimit::Table,
     tokens::Tokenizers,
 };
 use std::sync::{
@@ -24,6 +25,8 @@ pub struct Services {
     pub tokenizers: Arc<Tokenizers>,
     /// Where work of more than some tens of microseconds goes, off the request threads.
     pub compute: tokio::runtime::Handle,
+    /// Buckets of `token_ratelimit`.
+    pub token_limits: Arc<Table>,
     /// Whether this proxy wants requests.
     pub serving: Arc<Serving>,
     /// Which group of proxies this one belongs to; may be empty.

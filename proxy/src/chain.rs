@@ -54,8 +54,16 @@ impl<'a> Chains<'a> {
     pub fn route(&mut self, own: &[&Own]) -> Result<BuiltChain, String> {
         let mut built = Vec::with_capacity(self.filters.len());
         let mut openai = false;
+        let mut before: Vec<&str> = Vec::new();
         for index in 0..self.filters.len() {
             if let Some(filter) = self.filter(index, own)? {
+                let type_url = &self.filters[index].config.type_url;
+                let needed = registry::find(type_url).and_then(|known| known.after);
+                if let Some(needed) = needed.filter(|needed| !before.contains(needed)) {
+                    let name = &self.filters[index].name;
+                    return Err(format!("http_filters[{name}]: needs '{needed}' before it"));
+                }
+                before.push(type_url);
                 openai |= self.filters[index].config.type_url == openai::TYPE_URL;
                 built.push(filter);
             }

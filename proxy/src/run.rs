@@ -255,6 +255,7 @@ fn assemble(
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
+        token_limits: Arc::default(),
         serving: drain.serving.clone(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
         stat_prefix: Arc::default(),

@@ -16,3 +16,4 @@ mod protocol;
 mod regression;
 mod reuse;
 mod streams;
+mod token_limits;

@@ -50,7 +50,7 @@ impl Blocks {
     fn prompt_tokens(&self) -> u64 {
         match self {
             Self::Tokens(ids) => ids.len() as u64,
-            Self::Bytes(request) => super::estimate(request),
+            Self::Bytes(request) => request.estimated_prompt_tokens(),
         }
     }
 

@@ -3,7 +3,7 @@
 //! One event costs two clock-free comparisons, one search for `"usage":` and one histogram sample; handles of metrics
 //! are found once per request, and made once per model.
 
-use super::{Api, usage::UsageFinder};
+use super::{Api, tenants::Meter, usage::UsageFinder};
 use crate::{
     filter::{Edit, End, LogFields, StreamObserver},
     services::Services,
@@ -20,6 +20,7 @@ const MODELS_MAX: usize = 1024;
 
 /// Handles of one model's metrics.
 pub(super) struct Handles {
+    model: Arc<str>,
     first_token: Histogram,
     inter_token: Histogram,
     prompt: Counter,
@@ -31,10 +32,12 @@ pub(super) struct Handles {
 
 impl Handles {
     fn new(model: &str) -> Self {
+        let label = Arc::from(model);
         let model = model.to_owned();
         let counter = |kind: &'static str| metrics::counter!("outrigger_tokens_total", "kind" => kind, "model" => model.clone());
         let hits = |kind: &'static str| metrics::counter!("outrigger_prefix_hit_tokens_total", "kind" => kind, "model" => model.clone());
         Self {
+            model: label,
             first_token: metrics::histogram!("outrigger_time_to_first_token_seconds", "model" => model.clone()),
             inter_token: metrics::histogram!("outrigger_inter_token_latency_seconds", "model" => model.clone()),
             prompt: counter("prompt"),
@@ -43,6 +46,13 @@ impl Handles {
             confirmed: hits("confirmed"),
             stream_errors: metrics::counter!("outrigger_stream_errors_total", "model" => model.clone()),
         }
+    }
+}
+
+impl Handles {
+    /// The label of these.
+    pub(super) fn model(&self) -> &Arc<str> {
+        &self.model
     }
 }
 
@@ -107,16 +117,27 @@ fn is_served(model: &str, cluster: &str, services: &Services) -> bool {
 pub(super) struct Observer {
     handles: Arc<Handles>,
     usage: UsageFinder,
+    /// Where tokens are counted by tenant.
+    meter: Option<Meter>,
+    /// Events that brought tokens.
+    seen: u64,
     started: Instant,
     previous: Option<Instant>,
 }
 
 impl Observer {
     /// `started` is when the request's headers had come.
-    pub(super) fn new(api: Api, handles: Arc<Handles>, started: Instant) -> Self {
+    pub(super) fn new(
+        api: Api,
+        handles: Arc<Handles>,
+        meter: Option<Meter>,
+        started: Instant,
+    ) -> Self {
         Self {
             handles,
             usage: UsageFinder::new(api),
+            meter,
+            seen: 0,
             started,
             previous: None,
         }
@@ -139,6 +160,7 @@ impl StreamObserver for Observer {
             // Nothing but usage: no token came with it.
             return Edit::Keep;
         }
+        self.seen += 1;
         match self.previous.replace(at) {
             None => self
                 .handles
@@ -158,6 +180,10 @@ impl StreamObserver for Observer {
 
     fn on_end(&mut self, _end: End, log: &mut LogFields) {
         let usage = self.usage.finish();
+        log.tokens_seen = (self.seen > 0).then_some(self.seen);
+        if let Some(meter) = &self.meter {
+            meter.count(&usage, log.tokens_seen);
+        }
         if let Some(prompt) = usage.prompt {
             log.prompt_tokens = Some(prompt);
             self.handles.prompt.increment(prompt);

@@ -57,6 +57,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
     let prompt = raw_prompt.map_or(Prompt::None, |raw| kind(raw.get()));
     Some(OpenAiRequest {
         api,
+        tenant: None,
         model: fields
             .model
             .as_deref()

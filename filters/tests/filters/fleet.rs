@@ -168,6 +168,7 @@ impl Fleet {
             kv_index,
             tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
             compute: tokio::runtime::Handle::current(),
+            token_limits: Arc::default(),
             serving: Arc::default(),
             node_cluster: Arc::default(),
             stat_prefix: Arc::default(),
