@@ -138,17 +138,16 @@ pub fn factory(
     {
         return Err("delay.fixed_delay: must be greater than 0s".into());
     }
-    let label = "envoy_http_conn_manager_prefix";
     let prefix = || services.stat_prefix.to_string();
     Ok(Arc::new(Fault {
         config,
         active: Arc::new(Active {
             count: AtomicU32::new(0),
-            gauge: metrics::gauge!("envoy_http_fault_active_faults", label => prefix()),
+            gauge: metrics::gauge!("envoy_http_fault_active_faults", "envoy_http_conn_manager_prefix" => prefix()),
         }),
-        delays: metrics::counter!("envoy_http_fault_delays_injected", label => prefix()),
-        aborts: metrics::counter!("envoy_http_fault_aborts_injected", label => prefix()),
-        overflow: metrics::counter!("envoy_http_fault_faults_overflow", label => prefix()),
+        delays: metrics::counter!("envoy_http_fault_delays_injected", "envoy_http_conn_manager_prefix" => prefix()),
+        aborts: metrics::counter!("envoy_http_fault_aborts_injected", "envoy_http_conn_manager_prefix" => prefix()),
+        overflow: metrics::counter!("envoy_http_fault_faults_overflow", "envoy_http_conn_manager_prefix" => prefix()),
     }))
 }
 

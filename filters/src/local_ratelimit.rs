@@ -95,13 +95,12 @@ struct Stats {
 
 impl Stats {
     fn new(prefix: &str) -> Self {
-        let label = "envoy_local_http_ratelimit_prefix";
         let prefix = prefix.to_owned();
         Self {
-            enabled: metrics::counter!("envoy_http_local_rate_limit_enabled", label => prefix.clone()),
-            enforced: metrics::counter!("envoy_http_local_rate_limit_enforced", label => prefix.clone()),
-            limited: metrics::counter!("envoy_http_local_rate_limit_rate_limited", label => prefix.clone()),
-            ok: metrics::counter!("envoy_http_local_rate_limit_ok", label => prefix),
+            enabled: metrics::counter!("envoy_http_local_rate_limit_enabled", "envoy_local_http_ratelimit_prefix" => prefix.clone()),
+            enforced: metrics::counter!("envoy_http_local_rate_limit_enforced", "envoy_local_http_ratelimit_prefix" => prefix.clone()),
+            limited: metrics::counter!("envoy_http_local_rate_limit_rate_limited", "envoy_local_http_ratelimit_prefix" => prefix.clone()),
+            ok: metrics::counter!("envoy_http_local_rate_limit_ok", "envoy_local_http_ratelimit_prefix" => prefix),
         }
     }
 }
