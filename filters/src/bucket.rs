@@ -100,6 +100,11 @@ impl Bucket {
         self.time(self.max - self.remaining(now))
     }
 
+    /// How long until there is a whole token; zero if there is one.
+    pub(crate) fn next_in(&self, now: i64) -> Duration {
+        self.time(1.0 - ROUNDING - self.remaining(now))
+    }
+
     /// What it holds at most.
     pub(crate) fn max(&self) -> f64 {
         self.max

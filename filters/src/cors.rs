@@ -84,7 +84,7 @@ struct Rules {
     private_network: bool,
     /// On the answer to a preflight.
     preflight: Vec<(HeaderName, HeaderValue)>,
-    /// On every other response to an origin that may read it.
+    /// On every response to an origin that may read it.
     actual: Arc<[(HeaderName, HeaderValue)]>,
     valid: Counter,
     invalid: Counter,
@@ -165,13 +165,14 @@ impl Rules {
             .any(|matcher| matcher.matches("*") || matcher.matches(origin))
     }
 
+    /// Without an `origin` the asking one may not; Envoy tells it the rest all the same.
     fn preflight(&self, origin: Option<HeaderValue>, asks_private: bool) -> Response<ResponseBody> {
         let mut response = Response::new(empty());
-        let Some(origin) = origin else {
-            return response;
-        };
         let headers = response.headers_mut();
-        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        if let Some(origin) = origin {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            put(&self.actual, headers);
+        }
         put(&self.preflight, headers);
         if self.private_network && asks_private {
             headers.insert(GRANTS_PRIVATE, TRUE);

@@ -275,7 +275,8 @@ impl Abort {
     fn error(self) -> Error {
         let status = match self {
             Self::Http(status) => status,
-            Self::Grpc(code) => http_status(code),
+            // Envoy tells it to gRPC clients only; others see a success.
+            Self::Grpc(_) => StatusCode::OK,
         };
         let mut error = Error::new(
             Origin::Proxy,
@@ -293,23 +294,4 @@ impl Abort {
         }
         error
     }
-}
-
-/// HTTP status for a gRPC code, as in Envoy.
-fn http_status(code: u32) -> StatusCode {
-    let status = match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
-    };
-    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }

@@ -286,7 +286,7 @@ fn on_request<'a>(request: &'a Request<RequestBody>, route: &'a RouteFacts) -> S
     }
 }
 
-/// What a client may still ask for.
+/// What a client may still ask for, and in how many seconds the next request passes.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -295,7 +295,7 @@ fn on_request<'a>(request: &'a Request<RequestBody>, route: &'a RouteFacts) -> S
 fn tell(bucket: &Bucket, headers: &mut HeaderMap) {
     let now = now_ns();
     let remaining = bucket.remaining(now).max(0.0) as u64;
-    let reset = bucket.full_in(now).as_secs_f64().ceil() as u64;
+    let reset = bucket.next_in(now).as_secs_f64().ceil() as u64;
     headers.insert("x-ratelimit-limit", HeaderValue::from(bucket.max() as u64));
     headers.insert("x-ratelimit-remaining", HeaderValue::from(remaining));
     headers.insert("x-ratelimit-reset", HeaderValue::from(reset));

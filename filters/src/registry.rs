@@ -98,7 +98,6 @@ pub const FILTERS: &[Registration] = &[
         )
     },
     Registration {
-        sees_all: true,
         per_route: Some(PerRoute {
             type_url: cors::ROUTE_TYPE_URL,
             factory: cors::on_route,

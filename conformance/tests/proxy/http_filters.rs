@@ -232,8 +232,11 @@ async fn local_ratelimit_answers_429_once_its_bucket_is_empty() {
                 .map(|name| reply.header(&format!("x-ratelimit-{name}")).to_owned())
         };
         assert_eq!(told(&first), ["2", "1"], "{version:?}");
-        let reset: u64 = first.header("x-ratelimit-reset").parse().unwrap();
-        assert!((3500..=3600).contains(&reset), "{reset}");
+        assert_eq!(
+            first.header("x-ratelimit-reset"),
+            "0",
+            "one more passes at once"
+        );
         assert_eq!(client.send(get("/b", &[])).await.status, 200);
         let over = client.send(get("/a", &[])).await;
         assert_eq!(
@@ -241,6 +244,8 @@ async fn local_ratelimit_answers_429_once_its_bucket_is_empty() {
             (429, "local_rate_limited")
         );
         assert_eq!(told(&over), ["2", "0"]);
+        let reset: u64 = over.header("x-ratelimit-reset").parse().unwrap();
+        assert!((3500..=3600).contains(&reset), "{reset}");
         assert_eq!(over.header("x-limited"), "/a 429");
         assert_eq!(over.header("content-type"), "text/plain");
         // Nothing else was used up by it, and it counts where no route is, too.
@@ -418,7 +423,7 @@ async fn cors_answers_preflights_of_origins_that_match() {
                 "authorization",
                 "600",
                 "true",
-                "",
+                "x-engine",
                 ""
             ]
         );
@@ -459,7 +464,7 @@ async fn cors_marks_responses_for_origins_that_match() {
         let mut client = proxy.client(version).await;
         for (path, origin, sees) in [
             ("/x", "https://x.b.test", true),
-            ("/gone", "https://x.b.test", true),
+            ("/gone", "https://x.b.test", false),
             ("/x", "https://evil.test", false),
             ("/never", "https://a.test", false),
             ("/none", "https://a.test", false),
@@ -547,7 +552,7 @@ async fn fault_ends_and_delays_requests_on_purpose() {
             assert_eq!(client.send(get(path, &[])).await.status, 200, "{path}");
         }
         let sent = server.exchanges().len();
-        assert_eq!(client.send(get("/grpc", &[])).await.status, 404);
+        assert_eq!(client.send(get("/grpc", &[])).await.status, 200);
         let mut grpc = get("/grpc", &[("content-type", "application/grpc")]);
         *grpc.method_mut() = Method::POST;
         let reply = client.send(grpc).await;

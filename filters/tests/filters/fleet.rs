@@ -214,7 +214,7 @@ impl Fleet {
                 type_url: (*type_url).into(),
                 value: value.clone(),
             };
-            registry::build(&config, &self.services).unwrap()
+            registry::build(&config, &[], &self.services).unwrap()
         })
         .collect()
     }
