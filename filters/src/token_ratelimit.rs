@@ -217,7 +217,7 @@ impl TokenRateLimit {
         let now = now_ns();
         let find = |limit: &Limit| {
             self.table
-                .buckets(limit.key(openai, headers), limit.rates, now)
+                .buckets(&limit.key(openai, headers), limit.rates, now)
         };
         let buckets: Arc<[Arc<Buckets>]> = self.limits.iter().map(find).collect();
         for (index, limit) in self.limits.iter().enumerate() {

@@ -90,7 +90,7 @@ pub(crate) fn value_of<'a>(
     uri: &'a Uri,
     headers: &'a HeaderMap,
 ) -> Option<&'a str> {
-    match name.to_ascii_lowercase().as_str() {
+    match name {
         ":method" => Some(method.as_str()),
         ":path" => uri.path_and_query().map(PathAndQuery::as_str),
         ":authority" => uri.authority().map_or_else(

@@ -1,6 +1,7 @@
 //! All buckets of all keys, in this process; outlives pushes of configuration.
 //!
-//! Clients choose keys, so there is a bound: where it is reached, the key that was not used for longest is forgotten.
+//! Clients choose keys (which may be secrets, and long), so a hash of 128 bits, secret to this process, stands for each,
+//! and there is a bound: where it is reached, the key that was not used for longest is forgotten.
 
 use super::Over;
 use crate::bucket::Bucket;
@@ -83,12 +84,14 @@ impl Buckets {
     }
 }
 
-type Shard = RwLock<AHashMap<Box<str>, Arc<Buckets>>>;
+/// Stands for a key.
+type Hash = (u64, u64);
+type Shard = RwLock<AHashMap<Hash, Arc<Buckets>>>;
 
 /// The table.
 pub struct Table {
     shards: Vec<Shard>,
-    hasher: RandomState,
+    hashers: [RandomState; 2],
     keys_max: usize,
 }
 
@@ -104,41 +107,42 @@ impl Table {
     pub fn with_keys_max(keys_max: usize) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
-            hasher: RandomState::new(),
+            hashers: [RandomState::new(), RandomState::new()],
             keys_max: keys_max.div_ceil(SHARDS),
         }
     }
 
     /// The buckets of a key; new and full if it has none, or had others (the limit was changed).
-    pub(super) fn buckets(&self, key: String, rates: Rates, now: i64) -> Arc<Buckets> {
-        let at = self.hasher.hash_one(&key) % SHARDS as u64;
-        let shard = &self.shards[at as usize];
+    pub(super) fn buckets(&self, key: &str, rates: Rates, now: i64) -> Arc<Buckets> {
+        let [first, second] = &self.hashers;
+        let key: Hash = (first.hash_one(key), second.hash_one(key));
+        let shard = &self.shards[(key.0 % SHARDS as u64) as usize];
         let known = shard.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(buckets) = known.get(&*key).filter(|known| known.rates == rates) {
+        if let Some(buckets) = known.get(&key).filter(|known| known.rates == rates) {
             buckets.used_at_ns.store(now, Relaxed);
             return buckets.clone();
         }
         drop(known);
         let mut known = shard.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(buckets) = known.get(&*key).filter(|known| known.rates == rates) {
+        if let Some(buckets) = known.get(&key).filter(|known| known.rates == rates) {
             return buckets.clone();
         }
-        if known.len() >= self.keys_max && !known.contains_key(&*key) {
+        if known.len() >= self.keys_max && !known.contains_key(&key) {
             forget_oldest(&mut known);
         }
         let buckets = Arc::new(Buckets::new(rates, now));
-        if known.insert(key.into(), buckets.clone()).is_none() {
+        if known.insert(key, buckets.clone()).is_none() {
             metrics::gauge!("outrigger_token_ratelimit_keys").increment(1.0);
         }
         buckets
     }
 }
 
-fn forget_oldest(known: &mut AHashMap<Box<str>, Arc<Buckets>>) {
+fn forget_oldest(known: &mut AHashMap<Hash, Arc<Buckets>>) {
     let oldest = known
         .iter()
         .min_by_key(|(_, buckets)| buckets.used_at_ns.load(Relaxed))
-        .map(|(key, _)| key.clone());
+        .map(|(key, _)| *key);
     if let Some(oldest) = oldest {
         known.remove(&oldest);
         metrics::gauge!("outrigger_token_ratelimit_keys").decrement(1.0);
@@ -160,8 +164,8 @@ mod tests {
     fn a_key_keeps_its_buckets_until_its_limit_changes() {
         let table = Table::default();
         let now = now_ns();
-        assert!(table.buckets("a".into(), RATES, now).take(90, now).is_ok());
-        let again = table.buckets("a".into(), RATES, now);
+        assert!(table.buckets("a", RATES, now).take(90, now).is_ok());
+        let again = table.buckets("a", RATES, now);
         assert!(matches!(again.take(20, now), Err(Over::Tokens(_))));
         assert!(
             again.take(10, now).is_ok(),
@@ -178,7 +182,7 @@ mod tests {
             tokens: 50,
             ..RATES
         };
-        assert!(table.buckets("a".into(), other, now).take(1, now).is_ok());
+        assert!(table.buckets("a", other, now).take(1, now).is_ok());
     }
 
     #[test]
@@ -190,16 +194,16 @@ mod tests {
             shards.map(|shard| shard.read().unwrap().len()).sum()
         };
         for index in 0..1000 {
-            let _ = table.buckets(format!("k{index}"), RATES, now + index);
+            let _ = table.buckets(&format!("k{index}"), RATES, now + index);
         }
         assert!(all(&table) <= SHARDS, "{}", all(&table));
         assert!(
             table
-                .buckets("k999".into(), RATES, now + 1000)
+                .buckets("k999", RATES, now + 1000)
                 .take(100, now)
                 .is_ok()
         );
-        let kept = table.buckets("k999".into(), RATES, now + 1000);
+        let kept = table.buckets("k999", RATES, now + 1000);
         assert!(kept.take(1, now).is_err(), "the newest was kept");
     }
 }
