@@ -276,13 +276,32 @@ async fn local_ratelimit_answers_429_once_its_bucket_is_empty() {
                 .await
                 >= 3.0
         );
-        let mut grpc = get("/a", &[("content-type", "application/grpc")]);
-        *grpc.method_mut() = Method::POST;
-        let reply = client.send(grpc).await;
-        assert_eq!(
-            (reply.status.as_u16(), reply.header("grpc-status")),
-            (200, "14")
-        );
+    }
+}
+
+#[tokio::test]
+async fn local_ratelimit_tells_grpc_clients_in_their_way() {
+    for version in Version::BOTH {
+        let server = server().await;
+        let one = json!({"max_tokens": 1, "fill_interval": "3600s"});
+        let own = limit(json!({"token_bucket": one, "rate_limited_as_resource_exhausted": true}));
+        let routes = json!([
+            to_server("/exhausted", json!({"limit": own})),
+            to_server("/", json!({})),
+        ]);
+        let base = limit(json!({"token_bucket": one}));
+        let proxy = proxy(&server, &[("limit", base)], &routes);
+        let mut client = proxy.client(version).await;
+        for (path, told) in [("/a", "14"), ("/exhausted", "8")] {
+            assert_eq!(client.send(get(path, &[])).await.status, 200);
+            let mut grpc = get(path, &[("content-type", "application/grpc")]);
+            *grpc.method_mut() = Method::POST;
+            let reply = client.send(grpc).await;
+            assert_eq!(
+                (reply.status.as_u16(), reply.header("grpc-status")),
+                (200, told)
+            );
+        }
     }
 }
 
