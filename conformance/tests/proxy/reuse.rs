@@ -11,7 +11,7 @@ use std::{
 const CHAT: &str = "/v1/chat/completions";
 const WHOLE: &str = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
 /// Well past the moment in which a connection may turn out to be closed.
-const AT_WORK: Duration = Duration::from_millis(150);
+const AT_WORK: Duration = Duration::from_millis(500);
 
 /// Answers the first request of each connection and hangs up on the second, `after` it came.
 async fn hangs_up_on_the_second(after: Duration) -> Upstream {

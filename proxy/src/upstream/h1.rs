@@ -34,7 +34,7 @@ use tokio::net::TcpStream;
 const MERGE_BYTES_MAX: usize = 32 * 1024;
 /// A reused connection that ends this soon after a request was sent on it, with nothing received, had been closed by an
 /// upstream that had not seen the request. Later, the upstream may have begun to work on it.
-const STALE_MS_MAX: u64 = 20;
+const STALE_MS_MAX: u64 = 100;
 
 /// A connection with nothing running on it, or the one an exchange runs on.
 struct Conn {
