@@ -224,6 +224,7 @@ pub fn add_server(bootstrap: &mut Bootstrap, address: SocketAddr) {
         },
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
+        locality: 0,
         metadata: BTreeMap::new(),
     };
     for cluster in bootstrap

@@ -12,13 +12,13 @@ use outrigger_xds::{
     report::{EngineId, EngineState, Load},
     resource::{
         cluster::{LbPolicy, UpstreamProtocol},
-        endpoint::Address,
+        endpoint::{Address, HealthStatus},
     },
 };
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -32,6 +32,9 @@ pub struct ClusterView {
     pub lb_policy: LbPolicy,
     /// Default 5 s.
     pub connect_timeout: Duration,
+    /// Whether nothing tells its endpoints apart but their load: one weight, one priority, and nobody judges their
+    /// health.
+    pub even: bool,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }
@@ -41,12 +44,15 @@ impl ClusterView {
     /// alive (one of them then gives the engine's own 404); if none is alive, none.
     #[must_use]
     pub fn candidates(&self, model: Option<&str>) -> Vec<Arc<Endpoint>> {
-        let alive: Vec<_> = self
+        let mut alive: Vec<_> = self
             .endpoints
             .iter()
             .filter(|endpoint| endpoint.is_alive())
             .cloned()
             .collect();
+        if !self.even {
+            self.keep_preferred(&mut alive);
+        }
         let Some(model) = model else { return alive };
         let serving: Vec<_> = alive
             .iter()
@@ -54,6 +60,67 @@ impl ClusterView {
             .cloned()
             .collect();
         if serving.is_empty() { alive } else { serving }
+    }
+
+    /// Takes out those that a health check, outlier detection or configuration speaks against, as long as others are left.
+    fn keep_preferred(&self, alive: &mut Vec<Arc<Endpoint>>) {
+        for level in [Level::Healthy, Level::Degraded] {
+            if alive.iter().any(|endpoint| endpoint.level() == level) {
+                alive.retain(|endpoint| endpoint.level() == level);
+                return;
+            }
+        }
+    }
+}
+
+/// What a cluster's configuration, health checks and outlier detection together say of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Gets requests.
+    Healthy,
+    /// Gets them where too few are healthy.
+    Degraded,
+    /// Gets them in a panic only.
+    Unhealthy,
+    /// Gets nothing new: it drains, or its feed says that it is not there.
+    Out,
+}
+
+/// What one cluster knows of one endpoint of its own.
+#[derive(Debug, Default)]
+pub struct Host {
+    flags: AtomicU32,
+    /// When its turn is, in the virtual time of the cluster's weighted round robin.
+    pub turn: AtomicU64,
+}
+
+impl Host {
+    /// Its active health checks fail.
+    pub const FAILED_ACTIVE_HC: u32 = 1;
+    /// Outlier detection has ejected it.
+    pub const FAILED_OUTLIER_CHECK: u32 = 1 << 1;
+    /// Its active health checks say that it is degraded.
+    pub const DEGRADED_ACTIVE_HC: u32 = 1 << 2;
+    /// No health check has ended yet.
+    pub const PENDING_ACTIVE_HC: u32 = 1 << 3;
+    /// The last health check got no answer in time.
+    pub const ACTIVE_HC_TIMEOUT: u32 = 1 << 4;
+
+    /// Whether one of `flags` is set.
+    #[must_use]
+    pub fn has(&self, flags: u32) -> bool {
+        self.flags.load(Relaxed) & flags != 0
+    }
+
+    /// Sets or clears `flags`; true if that changed something.
+    pub fn set(&self, flags: u32, to: bool) -> bool {
+        let before = if to {
+            self.flags.fetch_or(flags, Relaxed)
+        } else {
+            self.flags.fetch_and(!flags, Relaxed)
+        };
+        let after = if to { before | flags } else { before & !flags };
+        before != after
     }
 }
 
@@ -81,6 +148,16 @@ pub struct Endpoint {
     pub protocol: UpstreamProtocol,
     /// `load_balancing_weight`, at least 1.
     pub weight: u32,
+    /// As its cluster's configuration says.
+    pub health_status: HealthStatus,
+    /// 0 is used first.
+    pub priority: u32,
+    /// Which of the cluster's localities.
+    pub locality: usize,
+    /// The cluster that uses it so.
+    pub cluster: Arc<str>,
+    /// What that cluster knows of it.
+    pub host: Arc<Host>,
     /// Where the KV index keeps it.
     pub slot: usize,
     /// What is known of it now. One for all endpoints of this name: clusters may differ in weight or protocol.
@@ -153,6 +230,9 @@ impl Endpoint {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         use outrigger_xds::report::Health;
+        if self.health_status == HealthStatus::Draining {
+            return false;
+        }
         if self.via == Via::Plain {
             return true;
         }
@@ -164,6 +244,9 @@ impl Endpoint {
     #[must_use]
     pub fn fits(&self, model: Option<&str>) -> bool {
         use outrigger_xds::report::Health;
+        if self.health_status == HealthStatus::Draining {
+            return false;
+        }
         if self.via == Via::Plain {
             return true;
         }
@@ -174,6 +257,26 @@ impl Endpoint {
             && model.is_none_or(|model| {
                 models.is_empty() || models.iter().any(|known| known.id == model)
             })
+    }
+
+    /// What is known of its health, all in all.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        if !self.is_alive() {
+            return Level::Out;
+        }
+        if self
+            .host
+            .has(Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK)
+        {
+            return Level::Unhealthy;
+        }
+        match self.health_status {
+            HealthStatus::Unhealthy => Level::Unhealthy,
+            HealthStatus::Draining => Level::Out,
+            HealthStatus::Healthy if !self.host.has(Host::DEGRADED_ACTIVE_HC) => Level::Healthy,
+            HealthStatus::Healthy | HealthStatus::Degraded => Level::Degraded,
+        }
     }
 
     /// Whether it was passed over lately because it failed.
@@ -224,7 +327,8 @@ pub trait Endpoints: Send + Sync {
     /// A cluster as it is now; `None` if there is no such cluster.
     fn view(&self, cluster: &str) -> Option<Arc<ClusterView>>;
 
-    /// One of `candidates` (indexes into it) by the cluster's own policy; `None` only if it is empty.
+    /// One of `candidates` (indexes into it) by the cluster's own policy and what it knows of their health; `None` if
+    /// there are none that may be used.
     fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize>;
 
     /// Counts a leg against an endpoint. The endpoint beside us is told at once; one behind a peer learns it from the

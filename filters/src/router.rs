@@ -200,12 +200,17 @@ impl<'a> Walk<'a> {
         if let Some(ranked) = fresh.or_else(|| ranked.clone().next()) {
             return Ok(Some(ranked.clone()));
         }
-        let candidates = self.candidates(context);
-        let chosen = self
-            .router
-            .services
-            .endpoints
-            .choose(self.view, &candidates);
+        let endpoints = &self.router.services.endpoints;
+        let mut candidates = self.candidates(context);
+        let mut chosen = endpoints.choose(self.view, &candidates);
+        if chosen.is_none() && !candidates.is_empty() {
+            // Of those that did not fail lately, none is healthy enough.
+            let openai = context.openai.as_deref();
+            let model = openai.and_then(|openai| openai.model.as_deref());
+            candidates = self.view.candidates(model);
+            candidates.retain(|endpoint| !self.has_tried(endpoint));
+            chosen = endpoints.choose(self.view, &candidates);
+        }
         match chosen {
             Some(index) => Ok(Some(Ranked {
                 endpoint: candidates[index].clone(),

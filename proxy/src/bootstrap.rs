@@ -104,6 +104,7 @@ fn endpoint(address: &Address, ours: Value) -> LbEndpoint {
         address: address.clone(),
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
+        locality: 0,
         metadata: BTreeMap::from([(METADATA_NAMESPACE.to_owned(), ours)]),
     }
 }
@@ -121,6 +122,7 @@ fn cluster(name: &str, policy: Policy, endpoints: Vec<LbEndpoint>) -> Cluster {
         load_assignment: ClusterLoadAssignment {
             cluster_name: name.into(),
             endpoints,
+            ..ClusterLoadAssignment::default()
         },
         ..Cluster::default()
     }

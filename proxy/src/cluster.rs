@@ -2,6 +2,7 @@
 
 use crate::{
     fleet::{Fleet, Way},
+    lb::Balancer,
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
 };
@@ -9,21 +10,20 @@ use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use http::StatusCode;
 use outrigger_filters::{
-    endpoints::{ClusterView, Endpoint, EndpointStats, Endpoints, Reservation, Via, Want},
+    endpoints::{ClusterView, Endpoint, EndpointStats, Endpoints, Level, Reservation, Via, Want},
     error::{Error, Flag, Origin, Retry},
 };
 use outrigger_xds::{
     report::EngineId,
     resource::{
-        cluster::{Cluster, LbPolicy, UpstreamProtocol},
-        endpoint::{Duty, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+        cluster::{Cluster, UpstreamProtocol},
+        endpoint::{Duty, LbEndpoint, METADATA_NAMESPACE},
     },
 };
-use rand::Rng;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
 };
@@ -42,7 +42,7 @@ struct Entry {
     view: ArcSwap<ClusterView>,
     /// Accounts of the engines beside us, by index-free lookup at `reserve`.
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
-    next: AtomicUsize,
+    balancer: Balancer,
     stats: Arc<ClusterStats>,
 }
 
@@ -74,15 +74,18 @@ impl Clusters {
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
     pub fn configure(&self, clusters: &[Cluster]) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.entries.load_full();
         let entries = clusters.iter().map(|cluster| {
-            let view = self.view_of(cluster);
+            let previous = before.get(cluster.name.as_str());
+            let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
+            let view = self.view_of(cluster, &balancer);
             let stats = ClusterStats::new(&cluster.name);
             let ledgers = self.ledgers_of(&view);
             let entry = Entry {
                 config: cluster.clone(),
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
-                next: AtomicUsize::new(0),
+                balancer,
                 stats,
             };
             (Arc::from(cluster.name.as_str()), Arc::new(entry))
@@ -102,7 +105,7 @@ impl Clusters {
     pub fn refresh(&self) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
-            let view = self.view_of(&entry.config);
+            let view = self.view_of(&entry.config, &entry.balancer);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
@@ -118,13 +121,19 @@ impl Clusters {
             let healthy = view
                 .endpoints
                 .iter()
-                .filter(|endpoint| endpoint.is_alive())
+                .filter(|endpoint| endpoint.level() == Level::Healthy)
+                .count();
+            let degraded = view
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.level() == Level::Degraded)
                 .count();
             entry
                 .stats
                 .membership_total
                 .set(view.endpoints.len() as f64);
             entry.stats.membership_healthy.set(healthy as f64);
+            entry.stats.membership_degraded.set(degraded as f64);
             count_connections(&entry.stats, &view);
         }
     }
@@ -142,39 +151,39 @@ impl Clusters {
         views
     }
 
-    fn view_of(&self, cluster: &Cluster) -> ClusterView {
+    fn view_of(&self, cluster: &Cluster, balancer: &Balancer) -> ClusterView {
+        let name: Arc<str> = cluster.name.as_str().into();
         let mut endpoints = Vec::new();
         for configured in &cluster.load_assignment.endpoints {
-            let is_used = configured.health_status != HealthStatus::Unhealthy;
-            match configured.duty() {
-                Duty::Peer if is_used => {
-                    endpoints.extend(self.fleet.behind(&configured.address));
-                }
-                Duty::Peer => {}
-                duty => {
-                    let way = Way {
-                        address: &configured.address,
-                        via: if duty == Duty::Engine {
-                            Via::Local
-                        } else {
-                            Via::Plain
-                        },
-                        protocol: cluster.protocol,
-                        weight: configured.load_balancing_weight,
-                    };
-                    // Also one that is not used is listened to, so that all is known of it when it is.
-                    let endpoint = self.fleet.configure(&engine_id(configured), &way);
-                    if is_used {
-                        endpoints.push(endpoint);
-                    }
-                }
+            let duty = configured.duty();
+            let mut way = Way {
+                address: &configured.address,
+                via: Via::Plain,
+                protocol: cluster.protocol,
+                weight: configured.load_balancing_weight,
+                health_status: configured.health_status,
+                priority: cluster.load_assignment.locality(configured).priority,
+                locality: configured.locality,
+                cluster: &name,
+            };
+            if duty == Duty::Peer {
+                way.via = Via::Peer;
+                way.protocol = UpstreamProtocol::Http2;
+                // A peer that is no good is none of its engines' fault, but there is no other way to them.
+                endpoints.extend(self.fleet.behind(&way));
+                continue;
             }
+            if duty == Duty::Engine {
+                way.via = Via::Local;
+            }
+            endpoints.push(self.fleet.configure(&engine_id(configured), &way));
         }
         ClusterView {
-            name: cluster.name.as_str().into(),
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
+            even: balancer.is_even(&endpoints),
             endpoints,
+            name,
         }
     }
 
@@ -199,22 +208,16 @@ impl Endpoints for Clusters {
     }
 
     fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize> {
-        let count = candidates.len();
-        if count <= 1 {
-            return (count == 1).then_some(0);
+        if candidates.len() <= 1 && view.even {
+            return (candidates.len() == 1).then_some(0);
         }
-        Some(match view.lb_policy {
-            LbPolicy::RoundRobin => {
-                self.entries
-                    .load()
-                    .get(&view.name)?
-                    .next
-                    .fetch_add(1, Relaxed)
-                    % count
-            }
-            LbPolicy::Random => rand::rng().random_range(0..count),
-            LbPolicy::LeastRequest => least_loaded(candidates),
-        })
+        let entries = self.entries.load();
+        let entry = entries.get(&view.name)?;
+        let chosen = entry.balancer.choose(view, candidates)?;
+        if chosen.panic {
+            entry.stats.lb_healthy_panic.increment(1);
+        }
+        Some(chosen.index)
     }
 
     fn reserve(
@@ -281,29 +284,6 @@ fn count_connections(stats: &ClusterStats, view: &ClusterView) {
     stats
         .upstream_cx_connect_timeout
         .absolute(sum(|stats| &stats.connect_timeout, None));
-}
-
-/// Envoy's "power of two choices": the less loaded of two random ones.
-fn least_loaded(candidates: &[Arc<Endpoint>]) -> usize {
-    let mut rng = rand::rng();
-    let first = rng.random_range(0..candidates.len());
-    let other = rng.random_range(0..candidates.len() - 1);
-    let second = if other >= first { other + 1 } else { other };
-    // What its own proxy counts includes other routers' requests; ours may be newer.
-    let load = |endpoint: &Endpoint| {
-        endpoint
-            .live
-            .load()
-            .load
-            .active_requests
-            .max(endpoint.stats.active.load(Relaxed))
-            / u64::from(endpoint.weight)
-    };
-    if load(&candidates[second]) < load(&candidates[first]) {
-        second
-    } else {
-        first
-    }
 }
 
 fn overflow(active: u64) -> Error {

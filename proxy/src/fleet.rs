@@ -11,7 +11,10 @@ use outrigger_filters::{
 use outrigger_xds::{
     feed::{Continuity, FeedBody, FeedMessage},
     report::{EngineId, EngineState, Health, KvSnapshot},
-    resource::{cluster::UpstreamProtocol, endpoint::Address},
+    resource::{
+        cluster::UpstreamProtocol,
+        endpoint::{Address, HealthStatus},
+    },
 };
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -66,6 +69,14 @@ pub struct Way<'a> {
     pub protocol: UpstreamProtocol,
     /// At least 1.
     pub weight: u32,
+    /// As configured.
+    pub health_status: HealthStatus,
+    /// 0 is used first.
+    pub priority: u32,
+    /// Which of the cluster's.
+    pub locality: usize,
+    /// Who uses it so.
+    pub cluster: &'a Arc<str>,
 }
 
 impl Way<'_> {
@@ -74,6 +85,10 @@ impl Way<'_> {
             && endpoint.via == self.via
             && endpoint.protocol == self.protocol
             && endpoint.weight == self.weight.max(1)
+            && endpoint.health_status == self.health_status
+            && endpoint.priority == self.priority
+            && endpoint.locality == self.locality
+            && endpoint.cluster == *self.cluster
     }
 }
 
@@ -113,7 +128,7 @@ impl Fleet {
     pub fn configure(&self, id: &EngineId, way: &Way<'_>) -> Arc<Endpoint> {
         let mut known = self.known();
         let Some(found) = known.get_mut(id) else {
-            let endpoint = self.endpoint(id, way, None);
+            let endpoint = self.endpoint(id, way, &[]);
             known.insert(id.clone(), Known::new(endpoint.clone(), Source::Local));
             return endpoint;
         };
@@ -121,7 +136,7 @@ impl Fleet {
             return same.clone();
         }
         // Same engine, other way to it: what is known of it stays.
-        let endpoint = self.endpoint(id, way, Some(found.endpoint()));
+        let endpoint = self.endpoint(id, way, &found.variants);
         if found.source != Source::Local {
             found.source = Source::Local;
             found.variants.clear();
@@ -165,33 +180,42 @@ impl Fleet {
         gone
     }
 
-    /// A new endpoint; `twin` has the same name, and what is live is shared with it.
-    fn endpoint(
-        &self,
-        id: &EngineId,
-        way: &Way<'_>,
-        twin: Option<&Arc<Endpoint>>,
-    ) -> Arc<Endpoint> {
+    /// A new endpoint; `twins` have the same name, and what is live is shared with them.
+    fn endpoint(&self, id: &EngineId, way: &Way<'_>, twins: &[Arc<Endpoint>]) -> Arc<Endpoint> {
+        let twin = twins.first();
+        let of_cluster = twins.iter().find(|twin| twin.cluster == *way.cluster);
         Arc::new(Endpoint {
             id: id.clone(),
             address: way.address.clone(),
             via: way.via,
             protocol: way.protocol,
             weight: way.weight.max(1),
+            health_status: way.health_status,
+            priority: way.priority,
+            locality: way.locality,
+            cluster: way.cluster.clone(),
+            host: of_cluster.map_or_else(Default::default, |twin| twin.host.clone()),
             slot: self.index.slot(id),
             live: twin.map_or_else(Default::default, |twin| twin.live.clone()),
             stats: twin.map_or_else(Default::default, |twin| twin.stats.clone()),
         })
     }
 
-    /// The engines a peer has told of.
+    /// The engines a peer has told of, as a cluster uses them that configures the peer this way.
     #[must_use]
-    pub fn behind(&self, peer: &Address) -> Vec<Arc<Endpoint>> {
-        let known = self.known();
+    pub fn behind(&self, way: &Way<'_>) -> Vec<Arc<Endpoint>> {
+        let mut known = self.known();
         let mut found: Vec<_> = known
-            .values()
-            .filter(|known| matches!(&known.source, Source::Peer(address) if address == peer))
-            .map(|known| known.endpoint().clone())
+            .iter_mut()
+            .filter(|(_, known)| matches!(&known.source, Source::Peer(address) if address == way.address))
+            .map(|(id, known)| {
+                if let Some(same) = known.variants.iter().find(|known| way.is_of(known)) {
+                    return same.clone();
+                }
+                let endpoint = self.endpoint(id, way, &known.variants);
+                known.variants.push(endpoint.clone());
+                endpoint
+            })
             .collect();
         found.sort_by(|a, b| a.id.cmp(&b.id));
         found
@@ -216,8 +240,12 @@ impl Fleet {
                 via: Via::Peer,
                 protocol: UpstreamProtocol::Http2,
                 weight: 1,
+                health_status: HealthStatus::default(),
+                priority: 0,
+                locality: 0,
+                cluster: &Arc::default(),
             };
-            let endpoint = self.endpoint(&message.engine, &way, None);
+            let endpoint = self.endpoint(&message.engine, &way, &[]);
             known.insert(message.engine.clone(), Known::new(endpoint, source.clone()));
             self.changed.send_modify(|count| *count += 1);
         }
@@ -388,6 +416,10 @@ mod tests {
             via: Via::Local,
             protocol: UpstreamProtocol::Http1,
             weight,
+            health_status: HealthStatus::default(),
+            priority: 0,
+            locality: 0,
+            cluster: &"c".into(),
         };
         fleet.configure(&id.into(), &way)
     }
@@ -418,7 +450,17 @@ mod tests {
         fleet.retain_configured(&named(&["stays"]));
         assert_eq!(index.slot(&"new".into()), goes.slot, "its slot is free");
         assert!(Arc::ptr_eq(&configure(&fleet, "stays", 1), &stays));
-        assert_eq!(fleet.behind(&Address::default()).len(), 1);
+        let far = Way {
+            address: &Address::default(),
+            via: Via::Peer,
+            protocol: UpstreamProtocol::Http2,
+            weight: 1,
+            health_status: HealthStatus::default(),
+            priority: 0,
+            locality: 0,
+            cluster: &"c".into(),
+        };
+        assert_eq!(fleet.behind(&far).len(), 1);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod fleet;
 pub mod flow;
 pub mod headers;
 pub mod http;
+pub mod lb;
 pub mod ledger;
 pub mod listener;
 pub mod metrics;

@@ -5,7 +5,7 @@ use outrigger_xds::{
     resource::{
         bootstrap::{Admin, Bootstrap, Node},
         cluster::{CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
-        endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint},
+        endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
@@ -227,15 +227,19 @@ fn full() -> Bootstrap {
                 address: socket("localhost", 8000),
                 health_status: HealthStatus::Healthy,
                 load_balancing_weight: 3,
+                locality: 0,
                 metadata: [("outrigger".to_owned(), facts)].into(),
             },
             LbEndpoint {
                 address: socket("10.0.0.2", 8000),
                 health_status: HealthStatus::Draining,
                 load_balancing_weight: 1,
+                locality: 0,
                 metadata: [].into(),
             },
         ],
+        localities: vec![Locality::default()],
+        overprovisioning_factor: 0,
     };
     Bootstrap {
         node: Node {
@@ -260,6 +264,7 @@ fn full() -> Bootstrap {
             name: "engines".into(),
             connect_timeout: Duration::from_millis(500),
             lb_policy: LbPolicy::LeastRequest,
+            balancing: Default::default(),
             load_assignment: engines,
             protocol: UpstreamProtocol::Http2,
             circuit_breakers: CircuitBreakers {

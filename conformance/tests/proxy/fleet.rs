@@ -679,6 +679,7 @@ async fn an_engine_told_of_before_it_was_configured_is_used_once_it_is() {
             },
             health_status: Default::default(),
             load_balancing_weight: 1,
+            locality: 0,
             metadata: Default::default(),
         };
         let ours = serde_json::json!({"duty": "engine", "id": format!("{node}/127.0.0.1:{port}")});

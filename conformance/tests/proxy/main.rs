@@ -5,6 +5,7 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod clusters;
 mod config;
 mod drain;
 mod failures;

@@ -56,6 +56,7 @@ impl Endpoints for View {
                 name: cluster.into(),
                 lb_policy: LbPolicy::default(),
                 connect_timeout: Duration::from_secs(5),
+                even: true,
                 endpoints: self.0.clone(),
             })
         })
@@ -153,6 +154,11 @@ impl Fleet {
                     via: *via,
                     protocol: UpstreamProtocol::default(),
                     weight: 1,
+                    health_status: Default::default(),
+                    priority: 0,
+                    locality: 0,
+                    cluster: "engines".into(),
+                    host: Arc::default(),
                     live: Arc::new(ArcSwap::from_pointee(live)),
                     stats: Arc::default(),
                 })

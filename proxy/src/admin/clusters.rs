@@ -1,8 +1,8 @@
 //! How `/clusters` shows the fleet: Envoy's lines (or `envoy.admin.v3.Clusters` as JSON) and, after them, what only we
 //! know of an endpoint.
 
-use outrigger_filters::endpoints::{ClusterView, Endpoint, Via};
-use outrigger_xds::report::Health;
+use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Via};
+use outrigger_xds::{report::Health, resource::endpoint::HealthStatus};
 use serde_json::{Value, json};
 use std::{
     fmt::{Display, Write},
@@ -44,8 +44,34 @@ fn health_flags(endpoint: &Endpoint) -> Vec<&'static str> {
             flags.push("/active_hc_timeout");
         }
     }
-    if endpoint.is_inhibited() {
+    let host = &endpoint.host;
+    if host.has(Host::FAILED_ACTIVE_HC) {
+        flags.push("/failed_active_hc");
+    }
+    if endpoint.is_inhibited() || host.has(Host::FAILED_OUTLIER_CHECK) {
         flags.push("/failed_outlier_check");
+    }
+    let more = [
+        (
+            endpoint.health_status == HealthStatus::Unhealthy,
+            "/failed_eds_health",
+        ),
+        (host.has(Host::DEGRADED_ACTIVE_HC), "/degraded_active_hc"),
+        (
+            endpoint.health_status == HealthStatus::Degraded,
+            "/degraded_eds_health",
+        ),
+        (host.has(Host::PENDING_ACTIVE_HC), "/pending_active_hc"),
+        (host.has(Host::ACTIVE_HC_TIMEOUT), "/active_hc_timeout"),
+        (
+            endpoint.health_status == HealthStatus::Draining,
+            "/eds_status_draining",
+        ),
+    ];
+    for (_, flag) in more.into_iter().filter(|(is_set, _)| *is_set) {
+        if !flags.contains(&flag) {
+            flags.push(flag);
+        }
     }
     flags
 }
@@ -97,7 +123,7 @@ fn endpoint_lines(endpoint: &Endpoint, put: &mut dyn FnMut(&str, &dyn Display)) 
         put(locality, &"");
     }
     put("canary", &false);
-    put("priority", &0);
+    put("priority", &endpoint.priority);
     put("success_rate", &-1);
     put("local_origin_success_rate", &-1);
     own_lines(endpoint, put);
@@ -174,7 +200,7 @@ fn host_status(endpoint: &Endpoint) -> Value {
         "stats": stats,
         "health_status": health_status(endpoint),
         "weight": endpoint.weight,
-        "priority": 0,
+        "priority": endpoint.priority,
         "locality": {},
         "outrigger": own(endpoint),
     })
@@ -185,6 +211,8 @@ fn health_status(endpoint: &Endpoint) -> Value {
     for flag in health_flags(endpoint) {
         match flag {
             "/eds_status_draining" => status["eds_health_status"] = "DRAINING".into(),
+            "/failed_eds_health" => status["eds_health_status"] = "UNHEALTHY".into(),
+            "/degraded_eds_health" => status["eds_health_status"] = "DEGRADED".into(),
             "/failed_active_hc" => status["failed_active_health_check"] = true.into(),
             other => status[other.trim_start_matches('/')] = true.into(),
         }

@@ -65,6 +65,11 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
         via,
         protocol: UpstreamProtocol::Http1,
         weight: 1,
+        health_status: Default::default(),
+        priority: 0,
+        locality: 0,
+        cluster: "engines".into(),
+        host: Arc::default(),
         slot: 0,
         live: Arc::new(ArcSwap::from_pointee(live)),
         stats: Arc::default(),
@@ -114,6 +119,7 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         name: "engines".into(),
         lb_policy: LbPolicy::RoundRobin,
         connect_timeout: Duration::from_secs(5),
+        even: true,
         endpoints: vec![local, dead],
     })]
 }

@@ -212,6 +212,10 @@ pub struct ClusterStats {
     pub membership_total: Gauge,
     /// Endpoints that may get requests.
     pub membership_healthy: Gauge,
+    /// Of these, degraded.
+    pub membership_degraded: Gauge,
+    /// Requests whose endpoint was chosen without regard to health.
+    pub lb_healthy_panic: Counter,
     /// How often the set of endpoints changed.
     pub membership_change: Counter,
     upstream_rq_completed: Counter,
@@ -258,6 +262,8 @@ impl ClusterStats {
             upstream_cx_http2_total: counter("envoy_cluster_upstream_cx_http2_total"),
             membership_total: gauge("envoy_cluster_membership_total"),
             membership_healthy: gauge("envoy_cluster_membership_healthy"),
+            membership_degraded: gauge("envoy_cluster_membership_degraded"),
+            lb_healthy_panic: counter("envoy_cluster_lb_healthy_panic"),
             membership_change: counter("envoy_cluster_membership_change"),
             upstream_rq_completed: counter("envoy_cluster_upstream_rq_completed"),
             upstream_rq_xx: ByClass::new(|class| {

@@ -186,6 +186,8 @@ pub const ROWS: &[Row] = &[
     counter("envoy_cluster_upstream_cx_http1_total", CLUSTER, "Connections opened that speak HTTP/1."),
     counter("envoy_cluster_upstream_cx_http2_total", CLUSTER, "Connections opened that speak HTTP/2."),
     counter("envoy_cluster_membership_change", CLUSTER, "How often the set of endpoints changed."),
+    counter("envoy_cluster_lb_healthy_panic", CLUSTER, "Requests whose endpoint was chosen without regard to health, because too few were healthy."),
+    gauge("envoy_cluster_membership_degraded", CLUSTER, "Endpoints that are degraded."),
     gauge("envoy_cluster_upstream_rq_active", CLUSTER, "Requests in flight."),
     gauge("envoy_cluster_upstream_cx_active", CLUSTER, "Connections open."),
     gauge("envoy_cluster_membership_total", CLUSTER, "Endpoints."),

@@ -74,7 +74,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "close_connections_on_host_health_failure",
             "cluster_type",
             "common_http_protocol_options",
-            "common_lb_config",
             "connection_pool_per_downstream_connection",
             "dns_failure_refresh_rate",
             "dns_jitter",
@@ -89,7 +88,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "http_protocol_options",
             "ignore_health_on_host_removal",
             "lb_subset_config",
-            "least_request_lb_config",
             "load_balancing_policy",
             "lrs_report_endpoint_metrics",
             "lrs_server",
@@ -114,6 +112,20 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "use_tcp_for_dns_lookups",
             "wait_for_warm_on_init",
         ],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.CommonLbConfig",
+        &[
+            "close_connections_on_host_set_change",
+            "consistent_hashing_lb_config",
+            "ignore_new_hosts_until_first_hc",
+            "override_host_status",
+            "zone_aware_lb_config",
+        ],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.LeastRequestLbConfig",
+        &["slow_start_config"],
     ),
     (
         "envoy.config.common.mutation_rules.v3.HeaderMutation",
@@ -198,7 +210,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.endpoint.v3.ClusterLoadAssignment",
-        &["named_endpoints", "policy"],
+        &["named_endpoints"],
+    ),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
+        &[
+            "drop_overloads",
+            "endpoint_stale_after",
+            "weighted_priority_health",
+        ],
     ),
     (
         "envoy.config.endpoint.v3.Endpoint",
@@ -210,7 +230,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "leds_cluster_locality_config",
             "load_balancer_endpoints",
-            "load_balancing_weight",
             "proximity",
         ],
     ),
@@ -525,6 +544,10 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
             "track_cluster_stats",
             "typed_dns_resolver_config",
         ],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.CommonLbConfig",
+        &["update_merge_window"],
     ),
     (
         "envoy.config.core.v3.Node",

@@ -15,7 +15,7 @@ use prost_types::Any;
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 use wire::{
     circuit_breakers::Thresholds, circuit_breakers::thresholds::RetryBudget,
-    cluster::ClusterDiscoveryType, cluster::DiscoveryType,
+    cluster::ClusterDiscoveryType, cluster::DiscoveryType, cluster::LbConfig,
 };
 
 /// A group of endpoints that serve the same thing.
@@ -27,6 +27,8 @@ pub struct Cluster {
     pub connect_timeout: Duration,
     /// How one endpoint is chosen.
     pub lb_policy: LbPolicy,
+    /// What bends that policy.
+    pub balancing: Balancing,
     /// `load_assignment`; its endpoints are the cluster's (type STATIC).
     pub load_assignment: ClusterLoadAssignment,
     /// How we speak to its endpoints (`typed_extension_protocol_options`, HttpProtocolOptions).
@@ -41,6 +43,7 @@ impl Default for Cluster {
             name: String::new(),
             connect_timeout: Duration::from_secs(5),
             lb_policy: LbPolicy::RoundRobin,
+            balancing: Balancing::default(),
             load_assignment: ClusterLoadAssignment::default(),
             protocol: UpstreamProtocol::Http1,
             circuit_breakers: CircuitBreakers::default(),
@@ -68,6 +71,30 @@ impl LbPolicy {
             Self::RoundRobin => "ROUND_ROBIN",
             Self::LeastRequest => "LEAST_REQUEST",
             Self::Random => "RANDOM",
+        }
+    }
+}
+
+/// `common_lb_config` and `least_request_lb_config`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Balancing {
+    /// `healthy_panic_threshold`, in percent: with less than this available, health is ignored. 0 is never.
+    pub healthy_panic_threshold: f64,
+    /// `locality_weighted_lb_config` is there.
+    pub locality_weighted: bool,
+    /// `least_request_lb_config.choice_count`.
+    pub choice_count: u32,
+    /// `least_request_lb_config.active_request_bias`.
+    pub active_request_bias: f64,
+}
+
+impl Default for Balancing {
+    fn default() -> Self {
+        Self {
+            healthy_panic_threshold: 50.0,
+            locality_weighted: false,
+            choice_count: 2,
+            active_request_bias: 1.0,
         }
     }
 }
@@ -148,6 +175,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             "typed_extension_protocol_options",
             protocol(&wire.typed_extension_protocol_options),
         );
+        let balancing = balancing(&mut problems, wire.common_lb_config, wire.lb_config);
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
             problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
@@ -155,11 +183,51 @@ impl TryFrom<wire::Cluster> for Cluster {
             name,
             connect_timeout,
             lb_policy,
+            balancing,
             load_assignment,
             protocol: protocol.unwrap_or_default(),
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
+}
+
+fn balancing(
+    problems: &mut ConfigErrors,
+    common: Option<wire::cluster::CommonLbConfig>,
+    of_policy: Option<LbConfig>,
+) -> Balancing {
+    let mut balancing = Balancing::default();
+    if let Some(common) = common {
+        if let Some(percent) = common.healthy_panic_threshold {
+            balancing.healthy_panic_threshold = percent.value;
+            if !(0.0..=100.0).contains(&percent.value) {
+                problems.add(
+                    "common_lb_config.healthy_panic_threshold.value",
+                    format!("must be between 0 and 100, is {}", percent.value),
+                );
+            }
+        }
+        balancing.locality_weighted = common.locality_config_specifier.is_some();
+    }
+    if let Some(LbConfig::LeastRequestLbConfig(config)) = of_policy {
+        balancing.choice_count = config.choice_count.unwrap_or(balancing.choice_count);
+        if balancing.choice_count < 2 {
+            problems.add(
+                "least_request_lb_config.choice_count",
+                format!("must be at least 2, is {}", balancing.choice_count),
+            );
+        }
+        if let Some(bias) = config.active_request_bias {
+            balancing.active_request_bias = bias.default_value;
+            if !bias.default_value.is_finite() || bias.default_value < 0.0 {
+                problems.add(
+                    "least_request_lb_config.active_request_bias.default_value",
+                    format!("must be at least 0, is {}", bias.default_value),
+                );
+            }
+        }
+    }
+    balancing
 }
 
 /// Where endpoints come from, if that is from the configuration itself.
@@ -320,16 +388,51 @@ impl From<&Cluster> for wire::Cluster {
                 [(http::HttpProtocolOptions::full_name(), pack(&http2()))].into()
             }
         };
+        let (common_lb_config, lb_config) = show(&plain.balancing);
         Self {
             name: plain.name.clone(),
             cluster_discovery_type: Some(ClusterDiscoveryType::Type(discovery.into())),
             connect_timeout: Some(to_duration(plain.connect_timeout)),
             lb_policy: lb_policy.into(),
+            common_lb_config,
+            lb_config,
             load_assignment: Some((&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             typed_extension_protocol_options: options,
         }
     }
+}
+
+/// What is not the default.
+fn show(plain: &Balancing) -> (Option<wire::cluster::CommonLbConfig>, Option<LbConfig>) {
+    use wire::cluster::{
+        CommonLbConfig, LeastRequestLbConfig,
+        common_lb_config::{LocalityConfigSpecifier, LocalityWeightedLbConfig},
+    };
+    let defaults = Balancing::default();
+    let common = CommonLbConfig {
+        healthy_panic_threshold: Some(Percent {
+            value: plain.healthy_panic_threshold,
+        }),
+        locality_config_specifier: plain.locality_weighted.then_some(
+            LocalityConfigSpecifier::LocalityWeightedLbConfig(LocalityWeightedLbConfig {}),
+        ),
+    };
+    let is_common = plain.locality_weighted
+        || plain.healthy_panic_threshold != defaults.healthy_panic_threshold;
+    let least = LeastRequestLbConfig {
+        choice_count: Some(plain.choice_count),
+        active_request_bias: Some(core::RuntimeDouble {
+            default_value: plain.active_request_bias,
+            runtime_key: String::new(),
+        }),
+    };
+    let is_least = (plain.choice_count, plain.active_request_bias)
+        != (defaults.choice_count, defaults.active_request_bias);
+    (
+        is_common.then_some(common),
+        is_least.then_some(LbConfig::LeastRequestLbConfig(least)),
+    )
 }
 
 fn http2() -> http::HttpProtocolOptions {

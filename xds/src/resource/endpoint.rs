@@ -37,7 +37,34 @@ pub struct ClusterLoadAssignment {
     pub cluster_name: String,
     /// All endpoints of all localities.
     pub endpoints: Vec<LbEndpoint>,
+    /// What [`LbEndpoint::locality`] points into. One that is not there is the default one.
+    pub localities: Vec<Locality>,
+    /// `policy.overprovisioning_factor`, in percent; 0 is the default, 140.
+    pub overprovisioning_factor: u32,
 }
+
+impl ClusterLoadAssignment {
+    /// The locality of one of its endpoints.
+    #[must_use]
+    pub fn locality(&self, endpoint: &LbEndpoint) -> Locality {
+        self.localities
+            .get(endpoint.locality)
+            .copied()
+            .unwrap_or_default()
+    }
+}
+
+/// `LocalityLbEndpoints`, less its endpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Locality {
+    /// 0 is used first.
+    pub priority: u32,
+    /// `load_balancing_weight`; heeded with `locality_weighted_lb_config` only, where none is none of the load.
+    pub weight: Option<u32>,
+}
+
+/// Highest `priority`, as in Envoy.
+const PRIORITY_MAX: u32 = 128;
 
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +75,8 @@ pub struct LbEndpoint {
     pub health_status: HealthStatus,
     /// 1 unless given.
     pub load_balancing_weight: u32,
+    /// Index of its locality.
+    pub locality: usize,
     /// `metadata.filter_metadata`, by name space.
     pub metadata: BTreeMap<String, Value>,
 }
@@ -80,7 +109,7 @@ pub enum Duty {
 }
 
 /// `envoy.config.core.v3.HealthStatus`, as far as it matters for balancing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum HealthStatus {
     /// Unknown or healthy.
     #[default]
@@ -144,42 +173,67 @@ impl TryFrom<wire::ClusterLoadAssignment> for ClusterLoadAssignment {
     fn try_from(wire: wire::ClusterLoadAssignment) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
         let cluster_name = problems.not_empty("cluster_name", wire.cluster_name);
-        let mut endpoints = Vec::new();
+        let (mut endpoints, mut localities) = (Vec::new(), Vec::new());
         for (index, locality) in wire.endpoints.into_iter().enumerate() {
-            if locality.priority > 0 {
-                let place = format!("endpoints[{index}].priority");
+            let place = format!("endpoints[{index}]");
+            if locality.priority > PRIORITY_MAX {
+                let message = format!("must be at most {PRIORITY_MAX}, is {}", locality.priority);
+                problems.add(format!("{place}.priority"), message);
+            }
+            if locality.load_balancing_weight == Some(0) {
                 problems.add(
-                    place,
-                    format!("not supported yet: priority {}", locality.priority),
+                    format!("{place}.load_balancing_weight"),
+                    "must be at least 1",
                 );
             }
-            endpoints.extend(problems.take_all(
-                &format!("endpoints[{index}].lb_endpoints"),
-                locality.lb_endpoints,
-            ));
+            localities.push(Locality {
+                priority: locality.priority,
+                weight: locality.load_balancing_weight,
+            });
+            let read: Vec<LbEndpoint> =
+                problems.take_all(&format!("{place}.lb_endpoints"), locality.lb_endpoints);
+            endpoints.extend(read.into_iter().map(|endpoint| LbEndpoint {
+                locality: index,
+                ..endpoint
+            }));
+        }
+        let factor = wire
+            .policy
+            .and_then(|policy| policy.overprovisioning_factor);
+        if factor == Some(0) {
+            problems.add("policy.overprovisioning_factor", "must be at least 1");
         }
         problems.finish(Some(Self {
             cluster_name,
             endpoints,
+            localities,
+            overprovisioning_factor: factor.unwrap_or(0),
         }))
     }
 }
 
 impl From<&ClusterLoadAssignment> for wire::ClusterLoadAssignment {
     fn from(plain: &ClusterLoadAssignment) -> Self {
-        let lb_endpoints: Vec<_> = plain.endpoints.iter().map(Into::into).collect();
-        let locality = wire::LocalityLbEndpoints {
-            lb_endpoints,
-            ..Default::default()
-        };
-        let endpoints = if plain.endpoints.is_empty() {
-            Vec::new()
-        } else {
-            vec![locality]
-        };
+        let some_locality = usize::from(!plain.endpoints.is_empty());
+        let endpoints = (0..plain.localities.len().max(some_locality)).map(|index| {
+            let locality = plain.localities.get(index).copied().unwrap_or_default();
+            let here = plain
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.locality == index);
+            wire::LocalityLbEndpoints {
+                lb_endpoints: here.map(Into::into).collect(),
+                load_balancing_weight: locality.weight,
+                priority: locality.priority,
+            }
+        });
+        let factor = plain.overprovisioning_factor;
         Self {
             cluster_name: plain.cluster_name.clone(),
-            endpoints,
+            endpoints: endpoints.collect(),
+            policy: (factor != 0).then_some(wire::cluster_load_assignment::Policy {
+                overprovisioning_factor: Some(factor),
+            }),
         }
     }
 }
@@ -223,6 +277,7 @@ impl TryFrom<wire::LbEndpoint> for LbEndpoint {
             address,
             health_status,
             load_balancing_weight,
+            locality: 0,
             metadata,
         }))
     }

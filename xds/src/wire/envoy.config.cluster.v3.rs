@@ -88,6 +88,9 @@ pub struct Cluster {
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// Of all policies.
+    #[prost(message, optional, tag = "27")]
+    pub common_lb_config: ::core::option::Option<cluster::CommonLbConfig>,
     /// The endpoints.
     #[prost(message, optional, tag = "33")]
     pub load_assignment: ::core::option::Option<
@@ -101,9 +104,80 @@ pub struct Cluster {
     >,
     #[prost(oneof = "cluster::ClusterDiscoveryType", tags = "2")]
     pub cluster_discovery_type: ::core::option::Option<cluster::ClusterDiscoveryType>,
+    #[prost(oneof = "cluster::LbConfig", tags = "37")]
+    pub lb_config: ::core::option::Option<cluster::LbConfig>,
 }
 /// Nested message and enum types in `Cluster`.
 pub mod cluster {
+    /// Of LEAST_REQUEST.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct LeastRequestLbConfig {
+        /// Endpoints compared; 2 unless said.
+        #[prost(message, optional, tag = "1")]
+        pub choice_count: ::core::option::Option<u32>,
+        /// How much active requests lower a weight, where weights differ; 1 unless said.
+        #[prost(message, optional, tag = "2")]
+        pub active_request_bias: ::core::option::Option<
+            super::super::super::core::v3::RuntimeDouble,
+        >,
+    }
+    impl ::prost::Name for LeastRequestLbConfig {
+        const NAME: &'static str = "LeastRequestLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.LeastRequestLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.LeastRequestLbConfig".into()
+        }
+    }
+    /// Of all policies.
+    #[derive(Clone, Copy, PartialEq, ::prost::Message)]
+    pub struct CommonLbConfig {
+        /// Below it health is ignored; 50 % unless said.
+        #[prost(message, optional, tag = "1")]
+        pub healthy_panic_threshold: ::core::option::Option<
+            super::super::super::super::r#type::v3::Percent,
+        >,
+        #[prost(oneof = "common_lb_config::LocalityConfigSpecifier", tags = "3")]
+        pub locality_config_specifier: ::core::option::Option<
+            common_lb_config::LocalityConfigSpecifier,
+        >,
+    }
+    /// Nested message and enum types in `CommonLbConfig`.
+    pub mod common_lb_config {
+        /// Localities are chosen by their weights.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct LocalityWeightedLbConfig {}
+        impl ::prost::Name for LocalityWeightedLbConfig {
+            const NAME: &'static str = "LocalityWeightedLbConfig";
+            const PACKAGE: &'static str = "envoy.config.cluster.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.cluster.v3.Cluster.CommonLbConfig.LocalityWeightedLbConfig"
+                    .into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.cluster.v3.Cluster.CommonLbConfig.LocalityWeightedLbConfig"
+                    .into()
+            }
+        }
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum LocalityConfigSpecifier {
+            /// Localities are chosen by their weights.
+            #[prost(message, tag = "3")]
+            LocalityWeightedLbConfig(LocalityWeightedLbConfig),
+        }
+    }
+    impl ::prost::Name for CommonLbConfig {
+        const NAME: &'static str = "CommonLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.CommonLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.CommonLbConfig".into()
+        }
+    }
     /// Where endpoints come from.
     #[derive(
         Clone,
@@ -207,6 +281,12 @@ pub mod cluster {
         /// Where endpoints come from.
         #[prost(enumeration = "DiscoveryType", tag = "2")]
         Type(i32),
+    }
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum LbConfig {
+        /// Of LEAST_REQUEST.
+        #[prost(message, tag = "37")]
+        LeastRequestLbConfig(LeastRequestLbConfig),
     }
 }
 impl ::prost::Name for Cluster {

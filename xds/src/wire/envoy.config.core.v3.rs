@@ -39,6 +39,26 @@ impl ::prost::Name for Metadata {
         "/envoy.config.core.v3.Metadata".into()
     }
 }
+/// A number that Envoy's runtime could change; here it stays.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RuntimeDouble {
+    /// It.
+    #[prost(double, tag = "1")]
+    pub default_value: f64,
+    /// Without effect.
+    #[prost(string, tag = "2")]
+    pub runtime_key: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RuntimeDouble {
+    const NAME: &'static str = "RuntimeDouble";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.RuntimeDouble".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.RuntimeDouble".into()
+    }
+}
 /// A text that may live elsewhere.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DataSource {

@@ -5,7 +5,10 @@ pub struct LocalityLbEndpoints {
     /// They.
     #[prost(message, repeated, tag = "2")]
     pub lb_endpoints: ::prost::alloc::vec::Vec<LbEndpoint>,
-    /// Only 0 is known.
+    /// Its share among localities of its priority; needs `locality_weighted_lb_config`.
+    #[prost(message, optional, tag = "3")]
+    pub load_balancing_weight: ::core::option::Option<u32>,
+    /// 0 is used first.
     #[prost(uint32, tag = "5")]
     pub priority: u32,
 }
@@ -79,6 +82,29 @@ pub struct ClusterLoadAssignment {
     /// By locality.
     #[prost(message, repeated, tag = "2")]
     pub endpoints: ::prost::alloc::vec::Vec<LocalityLbEndpoints>,
+    /// How load is spread.
+    #[prost(message, optional, tag = "4")]
+    pub policy: ::core::option::Option<cluster_load_assignment::Policy>,
+}
+/// Nested message and enum types in `ClusterLoadAssignment`.
+pub mod cluster_load_assignment {
+    /// How load is spread.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Policy {
+        /// Health of a priority is multiplied by it, in percent; 140 unless said.
+        #[prost(message, optional, tag = "3")]
+        pub overprovisioning_factor: ::core::option::Option<u32>,
+    }
+    impl ::prost::Name for Policy {
+        const NAME: &'static str = "Policy";
+        const PACKAGE: &'static str = "envoy.config.endpoint.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.endpoint.v3.ClusterLoadAssignment.Policy".into()
+        }
+    }
 }
 impl ::prost::Name for ClusterLoadAssignment {
     const NAME: &'static str = "ClusterLoadAssignment";

@@ -1,0 +1,170 @@
+//! Clusters as Envoy's users configure them: which endpoint gets a request, and when one gets none.
+
+use http::Method;
+use outrigger_conformance::harness::{
+    ProxyBuilder, TestProxy, Upstream, Version, eventually, hosts, request,
+};
+use outrigger_proxy::bootstrap::FLEET;
+use outrigger_xds::resource::{
+    bootstrap::Bootstrap,
+    cluster::Cluster,
+    endpoint::{HealthStatus, Locality},
+};
+use std::collections::BTreeMap;
+
+fn cluster(edit: impl Fn(&mut Cluster)) -> impl FnOnce(&mut Bootstrap) {
+    move |bootstrap| {
+        for cluster in &mut bootstrap.clusters {
+            if cluster.name == FLEET {
+                edit(cluster);
+            }
+        }
+    }
+}
+
+async fn servers<const N: usize>(names: [&'static str; N]) -> Vec<Upstream> {
+    let mut servers = Vec::new();
+    for name in names {
+        servers.push(Upstream::named(name).await);
+    }
+    servers
+}
+
+fn proxy(policy: &str, servers: &[Upstream], edit: impl Fn(&mut Cluster) + 'static) -> TestProxy {
+    let builder = ProxyBuilder::new()
+        .flag("--policy", policy)
+        .edit(cluster(edit));
+    servers
+        .iter()
+        .fold(builder, |builder, server| builder.server(server.address))
+        .start()
+}
+
+/// How many of `count` requests were served by whom; failures are under their status.
+async fn spread(proxy: &TestProxy, count: usize) -> BTreeMap<String, usize> {
+    let mut client = proxy.client(Version::H1).await;
+    let mut spread = BTreeMap::new();
+    for _ in 0..count {
+        let reply = client.send(request(Method::GET, "/x", "")).await;
+        let name = if reply.status == 200 {
+            reply.json()["served_by"].as_str().unwrap().to_owned()
+        } else {
+            reply.status.as_u16().to_string()
+        };
+        *spread.entry(name).or_default() += 1;
+    }
+    spread
+}
+
+fn wanted<const N: usize>(spread: [(&str, usize); N]) -> BTreeMap<String, usize> {
+    spread
+        .into_iter()
+        .map(|(name, count)| (name.to_owned(), count))
+        .collect()
+}
+
+async fn flags(proxy: &TestProxy, at: usize, key: &str) -> serde_json::Value {
+    hosts(proxy.admin(), FLEET).await[at]["health_status"][key].clone()
+}
+
+#[tokio::test]
+async fn requests_are_spread_by_weight() {
+    let servers = servers(["a", "b", "c"]).await;
+    let proxy = proxy("round_robin", &servers, |cluster| {
+        for (at, weight) in [5, 1, 2].into_iter().enumerate() {
+            cluster.load_assignment.endpoints[at].load_balancing_weight = weight;
+        }
+    });
+    assert_eq!(
+        spread(&proxy, 40).await,
+        wanted([("a", 25), ("b", 5), ("c", 10)])
+    );
+}
+
+#[tokio::test]
+async fn what_the_source_says_of_health_is_heeded() {
+    let servers = servers(["well", "drains", "sick"]).await;
+    let edit = |cluster: &mut Cluster| {
+        let endpoints = &mut cluster.load_assignment.endpoints;
+        endpoints[1].health_status = HealthStatus::Draining;
+        endpoints[2].health_status = HealthStatus::Unhealthy;
+        cluster.balancing.healthy_panic_threshold = 30.0;
+    };
+    let proxy = proxy("round_robin", &servers, edit);
+    assert_eq!(spread(&proxy, 10).await, wanted([("well", 10)]));
+    assert_eq!(flags(&proxy, 1, "eds_health_status").await, "DRAINING");
+    assert_eq!(flags(&proxy, 2, "eds_health_status").await, "UNHEALTHY");
+    // A push changes it while it runs.
+    let mut next = proxy.bootstrap.clone();
+    cluster(|cluster| {
+        cluster.load_assignment.endpoints[0].health_status = HealthStatus::Draining;
+        cluster.load_assignment.endpoints[1].health_status = HealthStatus::Healthy;
+    })(&mut next);
+    proxy.proxy.apply(next).unwrap();
+    assert_eq!(spread(&proxy, 10).await, wanted([("drains", 10)]));
+}
+
+#[tokio::test]
+async fn too_few_healthy_endpoints_are_a_panic_and_none_at_all_a_503_without() {
+    let servers = servers(["a", "b"]).await;
+    let sick = |cluster: &mut Cluster| {
+        for endpoint in &mut cluster.load_assignment.endpoints {
+            endpoint.health_status = HealthStatus::Unhealthy;
+        }
+    };
+    let proxy = proxy("round_robin", &servers, sick);
+    assert_eq!(spread(&proxy, 10).await, wanted([("a", 5), ("b", 5)]));
+    let panics = eventually("panics are counted", || async {
+        let panics = proxy.metric("envoy_cluster_lb_healthy_panic", FLEET).await;
+        (panics > 0.0).then_some(panics)
+    })
+    .await;
+    assert!(panics >= 10.0, "{panics}");
+    let mut next = proxy.bootstrap.clone();
+    cluster(|cluster| cluster.balancing.healthy_panic_threshold = 0.0)(&mut next);
+    proxy.proxy.apply(next).unwrap();
+    let mut client = proxy.client(Version::H1).await;
+    let reply = client.send(request(Method::GET, "/x", "")).await;
+    assert_eq!(
+        (reply.status.as_u16(), reply.header("x-outrigger-error")),
+        (503, "UH")
+    );
+    assert!(
+        reply.text().contains("no healthy upstream"),
+        "{}",
+        reply.text()
+    );
+}
+
+#[tokio::test]
+async fn degraded_endpoints_and_later_priorities_are_used_where_too_few_are_healthy() {
+    let servers = servers(["first", "second"]).await;
+    let proxy = proxy("round_robin", &servers, |cluster| {
+        cluster.load_assignment.localities = vec![
+            Locality::default(),
+            Locality {
+                priority: 1,
+                weight: None,
+            },
+        ];
+        cluster.load_assignment.endpoints[1].locality = 1;
+    });
+    assert_eq!(spread(&proxy, 10).await, wanted([("first", 10)]));
+    for (first, second, used) in [
+        (HealthStatus::Unhealthy, HealthStatus::Healthy, "second"),
+        (HealthStatus::Degraded, HealthStatus::Healthy, "second"),
+        (HealthStatus::Degraded, HealthStatus::Unhealthy, "first"),
+    ] {
+        let mut next = proxy.bootstrap.clone();
+        cluster(|cluster| {
+            cluster.load_assignment.endpoints[0].health_status = first;
+            cluster.load_assignment.endpoints[1].health_status = second;
+        })(&mut next);
+        proxy.proxy.apply(next).unwrap();
+        assert_eq!(
+            spread(&proxy, 10).await,
+            wanted([(used, 10)]),
+            "{first:?} {second:?}"
+        );
+    }
+}

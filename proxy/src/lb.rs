@@ -1,0 +1,153 @@
+//! Load balancing: which of a cluster's endpoints gets a request that no filter ranked.
+//!
+//! First the level (a priority, and its healthy, its degraded or, in a panic, all endpoints), then a locality if they
+//! have weights, then the policy. It takes no lock: what it remembers between requests is atomic.
+
+mod least_request;
+mod levels;
+mod locality;
+mod random;
+mod round_robin;
+
+use outrigger_filters::endpoints::{ClusterView, Endpoint, Level};
+use outrigger_xds::resource::{
+    cluster::{Balancing, Cluster, LbPolicy},
+    endpoint::{HealthStatus, Locality},
+};
+use std::sync::Arc;
+
+/// `overprovisioning_factor` unless configured.
+const OVERPROVISIONING_PERCENT: u32 = 140;
+
+/// One cluster's balancer.
+#[derive(Debug)]
+pub struct Balancer {
+    policy: LbPolicy,
+    config: Balancing,
+    overprovisioning: u32,
+    localities: Vec<Locality>,
+    turns: Arc<round_robin::Turns>,
+}
+
+/// Which endpoint, and whether health was ignored to find it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chosen {
+    /// Index into the candidates.
+    pub index: usize,
+    /// Too few were healthy: all were used.
+    pub panic: bool,
+}
+
+impl Balancer {
+    /// As configured; it goes on where `previous`, the same cluster's before a push, has stopped.
+    #[must_use]
+    pub fn new(cluster: &Cluster, previous: Option<&Self>) -> Self {
+        let factor = cluster.load_assignment.overprovisioning_factor;
+        Self {
+            policy: cluster.lb_policy,
+            config: cluster.balancing.clone(),
+            overprovisioning: if factor == 0 {
+                OVERPROVISIONING_PERCENT
+            } else {
+                factor
+            },
+            localities: cluster.load_assignment.localities.clone(),
+            turns: previous.map_or_else(Default::default, |previous| previous.turns.clone()),
+        }
+    }
+
+    /// Whether nothing but load tells these endpoints apart.
+    #[must_use]
+    pub fn is_even(&self, endpoints: &[Arc<Endpoint>]) -> bool {
+        !self.config.locality_weighted
+            && endpoints.iter().all(|endpoint| {
+                endpoint.weight == endpoints[0].weight
+                    && endpoint.priority == 0
+                    && endpoint.health_status == HealthStatus::Healthy
+            })
+    }
+
+    /// One of `candidates`, which are some of the view's endpoints.
+    #[must_use]
+    pub fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<Chosen> {
+        if view.even {
+            let index = self.even(candidates)?;
+            return Some(Chosen {
+                index,
+                panic: false,
+            });
+        }
+        let levels = levels::Levels::of(
+            &view.endpoints,
+            self.overprovisioning,
+            self.config.healthy_panic_threshold,
+        );
+        let wanted = levels.pick()?;
+        let (mut fit, set) = levels::fitting(&levels, wanted, candidates)?;
+        if self.config.locality_weighted && set != levels::Set::All {
+            locality::keep_one(
+                &mut fit,
+                set,
+                (candidates, &view.endpoints),
+                &self.localities,
+                self.overprovisioning,
+            );
+        }
+        let endpoints: Vec<&Endpoint> = fit.iter().map(|&at| &*candidates[at]).collect();
+        let at = self.weighted(&endpoints)?;
+        Some(Chosen {
+            index: fit[at],
+            panic: set == levels::Set::All,
+        })
+    }
+
+    /// The policy where all weights are one.
+    fn even(&self, candidates: &[Arc<Endpoint>]) -> Option<usize> {
+        let count = candidates.len();
+        if count <= 1 {
+            return (count == 1).then_some(0);
+        }
+        Some(match self.policy {
+            LbPolicy::RoundRobin => self.turns.next(count),
+            LbPolicy::Random => random::even(count),
+            LbPolicy::LeastRequest => {
+                least_request::even(count, self.config.choice_count, |at| &candidates[at])
+            }
+        })
+    }
+
+    fn weighted(&self, endpoints: &[&Endpoint]) -> Option<usize> {
+        let first = endpoints.first()?;
+        let even = endpoints
+            .iter()
+            .all(|endpoint| endpoint.weight == first.weight);
+        Some(match self.policy {
+            LbPolicy::RoundRobin => self
+                .turns
+                .weighted(endpoints, |endpoint| f64::from(endpoint.weight)),
+            LbPolicy::Random => random::weighted(endpoints.iter().map(|endpoint| endpoint.weight)),
+            LbPolicy::LeastRequest if even => {
+                least_request::even(endpoints.len(), self.config.choice_count, |at| {
+                    endpoints[at]
+                })
+            }
+            LbPolicy::LeastRequest => {
+                let bias = self.config.active_request_bias;
+                self.turns
+                    .weighted(endpoints, |endpoint| least_request::weight(endpoint, bias))
+            }
+        })
+    }
+}
+
+/// Whether an endpoint is of a set.
+fn is_of(set: levels::Set, level: Level) -> bool {
+    match set {
+        levels::Set::Healthy => level == Level::Healthy,
+        levels::Set::Degraded => level == Level::Degraded,
+        levels::Set::All => level != Level::Out,
+    }
+}
+
+#[cfg(test)]
+mod tests;

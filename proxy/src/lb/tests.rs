@@ -1,0 +1,279 @@
+use super::*;
+use outrigger_filters::endpoints::{Host, Via};
+use outrigger_xds::resource::endpoint::Address;
+use std::sync::atomic::Ordering::Relaxed;
+
+struct Spec {
+    weight: u32,
+    health: HealthStatus,
+    locality: usize,
+}
+
+fn spec(weight: u32) -> Spec {
+    Spec {
+        weight,
+        health: HealthStatus::Healthy,
+        locality: 0,
+    }
+}
+
+fn sick(health: HealthStatus) -> Spec {
+    Spec { health, ..spec(1) }
+}
+
+struct Case {
+    balancer: Balancer,
+    view: ClusterView,
+}
+
+impl Case {
+    fn new(specs: impl IntoIterator<Item = Spec>, edit: impl FnOnce(&mut Cluster)) -> Self {
+        let mut cluster = Cluster::default();
+        edit(&mut cluster);
+        let localities = cluster.load_assignment.localities.clone();
+        let priority = |locality: usize| localities.get(locality).map_or(0, |known| known.priority);
+        let endpoints: Vec<_> = specs
+            .into_iter()
+            .enumerate()
+            .map(|(at, spec)| {
+                Arc::new(Endpoint {
+                    id: format!("e{at}").as_str().into(),
+                    address: Address::default(),
+                    via: Via::Plain,
+                    protocol: Default::default(),
+                    weight: spec.weight,
+                    health_status: spec.health,
+                    priority: priority(spec.locality),
+                    locality: spec.locality,
+                    cluster: "c".into(),
+                    host: Arc::default(),
+                    slot: at,
+                    live: Arc::default(),
+                    stats: Arc::default(),
+                })
+            })
+            .collect();
+        let balancer = Balancer::new(&cluster, None);
+        let view = ClusterView {
+            name: "c".into(),
+            lb_policy: cluster.lb_policy,
+            connect_timeout: cluster.connect_timeout,
+            even: balancer.is_even(&endpoints),
+            endpoints,
+        };
+        Self { balancer, view }
+    }
+
+    fn choose(&self) -> Option<Chosen> {
+        self.balancer.choose(&self.view, &self.view.endpoints)
+    }
+
+    fn sequence(&self, count: usize) -> String {
+        let letter = |_| char::from(b'a' + self.choose().unwrap().index as u8);
+        (0..count).map(letter).collect()
+    }
+
+    fn spread(&self, count: usize) -> Vec<usize> {
+        let mut spread = vec![0; self.view.endpoints.len()];
+        for _ in 0..count {
+            spread[self.choose().unwrap().index] += 1;
+        }
+        spread
+    }
+}
+
+fn near(found: usize, wanted: usize) -> bool {
+    found.abs_diff(wanted) <= wanted / 5 + 30
+}
+
+#[test]
+fn weighted_round_robin_is_exact_and_smooth() {
+    let case = Case::new([spec(5), spec(1), spec(2)], |_| {});
+    assert!(!case.view.even);
+    assert_eq!(case.spread(80), [50, 10, 20]);
+    let long = case.sequence(80);
+    assert!(!long.contains("aaaaa"), "no burst: {long}");
+}
+
+#[test]
+fn an_endpoint_that_was_away_gets_no_burst() {
+    let case = Case::new([spec(1), spec(2)], |_| {});
+    let only = vec![case.view.endpoints[1].clone()];
+    for _ in 0..1000 {
+        case.balancer.choose(&case.view, &only).unwrap();
+    }
+    let spread = case.spread(30);
+    assert!(spread[0].abs_diff(10) <= 1, "{spread:?}");
+}
+
+#[test]
+fn a_new_balancer_goes_on_where_the_old_one_stopped() {
+    let case = Case::new([spec(1), spec(2)], |_| {});
+    case.spread(1000);
+    let next = Balancer::new(&Cluster::default(), Some(&case.balancer));
+    case.view.endpoints[0].host.turn.store(0, Relaxed);
+    let mut spread = [0, 0];
+    for _ in 0..30 {
+        spread[next.choose(&case.view, &case.view.endpoints).unwrap().index] += 1;
+    }
+    assert!(spread[0] <= 11, "a new endpoint has no burst: {spread:?}");
+}
+
+#[test]
+fn threads_at_once_keep_the_weights() {
+    let case = Case::new([spec(3), spec(1)], |_| {});
+    let mut spread = [0, 0];
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| case.spread(1000))).collect();
+        for thread in threads {
+            for (sum, more) in spread.iter_mut().zip(thread.join().unwrap()) {
+                *sum += more;
+            }
+        }
+    });
+    assert!(near(spread[0], 3000) && near(spread[1], 1000), "{spread:?}");
+}
+
+#[test]
+fn random_heeds_weights() {
+    let case = Case::new([spec(3), spec(1)], |cluster| {
+        cluster.lb_policy = LbPolicy::Random;
+    });
+    let spread = case.spread(4000);
+    assert!(near(spread[0], 3000), "{spread:?}");
+}
+
+#[test]
+fn least_request_prefers_the_idle_and_lowers_weights_by_load() {
+    let least = |cluster: &mut Cluster| cluster.lb_policy = LbPolicy::LeastRequest;
+    let case = Case::new([spec(1), spec(1)], least);
+    case.view.endpoints[0].stats.active.store(1, Relaxed);
+    assert_eq!(case.spread(50), [0, 50]);
+    let case = Case::new([spec(4), spec(1)], least);
+    assert_eq!(case.spread(50), [40, 10]);
+    case.view.endpoints[0].stats.active.store(3, Relaxed);
+    let spread = case.spread(100);
+    assert!(near(spread[0], 50), "4 / (3 + 1) is 1: {spread:?}");
+    let blind = Case::new([spec(4), spec(1)], |cluster| {
+        cluster.lb_policy = LbPolicy::LeastRequest;
+        cluster.balancing.active_request_bias = 0.0;
+    });
+    blind.view.endpoints[0].stats.active.store(99, Relaxed);
+    assert_eq!(blind.spread(50), [40, 10]);
+    let many = Case::new([spec(1), spec(1), spec(1)], |cluster| {
+        cluster.lb_policy = LbPolicy::LeastRequest;
+        cluster.balancing.choice_count = 60;
+    });
+    many.view.endpoints[0].stats.active.store(1, Relaxed);
+    many.view.endpoints[2].stats.active.store(1, Relaxed);
+    assert_eq!(many.spread(50), [0, 50, 0], "all are compared");
+}
+
+#[test]
+fn health_decides_before_the_policy() {
+    let case = Case::new(
+        [
+            spec(1),
+            sick(HealthStatus::Degraded),
+            spec(1),
+            sick(HealthStatus::Draining),
+            spec(1),
+        ],
+        |_| {},
+    );
+    let spread = case.spread(300);
+    assert_eq!(spread[3], 0);
+    assert!(near(spread[1], 48), "3 of 5 healthy take 84 %: {spread:?}");
+    let case = Case::new([spec(1), sick(HealthStatus::Unhealthy), spec(1)], |_| {});
+    assert_eq!(case.spread(100), [50, 0, 50]);
+    case.view.endpoints[0]
+        .host
+        .set(Host::FAILED_OUTLIER_CHECK, true);
+    let chosen = case.choose().unwrap();
+    assert!(chosen.panic, "a third is below half");
+    let spread = case.spread(90);
+    assert!(
+        spread.iter().all(|count| count.abs_diff(30) <= 2),
+        "{spread:?}"
+    );
+}
+
+#[test]
+fn without_panic_nobody_is_chosen_where_nobody_is_healthy() {
+    let case = Case::new([sick(HealthStatus::Unhealthy)], |cluster| {
+        cluster.balancing.healthy_panic_threshold = 0.0;
+    });
+    assert_eq!(case.choose(), None);
+    let case = Case::new([sick(HealthStatus::Draining)], |_| {});
+    assert_eq!(
+        case.choose(),
+        None,
+        "one that drains gets nothing, panic or not"
+    );
+}
+
+fn two_localities(second: Locality) -> impl FnOnce(&mut Cluster) {
+    move |cluster| {
+        cluster.load_assignment.localities = vec![
+            Locality {
+                priority: 0,
+                weight: Some(1),
+            },
+            second,
+        ];
+    }
+}
+
+fn far(health: HealthStatus) -> Spec {
+    Spec {
+        locality: 1,
+        ..sick(health)
+    }
+}
+
+#[test]
+fn the_next_priority_takes_what_the_first_cannot() {
+    let second = Locality {
+        priority: 1,
+        weight: None,
+    };
+    let healthy = far(HealthStatus::Healthy);
+    let case = Case::new([spec(1), spec(1), healthy], two_localities(second));
+    assert_eq!(case.spread(100), [50, 50, 0]);
+    case.view.endpoints[0]
+        .host
+        .set(Host::FAILED_ACTIVE_HC, true);
+    let spread = case.spread(1000);
+    assert_eq!(spread[0], 0);
+    assert!(near(spread[1], 700) && near(spread[2], 300), "{spread:?}");
+    let first = case.balancer.choose(&case.view, &case.view.endpoints[2..]);
+    assert_eq!(
+        first.unwrap().index,
+        0,
+        "a retry goes where somebody is left"
+    );
+}
+
+#[test]
+fn localities_are_chosen_by_weight_if_configured() {
+    let second = Locality {
+        priority: 0,
+        weight: Some(3),
+    };
+    let specs = || {
+        [
+            spec(1),
+            far(HealthStatus::Healthy),
+            far(HealthStatus::Unhealthy),
+        ]
+    };
+    let case = Case::new(specs(), |cluster| {
+        two_localities(second)(cluster);
+        cluster.balancing.locality_weighted = true;
+    });
+    let spread = case.spread(3100);
+    // 3 * 0.7 = 2.1 to 1.
+    assert!(near(spread[0], 1000) && near(spread[1], 2100), "{spread:?}");
+    let case = Case::new(specs(), two_localities(second));
+    assert_eq!(case.spread(100), [50, 50, 0]);
+}
