@@ -105,6 +105,8 @@ impl Host {
     pub const PENDING_ACTIVE_HC: u32 = 1 << 3;
     /// The last health check got no answer in time.
     pub const ACTIVE_HC_TIMEOUT: u32 = 1 << 4;
+    /// Somebody checks it, whatever came of that.
+    pub const CHECKED: u32 = 1 << 5;
 
     /// Whether one of `flags` is set.
     #[must_use]

@@ -2,6 +2,7 @@
 
 use crate::{
     fleet::{Fleet, Way},
+    health::{Checked, Checks},
     lb::Balancer,
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
@@ -10,7 +11,9 @@ use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use http::StatusCode;
 use outrigger_filters::{
-    endpoints::{ClusterView, Endpoint, EndpointStats, Endpoints, Level, Reservation, Via, Want},
+    endpoints::{
+        ClusterView, Endpoint, EndpointStats, Endpoints, Host, Level, Reservation, Via, Want,
+    },
     error::{Error, Flag, Origin, Retry},
 };
 use outrigger_xds::{
@@ -23,7 +26,7 @@ use outrigger_xds::{
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
 };
@@ -35,6 +38,7 @@ pub struct Clusters {
     ledgers: Arc<Ledgers>,
     /// Held while views are built: one made of clusters that are being replaced would bring back what they named.
     building: Mutex<()>,
+    checks: Checks,
 }
 
 struct Entry {
@@ -44,6 +48,8 @@ struct Entry {
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
     balancer: Balancer,
     stats: Arc<ClusterStats>,
+    /// Whether it ever got a request.
+    used: Arc<AtomicBool>,
 }
 
 /// The name an endpoint of a configured cluster has in the fleet.
@@ -68,6 +74,7 @@ impl Clusters {
             fleet,
             ledgers,
             building: Mutex::default(),
+            checks: Checks::default(),
         })
     }
 
@@ -86,6 +93,7 @@ impl Clusters {
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 balancer,
+                used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
             };
             (Arc::from(cluster.name.as_str()), Arc::new(entry))
@@ -97,6 +105,7 @@ impl Clusters {
             .filter(|endpoint| endpoint.duty() != Duty::Peer)
             .map(engine_id);
         self.fleet.retain_configured(&named.collect());
+        self.check();
         drop(building);
         self.count_members();
     }
@@ -110,8 +119,24 @@ impl Clusters {
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
         }
+        self.check();
         drop(building);
         self.count_members();
+    }
+
+    /// Health checks follow the views.
+    fn check(&self) {
+        let entries = self.entries.load();
+        let views: Vec<_> = entries
+            .values()
+            .map(|entry| (entry, entry.view.load_full()))
+            .collect();
+        self.checks
+            .configure(views.iter().map(|(entry, view)| Checked {
+                config: &entry.config,
+                view,
+                used: &entry.used,
+            }));
     }
 
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.
@@ -135,6 +160,9 @@ impl Clusters {
             entry.stats.membership_healthy.set(healthy as f64);
             entry.stats.membership_degraded.set(degraded as f64);
             count_connections(&entry.stats, &view);
+            if entry.config.health_check.is_some() {
+                count_checked(&view);
+            }
         }
     }
 
@@ -234,6 +262,9 @@ impl Endpoints for Clusters {
             entry.stats.upstream_rq_pending_overflow.increment(1);
             return Err(overflow(active));
         }
+        if !entry.used.load(Relaxed) {
+            entry.used.store(true, Relaxed);
+        }
         let entered = entry
             .ledgers
             .load()
@@ -253,6 +284,21 @@ impl Endpoints for Clusters {
             status: None,
             finished: false,
         }))
+    }
+}
+
+/// Endpoints by what health checks found.
+fn count_checked(view: &ClusterView) {
+    let passed = || {
+        let endpoints = view.endpoints.iter();
+        endpoints.filter(|endpoint| !endpoint.host.has(Host::FAILED_ACTIVE_HC))
+    };
+    let degraded = passed().filter(|endpoint| endpoint.host.has(Host::DEGRADED_ACTIVE_HC));
+    for (name, count) in [
+        ("envoy_cluster_health_check_healthy", passed().count()),
+        ("envoy_cluster_health_check_degraded", degraded.count()),
+    ] {
+        metrics::gauge!(name, "envoy_cluster_name" => view.name.to_string()).set(count as f64);
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Balancer {
     config: Balancing,
     overprovisioning: u32,
     localities: Vec<Locality>,
+    /// Somebody judges health while it runs.
+    judged: bool,
     turns: Arc<round_robin::Turns>,
 }
 
@@ -52,6 +54,7 @@ impl Balancer {
                 factor
             },
             localities: cluster.load_assignment.localities.clone(),
+            judged: cluster.health_check.is_some(),
             turns: previous.map_or_else(Default::default, |previous| previous.turns.clone()),
         }
     }
@@ -59,7 +62,8 @@ impl Balancer {
     /// Whether nothing but load tells these endpoints apart.
     #[must_use]
     pub fn is_even(&self, endpoints: &[Arc<Endpoint>]) -> bool {
-        !self.config.locality_weighted
+        !self.judged
+            && !self.config.locality_weighted
             && endpoints.iter().all(|endpoint| {
                 endpoint.weight == endpoints[0].weight
                     && endpoint.priority == 0

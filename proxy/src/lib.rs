@@ -15,6 +15,7 @@ pub mod feed;
 pub mod fleet;
 pub mod flow;
 pub mod headers;
+pub mod health;
 pub mod http;
 pub mod lb;
 pub mod ledger;

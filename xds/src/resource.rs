@@ -6,6 +6,7 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+pub mod health_check;
 pub mod listener;
 pub mod route;
 

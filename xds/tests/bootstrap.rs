@@ -4,8 +4,9 @@ use outrigger_xds::{
     load::{Syntax, bootstrap, bootstrap_from_value, bootstrap_to_json, config_dump},
     resource::{
         bootstrap::{Admin, Bootstrap, Node},
-        cluster::{CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
+        cluster::{Balancing, CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
+        health_check::{Checker, HealthCheck},
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
@@ -91,6 +92,9 @@ static_resources:
   - name: engines
     connect_timeout: 0.5s
     type: STRICT_DNS
+    health_checks: [{timeout: 1s, interval: 2s, interval_jitter: 0.5s, unhealthy_threshold: 3, healthy_threshold: 2, reuse_connection: false, unhealthy_edge_interval: 4s, http_health_check: {path: /health, method: HEAD, expected_statuses: [{start: 200, end: 300}]}}]
+    common_lb_config: {healthy_panic_threshold: {value: 25}, locality_weighted_lb_config: {}}
+    least_request_lb_config: {choice_count: 3, active_request_bias: {default_value: 1.5, runtime_key: x}}
     lb_policy: LEAST_REQUEST
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
@@ -216,6 +220,31 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
     }
 }
 
+fn health_check() -> HealthCheck {
+    let seconds = Duration::from_secs;
+    HealthCheck {
+        timeout: seconds(1),
+        interval: seconds(2),
+        interval_jitter: Duration::from_millis(500),
+        interval_jitter_percent: 0,
+        initial_jitter: Duration::ZERO,
+        unhealthy_threshold: 3,
+        healthy_threshold: 2,
+        reuse_connection: false,
+        no_traffic_interval: seconds(60),
+        no_traffic_healthy_interval: seconds(60),
+        unhealthy_interval: seconds(2),
+        unhealthy_edge_interval: seconds(4),
+        healthy_edge_interval: seconds(2),
+        checker: Checker::Http {
+            host: String::new(),
+            path: "/health".into(),
+            method: http::Method::HEAD,
+            expected: vec![200..300],
+        },
+    }
+}
+
 /// What `FULL` means.
 fn full() -> Bootstrap {
     let file = AccessLogSink::File("/dev/null".into());
@@ -264,7 +293,13 @@ fn full() -> Bootstrap {
             name: "engines".into(),
             connect_timeout: Duration::from_millis(500),
             lb_policy: LbPolicy::LeastRequest,
-            balancing: Default::default(),
+            balancing: Balancing {
+                healthy_panic_threshold: 25.0,
+                locality_weighted: true,
+                choice_count: 3,
+                active_request_bias: 1.5,
+            },
+            health_check: Some(health_check()),
             load_assignment: engines,
             protocol: UpstreamProtocol::Http2,
             circuit_breakers: CircuitBreakers {

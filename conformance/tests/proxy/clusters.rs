@@ -9,8 +9,16 @@ use outrigger_xds::resource::{
     bootstrap::Bootstrap,
     cluster::Cluster,
     endpoint::{HealthStatus, Locality},
+    health_check::{Checker, HealthCheck},
 };
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 fn cluster(edit: impl Fn(&mut Cluster)) -> impl FnOnce(&mut Bootstrap) {
     move |bootstrap| {
@@ -167,4 +175,127 @@ async fn degraded_endpoints_and_later_priorities_are_used_where_too_few_are_heal
             "{first:?} {second:?}"
         );
     }
+}
+
+const TICK: Duration = Duration::from_millis(20);
+
+/// Often, so that a case need not wait long.
+fn health_check(checker: Checker) -> HealthCheck {
+    HealthCheck {
+        timeout: Duration::from_secs(2),
+        interval: TICK,
+        interval_jitter: Duration::ZERO,
+        interval_jitter_percent: 0,
+        initial_jitter: Duration::ZERO,
+        unhealthy_threshold: 2,
+        healthy_threshold: 2,
+        reuse_connection: true,
+        no_traffic_interval: TICK,
+        no_traffic_healthy_interval: TICK,
+        unhealthy_interval: TICK,
+        unhealthy_edge_interval: TICK,
+        healthy_edge_interval: TICK,
+        checker,
+    }
+}
+
+/// A server whose `/health` has this status.
+async fn checked(name: &'static str, status: Arc<AtomicU16>) -> Upstream {
+    Upstream::start(move |mut conn, exchange| {
+        let status = status.load(SeqCst);
+        async move {
+            let body = format!("{{\"served_by\":\"{name}\"}}");
+            let status = if exchange.path() == "/health" {
+                format!("{status} Told")
+            } else {
+                "200 OK".to_owned()
+            };
+            conn.json(&status, &body).await.then_some(conn)
+        }
+    })
+    .await
+}
+
+async fn wait_failed(proxy: &TestProxy, at: usize, failed: bool) {
+    eventually("a health check has found out", || async {
+        let flag = flags(proxy, at, "failed_active_health_check").await;
+        ((flag == true) == failed).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn endpoints_that_fail_their_http_checks_get_nothing_until_they_pass_again() {
+    let status = Arc::new(AtomicU16::new(204));
+    let servers = vec![
+        checked("a", status.clone()).await,
+        checked("b", Arc::new(AtomicU16::new(204))).await,
+    ];
+    let proxy = proxy("round_robin", &servers, |cluster| {
+        cluster.health_check = Some(health_check(Checker::Http {
+            host: "health.example".into(),
+            path: "/health".into(),
+            method: Method::GET,
+            expected: vec![200..205],
+        }));
+    });
+    for at in 0..2 {
+        wait_failed(&proxy, at, false).await;
+    }
+    assert_eq!(spread(&proxy, 10).await, wanted([("a", 5), ("b", 5)]));
+    let asked = servers[0].exchanges();
+    let asked = asked
+        .iter()
+        .find(|asked| asked.path() == "/health")
+        .unwrap();
+    assert_eq!(
+        (asked.header("host"), asked.header("user-agent")),
+        ("health.example", "Envoy/HC")
+    );
+    status.store(503, SeqCst);
+    wait_failed(&proxy, 0, true).await;
+    assert_eq!(spread(&proxy, 10).await, wanted([("b", 10)]));
+    status.store(200, SeqCst);
+    wait_failed(&proxy, 0, false).await;
+    let served = spread(&proxy, 10).await;
+    assert!(served["a"] >= 4, "{served:?}");
+    assert!(servers[0].connections() <= 8, "checks share a connection");
+    assert!(
+        proxy
+            .metric("envoy_cluster_health_check_failure", FLEET)
+            .await
+            >= 1.0
+    );
+    let attempts = proxy
+        .metric("envoy_cluster_health_check_attempt", FLEET)
+        .await;
+    let successes = proxy
+        .metric("envoy_cluster_health_check_success", FLEET)
+        .await;
+    assert!(attempts >= 4.0 && successes >= 4.0);
+    // A push that takes the checks away takes away what they found.
+    status.store(503, SeqCst);
+    wait_failed(&proxy, 0, true).await;
+    let mut next = proxy.bootstrap.clone();
+    cluster(|cluster| cluster.health_check = None)(&mut next);
+    proxy.proxy.apply(next).unwrap();
+    wait_failed(&proxy, 0, false).await;
+    assert_eq!(spread(&proxy, 10).await, wanted([("a", 5), ("b", 5)]));
+}
+
+#[tokio::test]
+async fn an_endpoint_that_nobody_listens_at_fails_its_tcp_check() {
+    let mut servers = servers(["a", "gone"]).await;
+    let edit = |cluster: &mut Cluster| cluster.health_check = Some(health_check(Checker::Tcp));
+    let proxy = proxy("round_robin", &servers, edit);
+    for at in 0..2 {
+        wait_failed(&proxy, at, false).await;
+    }
+    servers.pop();
+    wait_failed(&proxy, 1, true).await;
+    assert_eq!(spread(&proxy, 10).await, wanted([("a", 10)]));
+    let failures = proxy
+        .metric("envoy_cluster_health_check_network_failure", FLEET)
+        .await;
+    assert!(failures >= 1.0);
 }

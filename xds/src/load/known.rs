@@ -83,7 +83,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "dns_resolvers",
             "eds_cluster_config",
             "filters",
-            "health_checks",
             "http2_protocol_options",
             "http_protocol_options",
             "ignore_health_on_host_removal",
@@ -145,6 +144,38 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         ],
     ),
     ("envoy.config.core.v3.HeaderValue", &["raw_value"]),
+    (
+        "envoy.config.core.v3.HealthCheck",
+        &[
+            "alt_port",
+            "always_log_health_check_failures",
+            "always_log_health_check_success",
+            "custom_health_check",
+            "event_log_path",
+            "event_logger",
+            "event_service",
+            "grpc_health_check",
+            "tls_options",
+            "transport_socket_match_criteria",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck.HttpHealthCheck",
+        &[
+            "codec_client_type",
+            "receive",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_buffer_size",
+            "retriable_statuses",
+            "send",
+            "service_name_matcher",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck.TcpHealthCheck",
+        &["proxy_protocol_config", "receive", "send"],
+    ),
     (
         "envoy.config.core.v3.Http1ProtocolOptions",
         &[

@@ -1,6 +1,6 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
-use super::endpoint::ClusterLoadAssignment;
+use super::{endpoint::ClusterLoadAssignment, health_check::HealthCheck};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, pack, to_duration, unpack},
@@ -33,6 +33,8 @@ pub struct Cluster {
     pub load_assignment: ClusterLoadAssignment,
     /// How we speak to its endpoints (`typed_extension_protocol_options`, HttpProtocolOptions).
     pub protocol: UpstreamProtocol,
+    /// How its endpoints are asked for their health, if they are.
+    pub health_check: Option<HealthCheck>,
     /// `circuit_breakers.thresholds` of default priority.
     pub circuit_breakers: CircuitBreakers,
 }
@@ -46,6 +48,7 @@ impl Default for Cluster {
             balancing: Balancing::default(),
             load_assignment: ClusterLoadAssignment::default(),
             protocol: UpstreamProtocol::Http1,
+            health_check: None,
             circuit_breakers: CircuitBreakers::default(),
         }
     }
@@ -175,6 +178,11 @@ impl TryFrom<wire::Cluster> for Cluster {
             "typed_extension_protocol_options",
             protocol(&wire.typed_extension_protocol_options),
         );
+        let health_checks: Vec<HealthCheck> =
+            problems.take_all("health_checks", wire.health_checks);
+        if health_checks.len() > 1 {
+            problems.add("health_checks", "at most one is supported");
+        }
         let balancing = balancing(&mut problems, wire.common_lb_config, wire.lb_config);
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
@@ -186,6 +194,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             balancing,
             load_assignment,
             protocol: protocol.unwrap_or_default(),
+            health_check: health_checks.into_iter().next(),
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
@@ -396,6 +405,7 @@ impl From<&Cluster> for wire::Cluster {
             lb_policy: lb_policy.into(),
             common_lb_config,
             lb_config,
+            health_checks: plain.health_check.iter().map(Into::into).collect(),
             load_assignment: Some((&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             typed_extension_protocol_options: options,

@@ -85,6 +85,9 @@ pub struct Cluster {
     /// How one endpoint is chosen.
     #[prost(enumeration = "cluster::LbPolicy", tag = "6")]
     pub lb_policy: i32,
+    /// How endpoints are asked for their health; one at most.
+    #[prost(message, repeated, tag = "8")]
+    pub health_checks: ::prost::alloc::vec::Vec<super::super::core::v3::HealthCheck>,
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,

@@ -252,6 +252,204 @@ impl RoutingPriority {
         }
     }
 }
+/// Of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RequestMethod {
+    MethodUnspecified = 0,
+    Get = 1,
+    Head = 2,
+    Post = 3,
+    Put = 4,
+    Delete = 5,
+    Connect = 6,
+    Options = 7,
+    Trace = 8,
+    Patch = 9,
+}
+impl RequestMethod {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::MethodUnspecified => "METHOD_UNSPECIFIED",
+            Self::Get => "GET",
+            Self::Head => "HEAD",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Delete => "DELETE",
+            Self::Connect => "CONNECT",
+            Self::Options => "OPTIONS",
+            Self::Trace => "TRACE",
+            Self::Patch => "PATCH",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "METHOD_UNSPECIFIED" => Some(Self::MethodUnspecified),
+            "GET" => Some(Self::Get),
+            "HEAD" => Some(Self::Head),
+            "POST" => Some(Self::Post),
+            "PUT" => Some(Self::Put),
+            "DELETE" => Some(Self::Delete),
+            "CONNECT" => Some(Self::Connect),
+            "OPTIONS" => Some(Self::Options),
+            "TRACE" => Some(Self::Trace),
+            "PATCH" => Some(Self::Patch),
+            _ => None,
+        }
+    }
+}
+/// How endpoints are asked for their health.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HealthCheck {
+    /// For one check.
+    #[prost(message, optional, tag = "1")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    /// Between checks.
+    #[prost(message, optional, tag = "2")]
+    pub interval: ::core::option::Option<::prost_types::Duration>,
+    /// Added to it, at random.
+    #[prost(message, optional, tag = "3")]
+    pub interval_jitter: ::core::option::Option<::prost_types::Duration>,
+    /// Failures in a row until an endpoint is unhealthy.
+    #[prost(message, optional, tag = "4")]
+    pub unhealthy_threshold: ::core::option::Option<u32>,
+    /// Successes in a row until it is healthy again.
+    #[prost(message, optional, tag = "5")]
+    pub healthy_threshold: ::core::option::Option<u32>,
+    /// One connection for many checks; so unless said.
+    #[prost(message, optional, tag = "7")]
+    pub reuse_connection: ::core::option::Option<bool>,
+    /// Before the cluster was ever used; 60 s unless said.
+    #[prost(message, optional, tag = "12")]
+    pub no_traffic_interval: ::core::option::Option<::prost_types::Duration>,
+    /// Of unhealthy endpoints.
+    #[prost(message, optional, tag = "14")]
+    pub unhealthy_interval: ::core::option::Option<::prost_types::Duration>,
+    /// Right after one became unhealthy.
+    #[prost(message, optional, tag = "15")]
+    pub unhealthy_edge_interval: ::core::option::Option<::prost_types::Duration>,
+    /// Right after one became healthy.
+    #[prost(message, optional, tag = "16")]
+    pub healthy_edge_interval: ::core::option::Option<::prost_types::Duration>,
+    /// Added at random, in percent of the interval.
+    #[prost(uint32, tag = "18")]
+    pub interval_jitter_percent: u32,
+    /// Before the first check, at random.
+    #[prost(message, optional, tag = "20")]
+    pub initial_jitter: ::core::option::Option<::prost_types::Duration>,
+    /// As no_traffic_interval, of healthy endpoints.
+    #[prost(message, optional, tag = "24")]
+    pub no_traffic_healthy_interval: ::core::option::Option<::prost_types::Duration>,
+    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9")]
+    pub health_checker: ::core::option::Option<health_check::HealthChecker>,
+}
+/// Nested message and enum types in `HealthCheck`.
+pub mod health_check {
+    /// By an HTTP request.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct HttpHealthCheck {
+        /// `:authority`; the cluster's name unless said.
+        #[prost(string, tag = "1")]
+        pub host: ::prost::alloc::string::String,
+        /// Asked for.
+        #[prost(string, tag = "2")]
+        pub path: ::prost::alloc::string::String,
+        /// Well; 200 unless said.
+        #[prost(message, repeated, tag = "9")]
+        pub expected_statuses: ::prost::alloc::vec::Vec<
+            super::super::super::super::r#type::v3::Int64Range,
+        >,
+        /// GET unless said.
+        #[prost(enumeration = "super::RequestMethod", tag = "13")]
+        pub method: i32,
+    }
+    impl ::prost::Name for HttpHealthCheck {
+        const NAME: &'static str = "HttpHealthCheck";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.HealthCheck.HttpHealthCheck".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.HealthCheck.HttpHealthCheck".into()
+        }
+    }
+    /// By a connection.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct TcpHealthCheck {}
+    impl ::prost::Name for TcpHealthCheck {
+        const NAME: &'static str = "TcpHealthCheck";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.HealthCheck.TcpHealthCheck".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.HealthCheck.TcpHealthCheck".into()
+        }
+    }
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum HealthChecker {
+        /// By an HTTP request.
+        #[prost(message, tag = "8")]
+        HttpHealthCheck(HttpHealthCheck),
+        /// By a connection.
+        #[prost(message, tag = "9")]
+        TcpHealthCheck(TcpHealthCheck),
+    }
+}
+impl ::prost::Name for HealthCheck {
+    const NAME: &'static str = "HealthCheck";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HealthCheck".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HealthCheck".into()
+    }
+}
+/// Health of an endpoint as its source sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum HealthStatus {
+    Unknown = 0,
+    Healthy = 1,
+    Unhealthy = 2,
+    Draining = 3,
+    Timeout = 4,
+    Degraded = 5,
+}
+impl HealthStatus {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unknown => "UNKNOWN",
+            Self::Healthy => "HEALTHY",
+            Self::Unhealthy => "UNHEALTHY",
+            Self::Draining => "DRAINING",
+            Self::Timeout => "TIMEOUT",
+            Self::Degraded => "DEGRADED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "UNKNOWN" => Some(Self::Unknown),
+            "HEALTHY" => Some(Self::Healthy),
+            "UNHEALTHY" => Some(Self::Unhealthy),
+            "DRAINING" => Some(Self::Draining),
+            "TIMEOUT" => Some(Self::Timeout),
+            "DEGRADED" => Some(Self::Degraded),
+            _ => None,
+        }
+    }
+}
 /// Somewhere to listen or connect.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Address {
@@ -343,45 +541,6 @@ impl ::prost::Name for SocketAddress {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.core.v3.SocketAddress".into()
-    }
-}
-/// Health of an endpoint as its source sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
-#[repr(i32)]
-pub enum HealthStatus {
-    Unknown = 0,
-    Healthy = 1,
-    Unhealthy = 2,
-    Draining = 3,
-    Timeout = 4,
-    Degraded = 5,
-}
-impl HealthStatus {
-    /// String value of the enum field names used in the ProtoBuf definition.
-    ///
-    /// The values are not transformed in any way and thus are considered stable
-    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-    pub fn as_str_name(&self) -> &'static str {
-        match self {
-            Self::Unknown => "UNKNOWN",
-            Self::Healthy => "HEALTHY",
-            Self::Unhealthy => "UNHEALTHY",
-            Self::Draining => "DRAINING",
-            Self::Timeout => "TIMEOUT",
-            Self::Degraded => "DEGRADED",
-        }
-    }
-    /// Creates an enum from field names used in the ProtoBuf definition.
-    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-        match value {
-            "UNKNOWN" => Some(Self::Unknown),
-            "HEALTHY" => Some(Self::Healthy),
-            "UNHEALTHY" => Some(Self::Unhealthy),
-            "DRAINING" => Some(Self::Draining),
-            "TIMEOUT" => Some(Self::Timeout),
-            "DEGRADED" => Some(Self::Degraded),
-            _ => None,
-        }
     }
 }
 /// A named, typed extension.
