@@ -1,3 +1,5 @@
+//! Distributions and levels, without sockets.
+
 use super::*;
 use outrigger_filters::endpoints::{Host, Via};
 use outrigger_xds::resource::endpoint::Address;
