@@ -92,6 +92,27 @@ pub struct Host {
     flags: AtomicU32,
     /// When its turn is, in the virtual time of the cluster's weighted round robin.
     pub turn: AtomicU64,
+    /// What outlier detection counts.
+    pub record: Record,
+}
+
+/// How an endpoint's requests went, as outlier detection counts them.
+#[derive(Debug, Default)]
+pub struct Record {
+    /// 5xx in a row.
+    pub failures: AtomicU32,
+    /// 502, 503 and 504 in a row.
+    pub gateway_failures: AtomicU32,
+    /// Failures to reach it in a row.
+    pub local_failures: AtomicU32,
+    /// In this interval.
+    pub requests: AtomicU64,
+    /// Of these, without a 5xx.
+    pub successes: AtomicU64,
+    /// When it was last ejected, on [`clock_ms`]'s clock.
+    pub ejected_ms: AtomicU64,
+    /// How often, less the intervals it was not.
+    pub ejections: AtomicU32,
 }
 
 impl Host {

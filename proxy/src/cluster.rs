@@ -6,6 +6,7 @@ use crate::{
     lb::Balancer,
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
+    outlier::Detector,
 };
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
@@ -25,7 +26,7 @@ use outrigger_xds::{
 };
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
@@ -48,6 +49,7 @@ struct Entry {
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
     balancer: Balancer,
     stats: Arc<ClusterStats>,
+    detector: Option<Arc<Detector>>,
     /// Whether it ever got a request.
     used: Arc<AtomicBool>,
 }
@@ -87,16 +89,32 @@ impl Clusters {
             let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
             let view = self.view_of(cluster, &balancer);
             let stats = ClusterStats::new(&cluster.name);
+            let before = previous.and_then(|entry| entry.detector.as_deref());
+            let detector = cluster
+                .outlier_detection
+                .as_ref()
+                .map(|config| Arc::new(Detector::new(config, &cluster.name, before)));
+            for endpoint in view.endpoints.iter().filter(|_| detector.is_none()) {
+                endpoint.host.set(Host::FAILED_OUTLIER_CHECK, false);
+            }
+            if let Some(detector) = &detector {
+                detector.members(&view.endpoints);
+            }
             let ledgers = self.ledgers_of(&view);
             let entry = Entry {
                 config: cluster.clone(),
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 balancer,
+                detector,
                 used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
             };
-            (Arc::from(cluster.name.as_str()), Arc::new(entry))
+            let entry = Arc::new(entry);
+            if entry.detector.is_some() {
+                tokio::spawn(look(Arc::downgrade(&entry)));
+            }
+            (Arc::from(cluster.name.as_str()), entry)
         });
         self.entries.store(Arc::new(entries.collect()));
         let named = clusters
@@ -116,6 +134,9 @@ impl Clusters {
         for entry in self.entries.load().values() {
             let view = self.view_of(&entry.config, &entry.balancer);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
+            if let Some(detector) = &entry.detector {
+                detector.members(&view.endpoints);
+            }
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
         }
@@ -278,12 +299,33 @@ impl Endpoints for Clusters {
         Ok(Box::new(Leg {
             endpoint: endpoint.clone(),
             stats: entry.stats.clone(),
+            detector: entry.detector.clone(),
+            judged: false,
             entered,
             prefill,
             begun: Instant::now(),
             status: None,
             finished: false,
         }))
+    }
+}
+
+/// Outlier detection's looks, for as long as this configuration of the cluster is in use.
+async fn look(entry: Weak<Entry>) {
+    loop {
+        let wait = match entry.upgrade().as_deref() {
+            Some(Entry {
+                detector: Some(detector),
+                ..
+            }) => detector.wait(),
+            _ => return,
+        };
+        tokio::time::sleep(wait).await;
+        if let Some(entry) = entry.upgrade()
+            && let Some(detector) = &entry.detector
+        {
+            detector.look(&entry.view.load().endpoints);
+        }
     }
 }
 
@@ -349,6 +391,9 @@ fn overflow(active: u64) -> Error {
 struct Leg {
     endpoint: Arc<Endpoint>,
     stats: Arc<ClusterStats>,
+    detector: Option<Arc<Detector>>,
+    /// Whether outlier detection knows its status.
+    judged: bool,
     entered: Option<Entered>,
     prefill: u64,
     begun: Instant,
@@ -356,8 +401,19 @@ struct Leg {
     finished: bool,
 }
 
+impl Leg {
+    /// Not as soon as the status is there: it may be that of the proxy beside the engine.
+    fn judge(&mut self) {
+        if let (Some(detector), Some(status), false) = (&self.detector, self.status, self.judged) {
+            self.judged = true;
+            detector.status(&self.endpoint, status.as_u16());
+        }
+    }
+}
+
 impl Reservation for Leg {
     fn first_byte(&mut self) {
+        self.judge();
         let prefill = std::mem::take(&mut self.prefill);
         if prefill > 0 {
             self.endpoint
@@ -376,6 +432,10 @@ impl Reservation for Leg {
 
     fn finish(&mut self, broken: Option<Flag>) {
         self.finished = true;
+        match (&self.detector, broken) {
+            (Some(detector), Some(flag)) => detector.broken(&self.endpoint, flag),
+            _ => self.judge(),
+        }
         match broken {
             Some(Flag::UpstreamRequestTimeout) => {
                 self.stats.upstream_rq_timeout.increment(1);
@@ -392,6 +452,8 @@ impl Reservation for Leg {
 
 impl Drop for Leg {
     fn drop(&mut self) {
+        // One that was cancelled says nothing about its endpoint.
+        self.judged = true;
         self.first_byte();
         self.endpoint.stats.active.fetch_sub(1, Relaxed);
         self.stats.upstream_rq_active.decrement(1.0);

@@ -54,7 +54,7 @@ impl Balancer {
                 factor
             },
             localities: cluster.load_assignment.localities.clone(),
-            judged: cluster.health_check.is_some(),
+            judged: cluster.health_check.is_some() || cluster.outlier_detection.is_some(),
             turns: previous.map_or_else(Default::default, |previous| previous.turns.clone()),
         }
     }

@@ -22,6 +22,7 @@ pub mod ledger;
 pub mod listener;
 pub mod metrics;
 pub mod options;
+pub mod outlier;
 pub mod process;
 pub mod route;
 pub mod run;

@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod endpoint;
 pub mod health_check;
 pub mod listener;
+pub mod outlier_detection;
 pub mod route;
 
 /// The number of an `envoy.type.v3.StatusCode`.

@@ -11,6 +11,7 @@ use outrigger_xds::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
         },
+        outlier_detection::{OutlierDetection, Rule},
         route::{
             Action, HeaderMatch, HeaderValueMatch, PathMatch, RetryPolicy, Route, RouteAction,
             RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
@@ -92,6 +93,7 @@ static_resources:
   - name: engines
     connect_timeout: 0.5s
     type: STRICT_DNS
+    outlier_detection: {consecutive_5xx: 7, base_ejection_time: 400s, split_external_local_origin_errors: true}
     health_checks: [{timeout: 1s, interval: 2s, interval_jitter: 0.5s, unhealthy_threshold: 3, healthy_threshold: 2, reuse_connection: false, unhealthy_edge_interval: 4s, http_health_check: {path: /health, method: HEAD, expected_statuses: [{start: 200, end: 300}]}}]
     common_lb_config: {healthy_panic_threshold: {value: 25}, locality_weighted_lb_config: {}}
     least_request_lb_config: {choice_count: 3, active_request_bias: {default_value: 1.5, runtime_key: x}}
@@ -220,6 +222,25 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
     }
 }
 
+fn outlier_detection() -> OutlierDetection {
+    let rule = |count, enforcing| Rule { count, enforcing };
+    OutlierDetection {
+        consecutive_5xx: rule(7, 100),
+        consecutive_gateway_failure: rule(5, 0),
+        consecutive_local_origin_failure: rule(5, 100),
+        split_external_local_origin_errors: true,
+        interval: Duration::from_secs(10),
+        base_ejection_time: Duration::from_secs(400),
+        max_ejection_time: Duration::from_secs(400),
+        max_ejection_percent: 10,
+        always_eject_one_host: false,
+        enforcing_success_rate: 100,
+        success_rate_minimum_hosts: 5,
+        success_rate_request_volume: 100,
+        success_rate_stdev_factor: 1900,
+    }
+}
+
 fn health_check() -> HealthCheck {
     let seconds = Duration::from_secs;
     HealthCheck {
@@ -240,7 +261,7 @@ fn health_check() -> HealthCheck {
             host: String::new(),
             path: "/health".into(),
             method: http::Method::HEAD,
-            expected: vec![200..300],
+            expected: std::iter::once(200..300).collect(),
         },
     }
 }
@@ -300,6 +321,7 @@ fn full() -> Bootstrap {
                 active_request_bias: 1.5,
             },
             health_check: Some(health_check()),
+            outlier_detection: Some(outlier_detection()),
             load_assignment: engines,
             protocol: UpstreamProtocol::Http2,
             circuit_breakers: CircuitBreakers {

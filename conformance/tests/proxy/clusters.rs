@@ -10,6 +10,7 @@ use outrigger_xds::resource::{
     cluster::Cluster,
     endpoint::{HealthStatus, Locality},
     health_check::{Checker, HealthCheck},
+    outlier_detection::{OutlierDetection, Rule},
 };
 use std::{
     collections::BTreeMap,
@@ -236,7 +237,7 @@ async fn endpoints_that_fail_their_http_checks_get_nothing_until_they_pass_again
             host: "health.example".into(),
             path: "/health".into(),
             method: Method::GET,
-            expected: vec![200..205],
+            expected: std::iter::once(200..205).collect(),
         }));
     });
     for at in 0..2 {
@@ -298,4 +299,67 @@ async fn an_endpoint_that_nobody_listens_at_fails_its_tcp_check() {
         .metric("envoy_cluster_health_check_network_failure", FLEET)
         .await;
     assert!(failures >= 1.0);
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_requests_fail_gets_none_for_a_while() {
+    let server = |name: &'static str, status: Arc<AtomicU16>| {
+        Upstream::start(move |mut conn, _| {
+            let status = format!("{} Told", status.load(SeqCst));
+            async move {
+                let body = format!("{{\"served_by\":\"{name}\"}}");
+                conn.json(&status, &body).await.then_some(conn)
+            }
+        })
+    };
+    let status = Arc::new(AtomicU16::new(500));
+    let servers = vec![
+        server("bad", status.clone()).await,
+        server("good", Arc::new(AtomicU16::new(200))).await,
+    ];
+    let rule = |count, enforcing| Rule { count, enforcing };
+    let detection = OutlierDetection {
+        consecutive_5xx: rule(3, 100),
+        consecutive_gateway_failure: rule(5, 0),
+        consecutive_local_origin_failure: rule(5, 100),
+        split_external_local_origin_errors: false,
+        interval: TICK,
+        base_ejection_time: Duration::from_secs(600),
+        max_ejection_time: Duration::from_secs(600),
+        max_ejection_percent: 50,
+        always_eject_one_host: false,
+        enforcing_success_rate: 0,
+        success_rate_minimum_hosts: 5,
+        success_rate_request_volume: 100,
+        success_rate_stdev_factor: 1900,
+    };
+    let mut quick = detection.clone();
+    quick.base_ejection_time = TICK;
+    quick.max_ejection_time = TICK;
+    let proxy = proxy("round_robin", &servers, move |cluster| {
+        cluster.outlier_detection = Some(detection.clone());
+    });
+    let first = spread(&proxy, 20).await;
+    assert_eq!(first, wanted([("500", 3), ("good", 17)]));
+    assert_eq!(flags(&proxy, 0, "failed_outlier_check").await, true);
+    for name in [
+        "enforced_total",
+        "enforced_consecutive_5xx",
+        "detected_consecutive_5xx",
+    ] {
+        let name = format!("envoy_cluster_outlier_detection_ejections_{name}");
+        assert!(proxy.metric(&name, FLEET).await >= 1.0, "{name}");
+    }
+    // A push keeps it out, until its time (which the push makes short) is over.
+    status.store(200, SeqCst);
+    let mut next = proxy.bootstrap.clone();
+    cluster(|cluster| cluster.outlier_detection = Some(quick.clone()))(&mut next);
+    proxy.proxy.apply(next).unwrap();
+    eventually("it is back", || async {
+        let flag = flags(&proxy, 0, "failed_outlier_check").await;
+        (flag != true).then_some(())
+    })
+    .await;
+    let served = spread(&proxy, 10).await;
+    assert!(served["bad"] >= 4, "{served:?}");
 }

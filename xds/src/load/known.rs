@@ -79,7 +79,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "http2_protocol_options", "http_protocol_options", "ignore_health_on_host_removal",
             "lb_subset_config", "load_balancing_policy", "lrs_report_endpoint_metrics",
             "lrs_server", "maglev_lb_config", "max_requests_per_connection",
-            "original_dst_lb_config", "outlier_detection", "per_connection_buffer_limit_bytes",
+            "original_dst_lb_config", "per_connection_buffer_limit_bytes",
             "preconnect_policy", "protocol_selection", "respect_dns_ttl", "ring_hash_lb_config",
             "round_robin_lb_config", "track_timeout_budgets", "transport_socket",
             "transport_socket_matcher", "transport_socket_matches", "upstream_bind_config",
@@ -97,6 +97,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.cluster.v3.Cluster.LeastRequestLbConfig",
         &["slow_start_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.OutlierDetection",
+        &[
+            "enforcing_failure_percentage", "enforcing_failure_percentage_local_origin",
+            "enforcing_local_origin_success_rate", "failure_percentage_minimum_hosts",
+            "failure_percentage_request_volume", "failure_percentage_threshold", "max_ejection_time_jitter",
+            "monitors", "successful_active_health_check_uneject_host",
+        ],
     ),
     (
         "envoy.config.common.mutation_rules.v3.HeaderMutation",
@@ -155,22 +164,14 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.core.v3.Http2ProtocolOptions",
         &[
-            "allow_connect",
-            "allow_metadata",
-            "connection_keepalive",
-            "custom_settings_parameters",
-            "hpack_table_size",
-            "initial_connection_window_size",
-            "initial_stream_window_size",
-            "max_consecutive_inbound_frames_with_empty_payload",
+            "allow_connect", "allow_metadata", "connection_keepalive",
+            "custom_settings_parameters", "hpack_table_size", "initial_connection_window_size",
+            "initial_stream_window_size", "max_consecutive_inbound_frames_with_empty_payload",
             "max_inbound_priority_frames_per_stream",
-            "max_inbound_window_update_frames_per_data_frame_sent",
-            "max_metadata_size",
-            "max_outbound_control_frames",
-            "max_outbound_frames",
+            "max_inbound_window_update_frames_per_data_frame_sent", "max_metadata_size",
+            "max_outbound_control_frames", "max_outbound_frames",
             "override_stream_error_on_invalid_http_message",
-            "stream_error_on_invalid_http_messaging",
-            "use_oghttp2_codec",
+            "stream_error_on_invalid_http_messaging", "use_oghttp2_codec",
         ],
     ),
     (

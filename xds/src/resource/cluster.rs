@@ -1,6 +1,8 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
-use super::{endpoint::ClusterLoadAssignment, health_check::HealthCheck};
+use super::{
+    endpoint::ClusterLoadAssignment, health_check::HealthCheck, outlier_detection::OutlierDetection,
+};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, pack, to_duration, unpack},
@@ -35,6 +37,8 @@ pub struct Cluster {
     pub protocol: UpstreamProtocol,
     /// How its endpoints are asked for their health, if they are.
     pub health_check: Option<HealthCheck>,
+    /// When an endpoint gets no requests because those it had failed.
+    pub outlier_detection: Option<OutlierDetection>,
     /// `circuit_breakers.thresholds` of default priority.
     pub circuit_breakers: CircuitBreakers,
 }
@@ -49,6 +53,7 @@ impl Default for Cluster {
             load_assignment: ClusterLoadAssignment::default(),
             protocol: UpstreamProtocol::Http1,
             health_check: None,
+            outlier_detection: None,
             circuit_breakers: CircuitBreakers::default(),
         }
     }
@@ -183,6 +188,9 @@ impl TryFrom<wire::Cluster> for Cluster {
         if health_checks.len() > 1 {
             problems.add("health_checks", "at most one is supported");
         }
+        let outlier_detection = wire.outlier_detection.and_then(|detection| {
+            problems.take("outlier_detection", OutlierDetection::try_from(detection))
+        });
         let balancing = balancing(&mut problems, wire.common_lb_config, wire.lb_config);
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
@@ -194,6 +202,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             balancing,
             load_assignment,
             protocol: protocol.unwrap_or_default(),
+            outlier_detection,
             health_check: health_checks.into_iter().next(),
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
@@ -405,6 +414,7 @@ impl From<&Cluster> for wire::Cluster {
             lb_policy: lb_policy.into(),
             common_lb_config,
             lb_config,
+            outlier_detection: plain.outlier_detection.as_ref().map(Into::into),
             health_checks: plain.health_check.iter().map(Into::into).collect(),
             load_assignment: Some((&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),

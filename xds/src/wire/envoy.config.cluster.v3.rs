@@ -73,6 +73,68 @@ impl ::prost::Name for CircuitBreakers {
         "/envoy.config.cluster.v3.CircuitBreakers".into()
     }
 }
+/// When an endpoint gets no requests because those it had failed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OutlierDetection {
+    /// In a row; 5 unless said.
+    #[prost(message, optional, tag = "1")]
+    pub consecutive_5xx: ::core::option::Option<u32>,
+    /// Between looks at rates and at who may come back; 10 s unless said.
+    #[prost(message, optional, tag = "2")]
+    pub interval: ::core::option::Option<::prost_types::Duration>,
+    /// Times the number of ejections; 30 s unless said.
+    #[prost(message, optional, tag = "3")]
+    pub base_ejection_time: ::core::option::Option<::prost_types::Duration>,
+    /// Of the cluster's endpoints; 10 unless said.
+    #[prost(message, optional, tag = "4")]
+    pub max_ejection_percent: ::core::option::Option<u32>,
+    /// How often a detection ejects; 100 unless said.
+    #[prost(message, optional, tag = "5")]
+    pub enforcing_consecutive_5xx: ::core::option::Option<u32>,
+    /// The same for success rates; 100 unless said.
+    #[prost(message, optional, tag = "6")]
+    pub enforcing_success_rate: ::core::option::Option<u32>,
+    /// With fewer that have volume, rates are not compared; 5 unless said.
+    #[prost(message, optional, tag = "7")]
+    pub success_rate_minimum_hosts: ::core::option::Option<u32>,
+    /// Requests in an interval for a rate; 100 unless said.
+    #[prost(message, optional, tag = "8")]
+    pub success_rate_request_volume: ::core::option::Option<u32>,
+    /// Thousandths of a standard deviation below the mean; 1900 unless said.
+    #[prost(message, optional, tag = "9")]
+    pub success_rate_stdev_factor: ::core::option::Option<u32>,
+    /// 502, 503 and 504 in a row; 5 unless said.
+    #[prost(message, optional, tag = "10")]
+    pub consecutive_gateway_failure: ::core::option::Option<u32>,
+    /// 0 unless said.
+    #[prost(message, optional, tag = "11")]
+    pub enforcing_consecutive_gateway_failure: ::core::option::Option<u32>,
+    /// Failures to reach an endpoint are counted apart.
+    #[prost(bool, tag = "12")]
+    pub split_external_local_origin_errors: bool,
+    /// In a row, where they are counted apart; 5 unless said.
+    #[prost(message, optional, tag = "13")]
+    pub consecutive_local_origin_failure: ::core::option::Option<u32>,
+    /// 100 unless said.
+    #[prost(message, optional, tag = "14")]
+    pub enforcing_consecutive_local_origin_failure: ::core::option::Option<u32>,
+    /// Longest ejection; 300 s or base_ejection_time unless said.
+    #[prost(message, optional, tag = "21")]
+    pub max_ejection_time: ::core::option::Option<::prost_types::Duration>,
+    /// One may be ejected whatever max_ejection_percent says.
+    #[prost(message, optional, tag = "25")]
+    pub always_eject_one_host: ::core::option::Option<bool>,
+}
+impl ::prost::Name for OutlierDetection {
+    const NAME: &'static str = "OutlierDetection";
+    const PACKAGE: &'static str = "envoy.config.cluster.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.cluster.v3.OutlierDetection".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.cluster.v3.OutlierDetection".into()
+    }
+}
 /// Endpoints that serve the same thing.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Cluster {
@@ -91,6 +153,9 @@ pub struct Cluster {
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// When an endpoint gets no requests because those it had failed.
+    #[prost(message, optional, tag = "19")]
+    pub outlier_detection: ::core::option::Option<OutlierDetection>,
     /// Of all policies.
     #[prost(message, optional, tag = "27")]
     pub common_lb_config: ::core::option::Option<cluster::CommonLbConfig>,
