@@ -235,8 +235,8 @@ impl Manager {
                 prefix_rewrite,
             } => {
                 context.route = facts.clone();
-                if let Some((from, to)) = prefix_rewrite {
-                    rewrite(&mut parts, from, to)?;
+                if let Some((length, to)) = prefix_rewrite {
+                    rewrite(&mut parts, *length, to)?;
                 }
                 let body = RequestBody::incoming(body);
                 context.upload = body.upload();
@@ -404,12 +404,13 @@ fn no_route() -> Error {
     )
 }
 
-fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {
+fn rewrite(parts: &mut Parts, length: Option<usize>, to: &str) -> Result<(), Error> {
     let path = parts
         .uri
         .path_and_query()
         .map_or("/", http::uri::PathAndQuery::as_str);
-    let rest = path.get(from.len()..).unwrap_or_default();
+    let length = length.unwrap_or(parts.uri.path().len());
+    let rest = path.get(length..).unwrap_or_default();
     let path = format!("{to}{rest}");
     let mut uri = parts.uri.clone().into_parts();
     uri.path_and_query = path.parse().ok();

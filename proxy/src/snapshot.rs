@@ -1,6 +1,10 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
-use crate::{chain, cluster::engine_id, route};
+use crate::{
+    chain,
+    cluster::engine_id,
+    route::{self, Domains, Matcher},
+};
 use http::request::Parts;
 use outrigger_filters::{
     filter::{Chain, RouteFacts},
@@ -27,12 +31,13 @@ pub struct HttpConfig {
     pub manager: HttpConnectionManager,
     /// Whether peers arrive here.
     pub inbound: bool,
+    domains: Domains,
     hosts: Vec<Vec<BuiltRoute>>,
 }
 
 /// A route, ready to run.
 pub struct BuiltRoute {
-    r#match: RouteMatch,
+    matcher: Matcher,
     /// What to do.
     pub target: Target,
     /// Whether errors take OpenAI's form.
@@ -47,8 +52,8 @@ pub enum Target {
         filters: Chain,
         /// Pinned facts.
         facts: Arc<RouteFacts>,
-        /// Replaces the matched prefix.
-        prefix_rewrite: Option<(String, String)>,
+        /// Replaces so many bytes of the path, or the whole path.
+        prefix_rewrite: Option<(Option<usize>, String)>,
     },
     /// Answers here.
     Direct {
@@ -90,6 +95,7 @@ impl HttpConfig {
             Ok(Self {
                 manager: manager.clone(),
                 inbound,
+                domains: Domains::new(&manager.route_config),
                 hosts,
             })
         } else {
@@ -101,10 +107,10 @@ impl HttpConfig {
     #[must_use]
     pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
         let authority = route::authority(&parts.uri, &parts.headers);
-        let host = route::virtual_host(&self.manager.route_config, authority)?;
+        let host = self.domains.find(authority)?;
         self.hosts[host]
             .iter()
-            .find(|route| route::matches(&route.r#match, parts))
+            .find(|route| route.matcher.matches(parts))
     }
 }
 
@@ -143,7 +149,7 @@ fn build_route(
             let prefix_rewrite = action
                 .prefix_rewrite
                 .as_ref()
-                .map(|to| (matched_prefix(&route.r#match), to.clone()));
+                .map(|to| (matched_length(&route.r#match), to.clone()));
             Target::Chain {
                 filters: chain.filters,
                 facts: Arc::new(facts),
@@ -152,7 +158,7 @@ fn build_route(
         }
     };
     Ok(BuiltRoute {
-        r#match: route.r#match.clone(),
+        matcher: Matcher::new(&route.r#match)?,
         target,
         openai: chain.openai,
     })
@@ -189,12 +195,14 @@ fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
     errors
 }
 
-fn matched_prefix(route: &RouteMatch) -> String {
+fn matched_length(route: &RouteMatch) -> Option<usize> {
     use outrigger_xds::resource::route::PathMatch;
     match &route.path {
         PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => {
-            path.clone()
+            Some(path.len())
         }
+        // The whole path.
+        PathMatch::Regex(_) => None,
     }
 }
 

@@ -7,4 +7,5 @@ pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
 pub mod listener;
+pub mod matching;
 pub mod route;

@@ -10,9 +10,13 @@ use outrigger_xds::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
         },
+        matching::{
+            Fraction, HeaderMatch, HeaderValueMatch, Pattern, QueryMatch, QueryValueMatch,
+            StringMatch,
+        },
         route::{
-            Action, HeaderMatch, HeaderValueMatch, PathMatch, RetryPolicy, Route, RouteAction,
-            RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+            Action, PathMatch, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch,
+            TypedConfig, VirtualHost,
         },
     },
 };
@@ -80,7 +84,10 @@ static_resources:
               - match:
                   prefix: /v1/
                   case_sensitive: false
-                  headers: [{name: X-Team, string_match: {prefix: a}, invert_match: true}, {name: x-any}]
+                  headers: [{name: X-Team, string_match: {prefix: a}, invert_match: true, treat_missing_header_as_empty: true}, {name: x-any}, {name: x-n, range_match: {start: -1, end: "5"}}]
+                  query_parameters: [{name: q, string_match: {safe_regex: {google_re2: {}, regex: "a+"}, ignore_case: true}}, {name: p, present_match: true}]
+                  runtime_fraction: {default_value: {numerator: 5, denominator: MILLION}, runtime_key: share}
+                  grpc: {}
                 route: {cluster: engines, timeout: 0s, idle_timeout: 1.5s, prefix_rewrite: /}
                 typed_per_filter_config:
                   kv:
@@ -171,16 +178,41 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         },
         typed_per_filter_config: [].into(),
     };
+    let text = |pattern| StringMatch {
+        pattern,
+        ignore_case: false,
+    };
     let headers = vec![
         HeaderMatch {
             name: "x-team".into(),
-            value: HeaderValueMatch::Prefix("a".into()),
+            value: HeaderValueMatch::Text(text(Pattern::Prefix("a".into()))),
             invert: true,
+            missing_is_empty: true,
         },
         HeaderMatch {
             name: "x-any".into(),
             value: HeaderValueMatch::Present(true),
             invert: false,
+            missing_is_empty: false,
+        },
+        HeaderMatch {
+            name: "x-n".into(),
+            value: HeaderValueMatch::Range(-1, 5),
+            invert: false,
+            missing_is_empty: false,
+        },
+    ];
+    let query_parameters = vec![
+        QueryMatch {
+            name: "q".into(),
+            value: QueryValueMatch::Text(StringMatch {
+                pattern: Pattern::Regex("a+".into()),
+                ignore_case: true,
+            }),
+        },
+        QueryMatch {
+            name: "p".into(),
+            value: QueryValueMatch::Present(true),
         },
     ];
     let v1 = Route {
@@ -189,6 +221,13 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             path: PathMatch::Prefix("/v1/".into()),
             case_sensitive: false,
             headers,
+            query_parameters,
+            runtime_fraction: Some(Fraction {
+                numerator: 5,
+                denominator: 1_000_000,
+                runtime_key: "share".into(),
+            }),
+            grpc: true,
         },
         action: Action::Route(RouteAction {
             cluster: "engines".into(),
@@ -674,8 +713,8 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             format!("{route}/match"),
-            json!({"safe_regex": {"regex": "a"}}),
-            "safe_regex",
+            json!({"connect_matcher": {"regex": "a"}}),
+            "connect_matcher",
         ),
         (
             format!("{route}/route"),

@@ -14,4 +14,5 @@ mod limits;
 mod protocol;
 mod regression;
 mod reuse;
+mod routes;
 mod streams;

@@ -300,14 +300,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &["body_format"],
     ),
     (
-        "envoy.config.route.v3.HeaderMatcher",
-        &[
-            "range_match",
-            "safe_regex_match",
-            "treat_missing_header_as_empty",
-        ],
-    ),
-    (
         "envoy.config.route.v3.RetryPolicy",
         &[
             "host_selection_retry_max_attempts",
@@ -400,11 +392,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "connect_matcher",
             "dynamic_metadata",
             "filter_state",
-            "grpc",
             "path_match_policy",
-            "query_parameters",
-            "runtime_fraction",
-            "safe_regex",
             "tls_context",
         ],
     ),
@@ -517,10 +505,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",
         &["http3_protocol_options"],
     ),
-    (
-        "envoy.type.matcher.v3.StringMatcher",
-        &["custom", "ignore_case", "safe_regex"],
-    ),
+    ("envoy.type.matcher.v3.StringMatcher", &["custom"]),
 ];
 
 /// Fields by message that have no effect here and may be carried.

@@ -1,12 +1,10 @@
 //! `envoy.config.route.v3.RouteConfiguration`.
 
+use super::matching::{self, Fraction, HeaderMatch, QueryMatch};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
-    wire::envoy::{
-        config::{core::v3 as core, route::v3 as wire},
-        r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern},
-    },
+    wire::envoy::config::{core::v3 as core, route::v3 as wire},
 };
 use prost_types::Any;
 use serde_json::Value;
@@ -14,7 +12,6 @@ use std::{
     collections::{BTreeMap, HashSet},
     time::Duration,
 };
-use wire::header_matcher::HeaderMatchSpecifier;
 
 /// Largest body of a direct response, as in Envoy's default `max_direct_response_body_size_bytes`.
 pub const DIRECT_RESPONSE_BODY_BYTES_MAX: usize = 4096;
@@ -92,6 +89,12 @@ pub struct RouteMatch {
     pub case_sensitive: bool,
     /// All must hold.
     pub headers: Vec<HeaderMatch>,
+    /// All must hold.
+    pub query_parameters: Vec<QueryMatch>,
+    /// Only this share of the requests, by chance.
+    pub runtime_fraction: Option<Fraction>,
+    /// Only gRPC.
+    pub grpc: bool,
 }
 
 impl Default for RouteMatch {
@@ -100,6 +103,9 @@ impl Default for RouteMatch {
             path: PathMatch::default(),
             case_sensitive: true,
             headers: Vec::new(),
+            query_parameters: Vec::new(),
+            runtime_fraction: None,
+            grpc: false,
         }
     }
 }
@@ -113,38 +119,14 @@ pub enum PathMatch {
     Path(String),
     /// Equals, or continues with `/`.
     PathSeparatedPrefix(String),
+    /// Matches as a whole; RE2's syntax, known to be valid.
+    Regex(String),
 }
 
 impl Default for PathMatch {
     fn default() -> Self {
         Self::Prefix("/".into())
     }
-}
-
-/// `HeaderMatcher`, the forms we honour.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeaderMatch {
-    /// Lower-case header name; `:method` and `:authority` are allowed.
-    pub name: String,
-    /// What must hold.
-    pub value: HeaderValueMatch,
-    /// `invert_match`.
-    pub invert: bool,
-}
-
-/// What a header must be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HeaderValueMatch {
-    /// Present (or absent).
-    Present(bool),
-    /// Equals.
-    Exact(String),
-    /// Starts with.
-    Prefix(String),
-    /// Ends with.
-    Suffix(String),
-    /// Contains.
-    Contains(String),
 }
 
 /// What happens to a request.
@@ -344,53 +326,29 @@ impl TryFrom<wire::RouteMatch> for RouteMatch {
                 }
                 PathMatch::PathSeparatedPrefix(prefix)
             }
+            Some(PathSpecifier::SafeRegex(matcher)) => problems
+                .take("safe_regex", matching::regex(matcher))
+                .map_or_else(PathMatch::default, PathMatch::Regex),
             None => {
-                problems.add("", "required: prefix, path or path_separated_prefix");
+                problems.add(
+                    "",
+                    "required: prefix, path, path_separated_prefix or safe_regex",
+                );
                 PathMatch::default()
             }
         };
         let headers = problems.take_all("headers", wire.headers);
+        let query_parameters = problems.take_all("query_parameters", wire.query_parameters);
+        let runtime_fraction = wire
+            .runtime_fraction
+            .and_then(|share| problems.take("runtime_fraction", share.try_into()));
         problems.finish(Some(Self {
             path,
             case_sensitive: wire.case_sensitive.unwrap_or(true),
             headers,
-        }))
-    }
-}
-
-impl TryFrom<wire::HeaderMatcher> for HeaderMatch {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: wire::HeaderMatcher) -> Result<Self, ConfigErrors> {
-        let mut problems = ConfigErrors::default();
-        let name = problems.not_empty("name", wire.name.to_ascii_lowercase());
-        let value = match wire.header_match_specifier {
-            None => HeaderValueMatch::Present(true),
-            Some(HeaderMatchSpecifier::PresentMatch(present)) => HeaderValueMatch::Present(present),
-            Some(HeaderMatchSpecifier::ExactMatch(text)) => HeaderValueMatch::Exact(text),
-            Some(HeaderMatchSpecifier::PrefixMatch(text)) => HeaderValueMatch::Prefix(text),
-            Some(HeaderMatchSpecifier::SuffixMatch(text)) => HeaderValueMatch::Suffix(text),
-            Some(HeaderMatchSpecifier::ContainsMatch(text)) => HeaderValueMatch::Contains(text),
-            Some(HeaderMatchSpecifier::StringMatch(StringMatcher { match_pattern })) => {
-                match match_pattern {
-                    Some(MatchPattern::Exact(text)) => HeaderValueMatch::Exact(text),
-                    Some(MatchPattern::Prefix(text)) => HeaderValueMatch::Prefix(text),
-                    Some(MatchPattern::Suffix(text)) => HeaderValueMatch::Suffix(text),
-                    Some(MatchPattern::Contains(text)) => HeaderValueMatch::Contains(text),
-                    None => {
-                        problems.add(
-                            "string_match",
-                            "required: exact, prefix, suffix or contains",
-                        );
-                        HeaderValueMatch::Present(true)
-                    }
-                }
-            }
-        };
-        problems.finish(Some(Self {
-            name,
-            value,
-            invert: wire.invert_match,
+            query_parameters,
+            runtime_fraction,
+            grpc: wire.grpc.is_some(),
         }))
     }
 }
@@ -512,33 +470,17 @@ impl From<&RouteMatch> for wire::RouteMatch {
             PathMatch::PathSeparatedPrefix(prefix) => {
                 PathSpecifier::PathSeparatedPrefix(prefix.clone())
             }
+            PathMatch::Regex(regex) => PathSpecifier::SafeRegex(matching::to_regex(regex)),
         };
         Self {
             path_specifier: Some(path),
             case_sensitive: (!plain.case_sensitive).then_some(false),
             headers: plain.headers.iter().map(Into::into).collect(),
-        }
-    }
-}
-
-impl From<&HeaderMatch> for wire::HeaderMatcher {
-    fn from(plain: &HeaderMatch) -> Self {
-        let text = |pattern| {
-            HeaderMatchSpecifier::StringMatch(StringMatcher {
-                match_pattern: Some(pattern),
-            })
-        };
-        let value = match plain.value.clone() {
-            HeaderValueMatch::Present(present) => HeaderMatchSpecifier::PresentMatch(present),
-            HeaderValueMatch::Exact(value) => text(MatchPattern::Exact(value)),
-            HeaderValueMatch::Prefix(value) => text(MatchPattern::Prefix(value)),
-            HeaderValueMatch::Suffix(value) => text(MatchPattern::Suffix(value)),
-            HeaderValueMatch::Contains(value) => text(MatchPattern::Contains(value)),
-        };
-        Self {
-            name: plain.name.clone(),
-            header_match_specifier: Some(value),
-            invert_match: plain.invert,
+            query_parameters: plain.query_parameters.iter().map(Into::into).collect(),
+            runtime_fraction: plain.runtime_fraction.as_ref().map(Into::into),
+            grpc: plain
+                .grpc
+                .then(wire::route_match::GrpcRouteMatchOptions::default),
         }
     }
 }

@@ -64,6 +64,28 @@ impl ::prost::Name for DataSource {
         "/envoy.config.core.v3.DataSource".into()
     }
 }
+/// A share of all requests that a runtime could change.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RuntimeFractionalPercent {
+    /// What counts, since there is no runtime.
+    #[prost(message, optional, tag = "1")]
+    pub default_value: ::core::option::Option<
+        super::super::super::r#type::v3::FractionalPercent,
+    >,
+    /// Where a runtime would keep it.
+    #[prost(string, tag = "2")]
+    pub runtime_key: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RuntimeFractionalPercent {
+    const NAME: &'static str = "RuntimeFractionalPercent";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.RuntimeFractionalPercent".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.RuntimeFractionalPercent".into()
+    }
+}
 /// Which side of the proxy a listener serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

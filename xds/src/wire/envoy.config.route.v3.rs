@@ -71,14 +71,38 @@ pub struct RouteMatch {
     /// True unless said.
     #[prost(message, optional, tag = "4")]
     pub case_sensitive: ::core::option::Option<bool>,
+    /// A share of the requests, by chance.
+    #[prost(message, optional, tag = "9")]
+    pub runtime_fraction: ::core::option::Option<
+        super::super::core::v3::RuntimeFractionalPercent,
+    >,
     /// Conditions on headers.
     #[prost(message, repeated, tag = "6")]
     pub headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
-    #[prost(oneof = "route_match::PathSpecifier", tags = "1, 2, 14")]
+    /// Conditions on the query string.
+    #[prost(message, repeated, tag = "7")]
+    pub query_parameters: ::prost::alloc::vec::Vec<QueryParameterMatcher>,
+    /// Its content type is gRPC's.
+    #[prost(message, optional, tag = "8")]
+    pub grpc: ::core::option::Option<route_match::GrpcRouteMatchOptions>,
+    #[prost(oneof = "route_match::PathSpecifier", tags = "1, 2, 10, 14")]
     pub path_specifier: ::core::option::Option<route_match::PathSpecifier>,
 }
 /// Nested message and enum types in `RouteMatch`.
 pub mod route_match {
+    /// Only requests of gRPC.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GrpcRouteMatchOptions {}
+    impl ::prost::Name for GrpcRouteMatchOptions {
+        const NAME: &'static str = "GrpcRouteMatchOptions";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions".into()
+        }
+    }
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum PathSpecifier {
         /// Path starts with.
@@ -87,6 +111,9 @@ pub mod route_match {
         /// Path equals.
         #[prost(string, tag = "2")]
         Path(::prost::alloc::string::String),
+        /// Path matches as a whole.
+        #[prost(message, tag = "10")]
+        SafeRegex(super::super::super::super::r#type::matcher::v3::RegexMatcher),
         /// Path equals or goes on with a slash.
         #[prost(string, tag = "14")]
         PathSeparatedPrefix(::prost::alloc::string::String),
@@ -191,9 +218,12 @@ pub struct HeaderMatcher {
     /// The condition must not hold.
     #[prost(bool, tag = "8")]
     pub invert_match: bool,
+    /// A header that is missing counts as empty.
+    #[prost(bool, tag = "14")]
+    pub treat_missing_header_as_empty: bool,
     #[prost(
         oneof = "header_matcher::HeaderMatchSpecifier",
-        tags = "4, 7, 9, 10, 12, 13"
+        tags = "4, 6, 7, 9, 10, 11, 12, 13"
     )]
     pub header_match_specifier: ::core::option::Option<
         header_matcher::HeaderMatchSpecifier,
@@ -206,6 +236,9 @@ pub mod header_matcher {
         /// Old form of string_match.
         #[prost(string, tag = "4")]
         ExactMatch(::prost::alloc::string::String),
+        /// A whole number in a range.
+        #[prost(message, tag = "6")]
+        RangeMatch(super::super::super::super::r#type::v3::Int64Range),
         /// Present, or absent if false.
         #[prost(bool, tag = "7")]
         PresentMatch(bool),
@@ -215,6 +248,9 @@ pub mod header_matcher {
         /// Old form of string_match.
         #[prost(string, tag = "10")]
         SuffixMatch(::prost::alloc::string::String),
+        /// Old form of string_match.
+        #[prost(message, tag = "11")]
+        SafeRegexMatch(super::super::super::super::r#type::matcher::v3::RegexMatcher),
         /// Old form of string_match.
         #[prost(string, tag = "12")]
         ContainsMatch(::prost::alloc::string::String),
@@ -231,6 +267,42 @@ impl ::prost::Name for HeaderMatcher {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.route.v3.HeaderMatcher".into()
+    }
+}
+/// A condition on one parameter of the query string.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QueryParameterMatcher {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(
+        oneof = "query_parameter_matcher::QueryParameterMatchSpecifier",
+        tags = "5, 6"
+    )]
+    pub query_parameter_match_specifier: ::core::option::Option<
+        query_parameter_matcher::QueryParameterMatchSpecifier,
+    >,
+}
+/// Nested message and enum types in `QueryParameterMatcher`.
+pub mod query_parameter_matcher {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum QueryParameterMatchSpecifier {
+        /// What its value must be.
+        #[prost(message, tag = "5")]
+        StringMatch(super::super::super::super::r#type::matcher::v3::StringMatcher),
+        /// It is there.
+        #[prost(bool, tag = "6")]
+        PresentMatch(bool),
+    }
+}
+impl ::prost::Name for QueryParameterMatcher {
+    const NAME: &'static str = "QueryParameterMatcher";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.QueryParameterMatcher".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.QueryParameterMatcher".into()
     }
 }
 /// A table of virtual hosts.

@@ -16,3 +16,86 @@ impl ::prost::Name for Percent {
         "/envoy.type.v3.Percent".into()
     }
 }
+/// A share of all requests.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FractionalPercent {
+    /// So many.
+    #[prost(uint32, tag = "1")]
+    pub numerator: u32,
+    /// Of so many.
+    #[prost(enumeration = "fractional_percent::DenominatorType", tag = "2")]
+    pub denominator: i32,
+}
+/// Nested message and enum types in `FractionalPercent`.
+pub mod fractional_percent {
+    /// Of how many.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum DenominatorType {
+        Hundred = 0,
+        TenThousand = 1,
+        Million = 2,
+    }
+    impl DenominatorType {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Hundred => "HUNDRED",
+                Self::TenThousand => "TEN_THOUSAND",
+                Self::Million => "MILLION",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "HUNDRED" => Some(Self::Hundred),
+                "TEN_THOUSAND" => Some(Self::TenThousand),
+                "MILLION" => Some(Self::Million),
+                _ => None,
+            }
+        }
+    }
+}
+impl ::prost::Name for FractionalPercent {
+    const NAME: &'static str = "FractionalPercent";
+    const PACKAGE: &'static str = "envoy.type.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.v3.FractionalPercent".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.v3.FractionalPercent".into()
+    }
+}
+/// From start up to, but not including, end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Int64Range {
+    /// First.
+    #[prost(int64, tag = "1")]
+    pub start: i64,
+    /// One after the last.
+    #[prost(int64, tag = "2")]
+    pub end: i64,
+}
+impl ::prost::Name for Int64Range {
+    const NAME: &'static str = "Int64Range";
+    const PACKAGE: &'static str = "envoy.type.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.v3.Int64Range".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.v3.Int64Range".into()
+    }
+}
