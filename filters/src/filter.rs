@@ -8,7 +8,7 @@ use crate::{
     sse::Event,
 };
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};
 use std::{
     sync::Arc,
@@ -85,6 +85,28 @@ pub struct RouteFacts {
     pub min_retry_concurrency: u32,
     /// On the inbound side the chain never chooses: the peer named the endpoint.
     pub inbound: bool,
+    /// Status where the cluster does not exist; 503 unless said.
+    pub cluster_not_found: Option<StatusCode>,
+    /// The host becomes the endpoint's name, if it has one.
+    pub auto_host_rewrite: Option<AutoHost>,
+}
+
+/// How `auto_host_rewrite` is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AutoHost {
+    /// The host that was replaced is appended to `x-forwarded-host`.
+    pub append_forwarded: bool,
+    /// …and told in `x-envoy-original-host`.
+    pub tell_original: bool,
+}
+
+/// What a route does to the heads of one request and of its response, at the place where Envoy does it: in the router.
+pub trait Heads: Send + Sync {
+    /// Changes the request before it goes upstream.
+    fn request(&self, request: &mut Request<RequestBody>, log: &LogFields);
+
+    /// Changes the response as it comes from upstream, or is made here.
+    fn response(&self, response: &mut Response<ResponseBody>, log: &LogFields);
 }
 
 /// One candidate, best first in [`Context::ranked`].
@@ -138,6 +160,10 @@ pub struct Context {
     pub observers: Vec<Box<dyn StreamObserver>>,
     /// What the access log will say.
     pub log: LogFields,
+    /// What the route does to heads, if anything.
+    pub heads: Option<Arc<dyn Heads>>,
+    /// The response's head is as the route wants it.
+    pub response_edited: bool,
     /// For filters outside this crate.
     pub extensions: http::Extensions,
 }
@@ -160,6 +186,8 @@ impl Context {
             attempt: self.attempt + 1,
             observers: Vec::new(),
             log: LogFields::default(),
+            heads: self.heads.clone(),
+            response_edited: false,
             extensions: self.extensions.clone(),
         }
     }
@@ -194,6 +222,15 @@ impl Context {
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
         self.log = attempt.log;
+        self.response_edited = attempt.response_edited;
+    }
+
+    /// Does to the response what the route wants, once.
+    pub fn edit_response(&mut self, response: &mut Response<ResponseBody>) {
+        if let Some(heads) = self.heads.as_ref().filter(|_| !self.response_edited) {
+            heads.response(response, &self.log);
+            self.response_edited = true;
+        }
     }
 }
 

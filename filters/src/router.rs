@@ -5,6 +5,7 @@
 //! handed up); anything else only if nothing of it was sent. Retries stay within a budget.
 
 pub mod attempt;
+pub mod host;
 pub mod leg;
 pub mod retry;
 
@@ -12,7 +13,7 @@ use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Via, Want},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, Handled, HttpFilter, Next, Ranked},
+    filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
     services::Services,
 };
@@ -65,30 +66,39 @@ impl HttpFilter for Router {
         _next: Next<'a>,
     ) -> Handled<'a> {
         // Moved as a pointer from here on: it is large, and every future on its way would hold a copy.
-        let request = Box::new(request);
+        let mut request = Box::new(request);
         Box::pin(async move {
             let cluster = context.route.cluster.clone();
             let view = self
                 .services
                 .endpoints
                 .view(&cluster)
-                .ok_or_else(|| no_cluster(&cluster))?;
+                .ok_or_else(|| no_cluster(&context.route))?;
             context.log.upstream_cluster = cluster;
             let active = self.budget.enter();
+            if let Some(heads) = &context.heads {
+                heads.request(&mut request, &context.log);
+            }
             let mut walk = Walk::new(self, &view, context);
-            let outcome = walk.run(request, context).await;
+            let mut outcome = walk.run(request, context).await;
             drop(active);
+            if let Ok(response) = &mut outcome {
+                context.edit_response(response);
+            }
             outcome
         })
     }
 }
 
-fn no_cluster(cluster: &str) -> Error {
-    tracing::warn!(cluster, "route names a cluster that does not exist");
+fn no_cluster(route: &RouteFacts) -> Error {
+    let cluster = &*route.cluster;
+    tracing::debug!(cluster, "route names a cluster that does not exist");
     Error::new(
         Origin::Proxy,
         Flag::NoClusterFound,
-        StatusCode::SERVICE_UNAVAILABLE,
+        route
+            .cluster_not_found
+            .unwrap_or(StatusCode::SERVICE_UNAVAILABLE),
         "cluster_not_found",
         "",
     )

@@ -1,6 +1,6 @@
 //! Building the filter chain of each route: the connection manager's filters, with the route's own configuration.
 
-use outrigger_filters::{filter::Chain, openai, registry, services::Services};
+use outrigger_filters::{filter::Chain, openai, registry, router, services::Services};
 use outrigger_xds::resource::{
     listener::HttpFilter,
     route::{Route, TypedConfig},
@@ -17,6 +17,8 @@ pub struct BuiltChain {
     pub filters: Chain,
     /// Whether `openai` is among them: then errors take OpenAI's form.
     pub openai: bool,
+    /// Whether the router leaves out `x-envoy-*` headers.
+    pub suppress_envoy_headers: bool,
 }
 
 /// Builds the chain for `route`.
@@ -30,6 +32,7 @@ pub fn build(
 ) -> Result<BuiltChain, String> {
     let mut built = Vec::with_capacity(filters.len());
     let mut openai = false;
+    let mut suppress_envoy_headers = false;
     for filter in filters {
         let Some(config) = effective(filter, route) else {
             continue;
@@ -45,6 +48,10 @@ pub fn build(
         let instance = registry::build(&config, services)
             .map_err(|error| format!("http_filters[{}]: {error}", filter.name))?;
         openai |= config.type_url == openai::TYPE_URL;
+        if config.type_url == router::TYPE_URL {
+            let config = registry::parse::<router::Config>(&config.value)?;
+            suppress_envoy_headers = config.suppress_envoy_headers;
+        }
         built.push(instance);
     }
     for name in route.typed_per_filter_config.keys() {
@@ -57,6 +64,7 @@ pub fn build(
     Ok(BuiltChain {
         filters: Arc::from(built),
         openai,
+        suppress_envoy_headers,
     })
 }
 

@@ -8,8 +8,8 @@ use crate::{
     flow::{self, FlowLimits},
     headers::{self, Seen, Upgrade},
     metrics::HttpStats,
-    route,
-    snapshot::{BuiltRoute, HttpConfig, Target},
+    route::{self, Applied, BuiltRoute, Edits, Facts, Target},
+    snapshot::HttpConfig,
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
@@ -18,9 +18,9 @@ use http::{
 };
 use hyper::body::Incoming;
 use outrigger_filters::{
-    body::{RequestBody, ResponseBody},
+    body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, End, LogFields, Next, RouteFacts},
+    filter::{Context, End, Heads, LogFields, Next, RouteFacts},
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
@@ -109,7 +109,9 @@ impl Manager {
                     Some(route) => {
                         let shape = Shape::of(&record.path, &parts.headers, route.openai);
                         record.captured = record.logs.capture(&parts);
-                        let response = self.run(route, parts, body, &mut context, shape).await;
+                        let response = self
+                            .run(route, (parts, body), &mut context, shape, &record)
+                            .await;
                         (response, shape, limits(&config, &context))
                     }
                 },
@@ -218,31 +220,64 @@ impl Manager {
     async fn run(
         &self,
         route: &BuiltRoute,
-        mut parts: Parts,
-        body: Incoming,
+        (mut parts, body): (Parts, Incoming),
         context: &mut Context,
         shape: Shape,
+        record: &Record,
     ) -> Result<Response<ResponseBody>, Error> {
         match &route.target {
             Target::Direct { status, body } => {
-                context.log.details = "direct_response".into();
+                self.answer_here(route, &parts, context, record);
                 self.stats.rq_direct_response.increment(1);
-                Ok(local_reply::direct(*status, body, shape))
+                let mut response = local_reply::direct(*status, body, shape);
+                context.edit_response(&mut response);
+                Ok(response)
+            }
+            Target::Redirect(redirector) => {
+                self.answer_here(route, &parts, context, record);
+                self.stats.rq_redirect.increment(1);
+                let mut response = Response::new(empty());
+                *response.status_mut() = redirector.status;
+                if let Some(location) = redirector.location(&parts) {
+                    response.headers_mut().insert(header::LOCATION, location);
+                }
+                context.edit_response(&mut response);
+                Ok(response)
             }
             Target::Chain {
                 filters,
-                facts,
-                prefix_rewrite,
+                choice,
+                rewrite,
+                tell_original,
             } => {
-                context.route = facts.clone();
-                if let Some((length, to)) = prefix_rewrite {
-                    rewrite(&mut parts, *length, to)?;
+                let destination = choice.destination(&parts.headers);
+                context.route = destination.cluster.facts(&parts.headers);
+                if let Some(edits) = &destination.edits {
+                    context.heads = Some(record.edits(edits, &context.route, &parts));
+                }
+                if let Some(rewrite) = rewrite {
+                    rewrite.apply(&mut parts, *tell_original)?;
                 }
                 let body = RequestBody::incoming(body);
                 context.upload = body.upload();
                 let request = Request::from_parts(parts, body);
                 Next::new(filters).run(request, context).await
             }
+        }
+    }
+
+    /// A route that needs no cluster.
+    fn answer_here(
+        &self,
+        route: &BuiltRoute,
+        parts: &Parts,
+        context: &mut Context,
+        record: &Record,
+    ) {
+        context.log.details = "direct_response".into();
+        context.route = route.facts.clone();
+        if let Some(edits) = &route.edits {
+            context.heads = Some(record.edits(edits, &context.route, parts));
         }
     }
 
@@ -258,7 +293,13 @@ impl Manager {
         let mut log = std::mem::take(&mut context.log);
         let response = match response {
             Ok(response) => response,
-            Err(error) => self.local_reply(&error, shape, &mut log, inbound),
+            Err(error) => {
+                let mut response = self.local_reply(&error, shape, &mut log, inbound);
+                if let Some(heads) = &context.heads {
+                    heads.response(&mut response, &log);
+                }
+                response
+            }
         };
         let (mut parts, body) = response.into_parts();
         let seen = Seen::of(&parts.headers);
@@ -404,26 +445,6 @@ fn no_route() -> Error {
     )
 }
 
-fn rewrite(parts: &mut Parts, length: Option<usize>, to: &str) -> Result<(), Error> {
-    let path = parts
-        .uri
-        .path_and_query()
-        .map_or("/", http::uri::PathAndQuery::as_str);
-    let length = length.unwrap_or(parts.uri.path().len());
-    let rest = path.get(length..).unwrap_or_default();
-    let path = format!("{to}{rest}");
-    let mut uri = parts.uri.clone().into_parts();
-    uri.path_and_query = path.parse().ok();
-    parts.uri = http::Uri::from_parts(uri).map_err(|_| {
-        client_error(
-            StatusCode::BAD_REQUEST,
-            "path_normalization_failed",
-            "Bad Request",
-        )
-    })?;
-    Ok(())
-}
-
 /// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
 fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
     let gap = match &context.openai {
@@ -487,6 +508,25 @@ impl Record {
             route: Arc::default(),
             ended: false,
         }
+    }
+
+    /// The edits of a route on this request.
+    fn edits(&self, edits: &Arc<Edits>, route: &Arc<RouteFacts>, parts: &Parts) -> Arc<dyn Heads> {
+        let facts = Facts {
+            start: self.start,
+            started: self.started,
+            method: self.method.clone(),
+            path: self.path.clone(),
+            authority: self.authority.clone(),
+            protocol: self.protocol,
+            remote: self.connection.remote,
+            local: self.connection.local,
+            connection_id: self.connection.id,
+            request_id: self.request_id.clone(),
+            trace_id: self.trace_id.clone(),
+            route: route.clone(),
+        };
+        Arc::new(Applied::new(edits.clone(), facts, parts))
     }
 
     fn end(mut self, mut summary: Summary) {

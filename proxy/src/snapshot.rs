@@ -1,15 +1,11 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
 use crate::{
-    chain,
     cluster::engine_id,
-    route::{self, Domains, Matcher},
+    route::{self, BuiltRoute, Domains, Scope},
 };
 use http::request::Parts;
-use outrigger_filters::{
-    filter::{Chain, RouteFacts},
-    services::Services,
-};
+use outrigger_filters::services::Services;
 use outrigger_xds::{
     report::EngineId,
     resource::{
@@ -17,13 +13,9 @@ use outrigger_xds::{
         cluster::Cluster,
         endpoint::{Address, Duty},
         listener::{HttpConnectionManager, TrafficDirection},
-        route::{Action, Route, RouteMatch, VirtualHost},
     },
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
-
-/// Of a route that has no timeout, as in Envoy.
-const ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+use std::{collections::HashMap, sync::Arc};
 
 /// One listener's HTTP side.
 pub struct HttpConfig {
@@ -33,35 +25,6 @@ pub struct HttpConfig {
     pub inbound: bool,
     domains: Domains,
     hosts: Vec<Vec<BuiltRoute>>,
-}
-
-/// A route, ready to run.
-pub struct BuiltRoute {
-    matcher: Matcher,
-    /// What to do.
-    pub target: Target,
-    /// Whether errors take OpenAI's form.
-    pub openai: bool,
-}
-
-/// What a route does.
-pub enum Target {
-    /// Runs a chain.
-    Chain {
-        /// Its filters.
-        filters: Chain,
-        /// Pinned facts.
-        facts: Arc<RouteFacts>,
-        /// Replaces so many bytes of the path, or the whole path.
-        prefix_rewrite: Option<(Option<usize>, String)>,
-    },
-    /// Answers here.
-    Direct {
-        /// Status.
-        status: http::StatusCode,
-        /// Body.
-        body: String,
-    },
 }
 
 impl HttpConfig {
@@ -80,8 +43,15 @@ impl HttpConfig {
         let mut hosts = Vec::new();
         for host in &manager.route_config.virtual_hosts {
             let mut routes = Vec::new();
+            let scope = Scope {
+                manager,
+                host,
+                inbound,
+                clusters,
+                services,
+            };
             for (index, route) in host.routes.iter().enumerate() {
-                match build_route(manager, host, route, inbound, clusters, services) {
+                match route::build(scope, route) {
                     Ok(route) => routes.push(route),
                     Err(error) => errors.push(format!(
                         "virtual_hosts[{}].routes[{index}]: {error}",
@@ -108,70 +78,8 @@ impl HttpConfig {
     pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
         let authority = route::authority(&parts.uri, &parts.headers);
         let host = self.domains.find(authority)?;
-        self.hosts[host]
-            .iter()
-            .find(|route| route.matcher.matches(parts))
+        self.hosts[host].iter().find(|route| route.matches(parts))
     }
-}
-
-fn build_route(
-    manager: &HttpConnectionManager,
-    host: &VirtualHost,
-    route: &Route,
-    inbound: bool,
-    clusters: &HashMap<String, Cluster>,
-    services: &Services,
-) -> Result<BuiltRoute, String> {
-    let chain = chain::build(&manager.http_filters, route, services)?;
-    let target = match &route.action {
-        Action::DirectResponse { status, body } => Target::Direct {
-            status: http::StatusCode::from_u16(*status)
-                .map_err(|_| format!("status {status} is no HTTP status"))?,
-            body: body.clone(),
-        },
-        Action::Route(action) => {
-            let cluster = clusters
-                .get(&action.cluster)
-                .ok_or_else(|| format!("unknown cluster '{}'", action.cluster))?;
-            let facts = RouteFacts {
-                name: route.name.as_str().into(),
-                virtual_host: host.name.as_str().into(),
-                cluster: action.cluster.as_str().into(),
-                timeout: route_timeout(action.timeout, chain.openai),
-                retry_policy: action
-                    .retry_policy
-                    .clone()
-                    .or_else(|| host.retry_policy.clone()),
-                retry_budget_percent: cluster.circuit_breakers.retry_budget_percent,
-                min_retry_concurrency: cluster.circuit_breakers.min_retry_concurrency,
-                inbound,
-            };
-            let prefix_rewrite = action
-                .prefix_rewrite
-                .as_ref()
-                .map(|to| (matched_length(&route.r#match), to.clone()));
-            Target::Chain {
-                filters: chain.filters,
-                facts: Arc::new(facts),
-                prefix_rewrite,
-            }
-        }
-    };
-    Ok(BuiltRoute {
-        matcher: Matcher::new(&route.r#match)?,
-        target,
-        openai: chain.openai,
-    })
-}
-
-/// Envoy's default, but none for token streams, which have limits of their own.
-fn route_timeout(configured: Option<Duration>, openai: bool) -> Option<Duration> {
-    let default = if openai {
-        Duration::ZERO
-    } else {
-        ROUTE_TIMEOUT
-    };
-    Some(configured.unwrap_or(default)).filter(|timeout| !timeout.is_zero())
 }
 
 /// Clusters may differ in how they use an endpoint, never in where it is: connections belong to names.
@@ -193,17 +101,6 @@ fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
         }
     }
     errors
-}
-
-fn matched_length(route: &RouteMatch) -> Option<usize> {
-    use outrigger_xds::resource::route::PathMatch;
-    match &route.path {
-        PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => {
-            Some(path.len())
-        }
-        // The whole path.
-        PathMatch::Regex(_) => None,
-    }
 }
 
 /// All listeners' HTTP sides of a configuration, by listener name.

@@ -6,6 +6,9 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+pub mod header_mutation;
 pub mod listener;
 pub mod matching;
+pub mod retry_policy;
 pub mod route;
+pub mod route_action;

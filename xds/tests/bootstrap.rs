@@ -6,17 +6,21 @@ use outrigger_xds::{
         bootstrap::{Admin, Bootstrap, Node},
         cluster::{CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint},
+        header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
         },
         matching::{
             Fraction, HeaderMatch, HeaderValueMatch, Pattern, QueryMatch, QueryValueMatch,
-            StringMatch,
+            RegexRewrite, StringMatch,
         },
         route::{
-            Action, PathMatch, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch,
-            TypedConfig, VirtualHost,
+            Action, ClusterSpecifier, HostRewrite, PathMatch, Redirect, RetryPolicy, Route,
+            RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+        },
+        route_action::{
+            ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
         },
     },
 };
@@ -73,6 +77,11 @@ static_resources:
             typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
           route_config:
             name: local
+            request_headers_to_remove: [X-Gone]
+            most_specific_header_mutations_wins: true
+            validate_clusters: true
+            max_direct_response_body_size_bytes: 5000
+            ignore_port_in_host_matching: true
             virtual_hosts:
             - name: all
               domains: ["*"]
@@ -81,6 +90,10 @@ static_resources:
               - name: health
                 match: {path: /health}
                 direct_response: {status: 200, body: {inline_string: fine}}
+              - match: {path: /old}
+                redirect: {https_redirect: true, host_redirect: new.example, port_redirect: 8443, response_code: PERMANENT_REDIRECT, strip_query: true, regex_rewrite: {pattern: {regex: "(a)(b)"}, substitution: '\2\1'}}
+                response_headers_to_add: [{header: {key: X-A, value: "%PROTOCOL%"}, append_action: ADD_IF_ABSENT, keep_empty_value: true}]
+                response_headers_to_remove: [X-B]
               - match:
                   prefix: /v1/
                   case_sensitive: false
@@ -94,6 +107,18 @@ static_resources:
                     "@type": type.googleapis.com/udpa.type.v1.TypedStruct
                     type_url: type.googleapis.com/outrigger.filters.http.kv_routing.v1.Config
                     value: {debug_header: true}
+              - match: {prefix: /}
+                route:
+                  weighted_clusters:
+                    total_weight: 3
+                    header_name: x-number
+                    clusters:
+                    - {name: engines, weight: 3, request_headers_to_add: [{header: {key: x-old, value: "1"}, append: false}], host_rewrite_literal: in.side}
+                    - {cluster_header: x-cluster, weight: 0}
+                  cluster_not_found_response_code: NOT_FOUND
+                  regex_rewrite: {pattern: {google_re2: {}, regex: "(a)(b)"}, substitution: '\2\1'}
+                  host_rewrite_header: x-host
+                  append_x_forwarded_host: true
   clusters:
   - name: engines
     connect_timeout: 0.5s
@@ -165,7 +190,20 @@ fn full_manager() -> HttpConnectionManager {
     }
 }
 
+fn add(name: &str, value: &str, action: AppendAction, keep_empty_value: bool) -> HeaderToAdd {
+    HeaderToAdd {
+        name: name.into(),
+        value: value.into(),
+        action,
+        keep_empty_value,
+    }
+}
+
 fn full_routes(debug: TypedConfig) -> RouteConfiguration {
+    let swap = RegexRewrite {
+        regex: "(a)(b)".into(),
+        substitution: "\\2\\1".into(),
+    };
     let health = Route {
         name: "health".into(),
         r#match: RouteMatch {
@@ -177,6 +215,71 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             body: "fine".into(),
         },
         typed_per_filter_config: [].into(),
+        headers: HeaderMutations::default(),
+    };
+    let away = Route {
+        name: String::new(),
+        r#match: RouteMatch {
+            path: PathMatch::Path("/old".into()),
+            ..RouteMatch::default()
+        },
+        action: Action::Redirect(Redirect {
+            scheme: Some("https".into()),
+            host: Some("new.example".into()),
+            port: Some(8443),
+            path: Some(PathRedirect::Regex(swap.clone())),
+            status: 308,
+            strip_query: true,
+        }),
+        typed_per_filter_config: [].into(),
+        headers: HeaderMutations {
+            request: Mutations::default(),
+            response: Mutations {
+                add: vec![add("x-a", "%PROTOCOL%", AppendAction::AddIfAbsent, true)],
+                remove: vec!["x-b".into()],
+            },
+        },
+    };
+    let mixed = Route {
+        name: String::new(),
+        r#match: RouteMatch::default(),
+        action: Action::Route(RouteAction {
+            cluster: ClusterSpecifier::Weighted(WeightedClusters {
+                clusters: vec![
+                    ClusterWeight {
+                        cluster: WeightedName::Name("engines".into()),
+                        weight: 3,
+                        headers: HeaderMutations {
+                            request: Mutations {
+                                add: vec![add(
+                                    "x-old",
+                                    "1",
+                                    AppendAction::OverwriteIfExistsOrAdd,
+                                    false,
+                                )],
+                                remove: vec![],
+                            },
+                            response: Mutations::default(),
+                        },
+                        host_rewrite: Some("in.side".into()),
+                    },
+                    ClusterWeight {
+                        cluster: WeightedName::Header("x-cluster".into()),
+                        weight: 0,
+                        headers: HeaderMutations::default(),
+                        host_rewrite: None,
+                    },
+                ],
+                header_name: Some("x-number".into()),
+            }),
+            cluster_not_found: ClusterNotFound::NotFound,
+            regex_rewrite: Some(swap),
+            host_rewrite: Some(HostRewrite::Header("x-host".into())),
+            append_x_forwarded_host: true,
+            ..RouteAction::default()
+        }),
+        typed_per_filter_config: [].into(),
+        headers: HeaderMutations::default(),
     };
     let text = |pattern| StringMatch {
         pattern,
@@ -233,10 +336,11 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             cluster: "engines".into(),
             timeout: Some(Duration::ZERO),
             idle_timeout: Some(Duration::from_millis(1500)),
-            retry_policy: None,
             prefix_rewrite: Some("/".into()),
+            ..RouteAction::default()
         }),
         typed_per_filter_config: [("kv".to_owned(), debug)].into(),
+        headers: HeaderMutations::default(),
     };
     let retry_policy = RetryPolicy {
         retry_on: vec!["connect-failure".into(), "reset".into()],
@@ -246,12 +350,24 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
     let all = VirtualHost {
         name: "all".into(),
         domains: vec!["*".into()],
-        routes: vec![health, v1],
+        routes: vec![health, away, v1, mixed],
         retry_policy: Some(retry_policy),
+        headers: HeaderMutations::default(),
     };
     RouteConfiguration {
         name: "local".into(),
         virtual_hosts: vec![all],
+        headers: HeaderMutations {
+            request: Mutations {
+                add: vec![],
+                remove: vec!["x-gone".into()],
+            },
+            response: Mutations::default(),
+        },
+        most_specific_header_mutations_wins: true,
+        validate_clusters: true,
+        max_direct_response_body_bytes: 5000,
+        ignore_port_in_host_matching: true,
     }
 }
 
@@ -484,9 +600,9 @@ fn a_direct_response_is_short() {
     let place = format!(
         "{H_PLACE}.route_config.virtual_hosts[0].routes[0].direct_response.body.inline_string"
     );
-    let found = problems(&[(&pointer, json!("x".repeat(4097)))]);
-    assert_eq!(found, [format!("{place}: has 4097 bytes, more than 4096")]);
-    let longest = changed(&[(&pointer, json!("x".repeat(4096)))]);
+    let found = problems(&[(&pointer, json!("x".repeat(5001)))]);
+    assert_eq!(found, [format!("{place}: has 5001 bytes, more than 5000")]);
+    let longest = changed(&[(&pointer, json!("x".repeat(5000)))]);
     assert!(bootstrap_from_value(longest).is_ok());
 }
 
@@ -704,7 +820,7 @@ fn whatever_is_read_is_refused_with_reasons_or_reads_back_equal() {
 
 #[test]
 fn what_is_refused_by_name_is_not_also_missing() {
-    let route = format!("{H}/route_config/virtual_hosts/0/routes/1");
+    let route = format!("{H}/route_config/virtual_hosts/0/routes/2");
     let table = [
         (
             format!("{L}/address"),
@@ -718,13 +834,13 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             format!("{route}/route"),
-            json!({"cluster_header": "x"}),
-            "cluster_header",
+            json!({"inline_cluster_specifier_plugin": {}}),
+            "inline_cluster_specifier_plugin",
         ),
         (
             route,
-            json!({"match": {"prefix": "/"}, "redirect": {}}),
-            "redirect",
+            json!({"match": {"prefix": "/"}, "non_forwarding_action": {}}),
+            "non_forwarding_action",
         ),
         (
             format!("{H}/http_filters/0"),

@@ -168,3 +168,385 @@ async fn each_condition_of_a_route_decides() {
         assert_eq!(client.post("/h", "").await.text(), "method");
     }
 }
+
+/// All lines of a header.
+fn lines(reply: &Reply, name: &str) -> Vec<String> {
+    let all = reply.headers.get_all(name).iter();
+    all.map(|value| value.to_str().unwrap().to_owned())
+        .collect()
+}
+
+/// All lines of a header of the last request.
+fn sent(server: &Upstream, name: &str) -> Vec<String> {
+    let last = server.exchanges().pop().unwrap();
+    let of_name = last.headers.into_iter().filter(|(known, _)| known == name);
+    of_name.map(|(_, value)| value).collect()
+}
+
+#[tokio::test]
+async fn weights_share_the_requests_and_a_header_may_decide() {
+    let (a, b) = (Upstream::named("a").await, Upstream::named("b").await);
+    let proxy = routed(
+        &table(
+            r#"
+- match: {prefix: /chance}
+  route: {weighted_clusters: {clusters: [{name: a, weight: 1}, {name: b, weight: 3}]}}
+- match: {prefix: /number}
+  route: {weighted_clusters: {clusters: [{name: a, weight: 1}, {cluster_header: x-c, weight: 3}], header_name: x-number}}
+- match: {prefix: /named}
+  route: {cluster_header: x-c}
+- match: {prefix: /missing}
+  route: {cluster_header: x-c, cluster_not_found_response_code: NOT_FOUND}
+"#,
+        ),
+        &[&a, &b],
+    );
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        let (before_a, before_b) = (a.exchanges().len(), b.exchanges().len());
+        for _ in 0..80 {
+            assert_eq!(get(&mut client, "/chance", &[]).await.status, 200);
+        }
+        let share = (
+            a.exchanges().len() - before_a,
+            b.exchanges().len() - before_b,
+        );
+        assert_eq!(share.0 + share.1, 80);
+        assert!((5..40).contains(&share.0), "a quarter goes to a: {share:?}");
+        for (path, headers, status, served) in [
+            ("/number", &["x-number: 4", "x-c: b"][..], 200, "a"),
+            ("/number", &["x-number: 7", "x-c: b"], 200, "b"),
+            ("/number", &["x-number: 7", "x-c: nowhere"], 503, ""),
+            ("/named", &["x-c: b"], 200, "b"),
+            ("/named", &["x-c: a"], 200, "a"),
+            ("/named", &["x-c: nowhere"], 503, ""),
+            ("/named", &[], 503, ""),
+            ("/missing", &["x-c: nowhere"], 404, ""),
+        ] {
+            let reply = get(&mut client, path, headers).await;
+            assert_eq!(reply.status, status, "{path} {headers:?}");
+            if served.is_empty() {
+                assert_eq!(
+                    (reply.text(), reply.header("x-outrigger-error")),
+                    (String::new(), "NC")
+                );
+            } else {
+                assert_eq!(reply.json()["served_by"], served, "{path} {headers:?}");
+            }
+        }
+    }
+    let last = proxy.log(176).await.pop().unwrap();
+    assert_eq!(last["response_code_details"], "cluster_not_found");
+}
+
+const EDITED: &str = r#"
+request_headers_to_add: [{header: {key: x-o, value: table}}, {header: {key: x-last, value: table}, append: false}]
+response_headers_to_add: [{header: {key: x-o, value: table}}]
+response_headers_to_remove: [x-secret]
+virtual_hosts:
+- name: all
+  domains: ["*"]
+  request_headers_to_add: [{header: {key: x-o, value: host}}, {header: {key: x-last, value: host}, append: false}]
+  response_headers_to_add: [{header: {key: x-o, value: host}}]
+  routes:
+  - match: {prefix: /order}
+    name: named
+    route:
+      weighted_clusters:
+        clusters:
+        - name: a
+          weight: 1
+          request_headers_to_add: [{header: {key: x-o, value: weight}}]
+          response_headers_to_add: [{header: {key: x-o, value: weight}}]
+    request_headers_to_add: [{header: {key: x-o, value: "route %ROUTE_NAME%"}}]
+    response_headers_to_add: [{header: {key: x-o, value: "route %REQ(x-in)% %RESP(content-type)%"}}]
+  - match: {prefix: /actions}
+    route: {cluster: a}
+    request_headers_to_add:
+    - {header: {key: x-a, value: "%REQ(:path)%|%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%|%REQ(x-none)%|%%"}}
+    - {header: {key: x-empty, value: "%REQ(x-none)%"}}
+    - {header: {key: x-keep, value: "%REQ(x-none)%"}, keep_empty_value: true}
+    - {header: {key: x-ow, value: new}, append_action: OVERWRITE_IF_EXISTS}
+    - {header: {key: x-ow2, value: new}, append_action: OVERWRITE_IF_EXISTS}
+    - {header: {key: x-set, value: new}, append_action: OVERWRITE_IF_EXISTS_OR_ADD}
+    - {header: {key: x-abs, value: new}, append_action: ADD_IF_ABSENT}
+    - {header: {key: x-app, value: "%REQ(x-gone)%new"}, append: true}
+    request_headers_to_remove: [x-gone]
+  - match: {prefix: /direct}
+    direct_response: {status: 200, body: {inline_string: here}}
+    response_headers_to_add: [{header: {key: x-o, value: route}}]
+  - match: {prefix: /nowhere}
+    route: {cluster_header: x-none}
+"#;
+
+#[tokio::test]
+async fn headers_are_added_and_removed_in_envoys_order() {
+    let a = Upstream::start(|mut conn, _| async move {
+        conn.write("HTTP/1.1 200 OK\r\ncontent-type: t/t\r\nx-secret: 1\r\nx-o: up\r\ncontent-length: 0\r\n\r\n")
+            .await
+            .then_some(conn)
+    })
+    .await;
+    let proxy = routed(EDITED, &[&a]);
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        let reply = get(&mut client, "/order", &["x-in: given"]).await;
+        assert_eq!(sent(&a, "x-o"), ["weight", "route named", "host", "table"]);
+        assert_eq!(sent(&a, "x-last"), ["table"]);
+        assert_eq!(
+            lines(&reply, "x-o"),
+            ["up", "weight", "route given t/t", "host", "table"]
+        );
+        assert_eq!(reply.header("x-secret"), "");
+        let headers = [
+            "x-gone: 1",
+            "x-ow: old",
+            "x-abs: old",
+            "x-app: old",
+            "x-set: old",
+        ];
+        get(&mut client, "/actions?q", &headers).await;
+        for (name, expected) in [
+            ("x-a", &["/actions?q|127.0.0.1||%"][..]),
+            ("x-empty", &[]),
+            ("x-keep", &[""]),
+            ("x-ow", &["new"]),
+            ("x-ow2", &[]),
+            ("x-set", &["new"]),
+            ("x-abs", &["old"]),
+            ("x-app", &["old", "new"]),
+            ("x-gone", &[]),
+        ] {
+            assert_eq!(sent(&a, name), expected, "{version:?} {name}");
+        }
+        let direct = get(&mut client, "/direct", &[]).await;
+        assert_eq!(
+            (direct.text(), lines(&direct, "x-o")),
+            (
+                "here".into(),
+                vec!["route".into(), "host".into(), "table".into()]
+            )
+        );
+        let local = get(&mut client, "/nowhere", &[]).await;
+        assert_eq!(lines(&local, "x-o"), ["host", "table"], "local replies too");
+    }
+    let specific = format!(
+        "most_specific_header_mutations_wins: true\n{}",
+        EDITED.trim()
+    );
+    let proxy = routed(&specific, &[&a]);
+    let mut client = proxy.client(Version::H1).await;
+    let reply = get(&mut client, "/order", &[]).await;
+    assert_eq!(sent(&a, "x-o"), ["table", "host", "route named", "weight"]);
+    assert_eq!(sent(&a, "x-last"), ["host"]);
+    assert_eq!(
+        lines(&reply, "x-o"),
+        ["up", "table", "host", "route  t/t", "weight"]
+    );
+}
+
+#[tokio::test]
+async fn a_header_value_that_is_no_format_is_refused_with_its_place() {
+    for (value, says) in [
+        ("%BOGUS%", "unknown operator %BOGUS%"),
+        ("50%", "percent sign"),
+    ] {
+        let read = read(
+            &table(&format!(
+                "- match: {{prefix: /}}\n  direct_response: {{status: 200}}\n  response_headers_to_add: [{{header: {{key: x-a, value: \"{value}\"}}}}]"
+            )),
+            &[],
+        )
+        .unwrap();
+        let proxy = ProxyBuilder::new().start();
+        let mut pushed = proxy.bootstrap.clone();
+        for listener in &mut pushed.listeners {
+            listener.http.route_config = read.listeners[0].http.route_config.clone();
+        }
+        let error = proxy.proxy.apply(pushed).unwrap_err().join("\n");
+        assert!(
+            error.contains(says) && error.contains("routes[0]: response_headers_to_add: 'x-a'"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn paths_and_hosts_are_rewritten_and_the_old_ones_told() {
+    let a = Upstream::named("a").await;
+    let proxy = routed(
+        &table(
+            r#"
+- match: {prefix: /prefix}
+  route: {cluster: a, prefix_rewrite: /new, host_rewrite_literal: other.host, append_x_forwarded_host: true}
+- match: {safe_regex: {regex: "/regex/.*"}}
+  route: {cluster: a, regex_rewrite: {pattern: {regex: "/([a-z]+)([0-9])"}, substitution: "/\\2\\1$1"}}
+- match: {safe_regex: {regex: "/whole/.*"}}
+  route: {cluster: a, prefix_rewrite: /w}
+- match: {prefix: /header}
+  route: {cluster: a, host_rewrite_header: x-host}
+- match: {prefix: /weight}
+  route: {weighted_clusters: {clusters: [{name: a, weight: 1, host_rewrite_literal: weight.host}]}}
+- match: {prefix: /auto}
+  route: {cluster: a, auto_host_rewrite: true}
+"#,
+        ),
+        &[&a],
+    );
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        let asked = proxy.outbound().to_string();
+        for (path, headers, new, old_path, host, old_host, forwarded) in [
+            (
+                "/prefix/x?q",
+                &["x-forwarded-host: was"][..],
+                "/new/x?q",
+                "/prefix/x?q",
+                "other.host",
+                asked.as_str(),
+                format!("was,{asked}"),
+            ),
+            (
+                "/regex/ab1/c2?d3",
+                &[],
+                "/regex/1ab$1/2c$1?d3",
+                "/regex/ab1/c2?d3",
+                &asked,
+                "",
+                String::new(),
+            ),
+            (
+                "/whole/x?q",
+                &[],
+                "/w?q",
+                "/whole/x?q",
+                &asked,
+                "",
+                String::new(),
+            ),
+            (
+                "/header",
+                &["x-host: from.header"],
+                "/header",
+                "",
+                "from.header",
+                &asked,
+                String::new(),
+            ),
+            ("/header", &[], "/header", "", &asked, "", String::new()),
+            (
+                "/weight",
+                &[],
+                "/weight",
+                "",
+                "weight.host",
+                "",
+                String::new(),
+            ),
+            ("/auto", &[], "/auto", "", &asked, "", String::new()),
+        ] {
+            assert_eq!(get(&mut client, path, headers).await.status, 200);
+            let got = a.exchanges().pop().unwrap();
+            assert_eq!(
+                (
+                    got.path(),
+                    got.header("x-envoy-original-path"),
+                    got.header("host"),
+                    got.header("x-envoy-original-host"),
+                    got.header("x-forwarded-host")
+                ),
+                (new, old_path, host, old_host, forwarded.as_str()),
+                "{version:?} {path}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn redirects_point_where_envoys_do() {
+    let redirects = [
+        (
+            "/both",
+            r#"host_redirect: h.example, path_redirect: "/p?z=1""#,
+        ),
+        ("/https", "https_redirect: true, strip_query: true"),
+        (
+            "/port",
+            "port_redirect: 81, prefix_rewrite: /new, response_code: PERMANENT_REDIRECT",
+        ),
+        (
+            "/regex",
+            r#"scheme_redirect: ftp, regex_rewrite: {pattern: {regex: "/regex/([a-z]+)"}, substitution: "/\\1/\\0"}"#,
+        ),
+        (
+            "/all",
+            "https_redirect: true, path_redirect: /fix, port_redirect: 443, response_code: FOUND",
+        ),
+    ];
+    let routes: String = redirects
+        .iter()
+        .map(|(path, redirect)| {
+            format!("- match: {{prefix: {path}}}\n  redirect: {{{redirect}}}\n")
+        })
+        .collect();
+    let proxy = routed(&table(&routes), &[]);
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        let asked = proxy.outbound().to_string();
+        for (path, status, location) in [
+            ("/both/a?q=1", 301, "http://h.example/p?z=1".to_owned()),
+            ("/https/a?q=1", 301, format!("https://{asked}/https/a")),
+            (
+                "/port/a?q=1",
+                308,
+                "http://127.0.0.1:81/new/a?q=1".to_owned(),
+            ),
+            (
+                "/regex/abc?q=1",
+                301,
+                format!("ftp://{asked}/abc//regex/abc?q=1"),
+            ),
+            ("/all?q=1", 302, "https://127.0.0.1:443/fix?q=1".to_owned()),
+        ] {
+            let reply = get(&mut client, path, &[]).await;
+            assert_eq!(
+                (reply.status.as_u16(), reply.header("location")),
+                (status, location.as_str()),
+                "{version:?}"
+            );
+            assert_eq!(
+                (reply.text().as_str(), reply.header("content-type")),
+                ("", "")
+            );
+        }
+    }
+    let last = proxy.log(10).await.pop().unwrap();
+    assert_eq!(last["response_code_details"], "direct_response");
+    assert!(proxy.metric("envoy_http_rq_redirect", "").await >= 10.0);
+}
+
+#[tokio::test]
+async fn a_table_says_how_large_direct_responses_may_be_and_whether_ports_count() {
+    let body = "x".repeat(5000);
+    let direct = |more: &str| {
+        format!(
+            "{more}virtual_hosts:\n- name: all\n  domains: [a.example]\n  routes: [{{match: {{prefix: /}}, direct_response: {{status: 200, body: {{inline_string: {body}}}}}}}]"
+        )
+    };
+    let refused = read(&direct(""), &[]).unwrap_err();
+    assert!(
+        refused.contains("has 5000 bytes, more than 4096"),
+        "{refused}"
+    );
+    let proxy = routed(
+        &direct("max_direct_response_body_size_bytes: 5000\nignore_port_in_host_matching: true\n"),
+        &[],
+    );
+    let mut client = proxy.client(Version::H1).await;
+    let reply = get(&mut client, "/", &["host: A.example:81"]).await;
+    assert_eq!((reply.status.as_u16(), reply.body.len()), (200, 5000));
+    assert_eq!(
+        get(&mut client, "/", &["host: b.example:81"]).await.status,
+        404
+    );
+}

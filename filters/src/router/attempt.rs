@@ -1,11 +1,11 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{leg::Leg, retry::Rules, want};
+use super::{host, leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Unanswered, Via},
     error::{Error, Flag, Retry},
-    filter::{Context, Ranked},
+    filter::{AutoHost, Context, Ranked},
     local_reply,
     services::Services,
     sse,
@@ -141,7 +141,7 @@ impl<'a> Attempt<'a> {
                 Ok(reservation) => reservation,
                 Err(error) => return (Outcome::Failed(error), Some(request)),
             };
-        self.address(request.headers_mut(), context);
+        self.address(&mut request, context);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -207,7 +207,8 @@ impl<'a> Attempt<'a> {
     }
 
     /// Headers that belong to this attempt alone.
-    fn address(&self, headers: &mut HeaderMap, context: &Context) {
+    fn address(&self, request: &mut Request<RequestBody>, context: &Context) {
+        let headers = request.headers_mut();
         if self.number > 1 {
             // vLLM derives its ids from this one and refuses a second use while the first may still run.
             let id = format!("{}-{}", context.request_id, self.number);
@@ -219,6 +220,10 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
+        if let Some(auto) = context.route.auto_host_rewrite {
+            rewrite_host(request, &self.target.endpoint.address.host, auto);
+        }
+        let headers = request.headers_mut();
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
             headers
@@ -396,6 +401,13 @@ fn refusal(headers: &HeaderMap) -> Option<Error> {
         _ => (Flag::UpstreamConnectionFailure, "remote connection failure"),
     };
     Some(Error::upstream_reset(flag, reason, retry))
+}
+
+/// `auto_host_rewrite`: an endpoint whose address is a number has no name.
+fn rewrite_host(request: &mut Request<RequestBody>, name: &str, auto: AutoHost) {
+    if name.parse::<std::net::IpAddr>().is_err() {
+        host::replace(request, name, auto.append_forwarded, auto.tell_original);
+    }
 }
 
 /// Reads what a peer told of the prompt. Garbage counts as untold.

@@ -153,6 +153,7 @@ pub const ROWS: &[Row] = &[
     counter("envoy_http_no_route", HTTP, "Requests that no route matched."),
     counter("envoy_http_no_cluster", HTTP, "Requests whose route names a cluster that does not exist."),
     counter("envoy_http_rq_direct_response", HTTP, "Requests answered by their route itself."),
+    counter("envoy_http_rq_redirect", HTTP, "Requests that their route sent elsewhere."),
     gauge("envoy_http_downstream_cx_active", HTTP, "Connections open."),
     gauge("envoy_http_downstream_rq_active", HTTP, "Requests in flight."),
     counter("envoy_http_downstream_rq_xx", HTTP_CLASS, "Requests answered, by class of status."),

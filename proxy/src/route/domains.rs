@@ -1,5 +1,6 @@
 //! Which virtual host an authority belongs to, in Envoy's order: exact, longest `*.suffix`, longest `prefix.*`, `*`.
 
+use super::rewrite::split_port;
 use ahash::AHashMap;
 use outrigger_xds::resource::route::RouteConfiguration;
 
@@ -11,13 +12,17 @@ pub struct Domains {
     suffixes: Vec<(String, usize)>,
     prefixes: Vec<(String, usize)>,
     any: Option<usize>,
+    ignore_port: bool,
 }
 
 impl Domains {
     /// Prepares them. That no domain is there twice is checked before.
     #[must_use]
     pub fn new(config: &RouteConfiguration) -> Self {
-        let mut domains = Self::default();
+        let mut domains = Self {
+            ignore_port: config.ignore_port_in_host_matching,
+            ..Self::default()
+        };
         for (index, host) in config.virtual_hosts.iter().enumerate() {
             for domain in &host.domains {
                 let domain = domain.to_ascii_lowercase();
@@ -44,6 +49,11 @@ impl Domains {
         if self.exact.is_empty() && self.suffixes.is_empty() && self.prefixes.is_empty() {
             return self.any;
         }
+        let authority = if self.ignore_port {
+            split_port(authority).0
+        } else {
+            authority
+        };
         let authority = authority.to_ascii_lowercase();
         if let Some(index) = self.exact.get(&authority) {
             return Some(*index);

@@ -7,7 +7,9 @@ use crate::{
     wire::envoy::{
         config::{core::v3 as core, route::v3 as wire},
         r#type::{
-            matcher::v3::{RegexMatcher, StringMatcher, regex_matcher, string_matcher},
+            matcher::v3::{
+                RegexMatchAndSubstitute, RegexMatcher, StringMatcher, regex_matcher, string_matcher,
+            },
             v3::{FractionalPercent, Int64Range, fractional_percent::DenominatorType},
         },
     },
@@ -93,6 +95,82 @@ pub struct Fraction {
     pub denominator: u32,
     /// Where a runtime would keep it.
     pub runtime_key: String,
+}
+
+/// `RegexMatchAndSubstitute`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegexRewrite {
+    /// What is replaced, wherever it is found; known to be valid.
+    pub regex: String,
+    /// What takes its place, with `\1` for what the first group caught.
+    pub substitution: String,
+}
+
+impl RegexRewrite {
+    /// The expression, and the substitution in the words of the `regex` crate.
+    ///
+    /// # Errors
+    /// One of them is not valid.
+    pub fn prepare(&self) -> Result<(regex::Regex, String), String> {
+        let regex =
+            regex::Regex::new(&self.regex).map_err(|error| format!("'{}': {error}", self.regex))?;
+        let wrong = |what: &str| format!("'{}' {what}", self.substitution);
+        let mut prepared = String::with_capacity(self.substitution.len());
+        let mut letters = self.substitution.chars();
+        while let Some(letter) = letters.next() {
+            match letter {
+                '$' => prepared.push_str("$$"),
+                '\\' => match letters.next() {
+                    Some('\\') => prepared.push('\\'),
+                    Some(group) if group.is_ascii_digit() => {
+                        let number = group.to_digit(10).unwrap_or(0) as usize;
+                        if number >= regex.captures_len() {
+                            return Err(wrong(&format!(
+                                "refers to group {number}, which is not there"
+                            )));
+                        }
+                        prepared.push_str(&format!("${{{number}}}"));
+                    }
+                    _ => {
+                        return Err(wrong(
+                            "has a backslash before neither a digit nor a backslash",
+                        ));
+                    }
+                },
+                other => prepared.push(other),
+            }
+        }
+        Ok((regex, prepared))
+    }
+}
+
+impl TryFrom<RegexMatchAndSubstitute> for RegexRewrite {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: RegexMatchAndSubstitute) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let Some(matcher) = wire.pattern else {
+            problems.add("pattern", "required");
+            return problems.finish(None);
+        };
+        let plain = problems.take("pattern", regex(matcher)).map(|regex| Self {
+            regex,
+            substitution: wire.substitution,
+        });
+        if let Some(Err(error)) = plain.as_ref().map(Self::prepare) {
+            problems.add("substitution", error);
+        }
+        problems.finish(plain)
+    }
+}
+
+impl From<&RegexRewrite> for RegexMatchAndSubstitute {
+    fn from(plain: &RegexRewrite) -> Self {
+        Self {
+            pattern: Some(to_regex(&plain.regex)),
+            substitution: plain.substitution.clone(),
+        }
+    }
 }
 
 /// A regular expression that a whole text must match.

@@ -64,6 +64,98 @@ impl ::prost::Name for DataSource {
         "/envoy.config.core.v3.DataSource".into()
     }
 }
+/// A header.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeaderValue {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// Its value; a format with the operators of access logs.
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
+}
+impl ::prost::Name for HeaderValue {
+    const NAME: &'static str = "HeaderValue";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HeaderValue".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HeaderValue".into()
+    }
+}
+/// A header to set on a message.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeaderValueOption {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<HeaderValue>,
+    /// Old form of append_action.
+    #[prost(message, optional, tag = "2")]
+    pub append: ::core::option::Option<bool>,
+    /// What becomes of one that is there.
+    #[prost(enumeration = "header_value_option::HeaderAppendAction", tag = "3")]
+    pub append_action: i32,
+    /// Set even if its value is empty.
+    #[prost(bool, tag = "4")]
+    pub keep_empty_value: bool,
+}
+/// Nested message and enum types in `HeaderValueOption`.
+pub mod header_value_option {
+    /// What becomes of one that is there.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum HeaderAppendAction {
+        AppendIfExistsOrAdd = 0,
+        AddIfAbsent = 1,
+        OverwriteIfExistsOrAdd = 2,
+        OverwriteIfExists = 3,
+    }
+    impl HeaderAppendAction {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::AppendIfExistsOrAdd => "APPEND_IF_EXISTS_OR_ADD",
+                Self::AddIfAbsent => "ADD_IF_ABSENT",
+                Self::OverwriteIfExistsOrAdd => "OVERWRITE_IF_EXISTS_OR_ADD",
+                Self::OverwriteIfExists => "OVERWRITE_IF_EXISTS",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "APPEND_IF_EXISTS_OR_ADD" => Some(Self::AppendIfExistsOrAdd),
+                "ADD_IF_ABSENT" => Some(Self::AddIfAbsent),
+                "OVERWRITE_IF_EXISTS_OR_ADD" => Some(Self::OverwriteIfExistsOrAdd),
+                "OVERWRITE_IF_EXISTS" => Some(Self::OverwriteIfExists),
+                _ => None,
+            }
+        }
+    }
+}
+impl ::prost::Name for HeaderValueOption {
+    const NAME: &'static str = "HeaderValueOption";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HeaderValueOption".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HeaderValueOption".into()
+    }
+}
 /// A share of all requests that a runtime could change.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RuntimeFractionalPercent {

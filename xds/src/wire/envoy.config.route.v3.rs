@@ -11,6 +11,26 @@ pub struct VirtualHost {
     /// The first that matches wins.
     #[prost(message, repeated, tag = "3")]
     pub routes: ::prost::alloc::vec::Vec<Route>,
+    /// On its requests.
+    #[prost(message, repeated, tag = "7")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its requests.
+    #[prost(string, repeated, tag = "13")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On its responses.
+    #[prost(message, repeated, tag = "10")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its responses.
+    #[prost(string, repeated, tag = "11")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
     /// For routes that have none.
     #[prost(message, optional, tag = "16")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
@@ -37,19 +57,42 @@ pub struct Route {
         ::prost::alloc::string::String,
         ::prost_types::Any,
     >,
+    /// On its requests.
+    #[prost(message, repeated, tag = "9")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its requests.
+    #[prost(string, repeated, tag = "12")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On its responses.
+    #[prost(message, repeated, tag = "10")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its responses.
+    #[prost(string, repeated, tag = "11")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
     /// For logs.
     #[prost(string, tag = "14")]
     pub name: ::prost::alloc::string::String,
-    #[prost(oneof = "route::Action", tags = "2, 7")]
+    #[prost(oneof = "route::Action", tags = "2, 3, 7")]
     pub action: ::core::option::Option<route::Action>,
 }
 /// Nested message and enum types in `Route`.
 pub mod route {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Action {
         /// To a cluster.
         #[prost(message, tag = "2")]
         Route(super::RouteAction),
+        /// Sent elsewhere.
+        #[prost(message, tag = "3")]
+        Redirect(super::RedirectAction),
         /// Answered here.
         #[prost(message, tag = "7")]
         DirectResponse(super::DirectResponseAction),
@@ -130,11 +173,22 @@ impl ::prost::Name for RouteMatch {
     }
 }
 /// How a request is forwarded.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouteAction {
+    /// Answer where the cluster does not exist.
+    #[prost(enumeration = "route_action::ClusterNotFoundResponseCode", tag = "20")]
+    pub cluster_not_found_response_code: i32,
     /// Replaces the matched prefix.
     #[prost(string, tag = "5")]
     pub prefix_rewrite: ::prost::alloc::string::String,
+    /// Replaces parts of the path.
+    #[prost(message, optional, tag = "32")]
+    pub regex_rewrite: ::core::option::Option<
+        super::super::super::r#type::matcher::v3::RegexMatchAndSubstitute,
+    >,
+    /// The host that was replaced is appended to x-forwarded-host.
+    #[prost(bool, tag = "38")]
+    pub append_x_forwarded_host: bool,
     /// Whole exchange; 0 is off, unset is 15 s.
     #[prost(message, optional, tag = "8")]
     pub timeout: ::core::option::Option<::prost_types::Duration>,
@@ -144,16 +198,78 @@ pub struct RouteAction {
     /// No byte either way; 0 is off.
     #[prost(message, optional, tag = "24")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "route_action::ClusterSpecifier", tags = "1")]
+    #[prost(oneof = "route_action::ClusterSpecifier", tags = "1, 2, 3")]
     pub cluster_specifier: ::core::option::Option<route_action::ClusterSpecifier>,
+    #[prost(oneof = "route_action::HostRewriteSpecifier", tags = "6, 7, 29")]
+    pub host_rewrite_specifier: ::core::option::Option<
+        route_action::HostRewriteSpecifier,
+    >,
 }
 /// Nested message and enum types in `RouteAction`.
 pub mod route_action {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    /// Status for a cluster that does not exist.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum ClusterNotFoundResponseCode {
+        ServiceUnavailable = 0,
+        NotFound = 1,
+        InternalServerError = 2,
+    }
+    impl ClusterNotFoundResponseCode {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::ServiceUnavailable => "SERVICE_UNAVAILABLE",
+                Self::NotFound => "NOT_FOUND",
+                Self::InternalServerError => "INTERNAL_SERVER_ERROR",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "SERVICE_UNAVAILABLE" => Some(Self::ServiceUnavailable),
+                "NOT_FOUND" => Some(Self::NotFound),
+                "INTERNAL_SERVER_ERROR" => Some(Self::InternalServerError),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum ClusterSpecifier {
         /// Name of the cluster.
         #[prost(string, tag = "1")]
         Cluster(::prost::alloc::string::String),
+        /// The request header that names the cluster.
+        #[prost(string, tag = "2")]
+        ClusterHeader(::prost::alloc::string::String),
+        /// Several clusters, by weight.
+        #[prost(message, tag = "3")]
+        WeightedClusters(super::WeightedCluster),
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum HostRewriteSpecifier {
+        /// Replaces the host.
+        #[prost(string, tag = "6")]
+        HostRewriteLiteral(::prost::alloc::string::String),
+        /// Replaces it by the upstream's name.
+        #[prost(message, tag = "7")]
+        AutoHostRewrite(bool),
+        /// Replaces it by this header's value.
+        #[prost(string, tag = "29")]
+        HostRewriteHeader(::prost::alloc::string::String),
     }
 }
 impl ::prost::Name for RouteAction {
@@ -164,6 +280,198 @@ impl ::prost::Name for RouteAction {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.route.v3.RouteAction".into()
+    }
+}
+/// Clusters, one of which is drawn for each request.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WeightedCluster {
+    /// All of them.
+    #[prost(message, repeated, tag = "1")]
+    pub clusters: ::prost::alloc::vec::Vec<weighted_cluster::ClusterWeight>,
+    #[prost(oneof = "weighted_cluster::RandomValueSpecifier", tags = "4")]
+    pub random_value_specifier: ::core::option::Option<
+        weighted_cluster::RandomValueSpecifier,
+    >,
+}
+/// Nested message and enum types in `WeightedCluster`.
+pub mod weighted_cluster {
+    /// One of them.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct ClusterWeight {
+        /// Which.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// The request header that names it.
+        #[prost(string, tag = "12")]
+        pub cluster_header: ::prost::alloc::string::String,
+        /// Its share.
+        #[prost(message, optional, tag = "2")]
+        pub weight: ::core::option::Option<u32>,
+        /// On its requests.
+        #[prost(message, repeated, tag = "4")]
+        pub request_headers_to_add: ::prost::alloc::vec::Vec<
+            super::super::super::core::v3::HeaderValueOption,
+        >,
+        /// From its requests.
+        #[prost(string, repeated, tag = "9")]
+        pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+            ::prost::alloc::string::String,
+        >,
+        /// On its responses.
+        #[prost(message, repeated, tag = "5")]
+        pub response_headers_to_add: ::prost::alloc::vec::Vec<
+            super::super::super::core::v3::HeaderValueOption,
+        >,
+        /// From its responses.
+        #[prost(string, repeated, tag = "6")]
+        pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+            ::prost::alloc::string::String,
+        >,
+        #[prost(oneof = "cluster_weight::HostRewriteSpecifier", tags = "11")]
+        pub host_rewrite_specifier: ::core::option::Option<
+            cluster_weight::HostRewriteSpecifier,
+        >,
+    }
+    /// Nested message and enum types in `ClusterWeight`.
+    pub mod cluster_weight {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum HostRewriteSpecifier {
+            /// Replaces the host.
+            #[prost(string, tag = "11")]
+            HostRewriteLiteral(::prost::alloc::string::String),
+        }
+    }
+    impl ::prost::Name for ClusterWeight {
+        const NAME: &'static str = "ClusterWeight";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.WeightedCluster.ClusterWeight".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.WeightedCluster.ClusterWeight".into()
+        }
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum RandomValueSpecifier {
+        /// The request header whose number is drawn instead of chance.
+        #[prost(string, tag = "4")]
+        HeaderName(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for WeightedCluster {
+    const NAME: &'static str = "WeightedCluster";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.WeightedCluster".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.WeightedCluster".into()
+    }
+}
+/// A request is answered with another place to go.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RedirectAction {
+    /// Host becomes this.
+    #[prost(string, tag = "1")]
+    pub host_redirect: ::prost::alloc::string::String,
+    /// Port becomes this.
+    #[prost(uint32, tag = "8")]
+    pub port_redirect: u32,
+    /// Status of the answer.
+    #[prost(enumeration = "redirect_action::RedirectResponseCode", tag = "3")]
+    pub response_code: i32,
+    /// The query is left out.
+    #[prost(bool, tag = "6")]
+    pub strip_query: bool,
+    #[prost(oneof = "redirect_action::SchemeRewriteSpecifier", tags = "4, 7")]
+    pub scheme_rewrite_specifier: ::core::option::Option<
+        redirect_action::SchemeRewriteSpecifier,
+    >,
+    #[prost(oneof = "redirect_action::PathRewriteSpecifier", tags = "2, 5, 9")]
+    pub path_rewrite_specifier: ::core::option::Option<
+        redirect_action::PathRewriteSpecifier,
+    >,
+}
+/// Nested message and enum types in `RedirectAction`.
+pub mod redirect_action {
+    /// Status of the answer.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum RedirectResponseCode {
+        MovedPermanently = 0,
+        Found = 1,
+        SeeOther = 2,
+        TemporaryRedirect = 3,
+        PermanentRedirect = 4,
+    }
+    impl RedirectResponseCode {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::MovedPermanently => "MOVED_PERMANENTLY",
+                Self::Found => "FOUND",
+                Self::SeeOther => "SEE_OTHER",
+                Self::TemporaryRedirect => "TEMPORARY_REDIRECT",
+                Self::PermanentRedirect => "PERMANENT_REDIRECT",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "MOVED_PERMANENTLY" => Some(Self::MovedPermanently),
+                "FOUND" => Some(Self::Found),
+                "SEE_OTHER" => Some(Self::SeeOther),
+                "TEMPORARY_REDIRECT" => Some(Self::TemporaryRedirect),
+                "PERMANENT_REDIRECT" => Some(Self::PermanentRedirect),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum SchemeRewriteSpecifier {
+        /// Scheme becomes https.
+        #[prost(bool, tag = "4")]
+        HttpsRedirect(bool),
+        /// Scheme becomes this.
+        #[prost(string, tag = "7")]
+        SchemeRedirect(::prost::alloc::string::String),
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum PathRewriteSpecifier {
+        /// Path becomes this.
+        #[prost(string, tag = "2")]
+        PathRedirect(::prost::alloc::string::String),
+        /// Replaces the matched prefix.
+        #[prost(string, tag = "5")]
+        PrefixRewrite(::prost::alloc::string::String),
+        /// Replaces parts of the path.
+        #[prost(message, tag = "9")]
+        RegexRewrite(
+            super::super::super::super::r#type::matcher::v3::RegexMatchAndSubstitute,
+        ),
+    }
+}
+impl ::prost::Name for RedirectAction {
+    const NAME: &'static str = "RedirectAction";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.RedirectAction".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.RedirectAction".into()
     }
 }
 /// When a request is tried again.
@@ -314,6 +622,38 @@ pub struct RouteConfiguration {
     /// Chosen by the request's authority.
     #[prost(message, repeated, tag = "2")]
     pub virtual_hosts: ::prost::alloc::vec::Vec<VirtualHost>,
+    /// On every response.
+    #[prost(message, repeated, tag = "4")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From every response.
+    #[prost(string, repeated, tag = "5")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On every request.
+    #[prost(message, repeated, tag = "6")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From every request.
+    #[prost(string, repeated, tag = "8")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// The route's own changes come last, and so win.
+    #[prost(bool, tag = "10")]
+    pub most_specific_header_mutations_wins: bool,
+    /// Whether routes to clusters that do not exist are refused; true unless said.
+    #[prost(message, optional, tag = "7")]
+    pub validate_clusters: ::core::option::Option<bool>,
+    /// Of direct responses; 4096 unless said.
+    #[prost(message, optional, tag = "11")]
+    pub max_direct_response_body_size_bytes: ::core::option::Option<u32>,
+    /// Domains are compared without the port of the request.
+    #[prost(bool, tag = "14")]
+    pub ignore_port_in_host_matching: bool,
 }
 impl ::prost::Name for RouteConfiguration {
     const NAME: &'static str = "RouteConfiguration";

@@ -44,6 +44,26 @@ impl ::prost::Name for RegexMatcher {
         "/envoy.type.matcher.v3.RegexMatcher".into()
     }
 }
+/// A regular expression and what takes the place of what it finds.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegexMatchAndSubstitute {
+    /// What is replaced, wherever it is found.
+    #[prost(message, optional, tag = "1")]
+    pub pattern: ::core::option::Option<RegexMatcher>,
+    /// What takes its place; \1 is what the first group caught.
+    #[prost(string, tag = "2")]
+    pub substitution: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RegexMatchAndSubstitute {
+    const NAME: &'static str = "RegexMatchAndSubstitute";
+    const PACKAGE: &'static str = "envoy.type.matcher.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.matcher.v3.RegexMatchAndSubstitute".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.matcher.v3.RegexMatchAndSubstitute".into()
+    }
+}
 /// A condition on a text.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StringMatcher {
