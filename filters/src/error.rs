@@ -111,6 +111,8 @@ pub struct Error {
     pub retry: Retry,
     /// A reused connection turned out to be closed: the same endpoint is worth another try at once.
     pub stale: bool,
+    /// The upstream refused the stream, and did nothing with it.
+    pub refused: bool,
     /// `Retry-After` to send.
     pub retry_after: Option<Duration>,
 }
@@ -132,6 +134,7 @@ impl Error {
             message: message.into(),
             retry: Retry::No,
             stale: false,
+            refused: false,
             retry_after: None,
         }
     }
@@ -168,6 +171,7 @@ impl Error {
             .into(),
             retry,
             stale: false,
+            refused: false,
             retry_after: None,
         }
     }

@@ -5,11 +5,12 @@ use crate::{
     endpoints::{Endpoint, clock_ms},
     error::Error,
     openai::OpenAiRequest,
+    router::{attempt::ATTEMPT_COUNT_HEADER, retry::Policy},
     sse::Event,
 };
 use futures_util::future::BoxFuture;
-use http::{Request, Response, StatusCode};
-use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};
+use http::{HeaderValue, Request, Response, StatusCode};
+use outrigger_xds::{block_hash::BlockHash, report::EngineId};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -78,7 +79,7 @@ pub struct RouteFacts {
     /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
-    pub retry_policy: Option<RetryPolicy>,
+    pub retry_policy: Option<Arc<Policy>>,
     /// A retry may be done while at most this share of active requests (percent) are retries…
     pub retry_budget_percent: f64,
     /// …or at most so many.
@@ -89,6 +90,12 @@ pub struct RouteFacts {
     pub cluster_not_found: Option<StatusCode>,
     /// The host becomes the endpoint's name, if it has one.
     pub auto_host_rewrite: Option<AutoHost>,
+    /// Requests carry `x-envoy-attempt-count`.
+    pub attempts_to_upstream: bool,
+    /// Responses carry `x-envoy-attempt-count`.
+    pub attempts_to_client: bool,
+    /// Requests carry `x-envoy-expected-rq-timeout-ms`, if the route has a timeout.
+    pub tell_timeout: bool,
 }
 
 /// How `auto_host_rewrite` is done.
@@ -227,9 +234,16 @@ impl Context {
 
     /// Does to the response what the route wants, once.
     pub fn edit_response(&mut self, response: &mut Response<ResponseBody>) {
-        if let Some(heads) = self.heads.as_ref().filter(|_| !self.response_edited) {
+        if self.response_edited {
+            return;
+        }
+        self.response_edited = true;
+        if let Some(heads) = &self.heads {
             heads.response(response, &self.log);
-            self.response_edited = true;
+        }
+        if self.route.attempts_to_client && self.log.attempts > 0 {
+            let count = HeaderValue::from(self.log.attempts);
+            response.headers_mut().insert(ATTEMPT_COUNT_HEADER, count);
         }
     }
 }

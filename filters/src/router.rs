@@ -21,7 +21,7 @@ use attempt::{Attempt, Outcome};
 use http::{Request, Response, StatusCode};
 use retry::{Budget, Rules};
 use serde::Deserialize;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Envoy's router.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
@@ -79,7 +79,7 @@ impl HttpFilter for Router {
             if let Some(heads) = &context.heads {
                 heads.request(&mut request, &context.log);
             }
-            let mut walk = Walk::new(self, &view, context);
+            let mut walk = Walk::new(self, &view, context, &request);
             let mut outcome = walk.run(request, context).await;
             drop(active);
             if let Ok(response) = &mut outcome {
@@ -119,12 +119,17 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(router: &'a Router, view: &'a Arc<ClusterView>, context: &Context) -> Self {
+    fn new(
+        router: &'a Router,
+        view: &'a Arc<ClusterView>,
+        context: &Context,
+        request: &Request<RequestBody>,
+    ) -> Self {
         let generation = context
             .openai
             .as_ref()
             .is_some_and(|openai| openai.is_generation());
-        let rules = Rules::new(context.route.retry_policy.as_ref(), generation);
+        let rules = Rules::new(context.route.retry_policy.as_ref(), generation, request);
         Self {
             router,
             view,
@@ -174,9 +179,20 @@ impl<'a> Walk<'a> {
                 self.stale = self.tried.pop();
             }
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
+            let pause = self.pause(&outcome);
             last = Some(outcome);
             request = again;
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
+            }
         }
+    }
+
+    /// With an explicit policy a retry waits a while. A connection that was closed anyway is replaced at once.
+    fn pause(&self, outcome: &Outcome) -> Option<Duration> {
+        self.rules
+            .back_off(self.tried.len())
+            .filter(|_| !outcome.is_stale())
     }
 
     /// A connection that turned out to be closed is replaced unnoticed, unless its endpoint is gone altogether.

@@ -295,9 +295,9 @@ impl Manager {
             Ok(response) => response,
             Err(error) => {
                 let mut response = self.local_reply(&error, shape, &mut log, inbound);
-                if let Some(heads) = &context.heads {
-                    heads.response(&mut response, &log);
-                }
+                std::mem::swap(&mut context.log, &mut log);
+                context.edit_response(&mut response);
+                std::mem::swap(&mut context.log, &mut log);
                 response
             }
         };

@@ -85,7 +85,19 @@ static_resources:
             virtual_hosts:
             - name: all
               domains: ["*"]
-              retry_policy: {retry_on: "connect-failure, reset", num_retries: 3}
+              include_request_attempt_count: true
+              include_attempt_count_in_response: true
+              retry_policy:
+                retry_on: connect-failure, reset
+                num_retries: 3
+                retriable_status_codes: [418]
+                retriable_headers: [{name: x-again}]
+                retriable_request_headers: [{name: X-Safe, present_match: true}]
+                retry_back_off: {base_interval: 0.005s}
+                host_selection_retry_max_attempts: 5
+                retry_host_predicate:
+                - name: envoy.retry_host_predicates.previous_hosts
+                  typed_config: {"@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate}
               routes:
               - name: health
                 match: {path: /health}
@@ -199,25 +211,24 @@ fn add(name: &str, value: &str, action: AppendAction, keep_empty_value: bool) ->
     }
 }
 
-fn full_routes(debug: TypedConfig) -> RouteConfiguration {
-    let swap = RegexRewrite {
+fn swap() -> RegexRewrite {
+    RegexRewrite {
         regex: "(a)(b)".into(),
         substitution: "\\2\\1".into(),
-    };
-    let health = Route {
-        name: "health".into(),
-        r#match: RouteMatch {
-            path: PathMatch::Path("/health".into()),
-            ..RouteMatch::default()
-        },
-        action: Action::DirectResponse {
-            status: 200,
-            body: "fine".into(),
-        },
-        typed_per_filter_config: [].into(),
-        headers: HeaderMutations::default(),
-    };
-    let away = Route {
+    }
+}
+
+fn present(name: &str) -> HeaderMatch {
+    HeaderMatch {
+        name: name.into(),
+        value: HeaderValueMatch::Present(true),
+        invert: false,
+        missing_is_empty: false,
+    }
+}
+
+fn full_away() -> Route {
+    Route {
         name: String::new(),
         r#match: RouteMatch {
             path: PathMatch::Path("/old".into()),
@@ -227,7 +238,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             scheme: Some("https".into()),
             host: Some("new.example".into()),
             port: Some(8443),
-            path: Some(PathRedirect::Regex(swap.clone())),
+            path: Some(PathRedirect::Regex(swap())),
             status: 308,
             strip_query: true,
         }),
@@ -239,8 +250,11 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
                 remove: vec!["x-b".into()],
             },
         },
-    };
-    let mixed = Route {
+    }
+}
+
+fn full_mixed() -> Route {
+    Route {
         name: String::new(),
         r#match: RouteMatch::default(),
         action: Action::Route(RouteAction {
@@ -273,14 +287,17 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
                 header_name: Some("x-number".into()),
             }),
             cluster_not_found: ClusterNotFound::NotFound,
-            regex_rewrite: Some(swap),
+            regex_rewrite: Some(swap()),
             host_rewrite: Some(HostRewrite::Header("x-host".into())),
             append_x_forwarded_host: true,
             ..RouteAction::default()
         }),
         typed_per_filter_config: [].into(),
         headers: HeaderMutations::default(),
-    };
+    }
+}
+
+fn full_v1(debug: TypedConfig) -> Route {
     let text = |pattern| StringMatch {
         pattern,
         ignore_case: false,
@@ -318,7 +335,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             value: QueryValueMatch::Present(true),
         },
     ];
-    let v1 = Route {
+    Route {
         name: String::new(),
         r#match: RouteMatch {
             path: PathMatch::Prefix("/v1/".into()),
@@ -341,17 +358,42 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         }),
         typed_per_filter_config: [("kv".to_owned(), debug)].into(),
         headers: HeaderMutations::default(),
+    }
+}
+
+fn full_routes(debug: TypedConfig) -> RouteConfiguration {
+    let health = Route {
+        name: "health".into(),
+        r#match: RouteMatch {
+            path: PathMatch::Path("/health".into()),
+            ..RouteMatch::default()
+        },
+        action: Action::DirectResponse {
+            status: 200,
+            body: "fine".into(),
+        },
+        typed_per_filter_config: [].into(),
+        headers: HeaderMutations::default(),
     };
     let retry_policy = RetryPolicy {
         retry_on: vec!["connect-failure".into(), "reset".into()],
         num_retries: 3,
         per_try_timeout: Duration::ZERO,
+        retriable_status_codes: vec![418],
+        retriable_headers: vec![present("x-again")],
+        retriable_request_headers: vec![present("x-safe")],
+        base_interval: Duration::from_millis(5),
+        max_interval: Duration::from_millis(50),
+        previous_hosts: true,
+        host_selection_attempts: 5,
     };
     let all = VirtualHost {
         name: "all".into(),
         domains: vec!["*".into()],
-        routes: vec![health, away, v1, mixed],
+        routes: vec![health, full_away(), full_v1(debug), full_mixed()],
         retry_policy: Some(retry_policy),
+        include_request_attempt_count: true,
+        include_attempt_count_in_response: true,
         headers: HeaderMutations::default(),
     };
     RouteConfiguration {

@@ -550,3 +550,128 @@ async fn a_table_says_how_large_direct_responses_may_be_and_whether_ports_count(
         404
     );
 }
+
+/// Answers as the request's `x-fail` says (status, then more header lines), and 200 without it.
+async fn failing() -> Upstream {
+    Upstream::start(|mut conn, got| async move {
+        let (status, more) = match got.header("x-fail").split_once(' ') {
+            Some((status, more)) => (
+                status.to_owned(),
+                format!("{}\r\n", more.replace('=', ": ")),
+            ),
+            None if got.count("x-fail") > 0 => (got.header("x-fail").to_owned(), String::new()),
+            None => ("200".to_owned(), String::new()),
+        };
+        conn.write(format!(
+            "HTTP/1.1 {status} X\r\n{more}content-length: 0\r\n\r\n"
+        ))
+        .await
+        .then_some(conn)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn retries_follow_the_policys_conditions() {
+    let a = failing().await;
+    let policies = [
+        (
+            "codes",
+            "retry_on: retriable-status-codes, retriable_status_codes: [418, 404]",
+        ),
+        (
+            "headers",
+            "retry_on: retriable-headers, retriable_headers: [{name: x-again, string_match: {exact: please}}]",
+        ),
+        ("grpc", r#"retry_on: "unavailable,internal""#),
+        ("all5xx", "retry_on: 5xx"),
+        (
+            "request",
+            "retry_on: 5xx, retriable_request_headers: [{name: x-safe}]",
+        ),
+        (
+            "previous",
+            "retry_on: 5xx, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts}], host_selection_retry_max_attempts: 5",
+        ),
+    ];
+    let routes: String = policies
+        .iter()
+        .map(|(name, policy)| {
+            let back_off = "num_retries: 2, retry_back_off: {base_interval: 0.001s}";
+            format!("- match: {{path: /{name}}}\n  route: {{cluster: a, retry_policy: {{{policy}, {back_off}}}}}\n")
+        })
+        .collect();
+    let counted =
+        "include_request_attempt_count: true\n  include_attempt_count_in_response: true\n  routes:";
+    let proxy = routed(&table(&routes).replacen("routes:", counted, 1), &[&a]);
+    let mut logged = 0;
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        for (path, headers, attempts) in [
+            ("/codes", &["x-fail: 418"][..], 3),
+            ("/codes", &["x-fail: 503"], 1),
+            ("/headers", &["x-fail: 200 x-again=please"], 3),
+            ("/headers", &["x-fail: 503 x-again=no"], 1),
+            ("/grpc", &["x-fail: 200 grpc-status=14"], 3),
+            ("/grpc", &["x-fail: 200 grpc-status=1"], 1),
+            ("/all5xx", &["x-fail: 501"], 3),
+            ("/all5xx", &["x-fail: 503 x-envoy-overloaded=true"], 1),
+            ("/all5xx", &["x-fail: 503 x-envoy-ratelimited=true"], 1),
+            ("/all5xx", &[], 1),
+            ("/request", &["x-fail: 500"], 1),
+            ("/request", &["x-fail: 500", "x-safe: 1"], 3),
+            ("/previous", &["x-fail: 500"], 3),
+        ] {
+            let before = a.exchanges().len();
+            let reply = get(&mut client, path, headers).await;
+            let seen: Vec<String> = a.exchanges()[before..]
+                .iter()
+                .map(|got| got.header("x-envoy-attempt-count").to_owned())
+                .collect();
+            assert_eq!(
+                seen,
+                ["1", "2", "3"][..attempts],
+                "{version:?} {path} {headers:?}"
+            );
+            assert_eq!(reply.header("x-envoy-attempt-count"), attempts.to_string());
+            logged += 1;
+            let log = proxy.log(logged).await.pop().unwrap();
+            let flags = if attempts == 3 { "URX" } else { "-" };
+            assert_eq!(
+                log["response_flags"].as_str().unwrap_or("-"),
+                flags,
+                "{path} {headers:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn upstreams_are_told_how_long_they_have() {
+    let a = failing().await;
+    let proxy = routed(
+        &table(
+            r#"
+- match: {path: /default}
+  route: {cluster: a}
+- match: {path: /given}
+  route: {cluster: a, timeout: 2.5s}
+- match: {path: /off}
+  route: {cluster: a, timeout: 0s}
+- match: {path: /try}
+  route: {cluster: a, timeout: 9s, retry_policy: {retry_on: 5xx, per_try_timeout: 3s}}
+"#,
+        ),
+        &[&a],
+    );
+    let mut client = proxy.client(Version::H1).await;
+    for (path, told) in [
+        ("/default", &["15000"][..]),
+        ("/given", &["2500"]),
+        ("/off", &[]),
+        ("/try", &["3000"]),
+    ] {
+        assert_eq!(get(&mut client, path, &[]).await.status, 200);
+        assert_eq!(sent(&a, "x-envoy-expected-rq-timeout-ms"), told, "{path}");
+    }
+}

@@ -10,6 +10,7 @@ use crate::chain;
 use http::{HeaderName, HeaderValue, StatusCode, request::Parts};
 use outrigger_filters::{
     filter::{AutoHost, Chain, RouteFacts},
+    router::retry::Policy,
     services::Services,
 };
 use outrigger_xds::resource::{
@@ -90,7 +91,13 @@ pub struct Scope<'a> {
 /// What is wrong with it.
 pub fn build(scope: Scope<'_>, route: &Route) -> Result<BuiltRoute, String> {
     let chain = chain::build(&scope.manager.http_filters, route, scope.services)?;
+    let own = match &route.action {
+        Action::Route(action) => action.retry_policy.as_ref(),
+        Action::Redirect(_) | Action::DirectResponse { .. } => None,
+    };
+    let policy = own.or(scope.host.retry_policy.as_ref());
     let builder = Builder {
+        policy: policy.map(Policy::new).transpose()?.map(Arc::new),
         scope,
         route,
         openai: chain.openai,
@@ -130,6 +137,7 @@ struct Builder<'a> {
     route: &'a Route,
     openai: bool,
     tell_original: bool,
+    policy: Option<Arc<Policy>>,
 }
 
 impl Builder<'_> {
@@ -149,13 +157,14 @@ impl Builder<'_> {
             virtual_host: host.name.as_str().into(),
             cluster: cluster.into(),
             timeout: action.and_then(|action| route_timeout(action.timeout, self.openai)),
-            retry_policy: action
-                .and_then(|action| action.retry_policy.clone())
-                .or_else(|| host.retry_policy.clone()),
+            retry_policy: self.policy.clone(),
             retry_budget_percent: breakers.retry_budget_percent,
             min_retry_concurrency: breakers.min_retry_concurrency,
             inbound: self.scope.inbound,
             cluster_not_found: not_found,
+            attempts_to_upstream: host.include_request_attempt_count,
+            attempts_to_client: host.include_attempt_count_in_response,
+            tell_timeout: self.tell_original,
             auto_host_rewrite: auto.map(|action| AutoHost {
                 append_forwarded: action.append_x_forwarded_host,
                 tell_original: self.tell_original,

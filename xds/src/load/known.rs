@@ -303,14 +303,8 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.route.v3.RetryPolicy",
         &[
-            "host_selection_retry_max_attempts",
             "per_try_idle_timeout",
             "rate_limited_retry_back_off",
-            "retriable_headers",
-            "retriable_request_headers",
-            "retriable_status_codes",
-            "retry_back_off",
-            "retry_host_predicate",
             "retry_options_predicates",
             "retry_priority",
         ],
@@ -381,9 +375,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "cors",
             "hedge_policy",
-            "include_attempt_count_in_response",
             "include_is_timeout_retry_header",
-            "include_request_attempt_count",
             "matcher",
             "per_request_buffer_limit_bytes",
             "rate_limits",

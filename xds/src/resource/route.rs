@@ -64,6 +64,10 @@ pub struct VirtualHost {
     pub routes: Vec<Route>,
     /// Applies to routes that have none.
     pub retry_policy: Option<RetryPolicy>,
+    /// `x-envoy-attempt-count` on requests.
+    pub include_request_attempt_count: bool,
+    /// `x-envoy-attempt-count` on responses.
+    pub include_attempt_count_in_response: bool,
     /// On messages of its routes.
     pub headers: HeaderMutations,
 }
@@ -271,6 +275,8 @@ impl TryFrom<wire::VirtualHost> for VirtualHost {
             domains: wire.domains,
             routes,
             retry_policy,
+            include_request_attempt_count: wire.include_request_attempt_count,
+            include_attempt_count_in_response: wire.include_attempt_count_in_response,
             headers,
         }))
     }
@@ -423,6 +429,8 @@ impl From<&VirtualHost> for wire::VirtualHost {
             response_headers_to_remove,
             routes: plain.routes.iter().map(Into::into).collect(),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),
+            include_request_attempt_count: plain.include_request_attempt_count,
+            include_attempt_count_in_response: plain.include_attempt_count_in_response,
         }
     }
 }

@@ -31,6 +31,12 @@ pub struct VirtualHost {
     pub response_headers_to_remove: ::prost::alloc::vec::Vec<
         ::prost::alloc::string::String,
     >,
+    /// Requests tell how often they were tried.
+    #[prost(bool, tag = "14")]
+    pub include_request_attempt_count: bool,
+    /// Responses tell how often they were tried.
+    #[prost(bool, tag = "19")]
+    pub include_attempt_count_in_response: bool,
     /// For routes that have none.
     #[prost(message, optional, tag = "16")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
@@ -475,7 +481,7 @@ impl ::prost::Name for RedirectAction {
     }
 }
 /// When a request is tried again.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RetryPolicy {
     /// Conditions, comma separated.
     #[prost(string, tag = "1")]
@@ -486,6 +492,75 @@ pub struct RetryPolicy {
     /// Limit of each attempt.
     #[prost(message, optional, tag = "3")]
     pub per_try_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// Which hosts a retry passes over.
+    #[prost(message, repeated, tag = "5")]
+    pub retry_host_predicate: ::prost::alloc::vec::Vec<retry_policy::RetryHostPredicate>,
+    /// How often a host is chosen anew.
+    #[prost(int64, tag = "6")]
+    pub host_selection_retry_max_attempts: i64,
+    /// For the condition retriable-status-codes.
+    #[prost(uint32, repeated, tag = "7")]
+    pub retriable_status_codes: ::prost::alloc::vec::Vec<u32>,
+    /// How long to wait before a retry.
+    #[prost(message, optional, tag = "8")]
+    pub retry_back_off: ::core::option::Option<retry_policy::RetryBackOff>,
+    /// For the condition retriable-headers: of the response.
+    #[prost(message, repeated, tag = "9")]
+    pub retriable_headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
+    /// Only requests with such a header are tried again.
+    #[prost(message, repeated, tag = "10")]
+    pub retriable_request_headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
+}
+/// Nested message and enum types in `RetryPolicy`.
+pub mod retry_policy {
+    /// Which hosts a retry passes over.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RetryHostPredicate {
+        /// Of the predicate; no effect.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        #[prost(oneof = "retry_host_predicate::ConfigType", tags = "3")]
+        pub config_type: ::core::option::Option<retry_host_predicate::ConfigType>,
+    }
+    /// Nested message and enum types in `RetryHostPredicate`.
+    pub mod retry_host_predicate {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum ConfigType {
+            /// Its type.
+            #[prost(message, tag = "3")]
+            TypedConfig(::prost_types::Any),
+        }
+    }
+    impl ::prost::Name for RetryHostPredicate {
+        const NAME: &'static str = "RetryHostPredicate";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RetryPolicy.RetryHostPredicate".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RetryPolicy.RetryHostPredicate".into()
+        }
+    }
+    /// How long to wait before a retry.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RetryBackOff {
+        /// Before the first, at most.
+        #[prost(message, optional, tag = "1")]
+        pub base_interval: ::core::option::Option<::prost_types::Duration>,
+        /// Before any, at most.
+        #[prost(message, optional, tag = "2")]
+        pub max_interval: ::core::option::Option<::prost_types::Duration>,
+    }
+    impl ::prost::Name for RetryBackOff {
+        const NAME: &'static str = "RetryBackOff";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RetryPolicy.RetryBackOff".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RetryPolicy.RetryBackOff".into()
+        }
+    }
 }
 impl ::prost::Name for RetryPolicy {
     const NAME: &'static str = "RetryPolicy";
