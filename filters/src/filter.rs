@@ -78,6 +78,10 @@ pub struct RouteFacts {
     pub cluster: Arc<str>,
     /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
+    /// Between two reads, instead of the listener's; zero is off.
+    pub idle_timeout: Option<Duration>,
+    /// From the request's first byte to the response's last.
+    pub max_stream_duration: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
     pub retry_policy: Option<Arc<Policy>>,
     /// A retry may be done while at most this share of active requests (percent) are retries…

@@ -3,12 +3,14 @@
 //! Order: pin the configuration, judge the head, ids and forwarding headers, route, run the chain, wrap the response
 //! so that its end writes the access log. Errors become local replies here and nowhere else.
 
+mod record;
+
 use crate::{
-    access_log::{AccessLogs, Captured, Entry},
+    access_log::AccessLogs,
     flow::{self, FlowLimits},
     headers::{self, Seen, Upgrade},
     metrics::HttpStats,
-    route::{self, Applied, BuiltRoute, Edits, Facts, Target},
+    route::{BuiltRoute, Target},
     snapshot::HttpConfig,
 };
 use arc_swap::ArcSwap;
@@ -20,17 +22,14 @@ use hyper::body::Incoming;
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, End, Heads, LogFields, Next, RouteFacts},
+    filter::{Context, LogFields, Next},
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
 };
 use outrigger_xds::report::EngineId;
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use record::Record;
+use std::{net::SocketAddr, sync::Arc};
 
 /// Serves the feed on an inbound listener.
 pub type FeedService =
@@ -261,7 +260,12 @@ impl Manager {
                 let body = RequestBody::incoming(body);
                 context.upload = body.upload();
                 let request = Request::from_parts(parts, body);
-                Next::new(filters).run(request, context).await
+                let patience = flow::Patience::of(context, route.openai);
+                let answer = Next::new(filters).run(request, context);
+                match patience {
+                    Some(patience) => patience.wait(answer).await,
+                    None => answer.await,
+                }
             }
         }
     }
@@ -449,156 +453,16 @@ fn no_route() -> Error {
 fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
     let gap = match &context.openai {
         Some(openai) if openai.is_generation() => openai.limits.inter_token_timeout,
-        _ => Some(config.manager.stream_idle_timeout).filter(|gap| !gap.is_zero()),
+        _ => {
+            let listeners = config.manager.stream_idle_timeout;
+            Some(context.route.idle_timeout.unwrap_or(listeners)).filter(|gap| !gap.is_zero())
+        }
     };
     let total = context.total_timeout();
+    let complete = total.map(|total| context.complete_since() + total);
+    let stream = flow::stream_end(context);
     FlowLimits {
         gap,
-        until: total.map(|total| context.complete_since() + total),
-    }
-}
-
-/// What the access log needs, kept until the response is over.
-struct Record {
-    logs: Arc<AccessLogs>,
-    stats: Arc<HttpStats>,
-    captured: Captured,
-    start: SystemTime,
-    started: Instant,
-    head_sent: Duration,
-    method: Method,
-    path: String,
-    authority: String,
-    protocol: Version,
-    code: u16,
-    bytes_received: u64,
-    connection: ConnectionInfo,
-    request_id: Arc<str>,
-    trace_id: Arc<str>,
-    route: Arc<RouteFacts>,
-    ended: bool,
-}
-
-impl Record {
-    fn begin(manager: &Manager, parts: &Parts, connection: ConnectionInfo) -> Self {
-        let length = parts
-            .headers
-            .get(header::CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse().ok());
-        manager.stats.downstream_rq_active.increment(1.0);
-        Self {
-            logs: manager.logs.load_full(),
-            stats: manager.stats.clone(),
-            captured: Captured::default(),
-            start: SystemTime::now(),
-            started: Instant::now(),
-            head_sent: Duration::ZERO,
-            method: parts.method.clone(),
-            path: parts
-                .uri
-                .path_and_query()
-                .map_or_else(String::new, ToString::to_string),
-            authority: route::authority(&parts.uri, &parts.headers).to_owned(),
-            protocol: parts.version,
-            code: 0,
-            bytes_received: length.unwrap_or(0),
-            connection,
-            request_id: Arc::default(),
-            trace_id: Arc::default(),
-            route: Arc::default(),
-            ended: false,
-        }
-    }
-
-    /// The edits of a route on this request.
-    fn edits(&self, edits: &Arc<Edits>, route: &Arc<RouteFacts>, parts: &Parts) -> Arc<dyn Heads> {
-        let facts = Facts {
-            start: self.start,
-            started: self.started,
-            method: self.method.clone(),
-            path: self.path.clone(),
-            authority: self.authority.clone(),
-            protocol: self.protocol,
-            remote: self.connection.remote,
-            local: self.connection.local,
-            connection_id: self.connection.id,
-            request_id: self.request_id.clone(),
-            trace_id: self.trace_id.clone(),
-            route: route.clone(),
-        };
-        Arc::new(Applied::new(edits.clone(), facts, parts))
-    }
-
-    fn end(mut self, mut summary: Summary) {
-        self.ended = true;
-        if summary.end == End::ClientGone {
-            summary
-                .log
-                .flags
-                .push(Flag::DownstreamConnectionTermination);
-            if summary.log.details.is_empty() {
-                summary.log.details = "downstream_remote_disconnect".into();
-            }
-        }
-        self.close(&summary);
-    }
-
-    fn close(&self, summary: &Summary) {
-        let duration = self.started.elapsed();
-        self.stats.downstream_rq_active.decrement(1.0);
-        self.stats.completed(self.code, duration);
-        if summary.end == End::ClientGone {
-            self.stats.downstream_rq_rx_reset.increment(1);
-        }
-        if summary.log.flags.contains(&Flag::StreamIdleTimeout) {
-            self.stats.downstream_rq_idle_timeout.increment(1);
-        }
-        if self.logs.is_empty() {
-            return;
-        }
-        let entry = Entry {
-            start: self.start,
-            duration,
-            request_duration: None,
-            response_duration: Some(self.head_sent),
-            method: &self.method,
-            path: &self.path,
-            authority: &self.authority,
-            protocol: self.protocol,
-            code: self.code,
-            bytes_received: self.bytes_received,
-            bytes_sent: summary.bytes,
-            downstream_remote: self.connection.remote,
-            downstream_local: self.connection.local,
-            connection_id: self.connection.id,
-            request_id: &self.request_id,
-            trace_id: &self.trace_id,
-            route_name: &self.route.name,
-            virtual_host: &self.route.virtual_host,
-            ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
-            itl_p99: summary.gap_p99,
-            log: &summary.log,
-        };
-        self.logs.write(&entry, &self.captured);
-    }
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        // The client went away before there was a response: nothing else will tell of this request.
-        if !self.ended {
-            self.ended = true;
-            let mut log = LogFields::default();
-            log.flags.push(Flag::DownstreamConnectionTermination);
-            log.details = "downstream_remote_disconnect".into();
-            let summary = Summary {
-                end: End::ClientGone,
-                bytes: 0,
-                first_byte: None,
-                gap_p99: None,
-                log,
-            };
-            self.close(&summary);
-        }
+        until: complete.into_iter().chain(stream).min(),
     }
 }

@@ -94,7 +94,7 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
 ///
 /// # Errors
 /// The upstream was too slow (504), or the client stopped sending (408).
-async fn headers_within<F: Future>(
+pub(crate) async fn headers_within<F: Future>(
     limit: Option<Duration>,
     upload: Option<&Upload>,
     answer: F,

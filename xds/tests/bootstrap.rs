@@ -131,6 +131,7 @@ static_resources:
                   regex_rewrite: {pattern: {google_re2: {}, regex: "(a)(b)"}, substitution: '\2\1'}
                   host_rewrite_header: x-host
                   append_x_forwarded_host: true
+                  max_stream_duration: {max_stream_duration: 7s}
   clusters:
   - name: engines
     connect_timeout: 0.5s
@@ -290,6 +291,7 @@ fn full_mixed() -> Route {
             regex_rewrite: Some(swap()),
             host_rewrite: Some(HostRewrite::Header("x-host".into())),
             append_x_forwarded_host: true,
+            max_stream_duration: Some(Duration::from_secs(7)),
             ..RouteAction::default()
         }),
         typed_per_filter_config: [].into(),

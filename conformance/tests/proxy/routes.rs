@@ -7,7 +7,11 @@ use outrigger_conformance::harness::{
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::{
     load::{self, Syntax},
-    resource::bootstrap::Bootstrap,
+    resource::{bootstrap::Bootstrap, cluster::UpstreamProtocol},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
 };
 
 /// Whole listeners are read, so that the routes pass every check that a file passes.
@@ -51,7 +55,10 @@ fn cluster(name: &str, port: u16) -> String {
 
 /// A proxy with these routes; clusters `a`, `b`, `c` are the servers.
 fn routed(table: &str, servers: &[&Upstream]) -> TestProxy {
-    let read = read(table, servers).unwrap_or_else(|errors| panic!("{errors}"));
+    started(read(table, servers).unwrap_or_else(|errors| panic!("{errors}")))
+}
+
+fn started(read: Bootstrap) -> TestProxy {
     ProxyBuilder::new()
         .edit(move |bootstrap| {
             let http = &read.listeners[0].http;
@@ -85,51 +92,53 @@ async fn get(client: &mut Client, path: &str, headers: &[&str]) -> Reply {
     client.send(asked).await
 }
 
+/// Names of routes and what they match.
+const CONDITIONS: &[(&str, &str)] = &[
+    ("regex", r#"safe_regex: {regex: "/r/[0-9]+"}"#),
+    (
+        "exact",
+        r#"prefix: /h, headers: [{name: x-a, string_match: {exact: One, ignore_case: true}}]"#,
+    ),
+    (
+        "range",
+        r#"prefix: /h, headers: [{name: x-n, range_match: {start: 1, end: 10}}]"#,
+    ),
+    (
+        "old",
+        r#"prefix: /h, headers: [{name: x-old, safe_regex_match: {regex: "a.c"}}]"#,
+    ),
+    (
+        "missing",
+        r#"prefix: /h, headers: [{name: x-none, string_match: {exact: x}, invert_match: true, treat_missing_header_as_empty: true}, {name: x-go, present_match: true}]"#,
+    ),
+    (
+        "method",
+        r#"prefix: /h, headers: [{name: ":method", string_match: {exact: POST}}]"#,
+    ),
+    (
+        "query",
+        r#"prefix: /q, query_parameters: [{name: a, string_match: {prefix: x}}, {name: b, present_match: true}]"#,
+    ),
+    (
+        "absent",
+        r#"prefix: /q, query_parameters: [{name: c, present_match: false}, {name: d, present_match: true}]"#,
+    ),
+    ("grpc", "prefix: /g, grpc: {}"),
+    (
+        "never",
+        "prefix: /f, runtime_fraction: {default_value: {numerator: 0}}",
+    ),
+    (
+        "always",
+        "prefix: /f, runtime_fraction: {default_value: {numerator: 10000, denominator: TEN_THOUSAND}, runtime_key: k}",
+    ),
+];
+
 #[tokio::test]
 async fn each_condition_of_a_route_decides() {
     let served =
         |name: &str| format!("direct_response: {{status: 200, body: {{inline_string: {name}}}}}");
-    let conditions = [
-        ("regex", r#"safe_regex: {regex: "/r/[0-9]+"}"#),
-        (
-            "exact",
-            r#"prefix: /h, headers: [{name: x-a, string_match: {exact: One, ignore_case: true}}]"#,
-        ),
-        (
-            "range",
-            r#"prefix: /h, headers: [{name: x-n, range_match: {start: 1, end: 10}}]"#,
-        ),
-        (
-            "old",
-            r#"prefix: /h, headers: [{name: x-old, safe_regex_match: {regex: "a.c"}}]"#,
-        ),
-        (
-            "missing",
-            r#"prefix: /h, headers: [{name: x-none, string_match: {exact: x}, invert_match: true, treat_missing_header_as_empty: true}, {name: x-go, present_match: true}]"#,
-        ),
-        (
-            "method",
-            r#"prefix: /h, headers: [{name: ":method", string_match: {exact: POST}}]"#,
-        ),
-        (
-            "query",
-            r#"prefix: /q, query_parameters: [{name: a, string_match: {prefix: x}}, {name: b, present_match: true}]"#,
-        ),
-        (
-            "absent",
-            r#"prefix: /q, query_parameters: [{name: c, present_match: false}, {name: d, present_match: true}]"#,
-        ),
-        ("grpc", "prefix: /g, grpc: {}"),
-        (
-            "never",
-            "prefix: /f, runtime_fraction: {default_value: {numerator: 0}}",
-        ),
-        (
-            "always",
-            "prefix: /f, runtime_fraction: {default_value: {numerator: 10000, denominator: TEN_THOUSAND}, runtime_key: k}",
-        ),
-    ];
-    let routes: String = conditions
+    let routes: String = CONDITIONS
         .iter()
         .map(|(name, condition)| format!("- match: {{{condition}}}\n  {}\n", served(name)))
         .collect();
@@ -371,12 +380,7 @@ async fn a_header_value_that_is_no_format_is_refused_with_its_place() {
     }
 }
 
-#[tokio::test]
-async fn paths_and_hosts_are_rewritten_and_the_old_ones_told() {
-    let a = Upstream::named("a").await;
-    let proxy = routed(
-        &table(
-            r#"
+const REWRITES: &str = r#"
 - match: {prefix: /prefix}
   route: {cluster: a, prefix_rewrite: /new, host_rewrite_literal: other.host, append_x_forwarded_host: true}
 - match: {safe_regex: {regex: "/regex/.*"}}
@@ -389,10 +393,12 @@ async fn paths_and_hosts_are_rewritten_and_the_old_ones_told() {
   route: {weighted_clusters: {clusters: [{name: a, weight: 1, host_rewrite_literal: weight.host}]}}
 - match: {prefix: /auto}
   route: {cluster: a, auto_host_rewrite: true}
-"#,
-        ),
-        &[&a],
-    );
+"#;
+
+#[tokio::test]
+async fn paths_and_hosts_are_rewritten_and_the_old_ones_told() {
+    let a = Upstream::named("a").await;
+    let proxy = routed(&table(REWRITES), &[&a]);
     for version in Version::BOTH {
         let mut client = proxy.client(version).await;
         let asked = proxy.outbound().to_string();
@@ -571,30 +577,32 @@ async fn failing() -> Upstream {
     .await
 }
 
+/// Names of routes and their retry policies.
+const POLICIES: &[(&str, &str)] = &[
+    (
+        "codes",
+        "retry_on: retriable-status-codes, retriable_status_codes: [418, 404]",
+    ),
+    (
+        "headers",
+        "retry_on: retriable-headers, retriable_headers: [{name: x-again, string_match: {exact: please}}]",
+    ),
+    ("grpc", r#"retry_on: "unavailable,internal""#),
+    ("all5xx", "retry_on: 5xx"),
+    (
+        "request",
+        "retry_on: 5xx, retriable_request_headers: [{name: x-safe}]",
+    ),
+    (
+        "previous",
+        "retry_on: 5xx, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts}], host_selection_retry_max_attempts: 5",
+    ),
+];
+
 #[tokio::test]
 async fn retries_follow_the_policys_conditions() {
     let a = failing().await;
-    let policies = [
-        (
-            "codes",
-            "retry_on: retriable-status-codes, retriable_status_codes: [418, 404]",
-        ),
-        (
-            "headers",
-            "retry_on: retriable-headers, retriable_headers: [{name: x-again, string_match: {exact: please}}]",
-        ),
-        ("grpc", r#"retry_on: "unavailable,internal""#),
-        ("all5xx", "retry_on: 5xx"),
-        (
-            "request",
-            "retry_on: 5xx, retriable_request_headers: [{name: x-safe}]",
-        ),
-        (
-            "previous",
-            "retry_on: 5xx, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts}], host_selection_retry_max_attempts: 5",
-        ),
-    ];
-    let routes: String = policies
+    let routes: String = POLICIES
         .iter()
         .map(|(name, policy)| {
             let back_off = "num_retries: 2, retry_back_off: {base_interval: 0.001s}";
@@ -673,5 +681,155 @@ async fn upstreams_are_told_how_long_they_have() {
     ] {
         assert_eq!(get(&mut client, path, &[]).await.status, 200);
         assert_eq!(sent(&a, "x-envoy-expected-rq-timeout-ms"), told, "{path}");
+    }
+}
+
+/// Answers with a head, and with the first half of a body, and then no more; `/nothing` gets nothing at all.
+async fn stalling() -> Upstream {
+    Upstream::start(|mut conn, got| async move {
+        if !got.path().starts_with("/nothing") {
+            conn.write("HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\nhalf")
+                .await;
+        }
+        conn.gone().await;
+        None
+    })
+    .await
+}
+
+#[tokio::test]
+async fn idle_and_whole_streams_have_their_limits() {
+    let a = stalling().await;
+    let proxy = routed(
+        &table(
+            r#"
+- match: {safe_regex: {regex: "/[a-z]+/idle"}}
+  route: {cluster: a, timeout: 0s, idle_timeout: 0.2s}
+- match: {safe_regex: {regex: "/[a-z]+/max"}}
+  route: {cluster: a, timeout: 0.01s, max_stream_duration: {max_stream_duration: 0.3s}}
+"#,
+        ),
+        &[&a],
+    );
+    for (count, (path, text, flag, details)) in [
+        (
+            "/nothing/idle",
+            "stream timeout",
+            "SI",
+            "stream_idle_timeout",
+        ),
+        (
+            "/nothing/max",
+            "downstream duration timeout",
+            "DT",
+            "max_duration_timeout",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut client = proxy.client(Version::H1).await;
+        let reply = get(&mut client, path, &[]).await;
+        assert_eq!((reply.status.as_u16(), reply.text().as_str()), (504, text));
+        let log = proxy.log(count + 1).await.pop().unwrap();
+        assert_eq!(
+            (&log["response_flags"], &log["response_code_details"]),
+            (&flag.into(), &details.into())
+        );
+    }
+    assert_eq!(
+        sent(&a, "x-envoy-expected-rq-timeout-ms").len(),
+        0,
+        "timeout counts no more"
+    );
+    for (count, (path, flag)) in [("/half/idle", "SI"), ("/half/max", "DT")]
+        .into_iter()
+        .enumerate()
+    {
+        let mut client = proxy.client(Version::H1).await;
+        let reply = get(&mut client, path, &[]).await;
+        assert_eq!(
+            (reply.status.as_u16(), reply.text().as_str(), reply.broken),
+            (200, "half", true),
+            "{path}"
+        );
+        let log = proxy.log(count + 3).await.pop().unwrap();
+        assert!(
+            log["response_flags"].as_str().unwrap().contains(flag),
+            "{log}"
+        );
+    }
+}
+
+/// Reads HTTP/2 frames until the head of a request; gives its stream.
+async fn head(socket: &mut TcpStream) -> Option<u8> {
+    loop {
+        let mut frame = [0; 9];
+        socket.read_exact(&mut frame).await.ok()?;
+        let length = usize::from(frame[1]) << 8 | usize::from(frame[2]);
+        socket.read_exact(&mut vec![0; length]).await.ok()?;
+        if frame[3] == 1 {
+            return Some(frame[8]);
+        }
+    }
+}
+
+/// Refuses the first request of its life with `REFUSED_STREAM`, and answers the others.
+async fn refusing(listener: TcpListener) {
+    let mut first = true;
+    while let Ok((mut socket, _)) = listener.accept().await {
+        let mut preface = [0; 24];
+        socket.read_exact(&mut preface).await.unwrap();
+        socket
+            .write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0])
+            .await
+            .unwrap();
+        while let Some(stream) = head(&mut socket).await {
+            let answer: &[u8] = if first {
+                &[0, 0, 4, 3, 0, 0, 0, 0, stream, 0, 0, 0, 7]
+            } else {
+                &[0, 0, 1, 1, 5, 0, 0, 0, stream, 0x88]
+            };
+            first = false;
+            socket.write_all(answer).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_refused_stream_is_tried_again_under_its_condition_only() {
+    for (condition, status, attempts) in [("refused-stream", 200, 2), ("connect-failure", 503, 1)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(refusing(listener));
+        let routes = format!(
+            "- match: {{prefix: /}}\n  route: {{cluster: h2, retry_policy: {{retry_on: {condition}}}}}"
+        );
+        let mut read = read(
+            &table(&routes).replacen(
+                "virtual_hosts",
+                "validate_clusters: false\nvirtual_hosts",
+                1,
+            ),
+            &[],
+        )
+        .unwrap();
+        let mut cluster = self::read(
+            &table(&routes.replace("h2", "a")),
+            &[&Upstream::named("a").await],
+        )
+        .unwrap()
+        .clusters
+        .remove(0);
+        cluster.name = "h2".into();
+        cluster.protocol = UpstreamProtocol::Http2;
+        cluster.load_assignment.endpoints[0].address.port = port;
+        read.clusters = vec![cluster];
+        let proxy = started(read);
+        let mut client = proxy.client(Version::H1).await;
+        let reply = get(&mut client, "/", &[]).await;
+        assert_eq!(reply.status, status, "{condition}: {}", reply.text());
+        assert_eq!(proxy.only_log().await["attempts"], attempts);
+        server.abort();
     }
 }

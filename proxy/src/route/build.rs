@@ -156,7 +156,13 @@ impl Builder<'_> {
             name: self.route.name.as_str().into(),
             virtual_host: host.name.as_str().into(),
             cluster: cluster.into(),
-            timeout: action.and_then(|action| route_timeout(action.timeout, self.openai)),
+            timeout: action
+                .filter(|action| action.max_stream_duration.is_none())
+                .and_then(|action| route_timeout(action.timeout, self.openai)),
+            idle_timeout: action.and_then(|action| action.idle_timeout),
+            max_stream_duration: action
+                .and_then(|action| action.max_stream_duration)
+                .filter(|limit| !limit.is_zero()),
             retry_policy: self.policy.clone(),
             retry_budget_percent: breakers.retry_budget_percent,
             min_retry_concurrency: breakers.min_retry_concurrency,

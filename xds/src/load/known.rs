@@ -337,7 +337,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "internal_redirect_policy",
             "max_grpc_timeout",
             "max_internal_redirects",
-            "max_stream_duration",
             "metadata_match",
             "path_rewrite",
             "path_rewrite_policy",
@@ -347,6 +346,10 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "retry_policy_typed_config",
             "upgrade_configs",
         ],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.MaxStreamDuration",
+        &["grpc_timeout_header_max", "grpc_timeout_header_offset"],
     ),
     (
         "envoy.config.route.v3.RouteConfiguration",

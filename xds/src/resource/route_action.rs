@@ -26,6 +26,8 @@ pub struct RouteAction {
     pub timeout: Option<Duration>,
     /// `None` is unset, zero is off.
     pub idle_timeout: Option<Duration>,
+    /// From the first byte of the request to the last of the response; zero is off. `timeout` counts no more then.
+    pub max_stream_duration: Option<Duration>,
     /// `None` is unset.
     pub retry_policy: Option<RetryPolicy>,
     /// Replaces the matched prefix.
@@ -209,6 +211,15 @@ impl TryFrom<wire::RouteAction> for RouteAction {
         let idle_timeout = wire
             .idle_timeout
             .and_then(|limit| problems.take("idle_timeout", duration(limit)));
+        let max_stream_duration = wire.max_stream_duration.map(|limits| {
+            let limit = limits.max_stream_duration;
+            limit
+                .and_then(|limit| {
+                    let place = "max_stream_duration.max_stream_duration";
+                    problems.take(place, duration(limit))
+                })
+                .unwrap_or_default()
+        });
         let retry_policy = wire
             .retry_policy
             .and_then(|policy| problems.take("retry_policy", policy.try_into()));
@@ -237,6 +248,7 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             cluster_not_found,
             timeout,
             idle_timeout,
+            max_stream_duration,
             retry_policy,
             prefix_rewrite,
             regex_rewrite,
@@ -403,6 +415,11 @@ impl From<&RouteAction> for wire::RouteAction {
             append_x_forwarded_host: plain.append_x_forwarded_host,
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
+            max_stream_duration: plain.max_stream_duration.map(|limit| {
+                wire::route_action::MaxStreamDuration {
+                    max_stream_duration: Some(to_duration(limit)),
+                }
+            }),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),
         }
     }

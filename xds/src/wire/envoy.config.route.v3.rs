@@ -204,6 +204,9 @@ pub struct RouteAction {
     /// No byte either way; 0 is off.
     #[prost(message, optional, tag = "24")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// How long an exchange may take; timeout counts no more then.
+    #[prost(message, optional, tag = "36")]
+    pub max_stream_duration: ::core::option::Option<route_action::MaxStreamDuration>,
     #[prost(oneof = "route_action::ClusterSpecifier", tags = "1, 2, 3")]
     pub cluster_specifier: ::core::option::Option<route_action::ClusterSpecifier>,
     #[prost(oneof = "route_action::HostRewriteSpecifier", tags = "6, 7, 29")]
@@ -213,6 +216,23 @@ pub struct RouteAction {
 }
 /// Nested message and enum types in `RouteAction`.
 pub mod route_action {
+    /// How long an exchange may take.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct MaxStreamDuration {
+        /// From the first byte of the request to the last of the response; 0 is off.
+        #[prost(message, optional, tag = "1")]
+        pub max_stream_duration: ::core::option::Option<::prost_types::Duration>,
+    }
+    impl ::prost::Name for MaxStreamDuration {
+        const NAME: &'static str = "MaxStreamDuration";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.MaxStreamDuration".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.MaxStreamDuration".into()
+        }
+    }
     /// Status for a cluster that does not exist.
     #[derive(
         Clone,
