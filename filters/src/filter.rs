@@ -10,7 +10,9 @@ use crate::{
 };
 use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
-use outrigger_xds::{block_hash::BlockHash, report::EngineId};
+use outrigger_xds::{
+    block_hash::BlockHash, report::EngineId, resource::mirror_policy::MirrorPolicy,
+};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -94,6 +96,8 @@ pub struct RouteFacts {
     pub cluster_not_found: Option<StatusCode>,
     /// The host becomes the endpoint's name, if it has one.
     pub auto_host_rewrite: Option<AutoHost>,
+    /// Who gets a copy.
+    pub mirrors: Arc<[MirrorPolicy]>,
     /// Requests carry `x-envoy-attempt-count`.
     pub attempts_to_upstream: bool,
     /// Responses carry `x-envoy-attempt-count`.

@@ -7,6 +7,7 @@
 pub mod attempt;
 pub mod host;
 pub mod leg;
+pub mod mirror;
 pub mod retry;
 
 use crate::{
@@ -78,6 +79,9 @@ impl HttpFilter for Router {
             let active = self.budget.enter();
             if let Some(heads) = &context.heads {
                 heads.request(&mut request, &context.log);
+            }
+            if !context.route.mirrors.is_empty() {
+                mirror::send(&self.services, &request, context);
             }
             let mut walk = Walk::new(self, &view, context, &request);
             let mut outcome = walk.run(request, context).await;

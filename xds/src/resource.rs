@@ -9,6 +9,7 @@ pub mod endpoint;
 pub mod header_mutation;
 pub mod listener;
 pub mod matching;
+pub mod mirror_policy;
 pub mod retry_policy;
 pub mod route;
 pub mod route_action;

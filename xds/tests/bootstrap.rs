@@ -15,6 +15,7 @@ use outrigger_xds::{
             Fraction, HeaderMatch, HeaderValueMatch, Pattern, QueryMatch, QueryValueMatch,
             RegexRewrite, StringMatch,
         },
+        mirror_policy::MirrorPolicy,
         route::{
             Action, ClusterSpecifier, HostRewrite, PathMatch, Redirect, RetryPolicy, Route,
             RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
@@ -132,6 +133,7 @@ static_resources:
                   host_rewrite_header: x-host
                   append_x_forwarded_host: true
                   max_stream_duration: {max_stream_duration: 7s}
+                  request_mirror_policies: [{cluster: engines, runtime_fraction: {default_value: {numerator: 1}}, disable_shadow_host_suffix_append: true, trace_sampled: true}]
   clusters:
   - name: engines
     connect_timeout: 0.5s
@@ -292,6 +294,15 @@ fn full_mixed() -> Route {
             host_rewrite: Some(HostRewrite::Header("x-host".into())),
             append_x_forwarded_host: true,
             max_stream_duration: Some(Duration::from_secs(7)),
+            mirrors: vec![MirrorPolicy {
+                cluster: "engines".into(),
+                runtime_fraction: Some(Fraction {
+                    numerator: 1,
+                    denominator: 100,
+                    runtime_key: String::new(),
+                }),
+                append_suffix: false,
+            }],
             ..RouteAction::default()
         }),
         typed_per_filter_config: [].into(),
@@ -394,6 +405,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         domains: vec!["*".into()],
         routes: vec![health, full_away(), full_v1(debug), full_mixed()],
         retry_policy: Some(retry_policy),
+        mirrors: Vec::new(),
         include_request_attempt_count: true,
         include_attempt_count_in_response: true,
         headers: HeaderMutations::default(),
@@ -409,6 +421,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             response: Mutations::default(),
         },
         most_specific_header_mutations_wins: true,
+        mirrors: Vec::new(),
         validate_clusters: true,
         max_direct_response_body_bytes: 5000,
         ignore_port_in_host_matching: true,

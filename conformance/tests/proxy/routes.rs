@@ -2,7 +2,7 @@
 
 use http::{HeaderName, HeaderValue, Method};
 use outrigger_conformance::harness::{
-    Client, ProxyBuilder, Reply, TestProxy, Upstream, Version, request,
+    Client, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::{
@@ -439,7 +439,6 @@ async fn paths_and_hosts_are_rewritten_and_the_old_ones_told() {
                 &asked,
                 String::new(),
             ),
-            ("/header", &[], "/header", "", &asked, "", String::new()),
             (
                 "/weight",
                 &[],
@@ -832,4 +831,39 @@ async fn a_refused_stream_is_tried_again_under_its_condition_only() {
         assert_eq!(proxy.only_log().await["attempts"], attempts);
         server.abort();
     }
+}
+
+#[tokio::test]
+async fn copies_go_to_another_cluster_and_nobody_waits_for_them() {
+    let (a, b) = (Upstream::named("a").await, stalling().await);
+    let proxy = routed(
+        &table(
+            r#"
+- match: {path: /no}
+  route: {cluster: a, request_mirror_policies: [{cluster: b, runtime_fraction: {default_value: {numerator: 0}}}]}
+- match: {prefix: /}
+  route: {cluster: a, request_mirror_policies: [{cluster: nowhere}, {cluster: b}]}
+  request_headers_to_add: [{header: {key: x-added, value: here}}]
+"#,
+        ),
+        &[&a, &b],
+    );
+    for (count, version) in Version::BOTH.into_iter().enumerate() {
+        let mut client = proxy.client(version).await;
+        assert_eq!(get(&mut client, "/no", &[]).await.status, 200);
+        let reply = get(&mut client, "/nothing?q", &["host: some.host:81"]).await;
+        assert_eq!(reply.json()["served_by"], "a", "{version:?}");
+        let copy = eventually("the copy", || async { b.exchanges().get(count).cloned() }).await;
+        assert_eq!(
+            (copy.path(), copy.header("x-added")),
+            ("/nothing?q", "here")
+        );
+        let asked = sent(&a, "host").remove(0);
+        let (name, port) = asked.split_once(':').unwrap();
+        assert_eq!(copy.header("host"), format!("{name}-shadow:{port}"));
+    }
+    let skipped = proxy
+        .metric("outrigger_mirrors_skipped_total", "no_cluster")
+        .await;
+    assert!(skipped >= 2.0, "{skipped}");
 }

@@ -194,6 +194,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_access_log_write_errors_total", &["sink"], "Failed writes of an access log; they are tried again."),
     counter("outrigger_admin_connections_refused_total", NONE, "Connections to the admin listener refused because too many were open."),
     counter("outrigger_retries_total", &["envoy_cluster_name", "reason"], "Requests tried again, by reason."),
+    counter("outrigger_mirrors_skipped_total", &["envoy_cluster_name", "reason"], "Copies of requests that were not sent, by reason."),
     counter("outrigger_in_band_errors_total", &["when"], "Errors that an engine reported inside a response that began well."),
     counter("outrigger_stream_errors_total", &["model"], "Streams that ended with an error event or broke."),
     counter("outrigger_sse_event_too_long_total", NONE, "Stream events too long to be looked at whole; they went on unseen."),

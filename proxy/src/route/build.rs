@@ -17,6 +17,7 @@ use outrigger_xds::resource::{
     cluster::{CircuitBreakers, Cluster},
     header_mutation::HeaderMutations,
     listener::HttpConnectionManager,
+    mirror_policy::MirrorPolicy,
     route::{Action, ClusterSpecifier, HostRewrite, Route, RouteAction, VirtualHost},
     route_action::{ClusterNotFound, ClusterWeight, WeightedName},
 };
@@ -168,6 +169,9 @@ impl Builder<'_> {
             min_retry_concurrency: breakers.min_retry_concurrency,
             inbound: self.scope.inbound,
             cluster_not_found: not_found,
+            mirrors: action
+                .map(|action| self.mirrors(action))
+                .unwrap_or_default(),
             attempts_to_upstream: host.include_request_attempt_count,
             attempts_to_client: host.include_attempt_count_in_response,
             tell_timeout: self.tell_original,
@@ -176,6 +180,17 @@ impl Builder<'_> {
                 tell_original: self.tell_original,
             }),
         }
+    }
+
+    /// The most specific list that has any.
+    fn mirrors(&self, action: &RouteAction) -> Arc<[MirrorPolicy]> {
+        let lists = [
+            &action.mirrors,
+            &self.scope.host.mirrors,
+            &self.scope.manager.route_config.mirrors,
+        ];
+        let first = lists.into_iter().find(|list| !list.is_empty());
+        first.map_or_else(Arc::default, |list| list.as_slice().into())
     }
 
     /// `None` where there is nothing to do.

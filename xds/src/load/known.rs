@@ -342,7 +342,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "path_rewrite_policy",
             "priority",
             "rate_limits",
-            "request_mirror_policies",
             "retry_policy_typed_config",
             "upgrade_configs",
         ],
@@ -352,12 +351,19 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &["grpc_timeout_header_max", "grpc_timeout_header_offset"],
     ),
     (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        &[
+            "cluster_header",
+            "host_rewrite_literal",
+            "request_headers_mutations",
+        ],
+    ),
+    (
         "envoy.config.route.v3.RouteConfiguration",
         &[
             "cluster_specifier_plugins",
             "ignore_path_parameters_in_path_matching",
             "internal_only_headers",
-            "request_mirror_policies",
             "typed_per_filter_config",
             "vhds",
             "vhost_header",
@@ -383,7 +389,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "per_request_buffer_limit_bytes",
             "rate_limits",
             "request_body_buffer_limit",
-            "request_mirror_policies",
             "require_tls",
             "retry_policy_typed_config",
             "typed_per_filter_config",
@@ -533,6 +538,10 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     (
         "envoy.config.route.v3.Route",
         &["decorator", "metadata", "stat_prefix"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        &["trace_sampled"],
     ),
     ("envoy.config.route.v3.RouteConfiguration", &["metadata"]),
     (

@@ -8,6 +8,7 @@ pub use super::{
 use super::{
     header_mutation::HeaderMutations,
     matching::{self, Fraction, HeaderMatch, QueryMatch},
+    mirror_policy::MirrorPolicy,
 };
 use crate::{
     problems::ConfigErrors,
@@ -33,6 +34,8 @@ pub struct RouteConfiguration {
     pub most_specific_header_mutations_wins: bool,
     /// Whether routes to clusters that do not exist are refused.
     pub validate_clusters: bool,
+    /// Who gets a copy of requests whose virtual host says nothing of that.
+    pub mirrors: Vec<MirrorPolicy>,
     /// Largest body of a direct response.
     pub max_direct_response_body_bytes: usize,
     /// Domains are compared without the port of the request.
@@ -47,6 +50,7 @@ impl Default for RouteConfiguration {
             headers: HeaderMutations::default(),
             most_specific_header_mutations_wins: false,
             validate_clusters: true,
+            mirrors: Vec::new(),
             max_direct_response_body_bytes: DIRECT_RESPONSE_BODY_BYTES_MAX,
             ignore_port_in_host_matching: false,
         }
@@ -64,6 +68,8 @@ pub struct VirtualHost {
     pub routes: Vec<Route>,
     /// Applies to routes that have none.
     pub retry_policy: Option<RetryPolicy>,
+    /// Who gets a copy of requests whose route says nothing of that.
+    pub mirrors: Vec<MirrorPolicy>,
     /// `x-envoy-attempt-count` on requests.
     pub include_request_attempt_count: bool,
     /// `x-envoy-attempt-count` on responses.
@@ -175,6 +181,7 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
         check_domains(&mut problems, &domains);
         let max = wire.max_direct_response_body_size_bytes;
         let max = max.map_or(DIRECT_RESPONSE_BODY_BYTES_MAX, |max| max as usize);
+        let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         check_bodies(&mut problems, &virtual_hosts, max);
         let headers = HeaderMutations::read(
             &mut problems,
@@ -190,6 +197,7 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
             headers,
             most_specific_header_mutations_wins: wire.most_specific_header_mutations_wins,
             validate_clusters: wire.validate_clusters.unwrap_or(true),
+            mirrors,
             max_direct_response_body_bytes: max,
             ignore_port_in_host_matching: wire.ignore_port_in_host_matching,
         }))
@@ -270,9 +278,11 @@ impl TryFrom<wire::VirtualHost> for VirtualHost {
                 wire.response_headers_to_remove,
             ),
         );
+        let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         problems.finish(Some(Self {
             name,
             domains: wire.domains,
+            mirrors,
             routes,
             retry_policy,
             include_request_attempt_count: wire.include_request_attempt_count,
@@ -412,6 +422,7 @@ impl From<&RouteConfiguration> for wire::RouteConfiguration {
             max_direct_response_body_size_bytes: (max != DIRECT_RESPONSE_BODY_BYTES_MAX)
                 .then(|| u32::try_from(max).unwrap_or(u32::MAX)),
             ignore_port_in_host_matching: plain.ignore_port_in_host_matching,
+            request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
         }
     }
 }
@@ -429,6 +440,7 @@ impl From<&VirtualHost> for wire::VirtualHost {
             response_headers_to_remove,
             routes: plain.routes.iter().map(Into::into).collect(),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),
+            request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
             include_request_attempt_count: plain.include_request_attempt_count,
             include_attempt_count_in_response: plain.include_attempt_count_in_response,
         }

@@ -1,6 +1,9 @@
 //! `RouteAction` and `RedirectAction`: where a request goes, and how it is changed on the way.
 
-use super::{header_mutation::HeaderMutations, matching::RegexRewrite, retry_policy::RetryPolicy};
+use super::{
+    header_mutation::HeaderMutations, matching::RegexRewrite, mirror_policy::MirrorPolicy,
+    retry_policy::RetryPolicy,
+};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
@@ -26,6 +29,8 @@ pub struct RouteAction {
     pub timeout: Option<Duration>,
     /// `None` is unset, zero is off.
     pub idle_timeout: Option<Duration>,
+    /// Who gets a copy.
+    pub mirrors: Vec<MirrorPolicy>,
     /// From the first byte of the request to the last of the response; zero is off. `timeout` counts no more then.
     pub max_stream_duration: Option<Duration>,
     /// `None` is unset.
@@ -243,9 +248,11 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             Some(HostRewriteSpecifier::AutoHostRewrite(true)) => Some(HostRewrite::Auto),
             Some(HostRewriteSpecifier::AutoHostRewrite(false)) | None => None,
         };
+        let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         problems.finish(Some(Self {
             cluster,
             cluster_not_found,
+            mirrors,
             timeout,
             idle_timeout,
             max_stream_duration,
@@ -415,6 +422,7 @@ impl From<&RouteAction> for wire::RouteAction {
             append_x_forwarded_host: plain.append_x_forwarded_host,
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
+            request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
             max_stream_duration: plain.max_stream_duration.map(|limit| {
                 wire::route_action::MaxStreamDuration {
                     max_stream_duration: Some(to_duration(limit)),

@@ -34,6 +34,11 @@ pub struct VirtualHost {
     /// Requests tell how often they were tried.
     #[prost(bool, tag = "14")]
     pub include_request_attempt_count: bool,
+    /// For routes that have none.
+    #[prost(message, repeated, tag = "22")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
     /// Responses tell how often they were tried.
     #[prost(bool, tag = "19")]
     pub include_attempt_count_in_response: bool,
@@ -201,6 +206,11 @@ pub struct RouteAction {
     /// When to try again.
     #[prost(message, optional, tag = "9")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
+    /// Clusters that get a copy of each request.
+    #[prost(message, repeated, tag = "30")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
     /// No byte either way; 0 is off.
     #[prost(message, optional, tag = "24")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -216,6 +226,31 @@ pub struct RouteAction {
 }
 /// Nested message and enum types in `RouteAction`.
 pub mod route_action {
+    /// A cluster that gets a copy of each request, and whose answer nobody reads.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RequestMirrorPolicy {
+        /// Which.
+        #[prost(string, tag = "1")]
+        pub cluster: ::prost::alloc::string::String,
+        /// Only of this share of the requests.
+        #[prost(message, optional, tag = "3")]
+        pub runtime_fraction: ::core::option::Option<
+            super::super::super::core::v3::RuntimeFractionalPercent,
+        >,
+        /// The copy's host stays as it is.
+        #[prost(bool, tag = "6")]
+        pub disable_shadow_host_suffix_append: bool,
+    }
+    impl ::prost::Name for RequestMirrorPolicy {
+        const NAME: &'static str = "RequestMirrorPolicy";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.RequestMirrorPolicy".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.RequestMirrorPolicy".into()
+        }
+    }
     /// How long an exchange may take.
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct MaxStreamDuration {
@@ -746,6 +781,11 @@ pub struct RouteConfiguration {
     /// Of direct responses; 4096 unless said.
     #[prost(message, optional, tag = "11")]
     pub max_direct_response_body_size_bytes: ::core::option::Option<u32>,
+    /// For virtual hosts that have none.
+    #[prost(message, repeated, tag = "13")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
     /// Domains are compared without the port of the request.
     #[prost(bool, tag = "14")]
     pub ignore_port_in_host_matching: bool,
