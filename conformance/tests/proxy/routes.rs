@@ -556,6 +556,23 @@ async fn a_table_says_how_large_direct_responses_may_be_and_whether_ports_count(
     );
 }
 
+#[tokio::test]
+async fn an_endpoint_with_a_name_gives_its_name_to_the_host() {
+    let a = Upstream::named("a").await;
+    let route = "- match: {prefix: /}\n  route: {cluster: a, auto_host_rewrite: true, append_x_forwarded_host: true}";
+    let mut read = read(&table(route), &[&a]).unwrap();
+    read.clusters[0].load_assignment.endpoints[0].address.host = "localhost".into();
+    let proxy = started(read);
+    for version in Version::BOTH {
+        let mut client = proxy.client(version).await;
+        assert_eq!(get(&mut client, "/", &[]).await.status, 200);
+        let asked = proxy.outbound().to_string();
+        assert_eq!(sent(&a, "host"), ["localhost"]);
+        assert_eq!(sent(&a, "x-envoy-original-host"), [asked.as_str()]);
+        assert_eq!(sent(&a, "x-forwarded-host"), [asked.as_str()]);
+    }
+}
+
 /// Answers as the request's `x-fail` says (status, then more header lines), and 200 without it.
 async fn failing() -> Upstream {
     Upstream::start(|mut conn, got| async move {
