@@ -2,12 +2,15 @@
 //!
 //! The timer is armed once and looks at the clock when it fires, so that an event costs no timer operation.
 
+use crate::upstream::headers_within;
 use bytes::Bytes;
+use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use outrigger_filters::{
-    body::{BodyError, ResponseBody},
-    error::Flag,
+    body::{BodyError, ResponseBody, Upload},
+    error::{Error, Flag, Origin},
+    filter::Context as Request,
 };
 use std::{
     future::Future,
@@ -24,6 +27,74 @@ pub(crate) struct FlowLimits {
     pub(crate) gap: Option<Duration>,
     /// When it must be over.
     pub(crate) until: Option<std::time::Instant>,
+}
+
+/// When an exchange must be over, if its route says so.
+pub(crate) fn stream_end(context: &Request) -> Option<std::time::Instant> {
+    let limit = context.route.max_stream_duration?;
+    Some(context.received.unwrap_or_else(std::time::Instant::now) + limit)
+}
+
+/// How long a route lets its client wait for a response to begin.
+pub(crate) struct Patience {
+    idle: Option<Duration>,
+    until: Option<std::time::Instant>,
+    upload: Option<Upload>,
+}
+
+impl Patience {
+    /// `None` for nearly all routes. Those with `openai` know better how long an engine may think.
+    pub(crate) fn of(context: &Request, openai: bool) -> Option<Self> {
+        let idle = context.route.idle_timeout;
+        let idle = idle.filter(|idle| !openai && !idle.is_zero());
+        let until = stream_end(context);
+        (idle.is_some() || until.is_some()).then(|| Self {
+            idle,
+            until,
+            upload: context.upload.clone(),
+        })
+    }
+
+    /// The answer, if it comes in time.
+    pub(crate) async fn wait<T>(
+        self,
+        answer: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let answer = headers_within(self.idle, self.upload.as_ref(), answer);
+        let within = match self.until {
+            Some(until) => tokio::time::timeout_at(until.into(), answer)
+                .await
+                .map_err(|_| {
+                    too_long(
+                        Flag::DurationTimeout,
+                        "max_duration_timeout",
+                        "downstream duration timeout",
+                    )
+                })?,
+            None => answer.await,
+        };
+        match within {
+            Ok(answer) => answer,
+            // The client was the slow one.
+            Err(error) if error.status == StatusCode::REQUEST_TIMEOUT => Err(error),
+            Err(_) => Err(too_long(
+                Flag::StreamIdleTimeout,
+                "stream_idle_timeout",
+                "stream timeout",
+            )),
+        }
+    }
+}
+
+fn too_long(flag: Flag, details: &'static str, message: &'static str) -> Error {
+    metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str()).increment(1);
+    Error::new(
+        Origin::Upstream,
+        flag,
+        StatusCode::GATEWAY_TIMEOUT,
+        details,
+        message,
+    )
 }
 
 /// Puts a body under its limits.

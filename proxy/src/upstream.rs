@@ -94,7 +94,7 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
 ///
 /// # Errors
 /// The upstream was too slow (504), or the client stopped sending (408).
-async fn headers_within<F: Future>(
+pub(crate) async fn headers_within<F: Future>(
     limit: Option<Duration>,
     upload: Option<&Upload>,
     answer: F,
@@ -167,6 +167,15 @@ fn classify(error: &hyper::Error) -> Error {
     if caused_by_client(error) {
         return Error::downstream_gone("the request body ended early");
     }
+    if stream_refused(error) {
+        let mut refused = Error::upstream_reset(
+            Flag::UpstreamRemoteReset,
+            "remote refused stream reset",
+            Retry::NothingReceived,
+        );
+        refused.refused = true;
+        return refused;
+    }
     if error.is_incomplete_message() || error.is_body_write_aborted() {
         return Error::upstream_reset(
             Flag::UpstreamConnectionTermination,
@@ -179,6 +188,18 @@ fn classify(error: &hyper::Error) -> Error {
         "remote reset",
         Retry::NothingReceived,
     )
+}
+
+/// `REFUSED_STREAM`: the upstream did nothing with the request (RFC 9113, 8.7).
+fn stream_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(error) = cause.downcast_ref::<::h2::Error>() {
+            return error.is_remote() && error.reason() == Some(::h2::Reason::REFUSED_STREAM);
+        }
+        source = cause.source();
+    }
+    false
 }
 
 /// The request body failed, not the upstream: the client's fault.

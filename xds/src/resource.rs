@@ -6,10 +6,15 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+pub mod header_mutation;
 pub mod health_check;
 pub mod listener;
+pub mod matching;
+pub mod mirror_policy;
 pub mod outlier_detection;
+pub mod retry_policy;
 pub mod route;
+pub mod route_action;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

@@ -1,11 +1,11 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{leg::Leg, retry::Rules, want};
+use super::{host, leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Unanswered, Via},
     error::{Error, Flag, Retry},
-    filter::{Context, Ranked},
+    filter::{AutoHost, Context, Ranked},
     local_reply,
     services::Services,
     sse,
@@ -35,6 +35,12 @@ pub const SERVICE_TIME_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-upstream-service-time");
 /// The data-parallel rank, in the words of vLLM and SGLang.
 pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+/// Which attempt this is.
+pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
+    HeaderName::from_static("x-envoy-attempt-count");
+/// How long the upstream has.
+const EXPECTED_TIMEOUT_HEADER: HeaderName =
+    HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most block hashes told along in a header; the first ones matter most for what is shared.
@@ -58,11 +64,7 @@ impl Outcome {
         match self {
             Self::Response(_) => false,
             Self::Unwanted(_) => true,
-            Self::Failed(error) => match error.retry {
-                Retry::No => false,
-                Retry::NothingSent => rules.connect_failure,
-                Retry::NothingReceived => rules.reset,
-            },
+            Self::Failed(error) => rules.helps(error),
         }
     }
 
@@ -141,7 +143,7 @@ impl<'a> Attempt<'a> {
                 Ok(reservation) => reservation,
                 Err(error) => return (Outcome::Failed(error), Some(request)),
             };
-        self.address(request.headers_mut(), context);
+        self.address(&mut request, context);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -207,7 +209,8 @@ impl<'a> Attempt<'a> {
     }
 
     /// Headers that belong to this attempt alone.
-    fn address(&self, headers: &mut HeaderMap, context: &Context) {
+    fn address(&self, request: &mut Request<RequestBody>, context: &Context) {
+        let headers = request.headers_mut();
         if self.number > 1 {
             // vLLM derives its ids from this one and refuses a second use while the first may still run.
             let id = format!("{}-{}", context.request_id, self.number);
@@ -219,6 +222,16 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
+        if let Some(auto) = context.route.auto_host_rewrite {
+            rewrite_host(request, &self.target.endpoint.address.host, auto);
+        }
+        let headers = request.headers_mut();
+        if context.route.attempts_to_upstream {
+            headers.insert(ATTEMPT_COUNT_HEADER, HeaderValue::from(self.number));
+        }
+        if context.route.tell_timeout {
+            self.tell_timeout(headers, context);
+        }
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
             headers
@@ -228,6 +241,24 @@ impl<'a> Attempt<'a> {
         if self.target.endpoint.via == Via::Peer {
             self.tell_peer(headers, context);
         }
+    }
+
+    /// How long the upstream has, in milliseconds.
+    fn tell_timeout(&self, headers: &mut HeaderMap, context: &Context) {
+        let Some(total) = context.route.timeout else {
+            return;
+        };
+        let left = if self.number == 1 {
+            total
+        } else {
+            total.saturating_sub(context.complete_since().elapsed())
+        };
+        let per_try = Some(self.rules.per_try_timeout).filter(|timeout| !timeout.is_zero());
+        let left = per_try
+            .map_or(left, |per_try| per_try.min(left))
+            .as_millis();
+        let left = u64::try_from(left).unwrap_or(u64::MAX);
+        headers.insert(EXPECTED_TIMEOUT_HEADER, HeaderValue::from(left.max(1)));
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {
@@ -281,7 +312,7 @@ impl<'a> Attempt<'a> {
             Err(error) => return Outcome::Failed(self.failed(error, reservation)),
         };
         let (mut parts, body) = response.into_parts();
-        let unwanted = self.rules.unwanted(parts.status);
+        let unwanted = self.rules.unwanted(parts.status, &parts.headers);
         parts.headers.remove(RETRY_HEADER);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
@@ -396,6 +427,13 @@ fn refusal(headers: &HeaderMap) -> Option<Error> {
         _ => (Flag::UpstreamConnectionFailure, "remote connection failure"),
     };
     Some(Error::upstream_reset(flag, reason, retry))
+}
+
+/// `auto_host_rewrite`: an endpoint whose address is a number has no name.
+fn rewrite_host(request: &mut Request<RequestBody>, name: &str, auto: AutoHost) {
+    if name.parse::<std::net::IpAddr>().is_err() {
+        host::replace(request, name, auto.append_forwarded, auto.tell_original);
+    }
 }
 
 /// Reads what a peer told of the prompt. Garbage counts as untold.

@@ -79,13 +79,13 @@ impl ::prost::Name for FractionalPercent {
         "/envoy.type.v3.FractionalPercent".into()
     }
 }
-/// From `start` to before `end`.
+/// From start up to, but not including, end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Int64Range {
-    /// The first.
+    /// First.
     #[prost(int64, tag = "1")]
     pub start: i64,
-    /// After the last.
+    /// One after the last.
     #[prost(int64, tag = "2")]
     pub end: i64,
 }
