@@ -4,12 +4,13 @@ use crate::{
     fleet::{Fleet, Way},
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
+    tls::client::Client,
 };
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use http::StatusCode;
 use outrigger_filters::{
-    endpoints::{ClusterView, Endpoint, EndpointStats, Endpoints, Reservation, Via, Want},
+    endpoints::{ClusterView, Endpoint, EndpointStats, Endpoints, Reservation, Secured, Via, Want},
     error::{Error, Flag, Origin, Retry},
 };
 use outrigger_xds::{
@@ -21,6 +22,7 @@ use outrigger_xds::{
 };
 use rand::Rng;
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -37,8 +39,12 @@ pub struct Clusters {
     building: Mutex<()>,
 }
 
+/// How the endpoints of clusters are secured, by cluster.
+pub type Contexts = HashMap<String, Secured>;
+
 struct Entry {
     config: Cluster,
+    tls: Option<Secured>,
     view: ArcSwap<ClusterView>,
     /// Accounts of the engines beside us, by index-free lookup at `reserve`.
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
@@ -71,15 +77,50 @@ impl Clusters {
         })
     }
 
+    /// How the endpoints of clusters are secured; a cluster that says the same as before keeps its context, and with
+    /// it its connections.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them or their files.
+    pub fn contexts(&self, clusters: &[Cluster]) -> Result<Contexts, Vec<String>> {
+        let mut contexts = Contexts::new();
+        let mut errors = Vec::new();
+        let entries = self.entries.load();
+        for cluster in clusters {
+            let Some(resource) = &cluster.tls else {
+                continue;
+            };
+            let known = entries.get(cluster.name.as_str());
+            let known = known.and_then(|entry| entry.tls.clone());
+            let same =
+                known.filter(|tls| Client::of(tls).is_some_and(|client| client.is(resource)));
+            let made = same.map_or_else(|| Client::new(resource).map(Client::secured), Ok);
+            match made {
+                Ok(secured) => drop(contexts.insert(cluster.name.clone(), secured)),
+                Err(error) => {
+                    let name = &cluster.name;
+                    errors.push(format!("cluster '{name}': transport_socket: {error}"));
+                }
+            }
+        }
+        if errors.is_empty() {
+            Ok(contexts)
+        } else {
+            Err(errors)
+        }
+    }
+
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
-    pub fn configure(&self, clusters: &[Cluster]) {
+    pub fn configure(&self, clusters: &[Cluster], contexts: &Contexts) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let entries = clusters.iter().map(|cluster| {
-            let view = self.view_of(cluster);
+            let tls = contexts.get(&cluster.name);
+            let view = self.view_of(cluster, tls);
             let stats = ClusterStats::new(&cluster.name);
             let ledgers = self.ledgers_of(&view);
             let entry = Entry {
                 config: cluster.clone(),
+                tls: tls.cloned(),
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 next: AtomicUsize::new(0),
@@ -102,7 +143,7 @@ impl Clusters {
     pub fn refresh(&self) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
-            let view = self.view_of(&entry.config);
+            let view = self.view_of(&entry.config, entry.tls.as_ref());
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
@@ -142,13 +183,13 @@ impl Clusters {
         views
     }
 
-    fn view_of(&self, cluster: &Cluster) -> ClusterView {
+    fn view_of(&self, cluster: &Cluster, tls: Option<&Secured>) -> ClusterView {
         let mut endpoints = Vec::new();
         for configured in &cluster.load_assignment.endpoints {
             let is_used = configured.health_status != HealthStatus::Unhealthy;
             match configured.duty() {
                 Duty::Peer if is_used => {
-                    endpoints.extend(self.fleet.behind(&configured.address));
+                    endpoints.extend(self.fleet.behind(&configured.address, tls));
                 }
                 Duty::Peer => {}
                 duty => {
@@ -160,6 +201,7 @@ impl Clusters {
                             Via::Plain
                         },
                         protocol: cluster.protocol,
+                        tls,
                         weight: configured.load_balancing_weight,
                     };
                     // Also one that is not used is listened to, so that all is known of it when it is.

@@ -5,7 +5,7 @@
 
 use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
-    endpoints::{Endpoint, Live, Via},
+    endpoints::{Endpoint, Live, Secured, Via},
     kv_index::KvIndex,
 };
 use outrigger_xds::{
@@ -64,6 +64,8 @@ pub struct Way<'a> {
     pub via: Via,
     /// Spoken there.
     pub protocol: UpstreamProtocol,
+    /// How it is secured.
+    pub tls: Option<&'a Secured>,
     /// At least 1.
     pub weight: u32,
 }
@@ -73,6 +75,7 @@ impl Way<'_> {
         endpoint.address == *self.address
             && endpoint.via == self.via
             && endpoint.protocol == self.protocol
+            && endpoint.tls.as_ref() == self.tls
             && endpoint.weight == self.weight.max(1)
     }
 }
@@ -177,6 +180,7 @@ impl Fleet {
             address: way.address.clone(),
             via: way.via,
             protocol: way.protocol,
+            tls: way.tls.cloned(),
             weight: way.weight.max(1),
             slot: self.index.slot(id),
             live: twin.map_or_else(Default::default, |twin| twin.live.clone()),
@@ -184,15 +188,33 @@ impl Fleet {
         })
     }
 
-    /// The engines a peer has told of.
+    /// The engines a peer has told of, reached in the way that the peer is.
     #[must_use]
-    pub fn behind(&self, peer: &Address) -> Vec<Arc<Endpoint>> {
-        let known = self.known();
-        let mut found: Vec<_> = known
-            .values()
-            .filter(|known| matches!(&known.source, Source::Peer(address) if address == peer))
-            .map(|known| known.endpoint().clone())
-            .collect();
+    pub fn behind(&self, peer: &Address, tls: Option<&Secured>) -> Vec<Arc<Endpoint>> {
+        let mut known = self.known();
+        let mut found = Vec::new();
+        for (id, known) in known.iter_mut() {
+            if !matches!(&known.source, Source::Peer(address) if address == peer) {
+                continue;
+            }
+            let way = Way {
+                address: peer,
+                via: Via::Peer,
+                protocol: UpstreamProtocol::Http2,
+                tls,
+                weight: 1,
+            };
+            let same = known
+                .variants
+                .iter()
+                .find(|known| way.is_of(known))
+                .cloned();
+            found.push(same.unwrap_or_else(|| {
+                let endpoint = self.endpoint(id, &way, Some(known.endpoint()));
+                known.variants.push(endpoint.clone());
+                endpoint
+            }));
+        }
         found.sort_by(|a, b| a.id.cmp(&b.id));
         found
     }
@@ -215,6 +237,7 @@ impl Fleet {
                 address,
                 via: Via::Peer,
                 protocol: UpstreamProtocol::Http2,
+                tls: None,
                 weight: 1,
             };
             let endpoint = self.endpoint(&message.engine, &way, None);
@@ -387,6 +410,7 @@ mod tests {
             address: &Address::default(),
             via: Via::Local,
             protocol: UpstreamProtocol::Http1,
+            tls: None,
             weight,
         };
         fleet.configure(&id.into(), &way)
@@ -418,7 +442,7 @@ mod tests {
         fleet.retain_configured(&named(&["stays"]));
         assert_eq!(index.slot(&"new".into()), goes.slot, "its slot is free");
         assert!(Arc::ptr_eq(&configure(&fleet, "stays", 1), &stays));
-        assert_eq!(fleet.behind(&Address::default()).len(), 1);
+        assert_eq!(fleet.behind(&Address::default(), None).len(), 1);
     }
 
     #[test]

@@ -11,8 +11,9 @@ use crate::{
     metrics::HttpStats,
     route,
     snapshot::{BuiltRoute, HttpConfig, Target},
+    tls::{TlsFacts, server::Server},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
@@ -55,10 +56,12 @@ pub struct Manager {
     pub via: HeaderValue,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
+    /// How its connections begin; none is plain text. Swapped with the configuration.
+    pub tls: ArcSwapOption<Server>,
 }
 
 /// The connection a request came on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ConnectionInfo {
     /// The client (or peer).
     pub remote: SocketAddr,
@@ -66,6 +69,8 @@ pub struct ConnectionInfo {
     pub local: SocketAddr,
     /// Unique in this process.
     pub id: u64,
+    /// If it is TLS.
+    pub tls: Option<Arc<TlsFacts>>,
 }
 
 impl Manager {
@@ -83,7 +88,7 @@ impl Manager {
             return feed(request).await;
         }
         let (mut parts, body) = request.into_parts();
-        let mut record = Record::begin(self, &parts, *connection);
+        let mut record = Record::begin(self, &parts, connection.clone());
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
@@ -163,12 +168,21 @@ impl Manager {
         if seen.debug {
             fields.remove(headers::DEBUG);
         }
+        if seen.client_cert {
+            // SANITIZE: whoever sends it claims to speak for somebody else's certificate.
+            fields.remove(headers::FORWARDED_CLIENT_CERT);
+        }
         self.identify(fields, &seen, record, config);
         if config.manager.use_remote_address && !config.inbound {
             headers::append_forwarded_for(fields, &seen, connection.remote.ip());
         }
         if !seen.forwarded_proto {
-            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static("http"));
+            let scheme = if connection.tls.is_some() {
+                "https"
+            } else {
+                "http"
+            };
+            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
         }
         context.request_id = record.request_id.clone();
         Ok(())
@@ -550,6 +564,7 @@ impl Record {
             downstream_remote: self.connection.remote,
             downstream_local: self.connection.local,
             connection_id: self.connection.id,
+            tls: self.connection.tls.as_deref(),
             request_id: &self.request_id,
             trace_id: &self.trace_id,
             route_name: &self.route.name,

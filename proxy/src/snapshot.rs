@@ -227,6 +227,21 @@ fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
     errors
 }
 
+/// Whoever watches an engine speaks plain text to it so far.
+fn secured_engines(clusters: &[Cluster]) -> Vec<String> {
+    let secured = clusters.iter().filter(|cluster| cluster.tls.is_some());
+    let with_engines = secured.filter(|cluster| {
+        let mut endpoints = cluster.load_assignment.endpoints.iter();
+        endpoints.any(|endpoint| endpoint.duty() == Duty::Engine)
+    });
+    with_engines
+        .map(|cluster| {
+            let name = &cluster.name;
+            format!("cluster '{name}': transport_socket: not supported yet with endpoints of duty engine")
+        })
+        .collect()
+}
+
 fn matched_prefix(route: &RouteMatch) -> String {
     use outrigger_xds::resource::route::PathMatch;
     match &route.path {
@@ -251,6 +266,7 @@ pub fn build(
         .collect();
     let mut built = HashMap::new();
     let mut errors = one_address_a_name(&bootstrap.clusters);
+    errors.extend(secured_engines(&bootstrap.clusters));
     for listener in &bootstrap.listeners {
         match HttpConfig::build(
             &listener.http,

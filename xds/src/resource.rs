@@ -6,8 +6,10 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+mod filter_chain;
 pub mod listener;
 pub mod route;
+pub mod tls;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

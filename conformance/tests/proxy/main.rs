@@ -16,4 +16,5 @@ mod protocol;
 mod regression;
 mod reuse;
 mod streams;
+mod tls;
 mod token_limits;

@@ -152,6 +152,7 @@ impl Fleet {
                     address: Address::default(),
                     via: *via,
                     protocol: UpstreamProtocol::default(),
+                    tls: None,
                     weight: 1,
                     live: Arc::new(ArcSwap::from_pointee(live)),
                     stats: Arc::default(),

@@ -64,6 +64,7 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
         },
         via,
         protocol: UpstreamProtocol::Http1,
+        tls: None,
         weight: 1,
         slot: 0,
         live: Arc::new(ArcSwap::from_pointee(live)),

@@ -104,7 +104,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "ring_hash_lb_config",
             "round_robin_lb_config",
             "track_timeout_budgets",
-            "transport_socket",
             "transport_socket_matcher",
             "transport_socket_matches",
             "upstream_bind_config",
@@ -125,12 +124,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.DataSource",
-        &[
-            "environment_variable",
-            "filename",
-            "inline_bytes",
-            "watched_directory",
-        ],
+        &["environment_variable", "watched_directory"],
     ),
     ("envoy.config.core.v3.HeaderValue", &["raw_value"]),
     (
@@ -217,12 +211,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ("envoy.config.listener.v3.Filter", &["config_discovery"]),
     (
         "envoy.config.listener.v3.FilterChain",
-        &[
-            "filter_chain_match",
-            "transport_socket",
-            "transport_socket_connect_timeout",
-            "use_proxy_proto",
-        ],
+        &["filter_chain_match", "use_proxy_proto"],
     ),
     (
         "envoy.config.listener.v3.Listener",

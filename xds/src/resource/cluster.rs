@@ -1,6 +1,9 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
-use super::endpoint::ClusterLoadAssignment;
+use super::{
+    endpoint::ClusterLoadAssignment,
+    tls::{self, UpstreamTls},
+};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, pack, to_duration, unpack},
@@ -31,6 +34,8 @@ pub struct Cluster {
     pub load_assignment: ClusterLoadAssignment,
     /// How we speak to its endpoints (`typed_extension_protocol_options`, HttpProtocolOptions).
     pub protocol: UpstreamProtocol,
+    /// What its transport socket says; none means plain text.
+    pub tls: Option<UpstreamTls>,
     /// `circuit_breakers.thresholds` of default priority.
     pub circuit_breakers: CircuitBreakers,
 }
@@ -43,6 +48,7 @@ impl Default for Cluster {
             lb_policy: LbPolicy::RoundRobin,
             load_assignment: ClusterLoadAssignment::default(),
             protocol: UpstreamProtocol::Http1,
+            tls: None,
             circuit_breakers: CircuitBreakers::default(),
         }
     }
@@ -148,6 +154,9 @@ impl TryFrom<wire::Cluster> for Cluster {
             "typed_extension_protocol_options",
             protocol(&wire.typed_extension_protocol_options),
         );
+        let tls = wire
+            .transport_socket
+            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)));
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
             problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
@@ -157,6 +166,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             lb_policy,
             load_assignment,
             protocol: protocol.unwrap_or_default(),
+            tls,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
@@ -327,6 +337,7 @@ impl From<&Cluster> for wire::Cluster {
             lb_policy: lb_policy.into(),
             load_assignment: Some((&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
+            transport_socket: plain.tls.as_ref().map(Into::into),
             typed_extension_protocol_options: options,
         }
     }

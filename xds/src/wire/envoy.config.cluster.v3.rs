@@ -88,6 +88,11 @@ pub struct Cluster {
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// TLS; none means plain text.
+    #[prost(message, optional, tag = "24")]
+    pub transport_socket: ::core::option::Option<
+        super::super::core::v3::TransportSocket,
+    >,
     /// The endpoints.
     #[prost(message, optional, tag = "33")]
     pub load_assignment: ::core::option::Option<
