@@ -79,8 +79,10 @@ def main():
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:
         pool.Add(file)
-    with open(sys.argv[2], encoding="utf-8") as table:
-        known = left_out(table.read())
+    known = {}
+    for path in sys.argv[2:]:
+        with open(path, encoding="utf-8") as table:
+            known.update(left_out(table.read()))
     found, counts = [], {"files": 0, "messages": 0, "fields": 0, "left_out": 0, "enums": 0}
     for file in files.file:
         if file.name.startswith(OURS_ALONE):

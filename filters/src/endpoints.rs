@@ -16,6 +16,8 @@ use outrigger_xds::{
     },
 };
 use std::{
+    any::Any,
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -158,6 +160,27 @@ pub enum Via {
     Plain,
 }
 
+/// A way to secure connections, which only the way out understands.
+#[derive(Clone)]
+pub struct Secured {
+    /// Connections of one are never used for another.
+    pub id: u64,
+    /// What it is.
+    pub context: Arc<dyn Any + Send + Sync>,
+}
+
+impl PartialEq for Secured {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl fmt::Debug for Secured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secured({})", self.id)
+    }
+}
+
 /// One endpoint. Lives as long as somebody holds it; what changes is behind atomics.
 #[derive(Debug)]
 pub struct Endpoint {
@@ -169,6 +192,8 @@ pub struct Endpoint {
     pub via: Via,
     /// How it is spoken to.
     pub protocol: UpstreamProtocol,
+    /// How it is secured; none is plain text.
+    pub tls: Option<Secured>,
     /// `load_balancing_weight`, at least 1.
     pub weight: u32,
     /// As its cluster's configuration says.

@@ -15,6 +15,7 @@ mod tests;
 
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
 
+use crate::tls::TlsFacts;
 use format::Template;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 use outrigger_filters::filter::LogFields;
@@ -94,6 +95,8 @@ pub struct Entry<'a> {
     pub downstream_local: SocketAddr,
     /// Number of the client's connection in this process.
     pub connection_id: u64,
+    /// If that connection is TLS.
+    pub tls: Option<&'a TlsFacts>,
     /// `x-request-id`, the client's or ours; may be empty.
     pub request_id: &'a str,
     /// Trace id in hex; may be empty.

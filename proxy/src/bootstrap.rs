@@ -193,6 +193,8 @@ fn listener(
         address,
         traffic_direction,
         http,
+        tls: None,
+        transport_socket_connect_timeout: Duration::ZERO,
         tcp_backlog_size: 16_384,
     }
 }

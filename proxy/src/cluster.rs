@@ -7,13 +7,15 @@ use crate::{
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
+    tls::client::Client,
 };
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use http::StatusCode;
 use outrigger_filters::{
     endpoints::{
-        ClusterView, Endpoint, EndpointStats, Endpoints, Host, Level, Reservation, Via, Want,
+        ClusterView, Endpoint, EndpointStats, Endpoints, Host, Level, Reservation, Secured, Via,
+        Want,
     },
     error::{Error, Flag, Origin, Retry},
 };
@@ -25,6 +27,7 @@ use outrigger_xds::{
     },
 };
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -42,8 +45,12 @@ pub struct Clusters {
     checks: Checks,
 }
 
+/// How the endpoints of clusters are secured, by cluster.
+pub type Contexts = HashMap<String, Secured>;
+
 struct Entry {
     config: Cluster,
+    tls: Option<Secured>,
     view: ArcSwap<ClusterView>,
     /// Accounts of the engines beside us, by index-free lookup at `reserve`.
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
@@ -80,14 +87,48 @@ impl Clusters {
         })
     }
 
+    /// How the endpoints of clusters are secured; a cluster that says the same as before keeps its context, and with
+    /// it its connections.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them or their files.
+    pub fn contexts(&self, clusters: &[Cluster]) -> Result<Contexts, Vec<String>> {
+        let mut contexts = Contexts::new();
+        let mut errors = Vec::new();
+        let entries = self.entries.load();
+        for cluster in clusters {
+            let Some(resource) = &cluster.tls else {
+                continue;
+            };
+            let known = entries.get(cluster.name.as_str());
+            let known = known.and_then(|entry| entry.tls.clone());
+            let same =
+                known.filter(|tls| Client::of(tls).is_some_and(|client| client.is(resource)));
+            let made = same.map_or_else(|| Client::new(resource).map(Client::secured), Ok);
+            match made {
+                Ok(secured) => drop(contexts.insert(cluster.name.clone(), secured)),
+                Err(error) => {
+                    let name = &cluster.name;
+                    errors.push(format!("cluster '{name}': transport_socket: {error}"));
+                }
+            }
+        }
+        if errors.is_empty() {
+            Ok(contexts)
+        } else {
+            Err(errors)
+        }
+    }
+
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
-    pub fn configure(&self, clusters: &[Cluster]) {
+    pub fn configure(&self, clusters: &[Cluster], contexts: &Contexts) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.entries.load_full();
         let entries = clusters.iter().map(|cluster| {
             let previous = before.get(cluster.name.as_str());
+            let tls = contexts.get(&cluster.name);
             let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
-            let view = self.view_of(cluster, &balancer);
+            let view = self.view_of(cluster, tls, &balancer);
             let stats = ClusterStats::new(&cluster.name);
             let before = previous.and_then(|entry| entry.detector.as_deref());
             let detector = cluster
@@ -103,6 +144,7 @@ impl Clusters {
             let ledgers = self.ledgers_of(&view);
             let entry = Entry {
                 config: cluster.clone(),
+                tls: tls.cloned(),
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 balancer,
@@ -132,7 +174,7 @@ impl Clusters {
     pub fn refresh(&self) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
-            let view = self.view_of(&entry.config, &entry.balancer);
+            let view = self.view_of(&entry.config, entry.tls.as_ref(), &entry.balancer);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             if let Some(detector) = &entry.detector {
                 detector.members(&view.endpoints);
@@ -200,7 +242,12 @@ impl Clusters {
         views
     }
 
-    fn view_of(&self, cluster: &Cluster, balancer: &Balancer) -> ClusterView {
+    fn view_of(
+        &self,
+        cluster: &Cluster,
+        tls: Option<&Secured>,
+        balancer: &Balancer,
+    ) -> ClusterView {
         let name: Arc<str> = cluster.name.as_str().into();
         let mut endpoints = Vec::new();
         for configured in &cluster.load_assignment.endpoints {
@@ -209,6 +256,7 @@ impl Clusters {
                 address: &configured.address,
                 via: Via::Plain,
                 protocol: cluster.protocol,
+                tls,
                 weight: configured.load_balancing_weight,
                 health_status: configured.health_status,
                 priority: cluster.load_assignment.locality(configured).priority,

@@ -4,6 +4,7 @@ use crate::{
     drain::Drain,
     http::{ConnectionInfo, Manager},
     metrics::HttpStats,
+    tls::Stream,
 };
 use hyper::service::service_fn;
 use hyper_util::{
@@ -20,7 +21,6 @@ use std::{
     },
     time::Duration,
 };
-use tokio::net::TcpStream;
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -33,13 +33,14 @@ const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Serves one connection.
 pub(crate) async fn serve(
-    socket: TcpStream,
+    stream: Stream,
     manager: Arc<Manager>,
     info: Arc<ConnectionInfo>,
     drain: Drain,
 ) {
     let config = manager.config.load_full();
     let builder = builder(&config.manager);
+    let idle = config.manager.idle_timeout;
     drop(config);
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
@@ -51,9 +52,11 @@ pub(crate) async fn serve(
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut draining = pin!(drain.begun());
     let mut drained = false;
+    // hyper's own timers begin with the first bytes (HTTP/1) or never (HTTP/2): this one is for who asks nothing at all.
+    let mut silent = pin!(tokio::time::sleep(idle));
     let outcome = loop {
         tokio::select! {
             biased;
@@ -66,6 +69,10 @@ pub(crate) async fn serve(
                     // Half a head, at most: the codec would wait for the rest of it.
                     return;
                 }
+            }
+            () = &mut silent, if !idle.is_zero() && !asked.load(Relaxed) => {
+                stats.downstream_cx_idle_timeout.increment(1);
+                return;
             }
         }
     };

@@ -8,6 +8,7 @@ use crate::{
     fleet::{Fleet, Source},
     http::FeedService,
     ledger::{Ledger, Ledgers},
+    upstream::connect::dialer,
 };
 use ahash::{AHashMap, AHashSet};
 use futures_util::{StreamExt, stream};
@@ -16,6 +17,7 @@ use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use outrigger_filters::{
     body::{BodyError, ResponseBody},
+    endpoints::Secured,
     error::Flag,
 };
 use outrigger_xds::{
@@ -342,7 +344,7 @@ pub async fn follow_local(fleet: Arc<Fleet>, source: Arc<dyn FeedSource>) {
 /// The peers we listen to, each by a task of its own.
 pub struct Peers {
     fleet: Arc<Fleet>,
-    tasks: AHashMap<Address, JoinHandle<()>>,
+    tasks: AHashMap<Address, (Option<Secured>, JoinHandle<()>)>,
 }
 
 impl Peers {
@@ -356,30 +358,35 @@ impl Peers {
     }
 
     /// Listens to exactly these; a peer that stays is not disturbed.
-    pub fn configure(&mut self, peers: &[Address]) {
+    pub fn configure(&mut self, peers: &[(Address, Option<Secured>)]) {
         let fleet = &self.fleet;
-        self.tasks.retain(|address, task| {
-            let stays = peers.contains(address);
+        self.tasks.retain(|address, (tls, task)| {
+            let named = peers.iter().find(|(peer, _)| peer == address);
+            if named.is_none() {
+                fleet.dismiss(address);
+            }
+            // Secured in another way, it is the same peer: only the connection is another.
+            let stays = named.is_some_and(|(_, now)| now == tls);
             if !stays {
                 task.abort();
-                fleet.dismiss(address);
             }
             stays
         });
-        for address in peers {
-            self.tasks
-                .entry(address.clone())
-                .or_insert_with(|| tokio::spawn(follow_peer(fleet.clone(), address.clone())));
+        for (address, tls) in peers {
+            self.tasks.entry(address.clone()).or_insert_with(|| {
+                let follow = follow_peer(fleet.clone(), address.clone(), tls.clone());
+                (tls.clone(), tokio::spawn(follow))
+            });
         }
     }
 }
 
-async fn follow_peer(fleet: Arc<Fleet>, address: Address) {
+async fn follow_peer(fleet: Arc<Fleet>, address: Address, tls: Option<Secured>) {
     let source = Source::Peer(address.clone());
     let mut pause = RETRY_MIN;
     let gauge = metrics::gauge!("outrigger_feed_connected", "peer" => address.to_string());
     loop {
-        match hear(&fleet, &source, &address, &gauge).await {
+        match hear(&fleet, &source, (&address, tls.as_ref()), &gauge).await {
             // It is there and will tell all again; until then what it told is the best there is.
             Ok(Ended::Gap) => {
                 tokio::time::sleep(RETRY_MIN).await;
@@ -411,13 +418,14 @@ enum Ended {
 async fn hear(
     fleet: &Fleet,
     source: &Source,
-    address: &Address,
+    (address, tls): (&Address, Option<&Secured>),
     gauge: &metrics::Gauge,
 ) -> Result<Ended, String> {
     let uri = format!("http://{address}")
         .parse::<http::Uri>()
         .map_err(|error| error.to_string())?;
-    let mut messages = feed::connect(uri, FeedTimeouts::default())
+    let dialer = tls.map(|tls| dialer(address.clone(), tls.clone()));
+    let mut messages = feed::connect_by(uri, FeedTimeouts::default(), dialer)
         .await
         .map_err(|error| error.to_string())?;
     tracing::info!(peer = %address, "listening to a peer's feed");

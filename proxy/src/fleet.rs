@@ -5,7 +5,7 @@
 
 use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
-    endpoints::{Endpoint, Live, Via},
+    endpoints::{Endpoint, Live, Secured, Via},
     kv_index::KvIndex,
 };
 use outrigger_xds::{
@@ -67,6 +67,8 @@ pub struct Way<'a> {
     pub via: Via,
     /// Spoken there.
     pub protocol: UpstreamProtocol,
+    /// How it is secured.
+    pub tls: Option<&'a Secured>,
     /// At least 1.
     pub weight: u32,
     /// As configured.
@@ -84,6 +86,7 @@ impl Way<'_> {
         endpoint.address == *self.address
             && endpoint.via == self.via
             && endpoint.protocol == self.protocol
+            && endpoint.tls.as_ref() == self.tls
             && endpoint.weight == self.weight.max(1)
             && endpoint.health_status == self.health_status
             && endpoint.priority == self.priority
@@ -189,6 +192,7 @@ impl Fleet {
             address: way.address.clone(),
             via: way.via,
             protocol: way.protocol,
+            tls: way.tls.cloned(),
             weight: way.weight.max(1),
             health_status: way.health_status,
             priority: way.priority,
@@ -239,6 +243,7 @@ impl Fleet {
                 address,
                 via: Via::Peer,
                 protocol: UpstreamProtocol::Http2,
+                tls: None,
                 weight: 1,
                 health_status: HealthStatus::default(),
                 priority: 0,
@@ -415,6 +420,7 @@ mod tests {
             address: &Address::default(),
             via: Via::Local,
             protocol: UpstreamProtocol::Http1,
+            tls: None,
             weight,
             health_status: HealthStatus::default(),
             priority: 0,
@@ -454,6 +460,7 @@ mod tests {
             address: &Address::default(),
             via: Via::Peer,
             protocol: UpstreamProtocol::Http2,
+            tls: None,
             weight: 1,
             health_status: HealthStatus::default(),
             priority: 0,

@@ -8,6 +8,8 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 pub(crate) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(crate) const FORWARDED_CLIENT_CERT: HeaderName =
+    HeaderName::from_static("x-forwarded-client-cert");
 /// Ids of the proxies a request went through, comma separated; kept from clients too, since it can only stop a loop.
 pub(crate) const VIA: HeaderName = HeaderName::from_static("x-outrigger-via");
 /// Asks for debug headers in the response.
@@ -33,6 +35,7 @@ pub(crate) struct Seen {
     pub(crate) traceparent: bool,
     pub(crate) forwarded_for: bool,
     pub(crate) forwarded_proto: bool,
+    pub(crate) client_cert: bool,
     pub(crate) transfer_encoding: bool,
     pub(crate) server: bool,
     /// How many `host` lines there are.
@@ -59,6 +62,7 @@ impl Seen {
                 "traceparent" => seen.traceparent = true,
                 "x-forwarded-for" => seen.forwarded_for = true,
                 "x-forwarded-proto" => seen.forwarded_proto = true,
+                "x-forwarded-client-cert" => seen.client_cert = true,
                 other if other.starts_with("x-outrigger-") => seen.between_proxies = true,
                 _ => {}
             }

@@ -7,7 +7,7 @@ mod ask;
 
 use ahash::AHashMap;
 use ask::Asker;
-use outrigger_filters::endpoints::{ClusterView, Host, Via};
+use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Secured, Via};
 use outrigger_xds::{
     report::EngineId,
     resource::{cluster::Cluster, endpoint::Address, health_check::HealthCheck},
@@ -32,6 +32,7 @@ pub struct Checks {
 struct Running {
     config: HealthCheck,
     address: Address,
+    tls: Option<Secured>,
     host: Arc<Host>,
     task: AbortHandle,
 }
@@ -67,10 +68,10 @@ impl Checks {
                 let known = before.remove(&key).filter(|known| {
                     known.config == *config
                         && known.address == endpoint.address
+                        && known.tls == endpoint.tls
                         && Arc::ptr_eq(&known.host, &endpoint.host)
                 });
-                let check = known
-                    .unwrap_or_else(|| start(config, &checked, &endpoint.address, &endpoint.host));
+                let check = known.unwrap_or_else(|| start(config, &checked, endpoint));
                 running.insert(key, check);
             }
         }
@@ -89,18 +90,14 @@ const ALL_FLAGS: u32 = Host::FAILED_ACTIVE_HC
     | Host::ACTIVE_HC_TIMEOUT
     | Host::CHECKED;
 
-fn start(
-    config: &HealthCheck,
-    checked: &Checked<'_>,
-    address: &Address,
-    host: &Arc<Host>,
-) -> Running {
+fn start(config: &HealthCheck, checked: &Checked<'_>, endpoint: &Endpoint) -> Running {
+    let (address, tls, host) = (&endpoint.address, endpoint.tls.as_ref(), &endpoint.host);
     if host.set(Host::CHECKED, true) {
         // As in Envoy: guilty until the first check, which then decides alone.
         host.set(Host::FAILED_ACTIVE_HC | Host::PENDING_ACTIVE_HC, true);
     }
     let check = Check {
-        asker: Asker::new(config, &checked.config.name, address),
+        asker: Asker::new(config, &checked.config.name, address, tls),
         config: config.clone(),
         cluster: checked.config.name.clone(),
         address: address.clone(),
@@ -112,6 +109,7 @@ fn start(
     Running {
         config: config.clone(),
         address: address.clone(),
+        tls: tls.cloned(),
         host: host.clone(),
         task: tokio::spawn(check.run()).abort_handle(),
     }
@@ -257,7 +255,7 @@ mod tests {
         let host = Arc::new(Host::default());
         host.set(Host::FAILED_ACTIVE_HC | Host::PENDING_ACTIVE_HC, true);
         Check {
-            asker: Asker::new(&config, "c", &Address::default()),
+            asker: Asker::new(&config, "c", &Address::default(), None),
             config,
             cluster: "c".into(),
             address: Address::default(),

@@ -13,8 +13,9 @@ use crate::{
     metrics::HttpStats,
     route::{BuiltRoute, Target},
     snapshot::HttpConfig,
+    tls::{TlsFacts, server::Server},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
@@ -54,10 +55,12 @@ pub struct Manager {
     pub via: HeaderValue,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
+    /// How its connections begin; none is plain text. Swapped with the configuration.
+    pub tls: ArcSwapOption<Server>,
 }
 
 /// The connection a request came on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ConnectionInfo {
     /// The client (or peer).
     pub remote: SocketAddr,
@@ -65,6 +68,8 @@ pub struct ConnectionInfo {
     pub local: SocketAddr,
     /// Unique in this process.
     pub id: u64,
+    /// If it is TLS.
+    pub tls: Option<Arc<TlsFacts>>,
 }
 
 impl Manager {
@@ -82,7 +87,7 @@ impl Manager {
             return feed(request).await;
         }
         let (mut parts, body) = request.into_parts();
-        let mut record = Record::begin(self, &parts, *connection);
+        let mut record = Record::begin(self, &parts, connection.clone());
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
@@ -164,12 +169,21 @@ impl Manager {
         if seen.debug {
             fields.remove(headers::DEBUG);
         }
+        if seen.client_cert {
+            // SANITIZE: whoever sends it claims to speak for somebody else's certificate.
+            fields.remove(headers::FORWARDED_CLIENT_CERT);
+        }
         self.identify(fields, &seen, record, config);
         if config.manager.use_remote_address && !config.inbound {
             headers::append_forwarded_for(fields, &seen, connection.remote.ip());
         }
         if !seen.forwarded_proto {
-            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static("http"));
+            let scheme = if connection.tls.is_some() {
+                "https"
+            } else {
+                "http"
+            };
+            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
         }
         context.request_id = record.request_id.clone();
         Ok(())

@@ -27,6 +27,7 @@ pub mod process;
 pub mod route;
 pub mod run;
 pub mod snapshot;
+pub mod tls;
 pub mod upstream;
 
 pub use process::run;

@@ -5,6 +5,7 @@ use crate::{
     drain::Drain,
     http::{ConnectionInfo, Manager},
     metrics::ListenerStats,
+    tls::{Stream, TlsFacts, server::Server},
 };
 use outrigger_xds::resource::listener::Listener;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -110,20 +111,70 @@ pub(crate) async fn accept(
                 }
                 let _ = socket.set_nodelay(true);
                 let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
-                let info = Arc::new(ConnectionInfo { remote, local, id });
                 let counted = Counted::new(open.clone(), stats.clone());
                 let (manager, drain) = (manager.clone(), drain.clone());
-                tokio::spawn(async move {
-                    let _counted = counted;
-                    let _running = drain.enter();
-                    codec::serve(socket, manager, info, drain.clone()).await;
-                });
+                let info = move |tls| {
+                    Arc::new(ConnectionInfo {
+                        remote,
+                        local,
+                        id,
+                        tls,
+                    })
+                };
+                match manager.tls.load_full() {
+                    None => {
+                        let info = info(None);
+                        tokio::spawn(async move {
+                            let _counted = counted;
+                            let _running = drain.enter();
+                            codec::serve(Stream::Plain(socket), manager, info, drain.clone()).await;
+                        });
+                    }
+                    Some(server) => {
+                        tokio::spawn(async move {
+                            let _running = drain.enter();
+                            let shaken = handshake(socket, &server, &manager, &counted.1, &drain);
+                            if let Some((stream, tls)) = shaken.await {
+                                let info = info(Some(Arc::new(tls)));
+                                codec::serve(stream, manager, info, drain.clone()).await;
+                            }
+                            drop(counted);
+                        });
+                    }
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, %local, "accept failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// A TLS handshake, which must not outlast its limit, nor hold up a drain.
+async fn handshake(
+    socket: tokio::net::TcpStream,
+    server: &Server,
+    manager: &Manager,
+    stats: &ListenerStats,
+    drain: &Drain,
+) -> Option<(Stream, TlsFacts)> {
+    let limit = server.handshake_timeout();
+    let idle = manager.config.load().manager.idle_timeout;
+    let wait = [limit, idle].into_iter().find(|limit| !limit.is_zero());
+    let expired = async {
+        match wait {
+            Some(wait) => tokio::time::sleep(wait).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        shaken = server.accept(socket, stats) => shaken.ok(),
+        () = expired => {
+            stats.downstream_cx_transport_socket_connect_timeout.increment(1);
+            None
+        }
+        () = drain.begun() => None,
     }
 }
 

@@ -304,6 +304,7 @@ mod tests {
                     address: Default::default(),
                     via: Via::Plain,
                     protocol: Default::default(),
+                    tls: None,
                     weight: 1,
                     health_status: Default::default(),
                     priority: 0,

@@ -177,7 +177,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
         Arc::default(),
     );
     let services = Services {
-        endpoints: clusters,
+        endpoints: clusters.clone(),
         upstream: Arc::new(Pools),
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
@@ -187,10 +187,12 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
         node_cluster: bootstrap.node.cluster.as_str().into(),
         stat_prefix: Arc::default(),
     };
+    clusters.contexts(&bootstrap.clusters)?;
     snapshot::build(bootstrap, &services)?;
     let sinks = Sinks::default();
     for listener in &bootstrap.listeners {
         AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
+        crate::run::tls(listener).map_err(|error| vec![error])?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@
 use crate::{
     access_log::{AccessLogs, Sinks},
     admin::{self, logging::LogHandle},
-    cluster::Clusters,
+    cluster::{Clusters, Contexts},
     drain::Drain,
     engines::{self, Watcher},
     feed::{self, LocalFeed, Peers},
@@ -16,11 +16,13 @@ use crate::{
     listener::{self, Bound},
     metrics::{HttpStats, ListenerStats},
     snapshot,
+    tls::server::Server,
     upstream::{self, Pools},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use http::HeaderValue;
 use outrigger_filters::{
+    endpoints::Secured,
     kv_index::{self, KvIndex},
     services::Services,
     tokens::{Tokenizers, TokenizersConfig},
@@ -29,6 +31,7 @@ use outrigger_xds::{
     load,
     resource::{
         bootstrap::Bootstrap,
+        endpoint::{Address, Duty},
         listener::{Listener, TrafficDirection},
     },
 };
@@ -269,6 +272,7 @@ fn assemble(
         node_cluster: bootstrap.node.cluster.as_str().into(),
         stat_prefix: Arc::default(),
     };
+    let contexts = clusters.contexts(&bootstrap.clusters)?;
     let built = snapshot::build(&bootstrap, &services)?;
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let service = feed::service(local.clone(), runtime.clone(), drain.clone());
@@ -291,6 +295,7 @@ fn assemble(
             })?,
             feed: (listener.traffic_direction == TrafficDirection::Inbound)
                 .then(|| service.clone()),
+            tls: ArcSwapOption::new(tls(listener).map_err(|error| vec![error])?),
         };
         managers.insert(listener.name.clone(), Arc::new(manager));
         bound.push(listener::bind(listener, concurrency).map_err(|error| vec![error])?);
@@ -311,14 +316,47 @@ fn assemble(
     });
     runtime.spawn(feed::follow_local(fleet.clone(), local));
     runtime.spawn(refresh_views(fleet, shared.clone()));
-    shared.configure(bootstrap);
+    shared.configure(bootstrap, &contexts);
     Ok((shared, bound))
 }
 
+/// How connections of a listener begin.
+pub(crate) fn tls(listener: &Listener) -> Result<Option<Arc<Server>>, String> {
+    let limit = listener.transport_socket_connect_timeout;
+    let server = listener.tls.as_ref().map(|tls| Server::new(tls, limit));
+    let server = server
+        .transpose()
+        .map_err(|error| format!("listener '{}': transport_socket: {error}", listener.name))?;
+    Ok(server.map(Arc::new))
+}
+
+/// Each peer with the way it is secured in the cluster that names it.
+fn with_contexts(
+    bootstrap: &Bootstrap,
+    peers: Vec<Address>,
+    contexts: &Contexts,
+) -> Vec<(Address, Option<Secured>)> {
+    let of = |peer: &Address| {
+        let mut naming = bootstrap.clusters.iter().filter(|cluster| {
+            let mut endpoints = cluster.load_assignment.endpoints.iter();
+            endpoints.any(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)
+        });
+        naming.find_map(|cluster| contexts.get(&cluster.name).cloned())
+    };
+    peers
+        .into_iter()
+        .map(|peer| {
+            let tls = of(&peer);
+            (peer, tls)
+        })
+        .collect()
+}
+
 impl Shared {
-    fn configure(&self, bootstrap: Bootstrap) {
+    fn configure(&self, bootstrap: Bootstrap, contexts: &Contexts) {
         let (engines, peers) = engines::configured(&bootstrap);
-        self.clusters.configure(&bootstrap.clusters);
+        let peers = with_contexts(&bootstrap, peers, contexts);
+        self.clusters.configure(&bootstrap.clusters, contexts);
         // The fleet knows them by now, so nothing told of them is lost.
         self.local.configure(engines.keys().cloned().collect());
         self.watcher.configure(&engines);
@@ -344,19 +382,22 @@ impl Shared {
                     .into(),
             ]);
         }
+        let contexts = self.clusters.contexts(&bootstrap.clusters)?;
         let built = snapshot::build(&bootstrap, &self.services)?;
         let mut logs = HashMap::new();
         for listener in &bootstrap.listeners {
             let log = AccessLogs::new(&listener.http.access_log, &self.sinks)
                 .map_err(|error| vec![error])?;
-            logs.insert(listener.name.clone(), Arc::new(log));
+            let tls = tls(listener).map_err(|error| vec![error])?;
+            logs.insert(listener.name.clone(), (Arc::new(log), tls));
         }
         // Clusters first: a route must never name one that is not there yet.
-        self.configure(bootstrap);
+        self.configure(bootstrap, &contexts);
         for (name, manager) in &self.managers {
-            if let (Some(http), Some(log)) = (built.get(name), logs.remove(name)) {
+            if let (Some(http), Some((log, tls))) = (built.get(name), logs.remove(name)) {
                 manager.config.store(http.clone());
                 manager.logs.store(log);
+                manager.tls.store(tls);
             }
         }
         metrics::counter!("outrigger_config_updates_total").increment(1);

@@ -117,6 +117,21 @@ fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
     errors
 }
 
+/// Whoever watches an engine speaks plain text to it so far.
+fn secured_engines(clusters: &[Cluster]) -> Vec<String> {
+    let secured = clusters.iter().filter(|cluster| cluster.tls.is_some());
+    let with_engines = secured.filter(|cluster| {
+        let mut endpoints = cluster.load_assignment.endpoints.iter();
+        endpoints.any(|endpoint| endpoint.duty() == Duty::Engine)
+    });
+    with_engines
+        .map(|cluster| {
+            let name = &cluster.name;
+            format!("cluster '{name}': transport_socket: not supported yet with endpoints of duty engine")
+        })
+        .collect()
+}
+
 /// All listeners' HTTP sides of a configuration, by listener name.
 ///
 /// # Errors
@@ -132,6 +147,7 @@ pub fn build(
         .collect();
     let mut built = HashMap::new();
     let mut errors = one_address_a_name(&bootstrap.clusters);
+    errors.extend(secured_engines(&bootstrap.clusters));
     for listener in &bootstrap.listeners {
         match HttpConfig::build(
             &listener.http,

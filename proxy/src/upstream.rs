@@ -79,7 +79,11 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
         .unwrap_or_else(|| PathAndQuery::from_static("/"));
     if let Some(authority) = authority {
         let built = Uri::builder()
-            .scheme("http")
+            .scheme(if endpoint.tls.is_some() {
+                "https"
+            } else {
+                "http"
+            })
             .authority(authority)
             .path_and_query(path)
             .build();

@@ -13,7 +13,7 @@ mod frames;
 mod plain;
 mod server;
 
-pub use client::{FeedSubscription, FeedTimeouts, connect};
+pub use client::{Connection, Dialer, FeedSubscription, FeedTimeouts, connect, connect_by};
 pub use continuity::Continuity;
 pub use frames::{Assembler, FRAME_BYTES_MAX, FRAME_READ_BYTES_MAX, MESSAGE_HASHES_MAX, encode};
 pub use server::{PATH_PREFIX, service};

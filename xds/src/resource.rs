@@ -6,6 +6,7 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+mod filter_chain;
 pub mod header_mutation;
 pub mod health_check;
 pub mod listener;
@@ -15,6 +16,7 @@ pub mod outlier_detection;
 pub mod retry_policy;
 pub mod route;
 pub mod route_action;
+pub mod tls;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

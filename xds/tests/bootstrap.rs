@@ -25,6 +25,10 @@ use outrigger_xds::{
         route_action::{
             ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
         },
+        tls::{
+            CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
+            TlsParams, Validation,
+        },
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -49,7 +53,23 @@ static_resources:
     address: {socketAddress: {address: "::1", portValue: 8080}}
     tcp_backlog_size: 512
     filter_chains:
-    - filters:
+    - transport_socket_connect_timeout: 7s
+      transport_socket:
+        name: tls
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext
+          require_client_certificate: true
+          common_tls_context:
+            alpn_protocols: [h2, http/1.1]
+            tls_params: {tls_minimum_protocol_version: TLSv1_3, cipher_suites: ["[A|B]", C], ecdh_curves: [X25519]}
+            tls_certificates:
+            - {certificate_chain: {filename: /c.pem}, private_key: {filename: /k.pem}}
+            validation_context:
+              trusted_ca: {inline_string: ca}
+              match_typed_subject_alt_names:
+              - {san_type: URI, matcher: {prefix: "spiffe://a/"}}
+              - {san_type: DNS, matcher: {exact: b}}
+      filters:
       - name: hcm
         typed_config:
           "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
@@ -166,6 +186,33 @@ fn socket(host: &str, port: u16) -> Address {
     Address {
         host: host.into(),
         port,
+    }
+}
+
+fn full_tls() -> DownstreamTls {
+    let name = |kind, pattern| NameMatch { kind, pattern };
+    DownstreamTls {
+        common: CommonTls {
+            params: TlsParams {
+                only_1_3: true,
+                only_1_2: false,
+                cipher_suites: vec!["A".into(), "B".into(), "C".into()],
+                ecdh_curves: vec!["X25519".into()],
+            },
+            certificates: vec![TlsCertificate {
+                chain: DataSource::File("/c.pem".into()),
+                key: DataSource::File("/k.pem".into()),
+            }],
+            validation: Some(Validation {
+                trusted_ca: DataSource::Inline(b"ca".to_vec()),
+                names: vec![
+                    name(NameKind::Uri, NamePattern::Prefix("spiffe://a/".into())),
+                    name(NameKind::Dns, NamePattern::Exact("b".into())),
+                ],
+            }),
+            alpn: vec!["h2".into(), "http/1.1".into()],
+        },
+        require_client_certificate: true,
     }
 }
 
@@ -520,6 +567,8 @@ fn full() -> Bootstrap {
             address: socket("::1", 8080),
             traffic_direction: TrafficDirection::Outbound,
             http: full_manager(),
+            tls: Some(full_tls()),
+            transport_socket_connect_timeout: Duration::from_secs(7),
             tcp_backlog_size: 512,
         }],
         clusters: vec![Cluster {
@@ -536,6 +585,7 @@ fn full() -> Bootstrap {
             outlier_detection: Some(outlier_detection()),
             load_assignment: engines,
             protocol: UpstreamProtocol::Http2,
+            tls: None,
             circuit_breakers: CircuitBreakers {
                 max_connections: 10,
                 retry_budget_percent: 12.5,

@@ -18,4 +18,5 @@ mod regression;
 mod reuse;
 mod routes;
 mod streams;
+mod tls;
 mod token_limits;

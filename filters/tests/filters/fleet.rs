@@ -153,6 +153,7 @@ impl Fleet {
                     address: Address::default(),
                     via: *via,
                     protocol: UpstreamProtocol::default(),
+                    tls: None,
                     weight: 1,
                     health_status: Default::default(),
                     priority: 0,

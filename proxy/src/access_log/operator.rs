@@ -4,6 +4,7 @@
 //! is [`super::format`]'s business.
 
 use super::{Captured, Entry, Headers, Wanted, start_time::TimeFormat};
+use crate::tls::TlsFacts;
 use http::{HeaderName, Version};
 use outrigger_filters::error::Flag;
 use std::{
@@ -41,6 +42,10 @@ pub(super) enum Operator {
         part: AddressPart,
     },
     ConnectionId,
+    /// Of the client's connection, if it is TLS.
+    Tls(TlsFact),
+    /// Why a handshake with the upstream failed, which the details end with.
+    TransportFailure,
     RequestId,
     TraceId,
     RouteName,
@@ -53,8 +58,28 @@ pub(super) enum Operator {
     CompletionTokens,
     Model,
     RoutingDecision,
-    /// Something this proxy has none of (TLS, SNI, filter state): always missing, as in an Envoy without it.
+    /// Something this proxy has none of (filter state, certificates' subjects): always missing, as in an Envoy without it.
     Absent,
+}
+
+/// Something known of a client's connection because it is TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TlsFact {
+    Version,
+    ServerName,
+    PeerUriSans,
+    PeerDnsSans,
+}
+
+impl TlsFact {
+    fn of(self, tls: &TlsFacts) -> &str {
+        match self {
+            Self::Version => tls.version,
+            Self::ServerName => &tls.server_name,
+            Self::PeerUriSans => &tls.peer_uri_sans,
+            Self::PeerDnsSans => &tls.peer_dns_sans,
+        }
+    }
 }
 
 /// Where a header operator finds its value.
@@ -109,7 +134,7 @@ pub(super) enum Value<'a> {
 }
 
 /// Operators of Envoy that are accepted and have nothing to show here.
-const ABSENT: [&str; 41] = [
+const ABSENT: [&str; 36] = [
     "CLUSTER_METADATA",
     "CONNECTION_TERMINATION_DETAILS",
     "DOWNSTREAM_LOCAL_DNS_SAN",
@@ -119,23 +144,19 @@ const ABSENT: [&str; 41] = [
     "DOWNSTREAM_PEER_CERT",
     "DOWNSTREAM_PEER_CERT_V_END",
     "DOWNSTREAM_PEER_CERT_V_START",
-    "DOWNSTREAM_PEER_DNS_SAN",
     "DOWNSTREAM_PEER_EMAIL_SAN",
     "DOWNSTREAM_PEER_FINGERPRINT_1",
     "DOWNSTREAM_PEER_FINGERPRINT_256",
     "DOWNSTREAM_PEER_ISSUER",
     "DOWNSTREAM_PEER_SERIAL",
     "DOWNSTREAM_PEER_SUBJECT",
-    "DOWNSTREAM_PEER_URI_SAN",
     "DOWNSTREAM_TLS_CIPHER",
     "DOWNSTREAM_TLS_SESSION_ID",
-    "DOWNSTREAM_TLS_VERSION",
     "DOWNSTREAM_TRANSPORT_FAILURE_REASON",
     "DYNAMIC_METADATA",
     "FILTER_CHAIN_NAME",
     "FILTER_STATE",
     "METADATA",
-    "REQUESTED_SERVER_NAME",
     "TLS_JA3_FINGERPRINT",
     "TLS_JA4_FINGERPRINT",
     "UPSTREAM_FILTER_STATE",
@@ -149,7 +170,6 @@ const ABSENT: [&str; 41] = [
     "UPSTREAM_TLS_CIPHER",
     "UPSTREAM_TLS_SESSION_ID",
     "UPSTREAM_TLS_VERSION",
-    "UPSTREAM_TRANSPORT_FAILURE_REASON",
     "VIRTUAL_CLUSTER_NAME",
 ];
 
@@ -230,6 +250,11 @@ impl Operator {
             }
             "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Self::UpstreamCluster,
             "UPSTREAM_REQUEST_ATTEMPT_COUNT" => Self::Attempts,
+            "DOWNSTREAM_TLS_VERSION" => Self::Tls(TlsFact::Version),
+            "REQUESTED_SERVER_NAME" => Self::Tls(TlsFact::ServerName),
+            "DOWNSTREAM_PEER_URI_SAN" => Self::Tls(TlsFact::PeerUriSans),
+            "DOWNSTREAM_PEER_DNS_SAN" => Self::Tls(TlsFact::PeerDnsSans),
+            "UPSTREAM_TRANSPORT_FAILURE_REASON" => Self::TransportFailure,
             "CONNECTION_ID" => Self::ConnectionId,
             "STREAM_ID" => Self::RequestId,
             "TRACE_ID" => Self::TraceId,
@@ -290,6 +315,11 @@ impl Operator {
                 }
             }
             Self::ConnectionId => Value::Uint(entry.connection_id),
+            Self::TransportFailure => {
+                let reason = log.details.split_once("{remote_connection_failure|");
+                text(reason.map_or("", |(_, reason)| reason.trim_end_matches('}')))
+            }
+            Self::Tls(of) => text(entry.tls.map_or("", |tls| of.of(tls))),
             Self::RequestId => text(entry.request_id),
             Self::TraceId => text(entry.trace_id),
             Self::RouteName => text(entry.route_name),

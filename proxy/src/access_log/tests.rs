@@ -39,6 +39,7 @@ fn full_entry(log: &LogFields) -> Entry<'_> {
         bytes_sent: 4096,
         downstream_remote: "127.0.0.1:50000".parse().unwrap(),
         downstream_local: "[::1]:8080".parse().unwrap(),
+        tls: None,
         connection_id: 9,
         request_id: "id-1",
         trace_id: "4bf92f3577b34da6a3ce929d0e0e4736",

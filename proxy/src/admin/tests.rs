@@ -64,6 +64,7 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
         },
         via,
         protocol: UpstreamProtocol::Http1,
+        tls: None,
         weight: 1,
         health_status: Default::default(),
         priority: 0,

@@ -1,16 +1,18 @@
 //! One question to one endpoint.
 
 use super::Found;
+use crate::{tls::Stream, upstream};
 use bytes::Bytes;
 use http::{Request, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
+use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{
+    cluster::UpstreamProtocol,
     endpoint::Address,
     health_check::{Checker, HealthCheck},
 };
-use tokio::net::TcpStream;
 
 /// Of an answer's body; a longer one costs the connection.
 const ANSWER_BYTES_MAX: usize = 65_536;
@@ -23,12 +25,18 @@ pub(super) struct Asker {
     checker: Checker,
     host: String,
     address: Address,
+    tls: Option<Secured>,
     reuse: bool,
     connection: Option<SendRequest<Empty<Bytes>>>,
 }
 
 impl Asker {
-    pub(super) fn new(config: &HealthCheck, cluster: &str, address: &Address) -> Self {
+    pub(super) fn new(
+        config: &HealthCheck,
+        cluster: &str,
+        address: &Address,
+        tls: Option<&Secured>,
+    ) -> Self {
         let host = match &config.checker {
             Checker::Http { host, .. } if !host.is_empty() => host.clone(),
             _ => cluster.to_owned(),
@@ -37,6 +45,7 @@ impl Asker {
             checker: config.checker.clone(),
             host,
             address: address.clone(),
+            tls: tls.cloned(),
             reuse: config.reuse_connection,
             connection: None,
         }
@@ -70,8 +79,8 @@ impl Asker {
         self.ask_http(fresh).await.unwrap_or(Found::Unreachable)
     }
 
-    async fn open(&self) -> std::io::Result<TcpStream> {
-        TcpStream::connect((self.address.host.as_str(), self.address.port)).await
+    async fn open(&self) -> std::io::Result<Stream> {
+        upstream::connect::open(&self.address, self.tls.as_ref(), UpstreamProtocol::Http1).await
     }
 
     async fn connect(&self) -> Option<SendRequest<Empty<Bytes>>> {

@@ -43,6 +43,7 @@ impl Case {
                     address: Address::default(),
                     via: Via::Plain,
                     protocol: Default::default(),
+                    tls: None,
                     weight: spec.weight,
                     health_status: spec.health,
                     priority: priority(spec.locality),

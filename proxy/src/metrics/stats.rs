@@ -56,6 +56,20 @@ pub struct ListenerStats {
     pub downstream_cx_destroy: Counter,
     /// Refused: too many.
     pub downstream_cx_overflow: Counter,
+    /// Closed because their handshake took too long.
+    pub downstream_cx_transport_socket_connect_timeout: Counter,
+    /// TLS handshakes that went well.
+    pub ssl_handshake: Counter,
+    /// TLS handshakes that did not, other than for the peer's certificate.
+    pub ssl_connection_error: Counter,
+    /// TLS connections of clients without a certificate.
+    pub ssl_no_certificate: Counter,
+    /// TLS handshakes of clients without the certificate they need.
+    pub ssl_fail_verify_no_cert: Counter,
+    /// TLS handshakes of clients whose certificate is not believed.
+    pub ssl_fail_verify_error: Counter,
+    /// TLS handshakes of clients whose certificate has no name that is.
+    pub ssl_fail_verify_san: Counter,
     downstream_cx_length_ms: Histogram,
 }
 
@@ -73,6 +87,15 @@ impl ListenerStats {
             downstream_cx_active: gauge!("envoy_listener_downstream_cx_active", "envoy_listener_address" => label.clone()),
             downstream_cx_destroy: counter("envoy_listener_downstream_cx_destroy"),
             downstream_cx_overflow: counter("envoy_listener_downstream_cx_overflow"),
+            downstream_cx_transport_socket_connect_timeout: counter(
+                "envoy_listener_downstream_cx_transport_socket_connect_timeout",
+            ),
+            ssl_handshake: counter("envoy_listener_ssl_handshake"),
+            ssl_connection_error: counter("envoy_listener_ssl_connection_error"),
+            ssl_no_certificate: counter("envoy_listener_ssl_no_certificate"),
+            ssl_fail_verify_no_cert: counter("envoy_listener_ssl_fail_verify_no_cert"),
+            ssl_fail_verify_error: counter("envoy_listener_ssl_fail_verify_error"),
+            ssl_fail_verify_san: counter("envoy_listener_ssl_fail_verify_san"),
             downstream_cx_length_ms: histogram!("envoy_listener_downstream_cx_length_ms", "envoy_listener_address" => label.clone()),
         })
     }

@@ -3,7 +3,10 @@
 //! In Envoy's order: weighted cluster, route, virtual host, route table (or the other way round), removals before
 //! additions, all values of a level computed before the first is set.
 
-use crate::access_log::{Captured, Entry, Formats, ValueFormat};
+use crate::{
+    access_log::{Captured, Entry, Formats, ValueFormat},
+    tls::TlsFacts,
+};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Version, header::Entry as Slot,
 };
@@ -214,6 +217,8 @@ pub struct Facts {
     pub local: SocketAddr,
     /// Number of the client's connection.
     pub connection_id: u64,
+    /// If that is TLS.
+    pub tls: Option<Arc<TlsFacts>>,
     /// `x-request-id`.
     pub request_id: Arc<str>,
     /// Trace id in hex.
@@ -239,6 +244,7 @@ impl Facts {
             downstream_remote: self.remote,
             downstream_local: self.local,
             connection_id: self.connection_id,
+            tls: self.tls.as_deref(),
             request_id: &self.request_id,
             trace_id: &self.trace_id,
             route_name: &self.route.name,

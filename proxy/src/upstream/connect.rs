@@ -1,10 +1,14 @@
 //! Opening a TCP connection to an endpoint, with a limit on how long it may take.
 
+use crate::tls::{Stream, client::Client};
 use outrigger_filters::{
-    endpoints::Endpoint,
+    endpoints::{Endpoint, Secured},
     error::{Error, Flag, Retry},
 };
-use outrigger_xds::resource::endpoint::Address;
+use outrigger_xds::{
+    feed,
+    resource::{cluster::UpstreamProtocol, endpoint::Address},
+};
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -17,8 +21,9 @@ use tokio::net::TcpStream;
 pub(super) async fn connect(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
-) -> Result<(TcpStream, OpenConnection), Error> {
-    let opened = tokio::time::timeout(limit, open(&endpoint.address)).await;
+) -> Result<(Stream, OpenConnection), Error> {
+    let opening = open(&endpoint.address, endpoint.tls.as_ref(), endpoint.protocol);
+    let opened = tokio::time::timeout(limit, opening).await;
     let stats = &endpoint.stats;
     match opened {
         Ok(Ok(socket)) => {
@@ -29,7 +34,10 @@ pub(super) async fn connect(
         Ok(Err(error)) => {
             stats.connect_fail.fetch_add(1, Relaxed);
             tracing::debug!(endpoint = %endpoint.id, %error, "connect failed");
-            Err(failure("remote connection failure"))
+            Err(match tls_reason(&error) {
+                Some(reason) => handshake_failure(&reason),
+                None => failure("remote connection failure"),
+            })
         }
         Err(_) => {
             stats.connect_fail.fetch_add(1, Relaxed);
@@ -44,7 +52,50 @@ fn failure(reason: &str) -> Error {
     Error::upstream_reset(Flag::UpstreamConnectionFailure, reason, Retry::NothingSent)
 }
 
-async fn open(address: &Address) -> io::Result<TcpStream> {
+/// Envoy's words where a handshake failed.
+fn handshake_failure(reason: &str) -> Error {
+    let mut error = failure("remote connection failure");
+    let details = reason.replace(' ', "_");
+    error.details =
+        format!("upstream_reset_before_response_started{{remote_connection_failure|{details}}}")
+            .into();
+    error.message = format!("{}, transport failure reason: {reason}", error.message).into();
+    error
+}
+
+fn tls_reason(error: &io::Error) -> Option<String> {
+    let inner = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(format!("TLS_error: {inner}"))
+}
+
+/// Opens a connection, secured if it is to be.
+pub(crate) async fn open(
+    address: &Address,
+    tls: Option<&Secured>,
+    protocol: UpstreamProtocol,
+) -> io::Result<Stream> {
+    let socket = open_socket(address).await?;
+    match tls {
+        None => Ok(Stream::Plain(socket)),
+        Some(tls) => {
+            let client = Client::of(tls).ok_or(io::ErrorKind::InvalidInput)?;
+            client.connect(socket, protocol).await
+        }
+    }
+}
+
+/// TLS to a peer's feed.
+pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
+    Arc::new(move || {
+        let (address, tls) = (address.clone(), tls.clone());
+        Box::pin(async move {
+            let socket = open(&address, Some(&tls), UpstreamProtocol::Http2);
+            Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
+        })
+    })
+}
+
+async fn open_socket(address: &Address) -> io::Result<TcpStream> {
     let socket = match address.host.parse::<IpAddr>() {
         Ok(ip) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
         Err(_) => TcpStream::connect((address.host.as_str(), address.port)).await?,

@@ -5,6 +5,7 @@ use super::{
     connect::{OpenConnection, connect},
     headers_within, unanswered,
 };
+use crate::tls;
 use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
 use http::{Request, Response};
@@ -28,7 +29,6 @@ use std::{
     sync::Arc,
     task::{Context, Poll},
 };
-use tokio::net::TcpStream;
 
 /// Frames that are ready together are joined up to this size, so that they leave in one write.
 const MERGE_BYTES_MAX: usize = 32 * 1024;
@@ -39,7 +39,7 @@ const STALE_MS_MAX: u64 = 100;
 /// A connection with nothing running on it, or the one an exchange runs on.
 struct Conn {
     sender: SendRequest<RequestBody>,
-    driver: Connection<TokioIo<TcpStream>, RequestBody>,
+    driver: Connection<TokioIo<tls::Stream>, RequestBody>,
     _open: OpenConnection,
     idle_since_ms: u64,
 }
@@ -49,6 +49,15 @@ type Idle = AHashMap<Address, Vec<Box<Conn>>>;
 
 thread_local! {
     static IDLE: RefCell<Idle> = RefCell::default();
+    /// By [`Secured`](outrigger_filters::endpoints::Secured): never mixed, not with plain ones either.
+    static IDLE_TLS: RefCell<AHashMap<u64, Idle>> = RefCell::default();
+}
+
+fn with_idle<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Idle) -> T) -> T {
+    match &endpoint.tls {
+        None => IDLE.with_borrow_mut(use_it),
+        Some(tls) => IDLE_TLS.with_borrow_mut(|all| use_it(all.entry(tls.id).or_default())),
+    }
 }
 
 impl Conn {
@@ -73,7 +82,7 @@ impl Conn {
 
     async fn reuse(endpoint: &Endpoint) -> Option<Box<Self>> {
         loop {
-            let mut conn = IDLE.with_borrow_mut(|idle| idle.get_mut(&endpoint.address)?.pop())?;
+            let mut conn = with_idle(endpoint, |idle| idle.get_mut(&endpoint.address)?.pop())?;
             let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
             if fresh && poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))).await {
                 return Some(conn);
@@ -86,7 +95,7 @@ impl Conn {
             return;
         }
         self.idle_since_ms = clock_ms();
-        IDLE.with_borrow_mut(|idle| {
+        with_idle(endpoint, |idle| {
             if let Some(conns) = idle.get_mut(&endpoint.address) {
                 // Old ones are at the front; they go first.
                 if conns.len() >= IDLE_CONNECTIONS_MAX {
@@ -103,10 +112,17 @@ impl Conn {
 /// Closes idle connections of this thread that are too old to be reused. Called now and then by each worker.
 pub fn close_idle() {
     let now = clock_ms();
-    IDLE.with_borrow_mut(|idle| {
+    let sweep = |idle: &mut Idle| {
         idle.retain(|_, conns| {
             conns.retain(|conn| now.saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX);
             !conns.is_empty()
+        });
+    };
+    IDLE.with_borrow_mut(sweep);
+    IDLE_TLS.with_borrow_mut(|all| {
+        all.retain(|_, idle| {
+            sweep(idle);
+            !idle.is_empty()
         });
     });
 }
@@ -128,7 +144,7 @@ pub(super) async fn send(
         Err(mut failed) if closed_while_idle(&failed.error, sent_ms) => {
             metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
             // The others are no younger, and whoever tries again is to get a new one.
-            IDLE.with_borrow_mut(|idle| idle.remove(&endpoint.address));
+            with_idle(endpoint, |idle| idle.remove(&endpoint.address));
             if let Some(request) = spare {
                 return Box::pin(send_anew(endpoint, request, options)).await;
             }

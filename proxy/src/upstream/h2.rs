@@ -49,8 +49,32 @@ struct Conn {
     streams_allowed: Arc<AtomicUsize>,
 }
 
+type Open = AHashMap<Address, Vec<Conn>>;
+
 thread_local! {
-    static OPEN: RefCell<AHashMap<Address, Vec<Conn>>> = RefCell::default();
+    static OPEN: RefCell<Open> = RefCell::default();
+    /// By [`Secured`](outrigger_filters::endpoints::Secured): never mixed, not with plain ones either.
+    static OPEN_TLS: RefCell<AHashMap<u64, Open>> = RefCell::default();
+}
+
+fn with_open<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Open) -> T) -> T {
+    match &endpoint.tls {
+        None => OPEN.with_borrow_mut(use_it),
+        Some(tls) => OPEN_TLS.with_borrow_mut(|all| use_it(all.entry(tls.id).or_default())),
+    }
+}
+
+/// Forgets what belongs to contexts that were replaced, once their connections have ended.
+fn forget_replaced() {
+    OPEN_TLS.with_borrow_mut(|all| {
+        all.retain(|_, open| {
+            open.retain(|_, conns| {
+                conns.retain(|conn| !conn.sender.is_closed());
+                !conns.is_empty()
+            });
+            !open.is_empty()
+        });
+    });
 }
 
 impl Conn {
@@ -59,9 +83,9 @@ impl Conn {
         self.streams_allowed.load(Relaxed).clamp(1, H2_STREAMS_MAX)
     }
 
-    fn reuse(address: &Address) -> Option<Self> {
-        OPEN.with_borrow_mut(|open| {
-            let conns = open.get_mut(address)?;
+    fn reuse(endpoint: &Endpoint) -> Option<Self> {
+        with_open(endpoint, |open| {
+            let conns = open.get_mut(&endpoint.address)?;
             conns.retain(|conn| !conn.sender.is_closed());
             conns
                 .iter()
@@ -101,7 +125,10 @@ impl Conn {
             streams: Arc::default(),
             streams_allowed,
         };
-        OPEN.with_borrow_mut(|open| {
+        if endpoint.tls.is_some() {
+            forget_replaced();
+        }
+        with_open(endpoint, |open| {
             open.entry(endpoint.address.clone())
                 .or_default()
                 .push(conn.clone())
@@ -124,7 +151,7 @@ pub(super) async fn send(
     request: Box<Request<RequestBody>>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Unanswered> {
-    let mut conn = match Conn::reuse(&endpoint.address) {
+    let mut conn = match Conn::reuse(endpoint) {
         Some(conn) => conn,
         // Boxed, as it is rare.
         None => match Box::pin(Conn::open(endpoint, options)).await {

@@ -4,8 +4,10 @@
 
 use super::{Assembler, Continuity, FeedError, FeedMessage, frames::FRAME_READ_BYTES_MAX};
 use crate::wire::outrigger::feed::v1 as wire;
-use futures_util::{Stream, stream};
-use std::{pin::Pin, time::Duration};
+use futures_util::{Stream, future::BoxFuture, stream};
+use hyper_util::rt::TokioIo;
+use std::{io, pin::Pin, sync::Arc, time::Duration};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::{Streaming, transport::Endpoint};
 use wire::feed_client::FeedClient;
 
@@ -42,6 +44,27 @@ pub async fn connect(
     uri: http::Uri,
     timeouts: FeedTimeouts,
 ) -> Result<FeedSubscription, FeedError> {
+    connect_by(uri, timeouts, None).await
+}
+
+/// What a dialer opened.
+pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
+
+/// Opens a connection in its own way (TLS), which this crate knows nothing of.
+pub type Dialer =
+    Arc<dyn Fn() -> BoxFuture<'static, io::Result<Box<dyn Connection>>> + Send + Sync>;
+
+/// As [`connect`], over what `dialer` opens.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_by(
+    uri: http::Uri,
+    timeouts: FeedTimeouts,
+    dialer: Option<Dialer>,
+) -> Result<FeedSubscription, FeedError> {
     let name = uri.to_string();
     let refused = |reason: String| FeedError::Connect {
         uri: name.clone(),
@@ -54,10 +77,17 @@ pub async fn connect(
         .keep_alive_timeout(timeouts.ping_timeout)
         .keep_alive_while_idle(true);
     let subscribe = async {
-        let channel = endpoint
-            .connect()
-            .await
-            .map_err(|error| refused(causes(&error)))?;
+        let channel = match dialer {
+            None => endpoint.connect().await,
+            Some(dialer) => {
+                let dial = tower::service_fn(move |_: http::Uri| {
+                    let dialing = dialer();
+                    async move { dialing.await.map(TokioIo::new) }
+                });
+                endpoint.connect_with_connector(dial).await
+            }
+        };
+        let channel = channel.map_err(|error| refused(causes(&error)))?;
         let mut client = FeedClient::new(channel).max_decoding_message_size(FRAME_READ_BYTES_MAX);
         let answer = client.subscribe(wire::SubscribeRequest {}).await;
         let frames = answer

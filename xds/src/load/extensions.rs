@@ -36,6 +36,4 @@ pub(super) const NOT_SUPPORTED: &[&str] = &[
     "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit",
     "envoy.extensions.filters.network.rbac.v3.RBAC",
     "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-    "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-    "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
 ];

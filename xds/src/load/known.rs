@@ -81,7 +81,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "lrs_server", "maglev_lb_config", "max_requests_per_connection",
             "original_dst_lb_config", "per_connection_buffer_limit_bytes",
             "preconnect_policy", "protocol_selection", "respect_dns_ttl", "ring_hash_lb_config",
-            "round_robin_lb_config", "track_timeout_budgets", "transport_socket",
+            "round_robin_lb_config", "track_timeout_budgets",
             "transport_socket_matcher", "transport_socket_matches", "upstream_bind_config",
             "upstream_config", "upstream_connection_options", "upstream_http_protocol_options",
             "use_tcp_for_dns_lookups", "wait_for_warm_on_init",
@@ -117,12 +117,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.DataSource",
-        &[
-            "environment_variable",
-            "filename",
-            "inline_bytes",
-            "watched_directory",
-        ],
+        &["environment_variable", "watched_directory"],
     ),
     ("envoy.config.core.v3.HeaderValue", &["raw_value"]),
     (
@@ -222,12 +217,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ("envoy.config.listener.v3.Filter", &["config_discovery"]),
     (
         "envoy.config.listener.v3.FilterChain",
-        &[
-            "filter_chain_match",
-            "transport_socket",
-            "transport_socket_connect_timeout",
-            "use_proxy_proto",
-        ],
+        &["filter_chain_match", "use_proxy_proto"],
     ),
     (
         "envoy.config.listener.v3.Listener",

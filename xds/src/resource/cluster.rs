@@ -1,7 +1,10 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
 use super::{
-    endpoint::ClusterLoadAssignment, health_check::HealthCheck, outlier_detection::OutlierDetection,
+    endpoint::ClusterLoadAssignment,
+    health_check::HealthCheck,
+    outlier_detection::OutlierDetection,
+    tls::{self, UpstreamTls},
 };
 use crate::{
     problems::ConfigErrors,
@@ -39,6 +42,8 @@ pub struct Cluster {
     pub health_check: Option<HealthCheck>,
     /// When an endpoint gets no requests because those it had failed.
     pub outlier_detection: Option<OutlierDetection>,
+    /// What its transport socket says; none means plain text.
+    pub tls: Option<UpstreamTls>,
     /// `circuit_breakers.thresholds` of default priority.
     pub circuit_breakers: CircuitBreakers,
 }
@@ -54,6 +59,7 @@ impl Default for Cluster {
             protocol: UpstreamProtocol::Http1,
             health_check: None,
             outlier_detection: None,
+            tls: None,
             circuit_breakers: CircuitBreakers::default(),
         }
     }
@@ -192,6 +198,9 @@ impl TryFrom<wire::Cluster> for Cluster {
             problems.take("outlier_detection", OutlierDetection::try_from(detection))
         });
         let balancing = balancing(&mut problems, wire.common_lb_config, wire.lb_config);
+        let tls = wire
+            .transport_socket
+            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)));
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
             problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
@@ -204,6 +213,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             protocol: protocol.unwrap_or_default(),
             outlier_detection,
             health_check: health_checks.into_iter().next(),
+            tls,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
@@ -418,6 +428,7 @@ impl From<&Cluster> for wire::Cluster {
             health_checks: plain.health_check.iter().map(Into::into).collect(),
             load_assignment: Some((&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
+            transport_socket: plain.tls.as_ref().map(Into::into),
             typed_extension_protocol_options: options,
         }
     }

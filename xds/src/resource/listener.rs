@@ -2,7 +2,9 @@
 
 use super::{
     endpoint::Address,
+    filter_chain::FilterChain,
     route::{RouteConfiguration, TypedConfig},
+    tls::{self, DownstreamTls},
 };
 use crate::{
     problems::ConfigErrors,
@@ -37,6 +39,10 @@ pub struct Listener {
     pub traffic_direction: TrafficDirection,
     /// The one network filter of its one filter chain.
     pub http: HttpConnectionManager,
+    /// What its filter chain's transport socket says; none means plain text.
+    pub tls: Option<DownstreamTls>,
+    /// Most that a handshake may take; zero is off (default).
+    pub transport_socket_connect_timeout: Duration,
     /// `tcp_backlog_size`.
     pub tcp_backlog_size: u32,
 }
@@ -178,53 +184,17 @@ impl TryFrom<wire::Listener> for Listener {
                 "not supported yet: false (every worker binds its own socket)",
             );
         }
-        let http = problems.take("filter_chains", connection_manager(wire.filter_chains));
-        problems.finish(address.zip(http).map(|(address, http)| Self {
+        let chain = problems.take("filter_chains", FilterChain::of(wire.filter_chains));
+        problems.finish(address.zip(chain).map(|(address, chain)| Self {
             name,
             address,
             traffic_direction,
-            http,
+            http: chain.http,
+            tls: chain.tls,
+            transport_socket_connect_timeout: chain.connect_timeout,
             tcp_backlog_size: wire.tcp_backlog_size.unwrap_or(TCP_BACKLOG_SIZE_DEFAULT),
         }))
     }
-}
-
-/// One chain of one network filter is all there is yet.
-fn connection_manager(
-    chains: Vec<wire::FilterChain>,
-) -> Result<HttpConnectionManager, ConfigErrors> {
-    let [chain] =
-        <[wire::FilterChain; 1]>::try_from(chains).map_err(|chains| match chains.len() {
-            0 => ConfigErrors::one("", "required: one filter chain"),
-            count => ConfigErrors::one("", format!("not supported yet: {count} filter chains")),
-        })?;
-    let [filter] =
-        <[wire::Filter; 1]>::try_from(chain.filters).map_err(|filters| match filters.len() {
-            0 => ConfigErrors::one("[0].filters", "required: the HTTP connection manager"),
-            count => ConfigErrors::one(
-                "[0].filters",
-                format!("not supported yet: {count} network filters"),
-            ),
-        })?;
-    let mut problems = ConfigErrors::default();
-    problems.not_empty("[0].filters[0].name", filter.name);
-    let place = "[0].filters[0].typed_config";
-    let Some(wire::filter::ConfigType::TypedConfig(any)) = filter.config_type else {
-        problems.add("[0].filters[0]", "required: typed_config");
-        return problems.finish(None);
-    };
-    let manager = match problems.take(place, unpack::<hcm::HttpConnectionManager>(&any)) {
-        Some(Some(manager)) => problems.take(place, manager.try_into()),
-        Some(None) => {
-            problems.add(
-                place,
-                format!("not supported yet: {} as a network filter", any.type_url),
-            );
-            None
-        }
-        None => None,
-    };
-    problems.finish(manager)
 }
 
 impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
@@ -447,6 +417,12 @@ fn log_format(
         Some(Format::TextFormatSource(core::DataSource {
             specifier: Some(Specifier::InlineString(text)),
         })) => Ok(AccessLogFormat::Text(Some(text))),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: Some(other),
+        })) => Err(ConfigErrors::one(
+            "log_format.text_format_source",
+            tls::not_inline(&other),
+        )),
         Some(Format::TextFormatSource(core::DataSource { specifier: None })) => Err(
             ConfigErrors::one("log_format.text_format_source", "required: inline_string"),
         ),
@@ -477,6 +453,11 @@ impl From<&Listener> for wire::Listener {
             address: Some((&plain.address).into()),
             filter_chains: vec![wire::FilterChain {
                 filters: vec![filter],
+                transport_socket: plain.tls.as_ref().map(Into::into),
+                transport_socket_connect_timeout: (!plain
+                    .transport_socket_connect_timeout
+                    .is_zero())
+                .then(|| to_duration(plain.transport_socket_connect_timeout)),
                 ..Default::default()
             }],
             traffic_direction: traffic_direction.into(),

@@ -355,6 +355,10 @@ fn direct_response(wire: wire::DirectResponseAction) -> Result<Action, ConfigErr
     let body = match wire.body.map(|body| body.specifier) {
         None => String::new(),
         Some(Some(core::data_source::Specifier::InlineString(body))) => body,
+        Some(Some(other)) => {
+            problems.add("body", super::tls::not_inline(&other));
+            String::new()
+        }
         Some(None) => {
             problems.add("body", "required: inline_string");
             String::new()

@@ -156,6 +156,11 @@ pub struct Cluster {
     /// When an endpoint gets no requests because those it had failed.
     #[prost(message, optional, tag = "19")]
     pub outlier_detection: ::core::option::Option<OutlierDetection>,
+    /// TLS; none means plain text.
+    #[prost(message, optional, tag = "24")]
+    pub transport_socket: ::core::option::Option<
+        super::super::core::v3::TransportSocket,
+    >,
     /// Of all policies.
     #[prost(message, optional, tag = "27")]
     pub common_lb_config: ::core::option::Option<cluster::CommonLbConfig>,

@@ -62,13 +62,19 @@ impl ::prost::Name for RuntimeDouble {
 /// A text that may live elsewhere.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DataSource {
-    #[prost(oneof = "data_source::Specifier", tags = "3")]
+    #[prost(oneof = "data_source::Specifier", tags = "1, 2, 3")]
     pub specifier: ::core::option::Option<data_source::Specifier>,
 }
 /// Nested message and enum types in `DataSource`.
 pub mod data_source {
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Specifier {
+        /// A file; only of certificates, keys and CAs.
+        #[prost(string, tag = "1")]
+        Filename(::prost::alloc::string::String),
+        /// The bytes themselves; only of certificates, keys and CAs.
+        #[prost(bytes, tag = "2")]
+        InlineBytes(::prost::alloc::vec::Vec<u8>),
         /// The text itself.
         #[prost(string, tag = "3")]
         InlineString(::prost::alloc::string::String),
@@ -174,6 +180,34 @@ impl ::prost::Name for HeaderValueOption {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.core.v3.HeaderValueOption".into()
+    }
+}
+/// What lies between TCP and HTTP.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TransportSocket {
+    /// Free.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(oneof = "transport_socket::ConfigType", tags = "3")]
+    pub config_type: ::core::option::Option<transport_socket::ConfigType>,
+}
+/// Nested message and enum types in `TransportSocket`.
+pub mod transport_socket {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum ConfigType {
+        /// TLS.
+        #[prost(message, tag = "3")]
+        TypedConfig(::prost_types::Any),
+    }
+}
+impl ::prost::Name for TransportSocket {
+    const NAME: &'static str = "TransportSocket";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TransportSocket".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TransportSocket".into()
     }
 }
 /// A share of all requests that a runtime could change.

@@ -5,9 +5,19 @@ pub struct FilterChain {
     /// Exactly one, the HTTP connection manager.
     #[prost(message, repeated, tag = "3")]
     pub filters: ::prost::alloc::vec::Vec<Filter>,
+    /// TLS; none means plain text.
+    #[prost(message, optional, tag = "6")]
+    pub transport_socket: ::core::option::Option<
+        super::super::core::v3::TransportSocket,
+    >,
     /// Free.
     #[prost(string, tag = "7")]
     pub name: ::prost::alloc::string::String,
+    /// Most that a handshake may take.
+    #[prost(message, optional, tag = "9")]
+    pub transport_socket_connect_timeout: ::core::option::Option<
+        ::prost_types::Duration,
+    >,
 }
 impl ::prost::Name for FilterChain {
     const NAME: &'static str = "FilterChain";

@@ -121,6 +121,13 @@ pub mod envoy {
                 }
             }
         }
+        pub mod transport_sockets {
+            pub mod tls {
+                pub mod v3 {
+                    include!("envoy.extensions.transport_sockets.tls.v3.rs");
+                }
+            }
+        }
         pub mod upstreams {
             pub mod http {
                 pub mod v3 {

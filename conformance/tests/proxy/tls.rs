@@ -1,0 +1,763 @@
+//! TLS as clients see it: which certificate, which version, who is let in, and what is told of it.
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use outrigger_conformance::{
+    harness::{Client, EchoH2, ProxyBuilder, Upstream, Version, alive, eventually, raw},
+    sim::{Config, SimEngine},
+};
+use outrigger_proxy::bootstrap::{FLEET, INBOUND, OUTBOUND};
+use outrigger_xds::resource::{
+    bootstrap::Bootstrap,
+    cluster::{Cluster, UpstreamProtocol},
+    listener::{AccessLogFormat, Listener},
+    tls::{
+        CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
+        TlsParams, UpstreamTls, Validation,
+    },
+};
+use rcgen::{CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    server::WebPkiClientVerifier,
+    version::{TLS12, TLS13},
+};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+
+/// A certificate and its key as PEM.
+#[derive(Clone)]
+struct Pair {
+    chain: String,
+    key: String,
+}
+
+impl Pair {
+    fn resource(&self) -> TlsCertificate {
+        TlsCertificate {
+            chain: DataSource::Inline(self.chain.clone().into()),
+            key: DataSource::Inline(self.key.clone().into()),
+        }
+    }
+}
+
+struct Ca {
+    pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        // Two CAs of one name would be told apart by their signatures only.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("CA {}", NEXT.fetch_add(1, Relaxed));
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self {
+            pem,
+            issuer: Issuer::new(params, key),
+        }
+    }
+
+    /// A certificate for names; what looks like a URI is one.
+    fn pair(&self, names: &[&str]) -> Pair {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        for name in names {
+            let text = (*name).try_into().unwrap();
+            params.subject_alt_names.push(if name.contains("://") {
+                SanType::URI(text)
+            } else {
+                SanType::DnsName(text)
+            });
+        }
+        Pair {
+            chain: params.signed_by(&key, &self.issuer).unwrap().pem(),
+            key: key.serialize_pem(),
+        }
+    }
+
+    fn validation(&self, names: Vec<NameMatch>) -> Validation {
+        Validation {
+            trusted_ca: DataSource::Inline(self.pem.clone().into()),
+            names,
+        }
+    }
+}
+
+fn context(pairs: &[&Pair]) -> DownstreamTls {
+    DownstreamTls {
+        common: CommonTls {
+            certificates: pairs.iter().map(|pair| pair.resource()).collect(),
+            alpn: vec!["h2".into(), "http/1.1".into()],
+            ..CommonTls::default()
+        },
+        require_client_certificate: false,
+    }
+}
+
+fn outbound(bootstrap: &mut Bootstrap) -> &mut Listener {
+    let mut all = bootstrap.listeners.iter_mut();
+    all.find(|listener| listener.name == OUTBOUND).unwrap()
+}
+
+/// What a client believes and is.
+struct TlsClient {
+    config: ClientConfig,
+    name: &'static str,
+}
+
+impl TlsClient {
+    fn new(ca: &Ca, own: Option<&Pair>) -> Self {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap())
+            .unwrap();
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&TLS12, &TLS13])
+            .unwrap()
+            .with_root_certificates(roots);
+        let config = match own {
+            None => builder.with_no_client_auth(),
+            Some(pair) => builder
+                .with_client_auth_cert(
+                    CertificateDer::pem_slice_iter(pair.chain.as_bytes())
+                        .collect::<Result<_, _>>()
+                        .unwrap(),
+                    PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap(),
+                )
+                .unwrap(),
+        };
+        Self {
+            config,
+            name: "proxy.test",
+        }
+    }
+
+    fn alpn(mut self, protocols: &[&str]) -> Self {
+        let all = protocols.iter().map(|name| name.as_bytes().to_vec());
+        self.config.alpn_protocols = all.collect();
+        self
+    }
+
+    fn asks_for(mut self, name: &'static str) -> Self {
+        self.name = name;
+        self
+    }
+
+    async fn shake(&self, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+        let socket = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from(self.name).unwrap();
+        let connector = TlsConnector::from(Arc::new(self.config.clone()));
+        connector.connect(name, socket).await
+    }
+
+    /// A GET by the protocol that was agreed on; none if the connection ends without an answer.
+    async fn get(&self, address: SocketAddr, path: &str) -> Option<Answer> {
+        let stream = self.shake(address).await.ok()?;
+        let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        let leaf = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
+        let request = Request::builder()
+            .method(Method::GET)
+            .header("x-forwarded-client-cert", "Hash=forged")
+            .body(Full::<Bytes>::default())
+            .unwrap();
+        let response = if h2 {
+            let (mut sender, driver) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                .await
+                .ok()?;
+            tokio::spawn(driver);
+            let mut request = request;
+            *request.uri_mut() = format!("https://proxy.test{path}").parse().unwrap();
+            sender.send_request(request).await.ok()?
+        } else {
+            let (mut sender, driver) = http1::handshake(TokioIo::new(stream)).await.ok()?;
+            tokio::spawn(driver);
+            let mut request = request;
+            *request.uri_mut() = path.parse().unwrap();
+            let host = "proxy.test".parse().unwrap();
+            request.headers_mut().insert("host", host);
+            sender.send_request(request).await.ok()?
+        };
+        Some(Answer::read(response, leaf, h2).await)
+    }
+}
+
+struct Answer {
+    status: StatusCode,
+    body: String,
+    leaf: CertificateDer<'static>,
+    h2: bool,
+}
+
+impl Answer {
+    async fn read(response: Response<Incoming>, leaf: CertificateDer<'static>, h2: bool) -> Self {
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body = String::from_utf8_lossy(&body).into_owned();
+        Self {
+            status,
+            body,
+            leaf,
+            h2,
+        }
+    }
+}
+
+fn der(pair: &Pair) -> CertificateDer<'static> {
+    CertificateDer::from_pem_slice(pair.chain.as_bytes()).unwrap()
+}
+
+/// An upstream that says what it got.
+async fn telling() -> Upstream {
+    Upstream::start(|mut conn, got| async move {
+        let body = format!(
+            "proto={} xfcc={}",
+            got.header("x-forwarded-proto"),
+            got.header("x-forwarded-client-cert")
+        );
+        conn.answer("200 OK", "text/plain", &body)
+            .await
+            .then_some(conn)
+    })
+    .await
+}
+
+fn tls_log(bootstrap: &mut Bootstrap) {
+    let fields = [
+        ("version", "%DOWNSTREAM_TLS_VERSION%"),
+        ("sni", "%REQUESTED_SERVER_NAME%"),
+        ("uri", "%DOWNSTREAM_PEER_URI_SAN%"),
+        ("dns", "%DOWNSTREAM_PEER_DNS_SAN%"),
+    ];
+    let fields: BTreeMap<_, _> = fields
+        .map(|(name, operator)| (name.to_owned(), operator.into()))
+        .into();
+    outbound(bootstrap).http.access_log[0].format = AccessLogFormat::Json(fields);
+}
+
+#[tokio::test]
+async fn clients_are_served_over_tls_by_the_protocol_they_agree_on() {
+    let (ca, server) = (Ca::new(), telling().await);
+    let pair = ca.pair(&["proxy.test"]);
+    let tls = context(&[&pair]);
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| {
+            tls_log(bootstrap);
+            outbound(bootstrap).tls = Some(tls);
+        })
+        .start();
+    for (offered, h2) in [
+        (&["h2", "http/1.1"][..], true),
+        (&["http/1.1"], false),
+        (&[], false),
+        // Not one of ours: goes on without, as with Envoy.
+        (&["istio"], false),
+    ] {
+        let client = TlsClient::new(&ca, None).alpn(offered);
+        let answer = client.get(proxy.outbound(), "/x").await.unwrap();
+        assert_eq!(
+            (answer.status.as_u16(), answer.h2),
+            (200, h2),
+            "{offered:?}"
+        );
+        assert_eq!(answer.body, "proto=https xfcc=", "{offered:?}");
+    }
+    let line = &proxy.log(1).await[0];
+    assert_eq!(line["version"], "TLSv1.3");
+    assert_eq!(line["sni"], "proxy.test");
+    assert!(line["uri"].is_null() || line["uri"] == "-", "{line}");
+    let handshakes = proxy.metric("envoy_listener_ssl_handshake", "").await;
+    assert!(handshakes >= 4.0);
+    assert!(proxy.metric("envoy_listener_ssl_no_certificate", "").await >= 4.0);
+    // Plain text on a port of TLS is an error of the client's, and no request.
+    let answer = raw(proxy.outbound(), b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert!(!answer.contains("HTTP/1.1"), "{answer}");
+    eventually("the error is counted", || async {
+        let errors = proxy
+            .metric("envoy_listener_ssl_connection_error", "")
+            .await;
+        (errors >= 1.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_certificate_is_chosen_by_server_name() {
+    let (ca, server) = (Ca::new(), telling().await);
+    let first = ca.pair(&["first.test"]);
+    let wild = ca.pair(&["*.wild.test"]);
+    let exact = ca.pair(&["exact.wild.test"]);
+    let tls = context(&[&first, &wild, &exact]);
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .start();
+    for (name, pair) in [
+        ("first.test", &first),
+        ("any.wild.test", &wild),
+        ("exact.wild.test", &exact),
+    ] {
+        let client = TlsClient::new(&ca, None).asks_for(name);
+        let answer = client.get(proxy.outbound(), "/x").await.unwrap();
+        assert_eq!(answer.leaf, der(pair), "{name}");
+    }
+    // Nobody's name: the first, which this client then does not believe.
+    let other = TlsClient::new(&ca, None).asks_for("other.test");
+    let error = other.shake(proxy.outbound()).await.unwrap_err();
+    assert!(error.to_string().contains("first.test"), "{error}");
+}
+
+#[tokio::test]
+async fn versions_are_kept_to() {
+    let (ca, server) = (Ca::new(), telling().await);
+    let pair = ca.pair(&["proxy.test"]);
+    for (only_1_2, version) in [(true, "TLSv1_2"), (false, "TLSv1_3")] {
+        let mut tls = context(&[&pair]);
+        tls.common.params = TlsParams {
+            only_1_2,
+            only_1_3: !only_1_2,
+            cipher_suites: vec!["ECDHE-ECDSA-AES256-GCM-SHA384".into()],
+            ecdh_curves: vec!["P-384".into()],
+        };
+        let proxy = ProxyBuilder::new()
+            .server(server.address)
+            .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+            .start();
+        let client = TlsClient::new(&ca, None);
+        let stream = client.shake(proxy.outbound()).await.unwrap();
+        let connection = stream.get_ref().1;
+        assert_eq!(
+            format!("{:?}", connection.protocol_version().unwrap()),
+            version
+        );
+        if only_1_2 {
+            let suite = connection.negotiated_cipher_suite().unwrap().suite();
+            assert!(format!("{suite:?}").contains("ECDSA_WITH_AES_256_GCM_SHA384"));
+        }
+        let group = connection.negotiated_key_exchange_group().unwrap().name();
+        assert_eq!(format!("{group:?}"), "secp384r1");
+    }
+}
+
+#[tokio::test]
+async fn clients_need_a_certificate_with_a_name_that_is_believed() {
+    let (ca, stranger, server) = (Ca::new(), Ca::new(), telling().await);
+    let pair = ca.pair(&["proxy.test"]);
+    let mut tls = context(&[&pair]);
+    tls.require_client_certificate = true;
+    let uri = |pattern| NameMatch {
+        kind: NameKind::Uri,
+        pattern,
+    };
+    tls.common.validation = Some(ca.validation(vec![
+        uri(NamePattern::Prefix("spiffe://fleet.test/ns/a/".into())),
+        uri(NamePattern::Exact("spiffe://fleet.test/one".into())),
+        NameMatch {
+            kind: NameKind::Dns,
+            pattern: NamePattern::Suffix(".friends.test".into()),
+        },
+    ]));
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| {
+            tls_log(bootstrap);
+            outbound(bootstrap).tls = Some(tls);
+        })
+        .start();
+    let get = async |own: Option<&Pair>| {
+        let client = TlsClient::new(&ca, own);
+        client.get(proxy.outbound(), "/x").await
+    };
+    let good = [
+        "spiffe://fleet.test/ns/a/sa/b",
+        "spiffe://fleet.test/one",
+        "a.friends.test",
+    ];
+    for name in good {
+        let answer = get(Some(&ca.pair(&[name]))).await;
+        let answer = answer.unwrap_or_else(|| panic!("{name} is let in"));
+        assert_eq!(answer.body, "proto=https xfcc=", "{name}");
+    }
+    let lines = proxy.log(3).await;
+    assert_eq!(lines[0]["uri"], good[0]);
+    assert_eq!(lines[2]["dns"], good[2]);
+    assert!(get(None).await.is_none(), "no certificate");
+    for name in [
+        "spiffe://fleet.test/ns/b/x",
+        "spiffe://fleet.test/one/more",
+        "friends.test",
+    ] {
+        assert!(get(Some(&ca.pair(&[name]))).await.is_none(), "{name}");
+    }
+    let unknown = stranger.pair(&["spiffe://fleet.test/one"]);
+    assert!(get(Some(&unknown)).await.is_none(), "another CA");
+    for (name, count) in [("no_cert", 1.0), ("san", 3.0), ("error", 1.0)] {
+        let metric = format!("envoy_listener_ssl_fail_verify_{name}");
+        eventually(&metric, || async {
+            (proxy.metric(&metric, "").await >= count).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(server.exchanges().len(), 3, "nobody else came through");
+}
+
+#[tokio::test]
+async fn a_client_may_come_without_a_certificate_where_none_is_required() {
+    let (ca, stranger, server) = (Ca::new(), Ca::new(), telling().await);
+    let mut tls = context(&[&ca.pair(&["proxy.test"])]);
+    tls.common.validation = Some(ca.validation(Vec::new()));
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .start();
+    let get = async |own: Option<&Pair>| {
+        let client = TlsClient::new(&ca, own);
+        client.get(proxy.outbound(), "/x").await.is_some()
+    };
+    assert!(get(None).await);
+    assert!(get(Some(&ca.pair(&["a.test"]))).await);
+    assert!(!get(Some(&stranger.pair(&["a.test"]))).await);
+}
+
+#[tokio::test]
+async fn a_handshake_that_does_not_end_holds_up_nobody_and_is_ended() {
+    let (ca, server) = (Ca::new(), telling().await);
+    let tls = context(&[&ca.pair(&["proxy.test"])]);
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| {
+            let listener = outbound(bootstrap);
+            listener.tls = Some(tls);
+            listener.transport_socket_connect_timeout = Duration::from_millis(700);
+        })
+        .start();
+    let mut silent = TcpStream::connect(proxy.outbound()).await.unwrap();
+    let mut half = TcpStream::connect(proxy.outbound()).await.unwrap();
+    // The beginning of a ClientHello.
+    half.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
+        .await
+        .unwrap();
+    let client = TlsClient::new(&ca, None);
+    assert!(client.get(proxy.outbound(), "/x").await.is_some());
+    for socket in [&mut silent, &mut half] {
+        let mut rest = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(10), socket.read_to_end(&mut rest));
+        assert!(read.await.is_ok(), "closed");
+    }
+    let metric = "envoy_listener_downstream_cx_transport_socket_connect_timeout";
+    eventually("both are counted", || async {
+        (proxy.metric(metric, "").await >= 2.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_push_brings_new_certificates_and_open_connections_stay() {
+    let (ca, server) = (Ca::new(), telling().await);
+    let (old, new) = (ca.pair(&["proxy.test"]), ca.pair(&["proxy.test"]));
+    let tls = context(&[&old]);
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .start();
+    let client = TlsClient::new(&ca, None);
+    let mut open = client.shake(proxy.outbound()).await.unwrap();
+    let mut next = proxy.bootstrap.clone();
+    outbound(&mut next).tls = Some(context(&[&new]));
+    proxy.proxy.apply(next.clone()).unwrap();
+    let answer = client.get(proxy.outbound(), "/x").await.unwrap();
+    assert_eq!(answer.leaf, der(&new));
+    open.write_all(b"GET /x HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    open.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    // A key of another certificate changes nothing.
+    let mut wrong = new.clone();
+    wrong.key = old.key.clone();
+    outbound(&mut next).tls = Some(context(&[&wrong]));
+    let errors = proxy.proxy.apply(next).unwrap_err();
+    assert!(errors[0].contains("does not fit"), "{errors:?}");
+    let answer = client.get(proxy.outbound(), "/x").await.unwrap();
+    assert_eq!(answer.leaf, der(&new));
+}
+
+#[tokio::test]
+async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
+    let server = telling().await;
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(|bootstrap| outbound(bootstrap).http.idle_timeout = Duration::from_millis(300))
+        .start();
+    // Nothing; the beginning of a preface; a whole one, and no stream.
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+    for begun in [&b""[..], b"PRI", preface] {
+        let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
+        socket.write_all(begun).await.unwrap();
+        let mut rest = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(10), socket.read_to_end(&mut rest));
+        assert!(read.await.is_ok(), "{begun:?}");
+    }
+    let closed = proxy
+        .metric("envoy_http_downstream_cx_idle_timeout", "")
+        .await;
+    assert!(closed >= 3.0, "{closed}");
+    for version in Version::BOTH {
+        let mut client = Client::connect(proxy.outbound(), version).await;
+        assert_eq!(client.post("/x", "{}").await.status, 200, "{version:?}");
+    }
+}
+
+/// What a server of TLS saw of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct SeenBy {
+    sni: Option<String>,
+    alpn: Option<String>,
+    client: Option<CertificateDer<'static>>,
+}
+
+/// Takes TLS off before `behind`.
+async fn terminating(
+    pair: &Pair,
+    clients: Option<&Ca>,
+    behind: SocketAddr,
+) -> (SocketAddr, Arc<Mutex<Vec<SeenBy>>>) {
+    let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap();
+    let builder = match clients {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let mut roots = RootCertStore::empty();
+            roots
+                .add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap())
+                .unwrap();
+            let provider = Arc::new(ring::default_provider());
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+            builder.with_client_cert_verifier(verifier.unwrap())
+        }
+    };
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+    let mut config = builder.with_single_cert(vec![der(pair)], key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let seen: Arc<Mutex<Vec<SeenBy>>> = Arc::default();
+    let noted = seen.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (acceptor, noted) = (acceptor.clone(), noted.clone());
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(socket).await else {
+                    return;
+                };
+                let connection = stream.get_ref().1;
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                noted.lock().unwrap().push(SeenBy {
+                    sni: connection.server_name().map(str::to_owned),
+                    alpn: connection.alpn_protocol().map(text),
+                    client: connection.peer_certificates().map(|all| all[0].clone()),
+                });
+                let mut plain = TcpStream::connect(behind).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut plain).await;
+            });
+        }
+    });
+    (address, seen)
+}
+
+fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
+    let mut all = bootstrap.clusters.iter_mut();
+    all.find(|cluster| cluster.name == FLEET).unwrap()
+}
+
+fn dns(name: &str) -> NameMatch {
+    NameMatch {
+        kind: NameKind::Dns,
+        pattern: NamePattern::Exact(name.into()),
+    }
+}
+
+#[tokio::test]
+async fn upstreams_are_reached_over_tls_with_a_name_and_a_certificate() {
+    let (ca, ours) = (Ca::new(), Ca::new());
+    let own = ours.pair(&["spiffe://fleet.test/proxy"]);
+    let (plain, echo) = (telling().await, EchoH2::start().await);
+    for (protocol, behind, alpn) in [
+        (UpstreamProtocol::Http1, plain.address, "http/1.1"),
+        (UpstreamProtocol::Http2, echo.address, "h2"),
+    ] {
+        let pair = ca.pair(&["engine.test"]);
+        let (address, seen) = terminating(&pair, Some(&ours), behind).await;
+        let tls = UpstreamTls {
+            common: CommonTls {
+                certificates: vec![own.resource()],
+                validation: Some(ca.validation(vec![dns("engine.test")])),
+                ..CommonTls::default()
+            },
+            sni: "engine.test".into(),
+        };
+        let proxy = ProxyBuilder::new()
+            .server(address)
+            .edit(move |bootstrap| {
+                fleet(bootstrap).protocol = protocol;
+                fleet(bootstrap).tls = Some(tls);
+            })
+            .start();
+        for version in Version::BOTH {
+            let mut client = proxy.client(version).await;
+            for _ in 0..2 {
+                let reply = client.post("/x", "{}").await;
+                assert_eq!(reply.status, 200, "{protocol:?} {}", reply.text());
+            }
+        }
+        let expected = SeenBy {
+            sni: Some("engine.test".into()),
+            alpn: Some(alpn.into()),
+            client: Some(der(&own)),
+        };
+        let seen = seen.lock().unwrap().clone();
+        assert_eq!(seen, [expected], "one connection for all: {protocol:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_not_believed_gets_no_request() {
+    let (ca, stranger, server) = (Ca::new(), Ca::new(), telling().await);
+    for (issuer, name, reason) in [
+        (
+            &stranger,
+            "engine.test",
+            "TLS_error:_invalid_peer_certificate:_UnknownIssuer",
+        ),
+        (
+            &ca,
+            "other.test",
+            "TLS_error:_invalid_peer_certificate:_ApplicationVerificationFailure",
+        ),
+    ] {
+        let pair = issuer.pair(&[name]);
+        let (address, _seen) = terminating(&pair, None, server.address).await;
+        let tls = UpstreamTls {
+            common: CommonTls {
+                validation: Some(ca.validation(vec![dns("engine.test")])),
+                ..CommonTls::default()
+            },
+            sni: String::new(),
+        };
+        let proxy = ProxyBuilder::new()
+            .server(address)
+            .edit(move |bootstrap| {
+                fleet(bootstrap).tls = Some(tls);
+                let fields = [
+                    ("flags", "%RESPONSE_FLAGS%"),
+                    ("details", "%RESPONSE_CODE_DETAILS%"),
+                    ("reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"),
+                ];
+                let fields: BTreeMap<_, _> = fields
+                    .map(|(name, operator)| (name.to_owned(), operator.into()))
+                    .into();
+                outbound(bootstrap).http.access_log[0].format = AccessLogFormat::Json(fields);
+            })
+            .start();
+        let reply = proxy.client(Version::H1).await.post("/x", "{}").await;
+        assert_eq!(reply.status, 503);
+        assert_eq!(reply.header("x-outrigger-error"), "UF");
+        assert!(
+            reply.text().contains("transport failure reason: TLS_error"),
+            "{}",
+            reply.text()
+        );
+        let line = proxy.only_log().await;
+        let flags = line["flags"].as_str().unwrap();
+        assert!(flags.starts_with("UF"), "{flags}");
+        assert_eq!(line["reason"], reason);
+        let details =
+            format!("upstream_reset_before_response_started{{remote_connection_failure|{reason}}}");
+        assert_eq!(line["details"], details.as_str());
+    }
+    assert_eq!(server.exchanges().len(), 0);
+}
+
+#[tokio::test]
+async fn proxies_speak_mutual_tls_the_feed_included() {
+    let ca = Ca::new();
+    let name = |at: &str| format!("spiffe://fleet.test/{at}");
+    let pairs = [ca.pair(&[&name("a")]), ca.pair(&[&name("b")])];
+    let believed = |at: &str| NameMatch {
+        kind: NameKind::Uri,
+        pattern: NamePattern::Exact(name(at)),
+    };
+    let mut server = context(&[&pairs[1]]);
+    server.require_client_certificate = true;
+    server.common.validation = Some(ca.validation(vec![believed("a")]));
+    let engine = SimEngine::start(Config::default()).unwrap();
+    let far = ProxyBuilder::new()
+        .engine(engine.http_addr)
+        .edit(move |bootstrap| {
+            let mut all = bootstrap.listeners.iter_mut();
+            let inbound = all.find(|listener| listener.name == INBOUND).unwrap();
+            inbound.tls = Some(server);
+        })
+        .start();
+    let tls = UpstreamTls {
+        common: CommonTls {
+            certificates: vec![pairs[0].resource()],
+            validation: Some(ca.validation(vec![believed("b")])),
+            ..CommonTls::default()
+        },
+        sni: String::new(),
+    };
+    let near = ProxyBuilder::new()
+        .peer(far.inbound())
+        .edit(move |bootstrap| fleet(bootstrap).tls = Some(tls))
+        .start();
+    near.wait_alive(1).await;
+    let body = r#"{"model":"sim","prompt":"hello","max_tokens":2}"#;
+    for version in Version::BOTH {
+        let mut client = near.client(version).await;
+        let reply = client.post("/v1/completions", body).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    // Without it, a peer hears nothing.
+    let stranger = ProxyBuilder::new().peer(far.inbound()).start();
+    let peer = far.inbound().to_string();
+    eventually("the feed fails", || async {
+        let failures = stranger
+            .metric("outrigger_feed_failures_total", &peer)
+            .await;
+        (failures >= 1.0).then_some(())
+    })
+    .await;
+    assert_eq!(alive(stranger.admin()).await, 0);
+}

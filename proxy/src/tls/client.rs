@@ -1,0 +1,118 @@
+//! TLS towards upstreams and peers that we connect to.
+
+use super::{Stream, pem, provider, verify::NamedServer, versions};
+use outrigger_filters::endpoints::Secured;
+use outrigger_xds::resource::{cluster::UpstreamProtocol, tls::UpstreamTls};
+use rustls::{
+    ClientConfig,
+    client::Resumption,
+    pki_types::{IpAddr, ServerName},
+    sign::SingleCertAndKey,
+};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, TlsStream};
+
+static NEXT_CONTEXT: AtomicU64 = AtomicU64::new(1);
+
+/// What a cluster needs to shake hands.
+#[derive(Debug)]
+pub(crate) struct Client {
+    resource: UpstreamTls,
+    http1: Arc<ClientConfig>,
+    http2: Arc<ClientConfig>,
+    name: ServerName<'static>,
+}
+
+impl Client {
+    /// Reads all files.
+    ///
+    /// # Errors
+    /// What is wrong with them, or with the algorithms.
+    pub(crate) fn new(resource: &UpstreamTls) -> Result<Self, String> {
+        let common = &resource.common;
+        let provider = provider(&common.params)?;
+        let roots = common.validation.as_ref();
+        let roots = roots.map(|validation| pem::roots(&validation.trusted_ca));
+        let names = common.validation.as_ref();
+        let verifier = NamedServer {
+            roots: roots.transpose()?,
+            names: names.map_or_else(Vec::new, |validation| validation.names.clone()),
+            algorithms: provider.signature_verification_algorithms,
+        };
+        let builder = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&versions(&common.params))
+            .map_err(|error| format!("tls_params: {error}"))?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier));
+        let mut config = match common.certificates.first() {
+            None => builder.with_no_client_auth(),
+            Some(certificate) => {
+                let pair = pem::pair(certificate, &provider)?;
+                builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(pair)))
+            }
+        };
+        config.resumption = Resumption::disabled();
+        let name = if resource.sni.is_empty() {
+            config.enable_sni = false;
+            ServerName::IpAddress(IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED))
+        } else {
+            ServerName::try_from(resource.sni.clone())
+                .map_err(|_| format!("sni: '{}' is no host name", resource.sni))?
+        };
+        let speaking = |fallback: &str| {
+            let mut config = config.clone();
+            config.alpn_protocols = match common.alpn.as_slice() {
+                // As Envoy's pools do.
+                [] => vec![fallback.into()],
+                given => given.iter().map(|name| name.as_bytes().to_vec()).collect(),
+            };
+            Arc::new(config)
+        };
+        Ok(Self {
+            resource: resource.clone(),
+            http1: speaking("http/1.1"),
+            http2: speaking("h2"),
+            name,
+        })
+    }
+
+    /// As endpoints carry it.
+    pub(crate) fn secured(self) -> Secured {
+        Secured {
+            id: NEXT_CONTEXT.fetch_add(1, Relaxed),
+            context: Arc::new(self),
+        }
+    }
+
+    /// What an endpoint carries, if it was made here.
+    pub(crate) fn of(secured: &Secured) -> Option<&Self> {
+        secured.context.downcast_ref()
+    }
+
+    /// Whether it is what `resource` says.
+    pub(crate) fn is(&self, resource: &UpstreamTls) -> bool {
+        self.resource == *resource
+    }
+
+    /// Shakes hands.
+    pub(crate) async fn connect(
+        &self,
+        socket: TcpStream,
+        protocol: UpstreamProtocol,
+    ) -> io::Result<Stream> {
+        let config = match protocol {
+            UpstreamProtocol::Http1 => &self.http1,
+            UpstreamProtocol::Http2 => &self.http2,
+        };
+        let connector = TlsConnector::from(config.clone());
+        let stream = connector.connect(self.name.clone(), socket).await?;
+        Ok(Stream::Tls(Box::new(TlsStream::from(stream))))
+    }
+}

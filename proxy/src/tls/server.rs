@@ -1,0 +1,214 @@
+//! TLS towards clients and peers that connect to us.
+
+use super::{Stream, TlsFacts, pem, provider, verify::NamedClient, versions};
+use crate::metrics::ListenerStats;
+use arc_swap::ArcSwap;
+use outrigger_xds::resource::tls::DownstreamTls;
+use rustls::{
+    CertificateError, Error, ProtocolVersion, ServerConfig, ServerConnection,
+    crypto::CryptoProvider,
+    server::{
+        Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+    },
+    sign::CertifiedKey,
+};
+use std::{io, sync::Arc, time::Duration};
+use tokio::net::TcpStream;
+use tokio_rustls::{LazyConfigAcceptor, TlsStream};
+use webpki::EndEntityCert;
+
+/// What a listener needs to shake hands.
+pub struct Server {
+    handshake_timeout: Duration,
+    built: ArcSwap<Built>,
+}
+
+/// A client that offers protocols of which we have none goes on without, as with Envoy; rustls would refuse it.
+struct Built {
+    with_alpn: Arc<ServerConfig>,
+    without_alpn: Arc<ServerConfig>,
+}
+
+impl Server {
+    /// Reads all files.
+    ///
+    /// # Errors
+    /// What is wrong with them, or with the algorithms.
+    pub(crate) fn new(
+        resource: &DownstreamTls,
+        handshake_timeout: Duration,
+    ) -> Result<Self, String> {
+        Ok(Self {
+            handshake_timeout,
+            built: ArcSwap::from_pointee(Built::new(resource)?),
+        })
+    }
+
+    /// Most that a handshake may take; zero is off.
+    pub(crate) fn handshake_timeout(&self) -> Duration {
+        self.handshake_timeout
+    }
+
+    /// Shakes hands, and counts how it went.
+    pub(crate) async fn accept(
+        &self,
+        socket: TcpStream,
+        stats: &ListenerStats,
+    ) -> io::Result<(Stream, TlsFacts)> {
+        match self.shake(socket).await {
+            Ok(stream) => {
+                let facts = facts(stream.get_ref().1);
+                stats.ssl_handshake.increment(1);
+                if stream.get_ref().1.peer_certificates().is_none() {
+                    stats.ssl_no_certificate.increment(1);
+                }
+                Ok((Stream::Tls(Box::new(TlsStream::from(stream))), facts))
+            }
+            Err(error) => {
+                count(&error, stats);
+                Err(error)
+            }
+        }
+    }
+
+    async fn shake(
+        &self,
+        socket: TcpStream,
+    ) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+        let begun = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
+        let built = self.built.load_full();
+        let hello = begun.client_hello();
+        let ours = &built.with_alpn.alpn_protocols;
+        let common = hello
+            .alpn()
+            .is_none_or(|mut offered| offered.any(|theirs| ours.iter().any(|our| our == theirs)));
+        let config = if common {
+            &built.with_alpn
+        } else {
+            &built.without_alpn
+        };
+        begun.into_stream(config.clone()).await
+    }
+}
+
+impl Built {
+    fn new(resource: &DownstreamTls) -> Result<Self, String> {
+        let common = &resource.common;
+        let provider = provider(&common.params)?;
+        let builder = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&versions(&common.params))
+            .map_err(|error| format!("tls_params: {error}"))?;
+        let builder = match &common.validation {
+            None => builder.with_no_client_auth(),
+            Some(validation) => {
+                let roots = pem::roots(&validation.trusted_ca)?;
+                let mut chain =
+                    WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
+                if !resource.require_client_certificate {
+                    chain = chain.allow_unauthenticated();
+                }
+                let chain = chain
+                    .build()
+                    .map_err(|error| format!("trusted_ca: {error}"))?;
+                builder.with_client_cert_verifier(Arc::new(NamedClient {
+                    chain,
+                    names: validation.names.clone(),
+                }))
+            }
+        };
+        let certificates = Certificates::read(resource, &provider)?;
+        let mut config = builder.with_cert_resolver(Arc::new(certificates));
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        let without_alpn = Arc::new(config.clone());
+        config.alpn_protocols = common
+            .alpn
+            .iter()
+            .map(|name| name.as_bytes().to_vec())
+            .collect();
+        Ok(Self {
+            with_alpn: Arc::new(config),
+            without_alpn,
+        })
+    }
+}
+
+/// All certificates of a context, each with the DNS names it is for.
+#[derive(Debug)]
+struct Certificates(Vec<(Vec<String>, Arc<CertifiedKey>)>);
+
+impl Certificates {
+    fn read(resource: &DownstreamTls, provider: &CryptoProvider) -> Result<Self, String> {
+        let read = |certificate| {
+            let pair = pem::pair(certificate, provider)?;
+            let leaf = &pair.cert[0];
+            let parsed = EndEntityCert::try_from(leaf)
+                .map_err(|error| format!("certificate_chain: {error}"))?;
+            let names = parsed.valid_dns_names().map(str::to_ascii_lowercase);
+            let names = names.collect();
+            Ok::<_, String>((names, pair))
+        };
+        let certificates = &resource.common.certificates;
+        Ok(Self(
+            certificates.iter().map(read).collect::<Result<_, _>>()?,
+        ))
+    }
+}
+
+impl ResolvesServerCert for Certificates {
+    /// Envoy's order: the exact name, then `*.` and the rest of it, then any; each only if the client can check its
+    /// signature.
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let wanted = hello.server_name().map(str::to_ascii_lowercase);
+        let wanted = wanted.as_deref();
+        let wildcard = wanted
+            .and_then(|name| name.split_once('.'))
+            .map(|(_, rest)| format!("*.{rest}"));
+        let usable = |pair: &CertifiedKey| pair.key.choose_scheme(hello.signature_schemes());
+        let named = |name: Option<&str>| {
+            let name = name?;
+            let mut fitting = self.0.iter().filter(|(names, pair)| {
+                names.iter().any(|known| known == name) && usable(pair).is_some()
+            });
+            fitting.next()
+        };
+        let any = || self.0.iter().find(|(_, pair)| usable(pair).is_some());
+        let (_, pair) = named(wanted)
+            .or_else(|| named(wildcard.as_deref()))
+            .or_else(any)?;
+        Some(pair.clone())
+    }
+}
+
+fn facts(connection: &ServerConnection) -> TlsFacts {
+    let mut facts = TlsFacts {
+        version: match connection.protocol_version() {
+            Some(ProtocolVersion::TLSv1_2) => "TLSv1.2",
+            _ => "TLSv1.3",
+        },
+        server_name: connection.server_name().unwrap_or_default().to_owned(),
+        ..TlsFacts::default()
+    };
+    let leaf = connection.peer_certificates().and_then(<[_]>::first);
+    if let Some(Ok(parsed)) = leaf.map(EndEntityCert::try_from) {
+        let join = |names: Vec<&str>| names.join(",");
+        facts.peer_uri_sans = join(parsed.valid_uri_names().collect());
+        facts.peer_dns_sans = join(parsed.valid_dns_names().collect());
+    }
+    facts
+}
+
+fn count(error: &io::Error, stats: &ListenerStats) {
+    let inner = error.get_ref().and_then(|error| error.downcast_ref());
+    match inner {
+        Some(Error::NoCertificatesPresented) => stats.ssl_fail_verify_no_cert.increment(1),
+        Some(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)) => {
+            stats.ssl_fail_verify_san.increment(1);
+        }
+        Some(Error::InvalidCertificate(_)) => stats.ssl_fail_verify_error.increment(1),
+        Some(_) => stats.ssl_connection_error.increment(1),
+        // The client went away.
+        None => {}
+    }
+    tracing::debug!(%error, "TLS handshake failed");
+}
