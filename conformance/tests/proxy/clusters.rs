@@ -181,7 +181,7 @@ async fn degraded_endpoints_and_later_priorities_are_used_where_too_few_are_heal
 const TICK: Duration = Duration::from_millis(20);
 
 /// Often, so that a case need not wait long.
-fn health_check(checker: Checker) -> HealthCheck {
+pub(super) fn health_check(checker: Checker) -> HealthCheck {
     HealthCheck {
         timeout: Duration::from_secs(2),
         interval: TICK,
@@ -217,7 +217,7 @@ async fn checked(name: &'static str, status: Arc<AtomicU16>) -> Upstream {
     .await
 }
 
-async fn wait_failed(proxy: &TestProxy, at: usize, failed: bool) {
+pub(super) async fn wait_failed(proxy: &TestProxy, at: usize, failed: bool) {
     eventually("a health check has found out", || async {
         let flag = flags(proxy, at, "failed_active_health_check").await;
         ((flag == true) == failed).then_some(())

@@ -1,5 +1,6 @@
 //! TLS as clients see it: which certificate, which version, who is let in, and what is told of it.
 
+use super::clusters::{health_check, wait_failed};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
@@ -16,6 +17,7 @@ use outrigger_proxy::bootstrap::{FLEET, INBOUND, OUTBOUND};
 use outrigger_xds::resource::{
     bootstrap::Bootstrap,
     cluster::{Cluster, UpstreamProtocol},
+    health_check::Checker,
     listener::{AccessLogFormat, Listener},
     tls::{
         CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
@@ -760,4 +762,38 @@ async fn proxies_speak_mutual_tls_the_feed_included() {
     })
     .await;
     assert_eq!(alive(stranger.admin()).await, 0);
+}
+
+#[tokio::test]
+async fn health_checks_shake_hands_as_requests_do() {
+    let ca = Ca::new();
+    let plain = Upstream::named("a").await;
+    let pair = ca.pair(&["engine.test"]);
+    let (address, seen) = terminating(&pair, None, plain.address).await;
+    let tls = UpstreamTls {
+        common: CommonTls {
+            validation: Some(ca.validation(vec![dns("engine.test")])),
+            ..CommonTls::default()
+        },
+        sni: "engine.test".into(),
+    };
+    let proxy = ProxyBuilder::new()
+        .server(address)
+        .edit(move |bootstrap| {
+            fleet(bootstrap).health_check = Some(health_check(Checker::Http {
+                host: "health.example".into(),
+                path: "/health".into(),
+                method: Method::GET,
+                expected: std::iter::once(200..201).collect(),
+            }));
+            fleet(bootstrap).tls = Some(tls);
+        })
+        .start();
+    wait_failed(&proxy, 0, false).await;
+    assert_eq!(plain.exchanges()[0].path(), "/health");
+    let seen = seen.lock().unwrap()[0].clone();
+    assert_eq!(
+        (seen.sni.as_deref(), seen.alpn.as_deref()),
+        (Some("engine.test"), Some("http/1.1"))
+    );
 }
