@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod endpoint;
 pub mod listener;
 pub mod route;
+pub mod server_header;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

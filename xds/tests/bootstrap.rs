@@ -14,6 +14,7 @@ use outrigger_xds::{
             Action, HeaderMatch, HeaderValueMatch, PathMatch, RetryPolicy, Route, RouteAction,
             RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
         },
+        server_header::ServerHeader,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -43,6 +44,8 @@ static_resources:
         typed_config:
           "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
           stat_prefix: ingress
+          server_name: edge
+          server_header_transformation: PASS_THROUGH
           codec_type: 1
           stream_idle_timeout: 0s
           request_timeout: 0.25s
@@ -69,6 +72,7 @@ static_resources:
             typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
           route_config:
             name: local
+            validate_clusters: true
             virtual_hosts:
             - name: all
               domains: ["*"]
@@ -148,6 +152,8 @@ fn full_manager() -> HttpConnectionManager {
         }],
         use_remote_address: true,
         preserve_external_request_id: false,
+        server_name: "edge".into(),
+        server_header: ServerHeader::PassThrough,
         generate_request_id: false,
         stream_idle_timeout: Duration::ZERO,
         request_timeout: Duration::from_millis(250),
@@ -213,6 +219,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
     RouteConfiguration {
         name: "local".into(),
         virtual_hosts: vec![all],
+        validate_clusters: true,
     }
 }
 

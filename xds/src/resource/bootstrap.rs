@@ -126,6 +126,9 @@ fn check_clusters(
     listener: &Listener,
     clusters: &[String],
 ) {
+    if !listener.http.route_config.validate_clusters {
+        return;
+    }
     let table = format!(
         "static_resources.listeners[{index}].filter_chains[0].filters[0].typed_config.route_config"
     );

@@ -46,6 +46,8 @@ pub struct RouteConfiguration {
     pub name: String,
     /// In the order written; domains decide.
     pub virtual_hosts: Vec<VirtualHost>,
+    /// False: a route may name a cluster that does not exist (503 then).
+    pub validate_clusters: bool,
 }
 
 /// Routes for some domains.
@@ -202,6 +204,7 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
         problems.finish(Some(Self {
             name: wire.name,
             virtual_hosts,
+            validate_clusters: wire.validate_clusters.unwrap_or(true),
         }))
     }
 }
@@ -463,6 +466,7 @@ impl From<&RouteConfiguration> for wire::RouteConfiguration {
         Self {
             name: plain.name.clone(),
             virtual_hosts: plain.virtual_hosts.iter().map(Into::into).collect(),
+            validate_clusters: Some(plain.validate_clusters),
         }
     }
 }

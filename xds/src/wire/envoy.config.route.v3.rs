@@ -265,6 +265,9 @@ pub struct RouteConfiguration {
     /// Chosen by the request's authority.
     #[prost(message, repeated, tag = "2")]
     pub virtual_hosts: ::prost::alloc::vec::Vec<VirtualHost>,
+    /// Refuse routes to unknown clusters; true unless said.
+    #[prost(message, optional, tag = "7")]
+    pub validate_clusters: ::core::option::Option<bool>,
 }
 impl ::prost::Name for RouteConfiguration {
     const NAME: &'static str = "RouteConfiguration";
