@@ -77,6 +77,8 @@ pub struct RouteFacts {
     pub cluster: Arc<str>,
     /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
+    /// Explicit `idle_timeout`: no byte either way for so long; zero is off.
+    pub idle_timeout: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
     pub retry_policy: Option<RetryPolicy>,
     /// A retry may be done while at most this share of active requests (percent) are retries…
@@ -183,7 +185,7 @@ impl Context {
                 let passed = Duration::from_millis(clock_ms().saturating_sub(at_ms));
                 now.checked_sub(passed).unwrap_or(now)
             }
-            Some(UploadState::Runs(_) | UploadState::Broke) => now,
+            Some(UploadState::Runs(_) | UploadState::Broke | UploadState::Malformed) => now,
         }
     }
 

@@ -77,6 +77,8 @@ impl HttpFilter for Router {
             let active = self.budget.enter();
             let mut walk = Walk::new(self, &view, context);
             let outcome = walk.run(request, context).await;
+            // Envoy counts the attempt that found nobody.
+            context.log.attempts = context.log.attempts.max(1);
             drop(active);
             outcome
         })
@@ -149,6 +151,7 @@ impl<'a> Walk<'a> {
                 &target,
                 &self.rules,
                 self.attempts,
+                self.router.config.suppress_envoy_headers,
             );
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
             let (outcome, unsent) = attempt.run(request, context).await;
@@ -339,7 +342,13 @@ impl<'a> Walk<'a> {
                 }
                 Ok(*response)
             }
-            Outcome::Failed(error) => Err(exhausted(error, self.tried.len(), context)),
+            Outcome::Failed(error) => {
+                let only = self.tried.len() == 1 && context.route.retry_policy.is_some();
+                if only && self.rules.retries_max == 0 && error.retry != Retry::No {
+                    context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+                }
+                Err(exhausted(error, self.tried.len(), context))
+            }
         }
     }
 }

@@ -14,6 +14,7 @@ use outrigger_xds::resource::{
         TrafficDirection,
     },
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
+    server_header::ServerHeader,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
@@ -155,6 +156,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         stat_prefix: OUTBOUND.into(),
         use_remote_address: true,
         preserve_external_request_id: true,
+        server_header: ServerHeader::AppendIfAbsent,
         access_log: access_log(&options.access_log),
         http_filters: filters,
         route_config: everything_to(FLEET),
@@ -168,6 +170,7 @@ fn inbound_listener(address: Address) -> Listener {
     let http = HttpConnectionManager {
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
+        server_header: ServerHeader::AppendIfAbsent,
         http_filters: vec![
             ours("engine_api", json!({"fleet_answers": false})),
             router_filter(),
@@ -233,6 +236,7 @@ fn everything_to(cluster: &str) -> RouteConfiguration {
     };
     RouteConfiguration {
         name: cluster.into(),
+        validate_clusters: true,
         virtual_hosts: vec![VirtualHost {
             name: "all".into(),
             domains: vec!["*".into()],

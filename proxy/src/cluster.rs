@@ -229,7 +229,7 @@ impl Endpoints for Clusters {
         let active = endpoint.stats.active.load(Relaxed);
         if active >= u64::from(entry.config.circuit_breakers.max_requests) {
             entry.stats.upstream_rq_pending_overflow.increment(1);
-            return Err(overflow(active));
+            return Err(overflow());
         }
         let entered = entry
             .ledgers
@@ -306,15 +306,13 @@ fn least_loaded(candidates: &[Arc<Endpoint>]) -> usize {
     }
 }
 
-fn overflow(active: u64) -> Error {
+fn overflow() -> Error {
     Error::new(
         Origin::Proxy,
         Flag::UpstreamOverflow,
         StatusCode::SERVICE_UNAVAILABLE,
         "upstream_reset_before_response_started{overflow}",
-        format!(
-            "upstream connect error or disconnect/reset before headers. reset reason: overflow ({active} active requests)"
-        ),
+        "upstream connect error or disconnect/reset before headers. reset reason: overflow",
     )
     .retry(Retry::NothingSent)
 }

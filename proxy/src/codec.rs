@@ -1,10 +1,14 @@
 //! HTTP/1.1 and HTTP/2 on an accepted connection, until it ends or is drained.
 
+pub(crate) mod exchange;
+mod gate;
+
 use crate::{
     drain::Drain,
     http::{ConnectionInfo, Manager},
     metrics::HttpStats,
 };
+use gate::Gate;
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -44,6 +48,7 @@ pub(crate) async fn serve(
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
+    let (gate_manager, gate_info) = (manager.clone(), info.clone());
     let asked = AtomicBool::new(false);
     let asked = &asked;
     let service = service_fn(move |request| {
@@ -51,7 +56,10 @@ pub(crate) async fn serve(
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let mut connection = pin!(builder.serve_connection(
+        TokioIo::new(Gate::new(socket, gate_manager, gate_info)),
+        service
+    ));
     let mut draining = pin!(drain.begun());
     let mut drained = false;
     let outcome = loop {

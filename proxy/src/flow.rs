@@ -24,6 +24,18 @@ pub(crate) struct FlowLimits {
     pub(crate) gap: Option<Duration>,
     /// When it must be over.
     pub(crate) until: Option<std::time::Instant>,
+    /// The total is a route's `timeout`, not the limit of a generation.
+    pub(crate) of_route: bool,
+}
+
+impl FlowLimits {
+    fn total_flag(self) -> Flag {
+        if self.of_route {
+            Flag::UpstreamRequestTimeout
+        } else {
+            Flag::DurationTimeout
+        }
+    }
 }
 
 /// Puts a body under its limits.
@@ -56,7 +68,7 @@ impl Limited {
         let total = self
             .limits
             .until
-            .map(|until| (until.into(), Flag::DurationTimeout));
+            .map(|until| (until.into(), self.limits.total_flag()));
         [gap, total].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
@@ -68,7 +80,9 @@ impl Limited {
             };
             if at <= Instant::now() {
                 let text = match flag {
-                    Flag::DurationTimeout => "the response took longer than its total limit",
+                    Flag::DurationTimeout | Flag::UpstreamRequestTimeout => {
+                        "the response took longer than its total limit"
+                    }
                     _ => "the engine sent nothing for longer than the limit between tokens",
                 };
                 metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
@@ -148,6 +162,7 @@ mod tests {
         let limits = FlowLimits {
             gap: Some(Duration::from_millis(30)),
             until: None,
+            of_route: false,
         };
         assert_eq!(run(limits).await, (5, Flag::StreamIdleTimeout));
     }
@@ -157,6 +172,7 @@ mod tests {
         let limits = FlowLimits {
             gap: Some(Duration::from_secs(1)),
             until: Some((Instant::now() + Duration::from_millis(35)).into_std()),
+            of_route: false,
         };
         assert_eq!(run(limits).await, (3, Flag::DurationTimeout));
     }

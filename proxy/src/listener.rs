@@ -110,7 +110,7 @@ pub(crate) async fn accept(
                 }
                 let _ = socket.set_nodelay(true);
                 let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
-                let info = Arc::new(ConnectionInfo { remote, local, id });
+                let info = Arc::new(ConnectionInfo::new(remote, local, id));
                 let counted = Counted::new(open.clone(), stats.clone());
                 let (manager, drain) = (manager.clone(), drain.clone());
                 tokio::spawn(async move {

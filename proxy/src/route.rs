@@ -130,6 +130,7 @@ mod tests {
         RouteConfiguration {
             name: "t".into(),
             virtual_hosts: hosts.iter().map(host).collect(),
+            validate_clusters: true,
         }
     }
 

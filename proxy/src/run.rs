@@ -280,6 +280,7 @@ fn assemble(
                     bootstrap.node.id.escape_debug()
                 )]
             })?,
+            drain: drain.clone(),
             feed: (listener.traffic_direction == TrafficDirection::Inbound)
                 .then(|| service.clone()),
         };

@@ -14,7 +14,7 @@ use outrigger_xds::{
     report::EngineId,
     resource::{
         bootstrap::Bootstrap,
-        cluster::Cluster,
+        cluster::{CircuitBreakers, Cluster},
         endpoint::{Address, Duty},
         listener::{HttpConnectionManager, TrafficDirection},
         route::{Action, Route, RouteMatch, VirtualHost},
@@ -33,6 +33,8 @@ pub struct HttpConfig {
     pub inbound: bool,
     /// What requests without a route pass; may be empty.
     pub unrouted: Chain,
+    /// Our `server`.
+    pub server: http::HeaderValue,
     hosts: Vec<Vec<BuiltRoute>>,
 }
 
@@ -97,7 +99,8 @@ impl HttpConfig {
         for host in &manager.route_config.virtual_hosts {
             let mut routes = Vec::new();
             for (index, route) in host.routes.iter().enumerate() {
-                match build_route(&mut chains, host, route, inbound, clusters) {
+                let strict = manager.route_config.validate_clusters;
+                match build_route(&mut chains, host, route, inbound, (clusters, strict)) {
                     Ok(route) => routes.push(route),
                     Err(error) => errors.push(format!(
                         "virtual_hosts[{}].routes[{index}]: {error}",
@@ -109,6 +112,8 @@ impl HttpConfig {
         }
         if errors.is_empty() {
             Ok(Self {
+                server: http::HeaderValue::from_str(&manager.server_name)
+                    .map_err(|_| vec!["server_name: no header value".to_owned()])?,
                 manager: manager.clone(),
                 inbound,
                 unrouted,
@@ -135,7 +140,7 @@ fn build_route(
     host: &VirtualHost,
     route: &Route,
     inbound: bool,
-    clusters: &HashMap<String, Cluster>,
+    (clusters, strict): (&HashMap<String, Cluster>, bool),
 ) -> Result<BuiltRoute, String> {
     let own = [&route.typed_per_filter_config];
     let chain = chains.route(&own)?;
@@ -162,20 +167,23 @@ fn build_route(
             }
         }
         Action::Route(action) => {
-            let cluster = clusters
-                .get(&action.cluster)
-                .ok_or_else(|| format!("unknown cluster '{}'", action.cluster))?;
+            let breakers = match clusters.get(&action.cluster) {
+                Some(cluster) => cluster.circuit_breakers.clone(),
+                None if !strict => CircuitBreakers::default(),
+                None => return Err(format!("unknown cluster '{}'", action.cluster)),
+            };
             let facts = RouteFacts {
                 name: route.name.as_str().into(),
                 virtual_host: host.name.as_str().into(),
                 cluster: action.cluster.as_str().into(),
                 timeout: route_timeout(action.timeout, chain.openai),
+                idle_timeout: action.idle_timeout,
                 retry_policy: action
                     .retry_policy
                     .clone()
                     .or_else(|| host.retry_policy.clone()),
-                retry_budget_percent: cluster.circuit_breakers.retry_budget_percent,
-                min_retry_concurrency: cluster.circuit_breakers.min_retry_concurrency,
+                retry_budget_percent: breakers.retry_budget_percent,
+                min_retry_concurrency: breakers.min_retry_concurrency,
                 inbound,
             };
             let prefix_rewrite = action

@@ -7,6 +7,7 @@
 
 mod config;
 mod drain;
+mod envoy;
 mod failures;
 mod feeds;
 mod fleet;

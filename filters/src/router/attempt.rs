@@ -35,6 +35,9 @@ pub const SERVICE_TIME_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-upstream-service-time");
 /// The data-parallel rank, in the words of vLLM and SGLang.
 pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+/// Milliseconds that this attempt may take.
+const EXPECTED_TIMEOUT_HEADER: HeaderName =
+    HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most block hashes told along in a header; the first ones matter most for what is shared.
@@ -107,6 +110,8 @@ pub(crate) struct Attempt<'a> {
     target: &'a Ranked,
     rules: &'a Rules,
     number: usize,
+    /// Leave out what is Envoy's own.
+    suppress: bool,
 }
 
 impl<'a> Attempt<'a> {
@@ -116,6 +121,7 @@ impl<'a> Attempt<'a> {
         target: &'a Ranked,
         rules: &'a Rules,
         number: usize,
+        suppress: bool,
     ) -> Self {
         Self {
             services,
@@ -123,6 +129,7 @@ impl<'a> Attempt<'a> {
             target,
             rules,
             number,
+            suppress,
         }
     }
 
@@ -208,7 +215,11 @@ impl<'a> Attempt<'a> {
 
     /// Headers that belong to this attempt alone.
     fn address(&self, headers: &mut HeaderMap, context: &Context) {
-        if self.number > 1 {
+        let generation = context
+            .openai
+            .as_ref()
+            .is_some_and(|openai| openai.is_generation());
+        if self.number > 1 && generation {
             // vLLM derives its ids from this one and refuses a second use while the first may still run.
             let id = format!("{}-{}", context.request_id, self.number);
             match HeaderValue::from_str(&id) {
@@ -219,6 +230,9 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
+        if let Some(limit) = self.expected_timeout(context) {
+            headers.insert(EXPECTED_TIMEOUT_HEADER, limit);
+        }
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
             headers
@@ -228,6 +242,21 @@ impl<'a> Attempt<'a> {
         if self.target.endpoint.via == Via::Peer {
             self.tell_peer(headers, context);
         }
+    }
+
+    /// For an upstream that gives up when nobody waits any more.
+    fn expected_timeout(&self, context: &Context) -> Option<HeaderValue> {
+        let per_try = Some(self.rules.per_try_timeout).filter(|limit| !limit.is_zero());
+        let left = || {
+            Some(
+                context
+                    .total_timeout()?
+                    .saturating_sub(context.complete_since().elapsed()),
+            )
+        };
+        let limit = per_try.or_else(left)?;
+        let told = !self.suppress && !context.route.inbound;
+        told.then(|| HeaderValue::from(limit.as_millis() as u64))
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {

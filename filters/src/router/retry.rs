@@ -28,6 +28,8 @@ pub struct Rules {
     pub gateway_error: bool,
     /// The upstream answered 409.
     pub retriable_4xx: bool,
+    /// A policy says so, not our defaults.
+    pub explicit: bool,
     /// The first stream event is awaited, and may be an error: generations only.
     pub peek: bool,
     /// Of one attempt; zero is none.
@@ -46,6 +48,7 @@ impl Rules {
                 server_error: generation,
                 gateway_error: generation,
                 retriable_4xx: false,
+                explicit: false,
                 peek: generation,
                 per_try_timeout: Duration::ZERO,
             };
@@ -61,6 +64,7 @@ impl Rules {
             server_error: on("5xx"),
             gateway_error: on("gateway-error") || on("5xx"),
             retriable_4xx: on("retriable-4xx"),
+            explicit: true,
             peek: generation && (on("reset") || on("5xx")),
             per_try_timeout: policy.per_try_timeout,
         }
@@ -72,7 +76,8 @@ impl Rules {
         match status.as_u16() {
             409 => self.retriable_4xx,
             502..=504 => self.gateway_error,
-            501 | 505 => false,
+            // Envoy's 5xx are all of them; by default what no other engine can do either is not asked again.
+            501 | 505 => self.server_error && self.explicit,
             500..=599 => self.server_error,
             _ => false,
         }

@@ -29,7 +29,13 @@ pub(super) async fn connect(
         Ok(Err(error)) => {
             stats.connect_fail.fetch_add(1, Relaxed);
             tracing::debug!(endpoint = %endpoint.id, %error, "connect failed");
-            Err(failure("remote connection failure"))
+            let mut failed = failure("remote connection failure");
+            failed.details = format!(
+                "upstream_reset_before_response_started{{remote_connection_failure|delayed_connect_error:_{}}}",
+                cause(&error).replace(' ', "_")
+            )
+            .into();
+            Err(failed)
         }
         Err(_) => {
             stats.connect_fail.fetch_add(1, Relaxed);
@@ -37,6 +43,15 @@ pub(super) async fn connect(
             tracing::debug!(endpoint = %endpoint.id, limit_ms = limit.as_millis() as u64, "connect timed out");
             Err(failure("connection timeout"))
         }
+    }
+}
+
+/// The system's words without their number: "Connection refused".
+fn cause(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
     }
 }
 
