@@ -2,12 +2,14 @@
 //!
 //! The timer is armed once and looks at the clock when it fires, so that an event costs no timer operation.
 
+use crate::snapshot::HttpConfig;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use outrigger_filters::{
     body::{BodyError, ResponseBody},
     error::Flag,
+    filter::Context as Request,
 };
 use std::{
     future::Future,
@@ -35,6 +37,28 @@ impl FlowLimits {
         } else {
             Flag::DurationTimeout
         }
+    }
+}
+
+/// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
+pub(crate) fn limits(config: &HttpConfig, context: &Request) -> FlowLimits {
+    let mut generation = false;
+    let gap = match &context.openai {
+        Some(openai) if openai.is_generation() => {
+            generation = true;
+            openai.limits.inter_token_timeout
+        }
+        _ => {
+            let of_route = context.route.idle_timeout;
+            Some(of_route.unwrap_or(config.manager.stream_idle_timeout))
+                .filter(|gap| !gap.is_zero())
+        }
+    };
+    let total = context.total_timeout();
+    FlowLimits {
+        gap,
+        until: total.map(|total| context.complete_since() + total),
+        of_route: !generation,
     }
 }
 

@@ -134,7 +134,7 @@ impl Manager {
                         let shape = Shape::of(&record.path, &parts.headers, route.openai);
                         record.captured = record.logs.capture(&parts);
                         let response = self.run(route, parts, body, &mut context, shape).await;
-                        (response, shape, limits(&config, &context))
+                        (response, shape, flow::limits(&config, &context))
                     }
                 },
             };
@@ -458,28 +458,6 @@ async fn unrouted(
     }
     let request = Request::from_parts(parts, RequestBody::incoming(body));
     Next::new(&config.unrouted).run(request, context).await
-}
-
-/// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
-fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
-    let mut generation = false;
-    let gap = match &context.openai {
-        Some(openai) if openai.is_generation() => {
-            generation = true;
-            openai.limits.inter_token_timeout
-        }
-        _ => {
-            let of_route = context.route.idle_timeout;
-            Some(of_route.unwrap_or(config.manager.stream_idle_timeout))
-                .filter(|gap| !gap.is_zero())
-        }
-    };
-    let total = context.total_timeout();
-    FlowLimits {
-        gap,
-        until: total.map(|total| context.complete_since() + total),
-        of_route: !generation,
-    }
 }
 
 /// What the access log needs, kept until the response is over.
