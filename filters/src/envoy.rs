@@ -59,6 +59,9 @@ impl FractionalPercent {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RuntimeFractionalPercent {
     pub(crate) default_value: FractionalPercent,
+    /// There is no runtime that could change it.
+    #[serde(rename = "runtime_key")]
+    _runtime_key: serde::de::IgnoredAny,
 }
 
 /// A `google.protobuf.Duration`: `"0.250s"`.

@@ -127,6 +127,8 @@ pub struct Error {
     pub retry: Retry,
     /// A reused connection turned out to be closed: the same endpoint is worth another try at once.
     pub stale: bool,
+    /// The upstream refused the stream, and did nothing with it.
+    pub refused: bool,
     /// `Retry-After` to send.
     pub retry_after: Option<Duration>,
     /// What filters change in the headers of the local reply.
@@ -176,6 +178,7 @@ impl Error {
             message: message.into(),
             retry: Retry::No,
             stale: false,
+            refused: false,
             retry_after: None,
             edits: Edits::default(),
         }
@@ -217,6 +220,7 @@ impl Error {
             .into(),
             retry,
             stale: false,
+            refused: false,
             retry_after: None,
             edits: Edits::default(),
         }

@@ -5,11 +5,14 @@ use crate::{
     endpoints::{Endpoint, clock_ms},
     error::Error,
     openai::OpenAiRequest,
+    router::{attempt::ATTEMPT_COUNT_HEADER, retry::Policy},
     sse::Event,
 };
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
-use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route::RetryPolicy};
+use http::{HeaderValue, Request, Response, StatusCode};
+use outrigger_xds::{
+    block_hash::BlockHash, report::EngineId, resource::mirror_policy::MirrorPolicy,
+};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -77,16 +80,48 @@ pub struct RouteFacts {
     pub cluster: Arc<str>,
     /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
-    /// Explicit `idle_timeout`: no byte either way for so long; zero is off.
+    /// Between two reads, instead of the listener's; zero is off.
     pub idle_timeout: Option<Duration>,
+    /// From the request's first byte to the response's last.
+    pub max_stream_duration: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
-    pub retry_policy: Option<RetryPolicy>,
+    pub retry_policy: Option<Arc<Policy>>,
     /// A retry may be done while at most this share of active requests (percent) are retries…
     pub retry_budget_percent: f64,
     /// …or at most so many.
     pub min_retry_concurrency: u32,
     /// On the inbound side the chain never chooses: the peer named the endpoint.
     pub inbound: bool,
+    /// Status where the cluster does not exist; 503 unless said.
+    pub cluster_not_found: Option<StatusCode>,
+    /// The host becomes the endpoint's name, if it has one.
+    pub auto_host_rewrite: Option<AutoHost>,
+    /// Who gets a copy.
+    pub mirrors: Arc<[MirrorPolicy]>,
+    /// Requests carry `x-envoy-attempt-count`.
+    pub attempts_to_upstream: bool,
+    /// Responses carry `x-envoy-attempt-count`.
+    pub attempts_to_client: bool,
+    /// Requests carry `x-envoy-expected-rq-timeout-ms`, if the route has a timeout.
+    pub tell_timeout: bool,
+}
+
+/// How `auto_host_rewrite` is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AutoHost {
+    /// The host that was replaced is appended to `x-forwarded-host`.
+    pub append_forwarded: bool,
+    /// …and told in `x-envoy-original-host`.
+    pub tell_original: bool,
+}
+
+/// What a route does to the heads of one request and of its response, at the place where Envoy does it: in the router.
+pub trait Heads: Send + Sync {
+    /// Changes the request before it goes upstream.
+    fn request(&self, request: &mut Request<RequestBody>, log: &LogFields);
+
+    /// Changes the response as it comes from upstream, or is made here.
+    fn response(&self, response: &mut Response<ResponseBody>, log: &LogFields);
 }
 
 /// One candidate, best first in [`Context::ranked`].
@@ -140,6 +175,10 @@ pub struct Context {
     pub observers: Vec<Box<dyn StreamObserver>>,
     /// What the access log will say.
     pub log: LogFields,
+    /// What the route does to heads, if anything.
+    pub heads: Option<Arc<dyn Heads>>,
+    /// The response's head is as the route wants it.
+    pub response_edited: bool,
     /// For filters outside this crate.
     pub extensions: http::Extensions,
 }
@@ -162,6 +201,8 @@ impl Context {
             attempt: self.attempt + 1,
             observers: Vec::new(),
             log: LogFields::default(),
+            heads: self.heads.clone(),
+            response_edited: false,
             extensions: self.extensions.clone(),
         }
     }
@@ -196,6 +237,22 @@ impl Context {
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
         self.log = attempt.log;
+        self.response_edited = attempt.response_edited;
+    }
+
+    /// Does to the response what the route wants, once.
+    pub fn edit_response(&mut self, response: &mut Response<ResponseBody>) {
+        if self.response_edited {
+            return;
+        }
+        self.response_edited = true;
+        if let Some(heads) = &self.heads {
+            heads.response(response, &self.log);
+        }
+        if self.route.attempts_to_client && self.log.attempts > 0 {
+            let count = HeaderValue::from(self.log.attempts);
+            response.headers_mut().insert(ATTEMPT_COUNT_HEADER, count);
+        }
     }
 }
 

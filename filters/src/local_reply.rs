@@ -3,6 +3,7 @@
 use crate::{
     body::{BodyError, ResponseBody, empty, full},
     error::{Error, Flag},
+    matching::is_grpc,
     sse::Farewell,
 };
 use bytes::Bytes;
@@ -27,9 +28,7 @@ impl Shape {
     /// The shape for a request. `openai` says whether the route has the `openai` filter.
     #[must_use]
     pub fn of(path: &str, headers: &HeaderMap, openai: bool) -> Self {
-        let grpc = headers
-            .get(header::CONTENT_TYPE)
-            .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        let grpc = is_grpc(headers);
         match (grpc, openai) {
             (true, _) => Self::Grpc,
             (false, false) => Self::Envoy,

@@ -5,14 +5,16 @@
 //! handed up); anything else only if nothing of it was sent. Retries stay within a budget.
 
 pub mod attempt;
+pub mod host;
 pub mod leg;
+pub mod mirror;
 pub mod retry;
 
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Via, Want},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, Handled, HttpFilter, Next, Ranked},
+    filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
     services::Services,
 };
@@ -20,7 +22,7 @@ use attempt::{Attempt, Outcome};
 use http::{Request, Response, StatusCode};
 use retry::{Budget, Rules};
 use serde::Deserialize;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Envoy's router.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
@@ -65,32 +67,44 @@ impl HttpFilter for Router {
         _next: Next<'a>,
     ) -> Handled<'a> {
         // Moved as a pointer from here on: it is large, and every future on its way would hold a copy.
-        let request = Box::new(request);
+        let mut request = Box::new(request);
         Box::pin(async move {
             let cluster = context.route.cluster.clone();
             let view = self
                 .services
                 .endpoints
                 .view(&cluster)
-                .ok_or_else(|| no_cluster(&cluster))?;
+                .ok_or_else(|| no_cluster(&context.route))?;
             context.log.upstream_cluster = cluster;
             let active = self.budget.enter();
-            let mut walk = Walk::new(self, &view, context);
-            let outcome = walk.run(request, context).await;
+            if let Some(heads) = &context.heads {
+                heads.request(&mut request, &context.log);
+            }
+            if !context.route.mirrors.is_empty() {
+                mirror::send(&self.services, &request, context);
+            }
+            let mut walk = Walk::new(self, &view, context, &request);
+            let mut outcome = walk.run(request, context).await;
             // Envoy counts the attempt that found nobody.
             context.log.attempts = context.log.attempts.max(1);
             drop(active);
+            if let Ok(response) = &mut outcome {
+                context.edit_response(response);
+            }
             outcome
         })
     }
 }
 
-fn no_cluster(cluster: &str) -> Error {
-    tracing::warn!(cluster, "route names a cluster that does not exist");
+fn no_cluster(route: &RouteFacts) -> Error {
+    let cluster = &*route.cluster;
+    tracing::debug!(cluster, "route names a cluster that does not exist");
     Error::new(
         Origin::Proxy,
         Flag::NoClusterFound,
-        StatusCode::SERVICE_UNAVAILABLE,
+        route
+            .cluster_not_found
+            .unwrap_or(StatusCode::SERVICE_UNAVAILABLE),
         "cluster_not_found",
         "",
     )
@@ -111,12 +125,17 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(router: &'a Router, view: &'a Arc<ClusterView>, context: &Context) -> Self {
+    fn new(
+        router: &'a Router,
+        view: &'a Arc<ClusterView>,
+        context: &Context,
+        request: &Request<RequestBody>,
+    ) -> Self {
         let generation = context
             .openai
             .as_ref()
             .is_some_and(|openai| openai.is_generation());
-        let rules = Rules::new(context.route.retry_policy.as_ref(), generation);
+        let rules = Rules::new(context.route.retry_policy.as_ref(), generation, request);
         Self {
             router,
             view,
@@ -151,7 +170,6 @@ impl<'a> Walk<'a> {
                 &target,
                 &self.rules,
                 self.attempts,
-                self.router.config.suppress_envoy_headers,
             );
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
             let (outcome, unsent) = attempt.run(request, context).await;
@@ -167,9 +185,20 @@ impl<'a> Walk<'a> {
                 self.stale = self.tried.pop();
             }
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
+            let pause = self.pause(&outcome);
             last = Some(outcome);
             request = again;
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
+            }
         }
+    }
+
+    /// With an explicit policy a retry waits a while. A connection that was closed anyway is replaced at once.
+    fn pause(&self, outcome: &Outcome) -> Option<Duration> {
+        self.rules
+            .back_off(self.tried.len())
+            .filter(|_| !outcome.is_stale())
     }
 
     /// A connection that turned out to be closed is replaced unnoticed, unless its endpoint is gone altogether.

@@ -16,7 +16,7 @@ mod tests;
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
 
 use format::Template;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 use outrigger_filters::filter::LogFields;
 use outrigger_xds::resource::listener::AccessLog;
 use serde_json::Value;
@@ -57,7 +57,7 @@ enum Wanted {
 }
 
 /// Headers kept from a request and its response until its line is written; only those that a format names.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Captured {
     request: Vec<Option<HeaderValue>>,
     response: Vec<Option<HeaderValue>>,
@@ -140,28 +140,12 @@ impl AccessLogs {
     /// (`x-forwarded-for`), as Envoy does.
     #[must_use]
     pub fn capture(&self, request: &http::request::Parts) -> Captured {
-        let wanted = self.headers.request.iter().map(|wanted| match wanted {
-            Wanted::Header(name) => request.headers.get(name).cloned(),
-            Wanted::Scheme => match request.uri.scheme_str() {
-                Some(scheme) => HeaderValue::from_str(scheme).ok(),
-                None => Some(HeaderValue::from_static("http")),
-            },
-        });
-        Captured {
-            request: wanted.collect(),
-            response: Vec::new(),
-        }
+        self.headers.capture(&request.uri, &request.headers)
     }
 
     /// Keeps what the formats need of the response's headers.
     pub fn capture_response(&self, headers: &HeaderMap, captured: &mut Captured) {
-        captured.response.clear();
-        captured.response.extend(
-            self.headers
-                .response
-                .iter()
-                .map(|name| headers.get(name).cloned()),
-        );
+        self.headers.capture_response(headers, captured);
     }
 
     /// Writes the line (one per configured log). Never blocks: a full queue drops the line and counts it.
@@ -179,7 +163,75 @@ impl AccessLogs {
     }
 }
 
+/// Formats of header values, which say the same as those of access logs.
+#[derive(Debug, Default)]
+pub struct Formats {
+    headers: Headers,
+}
+
+/// One of them, compiled.
+#[derive(Debug)]
+pub struct ValueFormat(Template);
+
+impl Formats {
+    /// Compiles one.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn compile(&mut self, text: &str) -> Result<ValueFormat, String> {
+        Template::bare(text, &mut self.headers).map(ValueFormat)
+    }
+
+    /// Keeps what the formats need of a request.
+    #[must_use]
+    pub fn capture(&self, uri: &Uri, headers: &HeaderMap) -> Captured {
+        self.headers.capture(uri, headers)
+    }
+
+    /// Keeps what the formats need of a response.
+    pub fn capture_response(&self, headers: &HeaderMap, captured: &mut Captured) {
+        self.headers.capture_response(headers, captured);
+    }
+}
+
+impl ValueFormat {
+    /// What it always is, if it has no operators.
+    #[must_use]
+    pub fn constant(&self) -> Option<&[u8]> {
+        self.0.constant()
+    }
+
+    /// Its value; what is missing is empty.
+    #[must_use]
+    pub fn render(&self, entry: &Entry<'_>, captured: &Captured) -> Vec<u8> {
+        let mut value = Vec::new();
+        self.0.render(entry, captured, &mut value);
+        value
+    }
+}
+
 impl Headers {
+    fn capture(&self, uri: &Uri, headers: &HeaderMap) -> Captured {
+        let wanted = self.request.iter().map(|wanted| match wanted {
+            Wanted::Header(name) => headers.get(name).cloned(),
+            Wanted::Scheme => match uri.scheme_str() {
+                Some(scheme) => HeaderValue::from_str(scheme).ok(),
+                None => Some(HeaderValue::from_static("http")),
+            },
+        });
+        Captured {
+            request: wanted.collect(),
+            response: Vec::new(),
+        }
+    }
+
+    fn capture_response(&self, headers: &HeaderMap, captured: &mut Captured) {
+        captured.response.clear();
+        captured
+            .response
+            .extend(self.response.iter().map(|name| headers.get(name).cloned()));
+    }
+
     fn request_slot(&mut self, wanted: Wanted) -> usize {
         slot(&mut self.request, wanted)
     }

@@ -9,6 +9,7 @@ use outrigger_xds::resource::{
     bootstrap::{Admin, Bootstrap, Node},
     cluster::{Cluster, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+    header_mutation::HeaderMutations,
     listener::{
         AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
         TrafficDirection,
@@ -233,16 +234,17 @@ fn everything_to(cluster: &str) -> RouteConfiguration {
         },
         action: Action::Route(action),
         typed_per_filter_config: BTreeMap::new(),
+        headers: HeaderMutations::default(),
     };
     RouteConfiguration {
         name: cluster.into(),
-        validate_clusters: true,
         virtual_hosts: vec![VirtualHost {
             name: "all".into(),
             domains: vec!["*".into()],
             routes: vec![route],
-            retry_policy: None,
+            ..VirtualHost::default()
         }],
+        ..RouteConfiguration::default()
     }
 }
 

@@ -5,7 +5,7 @@ use outrigger_filters::{
     error::{Error, Flag, Origin},
     filter::{Chain, Context, Handled, HttpFilter as Filter, Next},
     local_reply::{self, Shape},
-    openai, registry,
+    openai, registry, router,
     services::Services,
 };
 use outrigger_xds::resource::{listener::HttpFilter, route::TypedConfig};
@@ -26,6 +26,8 @@ pub struct BuiltChain {
     pub filters: Chain,
     /// Whether `openai` is among them: then errors take OpenAI's form.
     pub openai: bool,
+    /// Whether the router leaves out `x-envoy-*` headers.
+    pub suppress_envoy_headers: bool,
 }
 
 /// Builds the chains of one connection manager. A filter that no route configures is the same one in all chains, so
@@ -54,6 +56,7 @@ impl<'a> Chains<'a> {
     pub fn route(&mut self, own: &[&Own]) -> Result<BuiltChain, String> {
         let mut built = Vec::with_capacity(self.filters.len());
         let mut openai = false;
+        let mut suppress_envoy_headers = false;
         let mut before: Vec<&str> = Vec::new();
         for index in 0..self.filters.len() {
             if let Some(filter) = self.filter(index, own)? {
@@ -64,7 +67,12 @@ impl<'a> Chains<'a> {
                     return Err(format!("http_filters[{name}]: needs '{needed}' before it"));
                 }
                 before.push(type_url);
-                openai |= self.filters[index].config.type_url == openai::TYPE_URL;
+                openai |= type_url == openai::TYPE_URL;
+                if type_url == router::TYPE_URL {
+                    let config = &self.filters[index].config.value;
+                    let config = registry::parse::<router::Config>(config)?;
+                    suppress_envoy_headers = config.suppress_envoy_headers;
+                }
                 built.push(filter);
             }
         }
@@ -78,6 +86,7 @@ impl<'a> Chains<'a> {
         Ok(BuiltChain {
             filters: Arc::from(built),
             openai,
+            suppress_envoy_headers,
         })
     }
 

@@ -2,13 +2,14 @@
 //!
 //! The timer is armed once and looks at the clock when it fires, so that an event costs no timer operation.
 
-use crate::snapshot::HttpConfig;
+use crate::{snapshot::HttpConfig, upstream::headers_within};
 use bytes::Bytes;
+use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use outrigger_filters::{
-    body::{BodyError, ResponseBody},
-    error::Flag,
+    body::{BodyError, ResponseBody, Upload},
+    error::{Error, Flag, Origin},
     filter::Context as Request,
 };
 use std::{
@@ -55,11 +56,72 @@ pub(crate) fn limits(config: &HttpConfig, context: &Request) -> FlowLimits {
         }
     };
     let total = context.total_timeout();
+    let complete = total.map(|total| context.complete_since() + total);
+    let stream = stream_end(context);
     FlowLimits {
         gap,
-        until: total.map(|total| context.complete_since() + total),
-        of_route: !generation,
+        until: complete.into_iter().chain(stream).min(),
+        of_route: !generation
+            && complete.is_some_and(|complete| stream.is_none_or(|stream| complete <= stream)),
     }
+}
+
+/// When an exchange must be over, if its route says so.
+pub(crate) fn stream_end(context: &Request) -> Option<std::time::Instant> {
+    let limit = context.route.max_stream_duration?;
+    Some(context.received.unwrap_or_else(std::time::Instant::now) + limit)
+}
+
+/// How long a route lets its client wait for a response to begin.
+pub(crate) struct Patience {
+    idle: Option<Duration>,
+    until: Option<std::time::Instant>,
+    upload: Option<Upload>,
+}
+
+impl Patience {
+    /// `None` for nearly all routes. Those with `openai` know better how long an engine may think.
+    pub(crate) fn of(context: &Request, openai: bool) -> Option<Self> {
+        let idle = context.route.idle_timeout;
+        let idle = idle.filter(|idle| !openai && !idle.is_zero());
+        let until = stream_end(context);
+        (idle.is_some() || until.is_some()).then(|| Self {
+            idle,
+            until,
+            upload: context.upload.clone(),
+        })
+    }
+
+    /// The answer, if it comes in time.
+    pub(crate) async fn wait<T>(
+        self,
+        answer: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let answer = headers_within(self.idle, self.upload.as_ref(), idle, answer);
+        let Some(until) = self.until else {
+            return answer.await?;
+        };
+        match tokio::time::timeout_at(until.into(), answer).await {
+            Ok(answer) => answer?,
+            Err(_) => Err(count(Error::new(
+                Origin::Upstream,
+                Flag::DurationTimeout,
+                StatusCode::GATEWAY_TIMEOUT,
+                "max_duration_timeout",
+                "downstream duration timeout",
+            ))),
+        }
+    }
+}
+
+fn idle() -> Error {
+    count(Error::stream_idle(false))
+}
+
+fn count(error: Error) -> Error {
+    metrics::counter!("outrigger_stream_timeouts_total", "kind" => error.flag.as_str())
+        .increment(1);
+    error
 }
 
 /// Puts a body under its limits.

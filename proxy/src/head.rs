@@ -2,12 +2,8 @@
 //!
 //! Statuses, texts and details are Envoy's. What hyper itself cannot parse never comes here: see `codec::gate`.
 
-use crate::{
-    codec::exchange::Odd,
-    headers::{ORIGINAL_PATH, Seen},
-    snapshot::HttpConfig,
-};
-use http::{HeaderValue, Method, StatusCode, Version, header, request::Parts};
+use crate::{codec::exchange::Odd, headers::Seen, snapshot::HttpConfig};
+use http::{Method, StatusCode, Version, header, request::Parts};
 use outrigger_filters::error::{Error, Flag, Origin};
 
 /// Methods that Envoy knows beside those of `http::Method`.
@@ -129,32 +125,6 @@ fn host(parts: &Parts, seen: &Seen) -> Result<(), Error> {
     if hosts.iter().any(|host| !host.as_bytes().iter().all(valid)) {
         return Err(bad("http.invalid_authority"));
     }
-    Ok(())
-}
-
-/// `prefix_rewrite`; the upstream is told the path before it.
-///
-/// # Errors
-/// The new path is none.
-pub(crate) fn rewrite(parts: &mut Parts, from: &str, to: &str) -> Result<(), Error> {
-    let path = parts
-        .uri
-        .path_and_query()
-        .map_or("/", http::uri::PathAndQuery::as_str);
-    let rest = path.get(from.len()..).unwrap_or_default();
-    if let Ok(original) = HeaderValue::from_str(path) {
-        parts.headers.insert(ORIGINAL_PATH, original);
-    }
-    let path = format!("{to}{rest}");
-    let mut uri = parts.uri.clone().into_parts();
-    uri.path_and_query = path.parse().ok();
-    parts.uri = http::Uri::from_parts(uri).map_err(|_| {
-        client_error(
-            StatusCode::BAD_REQUEST,
-            "path_normalization_failed",
-            "Bad Request",
-        )
-    })?;
     Ok(())
 }
 

@@ -3,8 +3,10 @@
 //! Order: pin the configuration, judge the head, ids and forwarding headers, route, run the chain, wrap the response
 //! so that its end writes the access log. Errors become local replies here and nowhere else.
 
+mod record;
+
 use crate::{
-    access_log::{AccessLogs, Captured, Entry},
+    access_log::AccessLogs,
     chain::{self, NoRoute},
     codec::exchange::Exchange,
     drain::Drain,
@@ -12,9 +14,8 @@ use crate::{
     head,
     headers::{self, Seen, Upgrade},
     metrics::HttpStats,
-    route,
-    snapshot::{BuiltRoute, HttpConfig, Target},
-    upstream::headers_within,
+    route::{BuiltRoute, Target},
+    snapshot::HttpConfig,
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
@@ -24,19 +25,16 @@ use http::{
 use http_body::Body as _;
 use hyper::body::Incoming;
 use outrigger_filters::{
-    body::{RequestBody, ResponseBody},
+    body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, End, LogFields, Next, RouteFacts},
+    filter::{Context, End, LogFields, Next},
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
 };
 use outrigger_xds::{report::EngineId, resource::server_header::ServerHeader};
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use record::Record;
+use std::{net::SocketAddr, sync::Arc};
 
 /// Serves the feed on an inbound listener.
 pub type FeedService =
@@ -133,7 +131,9 @@ impl Manager {
                     Some(route) => {
                         let shape = Shape::of(&record.path, &parts.headers, route.openai);
                         record.captured = record.logs.capture(&parts);
-                        let response = self.run(route, parts, body, &mut context, shape).await;
+                        let response = self
+                            .run(route, (parts, body), &mut context, shape, &record)
+                            .await;
                         (response, shape, flow::limits(&config, &context))
                     }
                 },
@@ -250,49 +250,84 @@ impl Manager {
     async fn run(
         &self,
         route: &BuiltRoute,
-        mut parts: Parts,
-        body: Incoming,
+        (mut parts, body): (Parts, Incoming),
         context: &mut Context,
         shape: Shape,
+        record: &Record,
     ) -> Result<Response<ResponseBody>, Error> {
         match &route.target {
             Target::Direct {
                 filters,
-                facts,
                 status,
                 body: text,
             } => {
-                let answer = if filters.is_empty() {
-                    context.log.details = chain::DIRECT_RESPONSE.into();
+                self.answer_here(route, &parts, context, record);
+                let mut answer = if filters.is_empty() {
                     Ok(local_reply::direct(*status, text, shape))
                 } else {
-                    context.route = facts.clone();
+                    // A filter may answer before; the end of the chain says so itself.
+                    context.log.details.clear();
                     let request = Request::from_parts(parts, RequestBody::incoming(body));
                     Next::new(filters).run(request, context).await
                 };
                 if context.log.details == chain::DIRECT_RESPONSE {
                     self.stats.rq_direct_response.increment(1);
                 }
+                if let Ok(response) = &mut answer {
+                    context.edit_response(response);
+                }
                 answer
+            }
+            Target::Redirect(redirector) => {
+                self.answer_here(route, &parts, context, record);
+                self.stats.rq_redirect.increment(1);
+                let mut response = Response::new(empty());
+                *response.status_mut() = redirector.status;
+                if let Some(location) = redirector.location(&parts) {
+                    response.headers_mut().insert(header::LOCATION, location);
+                }
+                context.edit_response(&mut response);
+                Ok(response)
             }
             Target::Chain {
                 filters,
-                facts,
-                prefix_rewrite,
+                choice,
+                rewrite,
+                tell_original,
             } => {
-                context.route = facts.clone();
-                if let Some((from, to)) = prefix_rewrite {
-                    head::rewrite(&mut parts, from, to)?;
+                let destination = choice.destination(&parts.headers);
+                context.route = destination.cluster.facts(&parts.headers);
+                if let Some(edits) = &destination.edits {
+                    context.heads = Some(record.edits(edits, &context.route, &parts));
+                }
+                if let Some(rewrite) = rewrite {
+                    rewrite.apply(&mut parts, *tell_original)?;
                 }
                 let body = RequestBody::incoming(body);
                 context.upload = body.upload();
                 let request = Request::from_parts(parts, body);
-                let idle = facts.idle_timeout.filter(|limit| !limit.is_zero());
-                let upload = context.upload.clone();
+                let patience = flow::Patience::of(context, route.openai);
                 let answer = Next::new(filters).run(request, context);
-                let late = || Error::stream_idle(false);
-                headers_within(idle, upload.as_ref(), late, answer).await?
+                match patience {
+                    Some(patience) => patience.wait(answer).await,
+                    None => answer.await,
+                }
             }
+        }
+    }
+
+    /// A route that needs no cluster.
+    fn answer_here(
+        &self,
+        route: &BuiltRoute,
+        parts: &Parts,
+        context: &mut Context,
+        record: &Record,
+    ) {
+        context.log.details = chain::DIRECT_RESPONSE.into();
+        context.route = route.facts.clone();
+        if let Some(edits) = &route.edits {
+            context.heads = Some(record.edits(edits, &context.route, parts));
         }
     }
 
@@ -313,7 +348,11 @@ impl Manager {
             Ok(response) => response,
             Err(error) => {
                 close |= head::ends_connection(&error) || record.method == Method::CONNECT;
-                self.local_reply(&error, shape, &mut log, inbound)
+                let mut response = self.local_reply(&error, shape, &mut log, inbound);
+                std::mem::swap(&mut context.log, &mut log);
+                context.edit_response(&mut response);
+                std::mem::swap(&mut context.log, &mut log);
+                response
             }
         };
         let (mut parts, mut body) = response.into_parts();
@@ -458,134 +497,4 @@ async fn unrouted(
     }
     let request = Request::from_parts(parts, RequestBody::incoming(body));
     Next::new(&config.unrouted).run(request, context).await
-}
-
-/// What the access log needs, kept until the response is over.
-struct Record {
-    logs: Arc<AccessLogs>,
-    stats: Arc<HttpStats>,
-    captured: Captured,
-    start: SystemTime,
-    started: Instant,
-    head_sent: Duration,
-    method: Method,
-    path: String,
-    authority: String,
-    protocol: Version,
-    code: u16,
-    bytes_received: u64,
-    /// The request had a body that was not all here with its head.
-    unread: bool,
-    connection: Arc<ConnectionInfo>,
-    request_id: Arc<str>,
-    trace_id: Arc<str>,
-    route: Arc<RouteFacts>,
-    ended: bool,
-}
-
-impl Record {
-    fn begin(manager: &Manager, parts: &Parts, connection: Arc<ConnectionInfo>) -> Self {
-        let length = parts
-            .headers
-            .get(header::CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse().ok());
-        manager.stats.downstream_rq_active.increment(1.0);
-        Self {
-            logs: manager.logs.load_full(),
-            stats: manager.stats.clone(),
-            captured: Captured::default(),
-            start: SystemTime::now(),
-            started: Instant::now(),
-            head_sent: Duration::ZERO,
-            method: parts.method.clone(),
-            path: parts
-                .uri
-                .path_and_query()
-                .map_or_else(String::new, ToString::to_string),
-            authority: route::authority(&parts.uri, &parts.headers).to_owned(),
-            protocol: parts.version,
-            code: 0,
-            bytes_received: length.unwrap_or(0),
-            unread: false,
-            connection,
-            request_id: Arc::default(),
-            trace_id: Arc::default(),
-            route: Arc::default(),
-            ended: false,
-        }
-    }
-
-    fn end(mut self, mut summary: Summary) {
-        self.ended = true;
-        if summary.end == End::ClientGone {
-            summary
-                .log
-                .flags
-                .push(Flag::DownstreamConnectionTermination);
-            if summary.log.details.is_empty() {
-                summary.log.details = "downstream_remote_disconnect".into();
-            }
-        }
-        self.close(&summary);
-    }
-
-    fn close(&self, summary: &Summary) {
-        let duration = self.started.elapsed();
-        self.stats.downstream_rq_active.decrement(1.0);
-        self.stats.completed(self.code, duration);
-        if summary.end == End::ClientGone {
-            self.stats.downstream_rq_rx_reset.increment(1);
-        }
-        if summary.log.flags.contains(&Flag::StreamIdleTimeout) {
-            self.stats.downstream_rq_idle_timeout.increment(1);
-        }
-        if self.logs.is_empty() {
-            return;
-        }
-        let entry = Entry {
-            start: self.start,
-            duration,
-            request_duration: None,
-            response_duration: Some(self.head_sent),
-            method: &self.method,
-            path: &self.path,
-            authority: &self.authority,
-            protocol: self.protocol,
-            code: self.code,
-            bytes_received: self.bytes_received,
-            bytes_sent: summary.bytes,
-            downstream_remote: self.connection.remote,
-            downstream_local: self.connection.local,
-            connection_id: self.connection.id,
-            request_id: &self.request_id,
-            trace_id: &self.trace_id,
-            route_name: &self.route.name,
-            virtual_host: &self.route.virtual_host,
-            ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
-            itl_p99: summary.gap_p99,
-            log: &summary.log,
-        };
-        self.logs.write(&entry, &self.captured);
-    }
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        // The client went away before there was a response: nothing else will tell of this request.
-        if !self.ended {
-            self.ended = true;
-            let mut log = LogFields::default();
-            log.flags.push(Flag::DownstreamConnectionTermination);
-            log.details = "downstream_remote_disconnect".into();
-            let summary = Summary {
-                end: End::ClientGone,
-                bytes: 0,
-                first_byte: None,
-                gap_p99: None,
-                log,
-            };
-            self.close(&summary);
-        }
-        self.connection.exchange.end();
-    }
 }

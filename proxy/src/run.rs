@@ -115,7 +115,16 @@ impl Proxy {
             ..
         } = settings;
         let watched = (watcher, block_tokens);
-        let (shared, bound) = assemble(bootstrap, watched, concurrency, main.handle(), &drain)?;
+        let assembled = assemble(bootstrap, watched, concurrency, main.handle(), &drain);
+        let (shared, bound) = match assembled {
+            Ok(assembled) => assembled,
+            Err(errors) => {
+                drop(guard);
+                // Whoever starts it may be within a runtime of its own, where this one may not be waited for.
+                main.shutdown_background();
+                return Err(errors);
+            }
+        };
         let addresses: HashMap<_, _> = bound
             .iter()
             .map(|bound| (bound.name.clone(), bound.address))

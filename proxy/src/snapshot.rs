@@ -1,29 +1,22 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
 use crate::{
-    chain::{Chains, Direct, NoRoute},
+    chain::{Chains, NoRoute},
     cluster::engine_id,
-    route,
+    route::{self, BuiltRoute, Domains, Scope},
 };
 use http::request::Parts;
-use outrigger_filters::{
-    filter::{Chain, RouteFacts},
-    services::Services,
-};
+use outrigger_filters::{filter::Chain, services::Services};
 use outrigger_xds::{
     report::EngineId,
     resource::{
         bootstrap::Bootstrap,
-        cluster::{CircuitBreakers, Cluster},
+        cluster::Cluster,
         endpoint::{Address, Duty},
         listener::{HttpConnectionManager, TrafficDirection},
-        route::{Action, Route, RouteMatch, VirtualHost},
     },
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
-
-/// Of a route that has no timeout, as in Envoy.
-const ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+use std::{collections::HashMap, sync::Arc};
 
 /// One listener's HTTP side.
 pub struct HttpConfig {
@@ -35,40 +28,8 @@ pub struct HttpConfig {
     pub unrouted: Chain,
     /// Our `server`.
     pub server: http::HeaderValue,
+    domains: Domains,
     hosts: Vec<Vec<BuiltRoute>>,
-}
-
-/// A route, ready to run.
-pub struct BuiltRoute {
-    r#match: RouteMatch,
-    /// What to do.
-    pub target: Target,
-    /// Whether errors take OpenAI's form.
-    pub openai: bool,
-}
-
-/// What a route does.
-pub enum Target {
-    /// Runs a chain.
-    Chain {
-        /// Its filters.
-        filters: Chain,
-        /// Pinned facts.
-        facts: Arc<RouteFacts>,
-        /// Replaces the matched prefix.
-        prefix_rewrite: Option<(String, String)>,
-    },
-    /// Answers here.
-    Direct {
-        /// What it passes before; if empty, nothing, and this answer is given as it is.
-        filters: Chain,
-        /// Pinned facts.
-        facts: Arc<RouteFacts>,
-        /// Status.
-        status: http::StatusCode,
-        /// Body.
-        body: String,
-    },
 }
 
 impl HttpConfig {
@@ -98,9 +59,14 @@ impl HttpConfig {
             });
         for host in &manager.route_config.virtual_hosts {
             let mut routes = Vec::new();
+            let scope = Scope {
+                manager,
+                host,
+                inbound,
+                clusters,
+            };
             for (index, route) in host.routes.iter().enumerate() {
-                let strict = manager.route_config.validate_clusters;
-                match build_route(&mut chains, host, route, inbound, (clusters, strict)) {
+                match route::build(scope, &mut chains, route) {
                     Ok(route) => routes.push(route),
                     Err(error) => errors.push(format!(
                         "virtual_hosts[{}].routes[{index}]: {error}",
@@ -117,6 +83,7 @@ impl HttpConfig {
                 manager: manager.clone(),
                 inbound,
                 unrouted,
+                domains: Domains::new(&manager.route_config),
                 hosts,
             })
         } else {
@@ -128,90 +95,9 @@ impl HttpConfig {
     #[must_use]
     pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
         let authority = route::authority(&parts.uri, &parts.headers);
-        let host = route::virtual_host(&self.manager.route_config, authority)?;
-        self.hosts[host]
-            .iter()
-            .find(|route| route::matches(&route.r#match, parts))
+        let host = self.domains.find(authority)?;
+        self.hosts[host].iter().find(|route| route.matches(parts))
     }
-}
-
-fn build_route(
-    chains: &mut Chains<'_>,
-    host: &VirtualHost,
-    route: &Route,
-    inbound: bool,
-    (clusters, strict): (&HashMap<String, Cluster>, bool),
-) -> Result<BuiltRoute, String> {
-    let own = [&route.typed_per_filter_config];
-    let chain = chains.route(&own)?;
-    let target = match &route.action {
-        Action::DirectResponse { status, body } => {
-            let status = http::StatusCode::from_u16(*status)
-                .map_err(|_| format!("status {status} is no HTTP status"))?;
-            let last = Direct {
-                status,
-                body: body.clone(),
-                openai: chain.openai,
-            };
-            let facts = RouteFacts {
-                name: route.name.as_str().into(),
-                virtual_host: host.name.as_str().into(),
-                inbound,
-                ..RouteFacts::default()
-            };
-            Target::Direct {
-                filters: chains.nowhere(&own, Arc::new(last))?,
-                facts: Arc::new(facts),
-                status,
-                body: body.clone(),
-            }
-        }
-        Action::Route(action) => {
-            let breakers = match clusters.get(&action.cluster) {
-                Some(cluster) => cluster.circuit_breakers.clone(),
-                None if !strict => CircuitBreakers::default(),
-                None => return Err(format!("unknown cluster '{}'", action.cluster)),
-            };
-            let facts = RouteFacts {
-                name: route.name.as_str().into(),
-                virtual_host: host.name.as_str().into(),
-                cluster: action.cluster.as_str().into(),
-                timeout: route_timeout(action.timeout, chain.openai),
-                idle_timeout: action.idle_timeout,
-                retry_policy: action
-                    .retry_policy
-                    .clone()
-                    .or_else(|| host.retry_policy.clone()),
-                retry_budget_percent: breakers.retry_budget_percent,
-                min_retry_concurrency: breakers.min_retry_concurrency,
-                inbound,
-            };
-            let prefix_rewrite = action
-                .prefix_rewrite
-                .as_ref()
-                .map(|to| (matched_prefix(&route.r#match), to.clone()));
-            Target::Chain {
-                filters: chain.filters,
-                facts: Arc::new(facts),
-                prefix_rewrite,
-            }
-        }
-    };
-    Ok(BuiltRoute {
-        r#match: route.r#match.clone(),
-        target,
-        openai: chain.openai,
-    })
-}
-
-/// Envoy's default, but none for token streams, which have limits of their own.
-fn route_timeout(configured: Option<Duration>, openai: bool) -> Option<Duration> {
-    let default = if openai {
-        Duration::ZERO
-    } else {
-        ROUTE_TIMEOUT
-    };
-    Some(configured.unwrap_or(default)).filter(|timeout| !timeout.is_zero())
 }
 
 /// Clusters may differ in how they use an endpoint, never in where it is: connections belong to names.
@@ -233,15 +119,6 @@ fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
         }
     }
     errors
-}
-
-fn matched_prefix(route: &RouteMatch) -> String {
-    use outrigger_xds::resource::route::PathMatch;
-    match &route.path {
-        PathMatch::Prefix(path) | PathMatch::Path(path) | PathMatch::PathSeparatedPrefix(path) => {
-            path.clone()
-        }
-    }
 }
 
 /// All listeners' HTTP sides of a configuration, by listener name.

@@ -180,6 +180,15 @@ fn classify(error: &hyper::Error) -> Error {
     if let Some(error) = caused_by_client(error) {
         return error;
     }
+    if stream_refused(error) {
+        let mut refused = Error::upstream_reset(
+            Flag::UpstreamRemoteReset,
+            "remote refused stream reset",
+            Retry::NothingReceived,
+        );
+        refused.refused = true;
+        return refused;
+    }
     if error.is_incomplete_message() || error.is_body_write_aborted() || was_cut(error) {
         return Error::upstream_reset(
             Flag::UpstreamConnectionTermination,
@@ -192,6 +201,18 @@ fn classify(error: &hyper::Error) -> Error {
         "remote reset",
         Retry::NothingReceived,
     )
+}
+
+/// `REFUSED_STREAM`: the upstream did nothing with the request (RFC 9113, 8.7).
+fn stream_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(error) = cause.downcast_ref::<::h2::Error>() {
+            return error.is_remote() && error.reason() == Some(::h2::Reason::REFUSED_STREAM);
+        }
+        source = cause.source();
+    }
+    false
 }
 
 /// What of a system error is behind it.

@@ -6,8 +6,13 @@
 pub mod bootstrap;
 pub mod cluster;
 pub mod endpoint;
+pub mod header_mutation;
 pub mod listener;
+pub mod matching;
+pub mod mirror_policy;
+pub mod retry_policy;
 pub mod route;
+pub mod route_action;
 pub mod server_header;
 
 /// The number of an `envoy.type.v3.StatusCode`.

@@ -6,13 +6,22 @@ use outrigger_xds::{
         bootstrap::{Admin, Bootstrap, Node},
         cluster::{CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint},
+        header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener, TrafficDirection,
         },
+        matching::{
+            Fraction, HeaderMatch, HeaderValueMatch, Pattern, QueryMatch, QueryValueMatch,
+            RegexRewrite, StringMatch,
+        },
+        mirror_policy::MirrorPolicy,
         route::{
-            Action, HeaderMatch, HeaderValueMatch, PathMatch, RetryPolicy, Route, RouteAction,
-            RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+            Action, ClusterSpecifier, HostRewrite, PathMatch, Redirect, RetryPolicy, Route,
+            RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+        },
+        route_action::{
+            ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
         },
         server_header::ServerHeader,
     },
@@ -72,25 +81,62 @@ static_resources:
             typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
           route_config:
             name: local
+            request_headers_to_remove: [X-Gone]
+            most_specific_header_mutations_wins: true
             validate_clusters: true
+            max_direct_response_body_size_bytes: 5000
+            ignore_port_in_host_matching: true
             virtual_hosts:
             - name: all
               domains: ["*"]
-              retry_policy: {retry_on: "connect-failure, reset", num_retries: 3}
+              include_request_attempt_count: true
+              include_attempt_count_in_response: true
+              retry_policy:
+                retry_on: connect-failure, reset
+                num_retries: 3
+                retriable_status_codes: [418]
+                retriable_headers: [{name: x-again}]
+                retriable_request_headers: [{name: X-Safe, present_match: true}]
+                retry_back_off: {base_interval: 0.005s}
+                host_selection_retry_max_attempts: 5
+                retry_host_predicate:
+                - name: envoy.retry_host_predicates.previous_hosts
+                  typed_config: {"@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate}
               routes:
               - name: health
                 match: {path: /health}
                 direct_response: {status: 200, body: {inline_string: fine}}
+              - match: {path: /old}
+                redirect: {https_redirect: true, host_redirect: new.example, port_redirect: 8443, response_code: PERMANENT_REDIRECT, strip_query: true, regex_rewrite: {pattern: {regex: "(a)(b)"}, substitution: '\2\1'}}
+                response_headers_to_add: [{header: {key: X-A, value: "%PROTOCOL%"}, append_action: ADD_IF_ABSENT, keep_empty_value: true}]
+                response_headers_to_remove: [X-B]
               - match:
                   prefix: /v1/
                   case_sensitive: false
-                  headers: [{name: X-Team, string_match: {prefix: a}, invert_match: true}, {name: x-any}]
+                  headers: [{name: X-Team, string_match: {prefix: a}, invert_match: true, treat_missing_header_as_empty: true}, {name: x-any}, {name: x-n, range_match: {start: -1, end: "5"}}]
+                  query_parameters: [{name: q, string_match: {safe_regex: {google_re2: {}, regex: "a+"}, ignore_case: true}}, {name: p, present_match: true}]
+                  runtime_fraction: {default_value: {numerator: 5, denominator: MILLION}, runtime_key: share}
+                  grpc: {}
                 route: {cluster: engines, timeout: 0s, idle_timeout: 1.5s, prefix_rewrite: /}
                 typed_per_filter_config:
                   kv:
                     "@type": type.googleapis.com/udpa.type.v1.TypedStruct
                     type_url: type.googleapis.com/outrigger.filters.http.kv_routing.v1.Config
                     value: {debug_header: true}
+              - match: {prefix: /}
+                route:
+                  weighted_clusters:
+                    total_weight: 3
+                    header_name: x-number
+                    clusters:
+                    - {name: engines, weight: 3, request_headers_to_add: [{header: {key: x-old, value: "1"}, append: false}], host_rewrite_literal: in.side}
+                    - {cluster_header: x-cluster, weight: 0}
+                  cluster_not_found_response_code: NOT_FOUND
+                  regex_rewrite: {pattern: {google_re2: {}, regex: "(a)(b)"}, substitution: '\2\1'}
+                  host_rewrite_header: x-host
+                  append_x_forwarded_host: true
+                  max_stream_duration: {max_stream_duration: 7s}
+                  request_mirror_policies: [{cluster: engines, runtime_fraction: {default_value: {numerator: 1}}, disable_shadow_host_suffix_append: true, trace_sampled: true}]
   clusters:
   - name: engines
     connect_timeout: 0.5s
@@ -164,6 +210,175 @@ fn full_manager() -> HttpConnectionManager {
     }
 }
 
+fn add(name: &str, value: &str, action: AppendAction, keep_empty_value: bool) -> HeaderToAdd {
+    HeaderToAdd {
+        name: name.into(),
+        value: value.into(),
+        action,
+        keep_empty_value,
+    }
+}
+
+fn swap() -> RegexRewrite {
+    RegexRewrite {
+        regex: "(a)(b)".into(),
+        substitution: "\\2\\1".into(),
+    }
+}
+
+fn present(name: &str) -> HeaderMatch {
+    HeaderMatch {
+        name: name.into(),
+        value: HeaderValueMatch::Present(true),
+        invert: false,
+        missing_is_empty: false,
+    }
+}
+
+fn full_away() -> Route {
+    Route {
+        name: String::new(),
+        r#match: RouteMatch {
+            path: PathMatch::Path("/old".into()),
+            ..RouteMatch::default()
+        },
+        action: Action::Redirect(Redirect {
+            scheme: Some("https".into()),
+            host: Some("new.example".into()),
+            port: Some(8443),
+            path: Some(PathRedirect::Regex(swap())),
+            status: 308,
+            strip_query: true,
+        }),
+        typed_per_filter_config: [].into(),
+        headers: HeaderMutations {
+            request: Mutations::default(),
+            response: Mutations {
+                add: vec![add("x-a", "%PROTOCOL%", AppendAction::AddIfAbsent, true)],
+                remove: vec!["x-b".into()],
+            },
+        },
+    }
+}
+
+fn full_mixed() -> Route {
+    Route {
+        name: String::new(),
+        r#match: RouteMatch::default(),
+        action: Action::Route(RouteAction {
+            cluster: ClusterSpecifier::Weighted(WeightedClusters {
+                clusters: vec![
+                    ClusterWeight {
+                        cluster: WeightedName::Name("engines".into()),
+                        weight: 3,
+                        headers: HeaderMutations {
+                            request: Mutations {
+                                add: vec![add(
+                                    "x-old",
+                                    "1",
+                                    AppendAction::OverwriteIfExistsOrAdd,
+                                    false,
+                                )],
+                                remove: vec![],
+                            },
+                            response: Mutations::default(),
+                        },
+                        host_rewrite: Some("in.side".into()),
+                    },
+                    ClusterWeight {
+                        cluster: WeightedName::Header("x-cluster".into()),
+                        weight: 0,
+                        headers: HeaderMutations::default(),
+                        host_rewrite: None,
+                    },
+                ],
+                header_name: Some("x-number".into()),
+            }),
+            cluster_not_found: ClusterNotFound::NotFound,
+            regex_rewrite: Some(swap()),
+            host_rewrite: Some(HostRewrite::Header("x-host".into())),
+            append_x_forwarded_host: true,
+            max_stream_duration: Some(Duration::from_secs(7)),
+            mirrors: vec![MirrorPolicy {
+                cluster: "engines".into(),
+                runtime_fraction: Some(Fraction {
+                    numerator: 1,
+                    denominator: 100,
+                    runtime_key: String::new(),
+                }),
+                append_suffix: false,
+            }],
+            ..RouteAction::default()
+        }),
+        typed_per_filter_config: [].into(),
+        headers: HeaderMutations::default(),
+    }
+}
+
+fn full_v1(debug: TypedConfig) -> Route {
+    let text = |pattern| StringMatch {
+        pattern,
+        ignore_case: false,
+    };
+    let headers = vec![
+        HeaderMatch {
+            name: "x-team".into(),
+            value: HeaderValueMatch::Text(text(Pattern::Prefix("a".into()))),
+            invert: true,
+            missing_is_empty: true,
+        },
+        HeaderMatch {
+            name: "x-any".into(),
+            value: HeaderValueMatch::Present(true),
+            invert: false,
+            missing_is_empty: false,
+        },
+        HeaderMatch {
+            name: "x-n".into(),
+            value: HeaderValueMatch::Range(-1, 5),
+            invert: false,
+            missing_is_empty: false,
+        },
+    ];
+    let query_parameters = vec![
+        QueryMatch {
+            name: "q".into(),
+            value: QueryValueMatch::Text(StringMatch {
+                pattern: Pattern::Regex("a+".into()),
+                ignore_case: true,
+            }),
+        },
+        QueryMatch {
+            name: "p".into(),
+            value: QueryValueMatch::Present(true),
+        },
+    ];
+    Route {
+        name: String::new(),
+        r#match: RouteMatch {
+            path: PathMatch::Prefix("/v1/".into()),
+            case_sensitive: false,
+            headers,
+            query_parameters,
+            runtime_fraction: Some(Fraction {
+                numerator: 5,
+                denominator: 1_000_000,
+                runtime_key: "share".into(),
+            }),
+            grpc: true,
+        },
+        action: Action::Route(RouteAction {
+            cluster: "engines".into(),
+            timeout: Some(Duration::ZERO),
+            idle_timeout: Some(Duration::from_millis(1500)),
+            prefix_rewrite: Some("/".into()),
+            ..RouteAction::default()
+        }),
+        typed_per_filter_config: [("kv".to_owned(), debug)].into(),
+        headers: HeaderMutations::default(),
+    }
+}
+
 fn full_routes(debug: TypedConfig) -> RouteConfiguration {
     let health = Route {
         name: "health".into(),
@@ -176,50 +391,45 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
             body: "fine".into(),
         },
         typed_per_filter_config: [].into(),
-    };
-    let headers = vec![
-        HeaderMatch {
-            name: "x-team".into(),
-            value: HeaderValueMatch::Prefix("a".into()),
-            invert: true,
-        },
-        HeaderMatch {
-            name: "x-any".into(),
-            value: HeaderValueMatch::Present(true),
-            invert: false,
-        },
-    ];
-    let v1 = Route {
-        name: String::new(),
-        r#match: RouteMatch {
-            path: PathMatch::Prefix("/v1/".into()),
-            case_sensitive: false,
-            headers,
-        },
-        action: Action::Route(RouteAction {
-            cluster: "engines".into(),
-            timeout: Some(Duration::ZERO),
-            idle_timeout: Some(Duration::from_millis(1500)),
-            retry_policy: None,
-            prefix_rewrite: Some("/".into()),
-        }),
-        typed_per_filter_config: [("kv".to_owned(), debug)].into(),
+        headers: HeaderMutations::default(),
     };
     let retry_policy = RetryPolicy {
         retry_on: vec!["connect-failure".into(), "reset".into()],
         num_retries: 3,
         per_try_timeout: Duration::ZERO,
+        retriable_status_codes: vec![418],
+        retriable_headers: vec![present("x-again")],
+        retriable_request_headers: vec![present("x-safe")],
+        base_interval: Duration::from_millis(5),
+        max_interval: Duration::from_millis(50),
+        previous_hosts: true,
+        host_selection_attempts: 5,
     };
     let all = VirtualHost {
         name: "all".into(),
         domains: vec!["*".into()],
-        routes: vec![health, v1],
+        routes: vec![health, full_away(), full_v1(debug), full_mixed()],
         retry_policy: Some(retry_policy),
+        mirrors: Vec::new(),
+        include_request_attempt_count: true,
+        include_attempt_count_in_response: true,
+        headers: HeaderMutations::default(),
     };
     RouteConfiguration {
         name: "local".into(),
         virtual_hosts: vec![all],
+        headers: HeaderMutations {
+            request: Mutations {
+                add: vec![],
+                remove: vec!["x-gone".into()],
+            },
+            response: Mutations::default(),
+        },
+        most_specific_header_mutations_wins: true,
+        mirrors: Vec::new(),
         validate_clusters: true,
+        max_direct_response_body_bytes: 5000,
+        ignore_port_in_host_matching: true,
     }
 }
 
@@ -452,9 +662,9 @@ fn a_direct_response_is_short() {
     let place = format!(
         "{H_PLACE}.route_config.virtual_hosts[0].routes[0].direct_response.body.inline_string"
     );
-    let found = problems(&[(&pointer, json!("x".repeat(4097)))]);
-    assert_eq!(found, [format!("{place}: has 4097 bytes, more than 4096")]);
-    let longest = changed(&[(&pointer, json!("x".repeat(4096)))]);
+    let found = problems(&[(&pointer, json!("x".repeat(5001)))]);
+    assert_eq!(found, [format!("{place}: has 5001 bytes, more than 5000")]);
+    let longest = changed(&[(&pointer, json!("x".repeat(5000)))]);
     assert!(bootstrap_from_value(longest).is_ok());
 }
 
@@ -672,7 +882,7 @@ fn whatever_is_read_is_refused_with_reasons_or_reads_back_equal() {
 
 #[test]
 fn what_is_refused_by_name_is_not_also_missing() {
-    let route = format!("{H}/route_config/virtual_hosts/0/routes/1");
+    let route = format!("{H}/route_config/virtual_hosts/0/routes/2");
     let table = [
         (
             format!("{L}/address"),
@@ -681,18 +891,18 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             format!("{route}/match"),
-            json!({"safe_regex": {"regex": "a"}}),
-            "safe_regex",
+            json!({"connect_matcher": {"regex": "a"}}),
+            "connect_matcher",
         ),
         (
             format!("{route}/route"),
-            json!({"cluster_header": "x"}),
-            "cluster_header",
+            json!({"inline_cluster_specifier_plugin": {}}),
+            "inline_cluster_specifier_plugin",
         ),
         (
             route,
-            json!({"match": {"prefix": "/"}, "redirect": {}}),
-            "redirect",
+            json!({"match": {"prefix": "/"}, "non_forwarding_action": {}}),
+            "non_forwarding_action",
         ),
         (
             format!("{H}/http_filters/0"),

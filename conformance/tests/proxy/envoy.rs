@@ -35,7 +35,7 @@ fn actions(bootstrap: &mut Bootstrap) -> impl Iterator<Item = &mut RouteAction> 
     let routes = hosts.flat_map(|host| &mut host.routes);
     routes.filter_map(|route| match &mut route.action {
         Action::Route(action) => Some(action),
-        Action::DirectResponse { .. } => None,
+        Action::Redirect(_) | Action::DirectResponse { .. } => None,
     })
 }
 
@@ -209,6 +209,7 @@ async fn an_explicit_5xx_policy_retries_all_of_them() {
             retry_on: vec!["5xx".into()],
             num_retries: 1,
             per_try_timeout: Duration::ZERO,
+            ..RetryPolicy::default()
         });
     });
     assert_eq!(Client::get(proxy.outbound(), "/x").await.status, 501);

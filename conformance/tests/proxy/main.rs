@@ -16,5 +16,6 @@ mod limits;
 mod protocol;
 mod regression;
 mod reuse;
+mod routes;
 mod streams;
 mod token_limits;

@@ -155,6 +155,7 @@ fn policy(retries: u32, per_try: Duration) -> RetryPolicy {
         retry_on: vec!["5xx".into()],
         num_retries: retries,
         per_try_timeout: per_try,
+        ..RetryPolicy::default()
     }
 }
 

@@ -1,11 +1,11 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{leg::Leg, retry::Rules, want};
+use super::{host, leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Unanswered, Via},
     error::{Error, Flag, Retry},
-    filter::{Context, Ranked},
+    filter::{AutoHost, Context, Ranked},
     local_reply,
     services::Services,
     sse,
@@ -17,7 +17,7 @@ use http_body::Frame;
 use http_body_util::BodyExt;
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Names the engine to the proxy beside it, and in responses to the client.
@@ -35,6 +35,9 @@ pub const SERVICE_TIME_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-upstream-service-time");
 /// The data-parallel rank, in the words of vLLM and SGLang.
 pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+/// Which attempt this is.
+pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
+    HeaderName::from_static("x-envoy-attempt-count");
 /// Milliseconds that this attempt may take.
 const EXPECTED_TIMEOUT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
@@ -61,11 +64,7 @@ impl Outcome {
         match self {
             Self::Response(_) => false,
             Self::Unwanted(_) => true,
-            Self::Failed(error) => match error.retry {
-                Retry::No => false,
-                Retry::NothingSent => rules.connect_failure,
-                Retry::NothingReceived => rules.reset,
-            },
+            Self::Failed(error) => rules.helps(error),
         }
     }
 
@@ -110,8 +109,6 @@ pub(crate) struct Attempt<'a> {
     target: &'a Ranked,
     rules: &'a Rules,
     number: usize,
-    /// Leave out what is Envoy's own.
-    suppress: bool,
 }
 
 impl<'a> Attempt<'a> {
@@ -121,7 +118,6 @@ impl<'a> Attempt<'a> {
         target: &'a Ranked,
         rules: &'a Rules,
         number: usize,
-        suppress: bool,
     ) -> Self {
         Self {
             services,
@@ -129,7 +125,6 @@ impl<'a> Attempt<'a> {
             target,
             rules,
             number,
-            suppress,
         }
     }
 
@@ -148,7 +143,7 @@ impl<'a> Attempt<'a> {
                 Ok(reservation) => reservation,
                 Err(error) => return (Outcome::Failed(error), Some(request)),
             };
-        self.address(request.headers_mut(), context);
+        self.address(&mut request, context);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -214,7 +209,8 @@ impl<'a> Attempt<'a> {
     }
 
     /// Headers that belong to this attempt alone.
-    fn address(&self, headers: &mut HeaderMap, context: &Context) {
+    fn address(&self, request: &mut Request<RequestBody>, context: &Context) {
+        let headers = request.headers_mut();
         let generation = context
             .openai
             .as_ref()
@@ -230,7 +226,16 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
-        if let Some(limit) = self.expected_timeout(context) {
+        if let Some(auto) = context.route.auto_host_rewrite {
+            rewrite_host(request, &self.target.endpoint.address.host, auto);
+        }
+        let headers = request.headers_mut();
+        if context.route.attempts_to_upstream {
+            headers.insert(ATTEMPT_COUNT_HEADER, HeaderValue::from(self.number));
+        }
+        if context.route.tell_timeout
+            && let Some(limit) = self.expected_timeout(context)
+        {
             headers.insert(EXPECTED_TIMEOUT_HEADER, limit);
         }
         if let Some(rank) = self.target.rank {
@@ -246,17 +251,15 @@ impl<'a> Attempt<'a> {
 
     /// For an upstream that gives up when nobody waits any more.
     fn expected_timeout(&self, context: &Context) -> Option<HeaderValue> {
-        let per_try = Some(self.rules.per_try_timeout).filter(|limit| !limit.is_zero());
-        let left = || {
-            Some(
-                context
-                    .total_timeout()?
-                    .saturating_sub(context.complete_since().elapsed()),
-            )
+        let left = |total: Duration| match self.number {
+            1 => total,
+            _ => total.saturating_sub(context.complete_since().elapsed()),
         };
-        let limit = per_try.or_else(left)?;
-        let told = !self.suppress && !context.route.inbound;
-        told.then(|| HeaderValue::from(limit.as_millis() as u64))
+        let total = context.total_timeout().map(left);
+        let per_try = Some(self.rules.per_try_timeout).filter(|limit| !limit.is_zero());
+        let limit = [per_try, total].into_iter().flatten().min()?;
+        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        Some(HeaderValue::from(limit.max(1)))
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {
@@ -310,7 +313,7 @@ impl<'a> Attempt<'a> {
             Err(error) => return Outcome::Failed(self.failed(error, reservation)),
         };
         let (mut parts, body) = response.into_parts();
-        let unwanted = self.rules.unwanted(parts.status);
+        let unwanted = self.rules.unwanted(parts.status, &parts.headers);
         parts.headers.remove(RETRY_HEADER);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
@@ -425,6 +428,13 @@ fn refusal(headers: &HeaderMap) -> Option<Error> {
         _ => (Flag::UpstreamConnectionFailure, "remote connection failure"),
     };
     Some(Error::upstream_reset(flag, reason, retry))
+}
+
+/// `auto_host_rewrite`: an endpoint whose address is a number has no name.
+fn rewrite_host(request: &mut Request<RequestBody>, name: &str, auto: AutoHost) {
+    if name.parse::<std::net::IpAddr>().is_err() {
+        host::replace(request, name, auto.append_forwarded, auto.tell_original);
+    }
 }
 
 /// Reads what a peer told of the prompt. Garbage counts as untold.

@@ -9,6 +9,8 @@ use std::io::Write;
 pub(super) enum Escape {
     /// Content of a JSON string, quotes not included.
     Json,
+    /// None: a header's value, which cannot hold what could break it.
+    Nothing,
     /// A field of a text line: `\xNN`, as nginx writes it, for what could break line or quotes.
     Text,
 }
@@ -17,7 +19,7 @@ impl Escape {
     /// Appends `bytes`, cut to `bytes_max` of them at a character boundary.
     pub(super) fn append(self, bytes: &[u8], bytes_max: Option<usize>, out: &mut Vec<u8>) {
         let bytes = cut(bytes, bytes_max);
-        if bytes.iter().all(|byte| is_plain(*byte)) {
+        if self == Self::Nothing || bytes.iter().all(|byte| is_plain(*byte)) {
             out.extend_from_slice(bytes);
             return;
         }
@@ -36,7 +38,7 @@ impl Escape {
                 Self::Json if !chunk.invalid().is_empty() => {
                     out.extend_from_slice("\u{fffd}".as_bytes())
                 }
-                Self::Json => {}
+                Self::Json | Self::Nothing => {}
                 Self::Text => chunk.invalid().iter().for_each(|byte| hex(*byte, out)),
             }
         }
@@ -44,6 +46,9 @@ impl Escape {
 
     fn escape(self, character: char, out: &mut Vec<u8>) {
         match (self, character) {
+            (Self::Nothing, other) => {
+                out.extend_from_slice(other.encode_utf8(&mut [0; 4]).as_bytes());
+            }
             (Self::Text, _) => character
                 .encode_utf8(&mut [0; 4])
                 .bytes()

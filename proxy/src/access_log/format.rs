@@ -40,6 +40,8 @@ enum Step {
 enum Shape {
     /// In a text line.
     Text,
+    /// In a header's value: as it is, and nothing when missing.
+    Bare,
     /// A whole JSON value: keeps its type, `null` when missing.
     JsonValue,
     /// Part of a JSON string.
@@ -75,6 +77,30 @@ impl Template {
         Ok(Self {
             steps: compiler.steps,
         })
+    }
+
+    /// Compiles the value of a header.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn bare(text: &str, headers: &mut Headers) -> Result<Self, String> {
+        let mut compiler = Compiler {
+            steps: Vec::new(),
+            headers,
+        };
+        compiler.text(text, Shape::Bare)?;
+        Ok(Self {
+            steps: compiler.steps,
+        })
+    }
+
+    /// What it always is, if it has no operators.
+    pub(super) fn constant(&self) -> Option<&[u8]> {
+        match self.steps.as_slice() {
+            [] => Some(&[]),
+            [Step::Raw(bytes)] => Some(bytes),
+            _ => None,
+        }
     }
 
     /// Appends the line.
@@ -186,7 +212,7 @@ impl Compiler<'_> {
     }
 
     fn literal(&mut self, text: &str, shape: Shape) {
-        if shape == Shape::Text {
+        if matches!(shape, Shape::Text | Shape::Bare) {
             self.raw(text.as_bytes());
         } else {
             let mut escaped = Vec::new();
@@ -200,7 +226,7 @@ impl Compiler<'_> {
         if operator == Operator::Absent {
             tracing::warn!(
                 operator = token.name,
-                "access log: this operator has nothing to show in this proxy"
+                "format: this operator has nothing to show in this proxy"
             );
         }
         self.steps.push(Step::Field {
@@ -266,6 +292,8 @@ impl<'a> Token<'a> {
 
 fn field(value: &Value<'_>, bytes_max: Option<usize>, shape: Shape, out: &mut Vec<u8>) {
     match (shape, value) {
+        (Shape::Bare, Value::Missing) => {}
+        (Shape::Bare, _) => append(value, bytes_max, Escape::Nothing, out),
         (Shape::Text, _) => append(value, bytes_max, Escape::Text, out),
         (Shape::JsonPart, _) => append(value, bytes_max, Escape::Json, out),
         (Shape::JsonValue, Value::Missing) => out.extend_from_slice(b"null"),

@@ -117,6 +117,8 @@ pub struct HttpStats {
     pub no_cluster: Counter,
     /// Answered by the route itself.
     pub rq_direct_response: Counter,
+    /// Sent elsewhere by their route.
+    pub rq_redirect: Counter,
     downstream_rq_completed: Counter,
     downstream_rq_xx: ByClass,
     downstream_rq_time: Histogram,
@@ -147,6 +149,7 @@ impl HttpStats {
             no_route: counter("envoy_http_no_route"),
             no_cluster: counter("envoy_http_no_cluster"),
             rq_direct_response: counter("envoy_http_rq_direct_response"),
+            rq_redirect: counter("envoy_http_rq_redirect"),
             downstream_rq_completed: counter("envoy_http_downstream_rq_completed"),
             downstream_rq_xx: ByClass::new(|class| {
                 counter!(

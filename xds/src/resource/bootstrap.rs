@@ -126,20 +126,25 @@ fn check_clusters(
     listener: &Listener,
     clusters: &[String],
 ) {
-    if !listener.http.route_config.validate_clusters {
-        return;
-    }
     let table = format!(
         "static_resources.listeners[{index}].filter_chains[0].filters[0].typed_config.route_config"
     );
+    if !listener.http.route_config.validate_clusters {
+        return;
+    }
     for (host, virtual_host) in listener.http.route_config.virtual_hosts.iter().enumerate() {
         for (route, of_host) in virtual_host.routes.iter().enumerate() {
             let Action::Route(action) = &of_host.action else {
                 continue;
             };
-            if !clusters.contains(&action.cluster) {
-                let place = format!("{table}.virtual_hosts[{host}].routes[{route}].route.cluster");
-                problems.add(place, format!("unknown cluster '{}'", action.cluster));
+            let unknown = action.cluster.named().into_iter().filter(|(_, cluster)| {
+                !cluster.is_empty() && !clusters.iter().any(|known| known == cluster)
+            });
+            for (place, cluster) in unknown {
+                problems.add(
+                    format!("{table}.virtual_hosts[{host}].routes[{route}].route.{place}"),
+                    format!("unknown cluster '{cluster}'"),
+                );
             }
         }
     }

@@ -1,53 +1,60 @@
 //! `envoy.config.route.v3.RouteConfiguration`.
 
+pub use super::{
+    retry_policy::RetryPolicy,
+    route_action::{ClusterSpecifier, HostRewrite, Redirect, RouteAction},
+};
+
+use super::{
+    header_mutation::HeaderMutations,
+    matching::{self, Fraction, HeaderMatch, QueryMatch},
+    mirror_policy::MirrorPolicy,
+};
 use crate::{
     problems::ConfigErrors,
-    protobuf::{duration, to_duration},
-    wire::envoy::{
-        config::{core::v3 as core, route::v3 as wire},
-        r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern},
-    },
+    wire::envoy::config::{core::v3 as core, route::v3 as wire},
 };
 use prost_types::Any;
 use serde_json::Value;
-use std::{
-    collections::{BTreeMap, HashSet},
-    time::Duration,
-};
-use wire::header_matcher::HeaderMatchSpecifier;
+use std::collections::{BTreeMap, HashSet};
 
 /// Largest body of a direct response, as in Envoy's default `max_direct_response_body_size_bytes`.
 pub const DIRECT_RESPONSE_BODY_BYTES_MAX: usize = 4096;
 
-/// What `retry_on` may list.
-const RETRY_CONDITIONS: &[&str] = &[
-    "5xx",
-    "gateway-error",
-    "reset",
-    "reset-before-request",
-    "connect-failure",
-    "envoy-ratelimited",
-    "retriable-4xx",
-    "refused-stream",
-    "retriable-status-codes",
-    "retriable-headers",
-    "http3-post-connect-failure",
-    "cancelled",
-    "deadline-exceeded",
-    "internal",
-    "resource-exhausted",
-    "unavailable",
-];
-
 /// A table of virtual hosts.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RouteConfiguration {
     /// Name.
     pub name: String,
     /// In the order written; domains decide.
     pub virtual_hosts: Vec<VirtualHost>,
-    /// False: a route may name a cluster that does not exist (503 then).
+    /// On all messages.
+    pub headers: HeaderMutations,
+    /// The route's changes of headers come last, not first.
+    pub most_specific_header_mutations_wins: bool,
+    /// Whether routes to clusters that do not exist are refused.
     pub validate_clusters: bool,
+    /// Who gets a copy of requests whose virtual host says nothing of that.
+    pub mirrors: Vec<MirrorPolicy>,
+    /// Largest body of a direct response.
+    pub max_direct_response_body_bytes: usize,
+    /// Domains are compared without the port of the request.
+    pub ignore_port_in_host_matching: bool,
+}
+
+impl Default for RouteConfiguration {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            virtual_hosts: Vec::new(),
+            headers: HeaderMutations::default(),
+            most_specific_header_mutations_wins: false,
+            validate_clusters: true,
+            mirrors: Vec::new(),
+            max_direct_response_body_bytes: DIRECT_RESPONSE_BODY_BYTES_MAX,
+            ignore_port_in_host_matching: false,
+        }
+    }
 }
 
 /// Routes for some domains.
@@ -61,6 +68,14 @@ pub struct VirtualHost {
     pub routes: Vec<Route>,
     /// Applies to routes that have none.
     pub retry_policy: Option<RetryPolicy>,
+    /// Who gets a copy of requests whose route says nothing of that.
+    pub mirrors: Vec<MirrorPolicy>,
+    /// `x-envoy-attempt-count` on requests.
+    pub include_request_attempt_count: bool,
+    /// `x-envoy-attempt-count` on responses.
+    pub include_attempt_count_in_response: bool,
+    /// On messages of its routes.
+    pub headers: HeaderMutations,
 }
 
 /// One route.
@@ -74,6 +89,8 @@ pub struct Route {
     pub action: Action,
     /// Filter configuration for this route, by filter name.
     pub typed_per_filter_config: BTreeMap<String, TypedConfig>,
+    /// On its messages.
+    pub headers: HeaderMutations,
 }
 
 /// A typed extension configuration: type URL and its JSON value (TypedStruct's inner ones).
@@ -94,6 +111,12 @@ pub struct RouteMatch {
     pub case_sensitive: bool,
     /// All must hold.
     pub headers: Vec<HeaderMatch>,
+    /// All must hold.
+    pub query_parameters: Vec<QueryMatch>,
+    /// Only this share of the requests, by chance.
+    pub runtime_fraction: Option<Fraction>,
+    /// Only gRPC.
+    pub grpc: bool,
 }
 
 impl Default for RouteMatch {
@@ -102,6 +125,9 @@ impl Default for RouteMatch {
             path: PathMatch::default(),
             case_sensitive: true,
             headers: Vec::new(),
+            query_parameters: Vec::new(),
+            runtime_fraction: None,
+            grpc: false,
         }
     }
 }
@@ -115,6 +141,8 @@ pub enum PathMatch {
     Path(String),
     /// Equals, or continues with `/`.
     PathSeparatedPrefix(String),
+    /// Matches as a whole; RE2's syntax, known to be valid.
+    Regex(String),
 }
 
 impl Default for PathMatch {
@@ -123,37 +151,17 @@ impl Default for PathMatch {
     }
 }
 
-/// `HeaderMatcher`, the forms we honour.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeaderMatch {
-    /// Lower-case header name; `:method` and `:authority` are allowed.
-    pub name: String,
-    /// What must hold.
-    pub value: HeaderValueMatch,
-    /// `invert_match`.
-    pub invert: bool,
-}
-
-/// What a header must be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HeaderValueMatch {
-    /// Present (or absent).
-    Present(bool),
-    /// Equals.
-    Exact(String),
-    /// Starts with.
-    Prefix(String),
-    /// Ends with.
-    Suffix(String),
-    /// Contains.
-    Contains(String),
-}
-
 /// What happens to a request.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all routes are the large variant, and none is on the request path"
+)]
 pub enum Action {
     /// Goes to a cluster.
     Route(RouteAction),
+    /// Is told to go elsewhere.
+    Redirect(Redirect),
     /// Is answered here.
     DirectResponse {
         /// HTTP status.
@@ -161,32 +169,6 @@ pub enum Action {
         /// Body, verbatim.
         body: String,
     },
-}
-
-/// `RouteAction`.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct RouteAction {
-    /// Cluster name.
-    pub cluster: String,
-    /// `None` is unset (Envoy's 15 s where it applies), zero is off.
-    pub timeout: Option<Duration>,
-    /// `None` is unset, zero is off.
-    pub idle_timeout: Option<Duration>,
-    /// `None` is unset.
-    pub retry_policy: Option<RetryPolicy>,
-    /// Replaces the matched prefix.
-    pub prefix_rewrite: Option<String>,
-}
-
-/// `RetryPolicy`, the part we honour.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct RetryPolicy {
-    /// `retry_on`, comma separated in Envoy.
-    pub retry_on: Vec<String>,
-    /// Default 1.
-    pub num_retries: u32,
-    /// Zero is none.
-    pub per_try_timeout: Duration,
 }
 
 impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
@@ -201,11 +183,46 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
             .collect();
         let virtual_hosts = problems.take_all("virtual_hosts", wire.virtual_hosts);
         check_domains(&mut problems, &domains);
+        let max = wire.max_direct_response_body_size_bytes;
+        let max = max.map_or(DIRECT_RESPONSE_BODY_BYTES_MAX, |max| max as usize);
+        let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
+        check_bodies(&mut problems, &virtual_hosts, max);
+        let headers = HeaderMutations::read(
+            &mut problems,
+            (wire.request_headers_to_add, wire.request_headers_to_remove),
+            (
+                wire.response_headers_to_add,
+                wire.response_headers_to_remove,
+            ),
+        );
         problems.finish(Some(Self {
             name: wire.name,
             virtual_hosts,
+            headers,
+            most_specific_header_mutations_wins: wire.most_specific_header_mutations_wins,
             validate_clusters: wire.validate_clusters.unwrap_or(true),
+            mirrors,
+            max_direct_response_body_bytes: max,
+            ignore_port_in_host_matching: wire.ignore_port_in_host_matching,
         }))
+    }
+}
+
+/// The table says how large a direct response may be.
+fn check_bodies(problems: &mut ConfigErrors, hosts: &[VirtualHost], max: usize) {
+    for (host, of_table) in hosts.iter().enumerate() {
+        for (index, route) in of_table.routes.iter().enumerate() {
+            if let Action::DirectResponse { body, .. } = &route.action
+                && body.len() > max
+            {
+                problems.add(
+                    format!(
+                        "virtual_hosts[{host}].routes[{index}].direct_response.body.inline_string"
+                    ),
+                    format!("has {} bytes, more than {max}", body.len()),
+                );
+            }
+        }
     }
 }
 
@@ -257,11 +274,24 @@ impl TryFrom<wire::VirtualHost> for VirtualHost {
         let retry_policy = wire
             .retry_policy
             .and_then(|policy| problems.take("retry_policy", policy.try_into()));
+        let headers = HeaderMutations::read(
+            &mut problems,
+            (wire.request_headers_to_add, wire.request_headers_to_remove),
+            (
+                wire.response_headers_to_add,
+                wire.response_headers_to_remove,
+            ),
+        );
+        let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         problems.finish(Some(Self {
             name,
             domains: wire.domains,
+            mirrors,
             routes,
             retry_policy,
+            include_request_attempt_count: wire.include_request_attempt_count,
+            include_attempt_count_in_response: wire.include_attempt_count_in_response,
+            headers,
         }))
     }
 }
@@ -274,12 +304,15 @@ impl TryFrom<wire::Route> for Route {
         let r#match: Option<RouteMatch> = problems.required("match", wire.r#match);
         let action = match wire.action {
             None => {
-                problems.add("", "required: route or direct_response");
+                problems.add("", "required: route, redirect or direct_response");
                 None
             }
             Some(wire::route::Action::Route(action)) => {
                 problems.take("route", action.try_into()).map(Action::Route)
             }
+            Some(wire::route::Action::Redirect(redirect)) => problems
+                .take("redirect", redirect.try_into())
+                .map(Action::Redirect),
             Some(wire::route::Action::DirectResponse(response)) => {
                 problems.take("direct_response", direct_response(response))
             }
@@ -291,12 +324,21 @@ impl TryFrom<wire::Route> for Route {
                 typed_per_filter_config.insert(filter, config);
             }
         }
+        let headers = HeaderMutations::read(
+            &mut problems,
+            (wire.request_headers_to_add, wire.request_headers_to_remove),
+            (
+                wire.response_headers_to_add,
+                wire.response_headers_to_remove,
+            ),
+        );
         let route = r#match.zip(action);
         problems.finish(route.map(|(r#match, action)| Self {
             name: wire.name,
             r#match,
             action,
             typed_per_filter_config,
+            headers,
         }))
     }
 }
@@ -318,13 +360,6 @@ fn direct_response(wire: wire::DirectResponseAction) -> Result<Action, ConfigErr
             String::new()
         }
     };
-    if body.len() > DIRECT_RESPONSE_BODY_BYTES_MAX {
-        let message = format!(
-            "has {} bytes, more than {DIRECT_RESPONSE_BODY_BYTES_MAX}",
-            body.len()
-        );
-        problems.add("body.inline_string", message);
-    }
     problems.finish(Some(Action::DirectResponse { status, body }))
 }
 
@@ -347,137 +382,71 @@ impl TryFrom<wire::RouteMatch> for RouteMatch {
                 }
                 PathMatch::PathSeparatedPrefix(prefix)
             }
+            Some(PathSpecifier::SafeRegex(matcher)) => problems
+                .take("safe_regex", matching::regex(matcher))
+                .map_or_else(PathMatch::default, PathMatch::Regex),
             None => {
-                problems.add("", "required: prefix, path or path_separated_prefix");
+                problems.add(
+                    "",
+                    "required: prefix, path, path_separated_prefix or safe_regex",
+                );
                 PathMatch::default()
             }
         };
         let headers = problems.take_all("headers", wire.headers);
+        let query_parameters = problems.take_all("query_parameters", wire.query_parameters);
+        let runtime_fraction = wire
+            .runtime_fraction
+            .and_then(|share| problems.take("runtime_fraction", share.try_into()));
         problems.finish(Some(Self {
             path,
             case_sensitive: wire.case_sensitive.unwrap_or(true),
             headers,
-        }))
-    }
-}
-
-impl TryFrom<wire::HeaderMatcher> for HeaderMatch {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: wire::HeaderMatcher) -> Result<Self, ConfigErrors> {
-        let mut problems = ConfigErrors::default();
-        let name = problems.not_empty("name", wire.name.to_ascii_lowercase());
-        let value = match wire.header_match_specifier {
-            None => HeaderValueMatch::Present(true),
-            Some(HeaderMatchSpecifier::PresentMatch(present)) => HeaderValueMatch::Present(present),
-            Some(HeaderMatchSpecifier::ExactMatch(text)) => HeaderValueMatch::Exact(text),
-            Some(HeaderMatchSpecifier::PrefixMatch(text)) => HeaderValueMatch::Prefix(text),
-            Some(HeaderMatchSpecifier::SuffixMatch(text)) => HeaderValueMatch::Suffix(text),
-            Some(HeaderMatchSpecifier::ContainsMatch(text)) => HeaderValueMatch::Contains(text),
-            Some(HeaderMatchSpecifier::StringMatch(StringMatcher { match_pattern })) => {
-                match match_pattern {
-                    Some(MatchPattern::Exact(text)) => HeaderValueMatch::Exact(text),
-                    Some(MatchPattern::Prefix(text)) => HeaderValueMatch::Prefix(text),
-                    Some(MatchPattern::Suffix(text)) => HeaderValueMatch::Suffix(text),
-                    Some(MatchPattern::Contains(text)) => HeaderValueMatch::Contains(text),
-                    None => {
-                        problems.add(
-                            "string_match",
-                            "required: exact, prefix, suffix or contains",
-                        );
-                        HeaderValueMatch::Present(true)
-                    }
-                }
-            }
-        };
-        problems.finish(Some(Self {
-            name,
-            value,
-            invert: wire.invert_match,
-        }))
-    }
-}
-
-impl TryFrom<wire::RouteAction> for RouteAction {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: wire::RouteAction) -> Result<Self, ConfigErrors> {
-        let mut problems = ConfigErrors::default();
-        let cluster = match wire.cluster_specifier {
-            Some(wire::route_action::ClusterSpecifier::Cluster(cluster)) => {
-                problems.not_empty("cluster", cluster)
-            }
-            None => {
-                problems.add("", "required: cluster");
-                String::new()
-            }
-        };
-        let timeout = wire
-            .timeout
-            .and_then(|limit| problems.take("timeout", duration(limit)));
-        let idle_timeout = wire
-            .idle_timeout
-            .and_then(|limit| problems.take("idle_timeout", duration(limit)));
-        let retry_policy = wire
-            .retry_policy
-            .and_then(|policy| problems.take("retry_policy", policy.try_into()));
-        let prefix_rewrite = Some(wire.prefix_rewrite).filter(|prefix| !prefix.is_empty());
-        problems.finish(Some(Self {
-            cluster,
-            timeout,
-            idle_timeout,
-            retry_policy,
-            prefix_rewrite,
-        }))
-    }
-}
-
-impl TryFrom<wire::RetryPolicy> for RetryPolicy {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: wire::RetryPolicy) -> Result<Self, ConfigErrors> {
-        let mut problems = ConfigErrors::default();
-        let listed = wire
-            .retry_on
-            .split(',')
-            .map(str::trim)
-            .filter(|condition| !condition.is_empty());
-        let retry_on: Vec<String> = listed.map(str::to_owned).collect();
-        for condition in retry_on
-            .iter()
-            .filter(|condition| !RETRY_CONDITIONS.contains(&condition.as_str()))
-        {
-            problems.add("retry_on", format!("unknown condition '{condition}'"));
-        }
-        let limit = wire
-            .per_try_timeout
-            .and_then(|limit| problems.take("per_try_timeout", duration(limit)));
-        let num_retries = wire.num_retries.unwrap_or(1);
-        problems.finish(Some(Self {
-            retry_on,
-            num_retries,
-            per_try_timeout: limit.unwrap_or_default(),
+            query_parameters,
+            runtime_fraction,
+            grpc: wire.grpc.is_some(),
         }))
     }
 }
 
 impl From<&RouteConfiguration> for wire::RouteConfiguration {
     fn from(plain: &RouteConfiguration) -> Self {
+        let (request_headers_to_add, request_headers_to_remove) = plain.headers.request.show();
+        let (response_headers_to_add, response_headers_to_remove) = plain.headers.response.show();
+        let max = plain.max_direct_response_body_bytes;
         Self {
             name: plain.name.clone(),
             virtual_hosts: plain.virtual_hosts.iter().map(Into::into).collect(),
-            validate_clusters: Some(plain.validate_clusters),
+            request_headers_to_add,
+            request_headers_to_remove,
+            response_headers_to_add,
+            response_headers_to_remove,
+            most_specific_header_mutations_wins: plain.most_specific_header_mutations_wins,
+            validate_clusters: (!plain.validate_clusters).then_some(false),
+            max_direct_response_body_size_bytes: (max != DIRECT_RESPONSE_BODY_BYTES_MAX)
+                .then(|| u32::try_from(max).unwrap_or(u32::MAX)),
+            ignore_port_in_host_matching: plain.ignore_port_in_host_matching,
+            request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
         }
     }
 }
 
 impl From<&VirtualHost> for wire::VirtualHost {
     fn from(plain: &VirtualHost) -> Self {
+        let (request_headers_to_add, request_headers_to_remove) = plain.headers.request.show();
+        let (response_headers_to_add, response_headers_to_remove) = plain.headers.response.show();
         Self {
             name: plain.name.clone(),
             domains: plain.domains.clone(),
+            request_headers_to_add,
+            request_headers_to_remove,
+            response_headers_to_add,
+            response_headers_to_remove,
             routes: plain.routes.iter().map(Into::into).collect(),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),
+            request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
+            include_request_attempt_count: plain.include_request_attempt_count,
+            include_attempt_count_in_response: plain.include_attempt_count_in_response,
         }
     }
 }
@@ -486,6 +455,7 @@ impl From<&Route> for wire::Route {
     fn from(plain: &Route) -> Self {
         let action = match &plain.action {
             Action::Route(action) => wire::route::Action::Route(action.into()),
+            Action::Redirect(redirect) => wire::route::Action::Redirect(redirect.into()),
             Action::DirectResponse { status, body } => {
                 let specifier = Some(core::data_source::Specifier::InlineString(body.clone()));
                 let body = (!body.is_empty()).then_some(core::DataSource { specifier });
@@ -496,7 +466,13 @@ impl From<&Route> for wire::Route {
             }
         };
         let configs = plain.typed_per_filter_config.iter();
+        let (request_headers_to_add, request_headers_to_remove) = plain.headers.request.show();
+        let (response_headers_to_add, response_headers_to_remove) = plain.headers.response.show();
         Self {
+            request_headers_to_add,
+            request_headers_to_remove,
+            response_headers_to_add,
+            response_headers_to_remove,
             name: plain.name.clone(),
             r#match: Some((&plain.r#match).into()),
             action: Some(action),
@@ -516,58 +492,17 @@ impl From<&RouteMatch> for wire::RouteMatch {
             PathMatch::PathSeparatedPrefix(prefix) => {
                 PathSpecifier::PathSeparatedPrefix(prefix.clone())
             }
+            PathMatch::Regex(regex) => PathSpecifier::SafeRegex(matching::to_regex(regex)),
         };
         Self {
             path_specifier: Some(path),
             case_sensitive: (!plain.case_sensitive).then_some(false),
             headers: plain.headers.iter().map(Into::into).collect(),
-        }
-    }
-}
-
-impl From<&HeaderMatch> for wire::HeaderMatcher {
-    fn from(plain: &HeaderMatch) -> Self {
-        let text = |pattern| {
-            HeaderMatchSpecifier::StringMatch(StringMatcher {
-                match_pattern: Some(pattern),
-            })
-        };
-        let value = match plain.value.clone() {
-            HeaderValueMatch::Present(present) => HeaderMatchSpecifier::PresentMatch(present),
-            HeaderValueMatch::Exact(value) => text(MatchPattern::Exact(value)),
-            HeaderValueMatch::Prefix(value) => text(MatchPattern::Prefix(value)),
-            HeaderValueMatch::Suffix(value) => text(MatchPattern::Suffix(value)),
-            HeaderValueMatch::Contains(value) => text(MatchPattern::Contains(value)),
-        };
-        Self {
-            name: plain.name.clone(),
-            header_match_specifier: Some(value),
-            invert_match: plain.invert,
-        }
-    }
-}
-
-impl From<&RouteAction> for wire::RouteAction {
-    fn from(plain: &RouteAction) -> Self {
-        Self {
-            cluster_specifier: Some(wire::route_action::ClusterSpecifier::Cluster(
-                plain.cluster.clone(),
-            )),
-            prefix_rewrite: plain.prefix_rewrite.clone().unwrap_or_default(),
-            timeout: plain.timeout.map(to_duration),
-            idle_timeout: plain.idle_timeout.map(to_duration),
-            retry_policy: plain.retry_policy.as_ref().map(Into::into),
-        }
-    }
-}
-
-impl From<&RetryPolicy> for wire::RetryPolicy {
-    fn from(plain: &RetryPolicy) -> Self {
-        Self {
-            retry_on: plain.retry_on.join(","),
-            num_retries: Some(plain.num_retries),
-            per_try_timeout: (!plain.per_try_timeout.is_zero())
-                .then(|| to_duration(plain.per_try_timeout)),
+            query_parameters: plain.query_parameters.iter().map(Into::into).collect(),
+            runtime_fraction: plain.runtime_fraction.as_ref().map(Into::into),
+            grpc: plain
+                .grpc
+                .then(wire::route_match::GrpcRouteMatchOptions::default),
         }
     }
 }

@@ -156,14 +156,17 @@ impl ::prost::Name for HeaderValueOption {
         "/envoy.config.core.v3.HeaderValueOption".into()
     }
 }
-/// A share of requests.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+/// A share of all requests that a runtime could change.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RuntimeFractionalPercent {
-    /// The share.
+    /// What counts, since there is no runtime.
     #[prost(message, optional, tag = "1")]
     pub default_value: ::core::option::Option<
         super::super::super::r#type::v3::FractionalPercent,
     >,
+    /// Where a runtime would keep it.
+    #[prost(string, tag = "2")]
+    pub runtime_key: ::prost::alloc::string::String,
 }
 impl ::prost::Name for RuntimeFractionalPercent {
     const NAME: &'static str = "RuntimeFractionalPercent";

@@ -11,6 +11,37 @@ pub struct VirtualHost {
     /// The first that matches wins.
     #[prost(message, repeated, tag = "3")]
     pub routes: ::prost::alloc::vec::Vec<Route>,
+    /// On its requests.
+    #[prost(message, repeated, tag = "7")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its requests.
+    #[prost(string, repeated, tag = "13")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On its responses.
+    #[prost(message, repeated, tag = "10")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its responses.
+    #[prost(string, repeated, tag = "11")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// Requests tell how often they were tried.
+    #[prost(bool, tag = "14")]
+    pub include_request_attempt_count: bool,
+    /// For routes that have none.
+    #[prost(message, repeated, tag = "22")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
+    /// Responses tell how often they were tried.
+    #[prost(bool, tag = "19")]
+    pub include_attempt_count_in_response: bool,
     /// For routes that have none.
     #[prost(message, optional, tag = "16")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
@@ -37,19 +68,42 @@ pub struct Route {
         ::prost::alloc::string::String,
         ::prost_types::Any,
     >,
+    /// On its requests.
+    #[prost(message, repeated, tag = "9")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its requests.
+    #[prost(string, repeated, tag = "12")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On its responses.
+    #[prost(message, repeated, tag = "10")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From its responses.
+    #[prost(string, repeated, tag = "11")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
     /// For logs.
     #[prost(string, tag = "14")]
     pub name: ::prost::alloc::string::String,
-    #[prost(oneof = "route::Action", tags = "2, 7")]
+    #[prost(oneof = "route::Action", tags = "2, 3, 7")]
     pub action: ::core::option::Option<route::Action>,
 }
 /// Nested message and enum types in `Route`.
 pub mod route {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Action {
         /// To a cluster.
         #[prost(message, tag = "2")]
         Route(super::RouteAction),
+        /// Sent elsewhere.
+        #[prost(message, tag = "3")]
+        Redirect(super::RedirectAction),
         /// Answered here.
         #[prost(message, tag = "7")]
         DirectResponse(super::DirectResponseAction),
@@ -71,14 +125,38 @@ pub struct RouteMatch {
     /// True unless said.
     #[prost(message, optional, tag = "4")]
     pub case_sensitive: ::core::option::Option<bool>,
+    /// A share of the requests, by chance.
+    #[prost(message, optional, tag = "9")]
+    pub runtime_fraction: ::core::option::Option<
+        super::super::core::v3::RuntimeFractionalPercent,
+    >,
     /// Conditions on headers.
     #[prost(message, repeated, tag = "6")]
     pub headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
-    #[prost(oneof = "route_match::PathSpecifier", tags = "1, 2, 14")]
+    /// Conditions on the query string.
+    #[prost(message, repeated, tag = "7")]
+    pub query_parameters: ::prost::alloc::vec::Vec<QueryParameterMatcher>,
+    /// Its content type is gRPC's.
+    #[prost(message, optional, tag = "8")]
+    pub grpc: ::core::option::Option<route_match::GrpcRouteMatchOptions>,
+    #[prost(oneof = "route_match::PathSpecifier", tags = "1, 2, 10, 14")]
     pub path_specifier: ::core::option::Option<route_match::PathSpecifier>,
 }
 /// Nested message and enum types in `RouteMatch`.
 pub mod route_match {
+    /// Only requests of gRPC.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GrpcRouteMatchOptions {}
+    impl ::prost::Name for GrpcRouteMatchOptions {
+        const NAME: &'static str = "GrpcRouteMatchOptions";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions".into()
+        }
+    }
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum PathSpecifier {
         /// Path starts with.
@@ -87,6 +165,9 @@ pub mod route_match {
         /// Path equals.
         #[prost(string, tag = "2")]
         Path(::prost::alloc::string::String),
+        /// Path matches as a whole.
+        #[prost(message, tag = "10")]
+        SafeRegex(super::super::super::super::r#type::matcher::v3::RegexMatcher),
         /// Path equals or goes on with a slash.
         #[prost(string, tag = "14")]
         PathSeparatedPrefix(::prost::alloc::string::String),
@@ -103,30 +184,153 @@ impl ::prost::Name for RouteMatch {
     }
 }
 /// How a request is forwarded.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouteAction {
+    /// Answer where the cluster does not exist.
+    #[prost(enumeration = "route_action::ClusterNotFoundResponseCode", tag = "20")]
+    pub cluster_not_found_response_code: i32,
     /// Replaces the matched prefix.
     #[prost(string, tag = "5")]
     pub prefix_rewrite: ::prost::alloc::string::String,
+    /// Replaces parts of the path.
+    #[prost(message, optional, tag = "32")]
+    pub regex_rewrite: ::core::option::Option<
+        super::super::super::r#type::matcher::v3::RegexMatchAndSubstitute,
+    >,
+    /// The host that was replaced is appended to x-forwarded-host.
+    #[prost(bool, tag = "38")]
+    pub append_x_forwarded_host: bool,
     /// Whole exchange; 0 is off, unset is 15 s.
     #[prost(message, optional, tag = "8")]
     pub timeout: ::core::option::Option<::prost_types::Duration>,
     /// When to try again.
     #[prost(message, optional, tag = "9")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
+    /// Clusters that get a copy of each request.
+    #[prost(message, repeated, tag = "30")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
     /// No byte either way; 0 is off.
     #[prost(message, optional, tag = "24")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "route_action::ClusterSpecifier", tags = "1")]
+    /// How long an exchange may take; timeout counts no more then.
+    #[prost(message, optional, tag = "36")]
+    pub max_stream_duration: ::core::option::Option<route_action::MaxStreamDuration>,
+    #[prost(oneof = "route_action::ClusterSpecifier", tags = "1, 2, 3")]
     pub cluster_specifier: ::core::option::Option<route_action::ClusterSpecifier>,
+    #[prost(oneof = "route_action::HostRewriteSpecifier", tags = "6, 7, 29")]
+    pub host_rewrite_specifier: ::core::option::Option<
+        route_action::HostRewriteSpecifier,
+    >,
 }
 /// Nested message and enum types in `RouteAction`.
 pub mod route_action {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    /// A cluster that gets a copy of each request, and whose answer nobody reads.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RequestMirrorPolicy {
+        /// Which.
+        #[prost(string, tag = "1")]
+        pub cluster: ::prost::alloc::string::String,
+        /// Only of this share of the requests.
+        #[prost(message, optional, tag = "3")]
+        pub runtime_fraction: ::core::option::Option<
+            super::super::super::core::v3::RuntimeFractionalPercent,
+        >,
+        /// The copy's host stays as it is.
+        #[prost(bool, tag = "6")]
+        pub disable_shadow_host_suffix_append: bool,
+    }
+    impl ::prost::Name for RequestMirrorPolicy {
+        const NAME: &'static str = "RequestMirrorPolicy";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.RequestMirrorPolicy".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.RequestMirrorPolicy".into()
+        }
+    }
+    /// How long an exchange may take.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct MaxStreamDuration {
+        /// From the first byte of the request to the last of the response; 0 is off.
+        #[prost(message, optional, tag = "1")]
+        pub max_stream_duration: ::core::option::Option<::prost_types::Duration>,
+    }
+    impl ::prost::Name for MaxStreamDuration {
+        const NAME: &'static str = "MaxStreamDuration";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.MaxStreamDuration".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.MaxStreamDuration".into()
+        }
+    }
+    /// Status for a cluster that does not exist.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum ClusterNotFoundResponseCode {
+        ServiceUnavailable = 0,
+        NotFound = 1,
+        InternalServerError = 2,
+    }
+    impl ClusterNotFoundResponseCode {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::ServiceUnavailable => "SERVICE_UNAVAILABLE",
+                Self::NotFound => "NOT_FOUND",
+                Self::InternalServerError => "INTERNAL_SERVER_ERROR",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "SERVICE_UNAVAILABLE" => Some(Self::ServiceUnavailable),
+                "NOT_FOUND" => Some(Self::NotFound),
+                "INTERNAL_SERVER_ERROR" => Some(Self::InternalServerError),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum ClusterSpecifier {
         /// Name of the cluster.
         #[prost(string, tag = "1")]
         Cluster(::prost::alloc::string::String),
+        /// The request header that names the cluster.
+        #[prost(string, tag = "2")]
+        ClusterHeader(::prost::alloc::string::String),
+        /// Several clusters, by weight.
+        #[prost(message, tag = "3")]
+        WeightedClusters(super::WeightedCluster),
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum HostRewriteSpecifier {
+        /// Replaces the host.
+        #[prost(string, tag = "6")]
+        HostRewriteLiteral(::prost::alloc::string::String),
+        /// Replaces it by the upstream's name.
+        #[prost(message, tag = "7")]
+        AutoHostRewrite(bool),
+        /// Replaces it by this header's value.
+        #[prost(string, tag = "29")]
+        HostRewriteHeader(::prost::alloc::string::String),
     }
 }
 impl ::prost::Name for RouteAction {
@@ -139,8 +343,200 @@ impl ::prost::Name for RouteAction {
         "/envoy.config.route.v3.RouteAction".into()
     }
 }
-/// When a request is tried again.
+/// Clusters, one of which is drawn for each request.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WeightedCluster {
+    /// All of them.
+    #[prost(message, repeated, tag = "1")]
+    pub clusters: ::prost::alloc::vec::Vec<weighted_cluster::ClusterWeight>,
+    #[prost(oneof = "weighted_cluster::RandomValueSpecifier", tags = "4")]
+    pub random_value_specifier: ::core::option::Option<
+        weighted_cluster::RandomValueSpecifier,
+    >,
+}
+/// Nested message and enum types in `WeightedCluster`.
+pub mod weighted_cluster {
+    /// One of them.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct ClusterWeight {
+        /// Which.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// The request header that names it.
+        #[prost(string, tag = "12")]
+        pub cluster_header: ::prost::alloc::string::String,
+        /// Its share.
+        #[prost(message, optional, tag = "2")]
+        pub weight: ::core::option::Option<u32>,
+        /// On its requests.
+        #[prost(message, repeated, tag = "4")]
+        pub request_headers_to_add: ::prost::alloc::vec::Vec<
+            super::super::super::core::v3::HeaderValueOption,
+        >,
+        /// From its requests.
+        #[prost(string, repeated, tag = "9")]
+        pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+            ::prost::alloc::string::String,
+        >,
+        /// On its responses.
+        #[prost(message, repeated, tag = "5")]
+        pub response_headers_to_add: ::prost::alloc::vec::Vec<
+            super::super::super::core::v3::HeaderValueOption,
+        >,
+        /// From its responses.
+        #[prost(string, repeated, tag = "6")]
+        pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+            ::prost::alloc::string::String,
+        >,
+        #[prost(oneof = "cluster_weight::HostRewriteSpecifier", tags = "11")]
+        pub host_rewrite_specifier: ::core::option::Option<
+            cluster_weight::HostRewriteSpecifier,
+        >,
+    }
+    /// Nested message and enum types in `ClusterWeight`.
+    pub mod cluster_weight {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum HostRewriteSpecifier {
+            /// Replaces the host.
+            #[prost(string, tag = "11")]
+            HostRewriteLiteral(::prost::alloc::string::String),
+        }
+    }
+    impl ::prost::Name for ClusterWeight {
+        const NAME: &'static str = "ClusterWeight";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.WeightedCluster.ClusterWeight".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.WeightedCluster.ClusterWeight".into()
+        }
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum RandomValueSpecifier {
+        /// The request header whose number is drawn instead of chance.
+        #[prost(string, tag = "4")]
+        HeaderName(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for WeightedCluster {
+    const NAME: &'static str = "WeightedCluster";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.WeightedCluster".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.WeightedCluster".into()
+    }
+}
+/// A request is answered with another place to go.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RedirectAction {
+    /// Host becomes this.
+    #[prost(string, tag = "1")]
+    pub host_redirect: ::prost::alloc::string::String,
+    /// Port becomes this.
+    #[prost(uint32, tag = "8")]
+    pub port_redirect: u32,
+    /// Status of the answer.
+    #[prost(enumeration = "redirect_action::RedirectResponseCode", tag = "3")]
+    pub response_code: i32,
+    /// The query is left out.
+    #[prost(bool, tag = "6")]
+    pub strip_query: bool,
+    #[prost(oneof = "redirect_action::SchemeRewriteSpecifier", tags = "4, 7")]
+    pub scheme_rewrite_specifier: ::core::option::Option<
+        redirect_action::SchemeRewriteSpecifier,
+    >,
+    #[prost(oneof = "redirect_action::PathRewriteSpecifier", tags = "2, 5, 9")]
+    pub path_rewrite_specifier: ::core::option::Option<
+        redirect_action::PathRewriteSpecifier,
+    >,
+}
+/// Nested message and enum types in `RedirectAction`.
+pub mod redirect_action {
+    /// Status of the answer.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum RedirectResponseCode {
+        MovedPermanently = 0,
+        Found = 1,
+        SeeOther = 2,
+        TemporaryRedirect = 3,
+        PermanentRedirect = 4,
+    }
+    impl RedirectResponseCode {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::MovedPermanently => "MOVED_PERMANENTLY",
+                Self::Found => "FOUND",
+                Self::SeeOther => "SEE_OTHER",
+                Self::TemporaryRedirect => "TEMPORARY_REDIRECT",
+                Self::PermanentRedirect => "PERMANENT_REDIRECT",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "MOVED_PERMANENTLY" => Some(Self::MovedPermanently),
+                "FOUND" => Some(Self::Found),
+                "SEE_OTHER" => Some(Self::SeeOther),
+                "TEMPORARY_REDIRECT" => Some(Self::TemporaryRedirect),
+                "PERMANENT_REDIRECT" => Some(Self::PermanentRedirect),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum SchemeRewriteSpecifier {
+        /// Scheme becomes https.
+        #[prost(bool, tag = "4")]
+        HttpsRedirect(bool),
+        /// Scheme becomes this.
+        #[prost(string, tag = "7")]
+        SchemeRedirect(::prost::alloc::string::String),
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum PathRewriteSpecifier {
+        /// Path becomes this.
+        #[prost(string, tag = "2")]
+        PathRedirect(::prost::alloc::string::String),
+        /// Replaces the matched prefix.
+        #[prost(string, tag = "5")]
+        PrefixRewrite(::prost::alloc::string::String),
+        /// Replaces parts of the path.
+        #[prost(message, tag = "9")]
+        RegexRewrite(
+            super::super::super::super::r#type::matcher::v3::RegexMatchAndSubstitute,
+        ),
+    }
+}
+impl ::prost::Name for RedirectAction {
+    const NAME: &'static str = "RedirectAction";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.RedirectAction".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.RedirectAction".into()
+    }
+}
+/// When a request is tried again.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RetryPolicy {
     /// Conditions, comma separated.
     #[prost(string, tag = "1")]
@@ -151,6 +547,75 @@ pub struct RetryPolicy {
     /// Limit of each attempt.
     #[prost(message, optional, tag = "3")]
     pub per_try_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// Which hosts a retry passes over.
+    #[prost(message, repeated, tag = "5")]
+    pub retry_host_predicate: ::prost::alloc::vec::Vec<retry_policy::RetryHostPredicate>,
+    /// How often a host is chosen anew.
+    #[prost(int64, tag = "6")]
+    pub host_selection_retry_max_attempts: i64,
+    /// For the condition retriable-status-codes.
+    #[prost(uint32, repeated, tag = "7")]
+    pub retriable_status_codes: ::prost::alloc::vec::Vec<u32>,
+    /// How long to wait before a retry.
+    #[prost(message, optional, tag = "8")]
+    pub retry_back_off: ::core::option::Option<retry_policy::RetryBackOff>,
+    /// For the condition retriable-headers: of the response.
+    #[prost(message, repeated, tag = "9")]
+    pub retriable_headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
+    /// Only requests with such a header are tried again.
+    #[prost(message, repeated, tag = "10")]
+    pub retriable_request_headers: ::prost::alloc::vec::Vec<HeaderMatcher>,
+}
+/// Nested message and enum types in `RetryPolicy`.
+pub mod retry_policy {
+    /// Which hosts a retry passes over.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RetryHostPredicate {
+        /// Of the predicate; no effect.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        #[prost(oneof = "retry_host_predicate::ConfigType", tags = "3")]
+        pub config_type: ::core::option::Option<retry_host_predicate::ConfigType>,
+    }
+    /// Nested message and enum types in `RetryHostPredicate`.
+    pub mod retry_host_predicate {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum ConfigType {
+            /// Its type.
+            #[prost(message, tag = "3")]
+            TypedConfig(::prost_types::Any),
+        }
+    }
+    impl ::prost::Name for RetryHostPredicate {
+        const NAME: &'static str = "RetryHostPredicate";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RetryPolicy.RetryHostPredicate".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RetryPolicy.RetryHostPredicate".into()
+        }
+    }
+    /// How long to wait before a retry.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RetryBackOff {
+        /// Before the first, at most.
+        #[prost(message, optional, tag = "1")]
+        pub base_interval: ::core::option::Option<::prost_types::Duration>,
+        /// Before any, at most.
+        #[prost(message, optional, tag = "2")]
+        pub max_interval: ::core::option::Option<::prost_types::Duration>,
+    }
+    impl ::prost::Name for RetryBackOff {
+        const NAME: &'static str = "RetryBackOff";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RetryPolicy.RetryBackOff".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RetryPolicy.RetryBackOff".into()
+        }
+    }
 }
 impl ::prost::Name for RetryPolicy {
     const NAME: &'static str = "RetryPolicy";
@@ -191,9 +656,12 @@ pub struct HeaderMatcher {
     /// The condition must not hold.
     #[prost(bool, tag = "8")]
     pub invert_match: bool,
+    /// A header that is missing counts as empty.
+    #[prost(bool, tag = "14")]
+    pub treat_missing_header_as_empty: bool,
     #[prost(
         oneof = "header_matcher::HeaderMatchSpecifier",
-        tags = "4, 7, 9, 10, 12, 13"
+        tags = "4, 6, 7, 9, 10, 11, 12, 13"
     )]
     pub header_match_specifier: ::core::option::Option<
         header_matcher::HeaderMatchSpecifier,
@@ -206,6 +674,9 @@ pub mod header_matcher {
         /// Old form of string_match.
         #[prost(string, tag = "4")]
         ExactMatch(::prost::alloc::string::String),
+        /// A whole number in a range.
+        #[prost(message, tag = "6")]
+        RangeMatch(super::super::super::super::r#type::v3::Int64Range),
         /// Present, or absent if false.
         #[prost(bool, tag = "7")]
         PresentMatch(bool),
@@ -215,6 +686,9 @@ pub mod header_matcher {
         /// Old form of string_match.
         #[prost(string, tag = "10")]
         SuffixMatch(::prost::alloc::string::String),
+        /// Old form of string_match.
+        #[prost(message, tag = "11")]
+        SafeRegexMatch(super::super::super::super::r#type::matcher::v3::RegexMatcher),
         /// Old form of string_match.
         #[prost(string, tag = "12")]
         ContainsMatch(::prost::alloc::string::String),
@@ -231,6 +705,42 @@ impl ::prost::Name for HeaderMatcher {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.route.v3.HeaderMatcher".into()
+    }
+}
+/// A condition on one parameter of the query string.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QueryParameterMatcher {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(
+        oneof = "query_parameter_matcher::QueryParameterMatchSpecifier",
+        tags = "5, 6"
+    )]
+    pub query_parameter_match_specifier: ::core::option::Option<
+        query_parameter_matcher::QueryParameterMatchSpecifier,
+    >,
+}
+/// Nested message and enum types in `QueryParameterMatcher`.
+pub mod query_parameter_matcher {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum QueryParameterMatchSpecifier {
+        /// What its value must be.
+        #[prost(message, tag = "5")]
+        StringMatch(super::super::super::super::r#type::matcher::v3::StringMatcher),
+        /// It is there.
+        #[prost(bool, tag = "6")]
+        PresentMatch(bool),
+    }
+}
+impl ::prost::Name for QueryParameterMatcher {
+    const NAME: &'static str = "QueryParameterMatcher";
+    const PACKAGE: &'static str = "envoy.config.route.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.route.v3.QueryParameterMatcher".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.route.v3.QueryParameterMatcher".into()
     }
 }
 /// Wraps the configuration of a filter on a route.
@@ -265,9 +775,43 @@ pub struct RouteConfiguration {
     /// Chosen by the request's authority.
     #[prost(message, repeated, tag = "2")]
     pub virtual_hosts: ::prost::alloc::vec::Vec<VirtualHost>,
-    /// Refuse routes to unknown clusters; true unless said.
+    /// On every response.
+    #[prost(message, repeated, tag = "4")]
+    pub response_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From every response.
+    #[prost(string, repeated, tag = "5")]
+    pub response_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// On every request.
+    #[prost(message, repeated, tag = "6")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::core::v3::HeaderValueOption,
+    >,
+    /// From every request.
+    #[prost(string, repeated, tag = "8")]
+    pub request_headers_to_remove: ::prost::alloc::vec::Vec<
+        ::prost::alloc::string::String,
+    >,
+    /// The route's own changes come last, and so win.
+    #[prost(bool, tag = "10")]
+    pub most_specific_header_mutations_wins: bool,
+    /// Whether routes to clusters that do not exist are refused; true unless said.
     #[prost(message, optional, tag = "7")]
     pub validate_clusters: ::core::option::Option<bool>,
+    /// Of direct responses; 4096 unless said.
+    #[prost(message, optional, tag = "11")]
+    pub max_direct_response_body_size_bytes: ::core::option::Option<u32>,
+    /// For virtual hosts that have none.
+    #[prost(message, repeated, tag = "13")]
+    pub request_mirror_policies: ::prost::alloc::vec::Vec<
+        route_action::RequestMirrorPolicy,
+    >,
+    /// Domains are compared without the port of the request.
+    #[prost(bool, tag = "14")]
+    pub ignore_port_in_host_matching: bool,
 }
 impl ::prost::Name for RouteConfiguration {
     const NAME: &'static str = "RouteConfiguration";

@@ -79,6 +79,26 @@ impl ::prost::Name for FractionalPercent {
         "/envoy.type.v3.FractionalPercent".into()
     }
 }
+/// From start up to, but not including, end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Int64Range {
+    /// First.
+    #[prost(int64, tag = "1")]
+    pub start: i64,
+    /// One after the last.
+    #[prost(int64, tag = "2")]
+    pub end: i64,
+}
+impl ::prost::Name for Int64Range {
+    const NAME: &'static str = "Int64Range";
+    const PACKAGE: &'static str = "envoy.type.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.v3.Int64Range".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.v3.Int64Range".into()
+    }
+}
 /// A status.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpStatus {

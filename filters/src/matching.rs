@@ -1,0 +1,440 @@
+//! Conditions on messages, prepared when the configuration is built: texts, headers, chance.
+//!
+//! What they mean is said in `outrigger_xds::resource::matching`, which Envoy's `StringMatcher` and `HeaderMatcher` became.
+
+use http::{
+    HeaderMap, HeaderName, Method, Request, Response, StatusCode, Uri, header, request, uri,
+};
+use outrigger_xds::resource::matching::{
+    Fraction, HeaderMatch, HeaderValueMatch, Pattern, StringMatch, whole,
+};
+use rand::Rng;
+use regex::bytes::Regex;
+use std::borrow::Cow;
+
+/// Whether the case of letters counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Case {
+    /// `a` is not `A`.
+    Heeded,
+    /// `a` is `A`.
+    Ignored,
+}
+
+impl Case {
+    /// Whether two texts are the same.
+    #[must_use]
+    pub fn equal(self, a: &[u8], b: &[u8]) -> bool {
+        match self {
+            Self::Heeded => a == b,
+            Self::Ignored => a.eq_ignore_ascii_case(b),
+        }
+    }
+
+    /// Whether `text` begins with `prefix`.
+    #[must_use]
+    pub fn starts(self, text: &[u8], prefix: &[u8]) -> bool {
+        text.get(..prefix.len())
+            .is_some_and(|head| self.equal(head, prefix))
+    }
+}
+
+/// `StringMatch`, prepared.
+#[derive(Debug, Clone)]
+pub struct TextMatcher(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Exact(String, Case),
+    Prefix(String, Case),
+    Suffix(String, Case),
+    Contains(String, Case),
+    Regex(Regex),
+}
+
+impl TextMatcher {
+    /// Prepares it.
+    ///
+    /// # Errors
+    /// A regular expression is not valid, which the checks of the configuration rule out.
+    pub fn new(wanted: &StringMatch) -> Result<Self, String> {
+        let case = if wanted.ignore_case {
+            Case::Ignored
+        } else {
+            Case::Heeded
+        };
+        Ok(Self(match &wanted.pattern {
+            Pattern::Exact(text) => Kind::Exact(text.clone(), case),
+            Pattern::Prefix(text) => Kind::Prefix(text.clone(), case),
+            Pattern::Suffix(text) => Kind::Suffix(text.clone(), case),
+            Pattern::Contains(text) => Kind::Contains(text.clone(), case),
+            Pattern::Regex(text) => Kind::Regex(whole(text)?),
+        }))
+    }
+
+    /// Whether `text` is what it must be.
+    #[must_use]
+    pub fn matches(&self, text: &[u8]) -> bool {
+        match &self.0 {
+            Kind::Exact(wanted, case) => case.equal(text, wanted.as_bytes()),
+            Kind::Prefix(prefix, case) => case.starts(text, prefix.as_bytes()),
+            Kind::Suffix(suffix, case) => text
+                .len()
+                .checked_sub(suffix.len())
+                .is_some_and(|at| case.equal(&text[at..], suffix.as_bytes())),
+            Kind::Contains(part, case) => text
+                .windows(part.len().max(1))
+                .any(|window| case.equal(window, part.as_bytes())),
+            Kind::Regex(regex) => regex.is_match(text),
+        }
+    }
+}
+
+/// What a header condition may look at.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    method: Option<&'a Method>,
+    uri: Option<&'a Uri>,
+    status: Option<StatusCode>,
+    headers: &'a HeaderMap,
+}
+
+impl<'a> From<&'a request::Parts> for Head<'a> {
+    fn from(parts: &'a request::Parts) -> Self {
+        Self {
+            method: Some(&parts.method),
+            uri: Some(&parts.uri),
+            status: None,
+            headers: &parts.headers,
+        }
+    }
+}
+
+impl<'a, B> From<&'a Request<B>> for Head<'a> {
+    fn from(request: &'a Request<B>) -> Self {
+        Self {
+            method: Some(request.method()),
+            uri: Some(request.uri()),
+            status: None,
+            headers: request.headers(),
+        }
+    }
+}
+
+impl<'a> Head<'a> {
+    /// The head of a response.
+    #[must_use]
+    pub fn response(status: StatusCode, headers: &'a HeaderMap) -> Self {
+        Self {
+            method: None,
+            uri: None,
+            status: Some(status),
+            headers,
+        }
+    }
+}
+
+impl<'a, B> From<&'a Response<B>> for Head<'a> {
+    fn from(response: &'a Response<B>) -> Self {
+        Self::response(response.status(), response.headers())
+    }
+}
+
+/// `HeaderMatch`, prepared.
+#[derive(Debug, Clone)]
+pub struct HeaderMatcher {
+    subject: Subject,
+    condition: Condition,
+    invert: bool,
+    missing_is_empty: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Subject {
+    Method,
+    Path,
+    Scheme,
+    Authority,
+    Status,
+    Header(HeaderName),
+}
+
+#[derive(Debug, Clone)]
+enum Condition {
+    Present(bool),
+    Text(TextMatcher),
+    Range(i64, i64),
+}
+
+impl HeaderMatcher {
+    /// Prepares it.
+    ///
+    /// # Errors
+    /// A regular expression or the name is not valid, which the checks of the configuration rule out.
+    pub fn new(wanted: &HeaderMatch) -> Result<Self, String> {
+        let subject = match wanted.name.as_str() {
+            ":method" => Subject::Method,
+            ":path" => Subject::Path,
+            ":scheme" => Subject::Scheme,
+            ":authority" | "host" => Subject::Authority,
+            ":status" => Subject::Status,
+            name => Subject::Header(
+                HeaderName::try_from(name).map_err(|_| format!("'{name}' is no header name"))?,
+            ),
+        };
+        let condition = match &wanted.value {
+            HeaderValueMatch::Present(present) => Condition::Present(*present),
+            HeaderValueMatch::Text(text) => Condition::Text(TextMatcher::new(text)?),
+            HeaderValueMatch::Range(start, end) => Condition::Range(*start, *end),
+        };
+        Ok(Self {
+            subject,
+            condition,
+            invert: wanted.invert,
+            missing_is_empty: wanted.missing_is_empty,
+        })
+    }
+
+    /// Prepares several.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn all(wanted: &[HeaderMatch]) -> Result<Vec<Self>, String> {
+        wanted.iter().map(Self::new).collect()
+    }
+
+    /// Whether it holds. A header that is missing fails every condition but that of its presence, inverted or not.
+    #[must_use]
+    pub fn matches<'a>(&self, head: impl Into<Head<'a>>) -> bool {
+        let found = self.subject.of(&head.into());
+        let found = found.or(self.missing_is_empty.then_some(Cow::Borrowed(&[])));
+        let holds = match (&self.condition, found) {
+            (Condition::Present(present), found) => found.is_some() == *present,
+            (_, None) => return false,
+            (Condition::Text(text), Some(found)) => text.matches(&found),
+            (Condition::Range(start, end), Some(found)) => std::str::from_utf8(&found)
+                .ok()
+                .and_then(|text| text.trim().parse::<i64>().ok())
+                .is_some_and(|number| (*start..*end).contains(&number)),
+        };
+        holds != self.invert
+    }
+}
+
+impl Subject {
+    fn of<'a>(&self, head: &Head<'a>) -> Option<Cow<'a, [u8]>> {
+        Some(match self {
+            Self::Method => Cow::Borrowed(head.method?.as_str().as_bytes()),
+            Self::Path => Cow::Borrowed(head.uri?.path_and_query()?.as_str().as_bytes()),
+            Self::Scheme => Cow::Borrowed(head.uri?.scheme_str().unwrap_or("http").as_bytes()),
+            Self::Authority => Cow::Borrowed(authority(head.uri?, head.headers).as_bytes()),
+            Self::Status => Cow::Owned(head.status?.as_str().as_bytes().to_vec()),
+            Self::Header(name) => return joined(head.headers, name),
+        })
+    }
+}
+
+/// The value of a header; several lines are one list.
+fn joined<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, [u8]>> {
+    let mut lines = headers.get_all(name).iter();
+    let first = lines.next()?;
+    let mut all = Cow::Borrowed(first.as_bytes());
+    for line in lines {
+        let all = all.to_mut();
+        all.push(b',');
+        all.extend_from_slice(line.as_bytes());
+    }
+    Some(all)
+}
+
+/// `:authority`, or `host`.
+#[must_use]
+pub fn authority<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> &'a str {
+    uri.authority().map_or_else(
+        || {
+            headers
+                .get(header::HOST)
+                .and_then(|host| host.to_str().ok())
+                .unwrap_or_default()
+        },
+        uri::Authority::as_str,
+    )
+}
+
+/// Whether it is gRPC: its content type, with or without a message format.
+#[must_use]
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.as_bytes().strip_prefix(b"application/grpc"))
+        .is_some_and(|rest| rest.is_empty() || rest[0] == b'+')
+}
+
+/// Whether chance says yes.
+#[must_use]
+pub fn drawn(fraction: &Fraction) -> bool {
+    fraction.numerator >= fraction.denominator
+        || rand::rng().random_range(0..fraction.denominator.max(1)) < fraction.numerator
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(pattern: Pattern, ignore_case: bool) -> HeaderValueMatch {
+        HeaderValueMatch::Text(StringMatch {
+            pattern,
+            ignore_case,
+        })
+    }
+
+    #[test]
+    fn headers_match_as_in_envoy() {
+        let request = Request::get("/p?q=1")
+            .header("x-a", "abc")
+            .header("x-a", "D")
+            .header("x-n", "-7")
+            .header("x-empty", "")
+            .header("host", "here:80")
+            .body(())
+            .unwrap();
+        let regex = |regex: &str| text(Pattern::Regex(regex.into()), false);
+        let present = HeaderValueMatch::Present;
+        // Name, condition, inverted, missing counts as empty, and whether it holds.
+        for (name, value, invert, empty, holds) in [
+            (
+                "x-a",
+                text(Pattern::Exact("abc,D".into()), false),
+                false,
+                false,
+                true,
+            ),
+            (
+                "x-a",
+                text(Pattern::Exact("abc,D".into()), false),
+                true,
+                false,
+                false,
+            ),
+            (
+                "x-a",
+                text(Pattern::Exact("ABC,d".into()), true),
+                false,
+                false,
+                true,
+            ),
+            (
+                "x-a",
+                text(Pattern::Prefix("AB".into()), false),
+                false,
+                false,
+                false,
+            ),
+            (
+                "x-a",
+                text(Pattern::Prefix("AB".into()), true),
+                false,
+                false,
+                true,
+            ),
+            (
+                "x-a",
+                text(Pattern::Suffix(",d".into()), true),
+                false,
+                false,
+                true,
+            ),
+            (
+                "x-a",
+                text(Pattern::Contains("C,d".into()), true),
+                false,
+                false,
+                true,
+            ),
+            (
+                "x-a",
+                text(Pattern::Contains("cd".into()), true),
+                false,
+                false,
+                false,
+            ),
+            ("x-a", regex("abc"), false, false, false),
+            ("x-a", regex("abc|abc,."), false, false, true),
+            ("x-n", HeaderValueMatch::Range(-7, 0), false, false, true),
+            ("x-n", HeaderValueMatch::Range(-6, 0), false, false, false),
+            ("x-a", HeaderValueMatch::Range(-6, 0), true, false, true),
+            (
+                "x-none",
+                text(Pattern::Exact("a".into()), false),
+                true,
+                false,
+                false,
+            ),
+            (
+                "x-none",
+                text(Pattern::Exact("a".into()), false),
+                true,
+                true,
+                true,
+            ),
+            ("x-none", regex("^$"), false, true, true),
+            ("x-none", present(true), false, false, false),
+            ("x-none", present(true), true, false, true),
+            ("x-none", present(false), false, false, true),
+            ("x-none", present(true), false, true, true),
+            ("x-empty", present(true), false, false, true),
+            (
+                ":method",
+                text(Pattern::Exact("GET".into()), false),
+                false,
+                false,
+                true,
+            ),
+            (
+                ":path",
+                text(Pattern::Exact("/p?q=1".into()), false),
+                false,
+                false,
+                true,
+            ),
+            (
+                ":scheme",
+                text(Pattern::Exact("http".into()), false),
+                false,
+                false,
+                true,
+            ),
+            (
+                "host",
+                text(Pattern::Exact("here:80".into()), false),
+                false,
+                false,
+                true,
+            ),
+            (":status", present(true), false, false, false),
+        ] {
+            let wanted = HeaderMatch {
+                name: name.into(),
+                value,
+                invert,
+                missing_is_empty: empty,
+            };
+            let matcher = HeaderMatcher::new(&wanted).unwrap();
+            assert_eq!(matcher.matches(&request), holds, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn chance_keeps_to_its_share() {
+        let share = |numerator, denominator| Fraction {
+            numerator,
+            denominator,
+            runtime_key: String::new(),
+        };
+        assert!((0..1000).all(|_| drawn(&share(100, 100))));
+        assert!((0..1000).all(|_| drawn(&share(200, 100))));
+        assert!(!(0..1000).any(|_| drawn(&share(0, 100))));
+        let half = (0..10_000).filter(|_| drawn(&share(5000, 10_000))).count();
+        assert!((4000..6000).contains(&half), "{half}");
+    }
+}

@@ -1,0 +1,154 @@
+//! Copies of requests for other clusters, whose answers nobody reads. They never hold up the request itself.
+
+use super::host;
+use crate::{
+    body::{RequestBody, ResponseBody},
+    endpoints::{Endpoint, SendOptions, Via, Want},
+    error::Flag,
+    filter::Context,
+    matching::{authority, drawn},
+    services::Services,
+};
+use http::Request;
+use http_body_util::BodyExt;
+use outrigger_xds::resource::mirror_policy::MirrorPolicy;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+/// Copies on their way at once, in the whole process.
+pub const MIRRORS_MAX: usize = 1_024;
+/// A copy whose route has no timeout is given up after this.
+pub const MIRROR_SECONDS_MAX: u64 = 600;
+
+static ON_THE_WAY: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts one copy until dropped.
+struct Counted;
+
+impl Counted {
+    fn new() -> Option<Self> {
+        let counted = Self;
+        // Whoever finds too many takes itself off again at once, by being dropped.
+        (ON_THE_WAY.fetch_add(1, Relaxed) < MIRRORS_MAX).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        ON_THE_WAY.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Sends the copies that the route asks for.
+pub(super) fn send(services: &Services, request: &Request<RequestBody>, context: &Context) {
+    for mirror in &*context.route.mirrors {
+        if !mirror.runtime_fraction.as_ref().is_none_or(drawn) {
+            continue;
+        }
+        if let Err(reason) = one(services, mirror, request, context) {
+            metrics::counter!("outrigger_mirrors_skipped_total", "envoy_cluster_name" => mirror.cluster.clone(), "reason" => reason)
+                .increment(1);
+        }
+    }
+}
+
+fn one(
+    services: &Services,
+    mirror: &MirrorPolicy,
+    request: &Request<RequestBody>,
+    context: &Context,
+) -> Result<(), &'static str> {
+    let view = services
+        .endpoints
+        .view(&mirror.cluster)
+        .ok_or("no_cluster")?;
+    // Behind a peer an engine has to be named; a copy is for whoever takes it.
+    let fits = |endpoint: &&Arc<Endpoint>| endpoint.via != Via::Peer && endpoint.is_alive();
+    let candidates: Vec<_> = view.endpoints.iter().filter(fits).cloned().collect();
+    let chosen = services.endpoints.choose(&view, &candidates);
+    let endpoint = candidates[chosen.ok_or("no_healthy_upstream")?].clone();
+    let mut copy = super::spare(request).ok_or("body_not_read")?;
+    let counted = Counted::new().ok_or("too_many")?;
+    let mut reservation = services
+        .endpoints
+        .reserve(&view, &endpoint, &Want::default())
+        .map_err(|_| "overflow")?;
+    if mirror.append_suffix {
+        let shadow = shadow(authority(copy.uri(), copy.headers()));
+        host::replace(&mut copy, &shadow, false, false);
+    }
+    let limit = context
+        .route
+        .timeout
+        .unwrap_or(Duration::from_secs(MIRROR_SECONDS_MAX));
+    let options = SendOptions {
+        connect_timeout: view.connect_timeout,
+        headers_timeout: Some(limit),
+        replace_stale: true,
+    };
+    let upstream = services.upstream.clone();
+    endpoint.stats.total.fetch_add(1, Relaxed);
+    tokio::spawn(async move {
+        let _counted = counted;
+        let exchange = async {
+            let answer = upstream.send(&endpoint, copy, options).await;
+            let answer = answer.map_err(|unanswered| unanswered.error.flag)?;
+            reservation.status(answer.status());
+            let success = !answer.status().is_server_error();
+            drain(answer.into_body()).await.map(|()| success)
+        };
+        let outcome = tokio::time::timeout(limit, exchange)
+            .await
+            .unwrap_or(Err(Flag::UpstreamRequestTimeout));
+        let stats = &endpoint.stats;
+        if outcome == Ok(true) {
+            &stats.success
+        } else {
+            &stats.error
+        }
+        .fetch_add(1, Relaxed);
+        reservation.finish(outcome.err());
+    });
+    Ok(())
+}
+
+/// Reads a body to its end.
+async fn drain(mut body: ResponseBody) -> Result<(), Flag> {
+    while let Some(frame) = body.frame().await {
+        frame.map_err(|error| error.flag)?;
+    }
+    Ok(())
+}
+
+/// As Envoy writes it: before the port.
+fn shadow(host: &str) -> String {
+    match host.rsplit_once(':') {
+        Some((name, port))
+            if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) =>
+        {
+            format!("{name}-shadow:{port}")
+        }
+        _ => format!("{host}-shadow"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shadow_stands_before_the_port() {
+        for (host, expected) in [
+            ("a.example", "a.example-shadow"),
+            ("a.example:80", "a.example-shadow:80"),
+            ("a:", "a:-shadow"),
+        ] {
+            assert_eq!(shadow(host), expected);
+        }
+    }
+}
