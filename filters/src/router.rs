@@ -373,7 +373,7 @@ impl<'a> Walk<'a> {
             }
             Outcome::Failed(error) => {
                 let only = self.tried.len() == 1 && context.route.retry_policy.is_some();
-                if only && self.rules.retries_max == 0 && error.retry != Retry::No {
+                if only && self.rules.retries_max == 0 && self.rules.helps(&error) {
                     context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
                 }
                 Err(exhausted(error, self.tried.len(), context))
