@@ -70,9 +70,12 @@ pub enum UploadState {
     Ended(u64),
     /// The client broke off: what fails then is not the upstream's fault.
     Broke,
+    /// The client sent what is no body.
+    Malformed,
 }
 
 const UPLOAD_BROKE: u64 = u64::MAX;
+const UPLOAD_MALFORMED: u64 = u64::MAX - 1;
 
 impl Upload {
     fn begin() -> Self {
@@ -84,6 +87,7 @@ impl Upload {
     pub fn state(&self) -> UploadState {
         match self.0.load(Relaxed) {
             UPLOAD_BROKE => UploadState::Broke,
+            UPLOAD_MALFORMED => UploadState::Malformed,
             ended if ended & 1 == 1 => UploadState::Ended(ended >> 1),
             runs => UploadState::Runs(runs >> 1),
         }
@@ -92,6 +96,7 @@ impl Upload {
     fn note(&self, frame: Option<&Result<Frame<Bytes>, BodyError>>, over: bool) {
         let ended = over || frame.is_none();
         let state = match frame {
+            Some(Err(error)) if error.flag == Flag::DownstreamProtocolError => UPLOAD_MALFORMED,
             Some(Err(_)) => UPLOAD_BROKE,
             _ => clock_ms() << 1 | u64::from(ended),
         };
@@ -235,7 +240,10 @@ impl RequestBody {
     /// A second copy of the body (sharing its bytes), if it was read whole.
     #[must_use]
     pub fn replay(&self) -> Option<Self> {
-        let mut copy = Self::full(self.whole.clone()?);
+        let mut copy = match self.whole.clone()? {
+            whole if whole.is_empty() => Self::empty(),
+            whole => Self::full(whole),
+        };
         copy.trailers.clone_from(&self.trailers);
         Some(copy)
     }
@@ -257,10 +265,7 @@ impl RequestBody {
             Rest::None => None,
             Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| {
                 frame.map_err(|error| {
-                    BodyError::new(
-                        Flag::DownstreamConnectionTermination,
-                        format_args!("client's body broke: {error}"),
-                    )
+                    BodyError::new(fault(&error), format_args!("client's body broke: {error}"))
                 })
             }),
             Rest::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
@@ -270,6 +275,22 @@ impl RequestBody {
         }
         Poll::Ready(next)
     }
+}
+
+/// Whether the client sent garbage or nothing more.
+fn fault(error: &hyper::Error) -> Flag {
+    use std::io::ErrorKind::{InvalidData, InvalidInput};
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return match io.kind() {
+                InvalidData | InvalidInput => Flag::DownstreamProtocolError,
+                _ => Flag::DownstreamConnectionTermination,
+            };
+        }
+        source = cause.source();
+    }
+    Flag::DownstreamConnectionTermination
 }
 
 impl fmt::Debug for RequestBody {

@@ -1,5 +1,6 @@
 //! One error type for everything that can go wrong with a request: who, which of Envoy's flags, may a retry help.
 
+use crate::body::BodyError;
 use http::{HeaderMap, StatusCode};
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
@@ -46,6 +47,8 @@ pub enum Flag {
     DelayInjected,
     /// FI: ended on purpose.
     FaultInjected,
+    /// None: Envoy has no flag for it. Not logged.
+    Unflagged,
 }
 
 impl Flag {
@@ -73,6 +76,7 @@ impl Flag {
             Self::RateLimited => "RL",
             Self::DelayInjected => "DI",
             Self::FaultInjected => "FI",
+            Self::Unflagged => "-",
         }
     }
 }
@@ -200,7 +204,11 @@ impl Error {
         Self {
             origin: Origin::Upstream,
             flag,
-            status: StatusCode::SERVICE_UNAVAILABLE,
+            // Envoy's statuses: what broke HTTP is a bad gateway, all else may be better in a moment.
+            status: match flag {
+                Flag::UpstreamProtocolError => StatusCode::BAD_GATEWAY,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            },
             details: format!(
                 "upstream_reset_before_response_started{{{}}}",
                 reason.replace(' ', "_")
@@ -216,6 +224,23 @@ impl Error {
             retry_after: None,
             edits: Edits::default(),
         }
+    }
+
+    /// Nothing came for too long, before a response: 408 while the client still sends, else 504.
+    #[must_use]
+    pub fn stream_idle(upload_runs: bool) -> Self {
+        let (origin, status) = if upload_runs {
+            (Origin::Downstream, StatusCode::REQUEST_TIMEOUT)
+        } else {
+            (Origin::Upstream, StatusCode::GATEWAY_TIMEOUT)
+        };
+        Self::new(
+            origin,
+            Flag::StreamIdleTimeout,
+            status,
+            "stream_idle_timeout",
+            "stream timeout",
+        )
     }
 
     /// The upstream took too long.
@@ -240,6 +265,28 @@ impl Error {
             "downstream_remote_disconnect",
             reason,
         )
+    }
+
+    /// The client's body is no body.
+    #[must_use]
+    pub fn downstream_garbage() -> Self {
+        Self::new(
+            Origin::Downstream,
+            Flag::DownstreamProtocolError,
+            StatusCode::BAD_REQUEST,
+            "http1.codec_error",
+            "Bad Request",
+        )
+    }
+
+    /// The client's body broke.
+    #[must_use]
+    pub fn of_client_body(error: &BodyError) -> Self {
+        if error.flag == Flag::DownstreamProtocolError {
+            Self::downstream_garbage()
+        } else {
+            Self::downstream_gone(error.message.clone())
+        }
     }
 
     /// With another verdict on retrying.

@@ -226,7 +226,7 @@ impl Context {
                 let passed = Duration::from_millis(clock_ms().saturating_sub(at_ms));
                 now.checked_sub(passed).unwrap_or(now)
             }
-            Some(UploadState::Runs(_) | UploadState::Broke) => now,
+            Some(UploadState::Runs(_) | UploadState::Broke | UploadState::Malformed) => now,
         }
     }
 

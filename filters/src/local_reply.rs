@@ -2,12 +2,12 @@
 
 use crate::{
     body::{BodyError, ResponseBody, empty, full},
-    error::Error,
+    error::{Error, Flag},
     matching::is_grpc,
     sse::Farewell,
 };
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use serde_json::json;
 
 /// Whose error format a reply takes.
@@ -51,6 +51,9 @@ impl Shape {
 /// Header that carries Envoy's response flag of a local reply.
 pub const ERROR_HEADER: &str = "x-outrigger-error";
 
+/// Envoy's word for a circuit breaker's refusal.
+const OVERLOADED_HEADER: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+
 /// The response to an error.
 #[must_use]
 pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
@@ -62,6 +65,9 @@ pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
     };
     let headers = response.headers_mut();
     headers.insert(ERROR_HEADER, HeaderValue::from_static(error.flag.as_str()));
+    if error.flag == Flag::UpstreamOverflow {
+        headers.insert(OVERLOADED_HEADER, HeaderValue::from_static("true"));
+    }
     if let Some(after) = error.retry_after {
         headers.insert(
             header::RETRY_AFTER,
@@ -183,8 +189,7 @@ fn grpc(error: &Error) -> Response<ResponseBody> {
         401 => 16,
         403 => 7,
         404 => 12,
-        429 | 502 | 503 => 14,
-        504 => 4,
+        429 | 502..=504 => 14,
         _ => 2,
     };
     let mut response = Response::new(empty());
@@ -194,7 +199,9 @@ fn grpc(error: &Error) -> Response<ResponseBody> {
         HeaderValue::from_static("application/grpc"),
     );
     headers.insert("grpc-status", HeaderValue::from(code));
-    if let Ok(message) = HeaderValue::from_str(&percent_encode(&error.message)) {
+    if !error.message.is_empty()
+        && let Ok(message) = HeaderValue::from_str(&percent_encode(&error.message))
+    {
         headers.insert("grpc-message", message);
     }
     response

@@ -365,7 +365,7 @@ impl OpenAi {
             .body_mut()
             .read_whole(self.config.body_bytes_max)
             .await;
-        let body = match read.map_err(|error| Error::downstream_gone(error.message))? {
+        let body = match read.map_err(|error| Error::of_client_body(&error))? {
             ReadOutcome::Whole(body) => body,
             ReadOutcome::TooLarge => {
                 metrics::counter!("outrigger_openai_body_too_large_total", "api" => api.as_str())

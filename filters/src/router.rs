@@ -85,6 +85,8 @@ impl HttpFilter for Router {
             }
             let mut walk = Walk::new(self, &view, context, &request);
             let mut outcome = walk.run(request, context).await;
+            // Envoy counts the attempt that found nobody.
+            context.log.attempts = context.log.attempts.max(1);
             drop(active);
             if let Ok(response) = &mut outcome {
                 context.edit_response(response);
@@ -374,7 +376,13 @@ impl<'a> Walk<'a> {
                 }
                 Ok(*response)
             }
-            Outcome::Failed(error) => Err(exhausted(error, self.tried.len(), context)),
+            Outcome::Failed(error) => {
+                let only = self.tried.len() == 1 && context.route.retry_policy.is_some();
+                if only && self.rules.retries_max == 0 && self.rules.helps(&error) {
+                    context.log.flags.push(Flag::UpstreamRetryLimitExceeded);
+                }
+                Err(exhausted(error, self.tried.len(), context))
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::{
     body::{BodyError, ResponseBody, is_over},
+    error::Flag,
     filter::{Edit, End, LogFields, StreamObserver},
 };
 use bytes::{Bytes, BytesMut};
@@ -120,6 +121,8 @@ pub struct Observed {
     bytes: u64,
     pace: Pace,
     ended: Option<End>,
+    /// Told one poll after it was met, so that what came before it has left.
+    broke: Option<BodyError>,
 }
 
 /// What is known when a body is over.
@@ -212,6 +215,7 @@ impl Observed {
             bytes: 0,
             pace: Pace::default(),
             ended: None,
+            broke: None,
         }
     }
 
@@ -305,6 +309,20 @@ impl Observed {
     }
 }
 
+/// Envoy's `%RESPONSE_CODE_DETAILS%` of a response that broke.
+fn details(flag: Flag) -> &'static str {
+    match flag {
+        Flag::StreamIdleTimeout => "stream_idle_timeout",
+        Flag::UpstreamRequestTimeout => "response_timeout",
+        Flag::DurationTimeout => "max_duration_timeout",
+        Flag::UpstreamProtocolError => "upstream_reset_after_response_started{protocol_error}",
+        Flag::UpstreamConnectionTermination => {
+            "upstream_reset_after_response_started{connection_termination}"
+        }
+        _ => "upstream_reset_after_response_started{remote_reset}",
+    }
+}
+
 /// The first observer that edits decides; the others still see the event as it came.
 fn observe(observers: &mut [Box<dyn StreamObserver>], raw: &[u8], at: Instant) -> Edit {
     let event = Event { raw };
@@ -327,6 +345,9 @@ impl Body for Observed {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
+        if let Some(error) = this.broke.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
         if this.ended.is_some() {
             return Poll::Ready(None);
         }
@@ -360,12 +381,15 @@ impl Body for Observed {
                 Some(Err(error)) => {
                     this.ended = Some(End::UpstreamBroke);
                     this.log.flags.push(error.flag);
+                    this.log.details = details(error.flag).into();
                     let farewell = this.farewell(&error);
                     this.close(End::UpstreamBroke);
-                    return Poll::Ready(Some(match farewell {
-                        Some(bytes) => Ok(Frame::data(bytes)),
-                        None => Err(error),
-                    }));
+                    if let Some(bytes) = farewell {
+                        return Poll::Ready(Some(Ok(Frame::data(bytes))));
+                    }
+                    this.broke = Some(error);
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
                 }
                 None => {
                     this.ended = Some(End::Complete);
@@ -380,8 +404,9 @@ impl Body for Observed {
 
     fn is_end_stream(&self) -> bool {
         // A body that is over before it began goes out as such: HTTP/2 then says so in the headers' frame.
-        self.ended.is_some()
-            || self.tail.is_empty() && self.trailers.is_none() && self.inner.is_end_stream()
+        self.broke.is_none()
+            && (self.ended.is_some()
+                || self.tail.is_empty() && self.trailers.is_none() && self.inner.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -408,7 +433,6 @@ impl Drop for Observed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Flag;
     use http_body_util::{BodyExt, StreamBody};
     use std::sync::{Arc, Mutex};
 

@@ -15,6 +15,7 @@ use outrigger_xds::resource::{
         TrafficDirection,
     },
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
+    server_header::ServerHeader,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
@@ -158,6 +159,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         stat_prefix: OUTBOUND.into(),
         use_remote_address: true,
         preserve_external_request_id: true,
+        server_header: ServerHeader::AppendIfAbsent,
         access_log: access_log(&options.access_log),
         http_filters: filters,
         route_config: everything_to(FLEET),
@@ -171,6 +173,7 @@ fn inbound_listener(address: Address) -> Listener {
     let http = HttpConnectionManager {
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
+        server_header: ServerHeader::AppendIfAbsent,
         http_filters: vec![
             ours("engine_api", json!({"fleet_answers": false})),
             router_filter(),

@@ -329,7 +329,7 @@ impl Endpoints for Clusters {
         let active = endpoint.stats.active.load(Relaxed);
         if active >= u64::from(entry.config.circuit_breakers.max_requests) {
             entry.stats.upstream_rq_pending_overflow.increment(1);
-            return Err(overflow(active));
+            return Err(overflow());
         }
         if !entry.used.load(Relaxed) {
             entry.used.store(true, Relaxed);
@@ -422,15 +422,13 @@ fn count_connections(stats: &ClusterStats, view: &ClusterView) {
         .absolute(sum(|stats| &stats.connect_timeout, None));
 }
 
-fn overflow(active: u64) -> Error {
+fn overflow() -> Error {
     Error::new(
         Origin::Proxy,
         Flag::UpstreamOverflow,
         StatusCode::SERVICE_UNAVAILABLE,
         "upstream_reset_before_response_started{overflow}",
-        format!(
-            "upstream connect error or disconnect/reset before headers. reset reason: overflow ({active} active requests)"
-        ),
+        "upstream connect error or disconnect/reset before headers. reset reason: overflow",
     )
     .retry(Retry::NothingSent)
 }

@@ -1,11 +1,15 @@
 //! HTTP/1.1 and HTTP/2 on an accepted connection, until it ends or is drained.
 
+pub(crate) mod exchange;
+mod gate;
+
 use crate::{
     drain::Drain,
     http::{ConnectionInfo, Manager},
     metrics::HttpStats,
     tls::Stream,
 };
+use gate::Gate;
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -45,6 +49,7 @@ pub(crate) async fn serve(
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
+    let (gate_manager, gate_info) = (manager.clone(), info.clone());
     let asked = AtomicBool::new(false);
     let asked = &asked;
     let service = service_fn(move |request| {
@@ -52,7 +57,10 @@ pub(crate) async fn serve(
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut connection = pin!(builder.serve_connection(
+        TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
+        service
+    ));
     let mut draining = pin!(drain.begun());
     let mut drained = false;
     // hyper's own timers begin with the first bytes (HTTP/1) or never (HTTP/2): this one is for who asks nothing at all.

@@ -59,6 +59,12 @@ impl Drain {
         let _ = watch.wait_for(|begun| *begun).await;
     }
 
+    /// Whether clients are asked to go elsewhere: health checks fail.
+    #[must_use]
+    pub fn is_unhealthy(&self) -> bool {
+        self.serving.failed.load(Relaxed)
+    }
+
     /// One more connection.
     #[must_use]
     pub fn enter(&self) -> Running {

@@ -2,7 +2,7 @@
 //!
 //! The timer is armed once and looks at the clock when it fires, so that an event costs no timer operation.
 
-use crate::upstream::headers_within;
+use crate::{snapshot::HttpConfig, upstream::headers_within};
 use bytes::Bytes;
 use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
@@ -27,6 +27,43 @@ pub(crate) struct FlowLimits {
     pub(crate) gap: Option<Duration>,
     /// When it must be over.
     pub(crate) until: Option<std::time::Instant>,
+    /// The total is a route's `timeout`, not the limit of a generation.
+    pub(crate) of_route: bool,
+}
+
+impl FlowLimits {
+    fn total_flag(self) -> Flag {
+        if self.of_route {
+            Flag::UpstreamRequestTimeout
+        } else {
+            Flag::DurationTimeout
+        }
+    }
+}
+
+/// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
+pub(crate) fn limits(config: &HttpConfig, context: &Request) -> FlowLimits {
+    let mut generation = false;
+    let gap = match &context.openai {
+        Some(openai) if openai.is_generation() => {
+            generation = true;
+            openai.limits.inter_token_timeout
+        }
+        _ => {
+            let of_route = context.route.idle_timeout;
+            Some(of_route.unwrap_or(config.manager.stream_idle_timeout))
+                .filter(|gap| !gap.is_zero())
+        }
+    };
+    let total = context.total_timeout();
+    let complete = total.map(|total| context.complete_since() + total);
+    let stream = stream_end(context);
+    FlowLimits {
+        gap,
+        until: complete.into_iter().chain(stream).min(),
+        of_route: !generation
+            && complete.is_some_and(|complete| stream.is_none_or(|stream| complete <= stream)),
+    }
 }
 
 /// When an exchange must be over, if its route says so.
@@ -60,41 +97,31 @@ impl Patience {
         self,
         answer: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let answer = headers_within(self.idle, self.upload.as_ref(), answer);
-        let within = match self.until {
-            Some(until) => tokio::time::timeout_at(until.into(), answer)
-                .await
-                .map_err(|_| {
-                    too_long(
-                        Flag::DurationTimeout,
-                        "max_duration_timeout",
-                        "downstream duration timeout",
-                    )
-                })?,
-            None => answer.await,
+        let answer = headers_within(self.idle, self.upload.as_ref(), idle, answer);
+        let Some(until) = self.until else {
+            return answer.await?;
         };
-        match within {
-            Ok(answer) => answer,
-            // The client was the slow one.
-            Err(error) if error.status == StatusCode::REQUEST_TIMEOUT => Err(error),
-            Err(_) => Err(too_long(
-                Flag::StreamIdleTimeout,
-                "stream_idle_timeout",
-                "stream timeout",
-            )),
+        match tokio::time::timeout_at(until.into(), answer).await {
+            Ok(answer) => answer?,
+            Err(_) => Err(count(Error::new(
+                Origin::Upstream,
+                Flag::DurationTimeout,
+                StatusCode::GATEWAY_TIMEOUT,
+                "max_duration_timeout",
+                "downstream duration timeout",
+            ))),
         }
     }
 }
 
-fn too_long(flag: Flag, details: &'static str, message: &'static str) -> Error {
-    metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str()).increment(1);
-    Error::new(
-        Origin::Upstream,
-        flag,
-        StatusCode::GATEWAY_TIMEOUT,
-        details,
-        message,
-    )
+fn idle() -> Error {
+    count(Error::stream_idle(false))
+}
+
+fn count(error: Error) -> Error {
+    metrics::counter!("outrigger_stream_timeouts_total", "kind" => error.flag.as_str())
+        .increment(1);
+    error
 }
 
 /// Puts a body under its limits.
@@ -127,7 +154,7 @@ impl Limited {
         let total = self
             .limits
             .until
-            .map(|until| (until.into(), Flag::DurationTimeout));
+            .map(|until| (until.into(), self.limits.total_flag()));
         [gap, total].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
@@ -139,7 +166,9 @@ impl Limited {
             };
             if at <= Instant::now() {
                 let text = match flag {
-                    Flag::DurationTimeout => "the response took longer than its total limit",
+                    Flag::DurationTimeout | Flag::UpstreamRequestTimeout => {
+                        "the response took longer than its total limit"
+                    }
                     _ => "the engine sent nothing for longer than the limit between tokens",
                 };
                 metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
@@ -219,6 +248,7 @@ mod tests {
         let limits = FlowLimits {
             gap: Some(Duration::from_millis(30)),
             until: None,
+            of_route: false,
         };
         assert_eq!(run(limits).await, (5, Flag::StreamIdleTimeout));
     }
@@ -228,6 +258,7 @@ mod tests {
         let limits = FlowLimits {
             gap: Some(Duration::from_secs(1)),
             until: Some((Instant::now() + Duration::from_millis(35)).into_std()),
+            of_route: false,
         };
         assert_eq!(run(limits).await, (3, Flag::DurationTimeout));
     }

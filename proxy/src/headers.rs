@@ -1,12 +1,15 @@
 //! Headers at the edge: what is taken off, what is made, what is appended.
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http_body::Body as _;
+use outrigger_filters::body::{ResponseBody, empty};
 use rand::RngCore;
 use std::{fmt::Write as _, net::IpAddr};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 pub(crate) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(crate) const FORWARDED_CLIENT_CERT: HeaderName =
     HeaderName::from_static("x-forwarded-client-cert");
@@ -28,6 +31,8 @@ pub(crate) struct Seen {
     pub(crate) hop_by_hop: bool,
     pub(crate) upgrade: bool,
     pub(crate) expect: bool,
+    /// How many `cookie` lines there are.
+    pub(crate) cookies: usize,
     pub(crate) between_proxies: bool,
     pub(crate) debug: bool,
     pub(crate) via: bool,
@@ -38,6 +43,8 @@ pub(crate) struct Seen {
     pub(crate) client_cert: bool,
     pub(crate) transfer_encoding: bool,
     pub(crate) server: bool,
+    /// Any of Envoy's own.
+    pub(crate) envoy: bool,
     /// How many `host` lines there are.
     pub(crate) hosts: usize,
     /// Bytes of all names and values.
@@ -56,6 +63,7 @@ impl Seen {
                 "transfer-encoding" => (seen.hop_by_hop, seen.transfer_encoding) = (true, true),
                 "upgrade" => (seen.hop_by_hop, seen.upgrade) = (true, true),
                 "expect" => seen.expect = true,
+                "cookie" => seen.cookies += 1,
                 "x-outrigger-debug" => seen.debug = true,
                 "x-outrigger-via" => seen.via = true,
                 "x-request-id" => seen.request_id = true,
@@ -63,6 +71,7 @@ impl Seen {
                 "x-forwarded-for" => seen.forwarded_for = true,
                 "x-forwarded-proto" => seen.forwarded_proto = true,
                 "x-forwarded-client-cert" => seen.client_cert = true,
+                other if other.starts_with("x-envoy-") => seen.envoy = true,
                 other if other.starts_with("x-outrigger-") => seen.between_proxies = true,
                 _ => {}
             }
@@ -80,10 +89,16 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove(PROXY_CONNECTION);
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::UPGRADE);
-    let trailers = headers
-        .get(header::TE)
-        .is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    if !trailers {
+    let Some(te) = headers.get(header::TE) else {
+        return;
+    };
+    let trailers = te
+        .as_bytes()
+        .split(|&byte| byte == b',')
+        .any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"));
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    } else {
         headers.remove(header::TE);
     }
 }
@@ -104,6 +119,79 @@ fn strip_named_by_connection(headers: &mut HeaderMap) {
         }
     }
     headers.remove(header::CONNECTION);
+}
+
+/// What a client must not tell a router: it would command retries and time limits. Envoy honours them from inside only.
+const COMMANDS: [&str; 12] = [
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-force-trace",
+    "x-envoy-hedge-on-per-try-timeout",
+    "x-envoy-max-retries",
+    "x-envoy-retriable-header-names",
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-retry-on",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-upstream-rq-timeout-ms",
+];
+/// What only a proxy further inside may say.
+const FROM_INSIDE: [&str; 6] = [
+    "x-envoy-decorator-operation",
+    "x-envoy-downstream-service-cluster",
+    "x-envoy-downstream-service-node",
+    "x-envoy-internal",
+    "x-envoy-original-host",
+    "x-envoy-original-path",
+];
+
+/// Takes Envoy's own headers off a client's request.
+pub(crate) fn strip_envoy(headers: &mut HeaderMap, at_edge: bool) {
+    for name in COMMANDS {
+        headers.remove(name);
+    }
+    if at_edge {
+        for name in FROM_INSIDE {
+            headers.remove(name);
+        }
+    }
+}
+
+/// HTTP/2 may send cookies in pieces; elsewhere they are one line (RFC 9113, 8.2.3).
+pub(crate) fn join_cookies(headers: &mut HeaderMap) {
+    let lines: Vec<&[u8]> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
+/// Whether the client waits for `100 Continue`.
+pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::EXPECT)
+        .is_some_and(|what| what.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Tells the upstream who the client is.
+pub(crate) fn external_address(headers: &mut HeaderMap, client: IpAddr) {
+    if let Ok(value) = HeaderValue::try_from(client.to_canonical().to_string()) {
+        headers.insert(EXTERNAL_ADDRESS, value);
+    }
+}
+
+/// The answer to HEAD: the length of a body that is not sent.
+pub(crate) fn without_body(headers: &mut HeaderMap, body: &ResponseBody) -> ResponseBody {
+    if let Some(length) = body.size_hint().exact().filter(|&length| length > 0) {
+        headers
+            .entry(header::CONTENT_LENGTH)
+            .or_insert_with(|| HeaderValue::from(length));
+    }
+    empty()
 }
 
 /// What a request with an `Upgrade` header gets.

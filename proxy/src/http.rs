@@ -8,7 +8,10 @@ mod record;
 use crate::{
     access_log::AccessLogs,
     chain::{self, NoRoute},
+    codec::exchange::Exchange,
+    drain::Drain,
     flow::{self, FlowLimits},
+    head,
     headers::{self, Seen, Upgrade},
     metrics::HttpStats,
     route::{BuiltRoute, Target},
@@ -20,16 +23,17 @@ use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
 };
+use http_body::Body as _;
 use hyper::body::Incoming;
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, LogFields, Next},
+    filter::{Context, End, LogFields, Next},
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
 };
-use outrigger_xds::report::EngineId;
+use outrigger_xds::{report::EngineId, resource::server_header::ServerHeader};
 use record::Record;
 use std::{net::SocketAddr, sync::Arc};
 
@@ -39,7 +43,6 @@ pub type FeedService =
 
 /// Paths of the feed.
 const FEED_PREFIX: &str = "/outrigger.feed.v1.Feed/";
-const SERVER: HeaderValue = HeaderValue::from_static("outrigger");
 
 /// One listener's connection manager, shared by its connections on all workers.
 pub struct Manager {
@@ -53,6 +56,8 @@ pub struct Manager {
     pub node: Arc<str>,
     /// The same as a header.
     pub via: HeaderValue,
+    /// Asks connections to end while the process is to be taken for unhealthy.
+    pub drain: Drain,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
     /// How its connections begin; none is plain text. Swapped with the configuration.
@@ -60,7 +65,7 @@ pub struct Manager {
 }
 
 /// The connection a request came on.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct ConnectionInfo {
     /// The client (or peer).
     pub remote: SocketAddr,
@@ -70,6 +75,22 @@ pub struct ConnectionInfo {
     pub id: u64,
     /// If it is TLS.
     pub tls: Option<Arc<TlsFacts>>,
+    /// What the codec knows of the exchange that runs on it.
+    pub(crate) exchange: Exchange,
+}
+
+impl ConnectionInfo {
+    /// Of a connection that has just been accepted.
+    #[must_use]
+    pub fn new(remote: SocketAddr, local: SocketAddr, id: u64, tls: Option<Arc<TlsFacts>>) -> Self {
+        Self {
+            remote,
+            local,
+            id,
+            tls,
+            exchange: Exchange::default(),
+        }
+    }
 }
 
 impl Manager {
@@ -77,7 +98,7 @@ impl Manager {
     pub(crate) async fn handle(
         self: &Arc<Self>,
         request: Request<Incoming>,
-        connection: &ConnectionInfo,
+        connection: &Arc<ConnectionInfo>,
     ) -> Response<ResponseBody> {
         let config = self.config.load_full();
         if config.inbound
@@ -88,6 +109,7 @@ impl Manager {
         }
         let (mut parts, body) = request.into_parts();
         let mut record = Record::begin(self, &parts, connection.clone());
+        record.unread = !body.is_end_stream();
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
@@ -118,11 +140,11 @@ impl Manager {
                         let response = self
                             .run(route, (parts, body), &mut context, shape, &record)
                             .await;
-                        (response, shape, limits(&config, &context))
+                        (response, shape, flow::limits(&config, &context))
                     }
                 },
             };
-        self.finish(response, record, context, shape, limits, config.inbound)
+        self.finish(response, record, context, shape, limits, &config)
     }
 
     /// Judges the head and makes it ready to travel.
@@ -135,20 +157,23 @@ impl Manager {
         connection: &ConnectionInfo,
     ) -> Result<(), Error> {
         let seen = Seen::of(&parts.headers);
-        check_head(parts, &seen, config)?;
+        head::check(parts, &seen, config, connection.exchange.begun())?;
         let fields = &mut parts.headers;
         let refused = seen.upgrade && headers::upgrade(fields) == Upgrade::Refused;
-        if refused || parts.method == Method::CONNECT {
-            return Err(client_error(
-                StatusCode::FORBIDDEN,
-                "upgrade_failed",
-                "this proxy does not upgrade connections",
-            ));
+        if refused {
+            return Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed"));
+        }
+        if parts.method == Method::CONNECT {
+            // Envoy routes it by `connect_matcher` alone, which we have not.
+            return Err(NoRoute::error());
         }
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(fields);
         }
-        if seen.expect {
+        if seen.cookies > 1 && parts.version == Version::HTTP_2 {
+            headers::join_cookies(fields);
+        }
+        if seen.expect && headers::expects_continue(fields) {
             // We answer it ourselves, by reading the body.
             fields.remove(header::EXPECT);
         }
@@ -174,10 +199,15 @@ impl Manager {
             fields.remove(headers::FORWARDED_CLIENT_CERT);
         }
         self.identify(fields, &seen, record, config);
-        if config.manager.use_remote_address && !config.inbound {
-            headers::append_forwarded_for(fields, &seen, connection.remote.ip());
+        let at_edge = config.manager.use_remote_address && !config.inbound;
+        if seen.envoy && !config.inbound {
+            headers::strip_envoy(fields, at_edge);
         }
-        if !seen.forwarded_proto {
+        if at_edge {
+            headers::append_forwarded_for(fields, &seen, connection.remote.ip());
+            headers::external_address(fields, connection.remote.ip());
+        }
+        if at_edge || !seen.forwarded_proto {
             let scheme = if connection.tls.is_some() {
                 "https"
             } else {
@@ -323,12 +353,16 @@ impl Manager {
         mut context: Context,
         shape: Shape,
         limits: FlowLimits,
-        inbound: bool,
+        config: &HttpConfig,
     ) -> Response<ResponseBody> {
+        let inbound = config.inbound;
         let mut log = std::mem::take(&mut context.log);
+        // Answered without a look at its body: who reads on would take that for the next request.
+        let mut close = record.unread && context.upload.is_none() || self.drain.is_unhealthy();
         let response = match response {
             Ok(response) => response,
             Err(error) => {
+                close |= head::ends_connection(&error) || record.method == Method::CONNECT;
                 let mut response = self.local_reply(&error, shape, &mut log, inbound);
                 std::mem::swap(&mut context.log, &mut log);
                 context.edit_response(&mut response);
@@ -336,18 +370,34 @@ impl Manager {
                 response
             }
         };
-        let (mut parts, body) = response.into_parts();
+        let (mut parts, mut body) = response.into_parts();
         let seen = Seen::of(&parts.headers);
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(&mut parts.headers);
         }
-        if !seen.server {
-            parts.headers.insert(header::SERVER, SERVER);
+        match config.manager.server_header {
+            ServerHeader::PassThrough => {}
+            ServerHeader::AppendIfAbsent if seen.server => {}
+            _ => {
+                parts.headers.insert(header::SERVER, config.server.clone());
+            }
+        }
+        if close && record.protocol < Version::HTTP_2 {
+            parts
+                .headers
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if record.method == Method::HEAD {
+            body = headers::without_body(&mut parts.headers, &body);
         }
         record
             .logs
             .capture_response(&parts.headers, &mut record.captured);
-        record.code = parts.status.as_u16();
+        record.code = if log.flags.contains(&Flag::DownstreamConnectionTermination) {
+            0 // Nobody saw it.
+        } else {
+            parts.status.as_u16()
+        };
         record.head_sent = record.started.elapsed();
         record.route = context.route.clone();
         // The entry proxy speaks to the client; a peer must see the break itself.
@@ -370,7 +420,9 @@ impl Manager {
         log: &mut LogFields,
         inbound: bool,
     ) -> Response<ResponseBody> {
-        log.flags.push(error.flag);
+        if error.flag != Flag::Unflagged {
+            log.flags.push(error.flag);
+        }
         log.details = error.details.to_string();
         tracing::debug!(%error, "local reply");
         if error.flag == Flag::NoRouteFound {
@@ -396,6 +448,38 @@ impl Manager {
     }
 }
 
+impl Manager {
+    /// Tells log and metrics of a request that never came here: the codec refused it, or it ended within its head.
+    pub(crate) fn refused(
+        &self,
+        connection: &Arc<ConnectionInfo>,
+        (code, flag): (u16, Flag),
+        details: &'static str,
+        bytes: usize,
+    ) {
+        let (mut parts, ()) = Request::new(()).into_parts();
+        parts.method = Method::from_bytes(b"-").expect("invariant: a dash is a token");
+        parts.uri = http::Uri::default();
+        count_request(&self.stats, Version::HTTP_11);
+        let mut record = Record::begin(self, &parts, connection.clone());
+        record.path.clear();
+        record.code = code;
+        record.head_sent = record.started.elapsed();
+        let mut log = LogFields {
+            details: details.into(),
+            ..LogFields::default()
+        };
+        log.flags.push(flag);
+        record.end(Summary {
+            end: End::Complete,
+            bytes: bytes as u64,
+            first_byte: None,
+            gap_p99: None,
+            log,
+        });
+    }
+}
+
 fn count_request(stats: &HttpStats, version: Version) {
     stats.downstream_rq_total.increment(1);
     if version == Version::HTTP_2 {
@@ -406,50 +490,6 @@ fn count_request(stats: &HttpStats, version: Version) {
     .increment(1);
 }
 
-fn check_head(parts: &Parts, seen: &Seen, config: &HttpConfig) -> Result<(), Error> {
-    if parts.version < Version::HTTP_11 {
-        return Err(client_error(
-            StatusCode::UPGRADE_REQUIRED,
-            "low_version",
-            "Upgrade Required",
-        ));
-    }
-    if parts.version == Version::HTTP_11 && seen.hosts == 0 && parts.uri.authority().is_none() {
-        return Err(client_error(
-            StatusCode::BAD_REQUEST,
-            "missing_host_header",
-            "Bad Request",
-        ));
-    }
-    if seen.hosts > 1 {
-        return Err(client_error(
-            StatusCode::BAD_REQUEST,
-            "http1.multiple_hosts",
-            "Bad Request",
-        ));
-    }
-    // Only what we decode ourselves may frame a message; anything else could end elsewhere for the next reader.
-    let codings = || parts.headers.get_all(header::TRANSFER_ENCODING).iter();
-    if seen.transfer_encoding
-        && (codings().count() > 1
-            || codings().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")))
-    {
-        return Err(client_error(
-            StatusCode::BAD_REQUEST,
-            "http1.invalid_transfer_encoding",
-            "Bad Request",
-        ));
-    }
-    if seen.bytes > config.manager.max_request_headers_kb as usize * 1024 {
-        return Err(client_error(
-            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            "http1.headers_too_large",
-            "request headers too large",
-        ));
-    }
-    Ok(())
-}
-
 fn looped() -> Error {
     Error::new(
         Origin::Downstream,
@@ -457,16 +497,6 @@ fn looped() -> Error {
         StatusCode::LOOP_DETECTED,
         "loop_detected",
         "the request has been through this proxy before",
-    )
-}
-
-fn client_error(status: StatusCode, details: &'static str, message: &'static str) -> Error {
-    Error::new(
-        Origin::Downstream,
-        Flag::DownstreamProtocolError,
-        status,
-        details,
-        message,
     )
 }
 
@@ -482,22 +512,4 @@ async fn unrouted(
     }
     let request = Request::from_parts(parts, RequestBody::incoming(body));
     Next::new(&config.unrouted).run(request, context).await
-}
-
-/// Limits of the response body: `openai`'s where it parsed a generation, else the connection manager's.
-fn limits(config: &HttpConfig, context: &Context) -> FlowLimits {
-    let gap = match &context.openai {
-        Some(openai) if openai.is_generation() => openai.limits.inter_token_timeout,
-        _ => {
-            let listeners = config.manager.stream_idle_timeout;
-            Some(context.route.idle_timeout.unwrap_or(listeners)).filter(|gap| !gap.is_zero())
-        }
-    };
-    let total = context.total_timeout();
-    let complete = total.map(|total| context.complete_since() + total);
-    let stream = flow::stream_end(context);
-    FlowLimits {
-        gap,
-        until: complete.into_iter().chain(stream).min(),
-    }
 }

@@ -14,6 +14,7 @@ pub mod engines;
 pub mod feed;
 pub mod fleet;
 pub mod flow;
+mod head;
 pub mod headers;
 pub mod health;
 pub mod http;

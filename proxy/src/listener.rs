@@ -113,14 +113,7 @@ pub(crate) async fn accept(
                 let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
                 let counted = Counted::new(open.clone(), stats.clone());
                 let (manager, drain) = (manager.clone(), drain.clone());
-                let info = move |tls| {
-                    Arc::new(ConnectionInfo {
-                        remote,
-                        local,
-                        id,
-                        tls,
-                    })
-                };
+                let info = move |tls| Arc::new(ConnectionInfo::new(remote, local, id, tls));
                 match manager.tls.load_full() {
                     None => {
                         let info = info(None);

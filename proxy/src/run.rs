@@ -293,6 +293,7 @@ fn assemble(
                     bootstrap.node.id.escape_debug()
                 )]
             })?,
+            drain: drain.clone(),
             feed: (listener.traffic_direction == TrafficDirection::Inbound)
                 .then(|| service.clone()),
             tls: ArcSwapOption::new(tls(listener).map_err(|error| vec![error])?),

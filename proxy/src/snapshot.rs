@@ -26,6 +26,8 @@ pub struct HttpConfig {
     pub inbound: bool,
     /// What requests without a route pass; may be empty.
     pub unrouted: Chain,
+    /// Our `server`.
+    pub server: http::HeaderValue,
     domains: Domains,
     hosts: Vec<Vec<BuiltRoute>>,
 }
@@ -76,6 +78,8 @@ impl HttpConfig {
         }
         if errors.is_empty() {
             Ok(Self {
+                server: http::HeaderValue::from_str(&manager.server_name)
+                    .map_err(|_| vec!["server_name: no header value".to_owned()])?,
                 manager: manager.clone(),
                 inbound,
                 unrouted,

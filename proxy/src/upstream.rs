@@ -9,12 +9,12 @@ pub mod h1;
 pub mod h2;
 
 use futures_util::future::BoxFuture;
-use http::StatusCode;
-use http::{Request, Response, Uri, Version, uri::PathAndQuery};
+use http::{HeaderValue, Method, Request, Response, Uri, Version, uri::PathAndQuery};
+use http_body::Body;
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, Upload, UploadState},
     endpoints::{Endpoint, SendOptions, Unanswered, Upstream, clock_ms},
-    error::{Error, Flag, Origin, Retry},
+    error::{Error, Flag, Retry},
 };
 use outrigger_xds::resource::cluster::UpstreamProtocol;
 use std::{future::Future, pin::pin, sync::Arc, time::Duration};
@@ -60,7 +60,21 @@ fn to_origin_form(request: &mut Request<RequestBody>) {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
     }
+    announce_nothing(request);
     *request.version_mut() = Version::HTTP_11;
+}
+
+/// A method that usually brings content says so when it brings none, as in Envoy.
+fn announce_nothing(request: &mut Request<RequestBody>) {
+    let usual = !matches!(
+        *request.method(),
+        Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT | Method::TRACE
+    );
+    if usual && request.body().is_end_stream() {
+        request
+            .headers_mut()
+            .insert(http::header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
 }
 
 /// HTTP/2 needs `:scheme` and `:authority`.
@@ -97,10 +111,11 @@ fn to_absolute_form(endpoint: &Endpoint, request: &mut Request<RequestBody>) {
 /// Waits for response headers, at most `limit` from when the client had sent everything.
 ///
 /// # Errors
-/// The upstream was too slow (504), or the client stopped sending (408).
+/// `late` if the upstream was too slow; 408 if the client stopped sending.
 pub(crate) async fn headers_within<F: Future>(
     limit: Option<Duration>,
     upload: Option<&Upload>,
+    late: fn() -> Error,
     answer: F,
 ) -> Result<F::Output, Error> {
     let Some(limit) = limit else {
@@ -114,8 +129,8 @@ pub(crate) async fn headers_within<F: Future>(
         }
         let (since_ms, slow) = match upload.map(Upload::state) {
             Some(UploadState::Runs(since_ms)) => (since_ms, upload_stalled as fn() -> Error),
-            Some(UploadState::Ended(since_ms)) => (since_ms, Error::upstream_timeout as _),
-            Some(UploadState::Broke) | None => return Err(Error::upstream_timeout()),
+            Some(UploadState::Ended(since_ms)) => (since_ms, late),
+            Some(UploadState::Broke | UploadState::Malformed) | None => return Err(late()),
         };
         let passed = Duration::from_millis(clock_ms().saturating_sub(since_ms));
         wait = limit.saturating_sub(passed);
@@ -126,13 +141,7 @@ pub(crate) async fn headers_within<F: Future>(
 }
 
 fn upload_stalled() -> Error {
-    Error::new(
-        Origin::Downstream,
-        Flag::StreamIdleTimeout,
-        StatusCode::REQUEST_TIMEOUT,
-        "stream_idle_timeout",
-        "stream timeout",
-    )
+    Error::stream_idle(true)
 }
 
 /// hyper's error before a response; if nothing was sent, with the request.
@@ -141,8 +150,12 @@ fn unanswered(
     upload: Option<&Upload>,
 ) -> Unanswered {
     let request = error.take_message().map(Box::new);
-    if upload.is_some_and(|upload| upload.state() == UploadState::Broke) {
-        return Error::downstream_gone("the request body ended early").into();
+    match upload.map(Upload::state) {
+        Some(UploadState::Broke) => {
+            return Error::downstream_gone("the request body ended early").into();
+        }
+        Some(UploadState::Malformed) => return Error::downstream_garbage().into(),
+        _ => {}
     }
     let mut error = classify(&error.into_error());
     if request.is_some() {
@@ -168,8 +181,8 @@ fn classify(error: &hyper::Error) -> Error {
             Retry::NothingReceived,
         );
     }
-    if caused_by_client(error) {
-        return Error::downstream_gone("the request body ended early");
+    if let Some(error) = caused_by_client(error) {
+        return error;
     }
     if stream_refused(error) {
         let mut refused = Error::upstream_reset(
@@ -180,7 +193,7 @@ fn classify(error: &hyper::Error) -> Error {
         refused.refused = true;
         return refused;
     }
-    if error.is_incomplete_message() || error.is_body_write_aborted() {
+    if error.is_incomplete_message() || error.is_body_write_aborted() || was_cut(error) {
         return Error::upstream_reset(
             Flag::UpstreamConnectionTermination,
             "connection termination",
@@ -206,23 +219,55 @@ fn stream_refused(error: &hyper::Error) -> bool {
     false
 }
 
-/// The request body failed, not the upstream: the client's fault.
-fn caused_by_client(error: &hyper::Error) -> bool {
+/// What of a system error is behind it.
+fn io_kind(error: &hyper::Error) -> Option<std::io::ErrorKind> {
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        if let Some(body) = cause.downcast_ref::<outrigger_filters::body::BodyError>() {
-            return body.flag == Flag::DownstreamConnectionTermination;
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return Some(io.kind());
         }
         source = cause.source();
     }
-    false
+    None
+}
+
+/// The connection was cut by its peer's system.
+fn was_cut(error: &hyper::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    matches!(
+        io_kind(error),
+        Some(ConnectionReset | BrokenPipe | ConnectionAborted)
+    )
+}
+
+/// The request body failed, not the upstream: the client's fault.
+fn caused_by_client(error: &hyper::Error) -> Option<Error> {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(body) = cause.downcast_ref::<outrigger_filters::body::BodyError>() {
+            return match body.flag {
+                Flag::DownstreamConnectionTermination => {
+                    Some(Error::downstream_gone("the request body ended early"))
+                }
+                Flag::DownstreamProtocolError => Some(Error::downstream_garbage()),
+                _ => None,
+            };
+        }
+        source = cause.source();
+    }
+    None
 }
 
 /// How hyper's error in the middle of a body maps to Envoy's flag.
 fn classify_body(error: &hyper::Error) -> outrigger_filters::body::BodyError {
-    let flag = if error.is_parse() || error.is_user() {
+    use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+    let broke_framing = matches!(
+        io_kind(error),
+        Some(UnexpectedEof | InvalidData | InvalidInput)
+    );
+    let flag = if error.is_parse() || error.is_user() || broke_framing {
         Flag::UpstreamProtocolError
-    } else if error.is_incomplete_message() {
+    } else if error.is_incomplete_message() || was_cut(error) {
         Flag::UpstreamConnectionTermination
     } else {
         Flag::UpstreamRemoteReset

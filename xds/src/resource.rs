@@ -16,6 +16,7 @@ pub mod outlier_detection;
 pub mod retry_policy;
 pub mod route;
 pub mod route_action;
+pub mod server_header;
 pub mod tls;
 
 /// The number of an `envoy.type.v3.StatusCode`.

@@ -25,6 +25,7 @@ use outrigger_xds::{
         route_action::{
             ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
         },
+        server_header::ServerHeader,
         tls::{
             CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
             TlsParams, Validation,
@@ -74,6 +75,8 @@ static_resources:
         typed_config:
           "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
           stat_prefix: ingress
+          server_name: edge
+          server_header_transformation: PASS_THROUGH
           codec_type: 1
           stream_idle_timeout: 0s
           request_timeout: 0.25s
@@ -248,6 +251,8 @@ fn full_manager() -> HttpConnectionManager {
         }],
         use_remote_address: true,
         preserve_external_request_id: false,
+        server_name: "edge".into(),
+        server_header: ServerHeader::PassThrough,
         generate_request_id: false,
         stream_idle_timeout: Duration::ZERO,
         request_timeout: Duration::from_millis(250),

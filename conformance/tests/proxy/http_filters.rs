@@ -342,10 +342,19 @@ async fn health_check_answers_without_an_upstream_until_told_to_fail() {
         );
         let mut admin = Client::connect(proxy.admin(), Version::H1).await;
         admin.post("/healthcheck/fail", "").await;
-        let reply = client.send(get("/healthz", &[])).await;
+        // Connections are asked to end meanwhile, so each request has its own.
+        let reply = proxy.client(version).await.send(get("/healthz", &[])).await;
         assert_eq!((reply.status.as_u16(), reply.text().as_str()), (503, ""));
-        assert_eq!(client.send(get("/engine", &[])).await.status, 503);
-        let reply = client.send(get("/a", &[])).await;
+        assert_eq!(
+            proxy
+                .client(version)
+                .await
+                .send(get("/engine", &[]))
+                .await
+                .status,
+            503
+        );
+        let reply = proxy.client(version).await.send(get("/a", &[])).await;
         assert_eq!(
             (
                 reply.status.as_u16(),
@@ -354,7 +363,15 @@ async fn health_check_answers_without_an_upstream_until_told_to_fail() {
             (200, "true")
         );
         admin.post("/healthcheck/ok", "").await;
-        assert_eq!(client.send(get("/healthz", &[])).await.status, 200);
+        assert_eq!(
+            proxy
+                .client(version)
+                .await
+                .send(get("/healthz", &[]))
+                .await
+                .status,
+            200
+        );
         let log = proxy.log(3).await;
         assert_eq!(log[0]["response_code_details"], "health_check_ok");
         assert_eq!(

@@ -8,6 +8,7 @@
 mod clusters;
 mod config;
 mod drain;
+mod envoy;
 mod failures;
 mod feeds;
 mod fleet;

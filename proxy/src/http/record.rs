@@ -31,7 +31,9 @@ pub(super) struct Record {
     pub(super) protocol: Version,
     pub(super) code: u16,
     pub(super) bytes_received: u64,
-    pub(super) connection: ConnectionInfo,
+    /// The request had a body that was not all here with its head.
+    pub(super) unread: bool,
+    pub(super) connection: Arc<ConnectionInfo>,
     pub(super) request_id: Arc<str>,
     pub(super) trace_id: Arc<str>,
     pub(super) route: Arc<RouteFacts>,
@@ -39,7 +41,7 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn begin(manager: &Manager, parts: &Parts, connection: ConnectionInfo) -> Self {
+    pub(super) fn begin(manager: &Manager, parts: &Parts, connection: Arc<ConnectionInfo>) -> Self {
         let length = parts
             .headers
             .get(header::CONTENT_LENGTH)
@@ -61,6 +63,7 @@ impl Record {
             protocol: parts.version,
             code: 0,
             bytes_received: length.unwrap_or(0),
+            unread: false,
             connection,
             request_id: Arc::default(),
             trace_id: Arc::default(),
@@ -166,5 +169,6 @@ impl Drop for Record {
             };
             self.close(&summary);
         }
+        self.connection.exchange.end();
     }
 }

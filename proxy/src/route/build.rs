@@ -187,7 +187,7 @@ impl Builder<'_> {
                 .unwrap_or_default(),
             attempts_to_upstream: host.include_request_attempt_count,
             attempts_to_client: host.include_attempt_count_in_response,
-            tell_timeout: self.tell_original,
+            tell_timeout: self.tell_original && !self.scope.inbound,
             auto_host_rewrite: auto.map(|action| AutoHost {
                 append_forwarded: action.append_x_forwarded_host,
                 tell_original: self.tell_original,

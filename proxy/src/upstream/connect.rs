@@ -36,7 +36,7 @@ pub(super) async fn connect(
             tracing::debug!(endpoint = %endpoint.id, %error, "connect failed");
             Err(match tls_reason(&error) {
                 Some(reason) => handshake_failure(&reason),
-                None => failure("remote connection failure"),
+                None => refused(&error),
             })
         }
         Err(_) => {
@@ -46,6 +46,26 @@ pub(super) async fn connect(
             Err(failure("connection timeout"))
         }
     }
+}
+
+/// The system's words without their number: "Connection refused".
+fn cause(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+/// As Envoy tells why, in the details alone.
+fn refused(error: &io::Error) -> Error {
+    let mut failed = failure("remote connection failure");
+    failed.details = format!(
+        "upstream_reset_before_response_started{{remote_connection_failure|delayed_connect_error:_{}}}",
+        cause(error).replace(' ', "_")
+    )
+    .into();
+    failed
 }
 
 fn failure(reason: &str) -> Error {

@@ -8,7 +8,7 @@ use super::{
 use crate::tls;
 use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::{
@@ -209,9 +209,24 @@ async fn exchange(
             }
             answer.as_mut().poll(cx)
         });
-        headers_within(options.headers_timeout, upload.as_ref(), both).await?
+        headers_within(
+            options.headers_timeout,
+            upload.as_ref(),
+            Error::upstream_timeout,
+            both,
+        )
+        .await?
     };
     let response = response.map_err(|error| unanswered(error, upload.as_ref()))?;
+    if framed_twice(response.headers()) {
+        // Where it ends is anybody's guess (RFC 9112, 6.3): neither is handed on.
+        return Err(Error::upstream_reset(
+            Flag::UpstreamProtocolError,
+            "protocol error",
+            Retry::NothingReceived,
+        )
+        .into());
+    }
     let endpoint = endpoint.clone();
     Ok(response.map(|body| {
         Exchange {
@@ -222,6 +237,10 @@ async fn exchange(
         }
         .boxed_unsync()
     }))
+}
+
+fn framed_twice(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH)
 }
 
 /// A response body that drives its own connection.

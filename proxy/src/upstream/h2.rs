@@ -165,9 +165,14 @@ pub(super) async fn send(
     let stream = Stream::new(conn.streams.clone());
     let upload = request.body().upload();
     let answer = conn.sender.try_send_request(*request);
-    let response = headers_within(options.headers_timeout, upload.as_ref(), answer)
-        .await?
-        .map_err(|error| unanswered(error, upload.as_ref()))?;
+    let response = headers_within(
+        options.headers_timeout,
+        upload.as_ref(),
+        Error::upstream_timeout,
+        answer,
+    )
+    .await?
+    .map_err(|error| unanswered(error, upload.as_ref()))?;
     Ok(response.map(|body| {
         Exchange {
             body,

@@ -432,8 +432,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "request_id_extension",
             "scheme_header_transformation",
             "scoped_routes",
-            "server_header_transformation",
-            "server_name",
             "set_current_client_cert_details",
             "skip_xff_append",
             "stream_error_on_invalid_http_message",

@@ -4,6 +4,7 @@ use super::{
     endpoint::Address,
     filter_chain::FilterChain,
     route::{RouteConfiguration, TypedConfig},
+    server_header::{self, ServerHeader},
     tls::{self, DownstreamTls},
 };
 use crate::{
@@ -74,6 +75,10 @@ pub struct HttpConnectionManager {
     pub use_remote_address: bool,
     /// Keep a client's `x-request-id` (else it is replaced at the edge).
     pub preserve_external_request_id: bool,
+    /// Value of `server`; default `outrigger`.
+    pub server_name: String,
+    /// Whose `server` the client sees; default ours.
+    pub server_header: ServerHeader,
     /// Create `x-request-id` when missing; default true.
     pub generate_request_id: bool,
     /// No byte either way for so long ends the stream; zero is off. Default 5 min.
@@ -100,6 +105,8 @@ impl Default for HttpConnectionManager {
             access_log: Vec::new(),
             use_remote_address: false,
             preserve_external_request_id: false,
+            server_name: server_header::NAME_DEFAULT.into(),
+            server_header: ServerHeader::Overwrite,
             generate_request_id: true,
             stream_idle_timeout: Duration::from_secs(300),
             request_timeout: Duration::ZERO,
@@ -213,6 +220,8 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 Codec::Auto
             }
         };
+        let server_header = wire.server_header_transformation().into();
+        let server_name = server_header::name(&mut problems, std::mem::take(&mut wire.server_name));
         let table = wire
             .route_specifier
             .map(|RouteSpecifier::RouteConfig(table)| table);
@@ -236,6 +245,8 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 access_log,
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
+                server_name,
+                server_header,
                 generate_request_id: wire
                     .generate_request_id
                     .unwrap_or(limits.generate_request_id),
@@ -495,6 +506,8 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             use_remote_address: Some(plain.use_remote_address),
             generate_request_id: Some(plain.generate_request_id),
             preserve_external_request_id: plain.preserve_external_request_id,
+            server_name: plain.server_name.clone(),
+            server_header_transformation: plain.server_header.to_wire(),
         }
     }
 }

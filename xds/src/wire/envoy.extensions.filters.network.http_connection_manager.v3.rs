@@ -16,6 +16,9 @@ pub struct HttpConnectionManager {
     pub http2_protocol_options: ::core::option::Option<
         super::super::super::super::super::config::core::v3::Http2ProtocolOptions,
     >,
+    /// Value of `server`.
+    #[prost(string, tag = "10")]
+    pub server_name: ::prost::alloc::string::String,
     /// 5 s unless said.
     #[prost(message, optional, tag = "12")]
     pub drain_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -42,6 +45,12 @@ pub struct HttpConnectionManager {
     /// Keep the client's x-request-id.
     #[prost(bool, tag = "32")]
     pub preserve_external_request_id: bool,
+    /// Whose `server` the client sees.
+    #[prost(
+        enumeration = "http_connection_manager::ServerHeaderTransformation",
+        tag = "34"
+    )]
+    pub server_header_transformation: i32,
     /// Connection idle timeout.
     #[prost(message, optional, tag = "35")]
     pub common_http_protocol_options: ::core::option::Option<
@@ -91,6 +100,46 @@ pub mod http_connection_manager {
                 "HTTP1" => Some(Self::Http1),
                 "HTTP2" => Some(Self::Http2),
                 "HTTP3" => Some(Self::Http3),
+                _ => None,
+            }
+        }
+    }
+    /// What becomes of an upstream's `server`.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum ServerHeaderTransformation {
+        Overwrite = 0,
+        AppendIfAbsent = 1,
+        PassThrough = 2,
+    }
+    impl ServerHeaderTransformation {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Overwrite => "OVERWRITE",
+                Self::AppendIfAbsent => "APPEND_IF_ABSENT",
+                Self::PassThrough => "PASS_THROUGH",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "OVERWRITE" => Some(Self::Overwrite),
+                "APPEND_IF_ABSENT" => Some(Self::AppendIfAbsent),
+                "PASS_THROUGH" => Some(Self::PassThrough),
                 _ => None,
             }
         }
