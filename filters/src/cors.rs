@@ -4,8 +4,9 @@
 
 use crate::{
     body::{RequestBody, ResponseBody, empty},
-    envoy::{FractionalPercent, RuntimeFractionalPercent, matcher::StringMatcher},
+    envoy::{FractionalPercent, RuntimeFractionalPercent},
     filter::{Context, Handled, HttpFilter, Next},
+    matching::TextMatcher,
     registry,
     services::Services,
 };
@@ -32,7 +33,7 @@ struct Config {}
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Policy {
-    allow_origin_string_match: Vec<StringMatcher>,
+    allow_origin_string_match: Vec<TextMatcher>,
     allow_methods: String,
     allow_headers: String,
     expose_headers: String,
@@ -77,7 +78,7 @@ pub struct Cors {
 }
 
 struct Rules {
-    origins: Vec<StringMatcher>,
+    origins: Vec<TextMatcher>,
     enabled: FractionalPercent,
     shadow: FractionalPercent,
     forward_not_matching: bool,
@@ -159,10 +160,10 @@ impl Rules {
     }
 
     fn allows(&self, origin: &HeaderValue) -> bool {
-        let origin = origin.to_str().unwrap_or_default();
+        let origin = origin.as_bytes();
         self.origins
             .iter()
-            .any(|matcher| matcher.matches("*") || matcher.matches(origin))
+            .any(|matcher| matcher.matches(b"*") || matcher.matches(origin))
     }
 
     /// Without an `origin` the asking one may not; Envoy tells it the rest all the same.

@@ -1,11 +1,10 @@
-//! Envoy's small messages, as they reach a filter in its JSON: shares, durations, matchers, header changes.
+//! Envoy's small messages, as they reach a filter in its JSON: shares, durations, header changes.
 //!
 //! Shapes are protobuf's JSON mapping with `snake_case` keys. What a message has and we do not is refused by name.
 
 pub(crate) mod headers;
-pub(crate) mod matcher;
 
-use rand::Rng;
+use crate::matching::chance;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::time::Duration;
 
@@ -45,12 +44,7 @@ impl FractionalPercent {
 
     /// Whether this request is one of them: by chance, but all and none are certain.
     pub(crate) fn draw(self) -> bool {
-        let of = self.denominator.of();
-        match self.numerator {
-            0 => false,
-            numerator if numerator >= of => true,
-            numerator => rand::rng().random_range(0..of) < numerator,
-        }
+        chance(self.numerator, self.denominator.of())
     }
 }
 

@@ -2,9 +2,10 @@
 
 use crate::{
     body::RequestBody,
-    envoy::{FractionalPercent, duration, matcher::HeaderMatcher},
+    envoy::{FractionalPercent, duration},
     error::{Error, Flag, Origin},
     filter::{Context, Handled, HttpFilter, Next, StreamObserver},
+    matching::HeaderMatcher,
     registry,
     services::Services,
 };
@@ -120,7 +121,6 @@ pub fn factory(
     services: &Services,
 ) -> Result<Arc<dyn HttpFilter>, String> {
     let config: Config = registry::parse(value)?;
-    config.headers.iter().try_for_each(HeaderMatcher::check)?;
     if let Some(AbortConfig {
         kind: AbortKind::HttpStatus(status),
         ..
@@ -189,13 +189,12 @@ impl HttpFilter for Fault {
 impl Fault {
     fn concerns(&self, request: &Request<RequestBody>, context: &Context) -> bool {
         let cluster = &self.config.upstream_cluster;
-        let (method, uri, headers) = (request.method(), request.uri(), request.headers());
         (cluster.is_empty() || **cluster == *context.route.cluster)
             && self
                 .config
                 .headers
                 .iter()
-                .all(|matcher| matcher.matches(method, uri, headers))
+                .all(|matcher| matcher.matches(request))
     }
 
     fn enter(&self) -> Option<Running> {

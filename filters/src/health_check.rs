@@ -5,9 +5,9 @@
 
 use crate::{
     body::{RequestBody, ResponseBody, empty},
-    envoy::matcher::HeaderMatcher,
     error::{Error, Flag},
     filter::{Context, Handled, HttpFilter, Next},
+    matching::HeaderMatcher,
     registry,
     services::{Services, Serving},
 };
@@ -51,7 +51,6 @@ pub fn factory(
     let pass_through = config
         .pass_through_mode
         .ok_or("pass_through_mode: required")?;
-    config.headers.iter().try_for_each(HeaderMatcher::check)?;
     let cluster = HeaderValue::from_str(&services.node_cluster)
         .map_err(|_| "the node's cluster cannot be a header value".to_owned())?;
     Ok(Arc::new(HealthCheck {
@@ -70,9 +69,8 @@ impl HttpFilter for HealthCheck {
         next: Next<'a>,
     ) -> Handled<'a> {
         let fails = self.serving.fails();
-        let (method, uri, headers) = (request.method(), request.uri(), request.headers());
         let mut matchers = self.headers.iter();
-        if !matchers.all(|matcher| matcher.matches(method, uri, headers)) {
+        if !matchers.all(|matcher| matcher.matches(&request)) {
             if fails {
                 return Box::pin(mark(request, context, next, FAIL, FAILS));
             }

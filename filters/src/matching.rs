@@ -10,6 +10,8 @@ use outrigger_xds::resource::matching::{
 };
 use rand::Rng;
 use regex::bytes::Regex;
+use serde::{Deserialize, Deserializer, de::Error};
+use serde_json::Value;
 use std::borrow::Cow;
 
 /// Whether the case of letters counts.
@@ -221,6 +223,24 @@ impl HeaderMatcher {
     }
 }
 
+impl<'de> Deserialize<'de> for TextMatcher {
+    /// From a `StringMatcher` in a filter's configuration.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let wanted = StringMatch::from_json(&value).map_err(D::Error::custom)?;
+        Self::new(&wanted).map_err(D::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for HeaderMatcher {
+    /// From a `HeaderMatcher` in a filter's configuration.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let wanted = HeaderMatch::from_json(&value).map_err(D::Error::custom)?;
+        Self::new(&wanted).map_err(D::Error::custom)
+    }
+}
+
 impl Subject {
     fn of<'a>(&self, head: &Head<'a>) -> Option<Cow<'a, [u8]>> {
         Some(match self {
@@ -273,13 +293,18 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 /// Whether chance says yes.
 #[must_use]
 pub fn drawn(fraction: &Fraction) -> bool {
-    fraction.numerator >= fraction.denominator
-        || rand::rng().random_range(0..fraction.denominator.max(1)) < fraction.numerator
+    chance(fraction.numerator, fraction.denominator)
+}
+
+/// Whether this is one of `numerator` in `denominator`; all and none are certain.
+pub(crate) fn chance(numerator: u32, denominator: u32) -> bool {
+    numerator >= denominator || rand::rng().random_range(0..denominator.max(1)) < numerator
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn text(pattern: Pattern, ignore_case: bool) -> HeaderValueMatch {
         HeaderValueMatch::Text(StringMatch {
@@ -298,130 +323,77 @@ mod tests {
             .header("host", "here:80")
             .body(())
             .unwrap();
+        let exact = |value: &str, case| text(Pattern::Exact(value.into()), case);
         let regex = |regex: &str| text(Pattern::Regex(regex.into()), false);
-        let present = HeaderValueMatch::Present;
-        // Name, condition, inverted, missing counts as empty, and whether it holds.
-        for (name, value, invert, empty, holds) in [
-            (
-                "x-a",
-                text(Pattern::Exact("abc,D".into()), false),
-                false,
-                false,
-                true,
-            ),
-            (
-                "x-a",
-                text(Pattern::Exact("abc,D".into()), false),
-                true,
-                false,
-                false,
-            ),
-            (
-                "x-a",
-                text(Pattern::Exact("ABC,d".into()), true),
-                false,
-                false,
-                true,
-            ),
-            (
-                "x-a",
-                text(Pattern::Prefix("AB".into()), false),
-                false,
-                false,
-                false,
-            ),
-            (
-                "x-a",
-                text(Pattern::Prefix("AB".into()), true),
-                false,
-                false,
-                true,
-            ),
-            (
-                "x-a",
-                text(Pattern::Suffix(",d".into()), true),
-                false,
-                false,
-                true,
-            ),
-            (
-                "x-a",
-                text(Pattern::Contains("C,d".into()), true),
-                false,
-                false,
-                true,
-            ),
-            (
-                "x-a",
-                text(Pattern::Contains("cd".into()), true),
-                false,
-                false,
-                false,
-            ),
-            ("x-a", regex("abc"), false, false, false),
-            ("x-a", regex("abc|abc,."), false, false, true),
-            ("x-n", HeaderValueMatch::Range(-7, 0), false, false, true),
-            ("x-n", HeaderValueMatch::Range(-6, 0), false, false, false),
-            ("x-a", HeaderValueMatch::Range(-6, 0), true, false, true),
-            (
-                "x-none",
-                text(Pattern::Exact("a".into()), false),
-                true,
-                false,
-                false,
-            ),
-            (
-                "x-none",
-                text(Pattern::Exact("a".into()), false),
-                true,
-                true,
-                true,
-            ),
-            ("x-none", regex("^$"), false, true, true),
-            ("x-none", present(true), false, false, false),
-            ("x-none", present(true), true, false, true),
-            ("x-none", present(false), false, false, true),
-            ("x-none", present(true), false, true, true),
-            ("x-empty", present(true), false, false, true),
-            (
-                ":method",
-                text(Pattern::Exact("GET".into()), false),
-                false,
-                false,
-                true,
-            ),
-            (
-                ":path",
-                text(Pattern::Exact("/p?q=1".into()), false),
-                false,
-                false,
-                true,
-            ),
-            (
-                ":scheme",
-                text(Pattern::Exact("http".into()), false),
-                false,
-                false,
-                true,
-            ),
-            (
-                "host",
-                text(Pattern::Exact("here:80".into()), false),
-                false,
-                false,
-                true,
-            ),
-            (":status", present(true), false, false, false),
+        let part = |kind: fn(String) -> Pattern, value: &str, case| text(kind(value.into()), case);
+        let (present, range) = (HeaderValueMatch::Present, HeaderValueMatch::Range);
+        // Name, condition, "!" if inverted and "0" if what is missing counts as empty, and whether it holds.
+        for (name, value, how, holds) in [
+            ("x-a", exact("abc,D", false), "", true),
+            ("x-a", exact("abc,D", false), "!", false),
+            ("x-a", exact("ABC,d", true), "", true),
+            ("x-a", part(Pattern::Prefix, "AB", false), "", false),
+            ("x-a", part(Pattern::Prefix, "AB", true), "", true),
+            ("x-a", part(Pattern::Suffix, ",d", true), "", true),
+            ("x-a", part(Pattern::Contains, "C,d", true), "", true),
+            ("x-a", part(Pattern::Contains, "cd", true), "", false),
+            ("x-a", regex("abc"), "", false),
+            ("x-a", regex("abc|abc,."), "", true),
+            ("x-n", range(-7, 0), "", true),
+            ("x-n", range(-6, 0), "", false),
+            ("x-a", range(-6, 0), "!", true),
+            ("x-none", exact("a", false), "!", false),
+            ("x-none", exact("a", false), "!0", true),
+            ("x-none", regex("^$"), "0", true),
+            ("x-none", present(true), "", false),
+            ("x-none", present(true), "!", true),
+            ("x-none", present(false), "", true),
+            ("x-none", present(true), "0", true),
+            ("x-empty", present(true), "", true),
+            (":method", exact("GET", false), "", true),
+            (":path", exact("/p?q=1", false), "", true),
+            (":scheme", exact("http", false), "", true),
+            ("host", exact("here:80", false), "", true),
+            (":status", present(true), "", false),
         ] {
             let wanted = HeaderMatch {
                 name: name.into(),
                 value,
-                invert,
-                missing_is_empty: empty,
+                invert: how.contains('!'),
+                missing_is_empty: how.contains('0'),
             };
             let matcher = HeaderMatcher::new(&wanted).unwrap();
             assert_eq!(matcher.matches(&request), holds, "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn filters_conditions_mean_what_routes_conditions_do() {
+        let read = |json: Value| serde_json::from_value::<HeaderMatcher>(json);
+        let request = Request::get("/").header("x-a", "B,c").body(()).unwrap();
+        for (json, holds) in [
+            (json!({"name": "x-a", "exact_match": "B,c"}), true),
+            (
+                json!({"name": "x-a", "string_match": {"exact": "b,C", "ignore_case": true}}),
+                true,
+            ),
+            (
+                json!({"name": "x-a", "string_match": {"safe_regex": {"regex": "B.*"}}}),
+                true,
+            ),
+            (
+                json!({"name": "x-b", "exact_match": "B", "invert_match": true}),
+                false,
+            ),
+        ] {
+            assert_eq!(
+                read(json.clone()).unwrap().matches(&request),
+                holds,
+                "{json}"
+            );
+        }
+        let error = read(json!({"name": "x-a", "string_match": {"prefix": ""}})).unwrap_err();
+        assert!(error.to_string().contains("prefix"), "{error}");
     }
 
     #[test]

@@ -53,6 +53,20 @@ pub(crate) fn from_json(
         .map_err(|error| ConfigErrors::one("", error.to_string()))
 }
 
+/// The plain type that a message in JSON means.
+pub(crate) fn plain<W, P>(value: &Value) -> Result<P, ConfigErrors>
+where
+    W: Message + Name + Default,
+    P: TryFrom<W, Error = ConfigErrors>,
+{
+    let descriptor =
+        descriptor(&W::full_name()).expect("invariant: wire types come from the descriptors");
+    let wire: W = from_json(descriptor, value)?
+        .transcode_to()
+        .map_err(|error| ConfigErrors::one("", error.to_string()))?;
+    P::try_from(wire)
+}
+
 /// A message as protobuf JSON with `snake_case` keys; unset fields are left out.
 pub(crate) fn to_json<M: Message + Name>(message: &M) -> Value {
     let descriptor =

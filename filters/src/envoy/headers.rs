@@ -4,8 +4,9 @@
 //! `%RESPONSE_CODE_DETAILS%`, `%PROTOCOL%`, `%ROUTE_NAME%`, `%UPSTREAM_CLUSTER%`, `%UPSTREAM_HOST%`. What is not
 //! there is left empty, as in Envoy. Other operators are refused by name.
 
-use super::matcher::value_of;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, uri::PathAndQuery,
+};
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -357,6 +358,25 @@ impl Field {
         let end = self.length_max.min(value.len());
         // Header text that became a str is ASCII.
         out.push_str(value.get(..end).unwrap_or(value));
+    }
+}
+
+/// A request's header, or one of its pseudo-headers.
+fn value_of<'a>(
+    name: &str,
+    method: &'a Method,
+    uri: &'a Uri,
+    headers: &'a HeaderMap,
+) -> Option<&'a str> {
+    match name {
+        ":method" => Some(method.as_str()),
+        ":path" => uri.path_and_query().map(PathAndQuery::as_str),
+        ":authority" => uri.authority().map_or_else(
+            || headers.get(http::header::HOST)?.to_str().ok(),
+            |authority| Some(authority.as_str()),
+        ),
+        ":scheme" => Some(uri.scheme_str().unwrap_or("http")),
+        name => headers.get(name)?.to_str().ok(),
     }
 }
 

@@ -4,6 +4,7 @@
 
 use crate::{
     problems::ConfigErrors,
+    protobuf,
     wire::envoy::{
         config::{core::v3 as core, route::v3 as wire},
         r#type::{
@@ -203,6 +204,26 @@ pub(super) fn to_regex(regex: &str) -> RegexMatcher {
     RegexMatcher {
         regex: regex.to_owned(),
         engine_type: None::<regex_matcher::EngineType>,
+    }
+}
+
+impl StringMatch {
+    /// A `StringMatcher` as it stands in a filter's configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it, with places.
+    pub fn from_json(value: &serde_json::Value) -> Result<Self, ConfigErrors> {
+        protobuf::plain::<StringMatcher, Self>(value)
+    }
+}
+
+impl HeaderMatch {
+    /// A `HeaderMatcher` as it stands in a filter's configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it, with places.
+    pub fn from_json(value: &serde_json::Value) -> Result<Self, ConfigErrors> {
+        protobuf::plain::<wire::HeaderMatcher, Self>(value)
     }
 }
 
