@@ -120,6 +120,8 @@ pub struct RequestBody {
 
 enum Rest {
     None,
+    /// It was handed over to be sent.
+    Spent,
     Incoming(hyper::body::Incoming),
     Boxed(UnsyncBoxBody<Bytes, BodyError>),
 }
@@ -248,6 +250,28 @@ impl RequestBody {
         Some(copy)
     }
 
+    /// The body to send now: one that shares its bytes, if it was read whole; else itself, which leaves a spent one.
+    #[must_use]
+    pub fn hand_over(&mut self) -> Self {
+        if let Some(copy) = self.replay() {
+            return copy;
+        }
+        let spent = Self {
+            read: None,
+            rest: Rest::Spent,
+            trailers: None,
+            whole: None,
+            upload: self.upload.clone(),
+        };
+        std::mem::replace(self, spent)
+    }
+
+    /// Whether it was handed over, so that it cannot be sent again.
+    #[must_use]
+    pub fn is_spent(&self) -> bool {
+        matches!(self.rest, Rest::Spent)
+    }
+
     /// Tells how far the client's upload is; `None` if all of it is here.
     #[must_use]
     pub fn upload(&self) -> Option<Upload> {
@@ -262,7 +286,7 @@ impl RequestBody {
 
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let next = match &mut self.rest {
-            Rest::None => None,
+            Rest::None | Rest::Spent => None,
             Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| {
                 frame.map_err(|error| {
                     BodyError::new(fault(&error), format_args!("client's body broke: {error}"))
@@ -321,7 +345,7 @@ impl Body for RequestBody {
         self.read.is_none()
             && self.trailers.is_none()
             && match &self.rest {
-                Rest::None => true,
+                Rest::None | Rest::Spent => true,
                 Rest::Incoming(body) => body.is_end_stream(),
                 Rest::Boxed(body) => body.is_end_stream(),
             }
@@ -329,7 +353,7 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         let mut hint = match &self.rest {
-            Rest::None => SizeHint::with_exact(0),
+            Rest::None | Rest::Spent => SizeHint::with_exact(0),
             Rest::Incoming(body) => body.size_hint(),
             Rest::Boxed(body) => body.size_hint(),
         };

@@ -392,24 +392,6 @@ pub trait Endpoints: Send + Sync {
     ) -> Result<Box<dyn Reservation>, Error>;
 }
 
-/// A request that got no response; if nothing of it was sent, it is handed back to be sent elsewhere.
-#[derive(Debug)]
-pub struct Unanswered {
-    /// Why.
-    pub error: Error,
-    /// Untouched.
-    pub request: Option<Box<Request<RequestBody>>>,
-}
-
-impl From<Error> for Unanswered {
-    fn from(error: Error) -> Self {
-        Self {
-            error,
-            request: None,
-        }
-    }
-}
-
 /// Limits of one exchange with an upstream.
 #[derive(Debug, Clone, Copy)]
 pub struct SendOptions {
@@ -417,8 +399,8 @@ pub struct SendOptions {
     pub connect_timeout: Duration,
     /// From the end of sending to response headers; `None` is unlimited.
     pub headers_timeout: Option<Duration>,
-    /// A pooled connection that the upstream closed meanwhile is replaced by a new one without anybody noticing, at
-    /// the price of a copy of the head. Without it the caller gets a `stale` error and decides.
+    /// A pooled connection that the upstream closed meanwhile is replaced by a new one without anybody noticing, if the
+    /// request can be sent again. Without it the caller gets a `stale` error and decides.
     pub replace_stale: bool,
 }
 
@@ -426,10 +408,16 @@ pub struct SendOptions {
 pub trait Upstream: Send + Sync {
     /// Sends a request to an endpoint and gives its response as soon as headers are there. Dropping the future or the
     /// response body closes the exchange at once.
+    ///
+    /// The request stays with the caller. Its body is handed over ([`RequestBody::hand_over`]), and given back if nothing
+    /// of it was touched: unless it is spent afterwards, the request can be sent again.
+    ///
+    /// # Errors
+    /// Whatever kept the response from beginning.
     fn send<'a>(
         &'a self,
         endpoint: &'a Arc<Endpoint>,
-        request: Box<Request<RequestBody>>,
+        request: &'a mut Request<RequestBody>,
         options: SendOptions,
-    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>>;
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>>;
 }

@@ -84,7 +84,7 @@ impl HttpFilter for Router {
                 mirror::send(&self.services, &request, context);
             }
             let mut walk = Walk::new(self, &view, context, &request);
-            let mut outcome = walk.run(request, context).await;
+            let mut outcome = walk.run(&mut request, context).await;
             // Envoy counts the attempt that found nobody.
             context.log.attempts = context.log.attempts.max(1);
             drop(active);
@@ -149,7 +149,7 @@ impl<'a> Walk<'a> {
 
     async fn run(
         &mut self,
-        mut request: Box<Request<RequestBody>>,
+        request: &mut Request<RequestBody>,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Error> {
         let mut last: Option<Outcome> = None;
@@ -163,7 +163,6 @@ impl<'a> Walk<'a> {
             self.tried.push(target.endpoint.clone());
             self.attempts += 1;
             context.log.attempts = self.attempts as u32;
-            let spare = spare(&request);
             let attempt = Attempt::new(
                 &self.router.services,
                 self.view,
@@ -172,14 +171,11 @@ impl<'a> Walk<'a> {
                 self.attempts,
             );
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
-            let (outcome, unsent) = attempt.run(request, context).await;
+            let outcome = attempt.run(request, context).await;
             drop(permit);
-            let Some(again) = spare
-                .or(unsent)
-                .filter(|_| self.may_retry(&outcome, context))
-            else {
+            if request.body().is_spent() || !self.may_retry(&outcome, context) {
                 return self.finish(outcome, context);
-            };
+            }
             if outcome.is_stale() && self.stale.is_none() {
                 // Nobody refused anything: the engine just closed an idle connection. It stays the first choice.
                 self.stale = self.tried.pop();
@@ -187,7 +183,6 @@ impl<'a> Walk<'a> {
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
             let pause = self.pause(&outcome);
             last = Some(outcome);
-            request = again;
             if let Some(pause) = pause {
                 tokio::time::sleep(pause).await;
             }
@@ -385,16 +380,6 @@ impl<'a> Walk<'a> {
             }
         }
     }
-}
-
-/// A copy of the request for a further attempt, if its body is at hand. Bodies are shared, not copied.
-fn spare(request: &Request<RequestBody>) -> Option<Box<Request<RequestBody>>> {
-    let body = request.body().replay()?;
-    let mut spare = Box::new(Request::new(body));
-    *spare.method_mut() = request.method().clone();
-    *spare.uri_mut() = request.uri().clone();
-    *spare.headers_mut() = request.headers().clone();
-    Some(spare)
 }
 
 /// No endpoint is left: the last failure stands.

@@ -3,7 +3,7 @@
 use super::{host, leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Unanswered, Via},
+    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
     filter::{AutoHost, Context, Ranked},
     local_reply,
@@ -12,7 +12,7 @@ use crate::{
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header::Entry};
 use http_body::Frame;
 use http_body_util::BodyExt;
 use std::{
@@ -45,9 +45,6 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most block hashes told along in a header; the first ones matter most for what is shared.
 pub const TOLD_BLOCKS_MAX: usize = 256;
-
-/// What came of an attempt, and the request if nothing of it was sent.
-pub(crate) type Tried = (Outcome, Option<Box<Request<RequestBody>>>);
 
 /// What came of an attempt.
 pub(crate) enum Outcome {
@@ -103,6 +100,15 @@ impl Outcome {
     }
 }
 
+/// What [`Attempt::address`] did to a head, beside what the next attempt overwrites.
+#[derive(Default)]
+struct Before {
+    /// The client named no rank.
+    ranked: bool,
+    /// Target and fields, where the host is another one for each endpoint.
+    head: Option<Box<(Uri, HeaderMap)>>,
+}
+
 pub(crate) struct Attempt<'a> {
     services: &'a Services,
     view: &'a ClusterView,
@@ -130,9 +136,9 @@ impl<'a> Attempt<'a> {
 
     pub(crate) async fn run(
         self,
-        mut request: Box<Request<RequestBody>>,
+        request: &mut Request<RequestBody>,
         context: &mut Context,
-    ) -> Tried {
+    ) -> Outcome {
         let endpoint = &self.target.endpoint;
         let mut reservation =
             match self
@@ -141,9 +147,9 @@ impl<'a> Attempt<'a> {
                 .reserve(self.view, endpoint, &want(context, self.target))
             {
                 Ok(reservation) => reservation,
-                Err(error) => return (Outcome::Failed(error), Some(request)),
+                Err(error) => return Outcome::Failed(error),
             };
-        self.address(&mut request, context);
+        let before = self.address(request, context);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -153,6 +159,9 @@ impl<'a> Attempt<'a> {
             .upstream
             .send(endpoint, request, self.options(context))
             .await;
+        if !request.body().is_spent() {
+            self.take_back(request, before);
+        }
         match sent {
             Ok(mut response) => {
                 context.log.upstream_service_time = Some(started.elapsed());
@@ -163,27 +172,32 @@ impl<'a> Attempt<'a> {
                 } else {
                     Ok(None)
                 };
-                let outcome = self.judge(response, peeked, reservation, started, context);
-                (outcome, None)
+                self.judge(response, peeked, reservation, started, context)
             }
-            Err(Unanswered { mut error, request }) => {
+            Err(mut error) => {
                 if error.flag == Flag::UpstreamRequestTimeout && self.per_try_ended(started) {
                     error.details = "upstream_per_try_timeout".into();
                     error.retry = Retry::NothingReceived;
                 }
-                let unsent = request.map(|request| self.take_back(request));
-                (Outcome::Failed(self.failed(error, reservation)), unsent)
+                Outcome::Failed(self.failed(error, reservation))
             }
         }
     }
 
     /// Takes off what only this attempt's endpoint was to be told.
-    fn take_back(&self, mut request: Box<Request<RequestBody>>) -> Box<Request<RequestBody>> {
-        strip_hop_headers(request.headers_mut());
-        if self.target.rank.is_some() {
-            request.headers_mut().remove(RANK_HEADER);
+    fn take_back(&self, request: &mut Request<RequestBody>, before: Before) {
+        if let Some((uri, headers)) = before.head.map(|head| *head) {
+            *request.uri_mut() = uri;
+            *request.headers_mut() = headers;
+            return;
         }
-        request
+        let headers = request.headers_mut();
+        if self.target.endpoint.via == Via::Peer {
+            strip_hop_headers(headers);
+        }
+        if before.ranked {
+            headers.remove(RANK_HEADER);
+        }
     }
 
     fn per_try_ended(&self, started: Instant) -> bool {
@@ -209,7 +223,8 @@ impl<'a> Attempt<'a> {
     }
 
     /// Headers that belong to this attempt alone.
-    fn address(&self, request: &mut Request<RequestBody>, context: &Context) {
+    fn address(&self, request: &mut Request<RequestBody>, context: &Context) -> Before {
+        let mut before = Before::default();
         let headers = request.headers_mut();
         let generation = context
             .openai
@@ -227,6 +242,7 @@ impl<'a> Attempt<'a> {
             }
         }
         if let Some(auto) = context.route.auto_host_rewrite {
+            before.head = Some(Box::new((request.uri().clone(), request.headers().clone())));
             rewrite_host(request, &self.target.endpoint.address.host, auto);
         }
         let headers = request.headers_mut();
@@ -240,13 +256,15 @@ impl<'a> Attempt<'a> {
         }
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
-            headers
-                .entry(RANK_HEADER)
-                .or_insert_with(|| HeaderValue::from(rank));
+            if let Entry::Vacant(entry) = headers.entry(RANK_HEADER) {
+                entry.insert(HeaderValue::from(rank));
+                before.ranked = true;
+            }
         }
         if self.target.endpoint.via == Via::Peer {
             self.tell_peer(headers, context);
         }
+        before
     }
 
     /// For an upstream that gives up when nobody waits any more.

@@ -72,7 +72,7 @@ fn one(
     let candidates: Vec<_> = view.endpoints.iter().filter(fits).cloned().collect();
     let chosen = services.endpoints.choose(&view, &candidates);
     let endpoint = candidates[chosen.ok_or("no_healthy_upstream")?].clone();
-    let mut copy = super::spare(request).ok_or("body_not_read")?;
+    let mut copy = copy(request).ok_or("body_not_read")?;
     let counted = Counted::new().ok_or("too_many")?;
     let mut reservation = services
         .endpoints
@@ -96,8 +96,8 @@ fn one(
     tokio::spawn(async move {
         let _counted = counted;
         let exchange = async {
-            let answer = upstream.send(&endpoint, copy, options).await;
-            let answer = answer.map_err(|unanswered| unanswered.error.flag)?;
+            let answer = upstream.send(&endpoint, &mut copy, options).await;
+            let answer = answer.map_err(|error| error.flag)?;
             reservation.status(answer.status());
             let success = !answer.status().is_server_error();
             drain(answer.into_body()).await.map(|()| success)
@@ -115,6 +115,15 @@ fn one(
         reservation.finish(outcome.err());
     });
     Ok(())
+}
+
+/// The request once more, if its body is at hand. Bodies are shared, not copied.
+fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    let mut copy = Request::new(request.body().replay()?);
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    Some(copy)
 }
 
 /// Reads a body to its end.

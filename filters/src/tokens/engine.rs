@@ -211,7 +211,7 @@ async fn exchange(
     client: &HeaderMap,
     upstream: &dyn Upstream,
 ) -> Result<(StatusCode, Bytes), Unavailable> {
-    let mut request = Box::new(Request::new(RequestBody::full(body)));
+    let mut request = Request::new(RequestBody::full(body));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = Uri::from_static(path);
     let headers = request.headers_mut();
@@ -238,7 +238,7 @@ async fn exchange(
         replace_stale: true,
     };
     let response = upstream
-        .send(endpoint, request, options)
+        .send(endpoint, &mut request, options)
         .await
         .map_err(|_| Unavailable::EngineFailed)?;
     let status = response.status();

@@ -6,8 +6,7 @@ use http::{Request, Response, StatusCode};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, full},
     endpoints::{
-        ClusterView, Endpoint, Endpoints, Live, Reservation, SendOptions, Unanswered, Upstream,
-        Via, Want,
+        ClusterView, Endpoint, Endpoints, Live, Reservation, SendOptions, Upstream, Via, Want,
     },
     error::{Error, Flag},
     filter::{Chain, Context, Handled, HttpFilter, Next, Ranked, RouteFacts, StreamObserver},
@@ -94,9 +93,9 @@ impl Upstream for Answers {
     fn send<'a>(
         &'a self,
         endpoint: &'a Arc<Endpoint>,
-        request: Box<Request<RequestBody>>,
+        request: &'a mut Request<RequestBody>,
         _options: SendOptions,
-    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Unanswered>> {
+    ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
         Box::pin(async move {
             let asked = Asked {
                 endpoint: endpoint.id.clone(),

@@ -207,8 +207,14 @@ struct Verdict {
 
 /// The lines of a head, without their ends.
 fn lines(head: &[u8]) -> impl Iterator<Item = &[u8]> {
-    head.split(|&byte| byte == b'\n')
-        .map(|line| line.strip_suffix(b"\r").unwrap_or(line))
+    let mut rest = Some(head);
+    std::iter::from_fn(move || {
+        let here = rest?;
+        let end = memchr::memchr(b'\n', here);
+        rest = end.map(|end| &here[end + 1..]);
+        let line = &here[..end.unwrap_or(here.len())];
+        Some(line.strip_suffix(b"\r").unwrap_or(line))
+    })
 }
 
 /// The value of a field, if the line is one of that name.

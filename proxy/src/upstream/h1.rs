@@ -1,56 +1,60 @@
 //! HTTP/1.1 to an endpoint: one exchange at a time on a connection that its own request drives.
+//!
+//! The codec is ours: the head is serialised from where it stands (so a request that may be sent again is not copied),
+//! what comes is read into one buffer per thread, and all that came at once is handed on as one frame.
 
 use super::{
-    IDLE_CONNECTIONS_MAX, IDLE_MS_MAX, classify, classify_body,
+    IDLE_CONNECTIONS_MAX, IDLE_MS_MAX,
     connect::{OpenConnection, connect},
-    headers_within, unanswered,
+    h1_decoder::{self, Decoder},
+    h1_request::{Outgoing, SendError},
+    h1_response::{self, RESPONSE_HEAD_BYTES_MAX},
+    headers_within,
 };
 use crate::tls;
 use ahash::AHashMap;
-use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Request, Response, header};
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
-use hyper::{
-    body::Incoming,
-    client::conn::http1::{self, Connection, SendRequest},
-};
-use hyper_util::rt::TokioIo;
 use outrigger_filters::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{Endpoint, SendOptions, Unanswered, clock_ms},
+    endpoints::{Endpoint, SendOptions, clock_ms},
     error::{Error, Flag, Retry},
 };
 use outrigger_xds::resource::endpoint::Address;
 use std::{
     cell::RefCell,
-    future::{Future, poll_fn},
-    pin::{Pin, pin},
+    future::poll_fn,
+    io,
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
+use tokio::io::{AsyncRead, ReadBuf};
 
-/// Frames that are ready together are joined up to this size, so that they leave in one write.
-const MERGE_BYTES_MAX: usize = 32 * 1024;
+/// Most bytes that are read, and handed on, at once. One buffer of this size per thread.
+const READ_BYTES_MAX: usize = 64 * 1024;
 /// A reused connection that ends this soon after a request was sent on it, with nothing received, had been closed by an
 /// upstream that had not seen the request. Later, the upstream may have begun to work on it.
 const STALE_MS_MAX: u64 = 100;
 
 /// A connection with nothing running on it, or the one an exchange runs on.
 struct Conn {
-    sender: SendRequest<RequestBody>,
-    driver: Connection<TokioIo<tls::Stream>, RequestBody>,
+    socket: tls::Stream,
     _open: OpenConnection,
     idle_since_ms: u64,
 }
 
-/// A connection is large, and goes in and out with each request: hence boxed.
-type Idle = AHashMap<Address, Vec<Box<Conn>>>;
+/// By where they lead.
+type Idle = AHashMap<Address, Vec<Conn>>;
 
 thread_local! {
     static IDLE: RefCell<Idle> = RefCell::default();
     /// By [`Secured`](outrigger_filters::endpoints::Secured): never mixed, not with plain ones either.
     static IDLE_TLS: RefCell<AHashMap<u64, Idle>> = RefCell::default();
+    /// What was just read, before it is handed on.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES_MAX]);
 }
 
 fn with_idle<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Idle) -> T) -> T {
@@ -61,26 +65,25 @@ fn with_idle<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Idle) -> T) -> T {
 }
 
 impl Conn {
-    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Box<Self>, Error> {
+    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
         let (socket, open) = connect(endpoint, options.connect_timeout).await?;
-        let (sender, driver) = http1::handshake(TokioIo::new(socket))
-            .await
-            .map_err(|error| classify(&error).retry(Retry::NothingSent))?;
-        Ok(Box::new(Self {
-            sender,
-            driver,
+        Ok(Self {
+            socket,
             _open: open,
             idle_since_ms: 0,
-        }))
+        })
     }
 
-    /// Lets the connection notice that its peer closed it; true if it can take a request.
+    /// Whether its peer has neither closed it nor said anything unasked.
     fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
-        let closed = Pin::new(&mut self.driver).poll(cx).is_ready();
-        !closed && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(())))
+        let mut byte = [0];
+        let mut read = ReadBuf::new(&mut byte);
+        Pin::new(&mut self.socket)
+            .poll_read(cx, &mut read)
+            .is_pending()
     }
 
-    async fn reuse(endpoint: &Endpoint) -> Option<Box<Self>> {
+    async fn reuse(endpoint: &Endpoint) -> Option<Self> {
         loop {
             let mut conn = with_idle(endpoint, |idle| idle.get_mut(&endpoint.address)?.pop())?;
             let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
@@ -90,10 +93,7 @@ impl Conn {
         }
     }
 
-    fn keep(mut self: Box<Self>, endpoint: &Endpoint, cx: &mut Context<'_>) {
-        if !self.poll_usable(cx) {
-            return;
-        }
+    fn keep(mut self, endpoint: &Endpoint) {
         self.idle_since_ms = clock_ms();
         with_idle(endpoint, |idle| {
             if let Some(conns) = idle.get_mut(&endpoint.address) {
@@ -106,6 +106,19 @@ impl Conn {
                 idle.insert(endpoint.address.clone(), vec![self]);
             }
         });
+    }
+
+    /// Reads once, and hands over what came (nothing is the end) while it is still in the thread's buffer.
+    fn poll_read<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        take: impl FnOnce(&mut [u8]) -> T,
+    ) -> Poll<io::Result<T>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut read = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
+            Poll::Ready(Ok(take(read.filled_mut())))
+        })
     }
 }
 
@@ -130,27 +143,26 @@ pub fn close_idle() {
 /// One exchange.
 pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
-    request: Box<Request<RequestBody>>,
+    request: &mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Unanswered> {
+) -> Result<Response<ResponseBody>, Error> {
     let Some(conn) = Conn::reuse(endpoint).await else {
         // Boxed, as it is rare: opening a connection would be part of every exchange's future.
         return Box::pin(send_anew(endpoint, request, options)).await;
     };
-    // The peer may be closing the connection this very moment: nothing came back then, and a new one will tell.
-    let spare = options.replace_stale.then(|| copy(&request)).flatten();
     let sent_ms = clock_ms();
     match exchange(conn, endpoint, request, options).await {
-        Err(mut failed) if closed_while_idle(&failed.error, sent_ms) => {
+        // The peer was closing the connection this very moment: nothing came back, and a new one will tell.
+        Err(mut error) if closed_while_idle(&error, sent_ms) => {
             metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
             // The others are no younger, and whoever tries again is to get a new one.
             with_idle(endpoint, |idle| idle.remove(&endpoint.address));
-            if let Some(request) = spare {
+            if options.replace_stale && !request.body().is_spent() {
                 return Box::pin(send_anew(endpoint, request, options)).await;
             }
-            failed.error.stale = true;
-            failed.error.retry = Retry::NothingSent;
-            Err(failed)
+            error.stale = true;
+            error.retry = Retry::NothingSent;
+            Err(error)
         }
         outcome => outcome,
     }
@@ -158,16 +170,11 @@ pub(super) async fn send(
 
 async fn send_anew(
     endpoint: &Arc<Endpoint>,
-    request: Box<Request<RequestBody>>,
+    request: &mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Unanswered> {
-    match Conn::open(endpoint, options).await {
-        Ok(conn) => exchange(conn, endpoint, request, options).await,
-        Err(error) => Err(Unanswered {
-            error,
-            request: Some(request),
-        }),
-    }
+) -> Result<Response<ResponseBody>, Error> {
+    let conn = Conn::open(endpoint, options).await?;
+    exchange(conn, endpoint, request, options).await
 }
 
 fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
@@ -181,100 +188,308 @@ fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
         )
 }
 
-fn copy(request: &Request<RequestBody>) -> Option<Box<Request<RequestBody>>> {
-    let mut copy = Box::new(Request::new(request.body().replay()?));
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.headers_mut() = request.headers().clone();
-    Some(copy)
-}
-
 async fn exchange(
-    mut conn: Box<Conn>,
+    conn: Conn,
     endpoint: &Arc<Endpoint>,
-    request: Box<Request<RequestBody>>,
+    request: &mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Unanswered> {
-    let upload = request.body().upload();
-    let response = {
-        let mut answer = pin!(conn.sender.try_send_request(*request));
-        let driver = &mut conn.driver;
-        let mut closed = false;
-        let both = poll_fn(|cx| {
-            if let Poll::Ready(response) = answer.as_mut().poll(cx) {
-                return Poll::Ready(response);
-            }
-            if !closed {
-                closed = Pin::new(&mut *driver).poll(cx).is_ready();
-            }
-            answer.as_mut().poll(cx)
-        });
-        headers_within(
-            options.headers_timeout,
-            upload.as_ref(),
-            Error::upstream_timeout,
-            both,
-        )
-        .await?
+) -> Result<Response<ResponseBody>, Error> {
+    let body = request.body_mut().hand_over();
+    let upload = body.upload();
+    let outgoing = Outgoing::new(request, body);
+    let mut asking = Asking {
+        conn,
+        outgoing: Some(outgoing),
+        unsent: None,
+        came: Vec::new(),
+        method: request.method(),
     };
-    let response = response.map_err(|error| unanswered(error, upload.as_ref()))?;
-    if framed_twice(response.headers()) {
-        // Where it ends is anybody's guess (RFC 9112, 6.3): neither is handed on.
-        return Err(Error::upstream_reset(
-            Flag::UpstreamProtocolError,
-            "protocol error",
-            Retry::NothingReceived,
-        )
-        .into());
-    }
-    let endpoint = endpoint.clone();
-    Ok(response.map(|body| {
-        Exchange {
-            body,
-            conn: Some(conn),
-            endpoint,
-            held: None,
+    let answer = headers_within(
+        options.headers_timeout,
+        upload.as_ref(),
+        Error::upstream_timeout,
+        poll_fn(|cx| asking.poll_answer(cx)),
+    )
+    .await;
+    match answer.and_then(std::convert::identity) {
+        Ok((parts, lead)) => Ok(asking.respond(parts, lead, endpoint)),
+        Err(error) => {
+            let untouched = asking.outgoing.filter(|outgoing| !outgoing.has_begun());
+            if let Some(outgoing) = untouched {
+                *request.body_mut() = outgoing.into_body();
+            }
+            Err(error)
         }
-        .boxed_unsync()
-    }))
+    }
 }
 
-fn framed_twice(headers: &HeaderMap) -> bool {
-    headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH)
+/// An exchange before its response's head.
+struct Asking<'a> {
+    conn: Conn,
+    /// What is left to send.
+    outgoing: Option<Outgoing>,
+    /// Why the rest cannot be sent. An answer may be there all the same.
+    unsent: Option<io::Error>,
+    /// Of a head that did not come in one piece.
+    came: Vec<u8>,
+    method: &'a Method,
+}
+
+/// What came with a head, and what is to come.
+struct Lead {
+    body: Decoder,
+    keep_alive: bool,
+    data: Bytes,
+    trailers: Option<Box<HeaderMap>>,
+}
+
+type Answer = Result<(Parts, Lead), Error>;
+
+impl Asking<'_> {
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<Answer> {
+        if let Some(outgoing) = &mut self.outgoing
+            && self.unsent.is_none()
+            && let Poll::Ready(sent) = outgoing.poll_send(cx, &mut self.conn.socket)
+        {
+            match sent {
+                Ok(()) => self.outgoing = None,
+                Err(SendError::Body(error)) => return Poll::Ready(Err(of_body(&error))),
+                Err(SendError::Io(error)) => self.unsent = Some(error),
+            }
+        }
+        loop {
+            let (came, method) = (&mut self.came, self.method);
+            let read = self
+                .conn
+                .poll_read(cx, |bytes| take_head(came, bytes, method));
+            let end = match ready!(read) {
+                Ok(Some(Ok(None))) => continue,
+                Ok(Some(Ok(Some(answer)))) => return Poll::Ready(Ok(answer)),
+                Ok(Some(Err(error))) => return Poll::Ready(Err(error)),
+                Ok(None) => io::ErrorKind::UnexpectedEof.into(),
+                Err(error) => error,
+            };
+            let error = self.unsent.take().unwrap_or(end);
+            return Poll::Ready(Err(self.broken(&error)));
+        }
+    }
+
+    /// The connection ended without an answer.
+    fn broken(&self, error: &io::Error) -> Error {
+        let begun = self.outgoing.as_ref().is_none_or(Outgoing::has_begun);
+        let retry = if begun {
+            Retry::NothingReceived
+        } else {
+            Retry::NothingSent
+        };
+        let (flag, reason) = if was_cut(error) {
+            (
+                Flag::UpstreamConnectionTermination,
+                "connection termination",
+            )
+        } else {
+            (Flag::UpstreamRemoteReset, "remote reset")
+        };
+        Error::upstream_reset(flag, reason, retry)
+    }
+
+    fn respond(self, parts: Parts, lead: Lead, endpoint: &Arc<Endpoint>) -> Response<ResponseBody> {
+        let mut incoming = Incoming {
+            lead: lead.data,
+            body: lead.body,
+            trailers: lead.trailers,
+            exchange: Some(Exchange {
+                conn: self.conn,
+                // What could not be sent is not tried again; the connection ends with the response.
+                outgoing: self.outgoing.map(Box::new),
+                is_cut: self.unsent.is_some(),
+                keep_alive: lead.keep_alive,
+                endpoint: endpoint.clone(),
+            }),
+        };
+        if incoming.body.is_done() {
+            incoming.release();
+        }
+        Response::from_parts(parts, incoming.boxed_unsync())
+    }
+}
+
+/// Looks for the head in what came before and in what just came. `None` is the connection's end.
+fn take_head(
+    came: &mut Vec<u8>,
+    bytes: &mut [u8],
+    method: &Method,
+) -> Option<Result<Option<(Parts, Lead)>, Error>> {
+    if bytes.is_empty() {
+        return None;
+    }
+    if came.is_empty() {
+        let found = answer(bytes, method);
+        if matches!(found, Ok(None)) {
+            came.extend_from_slice(bytes);
+        }
+        return Some(found);
+    }
+    came.extend_from_slice(bytes);
+    Some(match answer(came, method) {
+        Ok(None) if came.len() >= RESPONSE_HEAD_BYTES_MAX => Err(garbage()),
+        found => found,
+    })
+}
+
+fn answer(bytes: &mut [u8], method: &Method) -> Result<Option<(Parts, Lead)>, Error> {
+    let Some(head) = h1_response::read(bytes, method).map_err(|_| garbage())? else {
+        return Ok(None);
+    };
+    let rest = &mut bytes[head.used..];
+    let mut body = head.body;
+    let decoded = body.decode(rest).map_err(|_| garbage())?;
+    let lead = Lead {
+        // More than was announced: whatever it is, nobody asked for it.
+        keep_alive: head.keep_alive && decoded.used == rest.len(),
+        data: Bytes::copy_from_slice(&rest[..decoded.payload]),
+        trailers: decoded.trailers,
+        body,
+    };
+    Ok(Some((head.parts, lead)))
+}
+
+fn garbage() -> Error {
+    Error::upstream_reset(
+        Flag::UpstreamProtocolError,
+        "protocol error",
+        Retry::NothingReceived,
+    )
+}
+
+/// The request's body failed, not the upstream.
+fn of_body(error: &BodyError) -> Error {
+    match error.flag {
+        Flag::DownstreamConnectionTermination => {
+            Error::downstream_gone("the request body ended early")
+        }
+        Flag::DownstreamProtocolError => Error::downstream_garbage(),
+        _ => Error::upstream_reset(
+            Flag::UpstreamRemoteReset,
+            "remote reset",
+            Retry::NothingReceived,
+        ),
+    }
+}
+
+/// The connection was cut, by its peer or its peer's system.
+fn was_cut(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof, WriteZero};
+    matches!(
+        error.kind(),
+        ConnectionReset | BrokenPipe | ConnectionAborted | UnexpectedEof | WriteZero
+    )
+}
+
+/// The connection of a response that is not over.
+struct Exchange {
+    conn: Conn,
+    /// The rest of a request whose response began before it was sent.
+    outgoing: Option<Box<Outgoing>>,
+    /// The rest of the request cannot be sent.
+    is_cut: bool,
+    keep_alive: bool,
+    endpoint: Arc<Endpoint>,
 }
 
 /// A response body that drives its own connection.
-struct Exchange {
-    body: Incoming,
-    conn: Option<Box<Conn>>,
-    endpoint: Arc<Endpoint>,
-    /// An error or trailers met while bytes before them were still to be handed on.
-    held: Option<Result<Frame<Bytes>, BodyError>>,
+struct Incoming {
+    /// Came with the head.
+    lead: Bytes,
+    body: Decoder,
+    /// Come last.
+    trailers: Option<Box<HeaderMap>>,
+    /// Until the body is over, or broken.
+    exchange: Option<Exchange>,
+}
+
+impl Incoming {
+    /// The body has come whole: its connection is for others.
+    fn release(&mut self) {
+        if let Some(exchange) = self.exchange.take()
+            && exchange.keep_alive
+            && exchange.outgoing.is_none()
+        {
+            exchange.conn.keep(&exchange.endpoint);
+        }
+    }
+
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
+        let Some(exchange) = &mut self.exchange else {
+            return Poll::Ready(None);
+        };
+        if let Err(error) = exchange.poll_upload(cx) {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let body = &mut self.body;
+        let read = exchange.conn.poll_read(cx, |bytes| {
+            if bytes.is_empty() {
+                return Ok(None);
+            }
+            let decoded = body.decode(bytes)?;
+            let spare = decoded.used < bytes.len();
+            let data = Bytes::copy_from_slice(&bytes[..decoded.payload]);
+            Ok::<_, h1_decoder::Garbage>(Some((data, decoded.trailers, spare)))
+        });
+        match ready!(read) {
+            Ok(Ok(Some((data, trailers, spare)))) => {
+                self.trailers = trailers;
+                exchange.keep_alive &= !spare;
+                Poll::Ready(Some(Ok(data)))
+            }
+            Ok(Ok(None)) if self.body.may_close() => {
+                self.body = Decoder::Done;
+                exchange.keep_alive = false;
+                Poll::Ready(Some(Ok(Bytes::new())))
+            }
+            Ok(Ok(None)) => Poll::Ready(Some(Err(broke_off(&io::ErrorKind::UnexpectedEof.into())))),
+            Ok(Err(_)) => Poll::Ready(Some(Err(BodyError::new(
+                Flag::UpstreamProtocolError,
+                "the engine's response broke off: it is no HTTP",
+            )))),
+            Err(error) => Poll::Ready(Some(Err(broke_off(&error)))),
+        }
+    }
 }
 
 impl Exchange {
-    fn poll_one(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if frame.is_ready() {
-            return frame;
+    /// Sends on while the response comes.
+    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Result<(), BodyError> {
+        if let Some(outgoing) = &mut self.outgoing
+            && !self.is_cut
+            && let Poll::Ready(sent) = outgoing.poll_send(cx, &mut self.conn.socket)
+        {
+            match sent {
+                Ok(()) => self.outgoing = None,
+                Err(SendError::Body(error)) => return Err(error),
+                Err(SendError::Io(_)) => self.is_cut = true,
+            }
         }
-        if let Some(conn) = &mut self.conn {
-            let _ = Pin::new(&mut conn.driver).poll(cx);
-        }
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn release(&mut self, cx: &mut Context<'_>) {
-        if let Some(conn) = self.conn.take() {
-            conn.keep(&self.endpoint, cx);
-        }
+        Ok(())
     }
 }
 
-impl Body for Exchange {
+fn broke_off(error: &io::Error) -> BodyError {
+    // In the middle of a body an orderly end breaks HTTP; being cut does not.
+    let flag = if error.kind() == io::ErrorKind::UnexpectedEof {
+        Flag::UpstreamProtocolError
+    } else if was_cut(error) {
+        Flag::UpstreamConnectionTermination
+    } else {
+        Flag::UpstreamRemoteReset
+    };
+    BodyError::new(
+        flag,
+        format_args!("the engine's response broke off: {error}"),
+    )
+}
+
+impl Body for Incoming {
     type Data = Bytes;
     type Error = BodyError;
 
@@ -283,100 +498,43 @@ impl Body for Exchange {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        if let Some(held) = this.held.take() {
-            return Poll::Ready(Some(held));
+        if !this.lead.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut this.lead)))));
         }
-        let mut merged = Merged::default();
-        loop {
-            let held = match this.poll_one(cx) {
-                Poll::Pending => {
-                    return merged
-                        .finish()
-                        .map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(data))));
+        while !this.body.is_done() {
+            match ready!(this.poll_more(cx)) {
+                None => return Poll::Ready(None),
+                Some(Err(error)) => {
+                    this.exchange = None;
+                    return Poll::Ready(Some(Err(error)));
                 }
-                Poll::Ready(None) => {
-                    this.release(cx);
-                    return Poll::Ready(merged.finish().map(Ok));
-                }
-                Poll::Ready(Some(Err(error))) => {
-                    this.conn = None;
-                    Err(classify_body(&error))
-                }
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(data) => {
-                        merged.push(data);
-                        if this.body.is_end_stream() {
-                            this.release(cx);
-                            return Poll::Ready(merged.finish().map(Ok));
-                        }
-                        if merged.length() >= MERGE_BYTES_MAX {
-                            return Poll::Ready(merged.finish().map(Ok));
-                        }
-                        continue;
+                Some(Ok(data)) => {
+                    if this.body.is_done() {
+                        this.release();
                     }
-                    Err(trailers) => {
-                        this.release(cx);
-                        Ok(trailers)
+                    if !data.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
-                },
-            };
-            // What came before an error or trailers goes on first.
-            return Poll::Ready(Some(match merged.finish() {
-                Some(data) => {
-                    this.held = Some(held);
-                    Ok(data)
                 }
-                None => held,
-            }));
+            }
         }
+        let trailers = this.trailers.take();
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(*trailers))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.held.is_none() && self.body.is_end_stream()
+        self.lead.is_empty() && self.trailers.is_none() && self.body.is_done()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-impl Drop for Exchange {
-    fn drop(&mut self) {
-        // A body that ended without being polled for its end (HEAD, 204, exact length) leaves a usable connection.
-        if self.body.is_end_stream() && self.held.is_none() {
-            let mut cx = Context::from_waker(std::task::Waker::noop());
-            self.release(&mut cx);
-        }
-    }
-}
-
-/// Bytes that are ready together: one piece stays as it is, several are joined.
-#[derive(Default)]
-pub(super) struct Merged {
-    first: Option<Bytes>,
-    joined: BytesMut,
-}
-
-impl Merged {
-    pub(super) fn push(&mut self, data: Bytes) {
-        if self.joined.is_empty() {
-            match self.first.take() {
-                None => {
-                    self.first = Some(data);
-                    return;
-                }
-                Some(first) => self.joined.extend_from_slice(&first),
+        let lead = self.lead.len() as u64;
+        match self.body.left() {
+            Some(left) => SizeHint::with_exact(left + lead),
+            None => {
+                let mut hint = SizeHint::new();
+                hint.set_lower(lead);
+                hint
             }
         }
-        self.joined.extend_from_slice(&data);
-    }
-
-    pub(super) fn length(&self) -> usize {
-        self.joined.len() + self.first.as_ref().map_or(0, Bytes::len)
-    }
-
-    pub(super) fn finish(self) -> Option<Frame<Bytes>> {
-        let data = self.first.unwrap_or_else(|| self.joined.freeze());
-        (!data.is_empty()).then(|| Frame::data(data))
     }
 }

@@ -1,11 +1,14 @@
 //! HTTP/2 (prior knowledge) to an endpoint, in practice the inbound listener of another proxy.
 
 use super::{
-    H2_STREAMS_MAX, classify_body, connect::connect, h1::Merged, headers_within, unanswered,
+    H2_STREAMS_MAX,
+    connect::connect,
+    h2_error::{classify, classify_body},
+    headers_within,
 };
 use ahash::AHashMap;
-use bytes::Bytes;
-use http::{Request, Response};
+use bytes::{Bytes, BytesMut};
+use http::{Request, Response, Uri, Version, header, uri::PathAndQuery};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::{
@@ -14,8 +17,8 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use outrigger_filters::{
-    body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{Endpoint, SendOptions, Unanswered},
+    body::{BodyError, RequestBody, ResponseBody, UploadState},
+    endpoints::{Endpoint, SendOptions},
     error::{Error, Flag, Retry},
 };
 use outrigger_xds::resource::endpoint::Address;
@@ -145,34 +148,41 @@ fn failure() -> Error {
     )
 }
 
-/// One exchange.
+/// One exchange. The codec takes heads for good, so it gets a copy.
 pub(super) async fn send(
     endpoint: &Arc<Endpoint>,
-    request: Box<Request<RequestBody>>,
+    request: &mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Unanswered> {
+) -> Result<Response<ResponseBody>, Error> {
     let mut conn = match Conn::reuse(endpoint) {
         Some(conn) => conn,
         // Boxed, as it is rare.
-        None => match Box::pin(Conn::open(endpoint, options)).await {
-            Ok(conn) => conn,
-            Err(error) => {
-                let request = Some(request);
-                return Err(Unanswered { error, request });
-            }
-        },
+        None => Box::pin(Conn::open(endpoint, options)).await?,
     };
     let stream = Stream::new(conn.streams.clone());
-    let upload = request.body().upload();
-    let answer = conn.sender.try_send_request(*request);
+    let body = request.body_mut().hand_over();
+    let upload = body.upload();
+    let answer = conn.sender.try_send_request(copy(endpoint, request, body));
     let response = headers_within(
         options.headers_timeout,
         upload.as_ref(),
         Error::upstream_timeout,
         answer,
     )
-    .await?
-    .map_err(|error| unanswered(error, upload.as_ref()))?;
+    .await?;
+    let response = response.map_err(|mut error| {
+        let untouched = error.take_message();
+        let is_untouched = untouched.is_some();
+        if let Some(untouched) = untouched {
+            *request.body_mut() = untouched.into_body();
+        }
+        match upload.map(|upload| upload.state()) {
+            Some(UploadState::Broke) => Error::downstream_gone("the request body ended early"),
+            Some(UploadState::Malformed) => Error::downstream_garbage(),
+            _ if is_untouched => classify(&error.into_error()).retry(Retry::NothingSent),
+            _ => classify(&error.into_error()),
+        }
+    })?;
     Ok(response.map(|body| {
         Exchange {
             body,
@@ -181,6 +191,41 @@ pub(super) async fn send(
         }
         .boxed_unsync()
     }))
+}
+
+/// The head in HTTP/2's form, which needs `:scheme` and `:authority`, with this body.
+fn copy(
+    endpoint: &Endpoint,
+    request: &Request<RequestBody>,
+    body: RequestBody,
+) -> Request<RequestBody> {
+    let mut copy = Request::new(body);
+    *copy.method_mut() = request.method().clone();
+    *copy.version_mut() = Version::HTTP_2;
+    *copy.headers_mut() = request.headers().clone();
+    let host = copy.headers_mut().remove(header::HOST);
+    let uri = request.uri();
+    let authority = uri
+        .authority()
+        .cloned()
+        .or_else(|| host.and_then(|host| host.to_str().ok()?.parse().ok()))
+        .or_else(|| endpoint.address.to_string().parse().ok());
+    let path = uri.path_and_query().cloned();
+    let scheme = if endpoint.tls.is_some() {
+        "https"
+    } else {
+        "http"
+    };
+    let built = authority.and_then(|authority| {
+        Uri::builder()
+            .scheme(scheme)
+            .authority(authority)
+            .path_and_query(path.unwrap_or_else(|| PathAndQuery::from_static("/")))
+            .build()
+            .ok()
+    });
+    *copy.uri_mut() = built.unwrap_or_else(|| uri.clone());
+    copy
 }
 
 /// Counts one stream of a connection until dropped.
@@ -256,5 +301,36 @@ impl Body for Exchange {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// Bytes that are ready together: one piece stays as it is, several are joined.
+#[derive(Default)]
+struct Merged {
+    first: Option<Bytes>,
+    joined: BytesMut,
+}
+
+impl Merged {
+    fn push(&mut self, data: Bytes) {
+        if self.joined.is_empty() {
+            match self.first.take() {
+                None => {
+                    self.first = Some(data);
+                    return;
+                }
+                Some(first) => self.joined.extend_from_slice(&first),
+            }
+        }
+        self.joined.extend_from_slice(&data);
+    }
+
+    fn length(&self) -> usize {
+        self.joined.len() + self.first.as_ref().map_or(0, Bytes::len)
+    }
+
+    fn finish(self) -> Option<Frame<Bytes>> {
+        let data = self.first.unwrap_or_else(|| self.joined.freeze());
+        (!data.is_empty()).then(|| Frame::data(data))
     }
 }

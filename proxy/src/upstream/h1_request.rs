@@ -1,0 +1,238 @@
+//! A request on its way out over HTTP/1: its head serialised where it stands, its body as it comes.
+
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, Method, Request, header};
+use http_body::Body;
+use outrigger_filters::body::{BodyError, RequestBody};
+use std::{
+    cell::Cell,
+    io::{self, IoSlice, Write},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tokio::io::AsyncWrite;
+
+thread_local! {
+    /// For the next head: nearly always one write takes all of it.
+    static FRONT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Larger buffers are not kept for the next head.
+const FRONT_BYTES_KEPT_MAX: usize = 16 * 1024;
+
+/// What kept a request from being sent.
+#[derive(Debug)]
+pub(super) enum SendError {
+    /// The connection.
+    Io(io::Error),
+    /// Whoever sends the body.
+    Body(BodyError),
+}
+
+/// A request that is not written whole yet.
+pub(super) struct Outgoing {
+    /// The head, or what stands before a chunk; written up to `front_sent`.
+    front: Vec<u8>,
+    front_sent: usize,
+    /// Payload.
+    piece: Bytes,
+    /// What stands after it.
+    tail: &'static [u8],
+    body: RequestBody,
+    /// No more of the body is to be asked for.
+    is_read: bool,
+    chunked: bool,
+    began: bool,
+}
+
+impl Outgoing {
+    /// Of this head; nothing is written yet.
+    pub(super) fn new(head: &Request<RequestBody>, body: RequestBody) -> Self {
+        let mut front = FRONT.take();
+        front.clear();
+        let length = body.size_hint().exact();
+        write_head(&mut front, head, length);
+        Self {
+            front,
+            front_sent: 0,
+            piece: Bytes::new(),
+            tail: b"",
+            is_read: length == Some(0) && body.is_end_stream(),
+            body,
+            chunked: length.is_none(),
+            began: false,
+        }
+    }
+
+    /// Whether anything of it has left, or of the body was read.
+    pub(super) fn has_begun(&self) -> bool {
+        self.began
+    }
+
+    /// The body again, of a request of which nothing was sent.
+    pub(super) fn into_body(mut self) -> RequestBody {
+        std::mem::replace(&mut self.body, RequestBody::empty())
+    }
+
+    /// Sends what can be sent; ready when all was.
+    pub(super) fn poll_send<S: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut S,
+    ) -> Poll<Result<(), SendError>> {
+        loop {
+            let mut waits = false;
+            if !self.is_read && self.piece.is_empty() && self.tail.is_empty() {
+                match Pin::new(&mut self.body).poll_frame(cx) {
+                    Poll::Pending => waits = true,
+                    Poll::Ready(Some(Err(error))) => {
+                        return Poll::Ready(Err(SendError::Body(error)));
+                    }
+                    Poll::Ready(frame) => self.load(frame.and_then(Result::ok)),
+                }
+            }
+            if self.front.len() == self.front_sent && self.piece.is_empty() && self.tail.is_empty()
+            {
+                let flushed = Pin::new(&mut *socket).poll_flush(cx).map_err(SendError::Io);
+                ready!(flushed)?;
+                return match (self.is_read, waits) {
+                    (true, _) => Poll::Ready(Ok(())),
+                    (false, true) => Poll::Pending,
+                    (false, false) => continue,
+                };
+            }
+            let slices = [
+                IoSlice::new(&self.front[self.front_sent..]),
+                IoSlice::new(&self.piece),
+                IoSlice::new(self.tail),
+            ];
+            let sent = ready!(Pin::new(&mut *socket).poll_write_vectored(cx, &slices));
+            let sent = sent.map_err(SendError::Io)?;
+            if sent == 0 {
+                return Poll::Ready(Err(SendError::Io(io::ErrorKind::WriteZero.into())));
+            }
+            self.began = true;
+            self.advance(sent);
+        }
+    }
+
+    /// Makes the next frame ready to be written.
+    fn load(&mut self, frame: Option<http_body::Frame<Bytes>>) {
+        self.began = true;
+        let Some(frame) = frame else {
+            return self.end(None);
+        };
+        match frame.into_data() {
+            Ok(piece) => {
+                self.is_read = self.body.is_end_stream();
+                if self.chunked && !piece.is_empty() {
+                    self.write_front(format_args!("{:x}\r\n", piece.len()));
+                    self.tail = if self.is_read {
+                        b"\r\n0\r\n\r\n"
+                    } else {
+                        b"\r\n"
+                    };
+                } else if self.chunked && self.is_read {
+                    self.end(None);
+                }
+                self.piece = piece;
+            }
+            Err(frame) => self.end(frame.into_trailers().ok().as_ref()),
+        }
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
+        self.is_read = true;
+        if !self.chunked {
+            return;
+        }
+        self.write_front(format_args!("0\r\n"));
+        for (name, value) in trailers.into_iter().flatten() {
+            write_field(&mut self.front, name.as_str(), value.as_bytes());
+        }
+        self.tail = b"\r\n";
+    }
+
+    fn write_front(&mut self, text: std::fmt::Arguments<'_>) {
+        self.front
+            .write_fmt(text)
+            .expect("invariant: a Vec takes everything");
+    }
+
+    fn advance(&mut self, mut sent: usize) {
+        let of_front = sent.min(self.front.len() - self.front_sent);
+        self.front_sent += of_front;
+        sent -= of_front;
+        if self.front_sent == self.front.len() {
+            self.front_sent = 0;
+            self.front.clear();
+        }
+        let of_piece = sent.min(self.piece.len());
+        self.piece.advance(of_piece);
+        self.tail = &self.tail[sent - of_piece..];
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        if self.front.capacity() <= FRONT_BYTES_KEPT_MAX {
+            FRONT.set(std::mem::take(&mut self.front));
+        }
+    }
+}
+
+/// Request line and fields. The target is path and query; an authority in it is what the request was routed by, and
+/// replaces whatever `host` says (RFC 9112, 3.2.2). `length` is the body's; none is chunked.
+fn write_head(out: &mut Vec<u8>, request: &Request<RequestBody>, length: Option<u64>) {
+    let uri = request.uri();
+    out.extend_from_slice(request.method().as_str().as_bytes());
+    out.push(b' ');
+    let target = uri.path_and_query().map_or("/", |target| target.as_str());
+    out.extend_from_slice(target.as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+    let authority = uri.authority();
+    if let Some(authority) = authority {
+        write_field(out, "host", authority.as_str().as_bytes());
+    }
+    let mut is_framed = false;
+    for (name, value) in request.headers() {
+        if *name == header::TRANSFER_ENCODING || *name == header::HOST && authority.is_some() {
+            continue;
+        }
+        if *name == header::CONTENT_LENGTH {
+            // What is sent is what counts, and it is said once, in the same place.
+            if let (Some(length), false) = (length, is_framed) {
+                write_length(out, length);
+                is_framed = true;
+            }
+            continue;
+        }
+        write_field(out, name.as_str(), value.as_bytes());
+    }
+    match length {
+        None => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+        Some(0) if is_framed || !usually_has_content(request.method()) => {}
+        Some(length) if !is_framed => write_length(out, length),
+        Some(_) => {}
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn write_length(out: &mut Vec<u8>, length: u64) {
+    write!(out, "content-length: {length}\r\n").expect("invariant: a Vec takes everything");
+}
+
+fn write_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// A method that usually brings content says so when it brings none, as in Envoy.
+pub(super) fn usually_has_content(method: &Method) -> bool {
+    !matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT | Method::TRACE
+    )
+}
