@@ -6,7 +6,7 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load},
@@ -19,7 +19,7 @@ use std::{
     any::Any,
     fmt,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -259,6 +259,8 @@ pub struct EndpointStats {
     pub connections_active: AtomicU64,
     /// Prompt tokens of requests in flight here whose first token has not come, less predicted hits.
     pub prefill_tokens: AtomicU64,
+    /// Its name as a header, made when it is first told.
+    pub id_header: OnceLock<Option<HeaderValue>>,
     /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
     pub inhibited_until_ms: AtomicU64,
 }
@@ -274,6 +276,13 @@ pub fn clock_ms() -> u64 {
 pub const INHIBIT_MS: u64 = 1_000;
 
 impl Endpoint {
+    /// Its name in the fleet as a header; `None` if it cannot be one.
+    #[must_use]
+    pub fn id_header(&self) -> Option<HeaderValue> {
+        let made = || HeaderValue::from_str(&self.id.0).ok();
+        self.stats.id_header.get_or_init(made).clone()
+    }
+
     /// May a request go there? An endpoint nothing is told of (an ordinary server) is alive until it fails.
     #[must_use]
     pub fn is_alive(&self) -> bool {

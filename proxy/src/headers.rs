@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use http_body::Body as _;
 use outrigger_filters::body::{ResponseBody, empty};
 use rand::RngCore;
-use std::{fmt::Write as _, net::IpAddr};
+use std::net::IpAddr;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -178,10 +178,14 @@ pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
 }
 
 /// Tells the upstream who the client is.
-pub(crate) fn external_address(headers: &mut HeaderMap, client: IpAddr) {
-    if let Ok(value) = HeaderValue::try_from(client.to_canonical().to_string()) {
-        headers.insert(EXTERNAL_ADDRESS, value);
-    }
+pub(crate) fn external_address(headers: &mut HeaderMap, client: &HeaderValue) {
+    headers.insert(EXTERNAL_ADDRESS, client.clone());
+}
+
+/// An address as it stands in headers.
+pub(crate) fn address(ip: IpAddr) -> HeaderValue {
+    HeaderValue::try_from(ip.to_canonical().to_string())
+        .expect("invariant: an address has only digits, letters, dots and colons")
 }
 
 /// The answer to HEAD: the length of a body that is not sent.
@@ -263,16 +267,18 @@ pub(crate) fn trace_id(traceparent: &str) -> &str {
 }
 
 /// Appends the peer's address to `x-forwarded-for`.
-pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: IpAddr) {
-    let mut text = String::with_capacity(16);
-    if seen.forwarded_for {
-        // Several lines are one list.
-        for line in headers.get_all(FORWARDED_FOR) {
-            text.push_str(line.to_str().unwrap_or_default());
-            text.push(',');
-        }
+pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: &HeaderValue) {
+    if !seen.forwarded_for {
+        headers.insert(FORWARDED_FOR, peer.clone());
+        return;
     }
-    let _ = write!(text, "{}", peer.to_canonical());
+    let mut text = String::new();
+    // Several lines are one list.
+    for line in headers.get_all(FORWARDED_FOR) {
+        text.push_str(line.to_str().unwrap_or_default());
+        text.push(',');
+    }
+    text.push_str(peer.to_str().unwrap_or_default());
     if let Ok(value) = HeaderValue::try_from(text) {
         headers.insert(FORWARDED_FOR, value);
     }

@@ -69,6 +69,8 @@ pub struct Manager {
 pub struct ConnectionInfo {
     /// The client (or peer).
     pub remote: SocketAddr,
+    /// Its address as each of its requests tells it.
+    pub(crate) address: HeaderValue,
     /// Our side.
     pub local: SocketAddr,
     /// Unique in this process.
@@ -85,6 +87,7 @@ impl ConnectionInfo {
     pub fn new(remote: SocketAddr, local: SocketAddr, id: u64, tls: Option<Arc<TlsFacts>>) -> Self {
         Self {
             remote,
+            address: headers::address(remote.ip()),
             local,
             id,
             tls,
@@ -204,8 +207,8 @@ impl Manager {
             headers::strip_envoy(fields, at_edge);
         }
         if at_edge {
-            headers::append_forwarded_for(fields, &seen, connection.remote.ip());
-            headers::external_address(fields, connection.remote.ip());
+            headers::append_forwarded_for(fields, &seen, &connection.address);
+            headers::external_address(fields, &connection.address);
         }
         if at_edge || !seen.forwarded_proto {
             let scheme = if connection.tls.is_some() {

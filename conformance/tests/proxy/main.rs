@@ -21,3 +21,4 @@ mod routes;
 mod streams;
 mod tls;
 mod token_limits;
+mod upstream_h1;

@@ -202,6 +202,9 @@ struct Details {
 }
 
 fn read(object: &[u8], api: Api) -> Usage {
+    if object.is_empty() {
+        return Usage::default();
+    }
     let Ok(counts) = serde_json::from_slice::<Counts>(object) else {
         return Usage::default();
     };

@@ -281,7 +281,7 @@ impl<'a> Attempt<'a> {
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {
-        if let Ok(id) = HeaderValue::from_str(&self.target.endpoint.id.0) {
+        if let Some(id) = self.target.endpoint.id_header() {
             headers.insert(ENDPOINT_HEADER, id);
         }
         if context.prompt.tokens == 0 {
@@ -387,11 +387,12 @@ impl<'a> Attempt<'a> {
         if context.route.inbound {
             return;
         }
-        headers.insert(
-            SERVICE_TIME_HEADER,
-            HeaderValue::from(started.elapsed().as_millis() as u64),
-        );
-        if let Ok(id) = HeaderValue::from_str(&self.target.endpoint.id.0) {
+        let mut digits = itoa::Buffer::new();
+        let elapsed = digits.format(started.elapsed().as_millis() as u64);
+        if let Ok(elapsed) = HeaderValue::from_str(elapsed) {
+            headers.insert(SERVICE_TIME_HEADER, elapsed);
+        }
+        if let Some(id) = self.target.endpoint.id_header() {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }

@@ -19,7 +19,9 @@ impl Escape {
     /// Appends `bytes`, cut to `bytes_max` of them at a character boundary.
     pub(super) fn append(self, bytes: &[u8], bytes_max: Option<usize>, out: &mut Vec<u8>) {
         let bytes = cut(bytes, bytes_max);
-        if self == Self::Nothing || bytes.iter().all(|byte| is_plain(*byte)) {
+        // Without a way out in the middle, the compiler looks at many bytes at once.
+        let plain = || bytes.iter().fold(true, |all, byte| all & is_plain(*byte));
+        if self == Self::Nothing || plain() {
             out.extend_from_slice(bytes);
             return;
         }

@@ -6,7 +6,7 @@
 use super::{
     IDLE_CONNECTIONS_MAX, IDLE_MS_MAX,
     connect::{OpenConnection, connect},
-    h1_decoder::{self, Decoder},
+    h1_decoder::Decoder,
     h1_request::{Outgoing, SendError},
     h1_response::{self, RESPONSE_HEAD_BYTES_MAX},
     headers_within,
@@ -343,7 +343,7 @@ fn answer(bytes: &mut [u8], method: &Method) -> Result<Option<(Parts, Lead)>, Er
     };
     let rest = &mut bytes[head.used..];
     let mut body = head.body;
-    let decoded = body.decode(rest).map_err(|_| garbage())?;
+    let decoded = body.decode(rest);
     let lead = Lead {
         // More than was announced: whatever it is, nobody asked for it.
         keep_alive: head.keep_alive && decoded.used == rest.len(),
@@ -423,35 +423,37 @@ impl Incoming {
         let Some(exchange) = &mut self.exchange else {
             return Poll::Ready(None);
         };
+        if self.body == Decoder::Broken {
+            return Poll::Ready(Some(Err(BodyError::new(
+                Flag::UpstreamProtocolError,
+                "the engine's response broke off: what came is no HTTP",
+            ))));
+        }
         if let Err(error) = exchange.poll_upload(cx) {
             return Poll::Ready(Some(Err(error)));
         }
         let body = &mut self.body;
         let read = exchange.conn.poll_read(cx, |bytes| {
             if bytes.is_empty() {
-                return Ok(None);
+                return None;
             }
-            let decoded = body.decode(bytes)?;
+            let decoded = body.decode(bytes);
             let spare = decoded.used < bytes.len();
             let data = Bytes::copy_from_slice(&bytes[..decoded.payload]);
-            Ok::<_, h1_decoder::Garbage>(Some((data, decoded.trailers, spare)))
+            Some((data, decoded.trailers, spare))
         });
         match ready!(read) {
-            Ok(Ok(Some((data, trailers, spare)))) => {
+            Ok(Some((data, trailers, spare))) => {
                 self.trailers = trailers;
                 exchange.keep_alive &= !spare;
                 Poll::Ready(Some(Ok(data)))
             }
-            Ok(Ok(None)) if self.body.may_close() => {
+            Ok(None) if self.body.may_close() => {
                 self.body = Decoder::Done;
                 exchange.keep_alive = false;
                 Poll::Ready(Some(Ok(Bytes::new())))
             }
-            Ok(Ok(None)) => Poll::Ready(Some(Err(broke_off(&io::ErrorKind::UnexpectedEof.into())))),
-            Ok(Err(_)) => Poll::Ready(Some(Err(BodyError::new(
-                Flag::UpstreamProtocolError,
-                "the engine's response broke off: it is no HTTP",
-            )))),
+            Ok(None) => Poll::Ready(Some(Err(broke_off(&io::ErrorKind::UnexpectedEof.into())))),
             Err(error) => Poll::Ready(Some(Err(broke_off(&error)))),
         }
     }

@@ -22,6 +22,8 @@ pub(super) enum Decoder {
     UntilClose,
     /// Chunks.
     Chunked(Chunked),
+    /// What came last breaks the grammar, or a limit.
+    Broken,
 }
 
 /// Where in a chunked body we are.
@@ -54,7 +56,7 @@ enum State {
 
 /// The bytes are no body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Garbage;
+struct Garbage;
 
 /// What [`Decoder::decode`] found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -88,18 +90,22 @@ impl Decoder {
         match self {
             Self::Done => Some(0),
             Self::Length(left) => Some(*left),
-            Self::UntilClose | Self::Chunked(_) => None,
+            Self::UntilClose | Self::Chunked(_) | Self::Broken => None,
         }
     }
 
-    /// Moves the payload among `bytes` to their front.
-    ///
-    /// # Errors
-    /// They break the grammar, or a limit.
-    pub(super) fn decode(&mut self, bytes: &mut [u8]) -> Result<Decoded, Garbage> {
+    /// Moves the payload among `bytes` to their front: all there is, or what stands before a break.
+    pub(super) fn decode(&mut self, bytes: &mut [u8]) -> Decoded {
         let mut decoded = Decoded::default();
+        if self.try_decode(bytes, &mut decoded).is_err() {
+            *self = Self::Broken;
+        }
+        decoded
+    }
+
+    fn try_decode(&mut self, bytes: &mut [u8], decoded: &mut Decoded) -> Result<(), Garbage> {
         match self {
-            Self::Done => {}
+            Self::Done | Self::Broken => {}
             Self::UntilClose => {
                 decoded.payload = bytes.len();
                 decoded.used = bytes.len();
@@ -115,13 +121,13 @@ impl Decoder {
                 }
             }
             Self::Chunked(chunked) => {
-                if chunked.decode(bytes, &mut decoded)? {
+                if chunked.decode(bytes, decoded)? {
                     decoded.trailers = parse_trailers(&chunked.trailers)?;
                     *self = Self::Done;
                 }
             }
         }
-        Ok(decoded)
+        Ok(())
     }
 }
 
@@ -250,7 +256,10 @@ mod tests {
         let (mut payload, mut trailers, mut at) = (Vec::new(), 0, 0);
         while at < wire.len() && !decoder.is_done() {
             let mut piece = wire[at..wire.len().min(at + step)].to_vec();
-            let decoded = decoder.decode(&mut piece)?;
+            let decoded = decoder.decode(&mut piece);
+            if decoder == Decoder::Broken {
+                return Err(Garbage);
+            }
             payload.extend_from_slice(&piece[..decoded.payload]);
             trailers += decoded.trailers.map_or(0, |trailers| trailers.len());
             assert!(decoded.used == piece.len() || decoder.is_done());
@@ -314,6 +323,17 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_before_a_break_is_not_lost() {
+        let mut decoder = Decoder::chunked();
+        let mut wire = *b"3\r\none\r\nzz";
+        let decoded = decoder.decode(&mut wire);
+        assert_eq!(
+            (&wire[..decoded.payload], decoder),
+            (&b"one"[..], Decoder::Broken)
+        );
+    }
+
+    #[test]
     fn extensions_and_trailers_have_an_end() {
         for begin in ["1;", "0\r\nx: "] {
             let mut wire = begin.as_bytes().to_vec();
@@ -329,10 +349,10 @@ mod tests {
             Ok((b"one".to_vec(), 0, 1))
         );
         let mut decoder = Decoder::Length(3);
-        decoder.decode(&mut [b'o']).unwrap();
+        decoder.decode(&mut [b'o']);
         assert_eq!((decoder.left(), decoder.may_close()), (Some(2), false));
         let mut decoder = Decoder::UntilClose;
-        decoder.decode(&mut [b'o']).unwrap();
+        decoder.decode(&mut [b'o']);
         assert_eq!((decoder.left(), decoder.may_close()), (None, true));
     }
 

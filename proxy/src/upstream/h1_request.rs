@@ -219,7 +219,11 @@ fn write_head(out: &mut Vec<u8>, request: &Request<RequestBody>, length: Option<
 }
 
 fn write_length(out: &mut Vec<u8>, length: u64) {
-    write!(out, "content-length: {length}\r\n").expect("invariant: a Vec takes everything");
+    write_field(
+        out,
+        "content-length",
+        itoa::Buffer::new().format(length).as_bytes(),
+    );
 }
 
 fn write_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {

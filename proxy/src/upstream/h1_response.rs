@@ -13,6 +13,9 @@ pub(super) const RESPONSE_HEAD_BYTES_MAX: usize = 60 * 1024;
 /// Most fields of a response head, as in Envoy.
 pub(super) const RESPONSE_HEADERS_MAX: usize = 100;
 
+/// Room for the fields that the proxy adds to a head, so that adding them moves nothing.
+const HEADERS_ADDED: usize = 6;
+
 /// The bytes are no response, or none that can be trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Garbage;
@@ -71,7 +74,7 @@ fn read_one(bytes: &[u8]) -> Result<Option<(Parts, usize)>, Garbage> {
     // One copy of the head; its values are parts of it.
     let head = Bytes::copy_from_slice(&bytes[..used]);
     let base = bytes.as_ptr() as usize;
-    let mut headers = HeaderMap::with_capacity(found.headers.len());
+    let mut headers = HeaderMap::with_capacity(found.headers.len() + HEADERS_ADDED);
     for field in found.headers.iter() {
         let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| Garbage)?;
         let start = field.value.as_ptr() as usize - base;
