@@ -6,6 +6,7 @@
 
 mod observe;
 mod parse;
+mod scan;
 mod tenants;
 mod usage;
 
