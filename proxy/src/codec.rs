@@ -10,7 +10,8 @@ use crate::{
     tls::Stream,
 };
 use gate::Gate;
-use hyper::service::service_fn;
+use http::{Request, Version};
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -25,6 +26,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::time::Instant;
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -50,10 +52,12 @@ pub(crate) async fn serve(
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
     let (gate_manager, gate_info) = (manager.clone(), info.clone());
-    let asked = AtomicBool::new(false);
-    let asked = &asked;
-    let service = service_fn(move |request| {
+    let (asked, is_h2) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (asked, is_h2) = (&asked, &is_h2);
+    let exchange = info.clone();
+    let service = service_fn(move |request: Request<Incoming>| {
         asked.store(true, Relaxed);
+        is_h2.store(request.version() == Version::HTTP_2, Relaxed);
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
@@ -63,7 +67,8 @@ pub(crate) async fn serve(
     ));
     let mut draining = pin!(drain.begun());
     let mut drained = false;
-    // hyper's own timers begin with the first bytes (HTTP/1) or never (HTTP/2): this one is for who asks nothing at all.
+    // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
+    // HTTP/2 has it for who asks nothing at all.
     let mut silent = pin!(tokio::time::sleep(idle));
     let outcome = loop {
         tokio::select! {
@@ -78,9 +83,13 @@ pub(crate) async fn serve(
                     return;
                 }
             }
-            () = &mut silent, if !idle.is_zero() && !asked.load(Relaxed) => {
-                stats.downstream_cx_idle_timeout.increment(1);
-                return;
+            () = &mut silent, if !idle.is_zero() && !is_h2.load(Relaxed) => {
+                let rest = exchange.exchange.rest().unwrap_or_default();
+                if rest >= idle {
+                    stats.downstream_cx_idle_timeout.increment(1);
+                    return;
+                }
+                silent.as_mut().reset(Instant::now() + idle - rest);
             }
         }
     };
@@ -120,11 +129,7 @@ fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
         Codec::Http1 => builder.http1_only(),
         Codec::Http2 => builder.http2_only(),
     };
-    let idle = Some(config.idle_timeout).filter(|idle| !idle.is_zero());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(idle);
+    builder.http1().header_read_timeout(None);
     builder
         .http2()
         .timer(TokioTimer::new())
