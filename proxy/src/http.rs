@@ -240,11 +240,8 @@ impl Manager {
             Some(id) => id.into(),
             None if manager.generate_request_id => {
                 let id = headers::new_request_id();
-                let shared = Arc::from(id.as_str());
-                if let Ok(value) = HeaderValue::try_from(id) {
-                    fields.insert(headers::REQUEST_ID, value);
-                }
-                shared
+                fields.insert(headers::REQUEST_ID, id.value());
+                id.as_str().into()
             }
             None => Arc::default(),
         };
@@ -256,11 +253,8 @@ impl Manager {
             Some(id) => id.into(),
             None => {
                 let parent = headers::new_traceparent();
-                let id = headers::trace_id(&parent).into();
-                if let Ok(value) = HeaderValue::try_from(parent) {
-                    fields.insert(headers::TRACEPARENT, value);
-                }
-                id
+                fields.insert(headers::TRACEPARENT, parent.value());
+                headers::trace_id(parent.as_str()).into()
             }
         };
     }
