@@ -14,6 +14,7 @@ mod tests;
 pub use connection::Limits;
 
 use outrigger_filters::{endpoints::ClusterView, services::Serving};
+use outrigger_xds::report::EngineId;
 use serde_json::Value;
 use std::{
     future::Future,
@@ -41,6 +42,8 @@ pub struct AdminState {
     pub options: Value,
     /// Id and cluster of this node.
     pub node: (String, String),
+    /// Tells peers that an engine beside us is to be left, or no longer.
+    pub leave: Arc<dyn Fn(&EngineId, bool) + Send + Sync>,
     /// Begins a drain.
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what

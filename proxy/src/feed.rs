@@ -25,7 +25,7 @@ use outrigger_xds::{
         self, FeedBody, FeedError, FeedMessage, FeedSource, FeedStream, FeedSubscription,
         FeedTimeouts,
     },
-    report::{EngineId, KvSnapshot, Load},
+    report::{EngineId, EngineState, Health, KvSnapshot, Load},
     resource::endpoint::Address,
 };
 use std::{
@@ -75,6 +75,11 @@ impl LocalFeed {
             beside: watch::Sender::default(),
             logged: Arc::default(),
         })
+    }
+
+    /// Tells that an engine is to be left, or no longer.
+    pub fn leave(&self, engine: &EngineId, leaving: bool) {
+        self.ledgers.open(engine).leave(leaving);
     }
 
     /// Tells of exactly these engines.
@@ -128,11 +133,23 @@ struct Telling {
 
 struct Told {
     ledger: Arc<Ledger>,
+    /// As its engine is, and whether it was told that it is to be left.
+    state: Option<EngineState>,
+    left: bool,
     load: Load,
     /// When `load` was told.
     at: Instant,
     epoch: u64,
     seq: u64,
+}
+
+impl Told {
+    /// An engine that is to be left drains, as far as others are told.
+    fn color(&self, state: &mut EngineState) {
+        if self.left && state.health == Health::Healthy {
+            state.health = Health::Draining;
+        }
+    }
 }
 
 impl Telling {
@@ -167,6 +184,8 @@ impl Telling {
             .entry(message.engine.clone())
             .or_insert_with(|| Told {
                 ledger: ledgers.open(&message.engine),
+                state: None,
+                left: false,
                 load: Load::default(),
                 at: Instant::now(),
                 epoch: message.epoch,
@@ -177,6 +196,11 @@ impl Telling {
             told.ledger.fill(load);
             told.load = load.clone();
             told.at = Instant::now();
+        }
+        if let FeedBody::State(state) = &mut message.body {
+            told.state = Some(state.clone());
+            told.left = told.ledger.is_left();
+            told.color(state);
         }
         message
     }
@@ -223,6 +247,18 @@ impl Telling {
     /// Queues a load message for every engine whose account changed since it was last told.
     fn collect(&mut self) {
         for (engine, told) in &mut self.told {
+            if told.left != told.ledger.is_left()
+                && let Some(mut state) = told.state.clone()
+            {
+                told.left = !told.left;
+                told.color(&mut state);
+                self.queue.push_back(FeedMessage {
+                    engine: engine.clone(),
+                    epoch: told.epoch,
+                    seq: told.seq,
+                    body: FeedBody::State(state),
+                });
+            }
             let mut load = told.load.clone();
             told.ledger.fill(&mut load);
             if load != told.load {
@@ -687,6 +723,34 @@ mod tests {
         assert_eq!(next(&mut heard).await, Some(gone));
         drop(entered);
         assert_eq!(next(&mut heard).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_is_to_be_left_is_told_as_draining_until_it_is_not() {
+        let (local, _ledgers, senders) = feed(1);
+        local.configure(beside(&["e"]));
+        let mut heard = local.subscribe();
+        let well = EngineState {
+            health: Health::Healthy,
+            ..EngineState::default()
+        };
+        let well = message("e", FeedBody::State(well));
+        senders[0].send(well.clone()).unwrap();
+        assert_eq!(next(&mut heard).await, Some(well.clone()));
+        for leaving in [true, false] {
+            local.leave(&"e".into(), leaving);
+            let FeedBody::State(told) = next(&mut heard).await.unwrap().body else {
+                panic!("a state")
+            };
+            assert_eq!(told.health == Health::Draining, leaving);
+        }
+        local.leave(&"e".into(), true);
+        assert!(next(&mut heard).await.is_some());
+        senders[0].send(well).unwrap();
+        let FeedBody::State(told) = next(&mut heard).await.unwrap().body else {
+            panic!("a state")
+        };
+        assert_eq!(told.health, Health::Draining, "whatever its adapter says");
     }
 
     #[tokio::test(start_paused = true)]

@@ -267,6 +267,7 @@ fn assemble(
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
+        migration: Arc::default(),
         token_limits: Arc::default(),
         serving: drain.serving.clone(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
@@ -467,7 +468,8 @@ fn admin_state(
     (options, log): (serde_json::Value, Option<LogHandle>),
     addresses: &HashMap<String, SocketAddr>,
 ) -> admin::AdminState {
-    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) = (
+    let (for_state, for_dump, for_clusters, for_leave, for_drain, for_logs, for_quit) = (
+        shared.clone(),
         shared.clone(),
         shared.clone(),
         shared.clone(),
@@ -493,6 +495,7 @@ fn admin_state(
         options,
         node: (node.id, node.cluster),
         serving: shared.drain.serving.clone(),
+        leave: Arc::new(move |engine, leaving| for_leave.local.leave(engine, leaving)),
         on_drain: Arc::new(move || for_drain.drain.begin()),
         set_log_level: match log {
             Some(log) => Arc::new(move |directives: &str| log.set(directives)),
