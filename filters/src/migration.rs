@@ -15,9 +15,9 @@ mod splice;
 mod tests;
 
 use crate::{
-    body::RequestBody,
+    body::{RequestBody, ResponseBody},
     error::{Error, Flag, Origin},
-    filter::{Context, Handled, HttpFilter, Next},
+    filter::{Context, Handled, HttpFilter, Next, StreamObserver},
     openai::{Api, OpenAiRequest, Prompt},
     registry,
     services::Services,
@@ -27,6 +27,7 @@ use body::{Leg, Migrating, Report};
 pub use budget::Shared;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::BodyExt;
 use outrigger_xds::report::EngineKind;
 use resume::Call;
 use serde::Deserialize;
@@ -132,7 +133,7 @@ impl HttpFilter for Migration {
             let above = std::mem::take(&mut context.observers);
             let mut answer = next.run(request, context).await;
             if context.deaths >= SUSPECT_DEATHS && answer.is_err() {
-                answer = run_alone(&call, context).await;
+                answer = run_alone(&call, context, answer).await;
             }
             let below = std::mem::replace(&mut context.observers, above);
             let response = answer?;
@@ -154,7 +155,7 @@ fn is_ours(openai: &OpenAiRequest) -> bool {
 }
 
 /// A stream that has begun well, and is not compressed.
-fn is_stream(response: &Response<crate::body::ResponseBody>) -> bool {
+fn is_stream(response: &Response<ResponseBody>) -> bool {
     let headers = response.headers();
     response.status() == StatusCode::OK
         && sse::is_event_stream(headers)
@@ -206,8 +207,13 @@ fn ask_for_ids(request: &mut Request<RequestBody>) {
 async fn run_alone(
     call: &Arc<Call>,
     context: &mut Context,
-) -> Result<Response<crate::body::ResponseBody>, Error> {
-    let _alone = call.policy.services.migration.alone.acquire().await;
+    before: Result<Response<ResponseBody>, Error>,
+) -> Result<Response<ResponseBody>, Error> {
+    let shared = &call.policy.services.migration;
+    let turn = tokio::time::timeout(call.policy.config.stall(), shared.alone.acquire()).await;
+    let Ok(_alone) = turn else {
+        return before;
+    };
     let (request, mut attempt) = call.first_again(context);
     attempt.deaths_max = context.deaths + 1;
     let answer = Next::new(&call.chain).run(request, &mut attempt).await;
@@ -232,12 +238,12 @@ async fn run_alone(
 
 /// Puts the stream under watch.
 fn follow(
-    response: Response<crate::body::ResponseBody>,
+    response: Response<ResponseBody>,
     call: Arc<Call>,
     openai: Arc<OpenAiRequest>,
     context: &mut Context,
-    below: Vec<Box<dyn crate::filter::StreamObserver>>,
-) -> Response<crate::body::ResponseBody> {
+    below: Vec<Box<dyn StreamObserver>>,
+) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     let leg = Leg::new(body, below, context.log.upstream_host.clone());
@@ -247,5 +253,5 @@ fn follow(
         .push(Box::new(body::Reporter(report.clone())));
     context.watches_gaps = true;
     let body = Migrating::new(call, openai, leg, report, context.deaths);
-    Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
+    Response::from_parts(parts, body.boxed_unsync())
 }

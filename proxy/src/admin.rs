@@ -43,7 +43,7 @@ pub struct AdminState {
     /// Id and cluster of this node.
     pub node: (String, String),
     /// Tells peers that an engine beside us is to be left, or no longer.
-    pub leave: Arc<dyn Fn(&EngineId, bool) + Send + Sync>,
+    pub leave: Arc<Leave>,
     /// Begins a drain.
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what
@@ -54,6 +54,9 @@ pub struct AdminState {
     /// Ends the process in good order.
     pub quit: Arc<dyn Fn() + Send + Sync>,
 }
+
+/// Takes the name of an engine, and whether it is to be left.
+pub type Leave = dyn Fn(&EngineId, bool) + Send + Sync;
 
 /// Takes log directives, gives those in force or what is wrong.
 pub type SetLogLevel = dyn Fn(&str) -> Result<String, String> + Send + Sync;

@@ -278,8 +278,7 @@ fn assemble(
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let service = feed::service(local.clone(), runtime.clone(), drain.clone());
     let sinks = Sinks::default();
-    let mut managers = HashMap::new();
-    let mut bound = Vec::new();
+    let (mut managers, mut bound) = (HashMap::new(), Vec::new());
     for listener in &bootstrap.listeners {
         let logs =
             AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;

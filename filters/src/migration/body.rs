@@ -18,7 +18,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http_body::{Body, Frame};
 use outrigger_xds::{
-    report::{EngineId, Health},
+    report::{EngineId, EngineKind, Health},
     resource::endpoint::HealthStatus,
 };
 use std::{
@@ -117,6 +117,8 @@ pub(super) struct Migrating {
     report: Arc<Report>,
     last: Instant,
     timer: Option<Pin<Box<Sleep>>>,
+    /// How much text the engine holds back for stop strings.
+    lag_is_known: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
     stall: Duration,
@@ -138,7 +140,7 @@ impl Migrating {
         let gap = openai.limits.inter_token_timeout;
         let stall = policy.config.stall();
         let now = Instant::now();
-        Self {
+        let mut body = Self {
             splice: Splice::new(recipe::asked(&openai), held),
             state: State::Live,
             broke: None,
@@ -153,6 +155,7 @@ impl Migrating {
             report,
             last: now,
             timer: None,
+            lag_is_known: true,
             stays: false,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
             gap,
@@ -160,6 +163,17 @@ impl Migrating {
             openai,
             call,
             leg,
+        };
+        body.note_lag();
+        body
+    }
+
+    /// Looks while the engine is well: of a dead one it may not be known what it was.
+    fn note_lag(&mut self) {
+        if self.splice.asked.margin > 0 {
+            let endpoint = self.endpoint();
+            let kind = endpoint.map(|endpoint| endpoint.live.load().state.kind);
+            self.lag_is_known = kind == Some(EngineKind::Vllm);
         }
     }
 
@@ -253,6 +267,10 @@ impl Migrating {
                 .next()
                 .unwrap_or(0)
         });
+        // How much the others hold back is not known.
+        if self.splice.began && !self.lag_is_known {
+            return Err("stop");
+        }
         let same_distribution = self.call.policy.config.same_distribution;
         recipe(
             &self.openai,
@@ -325,6 +343,7 @@ impl Migrating {
             .unwrap_or_else(PoisonError::into_inner)
             .clone_from(&leg.engine);
         self.leg = leg;
+        self.note_lag();
         self.last = Instant::now();
         None
     }

@@ -29,10 +29,9 @@ pub(super) struct Facts {
 }
 
 impl Facts {
-    /// Reads an event, from its first byte to its blank line.
-    pub(super) fn of(event: &[u8]) -> Self {
+    /// Reads an event to its blank line, from the place behind which something may be new.
+    pub(super) fn of(event: &[u8], mut at: usize) -> Self {
         let mut facts = Self::default();
-        let mut at = 0;
         while let Some(quote) = memchr::memchr(b'"', &event[at..]) {
             let start = at + quote;
             let Some(end) = string_end(event, start) else {
@@ -155,7 +154,7 @@ mod tests {
             r#""usage":{"prompt_tokens":1}}"#,
             "\n\n"
         );
-        let facts = Facts::of(event.as_bytes());
+        let facts = Facts::of(event.as_bytes(), 0);
         assert_eq!(at(event, facts.ids.as_ref()), Some("[5, 6]"));
         assert_eq!(
             at(event, facts.text.as_ref()),
@@ -169,21 +168,21 @@ mod tests {
     #[test]
     fn nulls_are_nothing_and_parsed_output_is_told() {
         let opening = r#"data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1,2],"usage":null}"#;
-        let facts = Facts::of(opening.as_bytes());
+        let facts = Facts::of(opening.as_bytes(), 0);
         assert!(facts.role && !facts.has_text() && !facts.usage && facts.finish.is_none());
         assert_eq!(at(opening, facts.prompt_ids.as_ref()), Some("[1,2]"));
         let null = br#"data: {"choices":[{"text":"x","token_ids":null,"prompt_token_ids":null}]}"#;
-        let facts = Facts::of(null);
+        let facts = Facts::of(null, 0);
         assert!(facts.ids.is_none() && facts.prompt_ids.is_none() && facts.has_text());
         let top = br#"data: {"choices":[{"text":"","logprobs":{"top_logprobs":[{"text":-1,"token_ids":-2,"content":-3}]}}]}"#;
-        let facts = Facts::of(top);
+        let facts = Facts::of(top, 0);
         assert!(facts.ids.is_none() && !facts.has_text());
         let calls = br#"data: {"choices":[{"delta":{"content":null,"tool_calls":[{"index":0}]}}]}"#;
-        assert!(Facts::of(calls).tools);
-        assert!(!Facts::of(br#"data: {"choices":[{"delta":{"tool_calls":[]}}]}"#).tools);
-        assert!(Facts::of(br#"data: {"choices":[{"delta":{"reasoning":"hm"}}]}"#).reasoning);
+        assert!(Facts::of(calls, 0).tools);
+        assert!(!Facts::of(br#"data: {"choices":[{"delta":{"tool_calls":[]}}]}"#, 0).tools);
+        assert!(Facts::of(br#"data: {"choices":[{"delta":{"reasoning":"hm"}}]}"#, 0).reasoning);
         let sglang = br#"data: {"choices":[{"delta":{"reasoning_content":null,"content":"a"}}]}"#;
-        assert!(!Facts::of(sglang).reasoning);
+        assert!(!Facts::of(sglang, 0).reasoning);
     }
 
     #[test]
@@ -195,7 +194,7 @@ mod tests {
             "data: {\"text\":\"ab\\",
             "\"token_ids\":[",
         ] {
-            let facts = Facts::of(event.as_bytes());
+            let facts = Facts::of(event.as_bytes(), 0);
             assert!(facts.choices.is_none(), "{event}");
         }
     }

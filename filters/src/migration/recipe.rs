@@ -118,13 +118,17 @@ pub(super) fn recipe(
     } else {
         completion(fields, splice.asked.chat, &cut, &sequence, context_tokens)?
     };
+    let (body, openai) = with_tokens(openai, fields, &sequence, entrance);
+    let way = if entrance {
+        Way::Entrance
+    } else {
+        Way::Completions
+    };
     Ok(Recipe {
-        way: if entrance {
-            Way::Entrance
-        } else {
-            Way::Completions
-        },
-        ..with_tokens(restart, &fields, &sequence, entrance)
+        way,
+        cut,
+        body: Some(body),
+        openai,
     })
 }
 
@@ -288,17 +292,17 @@ fn completion(
 
 /// Puts the tokens into the request as text, where their place is known.
 fn with_tokens(
-    recipe: Recipe,
-    fields: &Map<String, Value>,
+    openai: &OpenAiRequest,
+    fields: Map<String, Value>,
     sequence: &[u8],
     entrance: bool,
-) -> Recipe {
+) -> (Bytes, Arc<OpenAiRequest>) {
     let (before, after) = if entrance {
         ("{\"kv_transfer_params\":{\"prompt_token_ids\":[", "]},")
     } else {
         ("{\"prompt\":[", "],")
     };
-    let rest = Value::Object(fields.clone()).to_string();
+    let rest = Value::Object(fields).to_string();
     let mut body = Vec::with_capacity(before.len() + sequence.len() + rest.len() + 4);
     body.extend_from_slice(before.as_bytes());
     let start = body.len() - 1;
@@ -317,11 +321,7 @@ fn with_tokens(
         },
         flags: PromptFlags::default(),
         body: Some(body.clone()),
-        ..OpenAiRequest::clone(&recipe.openai)
+        ..openai.clone()
     };
-    Recipe {
-        body: Some(body),
-        openai: Arc::new(openai),
-        ..recipe
-    }
+    (body, Arc::new(openai))
 }

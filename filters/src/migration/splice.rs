@@ -223,7 +223,7 @@ impl Splice {
         if !self.settled && !self.is_finished() && is_failure(&event) {
             return Err(Cause::Error(Bytes::copy_from_slice(raw)));
         }
-        let facts = Facts::of(raw);
+        let facts = Facts::of(raw, self.known(raw));
         let Some(choices) = facts.choices else {
             self.strange |= !event.data().is_empty();
             out.extend_from_slice(raw);
@@ -250,11 +250,22 @@ impl Splice {
         self.admit_later(raw, &facts, out)
     }
 
+    /// How much of an event is what every event of its piece begins with.
+    fn known(&self, raw: &[u8]) -> usize {
+        const FIELD: &[u8] = b"data: ";
+        let rest = raw.strip_prefix(FIELD).unwrap_or_default();
+        if !self.head.is_empty() && rest.starts_with(&self.head) {
+            FIELD.len() + self.head.len()
+        } else {
+            0
+        }
+    }
+
     fn admit_later(&mut self, raw: &[u8], facts: &Facts, out: &mut BytesMut) -> Result<(), Cause> {
         if std::mem::take(&mut self.piece.unproven) && !self.is_our_prompt(raw, facts) {
             return Err(Cause::Unproven);
         }
-        if facts.role && self.piece.openings > 0 {
+        if facts.role && !facts.has_text() && self.piece.openings > 0 {
             self.piece.openings -= 1;
             return Ok(());
         }

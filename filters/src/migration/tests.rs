@@ -16,12 +16,12 @@ fn recording(name: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn splice(asked: Asked) -> Splice {
+fn splice(asked: &Asked) -> Splice {
     let shared = Arc::<Shared>::default();
     Splice::new(
         Asked {
             choices: 1,
-            ..asked
+            ..asked.clone()
         },
         Held::new(shared, 1 << 20),
     )
@@ -62,12 +62,12 @@ fn a_recorded_chat_goes_on_as_recorded_completions() {
         chat: true,
         ..Asked::default()
     };
-    let mut stream = splice(chat.clone());
+    let mut stream = splice(&chat);
     for event in &whole {
         stream.admit(event, &mut undisturbed).unwrap();
     }
     for kept in [1, 13, 27, 39] {
-        let mut stream = splice(chat.clone());
+        let mut stream = splice(&chat);
         let mut out = BytesMut::new();
         // The opening chunk, and a token a chunk.
         for event in &whole[..=kept] {
@@ -97,7 +97,7 @@ fn a_recorded_chat_goes_on_as_recorded_completions() {
 #[test]
 fn the_recorded_pieces_of_an_emoji_are_not_cut() {
     let recorded = recording("boundary_and_sampling");
-    let mut stream = splice(Asked::default());
+    let mut stream = splice(&Asked::default());
     let mut out = BytesMut::new();
     let mut cuts = Vec::new();
     for event in recorded["emoji_ref"].as_array().unwrap() {
@@ -117,7 +117,7 @@ fn the_recorded_pieces_of_an_emoji_are_not_cut() {
 fn with_stop_strings_the_cut_is_where_all_text_was_told() {
     let recorded = recording("boundary_and_sampling");
     // "answer is" holds eight characters back.
-    let mut stream = splice(Asked {
+    let mut stream = splice(&Asked {
         margin: 8,
         lag: 8,
         ..Asked::default()
@@ -155,7 +155,7 @@ fn what_is_generated_again_is_told_once_or_not_at_all() {
         ..Asked::default()
     };
     let begin = || {
-        let mut stream = splice(asked.clone());
+        let mut stream = splice(&asked);
         let mut out = BytesMut::new();
         // "abc", "defg", "hi" with two characters held back.
         for (text, ids) in [("a", [1]), ("bcde", [2]), ("fg", [3])] {
@@ -191,7 +191,7 @@ fn an_engine_that_ignores_the_tokens_is_found_out() {
         )
     };
     let begin = || {
-        let mut stream = splice(Asked {
+        let mut stream = splice(&Asked {
             chat: true,
             ..Asked::default()
         });
@@ -215,7 +215,7 @@ fn an_engine_that_ignores_the_tokens_is_found_out() {
 fn an_error_that_blames_the_request_is_no_reason_to_move() {
     let mut out = BytesMut::new();
     let said = |code: u64| raw(&json!({"error": {"message": "no", "code": code}}));
-    let mut stream = splice(Asked::default());
+    let mut stream = splice(&Asked::default());
     assert!(matches!(
         stream.admit(&said(500), &mut out),
         Err(Cause::Error(_))
@@ -226,7 +226,7 @@ fn an_error_that_blames_the_request_is_no_reason_to_move() {
 
 #[test]
 fn a_finished_stream_is_completed_here() {
-    let mut stream = splice(Asked {
+    let mut stream = splice(&Asked {
         usage: true,
         ..Asked::default()
     });
