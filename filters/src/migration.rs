@@ -195,6 +195,10 @@ fn ask_for_ids(request: &mut Request<RequestBody>) {
     let Some(brace) = memchr::memrchr(b'}', whole) else {
         return;
     };
+    if !whole[brace + 1..].trim_ascii().is_empty() {
+        // No object: the engine says so.
+        return;
+    }
     let body = RequestBody::joined(whole.slice(..brace), Bytes::from_static(ASK_IDS));
     let length = HeaderValue::from(brace + ASK_IDS.len());
     *request.body_mut() = body;

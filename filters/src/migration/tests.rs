@@ -245,3 +245,39 @@ fn a_finished_stream_is_completed_here() {
     );
     assert_eq!(done, "data: [DONE]\n\n");
 }
+
+/// `cargo test -p outrigger-filters --release -- --ignored --nocapture the_cost_of_an_event`
+#[test]
+#[ignore = "prints figures"]
+fn the_cost_of_an_event() {
+    let whole = recording("reference_stream");
+    let whole: Vec<_> = whole.as_array().unwrap().iter().map(raw).collect();
+    let chat = Asked {
+        chat: true,
+        ..Asked::default()
+    };
+    let nanoseconds = |work: &mut dyn FnMut(&[u8])| {
+        let rounds = (0..2_000).map(|_| {
+            let begun = std::time::Instant::now();
+            whole.iter().for_each(|event| work(event));
+            begun.elapsed().as_nanos() as usize / whole.len()
+        });
+        rounds.min().unwrap_or_default()
+    };
+    let mut stream = splice(&chat);
+    let spliced = nanoseconds(&mut |event| {
+        let mut out = BytesMut::with_capacity(event.len());
+        stream.admit(event, &mut out).unwrap();
+        std::hint::black_box(out.freeze());
+    });
+    let copied = nanoseconds(&mut |event| {
+        std::hint::black_box(BytesMut::from(event).freeze());
+    });
+    let mut stream = splice(&chat);
+    let mut out = BytesMut::new();
+    for event in &whole[..40] {
+        stream.admit(event, &mut out).unwrap();
+    }
+    let held = stream.sequence(&stream.cut()).len() as f64 / (47.0 + 39.0);
+    println!("{spliced} ns an event, of which {copied} ns are a copy; {held:.1} bytes a token");
+}
