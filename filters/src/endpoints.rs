@@ -20,7 +20,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -261,6 +261,8 @@ pub struct EndpointStats {
     pub prefill_tokens: AtomicU64,
     /// Its name as a header, made when it is first told.
     pub id_header: OnceLock<Option<HeaderValue>>,
+    /// The admin wants it to be left: nothing new goes there, and what can move moves.
+    pub leaving: AtomicBool,
     /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
     pub inhibited_until_ms: AtomicU64,
 }
@@ -287,7 +289,7 @@ impl Endpoint {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         use outrigger_xds::report::Health;
-        if self.health_status == HealthStatus::Draining {
+        if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
@@ -301,7 +303,7 @@ impl Endpoint {
     #[must_use]
     pub fn fits(&self, model: Option<&str>) -> bool {
         use outrigger_xds::report::Health;
-        if self.health_status == HealthStatus::Draining {
+        if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
@@ -314,6 +316,11 @@ impl Endpoint {
             && model.is_none_or(|model| {
                 models.is_empty() || models.iter().any(|known| known.id == model)
             })
+    }
+
+    /// Whether configuration or the admin took it out.
+    fn is_draining(&self) -> bool {
+        self.health_status == HealthStatus::Draining || self.stats.leaving.load(Relaxed)
     }
 
     /// What is known of its health, all in all.

@@ -51,6 +51,12 @@ pub struct Next<'a> {
 }
 
 impl<'a> Next<'a> {
+    /// A chain of its own, for who calls it again when `handle` is long over.
+    #[must_use]
+    pub fn keep(self) -> Chain {
+        Arc::from(self.rest)
+    }
+
     /// The whole chain.
     #[must_use]
     pub fn new(chain: &'a [Arc<dyn HttpFilter>]) -> Self {
@@ -171,6 +177,14 @@ pub struct Context {
     pub debug: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
+    /// The engine to pass over while there is another.
+    pub avoid: Option<EngineId>,
+    /// Engines that broke with this request before its response began.
+    pub deaths: u32,
+    /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
+    pub deaths_max: u32,
+    /// A filter watches the time between events itself.
+    pub watches_gaps: bool,
     /// Seam (b), in the order of registration.
     pub observers: Vec<Box<dyn StreamObserver>>,
     /// What the access log will say.
@@ -199,6 +213,10 @@ impl Context {
             told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,
             attempt: self.attempt + 1,
+            avoid: self.avoid.clone(),
+            deaths: self.deaths,
+            deaths_max: self.deaths_max,
+            watches_gaps: false,
             observers: Vec::new(),
             log: LogFields::default(),
             heads: self.heads.clone(),
@@ -233,6 +251,7 @@ impl Context {
     /// Takes over what the attempt that counted left behind.
     pub fn adopt(&mut self, attempt: Self) {
         self.attempt = attempt.attempt;
+        self.deaths = attempt.deaths;
         self.ranked = attempt.ranked;
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
@@ -283,6 +302,8 @@ pub struct LogFields {
     pub completion_tokens: Option<u64>,
     /// Events of a stream that brought tokens: an estimate of the completion where no `usage` was told.
     pub tokens_seen: Option<u64>,
+    /// How often it moved to another engine after its response had begun.
+    pub migrations: u32,
     /// Request sent upstream to response headers.
     pub upstream_service_time: Option<Duration>,
 }

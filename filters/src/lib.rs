@@ -21,6 +21,7 @@ pub mod kv_routing;
 pub mod local_ratelimit;
 pub mod local_reply;
 pub mod matching;
+pub mod migration;
 pub mod openai;
 pub mod registry;
 pub mod router;

@@ -172,6 +172,7 @@ impl<'a> Walk<'a> {
             );
             let permit = self.is_budgeted.then(|| self.router.budget.retrying());
             let outcome = attempt.run(request, context).await;
+            context.deaths += u32::from(outcome.is_death());
             drop(permit);
             if request.body().is_spent() || !self.may_retry(&outcome, context) {
                 return self.finish(outcome, context);
@@ -223,7 +224,7 @@ impl<'a> Walk<'a> {
             .filter(|ranked| !self.has_tried(&ranked.endpoint) && ranked.endpoint.is_alive());
         let fresh = ranked
             .clone()
-            .find(|ranked| !ranked.endpoint.is_inhibited());
+            .find(|ranked| !ranked.endpoint.is_inhibited() && !avoided(&ranked.endpoint, context));
         if let Some(ranked) = fresh.or_else(|| ranked.clone().next()) {
             return Ok(Some(ranked.clone()));
         }
@@ -265,6 +266,7 @@ impl<'a> Walk<'a> {
         let fits = |endpoint: &&Arc<Endpoint>| {
             endpoint.fits(model)
                 && !endpoint.is_inhibited()
+                && !avoided(endpoint, context)
                 && (!home || endpoint.via == Via::Local)
                 && !self.has_tried(endpoint)
         };
@@ -320,7 +322,8 @@ impl<'a> Walk<'a> {
 
     /// Whether another attempt may help, is left, and is within the budget.
     fn may_retry(&mut self, outcome: &Outcome, context: &Context) -> bool {
-        if !outcome.retry_helps(&self.rules) {
+        let died = context.deaths_max > 0 && context.deaths >= context.deaths_max;
+        if died || !outcome.retry_helps(&self.rules) {
             return false;
         }
         let route = &context.route;
@@ -380,6 +383,11 @@ impl<'a> Walk<'a> {
             }
         }
     }
+}
+
+/// Whether a filter wants it passed over.
+fn avoided(endpoint: &Endpoint, context: &Context) -> bool {
+    context.avoid.as_ref() == Some(&endpoint.id)
 }
 
 /// No endpoint is left: the last failure stands.

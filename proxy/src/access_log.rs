@@ -292,6 +292,7 @@ pub fn default_json() -> BTreeMap<String, Value> {
             "prefix_hit_tokens_confirmed",
             "%PREFIX_HIT_TOKENS_CONFIRMED%",
         ),
+        ("migrations", "%MIGRATIONS%"),
         ("routing_decision", "%ROUTING_DECISION%"),
         ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
         ("user_agent", "%REQ(USER-AGENT)%"),

@@ -14,6 +14,7 @@ mod tests;
 pub use connection::Limits;
 
 use outrigger_filters::{endpoints::ClusterView, services::Serving};
+use outrigger_xds::report::EngineId;
 use serde_json::Value;
 use std::{
     future::Future,
@@ -41,6 +42,8 @@ pub struct AdminState {
     pub options: Value,
     /// Id and cluster of this node.
     pub node: (String, String),
+    /// Tells peers that an engine beside us is to be left, or no longer.
+    pub leave: Arc<Leave>,
     /// Begins a drain.
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what
@@ -51,6 +54,9 @@ pub struct AdminState {
     /// Ends the process in good order.
     pub quit: Arc<dyn Fn() + Send + Sync>,
 }
+
+/// Takes the name of an engine, and whether it is to be left.
+pub type Leave = dyn Fn(&EngineId, bool) + Send + Sync;
 
 /// Takes log directives, gives those in force or what is wrong.
 pub type SetLogLevel = dyn Fn(&str) -> Result<String, String> + Send + Sync;

@@ -143,6 +143,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
             disabled: false,
         },
     ];
+    filters.push(ours("migration", json!({})));
     if options.policy == Policy::Kv {
         filters.push(HttpFilter {
             name: "kv_routing".into(),

@@ -182,6 +182,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: main.handle().clone(),
+        migration: Arc::default(),
         token_limits: Arc::default(),
         serving: Arc::default(),
         node_cluster: bootstrap.node.cluster.as_str().into(),

@@ -267,6 +267,7 @@ fn assemble(
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
+        migration: Arc::default(),
         token_limits: Arc::default(),
         serving: drain.serving.clone(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
@@ -277,8 +278,7 @@ fn assemble(
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let service = feed::service(local.clone(), runtime.clone(), drain.clone());
     let sinks = Sinks::default();
-    let mut managers = HashMap::new();
-    let mut bound = Vec::new();
+    let (mut managers, mut bound) = (HashMap::new(), Vec::new());
     for listener in &bootstrap.listeners {
         let logs =
             AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
@@ -467,7 +467,8 @@ fn admin_state(
     (options, log): (serde_json::Value, Option<LogHandle>),
     addresses: &HashMap<String, SocketAddr>,
 ) -> admin::AdminState {
-    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) = (
+    let (for_state, for_dump, for_clusters, for_leave, for_drain, for_logs, for_quit) = (
+        shared.clone(),
         shared.clone(),
         shared.clone(),
         shared.clone(),
@@ -493,6 +494,7 @@ fn admin_state(
         options,
         node: (node.id, node.cluster),
         serving: shared.drain.serving.clone(),
+        leave: Arc::new(move |engine, leaving| for_leave.local.leave(engine, leaving)),
         on_drain: Arc::new(move || for_drain.drain.begin()),
         set_log_level: match log {
             Some(log) => Arc::new(move |directives: &str| log.set(directives)),

@@ -69,6 +69,13 @@ impl Outcome {
         matches!(self, Self::Failed(error) if error.stale)
     }
 
+    /// Whether the endpoint broke after it had the request, which may be why.
+    pub(crate) fn is_death(&self) -> bool {
+        matches!(self, Self::Failed(error) if error.retry == Retry::NothingReceived
+            && !error.stale
+            && matches!(error.flag, Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset))
+    }
+
     /// Whether the endpoint broke, rather than being too busy or too slow.
     pub(crate) fn is_breakdown(&self) -> bool {
         match self {

@@ -174,6 +174,7 @@ impl Fleet {
             kv_index,
             tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
             compute: tokio::runtime::Handle::current(),
+            migration: Arc::default(),
             token_limits: Arc::default(),
             serving: Arc::default(),
             node_cluster: Arc::default(),

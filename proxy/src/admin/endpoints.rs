@@ -5,6 +5,7 @@ use crate::metrics::{self, Format, Memory, ProcessFacts, Query};
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
+use outrigger_filters::endpoints::Via;
 use regex::Regex;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -57,6 +58,11 @@ static ENDPOINTS: &[Endpoint] = &[
     }),
     get("/clusters", "upstream cluster status", cluster_status),
     get("/config_dump", "dump current configuration", config_dump),
+    post(
+        "/drain",
+        "move streams away from an engine, ?endpoint=ID[&undo]",
+        drain,
+    ),
     post("/drain_listeners", "drain listeners", |admin, _| {
         (admin.state.on_drain)();
         Reply::text("OK\n")
@@ -343,6 +349,32 @@ fn cluster_status(admin: &Admin, params: &Params) -> Reply {
         Reply::json(&clusters::json(&clusters))
     } else {
         Reply::text(clusters::text(&clusters))
+    }
+}
+
+/// The engine gets nothing new, and what can move moves; `undo` ends that.
+fn drain(admin: &Admin, params: &Params) -> Reply {
+    let Some(name) = params.get("endpoint").filter(|name| !name.is_empty()) else {
+        return Reply::bad_request("usage: /drain?endpoint=ID[&undo]\n".to_owned());
+    };
+    let leaving = params.get("undo").is_none();
+    let mut found = None;
+    for view in (admin.state.clusters)() {
+        for endpoint in view.endpoints.iter().filter(|known| *known.id.0 == *name) {
+            endpoint.stats.leaving.store(leaving, Relaxed);
+            if endpoint.via == Via::Local {
+                (admin.state.leave)(&endpoint.id, leaving);
+            }
+            found = Some(endpoint.clone());
+        }
+    }
+    match found {
+        Some(endpoint) => Reply::json(&json!({
+            "endpoint": name,
+            "draining": leaving,
+            "active_requests": endpoint.stats.active.load(Relaxed),
+        })),
+        None => Reply::text(format!("no endpoint {name:?}\n")).status(StatusCode::NOT_FOUND),
     }
 }
 

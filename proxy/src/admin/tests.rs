@@ -152,6 +152,7 @@ async fn start(limits: Limits) -> Running {
         listeners: Arc::new(|| vec![("outbound".into(), "127.0.0.1:10000".parse().unwrap())]),
         options: json!({"concurrency": 2}),
         node: ("n1".into(), "c1".into()),
+        leave: Arc::new(|_, _| {}),
         on_drain: Arc::new(tell("drain")),
         set_log_level: Arc::new(move |directives| {
             for_logs.lock().unwrap().push(directives.to_owned());
