@@ -213,6 +213,8 @@ fn full_tls() -> DownstreamTls {
                     name(NameKind::Dns, NamePattern::Exact("b".into())),
                 ],
             }),
+            certificate_secrets: Vec::new(),
+            validation_secret: None,
             alpn: vec!["h2".into(), "http/1.1".into()],
         },
         require_client_certificate: true,
@@ -233,6 +235,7 @@ fn full_manager() -> HttpConnectionManager {
     let kv = json!({"block_tokens": 32, "overlap_weight": 1.5, "list": [1, null, true]});
     let format = json!({"status": "%RESPONSE_CODE%", "nested": {"ttft": "%TTFT%"}});
     HttpConnectionManager {
+        rds: None,
         stat_prefix: "ingress".into(),
         codec: Codec::Http1,
         route_config: full_routes(typed(KV_ROUTING, json!({"debug_header": true}))),
@@ -589,6 +592,7 @@ fn full() -> Bootstrap {
             health_check: Some(health_check()),
             outlier_detection: Some(outlier_detection()),
             load_assignment: engines,
+            eds: None,
             protocol: UpstreamProtocol::Http2,
             tls: None,
             circuit_breakers: CircuitBreakers {
@@ -597,6 +601,9 @@ fn full() -> Bootstrap {
                 ..CircuitBreakers::default()
             },
         }],
+        secrets: Vec::new(),
+        lds: None,
+        cds: None,
     }
 }
 
@@ -1028,8 +1035,8 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             C.to_owned(),
-            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {}}),
-            "eds_cluster_config",
+            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {"eds_config": {"ads": {}}}}),
+            "ads",
         ),
     ];
     for (pointer, value, name) in table {

@@ -8,6 +8,9 @@
 mod clusters;
 mod config;
 mod drain;
+mod dynamic;
+mod dynamic_load;
+mod dynamic_tls;
 mod envoy;
 mod failures;
 mod feeds;
