@@ -308,9 +308,11 @@ fn assemble(
         quit: watch::Sender::new(false),
         started: Instant::now(),
     });
+    // From before anybody is listened to: what is told meanwhile is not to be missed.
+    let changed = fleet.watch();
     shared.begin()?;
-    runtime.spawn(feed::follow_local(fleet.clone(), local));
-    runtime.spawn(refresh_views(fleet, shared.clone()));
+    runtime.spawn(feed::follow_local(fleet, local));
+    runtime.spawn(refresh_views(changed, shared.clone()));
     Ok(shared)
 }
 
@@ -432,8 +434,7 @@ fn none(discovery: &Discovery, errors: Vec<(String, String)>) -> Result<(), Vec<
     }
 }
 
-async fn refresh_views(fleet: Arc<Fleet>, shared: Arc<Shared>) {
-    let mut changed = fleet.watch();
+async fn refresh_views(mut changed: watch::Receiver<u64>, shared: Arc<Shared>) {
     while changed.changed().await.is_ok() {
         shared.clusters.refresh();
     }

@@ -251,7 +251,10 @@ async fn plain_paths_and_their_headers() {
 #[tokio::test]
 async fn json_paths() {
     let admin = start(Limits::default()).await;
-    assert_eq!(admin.ask("GET", "/certs").await.json(), json!({}));
+    assert_eq!(
+        admin.ask("GET", "/certs").await.json(),
+        json!({"certificates": []})
+    );
     let listeners = admin.ask("GET", "/listeners?format=json").await.json();
     let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 10000}});
     assert_eq!(

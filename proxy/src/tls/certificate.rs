@@ -130,7 +130,8 @@ fn time(tag: u8, text: &[u8]) -> Option<SystemTime> {
 fn days_before(year: u64, month: u64, day: u64) -> Option<u64> {
     let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let lengths = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
-    let months = lengths.get(..usize::try_from(month.checked_sub(1)?).ok()?)?;
+    let before = usize::try_from(month.checked_sub(1)?).ok()?;
+    let months = lengths.get(..before).filter(|_| before < 12)?;
     let years: u64 = (1970..year).map(|year| 365 + u64::from(leap(year))).sum();
     let months: u64 = months.iter().sum();
     Some(years + months + u64::from(month > 2 && leap(year)) + day.checked_sub(1)?)
