@@ -80,20 +80,8 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             access_log: Vec::new(),
         }),
         listeners: vec![
-            Listener {
-                tls: clients_tls(options),
-                ..outbound_listener(options, outbound)
-            },
-            Listener {
-                tls: peers_tls(options).map(|common| DownstreamTls {
-                    common: CommonTls {
-                        alpn: alpn(),
-                        ..common
-                    },
-                    require_client_certificate: true,
-                }),
-                ..inbound_listener(inbound)
-            },
+            outbound_listener(options, outbound),
+            inbound_listener(options, inbound),
         ],
         clusters: vec![
             Cluster {
@@ -235,10 +223,13 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         stream_idle_timeout: Duration::ZERO,
         ..HttpConnectionManager::default()
     };
-    listener(OUTBOUND, address, TrafficDirection::Outbound, http)
+    Listener {
+        tls: clients_tls(options),
+        ..listener(OUTBOUND, address, TrafficDirection::Outbound, http)
+    }
 }
 
-fn inbound_listener(address: Address) -> Listener {
+fn inbound_listener(options: &Options, address: Address) -> Listener {
     let http = HttpConnectionManager {
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
@@ -251,7 +242,17 @@ fn inbound_listener(address: Address) -> Listener {
         stream_idle_timeout: Duration::ZERO,
         ..HttpConnectionManager::default()
     };
-    listener(INBOUND, address, TrafficDirection::Inbound, http)
+    let tls = peers_tls(options).map(|common| DownstreamTls {
+        common: CommonTls {
+            alpn: alpn(),
+            ..common
+        },
+        require_client_certificate: true,
+    });
+    Listener {
+        tls,
+        ..listener(INBOUND, address, TrafficDirection::Inbound, http)
+    }
 }
 
 fn listener(

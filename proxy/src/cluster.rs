@@ -93,6 +93,10 @@ impl Clusters {
         let entries = clusters.iter().map(|cluster| {
             let previous = before.get(cluster.name.as_str());
             let tls = contexts.get(&cluster.name);
+            let same = |entry: &&Arc<Entry>| entry.config == *cluster && entry.tls.as_ref() == tls;
+            if let Some(same) = previous.filter(same) {
+                return (Arc::from(cluster.name.as_str()), same.clone());
+            }
             let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
             let view = self.view_of(cluster, tls, &balancer);
             let stats = ClusterStats::new(&cluster.name);

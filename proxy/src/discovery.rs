@@ -18,7 +18,7 @@ use files::Files;
 use model::{Kind, Model, Subscription};
 use outrigger_filters::{endpoints::Secured, services::Services};
 use outrigger_xds::{
-    accepted::{Accepted, Outcome, Scope, Update},
+    accepted::{Outcome, Scope, Update},
     load::{
         Syntax,
         discovery::{self, Resource, Response},
@@ -160,8 +160,8 @@ impl Discovery {
             }
             any = true;
             self.renewable |= news.iter().any(|path| of_contexts.contains(path));
-            for (kind, path) in self.asked_of(&news) {
-                self.read(kind, &path);
+            for (kind, origin) in self.asked_of(&news) {
+                self.read(kind, &origin);
             }
         }
         let late = self.model.expire(now);
@@ -177,47 +177,48 @@ impl Discovery {
     }
 
     /// What is asked for in these files, clusters first.
-    fn asked_of(&self, paths: &[String]) -> BTreeSet<(Kind, String)> {
-        let asked = self.model.waits.keys().map(|asked| {
-            let Origin::Path(path) = &asked.origin;
-            (asked.kind, path.clone())
-        });
-        asked.filter(|(_, path)| paths.contains(path)).collect()
+    fn asked_of(&self, paths: &[String]) -> BTreeSet<(Kind, Origin)> {
+        let is_news = |origin: &Origin| {
+            let Origin::Path(path) = origin;
+            paths.contains(path)
+        };
+        let asked = self.model.waits.keys();
+        asked
+            .filter(|asked| is_news(&asked.origin))
+            .map(|asked| (asked.kind, asked.origin.clone()))
+            .collect()
     }
 
-    fn read(&mut self, kind: Kind, path: &str) {
-        self.count_all(kind, path, Event::Attempt);
+    fn read(&mut self, kind: Kind, origin: &Origin) {
+        let Origin::Path(path) = origin;
+        self.count_all(kind, origin, Event::Attempt);
         match response(path) {
-            Ok(response) => {
-                self.take(kind, path, response);
-            }
+            Ok(response) => self.take(kind, origin, response),
             Err(error) => {
                 tracing::warn!(?kind, path, error, "cannot be read, what was good stays");
                 self.problems.push(format!("{path}: {error}"));
-                self.count_all(kind, path, Event::Failure);
+                self.count_all(kind, origin, Event::Failure);
             }
         }
     }
 
-    fn subscriptions(&self, kind: Kind, path: &str) -> Vec<Subscription> {
-        let is_path = |origin: &Origin| matches!(origin, Origin::Path(known) if known == path);
+    fn subscriptions(&self, kind: Kind, origin: &Origin) -> Vec<Subscription> {
         let asked = self.model.waits.keys();
         asked
-            .filter(|asked| asked.kind == kind && is_path(&asked.origin))
+            .filter(|asked| asked.kind == kind && asked.origin == *origin)
             .cloned()
             .collect()
     }
 
-    fn count_all(&self, kind: Kind, path: &str, event: Event) {
-        for asked in self.subscriptions(kind, path) {
+    fn count_all(&self, kind: Kind, origin: &Origin, event: Event) {
+        for asked in self.subscriptions(kind, origin) {
             stats::count(&asked, &self.model.waits[&asked], event);
         }
     }
 
-    /// Takes the resources of one type from one source: the good ones take effect with the next plan, a bad one keeps
-    /// its last good version.
-    fn take(&mut self, kind: Kind, path: &str, response: Response) {
-        let origin = Origin::Path(path.to_owned());
+    /// Takes the resources of one type from one source, whatever brought them: the good ones take effect with the next
+    /// plan, a bad one keeps its last good version.
+    fn take(&mut self, kind: Kind, origin: &Origin, response: Response) {
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {
             Kind::Clusters => {
@@ -231,54 +232,51 @@ impl Discovery {
             }
             Kind::Listeners => {
                 let mut set = std::mem::take(&mut model.listeners);
-                let update = update(response, Scope::Whole);
                 let mut check = builder.listener_check(model, contexts);
-                let outcome = set.take(update, &mut check);
+                let outcome = set.take(update(response, Scope::Whole), &mut check);
                 drop(check);
                 model.listeners = set;
                 outcome
             }
             Kind::Routes => {
-                let mut set = model.tables.remove(&origin).unwrap_or_default();
-                let mut check = builder.route_check(model, &origin);
-                let outcome = take_named(&mut set, response, &mut check);
+                let mut set = model.tables.remove(origin).unwrap_or_default();
+                let mut check = builder.route_check(model, origin);
+                let outcome = set.take(update(response, Scope::Named), &mut check);
                 drop(check);
-                model.tables.insert(origin, set);
+                model.tables.insert(origin.clone(), set);
                 outcome
             }
             Kind::Endpoints => {
-                let mut set = model.assignments.remove(&origin).unwrap_or_default();
+                let mut set = model.assignments.remove(origin).unwrap_or_default();
                 let update = update(response, Scope::Named);
-                let mut check = builder.endpoint_check(model, &origin, &update);
+                let mut check = builder.endpoint_check(model, origin, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
-                model.assignments.insert(origin, set);
+                model.assignments.insert(origin.clone(), set);
                 outcome
             }
             Kind::Secrets => {
-                let mut set = model.secrets.remove(&origin).unwrap_or_default();
-                let outcome = take_named(&mut set, response, &mut |secret: &Secret| {
+                let set = model.secrets.entry(origin.clone()).or_default();
+                set.take(update(response, Scope::Named), &mut |secret: &Secret| {
                     crate::tls::check_secret(&secret.content)
-                });
-                model.secrets.insert(origin, set);
-                outcome
+                })
             }
         };
         self.stale = true;
         self.renewable |= kind == Kind::Secrets;
-        self.tell(kind, path, &outcome);
+        self.tell(kind, origin, &outcome);
     }
 
-    fn tell(&mut self, kind: Kind, path: &str, outcome: &Outcome) {
+    fn tell(&mut self, kind: Kind, origin: &Origin, outcome: &Outcome) {
         for (name, details) in &outcome.rejected {
-            tracing::warn!(?kind, path, name, details, "rejected, what was good stays");
-            self.problems.push(format!("{path}: '{name}': {details}"));
+            tracing::warn!(?kind, %origin, name, details, "rejected, what was good stays");
+            self.problems.push(format!("{origin}: '{name}': {details}"));
         }
         if !outcome.changed.is_empty() || !outcome.removed.is_empty() {
             let (changed, removed) = (outcome.changed.len(), outcome.removed.len());
-            tracing::info!(?kind, path, changed, removed, "configuration taken");
+            tracing::info!(?kind, %origin, changed, removed, "configuration taken");
         }
-        for asked in self.subscriptions(kind, path) {
+        for asked in self.subscriptions(kind, origin) {
             let rejected = outcome
                 .rejected
                 .iter()
@@ -286,8 +284,8 @@ impl Discovery {
             let event = if rejected {
                 Event::Rejected
             } else if !self.model.is_there(&asked) {
-                self.problems
-                    .push(format!("{path}: has no '{}'", asked.name));
+                let name = &asked.name;
+                self.problems.push(format!("{origin}: has no '{name}'"));
                 Event::Empty
             } else {
                 Event::Success
@@ -488,6 +486,7 @@ impl Discovery {
     }
 }
 
+/// An update that comes now.
 fn update<R: Resource>(response: Response, scope: Scope) -> Update<R> {
     Update {
         version: response.version.clone(),
@@ -495,14 +494,6 @@ fn update<R: Resource>(response: Response, scope: Scope) -> Update<R> {
         resources: response.read(),
         scope,
     }
-}
-
-fn take_named<R: Resource + PartialEq>(
-    set: &mut Accepted<R>,
-    response: Response,
-    check: &mut dyn FnMut(&R) -> Result<(), String>,
-) -> Outcome {
-    set.take(update(response, Scope::Named), check)
 }
 
 /// A response as a file holds it.

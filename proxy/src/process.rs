@@ -174,7 +174,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(usize, usize), Vec<String>> {
         Arc::default(),
     );
     let services = Services {
-        endpoints: clusters.clone(),
+        endpoints: clusters,
         upstream: Arc::new(Pools),
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),

@@ -117,10 +117,19 @@ impl Proxy {
             main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
         let guard = main.enter();
         let drain = Drain::default();
-        let concurrency = settings.concurrency.max(1);
-        let (senders, receivers) = (0..concurrency).map(|_| mpsc::unbounded_channel()).unzip();
-        let about = (settings.command_line.clone(), settings.log.clone());
-        let shared = match assemble(bootstrap, &settings, senders, (main.handle(), &drain)) {
+        let Settings {
+            concurrency,
+            watcher,
+            block_tokens,
+            drain_time,
+            command_line,
+            log,
+        } = settings;
+        let workers = 0..concurrency.max(1);
+        let (senders, receivers) = workers.map(|_| mpsc::unbounded_channel()).unzip();
+        let watched = (watcher, block_tokens);
+        let drains = (&drain, drain_time);
+        let shared = match assemble(bootstrap, watched, senders, drains, main.handle()) {
             Ok(shared) => shared,
             Err(errors) => {
                 drop(guard);
@@ -131,7 +140,7 @@ impl Proxy {
         };
         let (stop, stopped) = watch::channel(false);
         let (ended, admin_ended) = std::sync::mpsc::channel();
-        let state = admin_state(&shared, about);
+        let state = admin_state(&shared, (command_line, log));
         let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
         let workers = start_workers(receivers, &stopped)
@@ -253,13 +262,14 @@ pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
 
 fn assemble(
     bootstrap: Bootstrap,
-    settings: &Settings,
+    (watcher, block_tokens): (Watcher, usize),
     workers: Vec<mpsc::UnboundedSender<Share>>,
-    (runtime, drain): (&runtime::Handle, &Drain),
+    (drain, drain_time): (&Drain, Duration),
+    runtime: &runtime::Handle,
 ) -> Result<Arc<Shared>, Vec<String>> {
     let node = bootstrap.node.clone();
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
-    let fleet = Fleet::new(index.clone(), settings.block_tokens);
+    let fleet = Fleet::new(index.clone(), block_tokens);
     let ledgers = Arc::new(Ledgers::default());
     let clusters = Clusters::new(fleet.clone(), ledgers.clone());
     let services = Services {
@@ -276,7 +286,6 @@ fn assemble(
     let sinks = Arc::new(Sinks::default());
     let mut discovery = Discovery::new(services.clone(), sinks.clone());
     discovery.write(bootstrap)?;
-    let watcher = settings.watcher.clone();
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
         node: node.id.as_str().into(),
@@ -288,7 +297,7 @@ fn assemble(
         })?,
         feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
         drain: drain.clone(),
-        drain_time: settings.drain_time,
+        drain_time,
         runtime: runtime.clone(),
     };
     let shared = Arc::new(Shared {

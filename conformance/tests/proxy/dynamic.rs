@@ -1,22 +1,12 @@
 //! Configuration that comes while the proxy runs: files that change, resources that are wrong, listeners that come and
 //! go.
 
-use http::{Method, Request};
 use outrigger_conformance::harness::{
-    AnyBody, Client, Process, ProxyBuilder, TestProxy, Upstream, Version, eventually, metric,
-    request, scratch,
+    Client, Process, ProxyBuilder, TestProxy, Upstream, eventually, metric, scratch,
 };
 use outrigger_xds::resource::config_source::{ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT, Origin};
 use serde_json::{Value, json};
-use std::{
-    fs,
-    net::SocketAddr,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
-use tokio::net::TcpSocket;
+use std::{fs, net::SocketAddr, os::unix::fs::symlink, path::PathBuf};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 
@@ -75,7 +65,7 @@ pub(super) fn address(of: SocketAddr) -> Value {
     json!({ "socket_address": { "address": of.ip().to_string(), "port_value": of.port() } })
 }
 
-fn any_port() -> SocketAddr {
+pub(super) fn any_port() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
@@ -104,7 +94,7 @@ pub(super) fn listener(name: &str, at: SocketAddr, manager: Value) -> Value {
     )
 }
 
-fn answers(text: &str) -> Value {
+pub(super) fn answers(text: &str) -> Value {
     json!({ "route_config": table("inline", json!({ "direct_response": { "status": 200, "body": { "inline_string": text } } })) })
 }
 
@@ -138,7 +128,7 @@ fn endpoints(cluster: &str, servers: &[SocketAddr]) -> Value {
 }
 
 /// A proxy whose further listeners and clusters come from `lds.yaml` and `cds.yaml`.
-fn start(files: &Files) -> TestProxy {
+pub(super) fn start(files: &Files) -> TestProxy {
     let (lds, cds) = (files.source("lds.yaml"), files.source("cds.yaml"));
     ProxyBuilder::new()
         .edit(|bootstrap| {
@@ -148,14 +138,14 @@ fn start(files: &Files) -> TestProxy {
         .start()
 }
 
-async fn at(proxy: &TestProxy, listener: &str) -> SocketAddr {
+pub(super) async fn at(proxy: &TestProxy, listener: &str) -> SocketAddr {
     eventually("the listener is there", || async {
         proxy.proxy.address(listener)
     })
     .await
 }
 
-async fn served_by(at: SocketAddr, name: &str) {
+pub(super) async fn served_by(at: SocketAddr, name: &str) {
     eventually(name, || async {
         let reply = Client::get(at, "/x").await;
         (reply.status == 200 && reply.text().contains(name)).then_some(())
@@ -174,7 +164,7 @@ async fn dump(admin: SocketAddr, section: &str) -> Value {
 }
 
 /// All types from files, the route table and the endpoints in files of their own.
-async fn everything(files: &Files, server: SocketAddr) -> TestProxy {
+pub(super) async fn everything(files: &Files, server: SocketAddr) -> TestProxy {
     let (rds, eds) = (
         files.config_source("rds.yaml"),
         files.config_source("eds.yaml"),
@@ -407,135 +397,4 @@ async fn what_is_not_complete_waits_and_what_it_replaces_serves_on() {
     files.respond("lds.yaml", "l3", &all);
     let never = at(&proxy, "never").await;
     assert_eq!(Client::get(never, "/").await.status, 404);
-}
-
-/// An address where nobody listens, kept from others; see `config::held`.
-fn held() -> (SocketAddr, TcpSocket) {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.set_reuseaddr(true).unwrap();
-    socket.bind(any_port()).unwrap();
-    (socket.local_addr().unwrap(), socket)
-}
-
-fn get() -> Request<AnyBody> {
-    request(Method::GET, "/x", "")
-}
-
-#[tokio::test]
-async fn a_listener_that_is_replaced_lets_its_connections_end() {
-    for version in Version::BOTH {
-        let (files, (place, _held)) = (Files::new(), held());
-        files.respond("cds.yaml", "c1", &[]);
-        files.respond(
-            "lds.yaml",
-            "1",
-            &[listener("first", place, answers("first"))],
-        );
-        let proxy = start(&files);
-        let mut open = Client::connect(place, version).await;
-        assert_eq!(open.send(get()).await.text(), "first");
-        // Another listener has the address now.
-        files.respond(
-            "lds.yaml",
-            "2",
-            &[listener("second", place, answers("second"))],
-        );
-        served_by(place, "second").await;
-        if version == Version::H1 {
-            let last = open.send(get()).await;
-            assert_eq!(
-                (last.text().as_str(), last.header("connection")),
-                ("first", "close")
-            );
-        }
-        eventually("the old connection ended", || async {
-            open.is_closed().then_some(())
-        })
-        .await;
-        // In place: an open connection sees it, and stays.
-        let mut open = Client::connect(place, version).await;
-        assert_eq!(open.send(get()).await.text(), "second");
-        files.respond(
-            "lds.yaml",
-            "3",
-            &[listener("second", place, answers("third"))],
-        );
-        served_by(place, "third").await;
-        let reply = open.send(get()).await;
-        assert_eq!(
-            (reply.text().as_str(), reply.header("connection")),
-            ("third", "")
-        );
-        drop(proxy);
-    }
-}
-
-#[tokio::test]
-async fn a_stream_outlives_the_listener_it_came_on() {
-    let server = Upstream::start(|mut conn, _| async move {
-        conn.begin_events().await;
-        conn.event("first").await;
-        tokio::time::sleep(Duration::from_millis(1500)).await;
-        conn.event("last").await;
-        conn.end().await.then_some(conn)
-    })
-    .await;
-    let files = Files::new();
-    let proxy = everything(&files, server.address).await;
-    let mut client = Client::connect(at(&proxy, "edge").await, Version::H1).await;
-    let mut stream = client.begin(get()).await;
-    stream.until("first").await;
-    files.respond("lds.yaml", "l2", &[]);
-    files.respond("cds.yaml", "c2", &[]);
-    eventually("the listener is gone", || async {
-        proxy.proxy.address("edge").is_none().then_some(())
-    })
-    .await;
-    let rest = stream.whole().await;
-    assert!(
-        rest.text().contains("last") && !rest.broken,
-        "{}",
-        rest.text()
-    );
-}
-
-#[test]
-fn validation_reads_what_is_referred_to() {
-    let files = Files::new();
-    let validate = || {
-        let output = Command::new(PROGRAM)
-            .args([
-                "proxy",
-                "--mode",
-                "validate",
-                "-c",
-                &files.path("bootstrap.yaml"),
-            ])
-            .output()
-            .unwrap();
-        // Beside the log.
-        let told = String::from_utf8(output.stderr).unwrap();
-        let told = told
-            .lines()
-            .skip_while(|line| !line.starts_with("outrigger-proxy:"));
-        (output.status.success(), told.collect::<Vec<_>>().join("\n"))
-    };
-    let lds = files.config_source("lds.yaml");
-    files.put(
-        "bootstrap.yaml",
-        &format!("node: {{id: n}}\ndynamic_resources: {{lds_config: {lds}}}\n"),
-    );
-    let (valid, errors) = validate();
-    assert!(!valid && errors.contains("does not exist"), "{errors}");
-    files.respond("lds.yaml", "1", &[listener("a", any_port(), answers("a"))]);
-    assert_eq!(validate(), (true, String::new()));
-    let mut bad = listener("a", any_port(), answers("a"));
-    bad["tcp_backlog_size"] = json!("much");
-    files.respond("lds.yaml", "2", &[bad]);
-    let (valid, errors) = validate();
-    assert!(
-        !valid && errors.contains("resources[0].tcp_backlog_size"),
-        "{errors}"
-    );
-    assert!(Path::new(&files.path("lds.yaml")).exists());
 }

@@ -40,6 +40,21 @@ fn config(files: &Files, name: &str) -> SecretConfig {
     }
 }
 
+/// Certificate and CA are secrets.
+fn secured(files: &Files) -> DownstreamTls {
+    DownstreamTls {
+        common: CommonTls {
+            certificate_secrets: vec![config(files, "own")],
+            validation_secret: Some(ValidationSecret {
+                secret: config(files, "ca"),
+                names: Vec::new(),
+            }),
+            ..CommonTls::default()
+        },
+        require_client_certificate: true,
+    }
+}
+
 async fn shows(client: &TlsClient, proxy: &TestProxy, pair: &Pair) {
     eventually("the certificate is shown", || async {
         let answer = client.get(proxy.outbound(), "/x").await?;
@@ -62,17 +77,7 @@ async fn a_listener_takes_new_secrets_and_open_connections_stay() {
         "1",
         &[secret("own", certificate(&old)), trusted.clone()],
     );
-    let tls = DownstreamTls {
-        common: CommonTls {
-            certificate_secrets: vec![config(&files, "own")],
-            validation_secret: Some(ValidationSecret {
-                secret: config(&files, "ca"),
-                names: Vec::new(),
-            }),
-            ..CommonTls::default()
-        },
-        require_client_certificate: true,
-    };
+    let tls = secured(&files);
     let proxy = ProxyBuilder::new()
         .server(server.address)
         .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
@@ -98,8 +103,25 @@ async fn a_listener_takes_new_secrets_and_open_connections_stay() {
     let mut answer = String::new();
     open.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    // A key that does not fit changes nothing, and the other secret of the update applies.
-    let mut wrong = old.clone();
+}
+
+#[tokio::test]
+async fn a_bad_secret_changes_nothing_and_the_other_of_its_update_applies() {
+    let (files, ca, server) = (Files::new(), Ca::new(), Upstream::named("a").await);
+    let (new, own) = (ca.pair(&["proxy.test"]), ca.pair(&["client"]));
+    let good = [
+        secret("own", certificate(&new)),
+        secret("ca", believing(&ca)),
+    ];
+    files.respond("secrets.yaml", "2", &good);
+    let tls = secured(&files);
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .start();
+    let client = TlsClient::new(&ca, Some(&own));
+    shows(&client, &proxy, &new).await;
+    let mut wrong = ca.pair(&["proxy.test"]);
     wrong.key.clone_from(&new.key);
     let stranger = Ca::new();
     files.respond(
@@ -243,14 +265,7 @@ async fn upstreams_see_the_new_certificate_on_new_connections_only() {
         ],
     );
     let tls = UpstreamTls {
-        common: CommonTls {
-            certificate_secrets: vec![config(&files, "own")],
-            validation_secret: Some(ValidationSecret {
-                secret: config(&files, "ca"),
-                names: Vec::new(),
-            }),
-            ..CommonTls::default()
-        },
+        common: secured(&files).common,
         sni: String::new(),
     };
     let proxy = ProxyBuilder::new()

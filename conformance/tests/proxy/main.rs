@@ -9,6 +9,7 @@ mod clusters;
 mod config;
 mod drain;
 mod dynamic;
+mod dynamic_listeners;
 mod dynamic_load;
 mod dynamic_tls;
 mod envoy;

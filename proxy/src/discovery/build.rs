@@ -32,6 +32,9 @@ pub(super) struct Builder {
     pub(super) sinks: Arc<Sinks>,
 }
 
+/// Judges resources of one type.
+type Check<'a, R> = Box<dyn FnMut(&R) -> Result<(), String> + 'a>;
+
 /// Clusters without their endpoints, which routes do not look at.
 pub(super) fn shells<'a>(clusters: impl Iterator<Item = &'a Cluster>) -> HashMap<String, Cluster> {
     let shell = |cluster: &Cluster| Cluster {
@@ -121,7 +124,7 @@ impl Builder {
         model: &'a Model,
         contexts: &'a Contexts,
         update: &Update<Cluster>,
-    ) -> Box<dyn FnMut(&Cluster) -> Result<(), String> + 'a> {
+    ) -> Check<'a, Cluster> {
         let coming: BTreeSet<_> = update
             .resources
             .iter()
@@ -151,7 +154,7 @@ impl Builder {
         &'a self,
         model: &'a Model,
         contexts: &'a Contexts,
-    ) -> Box<dyn FnMut(&Listener) -> Result<(), String> + 'a> {
+    ) -> Check<'a, Listener> {
         let written = model.bootstrap.listeners.iter();
         let mut addresses: HashMap<Address, String> = written
             .map(|listener| (listener.address.clone(), listener.name.clone()))
@@ -184,7 +187,7 @@ impl Builder {
         &'a self,
         model: &'a Model,
         origin: &'a Origin,
-    ) -> Box<dyn FnMut(&RouteConfiguration) -> Result<(), String> + 'a> {
+    ) -> Check<'a, RouteConfiguration> {
         let clusters = shells(model.all_clusters());
         Box::new(move |table| {
             for listener in model.all_listeners() {
@@ -203,7 +206,7 @@ impl Builder {
         model: &'a Model,
         origin: &'a Origin,
         update: &Update<ClusterLoadAssignment>,
-    ) -> Box<dyn FnMut(&ClusterLoadAssignment) -> Result<(), String> + 'a> {
+    ) -> Check<'a, ClusterLoadAssignment> {
         let coming: BTreeSet<_> = update
             .resources
             .iter()

@@ -128,7 +128,9 @@ fn time(tag: u8, text: &[u8]) -> Option<SystemTime> {
 
 /// Days from 1970 to a day of the Gregorian calendar.
 fn days_before(year: u64, month: u64, day: u64) -> Option<u64> {
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     let lengths = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let before = usize::try_from(month.checked_sub(1)?).ok()?;
     let months = lengths.get(..before).filter(|_| before < 12)?;
