@@ -247,6 +247,9 @@ mod tests {
         }
     }
 
+    /// Names, values and versions in effect.
+    type Known<'a> = &'a [(&'a str, u32, &'a str)];
+
     fn take(accepted: &mut Accepted<u32>, update: Update<u32>) -> Outcome {
         accepted.take(update, &mut |resource| match resource {
             13 => Err("thirteen does not fit the others".into()),
@@ -270,7 +273,7 @@ mod tests {
     fn the_good_apply_and_the_bad_keep_their_last_good_version() {
         let mut known = Accepted::default();
         assert!(!known.is_answered());
-        let steps: [(Update<u32>, Outcome, &[(&str, u32, &str)]); 6] = [
+        let steps: [(Update<u32>, Outcome, Known<'_>); 6] = [
             (
                 update("1", Scope::Whole, &[("a", Ok(1)), ("b", Ok(1))]),
                 outcome(&["a", "b"], &[], &[]),
