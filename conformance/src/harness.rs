@@ -190,6 +190,7 @@ impl ProxyBuilder {
             concurrency: self.concurrency,
             watcher,
             block_tokens: options.block_tokens,
+            drain_time: options.drain_time(),
             command_line: Value::Null,
             log: None,
         };

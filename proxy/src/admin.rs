@@ -32,8 +32,10 @@ pub struct AdminState {
     pub server_state: Arc<dyn Fn() -> ServerState + Send + Sync>,
     /// What health checks are told.
     pub serving: Arc<Serving>,
-    /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out.
-    pub config_dump: Arc<dyn Fn() -> Value + Send + Sync>,
+    /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out; with or without endpoints.
+    pub config_dump: Arc<dyn Fn(bool) -> Value + Send + Sync>,
+    /// The body of `/certs`.
+    pub certs: Arc<dyn Fn() -> Value + Send + Sync>,
     /// The clusters as they are now.
     pub clusters: Arc<dyn Fn() -> Vec<Arc<ClusterView>> + Send + Sync>,
     /// Names and bound addresses of the listeners.

@@ -7,7 +7,6 @@ use crate::{
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
-    tls::client::Client,
 };
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
@@ -87,39 +86,6 @@ impl Clusters {
         })
     }
 
-    /// How the endpoints of clusters are secured; a cluster that says the same as before keeps its context, and with
-    /// it its connections.
-    ///
-    /// # Errors
-    /// Everything that is wrong with them or their files.
-    pub fn contexts(&self, clusters: &[Cluster]) -> Result<Contexts, Vec<String>> {
-        let mut contexts = Contexts::new();
-        let mut errors = Vec::new();
-        let entries = self.entries.load();
-        for cluster in clusters {
-            let Some(resource) = &cluster.tls else {
-                continue;
-            };
-            let known = entries.get(cluster.name.as_str());
-            let known = known.and_then(|entry| entry.tls.clone());
-            let same =
-                known.filter(|tls| Client::of(tls).is_some_and(|client| client.is(resource)));
-            let made = same.map_or_else(|| Client::new(resource).map(Client::secured), Ok);
-            match made {
-                Ok(secured) => drop(contexts.insert(cluster.name.clone(), secured)),
-                Err(error) => {
-                    let name = &cluster.name;
-                    errors.push(format!("cluster '{name}': transport_socket: {error}"));
-                }
-            }
-        }
-        if errors.is_empty() {
-            Ok(contexts)
-        } else {
-            Err(errors)
-        }
-    }
-
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
     pub fn configure(&self, clusters: &[Cluster], contexts: &Contexts) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,6 +93,10 @@ impl Clusters {
         let entries = clusters.iter().map(|cluster| {
             let previous = before.get(cluster.name.as_str());
             let tls = contexts.get(&cluster.name);
+            let same = |entry: &&Arc<Entry>| entry.config == *cluster && entry.tls.as_ref() == tls;
+            if let Some(same) = previous.filter(same) {
+                return (Arc::from(cluster.name.as_str()), same.clone());
+            }
             let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
             let view = self.view_of(cluster, tls, &balancer);
             let stats = ClusterStats::new(&cluster.name);
@@ -272,6 +242,8 @@ impl Clusters {
             }
             if duty == Duty::Engine {
                 way.via = Via::Local;
+                // On this machine: the transport socket is for peers.
+                way.tls = None;
             }
             endpoints.push(self.fleet.configure(&engine_id(configured), &way));
         }

@@ -19,11 +19,13 @@ use hyper_util::{
 use outrigger_xds::resource::listener::{Codec, HttpConnectionManager};
 use std::{
     convert::Infallible,
+    future::{Future, poll_fn},
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicU8, Ordering::Relaxed},
     },
+    task::Poll,
     time::Duration,
 };
 use tokio::time::Instant;
@@ -34,6 +36,10 @@ const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const H2_CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Response bytes that h2 buffers per stream before it waits for the client.
 const H2_SEND_BUFFER_BYTES: usize = 256 * 1024;
+/// What was asked for on a connection so far: which protocol it speaks shows then.
+const NOTHING_YET: u8 = 0;
+const HTTP_1: u8 = 1;
+const HTTP_2: u8 = 2;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(20);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -52,12 +58,12 @@ pub(crate) async fn serve(
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
     let (gate_manager, gate_info) = (manager.clone(), info.clone());
-    let (asked, is_h2) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (asked, is_h2) = (&asked, &is_h2);
+    let asked = AtomicU8::new(NOTHING_YET);
+    let asked = &asked;
     let exchange = info.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        asked.store(true, Relaxed);
-        is_h2.store(request.version() == Version::HTTP_2, Relaxed);
+        let http2 = request.version() == Version::HTTP_2;
+        asked.store(if http2 { HTTP_2 } else { HTTP_1 }, Relaxed);
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
@@ -65,7 +71,8 @@ pub(crate) async fn serve(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
-    let mut draining = pin!(drain.begun());
+    let mut draining = pin!(leave(&drain, asked));
+    let mut over = pin!(drain.over());
     let mut drained = false;
     // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
     // HTTP/2 has it for who asks nothing at all.
@@ -78,12 +85,13 @@ pub(crate) async fn serve(
                 drained = true;
                 stats.downstream_cx_drain_close.increment(1);
                 connection.as_mut().graceful_shutdown();
-                if !asked.load(Relaxed) {
+                if asked.load(Relaxed) == NOTHING_YET {
                     // Half a head, at most: the codec would wait for the rest of it.
                     return;
                 }
             }
-            () = &mut silent, if !idle.is_zero() && !is_h2.load(Relaxed) => {
+            () = &mut over => return,
+            () = &mut silent, if !idle.is_zero() && asked.load(Relaxed) != HTTP_2 => {
                 let rest = exchange.exchange.rest().unwrap_or_default();
                 if rest >= idle {
                     stats.downstream_cx_idle_timeout.increment(1);
@@ -103,6 +111,22 @@ pub(crate) async fn serve(
         }
         tracing::debug!(%error, "downstream connection ended");
     }
+}
+
+/// Completes when a connection is to be told to end. Where only its listener is replaced or removed, HTTP/2 is told at
+/// once; HTTP/1 learns it from the next response, since closing an idle connection could cross with a request.
+async fn leave(drain: &Drain, asked: &AtomicU8) {
+    drain.begun().await;
+    let mut ending = pin!(drain.process_begun());
+    poll_fn(|context| {
+        let ends = ending.as_mut().poll(context).is_ready();
+        if ends || asked.load(Relaxed) == HTTP_2 {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// Counts a connection of this connection manager as open until dropped.

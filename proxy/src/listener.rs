@@ -7,11 +7,14 @@ use crate::{
     metrics::ListenerStats,
     tls::{Stream, TlsFacts, server::Server},
 };
+use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use outrigger_xds::resource::listener::Listener;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -36,11 +39,12 @@ pub struct Bound {
     pub sockets: Vec<std::net::TcpListener>,
 }
 
-/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all.
+/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all. With `known` it
+/// is an address that this process has just given up, and may still be bound.
 ///
 /// # Errors
 /// The address does not resolve or cannot be bound; the text names listener and address.
-pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
+pub fn bind(listener: &Listener, workers: usize, known: bool) -> Result<Bound, String> {
     let wanted = &listener.address;
     let explain = |error: io::Error| {
         format!(
@@ -53,7 +57,7 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
         .map_err(explain)?
         .next()
         .ok_or_else(|| explain(io::ErrorKind::AddrNotAvailable.into()))?;
-    if address.port() != 0 {
+    if address.port() != 0 && !known {
         // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
         bind_one(address, 1, false).map_err(explain)?;
     }
@@ -88,21 +92,36 @@ fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::
     Ok(socket.into())
 }
 
-/// Accepts on one worker until draining begins.
+/// Accepts on one worker, for whoever has the address now, until the process drains or nobody has it any more.
 pub(crate) async fn accept(
     socket: std::net::TcpListener,
-    manager: Arc<Manager>,
+    owner: Arc<ArcSwap<Manager>>,
     stats: Arc<ListenerStats>,
     open: Arc<AtomicUsize>,
-    drain: Drain,
+    ends: Drain,
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(socket)?;
     let local = listener.local_addr()?;
+    let mut ending = pin!(ends.begun());
+    let mut ended = false;
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = drain.begun() => return Ok(()),
+        let accepted = if ended {
+            // Who is in the queue when the address is given up is still served.
+            match listener.accept().now_or_never() {
+                Some(accepted) if !ends.has_begun() => accepted,
+                _ => return Ok(()),
+            }
+        } else {
+            tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = &mut ending => {
+                    ended = true;
+                    continue;
+                }
+            }
         };
+        let manager = owner.load_full();
+        let drain = manager.drain.clone();
         match accepted {
             Ok((socket, remote)) => {
                 if open.load(Relaxed) >= CONNECTIONS_MAX {
@@ -112,7 +131,6 @@ pub(crate) async fn accept(
                 let _ = socket.set_nodelay(true);
                 let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
                 let counted = Counted::new(open.clone(), stats.clone());
-                let (manager, drain) = (manager.clone(), drain.clone());
                 let info = move |tls| Arc::new(ConnectionInfo::new(remote, local, id, tls));
                 match manager.tls.load_full() {
                     None => {

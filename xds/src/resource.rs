@@ -5,6 +5,7 @@
 
 pub mod bootstrap;
 pub mod cluster;
+pub mod config_source;
 pub mod endpoint;
 mod filter_chain;
 pub mod header_mutation;
@@ -16,6 +17,7 @@ pub mod outlier_detection;
 pub mod retry_policy;
 pub mod route;
 pub mod route_action;
+pub mod secret;
 pub mod server_header;
 pub mod tls;
 

@@ -213,6 +213,8 @@ fn full_tls() -> DownstreamTls {
                     name(NameKind::Dns, NamePattern::Exact("b".into())),
                 ],
             }),
+            certificate_secrets: Vec::new(),
+            validation_secret: None,
             alpn: vec!["h2".into(), "http/1.1".into()],
         },
         require_client_certificate: true,
@@ -233,6 +235,7 @@ fn full_manager() -> HttpConnectionManager {
     let kv = json!({"block_tokens": 32, "overlap_weight": 1.5, "list": [1, null, true]});
     let format = json!({"status": "%RESPONSE_CODE%", "nested": {"ttft": "%TTFT%"}});
     HttpConnectionManager {
+        rds: None,
         stat_prefix: "ingress".into(),
         codec: Codec::Http1,
         route_config: full_routes(typed(KV_ROUTING, json!({"debug_header": true}))),
@@ -530,11 +533,9 @@ fn health_check() -> HealthCheck {
     }
 }
 
-/// What `FULL` means.
-fn full() -> Bootstrap {
-    let file = AccessLogSink::File("/dev/null".into());
+fn engines() -> ClusterLoadAssignment {
     let facts = json!({"duty": "engine", "role": "prefill"});
-    let engines = ClusterLoadAssignment {
+    ClusterLoadAssignment {
         cluster_name: "engines".into(),
         endpoints: vec![
             LbEndpoint {
@@ -554,7 +555,12 @@ fn full() -> Bootstrap {
         ],
         localities: vec![Locality::default()],
         overprovisioning_factor: 0,
-    };
+    }
+}
+
+/// What `FULL` means.
+fn full() -> Bootstrap {
+    let file = AccessLogSink::File("/dev/null".into());
     Bootstrap {
         node: Node {
             id: "proxy-a".into(),
@@ -588,7 +594,8 @@ fn full() -> Bootstrap {
             },
             health_check: Some(health_check()),
             outlier_detection: Some(outlier_detection()),
-            load_assignment: engines,
+            load_assignment: engines(),
+            eds: None,
             protocol: UpstreamProtocol::Http2,
             tls: None,
             circuit_breakers: CircuitBreakers {
@@ -597,6 +604,9 @@ fn full() -> Bootstrap {
                 ..CircuitBreakers::default()
             },
         }],
+        secrets: Vec::new(),
+        lds: None,
+        cds: None,
     }
 }
 
@@ -806,7 +816,7 @@ fn all_problems_come_at_once() {
         (&format!("{H}/stat_prefix"), json!(1)),
         (&format!("{H}/http_filters/2"), json!(5)),
         (&format!("{H}/route_config/virtual_hosts/0/name"), json!("")),
-        (&format!("{C}/type"), json!("EDS")),
+        (&format!("{C}/lb_policy"), json!("CLUSTER_PROVIDED")),
         (&format!("{C}/load_assignment/bogus"), json!("EDS")),
     ]);
     assert_eq!(found.len(), 6, "{found:#?}");
@@ -815,7 +825,7 @@ fn all_problems_come_at_once() {
         "stat_prefix: expected",
         "http_filters[2]: expected",
         "virtual_hosts[0].name",
-        ".type: not",
+        ".lb_policy: not",
         "load_assignment: no such",
     ] {
         assert!(
@@ -1028,21 +1038,14 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             C.to_owned(),
-            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {}}),
-            "eds_cluster_config",
+            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {"eds_config": {"ads": {}}}}),
+            "ads",
         ),
     ];
     for (pointer, value, name) in table {
         let found = problems(&[(&pointer, value)]);
-        let (named, others): (Vec<_>, Vec<_>) = found
-            .iter()
-            .partition(|problem| problem.ends_with(&format!("not supported yet: {name}")));
-        assert_eq!(named.len(), 1, "{found:?}");
-        assert!(
-            others
-                .iter()
-                .all(|problem| problem.contains("not supported yet: EDS")),
-            "{found:?}"
-        );
+        assert_eq!(found.len(), 1, "{found:?}");
+        let refusal = format!("not supported yet: {name}");
+        assert!(found[0].ends_with(&refusal), "{found:?}");
     }
 }

@@ -8,6 +8,10 @@
 mod clusters;
 mod config;
 mod drain;
+mod dynamic;
+mod dynamic_listeners;
+mod dynamic_load;
+mod dynamic_tls;
 mod envoy;
 mod failures;
 mod feeds;

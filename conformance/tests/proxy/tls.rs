@@ -49,9 +49,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 /// A certificate and its key as PEM.
 #[derive(Clone)]
-struct Pair {
-    chain: String,
-    key: String,
+pub(super) struct Pair {
+    pub(super) chain: String,
+    pub(super) key: String,
 }
 
 impl Pair {
@@ -63,13 +63,13 @@ impl Pair {
     }
 }
 
-struct Ca {
-    pem: String,
+pub(super) struct Ca {
+    pub(super) pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Ca {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         // Two CAs of one name would be told apart by their signatures only.
@@ -87,7 +87,7 @@ impl Ca {
     }
 
     /// A certificate for names; what looks like a URI is one.
-    fn pair(&self, names: &[&str]) -> Pair {
+    pub(super) fn pair(&self, names: &[&str]) -> Pair {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         for name in names {
@@ -112,7 +112,7 @@ impl Ca {
     }
 }
 
-fn context(pairs: &[&Pair]) -> DownstreamTls {
+pub(super) fn context(pairs: &[&Pair]) -> DownstreamTls {
     DownstreamTls {
         common: CommonTls {
             certificates: pairs.iter().map(|pair| pair.resource()).collect(),
@@ -123,19 +123,19 @@ fn context(pairs: &[&Pair]) -> DownstreamTls {
     }
 }
 
-fn outbound(bootstrap: &mut Bootstrap) -> &mut Listener {
+pub(super) fn outbound(bootstrap: &mut Bootstrap) -> &mut Listener {
     let mut all = bootstrap.listeners.iter_mut();
     all.find(|listener| listener.name == OUTBOUND).unwrap()
 }
 
 /// What a client believes and is.
-struct TlsClient {
+pub(super) struct TlsClient {
     config: ClientConfig,
     name: &'static str,
 }
 
 impl TlsClient {
-    fn new(ca: &Ca, own: Option<&Pair>) -> Self {
+    pub(super) fn new(ca: &Ca, own: Option<&Pair>) -> Self {
         let mut roots = RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap())
@@ -172,7 +172,7 @@ impl TlsClient {
         self
     }
 
-    async fn shake(&self, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+    pub(super) async fn shake(&self, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
         let socket = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from(self.name).unwrap();
         let connector = TlsConnector::from(Arc::new(self.config.clone()));
@@ -180,7 +180,7 @@ impl TlsClient {
     }
 
     /// A GET by the protocol that was agreed on; none if the connection ends without an answer.
-    async fn get(&self, address: SocketAddr, path: &str) -> Option<Answer> {
+    pub(super) async fn get(&self, address: SocketAddr, path: &str) -> Option<Answer> {
         let stream = self.shake(address).await.ok()?;
         let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         let leaf = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
@@ -210,10 +210,10 @@ impl TlsClient {
     }
 }
 
-struct Answer {
+pub(super) struct Answer {
     status: StatusCode,
     body: String,
-    leaf: CertificateDer<'static>,
+    pub(super) leaf: CertificateDer<'static>,
     h2: bool,
 }
 
@@ -231,7 +231,7 @@ impl Answer {
     }
 }
 
-fn der(pair: &Pair) -> CertificateDer<'static> {
+pub(super) fn der(pair: &Pair) -> CertificateDer<'static> {
     CertificateDer::from_pem_slice(pair.chain.as_bytes()).unwrap()
 }
 
@@ -540,14 +540,14 @@ async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
 
 /// What a server of TLS saw of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct SeenBy {
+pub(super) struct SeenBy {
     sni: Option<String>,
     alpn: Option<String>,
-    client: Option<CertificateDer<'static>>,
+    pub(super) client: Option<CertificateDer<'static>>,
 }
 
 /// Takes TLS off before `behind`.
-async fn terminating(
+pub(super) async fn terminating(
     pair: &Pair,
     clients: Option<&Ca>,
     behind: SocketAddr,
@@ -598,7 +598,7 @@ async fn terminating(
     (address, seen)
 }
 
-fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
+pub(super) fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
     let mut all = bootstrap.clusters.iter_mut();
     all.find(|cluster| cluster.name == FLEET).unwrap()
 }

@@ -53,8 +53,8 @@ const fn post(
 
 static ENDPOINTS: &[Endpoint] = &[
     get("/", "Admin home page", home),
-    get("/certs", "print certs on machine", |_, _| {
-        Reply::json(&json!({}))
+    get("/certs", "print certs on machine", |admin, _| {
+        Reply::json(&(admin.state.certs)())
     }),
     get("/clusters", "upstream cluster status", cluster_status),
     get("/config_dump", "dump current configuration", config_dump),
@@ -388,7 +388,7 @@ fn config_dump(admin: &Admin, params: &Params) -> Reply {
             "/config_dump does not support ?{unsupported}= here\n"
         ));
     }
-    let dump = (admin.state.config_dump)();
+    let dump = (admin.state.config_dump)(params.get("include_eds").is_some());
     let Some(resource) = params.get("resource") else {
         return Reply::json(&dump);
     };

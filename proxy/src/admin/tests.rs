@@ -146,8 +146,9 @@ async fn start(limits: Limits) -> Running {
         serving: Arc::default(),
         server_state: Arc::new(move || states[usize::from(for_state.load(Relaxed))]),
         config_dump: Arc::new(
-            || json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),
+            |_| json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),
         ),
+        certs: Arc::new(|| json!({"certificates": []})),
         clusters: Arc::new(clusters),
         listeners: Arc::new(|| vec![("outbound".into(), "127.0.0.1:10000".parse().unwrap())]),
         options: json!({"concurrency": 2}),
@@ -251,7 +252,10 @@ async fn plain_paths_and_their_headers() {
 #[tokio::test]
 async fn json_paths() {
     let admin = start(Limits::default()).await;
-    assert_eq!(admin.ask("GET", "/certs").await.json(), json!({}));
+    assert_eq!(
+        admin.ask("GET", "/certs").await.json(),
+        json!({"certificates": []})
+    );
     let listeners = admin.ask("GET", "/listeners?format=json").await.json();
     let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 10000}});
     assert_eq!(

@@ -25,7 +25,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "default_socket_interface",
             "deferred_stat_options",
             "dns_resolution_config",
-            "dynamic_resources",
             "fatal_actions",
             "flags_path",
             "grpc_async_client_manager_config",
@@ -53,10 +52,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "envoy.config.bootstrap.v3.Bootstrap.StaticResources",
-        &["secrets"],
-    ),
-    (
         "envoy.config.cluster.v3.CircuitBreakers",
         &["per_host_thresholds"],
     ),
@@ -75,7 +70,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "cleanup_interval", "close_connections_on_host_health_failure", "cluster_type",
             "common_http_protocol_options", "connection_pool_per_downstream_connection",
             "dns_failure_refresh_rate", "dns_jitter", "dns_lookup_family", "dns_refresh_rate",
-            "dns_resolution_config", "dns_resolvers", "eds_cluster_config", "filters",
+            "dns_resolution_config", "dns_resolvers", "filters",
             "http2_protocol_options", "http_protocol_options", "ignore_health_on_host_removal",
             "lb_subset_config", "load_balancing_policy", "lrs_report_endpoint_metrics",
             "lrs_server", "maglev_lb_config", "max_requests_per_connection",
@@ -117,7 +112,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.DataSource",
-        &["environment_variable", "watched_directory"],
+        &["environment_variable"],
     ),
     ("envoy.config.core.v3.HeaderValue", &["raw_value"]),
     (
@@ -426,7 +421,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "path_normalization_options",
             "path_with_escaped_slashes_action",
             "proxy_100_continue",
-            "rds",
             "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
             "request_headers_timeout",
             "request_id_extension",

@@ -3,7 +3,7 @@
 //! What does not fit is taken out, so that the rest can still be decoded and judged. Meaning (names that must not be
 //! empty, limits) is not looked at here: that is each resource's own `TryFrom`.
 
-use super::{extensions, known, known_tls};
+use super::{extensions, known, known_discovery, known_tls};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{self, EXACT_INTEGER_MAX},
@@ -31,10 +31,22 @@ pub(super) struct Walk {
     pub(super) removed: Vec<String>,
     /// Places of fields that are known and have no effect.
     pub(super) ignored: Vec<String>,
+    /// Whether what nobody knows is no error: as in Envoy, in configuration that comes while we run.
+    pub(super) dynamic: bool,
+    /// Places of fields that nobody knows.
+    pub(super) unknown: Vec<String>,
     optional_filter: bool,
 }
 
 impl Walk {
+    /// Of what came while we run.
+    pub(super) fn dynamic() -> Self {
+        Self {
+            dynamic: true,
+            ..Self::default()
+        }
+    }
+
     /// Walks `value` as a `message` that stands at `place`; `false` if it cannot be one at all.
     pub(super) fn message(
         &mut self,
@@ -149,11 +161,18 @@ impl Walk {
                 .iter()
                 .any(|(of, fields)| *of == message.full_name() && fields.contains(&name.as_str()))
         };
-        if listed(known::NOT_SUPPORTED) || listed(known_tls::NOT_SUPPORTED) {
+        let any_lists = |tables: [&[(&str, &[&str])]; 3]| tables.into_iter().any(listed);
+        if any_lists([
+            known::NOT_SUPPORTED,
+            known_discovery::NOT_SUPPORTED,
+            known_tls::NOT_SUPPORTED,
+        ]) {
             self.errors.add(place, format!("not supported yet: {name}"));
             self.removed.push(join(place, &name));
-        } else if listed(known::IGNORED) || listed(known_tls::IGNORED) {
+        } else if any_lists([known::IGNORED, known_discovery::IGNORED, known_tls::IGNORED]) {
             self.ignored.push(join(place, &name));
+        } else if self.dynamic {
+            self.unknown.push(join(place, key));
         } else {
             self.errors.add(place, format!("no such field: '{key}'"));
         }
@@ -273,7 +292,7 @@ impl Walk {
         good || self.mismatch(place, "a duration such as \"0.25s\"", value)
     }
 
-    fn any(&mut self, value: &mut Value, place: &str) -> bool {
+    pub(super) fn any(&mut self, value: &mut Value, place: &str) -> bool {
         let Value::Object(fields) = value else {
             return self.mismatch(place, "an object with '@type'", value);
         };

@@ -1,6 +1,7 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
 use super::{
+    config_source::Eds,
     endpoint::ClusterLoadAssignment,
     health_check::HealthCheck,
     outlier_detection::OutlierDetection,
@@ -10,7 +11,7 @@ use crate::{
     problems::ConfigErrors,
     protobuf::{duration, pack, to_duration, unpack},
     wire::envoy::{
-        config::{cluster::v3 as wire, core::v3 as core},
+        config::{cluster::v3 as wire, core::v3 as core, endpoint::v3 as endpoint},
         extensions::upstreams::http::v3 as http,
         r#type::v3::Percent,
     },
@@ -34,8 +35,10 @@ pub struct Cluster {
     pub lb_policy: LbPolicy,
     /// What bends that policy.
     pub balancing: Balancing,
-    /// `load_assignment`; its endpoints are the cluster's (type STATIC).
+    /// `load_assignment`; with `eds`, the one that came last.
     pub load_assignment: ClusterLoadAssignment,
+    /// Where its endpoints come from (type EDS).
+    pub eds: Option<Eds>,
     /// How we speak to its endpoints (`typed_extension_protocol_options`, HttpProtocolOptions).
     pub protocol: UpstreamProtocol,
     /// How its endpoints are asked for their health, if they are.
@@ -56,6 +59,7 @@ impl Default for Cluster {
             lb_policy: LbPolicy::RoundRobin,
             balancing: Balancing::default(),
             load_assignment: ClusterLoadAssignment::default(),
+            eds: None,
             protocol: UpstreamProtocol::Http1,
             health_check: None,
             outlier_detection: None,
@@ -176,12 +180,12 @@ impl TryFrom<wire::Cluster> for Cluster {
             problems.add("connect_timeout", "must be greater than 0");
         }
         let discovery = discovery(&mut problems, wire.cluster_discovery_type);
-        let assignment = wire.load_assignment;
-        if assignment.is_none() && discovery.is_some() {
-            problems.add("load_assignment", "required");
-        }
-        let load_assignment: Option<ClusterLoadAssignment> = assignment
-            .and_then(|assignment| problems.take("load_assignment", assignment.try_into()));
+        let (eds, load_assignment) = endpoints(
+            &mut problems,
+            discovery,
+            wire.eds_cluster_config,
+            wire.load_assignment,
+        );
         if let (Some(discovery), Some(assignment)) = (discovery, &load_assignment) {
             check_addresses(&mut problems, discovery, assignment);
         }
@@ -210,6 +214,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             lb_policy,
             balancing,
             load_assignment,
+            eds,
             protocol: protocol.unwrap_or_default(),
             outlier_detection,
             health_check: health_checks.into_iter().next(),
@@ -217,6 +222,34 @@ impl TryFrom<wire::Cluster> for Cluster {
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
+}
+
+/// Where its endpoints come from, or which they are.
+fn endpoints(
+    problems: &mut ConfigErrors,
+    discovery: Option<DiscoveryType>,
+    config: Option<wire::cluster::EdsClusterConfig>,
+    assignment: Option<endpoint::ClusterLoadAssignment>,
+) -> (Option<Eds>, Option<ClusterLoadAssignment>) {
+    if discovery == Some(DiscoveryType::Eds) {
+        if assignment.is_some() {
+            problems.add(
+                "load_assignment",
+                "must not be set in a cluster of type EDS",
+            );
+        }
+        let eds = problems.required("eds_cluster_config", config);
+        return (eds, Some(ClusterLoadAssignment::default()));
+    }
+    if config.is_some() {
+        problems.add("eds_cluster_config", "only in a cluster of type EDS");
+    }
+    if assignment.is_none() && discovery.is_some() {
+        problems.add("load_assignment", "required");
+    }
+    let assignment =
+        assignment.and_then(|assignment| problems.take("load_assignment", assignment.try_into()));
+    (None, assignment)
 }
 
 fn balancing(
@@ -266,7 +299,10 @@ fn discovery(
     let number = given.map_or(0, |ClusterDiscoveryType::Type(number)| number);
     match DiscoveryType::try_from(number) {
         Ok(
-            known @ (DiscoveryType::Static | DiscoveryType::StrictDns | DiscoveryType::LogicalDns),
+            known @ (DiscoveryType::Static
+            | DiscoveryType::StrictDns
+            | DiscoveryType::LogicalDns
+            | DiscoveryType::Eds),
         ) => Some(known),
         Ok(other) => {
             problems.add(
@@ -400,7 +436,9 @@ impl From<&Cluster> for wire::Cluster {
         let named = addresses
             .into_iter()
             .any(|host| host.parse::<IpAddr>().is_err());
-        let discovery = if named {
+        let discovery = if plain.eds.is_some() {
+            DiscoveryType::Eds
+        } else if named {
             DiscoveryType::StrictDns
         } else {
             DiscoveryType::Static
@@ -426,7 +464,8 @@ impl From<&Cluster> for wire::Cluster {
             lb_config,
             outlier_detection: plain.outlier_detection.as_ref().map(Into::into),
             health_checks: plain.health_check.iter().map(Into::into).collect(),
-            load_assignment: Some((&plain.load_assignment).into()),
+            eds_cluster_config: plain.eds.as_ref().map(Into::into),
+            load_assignment: plain.eds.is_none().then(|| (&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
             typed_extension_protocol_options: options,

@@ -1,6 +1,7 @@
 //! `envoy.config.listener.v3.Listener` and the HTTP connection manager in it.
 
 use super::{
+    config_source::Rds,
     endpoint::Address,
     filter_chain::FilterChain,
     route::{RouteConfiguration, TypedConfig},
@@ -65,8 +66,10 @@ pub struct HttpConnectionManager {
     pub stat_prefix: String,
     /// Which protocols are spoken.
     pub codec: Codec,
-    /// Inline route table.
+    /// Route table; with `rds`, the one that came last.
     pub route_config: RouteConfiguration,
+    /// Where the route table comes from, if it is not inline.
+    pub rds: Option<Rds>,
     /// In order; the last is the router.
     pub http_filters: Vec<HttpFilter>,
     /// Where access logs go.
@@ -101,6 +104,7 @@ impl Default for HttpConnectionManager {
             stat_prefix: "http".into(),
             codec: Codec::Auto,
             route_config: RouteConfiguration::default(),
+            rds: None,
             http_filters: Vec::new(),
             access_log: Vec::new(),
             use_remote_address: false,
@@ -222,13 +226,20 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         };
         let server_header = wire.server_header_transformation().into();
         let server_name = server_header::name(&mut problems, std::mem::take(&mut wire.server_name));
-        let table = wire
-            .route_specifier
-            .map(|RouteSpecifier::RouteConfig(table)| table);
-        if table.is_none() {
-            problems.add("", "required: route_config");
-        }
-        let route_config = table.and_then(|table| problems.take("route_config", table.try_into()));
+        let mut rds = None;
+        let route_config = match wire.route_specifier {
+            Some(RouteSpecifier::RouteConfig(table)) => {
+                problems.take("route_config", table.try_into())
+            }
+            Some(RouteSpecifier::Rds(source)) => {
+                rds = problems.take("rds", Rds::try_from(source));
+                rds.as_ref().map(Rds::not_yet)
+            }
+            None => {
+                problems.add("", "required: route_config or rds");
+                None
+            }
+        };
         let count = wire.http_filters.len();
         let http_filters = problems.take_all("http_filters", wire.http_filters);
         if http_filters.len() == count {
@@ -241,6 +252,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 stat_prefix,
                 codec,
                 route_config,
+                rds,
                 http_filters,
                 access_log,
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
@@ -427,16 +439,21 @@ fn log_format(
         Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
         Some(Format::TextFormatSource(core::DataSource {
             specifier: Some(Specifier::InlineString(text)),
+            ..
         })) => Ok(AccessLogFormat::Text(Some(text))),
         Some(Format::TextFormatSource(core::DataSource {
             specifier: Some(other),
+            ..
         })) => Err(ConfigErrors::one(
             "log_format.text_format_source",
             tls::not_inline(&other),
         )),
-        Some(Format::TextFormatSource(core::DataSource { specifier: None })) => Err(
-            ConfigErrors::one("log_format.text_format_source", "required: inline_string"),
-        ),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: None, ..
+        })) => Err(ConfigErrors::one(
+            "log_format.text_format_source",
+            "required: inline_string",
+        )),
         Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
             Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
             _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
@@ -490,7 +507,10 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
         Self {
             codec_type: codec_type.into(),
             stat_prefix: plain.stat_prefix.clone(),
-            route_specifier: Some(RouteSpecifier::RouteConfig((&plain.route_config).into())),
+            route_specifier: Some(match &plain.rds {
+                Some(rds) => RouteSpecifier::Rds(rds.into()),
+                None => RouteSpecifier::RouteConfig((&plain.route_config).into()),
+            }),
             http_filters: plain.http_filters.iter().map(Into::into).collect(),
             common_http_protocol_options: Some(core::HttpProtocolOptions {
                 idle_timeout: Some(to_duration(plain.idle_timeout)),
@@ -568,6 +588,7 @@ fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString
         AccessLogFormat::Text(None) => return None,
         AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
             specifier: Some(Specifier::InlineString(text.clone())),
+            watched_directory: None,
         }),
         AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
             fields.clone().into_iter().collect(),

@@ -462,7 +462,10 @@ impl From<&Route> for wire::Route {
             Action::Redirect(redirect) => wire::route::Action::Redirect(redirect.into()),
             Action::DirectResponse { status, body } => {
                 let specifier = Some(core::data_source::Specifier::InlineString(body.clone()));
-                let body = (!body.is_empty()).then_some(core::DataSource { specifier });
+                let body = (!body.is_empty()).then_some(core::DataSource {
+                    specifier,
+                    watched_directory: None,
+                });
                 wire::route::Action::DirectResponse(wire::DirectResponseAction {
                     status: (*status).into(),
                     body,

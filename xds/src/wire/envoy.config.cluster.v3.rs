@@ -141,6 +141,9 @@ pub struct Cluster {
     /// Unique.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
+    /// Of type EDS.
+    #[prost(message, optional, tag = "3")]
+    pub eds_cluster_config: ::core::option::Option<cluster::EdsClusterConfig>,
     /// 5 s unless said.
     #[prost(message, optional, tag = "4")]
     pub connect_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -182,6 +185,28 @@ pub struct Cluster {
 }
 /// Nested message and enum types in `Cluster`.
 pub mod cluster {
+    /// Of type EDS.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct EdsClusterConfig {
+        /// Where its endpoints come from.
+        #[prost(message, optional, tag = "1")]
+        pub eds_config: ::core::option::Option<
+            super::super::super::core::v3::ConfigSource,
+        >,
+        /// Their name there; the cluster's unless said.
+        #[prost(string, tag = "2")]
+        pub service_name: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for EdsClusterConfig {
+        const NAME: &'static str = "EdsClusterConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.EdsClusterConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.EdsClusterConfig".into()
+        }
+    }
     /// Of LEAST_REQUEST.
     #[derive(Clone, PartialEq, ::prost::Message)]
     pub struct LeastRequestLbConfig {

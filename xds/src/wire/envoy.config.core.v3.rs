@@ -59,9 +59,29 @@ impl ::prost::Name for RuntimeDouble {
         "/envoy.config.core.v3.RuntimeDouble".into()
     }
 }
+/// A directory.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchedDirectory {
+    /// Where.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+}
+impl ::prost::Name for WatchedDirectory {
+    const NAME: &'static str = "WatchedDirectory";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.WatchedDirectory".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.WatchedDirectory".into()
+    }
+}
 /// A text that may live elsewhere.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DataSource {
+    /// Whose moves say that the file changed; we see all changes of the file itself.
+    #[prost(message, optional, tag = "5")]
+    pub watched_directory: ::core::option::Option<WatchedDirectory>,
     #[prost(oneof = "data_source::Specifier", tags = "1, 2, 3")]
     pub specifier: ::core::option::Option<data_source::Specifier>,
 }
@@ -336,6 +356,89 @@ impl RequestMethod {
             "OPTIONS" => Some(Self::Options),
             "TRACE" => Some(Self::Trace),
             "PATCH" => Some(Self::Patch),
+            _ => None,
+        }
+    }
+}
+/// Resources in a file.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PathConfigSource {
+    /// A DiscoveryResponse as YAML or JSON.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Whose moves say that it changed; we see all changes of the file itself.
+    #[prost(message, optional, tag = "2")]
+    pub watched_directory: ::core::option::Option<WatchedDirectory>,
+}
+impl ::prost::Name for PathConfigSource {
+    const NAME: &'static str = "PathConfigSource";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.PathConfigSource".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.PathConfigSource".into()
+    }
+}
+/// Where resources come from.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigSource {
+    /// How long to wait for the first; 15 s unless said, 0 is for ever.
+    #[prost(message, optional, tag = "4")]
+    pub initial_fetch_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// V3.
+    #[prost(enumeration = "ApiVersion", tag = "6")]
+    pub resource_api_version: i32,
+    #[prost(oneof = "config_source::ConfigSourceSpecifier", tags = "8")]
+    pub config_source_specifier: ::core::option::Option<
+        config_source::ConfigSourceSpecifier,
+    >,
+}
+/// Nested message and enum types in `ConfigSource`.
+pub mod config_source {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum ConfigSourceSpecifier {
+        /// A file.
+        #[prost(message, tag = "8")]
+        PathConfigSource(super::PathConfigSource),
+    }
+}
+impl ::prost::Name for ConfigSource {
+    const NAME: &'static str = "ConfigSource";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.ConfigSource".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.ConfigSource".into()
+    }
+}
+/// Version of the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ApiVersion {
+    Auto = 0,
+    V2 = 1,
+    V3 = 2,
+}
+impl ApiVersion {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Auto => "AUTO",
+            Self::V2 => "V2",
+            Self::V3 => "V3",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "AUTO" => Some(Self::Auto),
+            "V2" => Some(Self::V2),
+            "V3" => Some(Self::V3),
             _ => None,
         }
     }

@@ -56,7 +56,7 @@ pub struct HttpConnectionManager {
     pub common_http_protocol_options: ::core::option::Option<
         super::super::super::super::super::config::core::v3::HttpProtocolOptions,
     >,
-    #[prost(oneof = "http_connection_manager::RouteSpecifier", tags = "4")]
+    #[prost(oneof = "http_connection_manager::RouteSpecifier", tags = "3, 4")]
     pub route_specifier: ::core::option::Option<http_connection_manager::RouteSpecifier>,
 }
 /// Nested message and enum types in `HttpConnectionManager`.
@@ -146,6 +146,9 @@ pub mod http_connection_manager {
     }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum RouteSpecifier {
+        /// Route table that comes from elsewhere.
+        #[prost(message, tag = "3")]
+        Rds(super::Rds),
         /// Route table written here.
         #[prost(message, tag = "4")]
         RouteConfig(
@@ -163,6 +166,28 @@ impl ::prost::Name for HttpConnectionManager {
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
             .into()
+    }
+}
+/// A route table that comes from elsewhere.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rds {
+    /// Where from.
+    #[prost(message, optional, tag = "1")]
+    pub config_source: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::ConfigSource,
+    >,
+    /// Its name there.
+    #[prost(string, tag = "2")]
+    pub route_config_name: ::prost::alloc::string::String,
+}
+impl ::prost::Name for Rds {
+    const NAME: &'static str = "Rds";
+    const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.filters.network.http_connection_manager.v3.Rds".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.filters.network.http_connection_manager.v3.Rds".into()
     }
 }
 /// One HTTP filter.

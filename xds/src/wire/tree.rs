@@ -146,6 +146,13 @@ pub mod envoy {
             include!("envoy.r#type.v3.rs");
         }
     }
+    pub mod service {
+        pub mod discovery {
+            pub mod v3 {
+                include!("envoy.service.discovery.v3.rs");
+            }
+        }
+    }
 }
 pub mod outrigger {
     pub mod feed {
