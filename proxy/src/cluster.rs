@@ -318,22 +318,8 @@ impl Clusters {
                 endpoints.push(self.fleet.configure(&engine_id(configured), &way));
                 continue;
             };
-            for ip in &*found {
-                let address = Address {
-                    host: ip.to_string(),
-                    port: configured.address.port,
-                };
-                let (id, own) = (
-                    address.to_string(),
-                    hash_key_at(cluster, configured, &address),
-                );
-                let way = Way {
-                    address: &address,
-                    hash_key: &own,
-                    ..way
-                };
-                endpoints.push(self.fleet.configure(&EngineId::from(id.as_str()), &way));
-            }
+            let each = found.iter();
+            endpoints.extend(each.map(|ip| self.at(*ip, way, cluster, configured)));
         }
         balancer.rebuild(&endpoints);
         let headers = cluster.balancing.override_host.iter();
@@ -348,6 +334,27 @@ impl Clusters {
             endpoints,
             name,
         }
+    }
+
+    /// The endpoint at one of the addresses that a name means.
+    fn at(
+        &self,
+        ip: IpAddr,
+        way: Way<'_>,
+        cluster: &Cluster,
+        configured: &LbEndpoint,
+    ) -> Arc<Endpoint> {
+        let address = Address {
+            host: ip.to_string(),
+            port: configured.address.port,
+        };
+        let way = Way {
+            address: &address,
+            hash_key: &hash_key_at(cluster, configured, &address),
+            ..way
+        };
+        let id = EngineId::from(address.to_string().as_str());
+        self.fleet.configure(&id, &way)
     }
 
     /// The addresses that a name means, each an endpoint; `None` where the address itself is the endpoint.

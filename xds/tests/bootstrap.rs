@@ -624,39 +624,44 @@ fn full() -> Bootstrap {
             transport_socket_connect_timeout: Duration::from_secs(7),
             tcp_backlog_size: 512,
         }],
-        clusters: vec![Cluster {
-            name: "engines".into(),
-            connect_timeout: Duration::from_millis(500),
-            discovery: Discovery::Dns(Dns::default()),
-            lb_policy: LbPolicy::LeastRequest,
-            balancing: Balancing {
-                healthy_panic_threshold: 25.0,
-                locality_weighted: true,
-                choice_count: 3,
-                active_request_bias: 1.5,
-                ..Balancing::default()
-            },
-            health_check: Some(health_check()),
-            outlier_detection: Some(outlier_detection()),
-            load_assignment: engines(),
-            eds: None,
-            protocol: UpstreamProtocol::Http2,
-            tls: None,
-            circuit_breakers: CircuitBreakers {
-                default: Thresholds {
-                    max_connections: 10,
-                    retries: RetryLimit::Budget {
-                        percent: 12.5,
-                        min_concurrency: 3,
-                    },
-                    ..Thresholds::default()
-                },
-                ..CircuitBreakers::default()
-            },
-        }],
+        clusters: vec![full_cluster()],
         secrets: Vec::new(),
         lds: None,
         cds: None,
+    }
+}
+
+fn full_cluster() -> Cluster {
+    Cluster {
+        name: "engines".into(),
+        connect_timeout: Duration::from_millis(500),
+        discovery: Discovery::Dns(Dns::default()),
+        lb_policy: LbPolicy::LeastRequest,
+        balancing: Balancing {
+            healthy_panic_threshold: 25.0,
+            locality_weighted: true,
+            choice_count: 3,
+            active_request_bias: 1.5,
+            ..Balancing::default()
+        },
+        health_check: Some(health_check()),
+        outlier_detection: Some(outlier_detection()),
+        load_assignment: engines(),
+        eds: None,
+        connection: Default::default(),
+        protocol: UpstreamProtocol::Http2,
+        tls: None,
+        circuit_breakers: CircuitBreakers {
+            default: Thresholds {
+                max_connections: 10,
+                retries: RetryLimit::Budget {
+                    percent: 12.5,
+                    min_concurrency: 3,
+                },
+                ..Thresholds::default()
+            },
+            ..CircuitBreakers::default()
+        },
     }
 }
 

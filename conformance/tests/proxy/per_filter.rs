@@ -12,9 +12,9 @@ fn abort(status: u16) -> String {
     )
 }
 
-#[tokio::test]
-async fn the_weighted_cluster_comes_before_the_route_the_virtual_host_and_the_table() {
-    let text = format!(
+/// Every level configures the filter.
+fn resources() -> String {
+    format!(
         r#"
 static_resources:
   listeners:
@@ -58,8 +58,13 @@ static_resources:
         host = abort(411),
         route = abort(412),
         weighted = abort(413),
-    );
-    let read = load::bootstrap(&text, Syntax::Yaml).unwrap_or_else(|errors| panic!("{errors}"));
+    )
+}
+
+#[tokio::test]
+async fn the_weighted_cluster_comes_before_the_route_the_virtual_host_and_the_table() {
+    let read =
+        load::bootstrap(&resources(), Syntax::Yaml).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(read.clusters[0].name, FLEET);
     let server = Upstream::named("a").await;
     let proxy = ProxyBuilder::new()

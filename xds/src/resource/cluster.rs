@@ -95,7 +95,6 @@ impl TryFrom<wire::Cluster> for Cluster {
 
     fn try_from(wire: wire::Cluster) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
-        let defaults = Self::default();
         let family = wire.dns_lookup_family();
         let given = Given {
             policy: wire.lb_policy(),
@@ -105,15 +104,7 @@ impl TryFrom<wire::Cluster> for Cluster {
         };
         let (lb_policy, balancing) = lb_policy::read(&mut problems, given);
         let name = problems.not_empty("name", wire.name);
-        let connect_timeout = wire
-            .connect_timeout
-            .map(|timeout| problems.take("connect_timeout", duration(timeout)));
-        let connect_timeout = connect_timeout
-            .flatten()
-            .unwrap_or(defaults.connect_timeout);
-        if connect_timeout.is_zero() {
-            problems.add("connect_timeout", "must be greater than 0");
-        }
+        let connect_timeout = connect_timeout(&mut problems, wire.connect_timeout);
         let given = discovery::Given {
             family,
             of: wire.cluster_discovery_type,
@@ -200,6 +191,15 @@ fn endpoints(
     let assignment =
         assignment.and_then(|assignment| problems.take("load_assignment", assignment.try_into()));
     (None, assignment)
+}
+
+fn connect_timeout(problems: &mut ConfigErrors, given: Option<prost_types::Duration>) -> Duration {
+    let given = given.and_then(|timeout| problems.take("connect_timeout", duration(timeout)));
+    let timeout = given.unwrap_or_else(|| Cluster::default().connect_timeout);
+    if timeout.is_zero() {
+        problems.add("connect_timeout", "must be greater than 0");
+    }
+    timeout
 }
 
 /// Host names need a cluster type that resolves names.
