@@ -223,6 +223,7 @@ pub fn add_server(bootstrap: &mut Bootstrap, address: SocketAddr) {
             host: address.ip().to_string(),
             port: address.port(),
         },
+        hostname: String::new(),
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
         locality: 0,

@@ -5,15 +5,18 @@ use crate::{
     endpoints::{Endpoint, clock_ms},
     error::Error,
     openai::OpenAiRequest,
-    router::{attempt::ATTEMPT_COUNT_HEADER, retry::Policy},
+    router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
     sse::Event,
 };
 use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
 use outrigger_xds::{
-    block_hash::BlockHash, report::EngineId, resource::mirror_policy::MirrorPolicy,
+    block_hash::BlockHash,
+    report::EngineId,
+    resource::{mirror_policy::MirrorPolicy, route_action::Priority},
 };
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -92,10 +95,10 @@ pub struct RouteFacts {
     pub max_stream_duration: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
     pub retry_policy: Option<Arc<Policy>>,
-    /// A retry may be done while at most this share of active requests (percent) are retries…
-    pub retry_budget_percent: f64,
-    /// …or at most so many.
-    pub min_retry_concurrency: u32,
+    /// Which circuit breakers count.
+    pub priority: Priority,
+    /// What is hashed, for policies that choose by hash.
+    pub hashes: Option<Arc<Hashes>>,
     /// On the inbound side the chain never chooses: the peer named the endpoint.
     pub inbound: bool,
     /// Status where the cluster does not exist; 503 unless said.
@@ -159,6 +162,8 @@ pub struct Context {
     pub route: Arc<RouteFacts>,
     /// Our id of the request (`x-request-id`).
     pub request_id: Arc<str>,
+    /// The connection it came on: the client's address, and ours.
+    pub connection: Option<(SocketAddr, SocketAddr)>,
     /// When its head came.
     pub received: Option<Instant>,
     /// Tells how far its body is, if it was not all here with the head.
@@ -204,6 +209,7 @@ impl Context {
         Self {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
+            connection: self.connection,
             received: self.received,
             upload: self.upload.clone(),
             openai: self.openai.clone(),

@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 pub mod body;
+pub mod breakers;
 mod bucket;
 pub mod cors;
 pub mod endpoints;

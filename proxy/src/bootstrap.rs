@@ -161,6 +161,7 @@ fn peer_endpoint(peer: &Address) -> LbEndpoint {
 fn endpoint(address: &Address, ours: Value) -> LbEndpoint {
     LbEndpoint {
         address: address.clone(),
+        hostname: String::new(),
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
         locality: 0,

@@ -116,6 +116,7 @@ impl Manager {
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
+            connection: Some((connection.remote, connection.local)),
             received: Some(record.started),
             attempt: 1,
             ..Context::default()
@@ -319,6 +320,7 @@ impl Manager {
                 context.upload = body.upload();
                 let request = Request::from_parts(parts, body);
                 let patience = flow::Patience::of(context, route.openai);
+                let filters = destination.filters.as_ref().unwrap_or(filters);
                 let answer = Next::new(filters).run(request, context);
                 match patience {
                     Some(patience) => patience.wait(answer).await,

@@ -175,6 +175,7 @@ mod tests {
             prompt_tokens: tokens,
             hit_tokens: hits,
             blocks: blocks.into(),
+            ..Want::default()
         }
     }
 

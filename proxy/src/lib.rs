@@ -10,6 +10,7 @@ pub mod chain;
 pub mod cluster;
 pub mod codec;
 pub mod discovery;
+pub mod dns;
 pub mod drain;
 pub mod engines;
 pub mod feed;

@@ -444,8 +444,16 @@ fn none(discovery: &Discovery, errors: Vec<(String, String)>) -> Result<(), Vec<
     }
 }
 
-async fn refresh_views(mut changed: watch::Receiver<u64>, shared: Arc<Shared>) {
-    while changed.changed().await.is_ok() {
+async fn refresh_views(mut members: watch::Receiver<u64>, shared: Arc<Shared>) {
+    let mut names = shared.clusters.watch_names();
+    loop {
+        let changed = tokio::select! {
+            changed = members.changed() => changed,
+            changed = names.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
         shared.clusters.refresh();
     }
 }

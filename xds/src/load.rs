@@ -8,6 +8,7 @@ pub mod discovery;
 mod dump;
 mod extensions;
 mod known;
+mod known_cluster;
 mod known_discovery;
 mod known_tls;
 mod strict;

@@ -4,12 +4,18 @@
 //! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
 
 pub mod bootstrap;
+mod circuit_breakers;
 pub mod cluster;
 pub mod config_source;
+mod connection;
+mod discovery;
 pub mod endpoint;
 mod filter_chain;
+pub mod hash_policy;
 pub mod header_mutation;
 pub mod health_check;
+mod lb_policy;
+mod lb_shown;
 pub mod listener;
 pub mod matching;
 pub mod mirror_policy;

@@ -4,8 +4,12 @@ use outrigger_xds::{
     load::{Syntax, bootstrap, bootstrap_from_value, bootstrap_to_json, config_dump},
     resource::{
         bootstrap::{Admin, Bootstrap, Node},
-        cluster::{Balancing, CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
+        cluster::{
+            Balancing, CircuitBreakers, Cluster, Discovery, Dns, LbPolicy, RetryLimit, Thresholds,
+            UpstreamProtocol,
+        },
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
+        hash_policy::{HashCookie, HashPolicy, HashSource},
         header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         health_check::{Checker, HealthCheck},
         listener::{
@@ -23,7 +27,7 @@ use outrigger_xds::{
             RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
         },
         route_action::{
-            ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
+            ClusterNotFound, ClusterWeight, PathRedirect, Priority, WeightedClusters, WeightedName,
         },
         server_header::ServerHeader,
         tls::{
@@ -139,7 +143,17 @@ static_resources:
                   query_parameters: [{name: q, string_match: {safe_regex: {google_re2: {}, regex: "a+"}, ignore_case: true}}, {name: p, present_match: true}]
                   runtime_fraction: {default_value: {numerator: 5, denominator: MILLION}, runtime_key: share}
                   grpc: {}
-                route: {cluster: engines, timeout: 0s, idle_timeout: 1.5s, prefix_rewrite: /}
+                route:
+                  cluster: engines
+                  timeout: 0s
+                  idle_timeout: 1.5s
+                  prefix_rewrite: /
+                  priority: HIGH
+                  hash_policy:
+                  - {header: {header_name: X-User, regex_rewrite: {pattern: {regex: "(a)(b)"}, substitution: '\2\1'}}, terminal: true}
+                  - {cookie: {name: c, ttl: 5s, path: /p, attributes: [{name: SameSite, value: Lax}]}}
+                  - {connection_properties: {source_ip: true}}
+                  - {query_parameter: {name: q}}
                 typed_per_filter_config:
                   kv:
                     "@type": type.googleapis.com/udpa.type.v1.TypedStruct
@@ -340,12 +354,14 @@ fn full_mixed() -> Route {
                             response: Mutations::default(),
                         },
                         host_rewrite: Some("in.side".into()),
+                        typed_per_filter_config: [].into(),
                     },
                     ClusterWeight {
                         cluster: WeightedName::Header("x-cluster".into()),
                         weight: 0,
                         headers: HeaderMutations::default(),
                         host_rewrite: None,
+                        typed_per_filter_config: [].into(),
                     },
                 ],
                 header_name: Some("x-number".into()),
@@ -428,11 +444,33 @@ fn full_v1(debug: TypedConfig) -> Route {
             timeout: Some(Duration::ZERO),
             idle_timeout: Some(Duration::from_millis(1500)),
             prefix_rewrite: Some("/".into()),
+            priority: Priority::High,
+            hash_policy: full_hash(),
             ..RouteAction::default()
         }),
         typed_per_filter_config: [("kv".to_owned(), debug)].into(),
         headers: HeaderMutations::default(),
     }
+}
+
+fn full_hash() -> Vec<HashPolicy> {
+    let policy = |source, terminal| HashPolicy { source, terminal };
+    let cookie = HashCookie {
+        name: "c".into(),
+        ttl: Some(Duration::from_secs(5)),
+        path: "/p".into(),
+        attributes: vec![("SameSite".into(), "Lax".into())],
+    };
+    let header = HashSource::Header {
+        name: "x-user".into(),
+        rewrite: Some(swap()),
+    };
+    vec![
+        policy(header, true),
+        policy(HashSource::Cookie(cookie), false),
+        policy(HashSource::SourceIp, false),
+        policy(HashSource::QueryParameter("q".into()), false),
+    ]
 }
 
 fn full_routes(debug: TypedConfig) -> RouteConfiguration {
@@ -470,6 +508,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         include_request_attempt_count: true,
         include_attempt_count_in_response: true,
         headers: HeaderMutations::default(),
+        typed_per_filter_config: [].into(),
     };
     RouteConfiguration {
         name: "local".into(),
@@ -486,6 +525,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         validate_clusters: true,
         max_direct_response_body_bytes: 5000,
         ignore_port_in_host_matching: true,
+        typed_per_filter_config: [].into(),
     }
 }
 
@@ -540,6 +580,7 @@ fn engines() -> ClusterLoadAssignment {
         endpoints: vec![
             LbEndpoint {
                 address: socket("localhost", 8000),
+                hostname: String::new(),
                 health_status: HealthStatus::Healthy,
                 load_balancing_weight: 3,
                 locality: 0,
@@ -547,6 +588,7 @@ fn engines() -> ClusterLoadAssignment {
             },
             LbEndpoint {
                 address: socket("10.0.0.2", 8000),
+                hostname: String::new(),
                 health_status: HealthStatus::Draining,
                 load_balancing_weight: 1,
                 locality: 0,
@@ -582,31 +624,44 @@ fn full() -> Bootstrap {
             transport_socket_connect_timeout: Duration::from_secs(7),
             tcp_backlog_size: 512,
         }],
-        clusters: vec![Cluster {
-            name: "engines".into(),
-            connect_timeout: Duration::from_millis(500),
-            lb_policy: LbPolicy::LeastRequest,
-            balancing: Balancing {
-                healthy_panic_threshold: 25.0,
-                locality_weighted: true,
-                choice_count: 3,
-                active_request_bias: 1.5,
-            },
-            health_check: Some(health_check()),
-            outlier_detection: Some(outlier_detection()),
-            load_assignment: engines(),
-            eds: None,
-            protocol: UpstreamProtocol::Http2,
-            tls: None,
-            circuit_breakers: CircuitBreakers {
-                max_connections: 10,
-                retry_budget_percent: 12.5,
-                ..CircuitBreakers::default()
-            },
-        }],
+        clusters: vec![full_cluster()],
         secrets: Vec::new(),
         lds: None,
         cds: None,
+    }
+}
+
+fn full_cluster() -> Cluster {
+    Cluster {
+        name: "engines".into(),
+        connect_timeout: Duration::from_millis(500),
+        discovery: Discovery::Dns(Dns::default()),
+        lb_policy: LbPolicy::LeastRequest,
+        balancing: Balancing {
+            healthy_panic_threshold: 25.0,
+            locality_weighted: true,
+            choice_count: 3,
+            active_request_bias: 1.5,
+            ..Balancing::default()
+        },
+        health_check: Some(health_check()),
+        outlier_detection: Some(outlier_detection()),
+        load_assignment: engines(),
+        eds: None,
+        connection: Default::default(),
+        protocol: UpstreamProtocol::Http2,
+        tls: None,
+        circuit_breakers: CircuitBreakers {
+            default: Thresholds {
+                max_connections: 10,
+                retries: RetryLimit::Budget {
+                    percent: 12.5,
+                    min_concurrency: 3,
+                },
+                ..Thresholds::default()
+            },
+            ..CircuitBreakers::default()
+        },
     }
 }
 

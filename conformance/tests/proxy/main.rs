@@ -5,8 +5,11 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod balancing;
+mod breakers;
 mod clusters;
 mod config;
+mod connections;
 mod drain;
 mod dynamic;
 mod dynamic_listeners;
@@ -21,6 +24,7 @@ mod limits;
 mod migration;
 mod migration_kill;
 mod migration_limits;
+mod per_filter;
 mod protocol;
 mod regression;
 mod reuse;

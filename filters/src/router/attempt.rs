@@ -61,6 +61,8 @@ impl Outcome {
         match self {
             Self::Response(_) => false,
             Self::Unwanted(_) => true,
+            // Our own circuit breaker is of the cluster: another endpoint of it is no help.
+            Self::Failed(error) if error.is_own_overflow() => false,
             Self::Failed(error) => rules.helps(error),
         }
     }
@@ -226,6 +228,7 @@ impl<'a> Attempt<'a> {
             connect_timeout: self.view.connect_timeout,
             headers_timeout: [headers_timeout, left, per_try].into_iter().flatten().min(),
             replace_stale: false,
+            priority: context.route.priority,
         }
     }
 
@@ -250,7 +253,7 @@ impl<'a> Attempt<'a> {
         }
         if let Some(auto) = context.route.auto_host_rewrite {
             before.head = Some(Box::new((request.uri().clone(), request.headers().clone())));
-            rewrite_host(request, &self.target.endpoint.address.host, auto);
+            rewrite_host(request, &self.target.endpoint.hostname, auto);
         }
         let headers = request.headers_mut();
         if context.route.attempts_to_upstream {

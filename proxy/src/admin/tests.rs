@@ -5,10 +5,7 @@ use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::{Endpoint, Live, Via};
 use outrigger_xds::{
     report::{EngineKind, EngineState, Health, Load, Model},
-    resource::{
-        cluster::{LbPolicy, UpstreamProtocol},
-        endpoint::Address,
-    },
+    resource::{cluster::LbPolicy, endpoint::Address},
 };
 use serde_json::json;
 use std::{
@@ -63,17 +60,11 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
             port: 8000,
         },
         via,
-        protocol: UpstreamProtocol::Http1,
-        tls: None,
+        hostname: host.into(),
         weight: 1,
-        health_status: Default::default(),
-        priority: 0,
-        locality: 0,
         cluster: "engines".into(),
-        host: Arc::default(),
-        slot: 0,
         live: Arc::new(ArcSwap::from_pointee(live)),
-        stats: Arc::default(),
+        ..Endpoint::default()
     })
 }
 
@@ -121,6 +112,8 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         lb_policy: LbPolicy::RoundRobin,
         connect_timeout: Duration::from_secs(5),
         even: true,
+        override_host: Arc::default(),
+        breakers: Arc::default(),
         endpoints: vec![local, dead],
     })]
 }

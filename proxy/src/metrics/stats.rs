@@ -263,6 +263,8 @@ pub struct ClusterStats {
     pub upstream_rq_retry_limit_exceeded: Counter,
     /// Refused by a circuit breaker.
     pub upstream_rq_pending_overflow: Counter,
+    /// Waiting for a connection.
+    pub upstream_rq_pending_active: Gauge,
     /// Cancelled by the client.
     pub upstream_rq_cancelled: Counter,
     /// Reset by the upstream.
@@ -325,6 +327,7 @@ impl ClusterStats {
                 "envoy_cluster_upstream_rq_retry_limit_exceeded",
             ),
             upstream_rq_pending_overflow: counter("envoy_cluster_upstream_rq_pending_overflow"),
+            upstream_rq_pending_active: gauge("envoy_cluster_upstream_rq_pending_active"),
             upstream_rq_cancelled: counter("envoy_cluster_upstream_rq_cancelled"),
             upstream_rq_rx_reset: counter("envoy_cluster_upstream_rq_rx_reset"),
             upstream_rq_tx_reset: counter("envoy_cluster_upstream_rq_tx_reset"),

@@ -1,5 +1,6 @@
 //! Opening a TCP connection to an endpoint, with a limit on how long it may take.
 
+use super::queue::Slot;
 use crate::tls::{Stream, client::Client};
 use outrigger_filters::{
     endpoints::{Endpoint, Secured},
@@ -7,29 +8,44 @@ use outrigger_filters::{
 };
 use outrigger_xds::{
     feed,
-    resource::{cluster::UpstreamProtocol, endpoint::Address},
+    resource::{
+        cluster::{ConnectionOptions, TcpKeepalive, UpstreamProtocol},
+        endpoint::Address,
+    },
 };
+use socket2::SockRef;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// Opens a connection; failures are counted at the endpoint.
 pub(super) async fn connect(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
+    slot: Slot,
 ) -> Result<(Stream, OpenConnection), Error> {
-    let opening = open(&endpoint.address, endpoint.tls.as_ref(), endpoint.protocol);
+    let opening = open(
+        &endpoint.address,
+        endpoint.tls.as_ref(),
+        endpoint.protocol,
+        &endpoint.connection,
+    );
     let opened = tokio::time::timeout(limit, opening).await;
     let stats = &endpoint.stats;
     match opened {
         Ok(Ok(socket)) => {
             stats.connections.fetch_add(1, Relaxed);
             stats.connections_active.fetch_add(1, Relaxed);
-            Ok((socket, OpenConnection(endpoint.clone())))
+            let endpoint = endpoint.clone();
+            let counted = OpenConnection {
+                endpoint,
+                _slot: slot,
+            };
+            Ok((socket, counted))
         }
         Ok(Err(error)) => {
             stats.connect_fail.fetch_add(1, Relaxed);
@@ -93,8 +109,9 @@ pub(crate) async fn open(
     address: &Address,
     tls: Option<&Secured>,
     protocol: UpstreamProtocol,
+    options: &ConnectionOptions,
 ) -> io::Result<Stream> {
-    let socket = open_socket(address).await?;
+    let socket = open_socket(address, options).await?;
     match tls {
         None => Ok(Stream::Plain(socket)),
         Some(tls) => {
@@ -109,27 +126,78 @@ pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
     Arc::new(move || {
         let (address, tls) = (address.clone(), tls.clone());
         Box::pin(async move {
-            let socket = open(&address, Some(&tls), UpstreamProtocol::Http2);
+            let options = ConnectionOptions::default();
+            let socket = open(&address, Some(&tls), UpstreamProtocol::Http2, &options);
             Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
         })
     })
 }
 
-async fn open_socket(address: &Address) -> io::Result<TcpStream> {
-    let socket = match address.host.parse::<IpAddr>() {
-        Ok(ip) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
-        Err(_) => TcpStream::connect((address.host.as_str(), address.port)).await?,
+async fn open_socket(address: &Address, options: &ConnectionOptions) -> io::Result<TcpStream> {
+    let socket = match (address.host.parse::<IpAddr>(), options.source) {
+        (Ok(ip), Some(source)) => from(source, SocketAddr::new(ip, address.port)).await?,
+        (Ok(ip), None) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
+        (Err(_), source) => connect_by_name(address, source).await?,
     };
     socket.set_nodelay(true)?;
+    if let Some(keepalive) = &options.keepalive {
+        SockRef::from(&socket).set_tcp_keepalive(&of_system(keepalive))?;
+    }
     Ok(socket)
+}
+
+/// The first address of the name that answers.
+async fn connect_by_name(address: &Address, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+    let name = (address.host.as_str(), address.port);
+    let Some(source) = source else {
+        return TcpStream::connect(name).await;
+    };
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for found in tokio::net::lookup_host(name).await? {
+        match from(source, found).await {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A connection that comes from `source`.
+async fn from(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = match to {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if source.port() != 0 {
+        socket.set_reuseaddr(true)?;
+    }
+    socket.bind(source)?;
+    socket.connect(to).await
+}
+
+fn of_system(options: &TcpKeepalive) -> socket2::TcpKeepalive {
+    let mut keepalive = socket2::TcpKeepalive::new();
+    if let Some(time) = options.time {
+        keepalive = keepalive.with_time(time);
+    }
+    if let Some(interval) = options.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = options.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    keepalive
 }
 
 /// Counts a connection as open until dropped.
 #[derive(Debug)]
-pub(super) struct OpenConnection(Arc<Endpoint>);
+pub(super) struct OpenConnection {
+    endpoint: Arc<Endpoint>,
+    _slot: Slot,
+}
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        self.0.stats.connections_active.fetch_sub(1, Relaxed);
+        self.endpoint.stats.connections_active.fetch_sub(1, Relaxed);
     }
 }

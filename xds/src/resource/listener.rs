@@ -275,6 +275,12 @@ fn limits(
 ) -> HttpConnectionManager {
     let mut limits = HttpConnectionManager::default();
     let common = wire.common_http_protocol_options.take().unwrap_or_default();
+    if common.max_requests_per_connection.is_some() {
+        problems.add(
+            "common_http_protocol_options",
+            "not supported yet: max_requests_per_connection",
+        );
+    }
     let durations = [
         (
             "common_http_protocol_options.idle_timeout",
@@ -513,6 +519,7 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             }),
             http_filters: plain.http_filters.iter().map(Into::into).collect(),
             common_http_protocol_options: Some(core::HttpProtocolOptions {
+                max_requests_per_connection: None,
                 idle_timeout: Some(to_duration(plain.idle_timeout)),
             }),
             http2_protocol_options: Some(core::Http2ProtocolOptions {

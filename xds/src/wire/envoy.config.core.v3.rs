@@ -360,6 +360,139 @@ impl RequestMethod {
         }
     }
 }
+/// Somewhere to listen or connect.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Address {
+    #[prost(oneof = "address::Address", tags = "1")]
+    pub address: ::core::option::Option<address::Address>,
+}
+/// Nested message and enum types in `Address`.
+pub mod address {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Address {
+        /// IP or name, and port.
+        #[prost(message, tag = "1")]
+        SocketAddress(super::SocketAddress),
+    }
+}
+impl ::prost::Name for Address {
+    const NAME: &'static str = "Address";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.Address".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.Address".into()
+    }
+}
+/// When a connection is asked whether it is still there.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpKeepalive {
+    /// How often, until it counts as gone.
+    #[prost(message, optional, tag = "1")]
+    pub keepalive_probes: ::core::option::Option<u32>,
+    /// Seconds without a byte before.
+    #[prost(message, optional, tag = "2")]
+    pub keepalive_time: ::core::option::Option<u32>,
+    /// Seconds between.
+    #[prost(message, optional, tag = "3")]
+    pub keepalive_interval: ::core::option::Option<u32>,
+}
+impl ::prost::Name for TcpKeepalive {
+    const NAME: &'static str = "TcpKeepalive";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TcpKeepalive".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TcpKeepalive".into()
+    }
+}
+/// Where connections come from.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BindConfig {
+    /// Port 0 lets the system choose.
+    #[prost(message, optional, tag = "1")]
+    pub source_address: ::core::option::Option<SocketAddress>,
+}
+impl ::prost::Name for BindConfig {
+    const NAME: &'static str = "BindConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.BindConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.BindConfig".into()
+    }
+}
+/// Host and port.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SocketAddress {
+    /// TCP unless said otherwise.
+    #[prost(enumeration = "socket_address::Protocol", tag = "1")]
+    pub protocol: i32,
+    /// IP address; a name where names are resolved.
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(oneof = "socket_address::PortSpecifier", tags = "3")]
+    pub port_specifier: ::core::option::Option<socket_address::PortSpecifier>,
+}
+/// Nested message and enum types in `SocketAddress`.
+pub mod socket_address {
+    /// Transport.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Protocol {
+        Tcp = 0,
+        Udp = 1,
+    }
+    impl Protocol {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Tcp => "TCP",
+                Self::Udp => "UDP",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "TCP" => Some(Self::Tcp),
+                "UDP" => Some(Self::Udp),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum PortSpecifier {
+        /// At most 65535.
+        #[prost(uint32, tag = "3")]
+        PortValue(u32),
+    }
+}
+impl ::prost::Name for SocketAddress {
+    const NAME: &'static str = "SocketAddress";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.SocketAddress".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.SocketAddress".into()
+    }
+}
 /// Resources in a file.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PathConfigSource {
@@ -441,6 +574,26 @@ impl ApiVersion {
             "V3" => Some(Self::V3),
             _ => None,
         }
+    }
+}
+/// A named, typed extension.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TypedExtensionConfig {
+    /// For people and lookups by name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Its configuration; the type decides which extension it is.
+    #[prost(message, optional, tag = "2")]
+    pub typed_config: ::core::option::Option<::prost_types::Any>,
+}
+impl ::prost::Name for TypedExtensionConfig {
+    const NAME: &'static str = "TypedExtensionConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TypedExtensionConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TypedExtensionConfig".into()
     }
 }
 /// How endpoints are asked for their health.
@@ -590,125 +743,15 @@ impl HealthStatus {
         }
     }
 }
-/// Somewhere to listen or connect.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Address {
-    #[prost(oneof = "address::Address", tags = "1")]
-    pub address: ::core::option::Option<address::Address>,
-}
-/// Nested message and enum types in `Address`.
-pub mod address {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum Address {
-        /// IP or name, and port.
-        #[prost(message, tag = "1")]
-        SocketAddress(super::SocketAddress),
-    }
-}
-impl ::prost::Name for Address {
-    const NAME: &'static str = "Address";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.Address".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.Address".into()
-    }
-}
-/// Host and port.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SocketAddress {
-    /// TCP unless said otherwise.
-    #[prost(enumeration = "socket_address::Protocol", tag = "1")]
-    pub protocol: i32,
-    /// IP address; a name where names are resolved.
-    #[prost(string, tag = "2")]
-    pub address: ::prost::alloc::string::String,
-    #[prost(oneof = "socket_address::PortSpecifier", tags = "3")]
-    pub port_specifier: ::core::option::Option<socket_address::PortSpecifier>,
-}
-/// Nested message and enum types in `SocketAddress`.
-pub mod socket_address {
-    /// Transport.
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
-    #[repr(i32)]
-    pub enum Protocol {
-        Tcp = 0,
-        Udp = 1,
-    }
-    impl Protocol {
-        /// String value of the enum field names used in the ProtoBuf definition.
-        ///
-        /// The values are not transformed in any way and thus are considered stable
-        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-        pub fn as_str_name(&self) -> &'static str {
-            match self {
-                Self::Tcp => "TCP",
-                Self::Udp => "UDP",
-            }
-        }
-        /// Creates an enum from field names used in the ProtoBuf definition.
-        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-            match value {
-                "TCP" => Some(Self::Tcp),
-                "UDP" => Some(Self::Udp),
-                _ => None,
-            }
-        }
-    }
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum PortSpecifier {
-        /// At most 65535.
-        #[prost(uint32, tag = "3")]
-        PortValue(u32),
-    }
-}
-impl ::prost::Name for SocketAddress {
-    const NAME: &'static str = "SocketAddress";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.SocketAddress".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.SocketAddress".into()
-    }
-}
-/// A named, typed extension.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct TypedExtensionConfig {
-    /// For people and lookups by name.
-    #[prost(string, tag = "1")]
-    pub name: ::prost::alloc::string::String,
-    /// Its configuration; the type decides which extension it is.
-    #[prost(message, optional, tag = "2")]
-    pub typed_config: ::core::option::Option<::prost_types::Any>,
-}
-impl ::prost::Name for TypedExtensionConfig {
-    const NAME: &'static str = "TypedExtensionConfig";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.TypedExtensionConfig".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.TypedExtensionConfig".into()
-    }
-}
 /// Options of both HTTP versions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpProtocolOptions {
     /// A connection without a request closes after this.
     #[prost(message, optional, tag = "1")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// A connection closes after so many; 0 is no limit.
+    #[prost(message, optional, tag = "6")]
+    pub max_requests_per_connection: ::core::option::Option<u32>,
 }
 impl ::prost::Name for HttpProtocolOptions {
     const NAME: &'static str = "HttpProtocolOptions";
