@@ -76,7 +76,7 @@ fn started(read: Bootstrap) -> TestProxy {
                     listener.http.http_filters = http.http_filters.clone();
                 }
             }
-            bootstrap.clusters.extend(read.clusters.clone());
+            bootstrap.clusters.extend(read.clusters);
         })
         .start()
 }

@@ -81,8 +81,11 @@ pub(super) fn listener(name: &str, at: SocketAddr, manager: Value) -> Value {
             }],
         }),
     );
-    for (field, value) in manager.as_object().unwrap() {
-        http[field] = value.clone();
+    let Value::Object(fields) = manager else {
+        panic!("{manager} has no fields");
+    };
+    for (field, value) in fields {
+        http[field] = value;
     }
     typed(
         "envoy.config.listener.v3.Listener",

@@ -33,8 +33,8 @@ struct Seen {
 }
 
 impl Seen {
-    fn bad(&self, what: impl ToString) {
-        self.bad.lock().unwrap().push(what.to_string());
+    fn bad(&self, what: String) {
+        self.bad.lock().unwrap().push(what);
     }
 
     async fn judge(&self, answer: hyper::Result<Response<Incoming>>, who: &str) {

@@ -150,5 +150,6 @@ async fn a_client_that_was_served_and_asks_no_more_is_closed_and_a_long_answer_i
     let closed = proxy
         .metric("envoy_http_downstream_cx_idle_timeout", "")
         .await;
-    assert_eq!(closed, 1.0);
+    // Of all proxies in this process.
+    assert!(closed >= 1.0, "{closed}");
 }

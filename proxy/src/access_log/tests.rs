@@ -319,7 +319,7 @@ fn the_stand_alone_format() {
     assert_eq!(line["response_code_details"], "via_upstream");
     assert_eq!(line["routing_decision"]["policy"], "kv");
     assert_eq!(line["prefix_hit_tokens_confirmed"], 95);
-    assert_eq!(line.as_object().unwrap().len(), 25);
+    assert_eq!(line.as_object().unwrap().len(), 26);
 
     let log = LogFields::default();
     let line = json_line(
