@@ -783,7 +783,9 @@ fn changed(changes: &[(&str, Value)]) -> Value {
 }
 
 fn problems(changes: &[(&str, Value)]) -> Vec<String> {
-    let errors = bootstrap_from_value(changed(changes)).expect_err("refused");
+    let Err(errors) = bootstrap_from_value(changed(changes)) else {
+        panic!("taken: {changes:?}");
+    };
     errors.problems().iter().map(ToString::to_string).collect()
 }
 
