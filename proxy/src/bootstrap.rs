@@ -9,6 +9,7 @@ use outrigger_xds::resource::{
     bootstrap::{Admin, Bootstrap, Node},
     cluster::{Cluster, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+    filter_chain::FilterChain,
     header_mutation::HeaderMutations,
     listener::{
         AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
@@ -192,13 +193,9 @@ fn listener(
     http: HttpConnectionManager,
 ) -> Listener {
     Listener {
-        name: name.into(),
-        address,
         traffic_direction,
-        http,
-        tls: None,
-        transport_socket_connect_timeout: Duration::ZERO,
         tcp_backlog_size: 16_384,
+        ..Listener::new(name, address, FilterChain::http(http))
     }
 }
 

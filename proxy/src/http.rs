@@ -16,9 +16,9 @@ use crate::{
     metrics::HttpStats,
     route::{BuiltRoute, Target},
     snapshot::HttpConfig,
-    tls::{TlsFacts, server::Server},
+    tls::TlsFacts,
 };
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
@@ -52,6 +52,13 @@ pub struct Manager {
     pub logs: ArcSwap<AccessLogs>,
     /// Its metrics.
     pub stats: Arc<HttpStats>,
+    /// Whose it is.
+    pub owner: Owner,
+}
+
+/// What all connection managers of a proxy that serve the same direction share.
+#[derive(Clone)]
+pub struct Owner {
     /// This proxy's id, for loop detection.
     pub node: Arc<str>,
     /// The same as a header.
@@ -60,8 +67,6 @@ pub struct Manager {
     pub drain: Drain,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
-    /// How its connections begin; none is plain text. Swapped with the configuration.
-    pub tls: ArcSwapOption<Server>,
 }
 
 /// The connection a request came on.
@@ -71,7 +76,9 @@ pub struct ConnectionInfo {
     pub remote: SocketAddr,
     /// Its address as each of its requests tells it.
     pub(crate) address: HeaderValue,
-    /// Our side.
+    /// Whoever is at the other end of the socket.
+    pub direct_remote: SocketAddr,
+    /// Our side, or where the connection was sent before it was redirected to us.
     pub local: SocketAddr,
     /// Unique in this process.
     pub id: u64,
@@ -88,6 +95,7 @@ impl ConnectionInfo {
         Self {
             remote,
             address: headers::address(remote.ip()),
+            direct_remote: remote,
             local,
             id,
             tls,
@@ -106,7 +114,7 @@ impl Manager {
         let config = self.config.load_full();
         if config.inbound
             && request.uri().path().starts_with(FEED_PREFIX)
-            && let Some(feed) = &self.feed
+            && let Some(feed) = &self.owner.feed
         {
             return feed(request).await;
         }
@@ -187,8 +195,8 @@ impl Manager {
             context.prompt = attempt::told(fields);
             context.told_hit_tokens = attempt::told_hits(fields);
         } else if !seen.via {
-            fields.insert(headers::VIA, self.via.clone());
-        } else if !headers::append_via(fields, &self.node) {
+            fields.insert(headers::VIA, self.owner.via.clone());
+        } else if !headers::append_via(fields, &self.owner.node) {
             return Err(looped());
         }
         if seen.between_proxies {
@@ -361,7 +369,8 @@ impl Manager {
         let inbound = config.inbound;
         let mut log = std::mem::take(&mut context.log);
         // Answered without a look at its body: who reads on would take that for the next request.
-        let mut close = record.unread && context.upload.is_none() || self.drain.is_unhealthy();
+        let mut close =
+            record.unread && context.upload.is_none() || self.owner.drain.is_unhealthy();
         let response = match response {
             Ok(response) => response,
             Err(error) => {

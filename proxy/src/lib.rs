@@ -25,9 +25,12 @@ pub mod metrics;
 pub mod options;
 pub mod outlier;
 pub mod process;
+mod pump;
 pub mod route;
 pub mod run;
 pub mod snapshot;
+mod socket;
+mod tcp_proxy;
 pub mod tls;
 pub mod upstream;
 

@@ -1,17 +1,25 @@
 //! Sockets that accept: one per worker with SO_REUSEPORT, bound before anything runs.
 
-use crate::{
-    codec,
-    drain::Drain,
-    http::{ConnectionInfo, Manager},
-    metrics::ListenerStats,
-    tls::{Stream, TlsFacts, server::Server},
-};
+mod behaviour;
+mod chains;
+mod http_inspector;
+mod look;
+mod proxy_header;
+mod tls_inspector;
+
+pub use behaviour::Prepared;
+
+use behaviour::Behaviour;
+
+use crate::{drain::Drain, http::Owner, metrics::ListenerStats, socket::Socket};
+use arc_swap::ArcSwap;
+use look::Seen;
 use outrigger_xds::resource::listener::Listener;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 use std::{
+    collections::HashMap,
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -32,7 +40,7 @@ pub struct Bound {
     pub name: String,
     /// Where it really listens.
     pub address: SocketAddr,
-    /// One socket a worker.
+    /// One socket a worker; none if it has no port.
     pub sockets: Vec<std::net::TcpListener>,
 }
 
@@ -53,6 +61,13 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
         .map_err(explain)?
         .next()
         .ok_or_else(|| explain(io::ErrorKind::AddrNotAvailable.into()))?;
+    if !listener.bind_to_port {
+        return Ok(Bound {
+            name: listener.name.clone(),
+            address,
+            sockets: Vec::new(),
+        });
+    }
     if address.port() != 0 {
         // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
         bind_one(address, 1, false).map_err(explain)?;
@@ -71,7 +86,7 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
 }
 
 fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::net::TcpListener> {
-    let socket = Socket::new(
+    let socket = RawSocket::new(
         Domain::for_address(address),
         Type::STREAM,
         Some(Protocol::TCP),
@@ -88,12 +103,63 @@ fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::
     Ok(socket.into())
 }
 
+/// A listener at work, on all workers.
+pub struct Active {
+    /// Swapped whole by a push of configuration.
+    behaviour: ArcSwap<Behaviour>,
+    stats: Arc<ListenerStats>,
+    open: AtomicUsize,
+    owner: Owner,
+    /// Where others are that it hands connections over to.
+    others: Arc<Directory>,
+}
+
+/// Listeners by address.
+pub type Directory = ArcSwap<HashMap<SocketAddr, Arc<Active>>>;
+
+impl Active {
+    /// A listener at `address`.
+    #[must_use]
+    pub fn new(
+        address: SocketAddr,
+        prepared: Prepared,
+        owner: Owner,
+        others: Arc<Directory>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            behaviour: ArcSwap::from_pointee(prepared.commit(None, &owner)),
+            owner,
+            stats: ListenerStats::new(&address.to_string()),
+            open: AtomicUsize::new(0),
+            others,
+        })
+    }
+
+    /// Does something else from now on.
+    pub fn replace(&self, prepared: Prepared) {
+        let before = self.behaviour.load_full();
+        let behaviour = prepared.commit(Some(&before), &self.owner);
+        self.behaviour.store(Arc::new(behaviour));
+    }
+
+    /// The listener that a redirected connection was meant for: that of its very address, else that of its port.
+    fn meant(&self, address: SocketAddr) -> Option<Arc<Self>> {
+        let others = self.others.load();
+        let any: IpAddr = if address.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let found = others.get(&address);
+        let found = found.or_else(|| others.get(&SocketAddr::new(any, address.port())));
+        found.cloned()
+    }
+}
+
 /// Accepts on one worker until draining begins.
 pub(crate) async fn accept(
     socket: std::net::TcpListener,
-    manager: Arc<Manager>,
-    stats: Arc<ListenerStats>,
-    open: Arc<AtomicUsize>,
+    active: Arc<Active>,
     drain: Drain,
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(socket)?;
@@ -105,36 +171,19 @@ pub(crate) async fn accept(
         };
         match accepted {
             Ok((socket, remote)) => {
-                if open.load(Relaxed) >= CONNECTIONS_MAX {
-                    stats.downstream_cx_overflow.increment(1);
+                if active.open.load(Relaxed) >= CONNECTIONS_MAX {
+                    active.stats.downstream_cx_overflow.increment(1);
                     continue;
                 }
                 let _ = socket.set_nodelay(true);
-                let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
-                let counted = Counted::new(open.clone(), stats.clone());
-                let (manager, drain) = (manager.clone(), drain.clone());
-                let info = move |tls| Arc::new(ConnectionInfo::new(remote, local, id, tls));
-                match manager.tls.load_full() {
-                    None => {
-                        let info = info(None);
-                        tokio::spawn(async move {
-                            let _counted = counted;
-                            let _running = drain.enter();
-                            codec::serve(Stream::Plain(socket), manager, info, drain.clone()).await;
-                        });
-                    }
-                    Some(server) => {
-                        tokio::spawn(async move {
-                            let _running = drain.enter();
-                            let shaken = handshake(socket, &server, &manager, &counted.1, &drain);
-                            if let Some((stream, tls)) = shaken.await {
-                                let info = info(Some(Arc::new(tls)));
-                                codec::serve(stream, manager, info, drain.clone()).await;
-                            }
-                            drop(counted);
-                        });
-                    }
-                }
+                // Where it listens on all addresses, only the connection knows which it is.
+                let local = match local.ip().is_unspecified() {
+                    true => socket.local_addr().unwrap_or(local),
+                    false => local,
+                };
+                let counted = Counted::new(active.clone());
+                let seen = Seen::new(local, remote);
+                tokio::spawn(serve(socket.into(), seen, counted, drain.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, %local, "accept failed");
@@ -144,48 +193,62 @@ pub(crate) async fn accept(
     }
 }
 
-/// A TLS handshake, which must not outlast its limit, nor hold up a drain.
-async fn handshake(
-    socket: tokio::net::TcpStream,
-    server: &Server,
-    manager: &Manager,
-    stats: &ListenerStats,
-    drain: &Drain,
-) -> Option<(Stream, TlsFacts)> {
-    let limit = server.handshake_timeout();
-    let idle = manager.config.load().manager.idle_timeout;
-    let wait = [limit, idle].into_iter().find(|limit| !limit.is_zero());
-    let expired = async {
-        match wait {
-            Some(wait) => tokio::time::sleep(wait).await,
-            None => std::future::pending().await,
+/// Serves a connection where it arrived, or where it was meant to.
+async fn serve(mut socket: Socket, mut seen: Seen, counted: Counted, drain: Drain) {
+    let _running = drain.enter();
+    let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
+    let mut counted = counted;
+    let mut behaviour = counted.0.behaviour.load_full();
+    if !behaviour.look.is_empty() {
+        if !Box::pin(look(&behaviour, &mut socket, &mut seen, &counted, &drain)).await {
+            return;
         }
-    };
-    tokio::select! {
-        shaken = server.accept(socket, stats) => shaken.ok(),
-        () = expired => {
-            stats.downstream_cx_transport_socket_connect_timeout.increment(1);
-            None
+        let meant = (behaviour.hands_over && seen.redirected)
+            .then(|| counted.0.meant(seen.local))
+            .flatten()
+            .filter(|meant| !Arc::ptr_eq(meant, &counted.0));
+        if let Some(meant) = meant {
+            counted = Counted::new(meant);
+            behaviour = counted.0.behaviour.load_full();
+            if !Box::pin(look(&behaviour, &mut socket, &mut seen, &counted, &drain)).await {
+                return;
+            }
         }
-        () = drain.begun() => None,
     }
+    behaviour
+        .serve(socket, seen, id, &counted.0.stats, &drain)
+        .await;
+}
+
+async fn look(
+    behaviour: &Behaviour,
+    socket: &mut Socket,
+    seen: &mut Seen,
+    counted: &Counted,
+    drain: &Drain,
+) -> bool {
+    behaviour.look.is_empty()
+        || behaviour
+            .look
+            .at(socket, seen, &counted.0.stats, drain)
+            .await
 }
 
 /// Counts an open connection until dropped.
-struct Counted(Arc<AtomicUsize>, Arc<ListenerStats>, Instant);
+struct Counted(Arc<Active>, Instant);
 
 impl Counted {
-    fn new(open: Arc<AtomicUsize>, stats: Arc<ListenerStats>) -> Self {
-        open.fetch_add(1, Relaxed);
-        stats.downstream_cx_total.increment(1);
-        stats.downstream_cx_active.increment(1.0);
-        Self(open, stats, Instant::now())
+    fn new(active: Arc<Active>) -> Self {
+        active.open.fetch_add(1, Relaxed);
+        active.stats.downstream_cx_total.increment(1);
+        active.stats.downstream_cx_active.increment(1.0);
+        Self(active, Instant::now())
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-        self.1.closed(self.2.elapsed());
+        self.0.open.fetch_sub(1, Relaxed);
+        self.0.stats.closed(self.1.elapsed());
     }
 }

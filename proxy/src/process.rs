@@ -3,7 +3,7 @@
 //! What runs in between is [`Proxy`]'s; this only says with what it starts and when it ends.
 
 use crate::{
-    access_log::{AccessLogs, Sinks},
+    access_log::Sinks,
     admin::{
         self,
         logging::{LogFormat, LogHandle},
@@ -188,12 +188,8 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
         stat_prefix: Arc::default(),
     };
     clusters.contexts(&bootstrap.clusters)?;
-    snapshot::build(bootstrap, &services)?;
-    let sinks = Sinks::default();
-    for listener in &bootstrap.listeners {
-        AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
-        crate::run::tls(listener).map_err(|error| vec![error])?;
-    }
+    let built = snapshot::build(bootstrap, &services)?;
+    crate::run::prepare(bootstrap, &built, &Sinks::default(), &services)?;
     Ok(())
 }
 

@@ -4,22 +4,20 @@
 //! adapters. Everything that can fail to start fails before the first connection is accepted.
 
 use crate::{
-    access_log::{AccessLogs, Sinks},
+    access_log::Sinks,
     admin::{self, logging::LogHandle},
     cluster::{Clusters, Contexts},
     drain::Drain,
     engines::{self, Watcher},
     feed::{self, LocalFeed, Peers},
     fleet::Fleet,
-    http::Manager,
+    http::Owner,
     ledger::Ledgers,
-    listener::{self, Bound},
-    metrics::{HttpStats, ListenerStats},
-    snapshot,
-    tls::server::Server,
+    listener::{self, Active, Bound, Directory, Prepared},
+    snapshot::{self, HttpConfig},
     upstream::{self, Pools},
 };
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use http::HeaderValue;
 use outrigger_filters::{
     endpoints::Secured,
@@ -38,7 +36,7 @@ use outrigger_xds::{
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -88,7 +86,7 @@ struct Shared {
     watcher: Watcher,
     local: Arc<LocalFeed>,
     peers: Mutex<Peers>,
-    managers: HashMap<String, Arc<Manager>>,
+    listeners: HashMap<String, Arc<Active>>,
     sinks: Sinks,
     bootstrap: ArcSwap<Bootstrap>,
     runtime: runtime::Handle,
@@ -277,29 +275,26 @@ fn assemble(
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let service = feed::service(local.clone(), runtime.clone(), drain.clone());
     let sinks = Sinks::default();
-    let mut managers = HashMap::new();
+    let prepared = prepare(&bootstrap, &built, &sinks, &services)?;
+    let owner = owner(&bootstrap, drain)?;
+    let directory = Arc::new(Directory::default());
+    let mut listeners = HashMap::new();
     let mut bound = Vec::new();
-    for listener in &bootstrap.listeners {
-        let logs =
-            AccessLogs::new(&listener.http.access_log, &sinks).map_err(|error| vec![error])?;
-        let manager = Manager {
-            config: ArcSwap::new(built[&listener.name].clone()),
-            logs: ArcSwap::from_pointee(logs),
-            stats: HttpStats::new(&listener.http.stat_prefix),
-            node: bootstrap.node.id.as_str().into(),
-            via: HeaderValue::from_str(&bootstrap.node.id).map_err(|_| {
-                vec![format!(
-                    "node id '{}' cannot be a header value",
-                    bootstrap.node.id.escape_debug()
-                )]
-            })?,
-            drain: drain.clone(),
-            feed: (listener.traffic_direction == TrafficDirection::Inbound)
-                .then(|| service.clone()),
-            tls: ArcSwapOption::new(tls(listener).map_err(|error| vec![error])?),
+    for (listener, prepared) in bootstrap.listeners.iter().zip(prepared) {
+        let inbound = listener.traffic_direction == TrafficDirection::Inbound;
+        let owner = Owner {
+            feed: inbound.then(|| service.clone()),
+            ..owner.clone()
         };
-        managers.insert(listener.name.clone(), Arc::new(manager));
-        bound.push(listener::bind(listener, concurrency).map_err(|error| vec![error])?);
+        let at = listener::bind(listener, concurrency).map_err(|error| vec![error])?;
+        let active = Active::new(at.address, prepared, owner, directory.clone());
+        directory.rcu(|known| {
+            let mut known = HashMap::clone(known);
+            known.insert(at.address, active.clone());
+            known
+        });
+        listeners.insert(listener.name.clone(), active);
+        bound.push(at);
     }
     let shared = Arc::new(Shared {
         services,
@@ -307,7 +302,7 @@ fn assemble(
         watcher,
         local: local.clone(),
         peers: Mutex::new(Peers::new(fleet.clone())),
-        managers,
+        listeners,
         sinks,
         bootstrap: ArcSwap::from_pointee(Bootstrap::default()),
         runtime: runtime.clone(),
@@ -321,14 +316,33 @@ fn assemble(
     Ok((shared, bound))
 }
 
-/// How connections of a listener begin.
-pub(crate) fn tls(listener: &Listener) -> Result<Option<Arc<Server>>, String> {
-    let limit = listener.transport_socket_connect_timeout;
-    let server = listener.tls.as_ref().map(|tls| Server::new(tls, limit));
-    let server = server
-        .transpose()
-        .map_err(|error| format!("listener '{}': transport_socket: {error}", listener.name))?;
-    Ok(server.map(Arc::new))
+/// All listeners' behaviours, in their order.
+pub(crate) fn prepare(
+    bootstrap: &Bootstrap,
+    built: &HashMap<String, Vec<Arc<HttpConfig>>>,
+    sinks: &Sinks,
+    services: &Services,
+) -> Result<Vec<Prepared>, Vec<String>> {
+    let each = bootstrap.listeners.iter().map(|listener| {
+        let http = built.get(&listener.name).map_or(&[][..], Vec::as_slice);
+        Prepared::new(listener, http, sinks, &services.endpoints).map_err(|error| vec![error])
+    });
+    each.collect()
+}
+
+/// What all connection managers share; those of peers have the feed beside.
+fn owner(bootstrap: &Bootstrap, drain: &Drain) -> Result<Owner, Vec<String>> {
+    let id = bootstrap.node.id.as_str();
+    let via = HeaderValue::from_str(id).map_err(|_| {
+        let id = id.escape_debug();
+        vec![format!("node id '{id}' cannot be a header value")]
+    })?;
+    Ok(Owner {
+        node: id.into(),
+        via,
+        drain: drain.clone(),
+        feed: None,
+    })
 }
 
 /// Each peer with the way it is secured in the cluster that names it.
@@ -385,20 +399,17 @@ impl Shared {
         }
         let contexts = self.clusters.contexts(&bootstrap.clusters)?;
         let built = snapshot::build(&bootstrap, &self.services)?;
-        let mut logs = HashMap::new();
-        for listener in &bootstrap.listeners {
-            let log = AccessLogs::new(&listener.http.access_log, &self.sinks)
-                .map_err(|error| vec![error])?;
-            let tls = tls(listener).map_err(|error| vec![error])?;
-            logs.insert(listener.name.clone(), (Arc::new(log), tls));
-        }
+        let prepared = prepare(&bootstrap, &built, &self.sinks, &self.services)?;
+        let names: Vec<String> = bootstrap
+            .listeners
+            .iter()
+            .map(|one| one.name.clone())
+            .collect();
         // Clusters first: a route must never name one that is not there yet.
         self.configure(bootstrap, &contexts);
-        for (name, manager) in &self.managers {
-            if let (Some(http), Some((log, tls))) = (built.get(name), logs.remove(name)) {
-                manager.config.store(http.clone());
-                manager.logs.store(log);
-                manager.tls.store(tls);
+        for (name, prepared) in names.iter().zip(prepared) {
+            if let Some(active) = self.listeners.get(name) {
+                active.replace(prepared);
             }
         }
         metrics::counter!("outrigger_config_updates_total").increment(1);
@@ -514,15 +525,11 @@ fn start_workers(
 ) -> std::io::Result<Vec<thread::JoinHandle<()>>> {
     let mut shares: Vec<Vec<Share>> = (0..count).map(|_| Vec::new()).collect();
     for bound in bound {
-        let stats = ListenerStats::new(&bound.address.to_string());
-        let open = Arc::new(AtomicUsize::new(0));
-        let manager = &shared.managers[&bound.name];
+        let active = &shared.listeners[&bound.name];
         for (socket, share) in bound.sockets.into_iter().zip(&mut shares) {
             share.push(Share {
                 socket,
-                manager: manager.clone(),
-                stats: stats.clone(),
-                open: open.clone(),
+                active: active.clone(),
             });
         }
     }
@@ -543,18 +550,14 @@ fn start_workers(
 /// One worker's part of a listener.
 struct Share {
     socket: std::net::TcpListener,
-    manager: Arc<Manager>,
-    stats: Arc<ListenerStats>,
-    open: Arc<AtomicUsize>,
+    active: Arc<Active>,
 }
 
 async fn work(shares: Vec<Share>, drain: Drain, mut stopped: watch::Receiver<bool>) {
     for share in shares {
         let drain = drain.clone();
         tokio::spawn(async move {
-            if let Err(error) =
-                listener::accept(share.socket, share.manager, share.stats, share.open, drain).await
-            {
+            if let Err(error) = listener::accept(share.socket, share.active, drain).await {
                 tracing::error!(%error, "a listener stopped accepting");
             }
         });

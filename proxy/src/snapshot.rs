@@ -136,14 +136,14 @@ fn secured_engines(clusters: &[Cluster]) -> Vec<String> {
         .collect()
 }
 
-/// All listeners' HTTP sides of a configuration, by listener name.
+/// All listeners' HTTP sides of a configuration, by listener name; of each, in the order of its chains.
 ///
 /// # Errors
 /// Everything that is wrong, each with its place.
 pub fn build(
     bootstrap: &Bootstrap,
     services: &Services,
-) -> Result<HashMap<String, Arc<HttpConfig>>, Vec<String>> {
+) -> Result<HashMap<String, Vec<Arc<HttpConfig>>>, Vec<String>> {
     let clusters: HashMap<String, Cluster> = bootstrap
         .clusters
         .iter()
@@ -153,21 +153,19 @@ pub fn build(
     let mut errors = one_address_a_name(&bootstrap.clusters);
     errors.extend(secured_engines(&bootstrap.clusters));
     for listener in &bootstrap.listeners {
-        match HttpConfig::build(
-            &listener.http,
-            listener.traffic_direction,
-            &clusters,
-            services,
-        ) {
-            Ok(http) => {
-                built.insert(listener.name.clone(), Arc::new(http));
+        let mut of_listener = Vec::new();
+        for manager in listener.http_managers() {
+            let direction = listener.traffic_direction;
+            match HttpConfig::build(manager, direction, &clusters, services) {
+                Ok(http) => of_listener.push(Arc::new(http)),
+                Err(found) => errors.extend(
+                    found
+                        .into_iter()
+                        .map(|error| format!("listener '{}': {error}", listener.name)),
+                ),
             }
-            Err(found) => errors.extend(
-                found
-                    .into_iter()
-                    .map(|error| format!("listener '{}': {error}", listener.name)),
-            ),
         }
+        built.insert(listener.name.clone(), of_listener);
     }
     if errors.is_empty() {
         Ok(built)

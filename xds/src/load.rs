@@ -7,6 +7,7 @@
 mod dump;
 mod extensions;
 mod known;
+mod known_listener;
 mod known_tls;
 mod strict;
 mod walk;

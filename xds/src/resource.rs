@@ -3,13 +3,16 @@
 //! These are what the configuration means, after all field checks; how it was written (YAML, JSON, protobuf) is
 //! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
 
+mod access_log;
 pub mod bootstrap;
+pub mod cidr;
 pub mod cluster;
 pub mod endpoint;
-mod filter_chain;
+pub mod filter_chain;
 pub mod header_mutation;
 pub mod health_check;
 pub mod listener;
+pub mod listener_filter;
 pub mod matching;
 pub mod mirror_policy;
 pub mod outlier_detection;
@@ -17,6 +20,7 @@ pub mod retry_policy;
 pub mod route;
 pub mod route_action;
 pub mod server_header;
+pub mod tcp_proxy;
 pub mod tls;
 
 /// The number of an `envoy.type.v3.StatusCode`.

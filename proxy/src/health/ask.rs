@@ -80,7 +80,8 @@ impl Asker {
     }
 
     async fn open(&self) -> std::io::Result<Stream> {
-        upstream::connect::open(&self.address, self.tls.as_ref(), UpstreamProtocol::Http1).await
+        let protocol = Some(UpstreamProtocol::Http1);
+        upstream::connect::open(&self.address, self.tls.as_ref(), protocol).await
     }
 
     async fn connect(&self) -> Option<SendRequest<Empty<Bytes>>> {

@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-type Known<T> = LazyLock<Mutex<HashMap<String, Arc<T>>>>;
+pub(super) type Known<T> = LazyLock<Mutex<HashMap<String, Arc<T>>>>;
 
-fn known<T>(all: &Known<T>, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
+pub(super) fn known<T>(all: &Known<T>, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
     install();
     let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(stats) = all.get(name) {
@@ -56,6 +56,16 @@ pub struct ListenerStats {
     pub downstream_cx_destroy: Counter,
     /// Refused: too many.
     pub downstream_cx_overflow: Counter,
+    /// That listener filters look at.
+    pub downstream_pre_cx_active: Gauge,
+    /// At which they looked for too long.
+    pub downstream_pre_cx_timeout: Counter,
+    /// Closed by a listener filter.
+    pub downstream_listener_filter_error: Counter,
+    /// Closed by the client while listener filters looked.
+    pub downstream_listener_filter_remote_close: Counter,
+    /// Closed because no filter chain is for them.
+    pub no_filter_chain_match: Counter,
     /// Closed because their handshake took too long.
     pub downstream_cx_transport_socket_connect_timeout: Counter,
     /// TLS handshakes that went well.
@@ -87,6 +97,15 @@ impl ListenerStats {
             downstream_cx_active: gauge!("envoy_listener_downstream_cx_active", "envoy_listener_address" => label.clone()),
             downstream_cx_destroy: counter("envoy_listener_downstream_cx_destroy"),
             downstream_cx_overflow: counter("envoy_listener_downstream_cx_overflow"),
+            downstream_pre_cx_active: gauge!("envoy_listener_downstream_pre_cx_active", "envoy_listener_address" => label.clone()),
+            downstream_pre_cx_timeout: counter("envoy_listener_downstream_pre_cx_timeout"),
+            downstream_listener_filter_error: counter(
+                "envoy_listener_downstream_listener_filter_error",
+            ),
+            downstream_listener_filter_remote_close: counter(
+                "envoy_listener_downstream_listener_filter_remote_close",
+            ),
+            no_filter_chain_match: counter("envoy_listener_no_filter_chain_match"),
             downstream_cx_transport_socket_connect_timeout: counter(
                 "envoy_listener_downstream_cx_transport_socket_connect_timeout",
             ),

@@ -1,6 +1,7 @@
 //! TLS towards upstreams and peers that we connect to.
 
 use super::{Stream, pem, provider, verify::NamedServer, versions};
+use crate::socket::Socket;
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{cluster::UpstreamProtocol, tls::UpstreamTls};
 use rustls::{
@@ -16,7 +17,6 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
-use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, TlsStream};
 
 static NEXT_CONTEXT: AtomicU64 = AtomicU64::new(1);
@@ -25,6 +25,8 @@ static NEXT_CONTEXT: AtomicU64 = AtomicU64::new(1);
 #[derive(Debug)]
 pub(crate) struct Client {
     resource: UpstreamTls,
+    /// What is no HTTP.
+    raw: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
     http2: Arc<ClientConfig>,
     name: ServerName<'static>,
@@ -66,19 +68,20 @@ impl Client {
             ServerName::try_from(resource.sni.clone())
                 .map_err(|_| format!("sni: '{}' is no host name", resource.sni))?
         };
-        let speaking = |fallback: &str| {
+        let speaking = |fallback: Option<&str>| {
             let mut config = config.clone();
             config.alpn_protocols = match common.alpn.as_slice() {
                 // As Envoy's pools do.
-                [] => vec![fallback.into()],
+                [] => fallback.into_iter().map(Into::into).collect(),
                 given => given.iter().map(|name| name.as_bytes().to_vec()).collect(),
             };
             Arc::new(config)
         };
         Ok(Self {
             resource: resource.clone(),
-            http1: speaking("http/1.1"),
-            http2: speaking("h2"),
+            raw: speaking(None),
+            http1: speaking(Some("http/1.1")),
+            http2: speaking(Some("h2")),
             name,
         })
     }
@@ -101,15 +104,16 @@ impl Client {
         self.resource == *resource
     }
 
-    /// Shakes hands.
+    /// Shakes hands; `protocol` is none for what is no HTTP.
     pub(crate) async fn connect(
         &self,
-        socket: TcpStream,
-        protocol: UpstreamProtocol,
+        socket: Socket,
+        protocol: Option<UpstreamProtocol>,
     ) -> io::Result<Stream> {
         let config = match protocol {
-            UpstreamProtocol::Http1 => &self.http1,
-            UpstreamProtocol::Http2 => &self.http2,
+            None => &self.raw,
+            Some(UpstreamProtocol::Http1) => &self.http1,
+            Some(UpstreamProtocol::Http2) => &self.http2,
         };
         let connector = TlsConnector::from(config.clone());
         let stream = connector.connect(self.name.clone(), socket).await?;

@@ -1,7 +1,7 @@
 //! TLS towards clients and peers that connect to us.
 
 use super::{Stream, TlsFacts, pem, provider, verify::NamedClient, versions};
-use crate::metrics::ListenerStats;
+use crate::{metrics::ListenerStats, socket::Socket};
 use arc_swap::ArcSwap;
 use outrigger_xds::resource::tls::DownstreamTls;
 use rustls::{
@@ -13,12 +13,11 @@ use rustls::{
     sign::CertifiedKey,
 };
 use std::{io, sync::Arc, time::Duration};
-use tokio::net::TcpStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 use webpki::EndEntityCert;
 
 /// What a listener needs to shake hands.
-pub struct Server {
+pub(crate) struct Server {
     handshake_timeout: Duration,
     built: ArcSwap<Built>,
 }
@@ -52,7 +51,7 @@ impl Server {
     /// Shakes hands, and counts how it went.
     pub(crate) async fn accept(
         &self,
-        socket: TcpStream,
+        socket: Socket,
         stats: &ListenerStats,
     ) -> io::Result<(Stream, TlsFacts)> {
         match self.shake(socket).await {
@@ -71,10 +70,7 @@ impl Server {
         }
     }
 
-    async fn shake(
-        &self,
-        socket: TcpStream,
-    ) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+    async fn shake(&self, socket: Socket) -> io::Result<tokio_rustls::server::TlsStream<Socket>> {
         let begun = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
         let built = self.built.load_full();
         let hello = begun.client_hello();

@@ -1,6 +1,9 @@
 //! Opening a TCP connection to an endpoint, with a limit on how long it may take.
 
-use crate::tls::{Stream, client::Client};
+use crate::{
+    socket::Socket,
+    tls::{Stream, client::Client},
+};
 use outrigger_filters::{
     endpoints::{Endpoint, Secured},
     error::{Error, Flag, Retry},
@@ -22,7 +25,23 @@ pub(super) async fn connect(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
 ) -> Result<(Stream, OpenConnection), Error> {
-    let opening = open(&endpoint.address, endpoint.tls.as_ref(), endpoint.protocol);
+    connect_for(endpoint, Some(endpoint.protocol), limit).await
+}
+
+/// The same for bytes that are no HTTP.
+pub(crate) async fn connect_raw(
+    endpoint: &Arc<Endpoint>,
+    limit: Duration,
+) -> Result<(Stream, OpenConnection), Error> {
+    connect_for(endpoint, None, limit).await
+}
+
+async fn connect_for(
+    endpoint: &Arc<Endpoint>,
+    protocol: Option<UpstreamProtocol>,
+    limit: Duration,
+) -> Result<(Stream, OpenConnection), Error> {
+    let opening = open(&endpoint.address, endpoint.tls.as_ref(), protocol);
     let opened = tokio::time::timeout(limit, opening).await;
     let stats = &endpoint.stats;
     match opened {
@@ -92,7 +111,7 @@ fn tls_reason(error: &io::Error) -> Option<String> {
 pub(crate) async fn open(
     address: &Address,
     tls: Option<&Secured>,
-    protocol: UpstreamProtocol,
+    protocol: Option<UpstreamProtocol>,
 ) -> io::Result<Stream> {
     let socket = open_socket(address).await?;
     match tls {
@@ -109,24 +128,24 @@ pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
     Arc::new(move || {
         let (address, tls) = (address.clone(), tls.clone());
         Box::pin(async move {
-            let socket = open(&address, Some(&tls), UpstreamProtocol::Http2);
+            let socket = open(&address, Some(&tls), Some(UpstreamProtocol::Http2));
             Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
         })
     })
 }
 
-async fn open_socket(address: &Address) -> io::Result<TcpStream> {
+async fn open_socket(address: &Address) -> io::Result<Socket> {
     let socket = match address.host.parse::<IpAddr>() {
         Ok(ip) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
         Err(_) => TcpStream::connect((address.host.as_str(), address.port)).await?,
     };
     socket.set_nodelay(true)?;
-    Ok(socket)
+    Ok(socket.into())
 }
 
 /// Counts a connection as open until dropped.
 #[derive(Debug)]
-pub(super) struct OpenConnection(Arc<Endpoint>);
+pub(crate) struct OpenConnection(Arc<Endpoint>);
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {

@@ -36,7 +36,8 @@ pub fn config_dump(bootstrap: &Bootstrap, version: &str, last_updated: &str) -> 
     let tables = bootstrap
         .listeners
         .iter()
-        .map(|listener| &listener.http.route_config);
+        .flat_map(|listener| listener.http_managers())
+        .map(|manager| &manager.route_config);
     let routes: Vec<Value> = tables
         .map(|plain| entry("route_config", typed(&WireRoutes::from(plain))))
         .collect();

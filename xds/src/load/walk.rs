@@ -3,7 +3,7 @@
 //! What does not fit is taken out, so that the rest can still be decoded and judged. Meaning (names that must not be
 //! empty, limits) is not looked at here: that is each resource's own `TryFrom`.
 
-use super::{extensions, known, known_tls};
+use super::{extensions, known, known_listener, known_tls};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{self, EXACT_INTEGER_MAX},
@@ -144,15 +144,19 @@ impl Walk {
 
     fn not_transcribed(&mut self, message: &MessageDescriptor, key: &str, place: &str) {
         let name = snake_case(key);
-        let listed = |table: &[(&str, &[&str])]| {
-            table
-                .iter()
+        let listed = |tables: [&[(&str, &[&str])]; 3]| {
+            let mut entries = tables.into_iter().flatten();
+            entries
                 .any(|(of, fields)| *of == message.full_name() && fields.contains(&name.as_str()))
         };
-        if listed(known::NOT_SUPPORTED) || listed(known_tls::NOT_SUPPORTED) {
+        if listed([
+            known::NOT_SUPPORTED,
+            known_listener::NOT_SUPPORTED,
+            known_tls::NOT_SUPPORTED,
+        ]) {
             self.errors.add(place, format!("not supported yet: {name}"));
             self.removed.push(join(place, &name));
-        } else if listed(known::IGNORED) || listed(known_tls::IGNORED) {
+        } else if listed([known::IGNORED, known_listener::IGNORED, known_tls::IGNORED]) {
             self.ignored.push(join(place, &name));
         } else {
             self.errors.add(place, format!("no such field: '{key}'"));

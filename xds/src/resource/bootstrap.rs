@@ -3,8 +3,9 @@
 use super::{
     cluster::Cluster,
     endpoint::Address,
+    filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
-    route::Action,
+    route::{Action, RouteConfiguration},
 };
 use crate::{
     problems::ConfigErrors,
@@ -106,7 +107,7 @@ fn check_addresses(problems: &mut ConfigErrors, listeners: &[Listener], names: &
     let mut seen = HashSet::new();
     for listener in listeners
         .iter()
-        .filter(|listener| listener.address.port != 0)
+        .filter(|listener| listener.address.port != 0 && listener.bind_to_port)
     {
         if !seen.insert(&listener.address) {
             let index = names
@@ -126,13 +127,27 @@ fn check_clusters(
     listener: &Listener,
     clusters: &[String],
 ) {
-    let table = format!(
-        "static_resources.listeners[{index}].filter_chains[0].filters[0].typed_config.route_config"
-    );
-    if !listener.http.route_config.validate_clusters {
-        return;
+    for (chain, of_listener) in listener.chains() {
+        let Network::Http(manager) = &of_listener.network else {
+            continue;
+        };
+        let table = &manager.route_config;
+        if table.validate_clusters {
+            let place = format!(
+                "static_resources.listeners[{index}].{chain}.filters[0].typed_config.route_config"
+            );
+            check_routes(problems, &place, table, clusters);
+        }
     }
-    for (host, virtual_host) in listener.http.route_config.virtual_hosts.iter().enumerate() {
+}
+
+fn check_routes(
+    problems: &mut ConfigErrors,
+    table: &str,
+    routes: &RouteConfiguration,
+    clusters: &[String],
+) {
+    for (host, virtual_host) in routes.virtual_hosts.iter().enumerate() {
         for (route, of_host) in virtual_host.routes.iter().enumerate() {
             let Action::Route(action) = &of_host.action else {
                 continue;

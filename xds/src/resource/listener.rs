@@ -1,33 +1,35 @@
-//! `envoy.config.listener.v3.Listener` and the HTTP connection manager in it.
+//! `envoy.config.listener.v3.Listener` and the HTTP connection manager.
 
 use super::{
     endpoint::Address,
-    filter_chain::FilterChain,
+    filter_chain::{FilterChain, Network, check_matches},
+    listener_filter::{Kind, ListenerFilter},
     route::{RouteConfiguration, TypedConfig},
     server_header::{self, ServerHeader},
-    tls::{self, DownstreamTls},
 };
 use crate::{
     problems::ConfigErrors,
-    protobuf::{duration, pack, struct_from_json, struct_to_json, to_duration, type_name, unpack},
+    protobuf::{duration, to_duration, type_name},
     wire::envoy::{
-        config::{accesslog::v3 as log, core::v3 as core, listener::v3 as wire},
-        extensions::{
-            access_loggers::{file::v3 as file, stream::v3 as stream},
-            filters::{http::router::v3::Router, network::http_connection_manager::v3 as hcm},
+        config::{core::v3 as core, listener::v3 as wire},
+        extensions::filters::{
+            http::router::v3::Router, network::http_connection_manager::v3 as hcm,
         },
     },
 };
 use prost::Name;
-use prost_types::Any;
-use serde_json::Value;
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
+
+pub use super::access_log::{AccessLog, AccessLogFormat, AccessLogSink};
 
 /// Length of the accept queue unless given; the system cuts it to its own limit.
 pub const TCP_BACKLOG_SIZE_DEFAULT: u32 = 4096;
 
 /// Most that `max_request_headers_kb` may be, as in Envoy.
 pub const MAX_REQUEST_HEADERS_KB_MAX: u32 = 8192;
+
+/// `listener_filters_timeout` unless given, as in Envoy.
+pub const LISTENER_FILTERS_TIMEOUT_DEFAULT: Duration = Duration::from_secs(15);
 
 /// A socket that accepts connections.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,14 +40,69 @@ pub struct Listener {
     pub address: Address,
     /// INBOUND listeners are for peers, OUTBOUND ones (and unspecified) for clients.
     pub traffic_direction: TrafficDirection,
-    /// The one network filter of its one filter chain.
-    pub http: HttpConnectionManager,
-    /// What its filter chain's transport socket says; none means plain text.
-    pub tls: Option<DownstreamTls>,
-    /// Most that a handshake may take; zero is off (default).
-    pub transport_socket_connect_timeout: Duration,
+    /// What happens to connections; no two are for the same.
+    pub filter_chains: Vec<FilterChain>,
+    /// What happens to those that none of them is for.
+    pub default_filter_chain: Option<FilterChain>,
+    /// What looks at a connection before, in order.
+    pub listener_filters: Vec<ListenerFilter>,
+    /// Most that this may take; zero is off.
+    pub listener_filters_timeout: Duration,
+    /// After that the connection goes on with what is known.
+    pub continue_on_listener_filters_timeout: bool,
+    /// Whether it has a socket, and not only what other listeners hand over.
+    pub bind_to_port: bool,
+    /// Whether connections go on to the listener of the address they were sent to.
+    pub use_original_dst: bool,
     /// `tcp_backlog_size`.
     pub tcp_backlog_size: u32,
+}
+
+impl Listener {
+    /// One chain for all connections, and defaults.
+    #[must_use]
+    pub fn new(name: &str, address: Address, chain: FilterChain) -> Self {
+        Self {
+            name: name.into(),
+            address,
+            traffic_direction: TrafficDirection::Outbound,
+            filter_chains: vec![chain],
+            default_filter_chain: None,
+            listener_filters: Vec::new(),
+            listener_filters_timeout: LISTENER_FILTERS_TIMEOUT_DEFAULT,
+            continue_on_listener_filters_timeout: false,
+            bind_to_port: true,
+            use_original_dst: false,
+            tcp_backlog_size: TCP_BACKLOG_SIZE_DEFAULT,
+        }
+    }
+
+    /// All chains, the default one last, each with its place in the listener.
+    pub fn chains(&self) -> impl Iterator<Item = (String, &FilterChain)> {
+        let numbered = self.filter_chains.iter().enumerate();
+        let numbered = numbered.map(|(index, chain)| (format!("filter_chains[{index}]"), chain));
+        let default = self.default_filter_chain.iter();
+        numbered.chain(default.map(|chain| ("default_filter_chain".to_owned(), chain)))
+    }
+
+    /// The HTTP connection managers of all chains.
+    pub fn http_managers(&self) -> impl Iterator<Item = &HttpConnectionManager> {
+        let chains = self.filter_chains.iter().chain(&self.default_filter_chain);
+        chains.filter_map(|chain| match &chain.network {
+            Network::Http(manager) => Some(manager.as_ref()),
+            Network::Tcp(_) => None,
+        })
+    }
+
+    /// The same, to be changed.
+    pub fn http_managers_mut(&mut self) -> impl Iterator<Item = &mut HttpConnectionManager> {
+        let chains = self.filter_chains.iter_mut();
+        let chains = chains.chain(&mut self.default_filter_chain);
+        chains.filter_map(|chain| match &mut chain.network {
+            Network::Http(manager) => Some(manager.as_mut()),
+            Network::Tcp(_) => None,
+        })
+    }
 }
 
 /// `envoy.config.core.v3.TrafficDirection`.
@@ -143,35 +200,6 @@ pub struct HttpFilter {
     pub disabled: bool,
 }
 
-/// Where an access log goes and how it looks.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AccessLog {
-    /// Where.
-    pub sink: AccessLogSink,
-    /// How.
-    pub format: AccessLogFormat,
-}
-
-/// Destination.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AccessLogSink {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
-    /// A file, appended to.
-    File(String),
-}
-
-/// Shape of a line.
-#[derive(Debug, Clone, PartialEq)]
-pub enum AccessLogFormat {
-    /// Text with operators; `None` is Envoy's default line.
-    Text(Option<String>),
-    /// A JSON object: keys and operator strings (or nested objects of them).
-    Json(BTreeMap<String, Value>),
-}
-
 impl TryFrom<wire::Listener> for Listener {
     type Error = ConfigErrors;
 
@@ -191,16 +219,56 @@ impl TryFrom<wire::Listener> for Listener {
                 "not supported yet: false (every worker binds its own socket)",
             );
         }
-        let chain = problems.take("filter_chains", FilterChain::of(wire.filter_chains));
-        problems.finish(address.zip(chain).map(|(address, chain)| Self {
+        let default_filter_chain = wire.default_filter_chain;
+        if wire.filter_chains.is_empty() && default_filter_chain.is_none() {
+            problems.add("filter_chains", "required: a filter chain");
+        }
+        let count = wire.filter_chains.len();
+        let filter_chains = problems.take_all("filter_chains", wire.filter_chains);
+        if filter_chains.len() == count {
+            check_matches(&mut problems, &filter_chains);
+        }
+        let default_filter_chain = default_filter_chain
+            .and_then(|chain| problems.take("default_filter_chain", FilterChain::try_from(chain)));
+        let mut listener_filters = problems.take_all("listener_filters", wire.listener_filters);
+        let use_original_dst = wire.use_original_dst.unwrap_or(false);
+        add_needed(&mut listener_filters, use_original_dst, &filter_chains);
+        let place = "listener_filters_timeout";
+        let limit = wire
+            .listener_filters_timeout
+            .and_then(|given| problems.take(place, duration(given)));
+        problems.finish(address.map(|address| Self {
             name,
             address,
             traffic_direction,
-            http: chain.http,
-            tls: chain.tls,
-            transport_socket_connect_timeout: chain.connect_timeout,
+            filter_chains,
+            default_filter_chain,
+            listener_filters,
+            listener_filters_timeout: limit.unwrap_or(LISTENER_FILTERS_TIMEOUT_DEFAULT),
+            continue_on_listener_filters_timeout: wire.continue_on_listener_filters_timeout,
+            bind_to_port: wire.bind_to_port.unwrap_or(true),
+            use_original_dst,
             tcp_backlog_size: wire.tcp_backlog_size.unwrap_or(TCP_BACKLOG_SIZE_DEFAULT),
         }))
+    }
+}
+
+/// As Envoy, puts in the listener filters without which nothing would know what is asked for.
+fn add_needed(filters: &mut Vec<ListenerFilter>, original_dst: bool, chains: &[FilterChain]) {
+    let has = |wanted: fn(&Kind) -> bool| filters.iter().any(|filter| wanted(&filter.kind));
+    let needs_tls = chains
+        .iter()
+        .any(|chain| chain.matches.needs_tls_inspector())
+        && !has(|kind| matches!(kind, Kind::TlsInspector { .. }));
+    if original_dst && !has(|kind| *kind == Kind::OriginalDst) {
+        filters.push(ListenerFilter {
+            name: "envoy.filters.listener.original_dst".into(),
+            kind: Kind::OriginalDst,
+            disabled: None,
+        });
+    }
+    if needs_tls {
+        filters.push(ListenerFilter::tls_inspector());
     }
 }
 
@@ -367,110 +435,24 @@ impl TryFrom<hcm::HttpFilter> for HttpFilter {
     }
 }
 
-impl TryFrom<log::AccessLog> for AccessLog {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: log::AccessLog) -> Result<Self, ConfigErrors> {
-        let Some(log::access_log::ConfigType::TypedConfig(any)) = wire.config_type else {
-            return Err(ConfigErrors::one("", "required: typed_config"));
-        };
-        let mut problems = ConfigErrors::default();
-        let log = problems.take("typed_config", logger(&any));
-        problems.finish(log)
-    }
-}
-
-fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
-    use {
-        file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
-        stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
-        stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
-    };
-    let (sink, format) = if let Some(file) = unpack::<file::FileAccessLog>(any)? {
-        if file.path.is_empty() {
-            return Err(ConfigErrors::one("path", "must not be empty"));
-        }
-        (
-            AccessLogSink::File(file.path),
-            file.access_log_format.map(|FileFormat(format)| format),
-        )
-    } else if let Some(stdout) = unpack::<stream::StdoutAccessLog>(any)? {
-        (
-            AccessLogSink::Stdout,
-            stdout.access_log_format.map(|StdoutFormat(format)| format),
-        )
-    } else if let Some(stderr) = unpack::<stream::StderrAccessLog>(any)? {
-        (
-            AccessLogSink::Stderr,
-            stderr.access_log_format.map(|StderrFormat(format)| format),
-        )
-    } else {
-        return Err(ConfigErrors::one(
-            "",
-            format!("not supported yet: {} as an access log", any.type_url),
-        ));
-    };
-    Ok(AccessLog {
-        sink,
-        format: log_format(format)?,
-    })
-}
-
-fn log_format(
-    wire: Option<core::SubstitutionFormatString>,
-) -> Result<AccessLogFormat, ConfigErrors> {
-    use core::{data_source::Specifier, substitution_format_string::Format};
-    let Some(wire) = wire else {
-        return Ok(AccessLogFormat::Text(None));
-    };
-    match wire.format {
-        Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
-        Some(Format::TextFormatSource(core::DataSource {
-            specifier: Some(Specifier::InlineString(text)),
-        })) => Ok(AccessLogFormat::Text(Some(text))),
-        Some(Format::TextFormatSource(core::DataSource {
-            specifier: Some(other),
-        })) => Err(ConfigErrors::one(
-            "log_format.text_format_source",
-            tls::not_inline(&other),
-        )),
-        Some(Format::TextFormatSource(core::DataSource { specifier: None })) => Err(
-            ConfigErrors::one("log_format.text_format_source", "required: inline_string"),
-        ),
-        Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
-            Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
-            _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
-        },
-        None => Err(ConfigErrors::one(
-            "log_format",
-            "required: json_format or text_format_source",
-        )),
-    }
-}
-
 impl From<&Listener> for wire::Listener {
     fn from(plain: &Listener) -> Self {
         let traffic_direction = match plain.traffic_direction {
             TrafficDirection::Outbound => core::TrafficDirection::Outbound,
             TrafficDirection::Inbound => core::TrafficDirection::Inbound,
         };
-        let manager = hcm::HttpConnectionManager::from(&plain.http);
-        let filter = wire::Filter {
-            name: "envoy.filters.network.http_connection_manager".into(),
-            config_type: Some(wire::filter::ConfigType::TypedConfig(pack(&manager))),
-        };
+        let limit = plain.listener_filters_timeout;
         Self {
             name: plain.name.clone(),
             address: Some((&plain.address).into()),
-            filter_chains: vec![wire::FilterChain {
-                filters: vec![filter],
-                transport_socket: plain.tls.as_ref().map(Into::into),
-                transport_socket_connect_timeout: (!plain
-                    .transport_socket_connect_timeout
-                    .is_zero())
-                .then(|| to_duration(plain.transport_socket_connect_timeout)),
-                ..Default::default()
-            }],
+            filter_chains: plain.filter_chains.iter().map(Into::into).collect(),
+            default_filter_chain: plain.default_filter_chain.as_ref().map(Into::into),
+            listener_filters: plain.listener_filters.iter().map(Into::into).collect(),
+            listener_filters_timeout: (limit != LISTENER_FILTERS_TIMEOUT_DEFAULT)
+                .then(|| to_duration(limit)),
+            continue_on_listener_filters_timeout: plain.continue_on_listener_filters_timeout,
+            bind_to_port: (!plain.bind_to_port).then_some(false),
+            use_original_dst: plain.use_original_dst.then_some(true),
             traffic_direction: traffic_direction.into(),
             tcp_backlog_size: Some(plain.tcp_backlog_size),
             ..Default::default()
@@ -523,57 +505,4 @@ impl From<&HttpFilter> for hcm::HttpFilter {
             disabled: plain.disabled,
         }
     }
-}
-
-impl From<&AccessLog> for log::AccessLog {
-    fn from(plain: &AccessLog) -> Self {
-        use {
-            file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
-            stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
-            stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
-        };
-        let format = wire_format(&plain.format);
-        let (name, any) = match &plain.sink {
-            AccessLogSink::File(path) => {
-                let format = format.map(FileFormat);
-                let file = file::FileAccessLog {
-                    path: path.clone(),
-                    access_log_format: format,
-                };
-                ("envoy.access_loggers.file", pack(&file))
-            }
-            AccessLogSink::Stdout => {
-                let stdout = stream::StdoutAccessLog {
-                    access_log_format: format.map(StdoutFormat),
-                };
-                ("envoy.access_loggers.stdout", pack(&stdout))
-            }
-            AccessLogSink::Stderr => {
-                let stderr = stream::StderrAccessLog {
-                    access_log_format: format.map(StderrFormat),
-                };
-                ("envoy.access_loggers.stderr", pack(&stderr))
-            }
-        };
-        Self {
-            name: name.into(),
-            config_type: Some(log::access_log::ConfigType::TypedConfig(any)),
-        }
-    }
-}
-
-fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
-    use core::{data_source::Specifier, substitution_format_string::Format};
-    let format = match plain {
-        AccessLogFormat::Text(None) => return None,
-        AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
-            specifier: Some(Specifier::InlineString(text.clone())),
-        }),
-        AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
-            fields.clone().into_iter().collect(),
-        ))),
-    };
-    Some(core::SubstitutionFormatString {
-        format: Some(format),
-    })
 }
