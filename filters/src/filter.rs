@@ -169,6 +169,8 @@ pub struct Context {
     pub told_hit_tokens: Option<u64>,
     /// Whether the client may see and asked for debug headers.
     pub debug: bool,
+    /// It asks for another protocol on its connection.
+    pub upgrade: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
     /// Seam (b), in the order of registration.
@@ -198,6 +200,7 @@ impl Context {
             named: self.named.clone(),
             told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,
+            upgrade: self.upgrade,
             attempt: self.attempt + 1,
             observers: Vec::new(),
             log: LogFields::default(),

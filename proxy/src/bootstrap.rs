@@ -17,6 +17,7 @@ use outrigger_xds::resource::{
     },
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
     server_header::ServerHeader,
+    upgrade::Upgrade,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
@@ -165,6 +166,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         http_filters: filters,
         route_config: everything_to(FLEET),
         stream_idle_timeout: Duration::ZERO,
+        upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
     listener(OUTBOUND, address, TrafficDirection::Outbound, http)
@@ -181,6 +183,7 @@ fn inbound_listener(address: Address) -> Listener {
         ],
         route_config: everything_to(LOCAL),
         stream_idle_timeout: Duration::ZERO,
+        upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
     listener(INBOUND, address, TrafficDirection::Inbound, http)
@@ -196,6 +199,13 @@ fn listener(
         traffic_direction,
         tcp_backlog_size: 16_384,
         ..Listener::new(name, address, FilterChain::http(http))
+    }
+}
+
+fn websocket() -> Upgrade {
+    Upgrade {
+        name: "websocket".into(),
+        enabled: true,
     }
 }
 

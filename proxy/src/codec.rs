@@ -21,10 +21,11 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
 };
+use tokio::sync::Notify;
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -45,23 +46,27 @@ pub(crate) async fn serve(
     let config = manager.config.load_full();
     let builder = builder(&config.manager);
     let idle = config.manager.idle_timeout;
+    let enough = Enough::new(&config.manager);
     drop(config);
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
     let (gate_manager, gate_info) = (manager.clone(), info.clone());
     let asked = AtomicBool::new(false);
-    let asked = &asked;
+    let (asked, enough) = (&asked, &enough);
+    let after = info.clone();
     let service = service_fn(move |request| {
         asked.store(true, Relaxed);
+        enough.request();
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
-    let mut connection = pin!(builder.serve_connection(
+    let mut connection = pin!(builder.serve_connection_with_upgrades(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
     let mut draining = pin!(drain.begun());
+    let mut aged = pin!(enough.reached(&stats));
     let mut drained = false;
     // hyper's own timers begin with the first bytes (HTTP/1) or never (HTTP/2): this one is for who asks nothing at all.
     let mut silent = pin!(tokio::time::sleep(idle));
@@ -75,6 +80,13 @@ pub(crate) async fn serve(
                 connection.as_mut().graceful_shutdown();
                 if !asked.load(Relaxed) {
                     // Half a head, at most: the codec would wait for the rest of it.
+                    return;
+                }
+            }
+            () = &mut aged, if !drained => {
+                drained = true;
+                connection.as_mut().graceful_shutdown();
+                if !asked.load(Relaxed) {
                     return;
                 }
             }
@@ -93,6 +105,50 @@ pub(crate) async fn serve(
             stats.downstream_cx_idle_timeout.increment(1);
         }
         tracing::debug!(%error, "downstream connection ended");
+    } else if let Some(tunnel) = after.afterwards.take() {
+        tunnel.await;
+    }
+}
+
+/// When a connection has had its time, or its requests.
+struct Enough {
+    time: Duration,
+    requests: u32,
+    had: AtomicU32,
+    reached: Notify,
+}
+
+impl Enough {
+    fn new(config: &HttpConnectionManager) -> Self {
+        Self {
+            time: config.max_connection_duration,
+            requests: config.max_requests_per_connection,
+            had: AtomicU32::new(0),
+            reached: Notify::new(),
+        }
+    }
+
+    /// One more.
+    fn request(&self) {
+        if self.requests != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.requests {
+            self.reached.notify_one();
+        }
+    }
+
+    async fn reached(&self, stats: &HttpStats) {
+        if self.requests == 0 && self.time.is_zero() {
+            return std::future::pending().await;
+        }
+        let over = async {
+            match self.time {
+                Duration::ZERO => std::future::pending().await,
+                time => tokio::time::sleep(time).await,
+            }
+        };
+        tokio::select! {
+            () = over => stats.downstream_cx_max_duration_reached.increment(1),
+            () = self.reached.notified() => stats.downstream_cx_max_requests_reached.increment(1),
+        }
     }
 }
 

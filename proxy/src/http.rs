@@ -4,15 +4,17 @@
 //! so that its end writes the access log. Errors become local replies here and nowhere else.
 
 mod record;
+pub(crate) mod tunnel;
 
 use crate::{
     access_log::AccessLogs,
     chain::{self, NoRoute},
     codec::exchange::Exchange,
     drain::Drain,
+    edge,
     flow::{self, FlowLimits},
     head,
-    headers::{self, Seen, Upgrade},
+    headers::{self, Seen},
     metrics::HttpStats,
     route::{BuiltRoute, Target},
     snapshot::HttpConfig,
@@ -24,7 +26,7 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
 };
 use http_body::Body as _;
-use hyper::body::Incoming;
+use hyper::{body::Incoming, upgrade::OnUpgrade};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
@@ -86,6 +88,8 @@ pub struct ConnectionInfo {
     pub tls: Option<Arc<TlsFacts>>,
     /// What the codec knows of the exchange that runs on it.
     pub(crate) exchange: Exchange,
+    /// What it does after HTTP.
+    pub(crate) afterwards: tunnel::Afterwards,
 }
 
 impl ConnectionInfo {
@@ -100,6 +104,7 @@ impl ConnectionInfo {
             id,
             tls,
             exchange: Exchange::default(),
+            afterwards: tunnel::Afterwards::default(),
         }
     }
 }
@@ -170,16 +175,27 @@ impl Manager {
         let seen = Seen::of(&parts.headers);
         head::check(parts, &seen, config, connection.exchange.begun())?;
         let fields = &mut parts.headers;
-        let refused = seen.upgrade && headers::upgrade(fields) == Upgrade::Refused;
-        if refused {
-            return Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed"));
+        let asks = seen.upgrade && headers::asks_for_upgrade(fields);
+        if edge::target(parts, &config.manager.edge, connection.local.port())? {
+            record.retarget(parts);
         }
+        if asks {
+            record.asked = tunnel::asked(parts, config);
+            context.upgrade = record.asked.is_some();
+            if !context.upgrade {
+                return Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed"));
+            }
+        }
+        let fields = &mut parts.headers;
         if parts.method == Method::CONNECT {
             // Envoy routes it by `connect_matcher` alone, which we have not.
             return Err(NoRoute::error());
         }
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(fields);
+        }
+        if let Some(asked) = &record.asked {
+            tunnel::announce(fields, &asked.protocol);
         }
         if seen.cookies > 1 && parts.version == Version::HTTP_2 {
             headers::join_cookies(fields);
@@ -214,11 +230,25 @@ impl Manager {
         if seen.envoy && !config.inbound {
             headers::strip_envoy(fields, at_edge);
         }
-        if at_edge {
-            headers::append_forwarded_for(fields, &seen, &connection.address);
-            headers::external_address(fields, &connection.address);
+        let edge = &config.manager.edge;
+        let told = (!config.inbound)
+            .then(|| edge::told_client(fields, &seen, edge.trusted_hops))
+            .flatten();
+        if let Some(client) = told {
+            record.remote = SocketAddr::new(client, 0);
         }
-        if at_edge || !seen.forwarded_proto {
+        if at_edge {
+            if !edge.skip_xff_append {
+                headers::append_forwarded_for(fields, &seen, &connection.address);
+            }
+            let told = told.map(headers::address);
+            headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
+            if edge.append_x_forwarded_port {
+                headers::forwarded_port(fields, connection.local.port());
+            }
+        }
+        // Proxies before us that are believed say it.
+        if at_edge && edge.trusted_hops == 0 || !seen.forwarded_proto {
             let scheme = if connection.tls.is_some() {
                 "https"
             } else {
@@ -384,8 +414,17 @@ impl Manager {
         };
         let (mut parts, mut body) = response.into_parts();
         let seen = Seen::of(&parts.headers);
+        let switched = self.switched(&mut parts, &mut record);
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(&mut parts.headers);
+        }
+        if let Some((asked, _)) = &switched {
+            tunnel::announce(&mut parts.headers, &asked.protocol);
+        }
+        if config.manager.edge.always_set_request_id
+            && let Ok(id) = HeaderValue::from_str(&record.request_id)
+        {
+            parts.headers.insert(headers::REQUEST_ID, id);
         }
         match config.manager.server_header {
             ServerHeader::PassThrough => {}
@@ -412,6 +451,11 @@ impl Manager {
         };
         record.head_sent = record.started.elapsed();
         record.route = context.route.clone();
+        if let Some((asked, upstream)) = switched {
+            let limits = tunnel::limits(limits.gap, flow::stream_end(&context));
+            tunnel::begin(asked, upstream, body, record, log, limits);
+            return Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(empty()));
+        }
         // The entry proxy speaks to the client; a peer must see the break itself.
         let farewell = if inbound {
             outrigger_filters::sse::Farewell::Abort
@@ -423,6 +467,18 @@ impl Manager {
         let body = flow::limit(body, limits);
         let body = Observed::new(body, &parts.headers, observers, farewell, log, on_end);
         Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
+    }
+
+    /// The two ends of an upgrade, if the upstream agreed to one that was asked for.
+    fn switched(
+        &self,
+        parts: &mut http::response::Parts,
+        record: &mut Record,
+    ) -> Option<(tunnel::Asked, OnUpgrade)> {
+        if parts.status != StatusCode::SWITCHING_PROTOCOLS {
+            return None;
+        }
+        Some((record.asked.take()?, parts.extensions.remove()?))
     }
 
     fn local_reply(

@@ -10,6 +10,7 @@ pub mod chain;
 pub mod cluster;
 pub mod codec;
 pub mod drain;
+mod edge;
 pub mod engines;
 pub mod feed;
 pub mod fleet;

@@ -14,6 +14,7 @@ use outrigger_xds::{
         cluster::Cluster,
         endpoint::{Address, Duty},
         listener::{HttpConnectionManager, TrafficDirection},
+        upgrade,
     },
 };
 use std::{collections::HashMap, sync::Arc};
@@ -89,6 +90,14 @@ impl HttpConfig {
         } else {
             Err(errors)
         }
+    }
+
+    /// Whether a request may ask for this protocol: as its route says, else as the connection manager does.
+    pub(crate) fn may_upgrade(&self, parts: &Parts, wanted: &[u8]) -> bool {
+        let of_route = self.route(parts);
+        let of_route = of_route.and_then(|route| upgrade::find(&route.upgrades, wanted));
+        let allowed = of_route.or_else(|| upgrade::find(&self.manager.upgrades, wanted));
+        allowed.unwrap_or(false)
     }
 
     /// The route of a request.

@@ -7,6 +7,7 @@ mod access_log;
 pub mod bootstrap;
 pub mod cidr;
 pub mod cluster;
+pub mod edge;
 pub mod endpoint;
 pub mod filter_chain;
 pub mod header_mutation;
@@ -22,6 +23,7 @@ pub mod route_action;
 pub mod server_header;
 pub mod tcp_proxy;
 pub mod tls;
+pub mod upgrade;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

@@ -8,6 +8,7 @@
 mod clusters;
 mod config;
 mod drain;
+mod edge;
 mod envoy;
 mod failures;
 mod feeds;
@@ -23,4 +24,5 @@ mod streams;
 mod tcp;
 mod tls;
 mod token_limits;
+mod upgrades;
 mod upstream_h1;

@@ -219,6 +219,7 @@ impl<'a> Attempt<'a> {
             connect_timeout: self.view.connect_timeout,
             headers_timeout: [headers_timeout, left, per_try].into_iter().flatten().min(),
             replace_stale: false,
+            upgrade: context.upgrade,
         }
     }
 

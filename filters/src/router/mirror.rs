@@ -90,6 +90,7 @@ fn one(
         connect_timeout: view.connect_timeout,
         headers_timeout: Some(limit),
         replace_stale: true,
+        upgrade: false,
     };
     let upstream = services.upstream.clone();
     endpoint.stats.total.fetch_add(1, Relaxed);

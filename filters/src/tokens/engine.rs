@@ -236,6 +236,7 @@ async fn exchange(
         connect_timeout: Duration::from_secs(1),
         headers_timeout: None,
         replace_stale: true,
+        upgrade: false,
     };
     let response = upstream
         .send(endpoint, &mut request, options)

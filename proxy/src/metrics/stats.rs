@@ -139,6 +139,14 @@ pub struct HttpStats {
     pub downstream_cx_protocol_error: Counter,
     /// Connections closed by a drain.
     pub downstream_cx_drain_close: Counter,
+    /// Connections that became something else than HTTP.
+    pub downstream_cx_upgrades_total: Counter,
+    /// Of these, open.
+    pub downstream_cx_upgrades_active: Gauge,
+    /// Connections ended for their age.
+    pub downstream_cx_max_duration_reached: Counter,
+    /// Connections ended because they had enough requests.
+    pub downstream_cx_max_requests_reached: Counter,
     /// Connections closed for idleness.
     pub downstream_cx_idle_timeout: Counter,
     /// Requests begun.
@@ -181,6 +189,14 @@ impl HttpStats {
             downstream_cx_destroy: counter("envoy_http_downstream_cx_destroy"),
             downstream_cx_protocol_error: counter("envoy_http_downstream_cx_protocol_error"),
             downstream_cx_drain_close: counter("envoy_http_downstream_cx_drain_close"),
+            downstream_cx_upgrades_total: counter("envoy_http_downstream_cx_upgrades_total"),
+            downstream_cx_upgrades_active: gauge("envoy_http_downstream_cx_upgrades_active"),
+            downstream_cx_max_duration_reached: counter(
+                "envoy_http_downstream_cx_max_duration_reached",
+            ),
+            downstream_cx_max_requests_reached: counter(
+                "envoy_http_downstream_cx_max_requests_reached",
+            ),
             downstream_cx_idle_timeout: counter("envoy_http_downstream_cx_idle_timeout"),
             downstream_rq_total: counter("envoy_http_downstream_rq_total"),
             downstream_rq_active: gauge("envoy_http_downstream_rq_active"),

@@ -28,6 +28,14 @@ pub(super) async fn connect(
     connect_for(endpoint, Some(endpoint.protocol), limit).await
 }
 
+/// The same for HTTP/1.1, whatever else is spoken there.
+pub(super) async fn connect_http1(
+    endpoint: &Arc<Endpoint>,
+    limit: Duration,
+) -> Result<(Stream, OpenConnection), Error> {
+    connect_for(endpoint, Some(UpstreamProtocol::Http1), limit).await
+}
+
 /// The same for bytes that are no HTTP.
 pub(crate) async fn connect_raw(
     endpoint: &Arc<Endpoint>,

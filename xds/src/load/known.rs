@@ -163,9 +163,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.core.v3.HttpProtocolOptions",
         &[
             "headers_with_underscores_action",
-            "max_connection_duration",
             "max_headers_count",
-            "max_requests_per_connection",
             "max_response_headers_kb",
             "max_stream_duration",
         ],
@@ -248,7 +246,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "priority",
             "rate_limits",
             "retry_policy_typed_config",
-            "upgrade_configs",
         ],
     ),
     (

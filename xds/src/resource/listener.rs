@@ -1,11 +1,13 @@
 //! `envoy.config.listener.v3.Listener` and the HTTP connection manager.
 
 use super::{
+    edge::Edge,
     endpoint::Address,
     filter_chain::{FilterChain, Network, check_matches},
     listener_filter::{Kind, ListenerFilter},
     route::{RouteConfiguration, TypedConfig},
     server_header::{self, ServerHeader},
+    upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
@@ -138,6 +140,8 @@ pub struct HttpConnectionManager {
     pub server_header: ServerHeader,
     /// Create `x-request-id` when missing; default true.
     pub generate_request_id: bool,
+    /// What connections may become, unless a route says otherwise.
+    pub upgrades: Vec<Upgrade>,
     /// No byte either way for so long ends the stream; zero is off. Default 5 min.
     pub stream_idle_timeout: Duration,
     /// Whole request must have arrived; zero is off (default).
@@ -148,6 +152,12 @@ pub struct HttpConnectionManager {
     pub drain_timeout: Duration,
     /// `max_request_headers_kb`; default 60.
     pub max_request_headers_kb: u32,
+    /// A connection takes no new request after this; zero is off (default).
+    pub max_connection_duration: Duration,
+    /// A connection takes no more requests than this; zero is off (default).
+    pub max_requests_per_connection: u32,
+    /// What becomes of paths, hosts and addresses.
+    pub edge: Edge,
     /// Concurrent h2 streams per connection; keeps one worker from running hot. Default 100.
     pub h2_max_concurrent_streams: u32,
 }
@@ -165,11 +175,15 @@ impl Default for HttpConnectionManager {
             server_name: server_header::NAME_DEFAULT.into(),
             server_header: ServerHeader::Overwrite,
             generate_request_id: true,
+            upgrades: Vec::new(),
             stream_idle_timeout: Duration::from_secs(300),
             request_timeout: Duration::ZERO,
             idle_timeout: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(5),
             max_request_headers_kb: 60,
+            max_connection_duration: Duration::ZERO,
+            max_requests_per_connection: 0,
+            edge: Edge::default(),
             h2_max_concurrent_streams: 100,
         }
     }
@@ -279,6 +293,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
         let mut problems = ConfigErrors::default();
         let limits = limits(&mut problems, &mut wire);
+        let edge = Edge::read(&mut problems, &wire);
         let codec = match wire.codec_type() {
             CodecType::Auto => Codec::Auto,
             CodecType::Http1 => Codec::Http1,
@@ -303,6 +318,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
             check_router(&mut problems, &http_filters);
         }
         let access_log = problems.take_all("access_log", wire.access_log);
+        let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
         let stat_prefix = problems.not_empty("stat_prefix", wire.stat_prefix);
         problems.finish(route_config.map(|route_config| {
             Self {
@@ -311,6 +327,8 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 route_config,
                 http_filters,
                 access_log,
+                upgrades,
+                edge,
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
                 server_name,
@@ -331,7 +349,13 @@ fn limits(
 ) -> HttpConnectionManager {
     let mut limits = HttpConnectionManager::default();
     let common = wire.common_http_protocol_options.take().unwrap_or_default();
+    limits.max_requests_per_connection = common.max_requests_per_connection.unwrap_or(0);
     let durations = [
+        (
+            "common_http_protocol_options.max_connection_duration",
+            common.max_connection_duration,
+            &mut limits.max_connection_duration,
+        ),
         (
             "common_http_protocol_options.idle_timeout",
             common.idle_timeout,
@@ -469,18 +493,23 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             Codec::Http2 => CodecType::Http2,
         };
         let streams = Some(plain.h2_max_concurrent_streams);
-        Self {
+        let mut wire = Self {
             codec_type: codec_type.into(),
             stat_prefix: plain.stat_prefix.clone(),
             route_specifier: Some(RouteSpecifier::RouteConfig((&plain.route_config).into())),
             http_filters: plain.http_filters.iter().map(Into::into).collect(),
             common_http_protocol_options: Some(core::HttpProtocolOptions {
                 idle_timeout: Some(to_duration(plain.idle_timeout)),
+                max_connection_duration: (!plain.max_connection_duration.is_zero())
+                    .then(|| to_duration(plain.max_connection_duration)),
+                max_requests_per_connection: (plain.max_requests_per_connection != 0)
+                    .then_some(plain.max_requests_per_connection),
             }),
             http2_protocol_options: Some(core::Http2ProtocolOptions {
                 max_concurrent_streams: streams,
             }),
             max_request_headers_kb: Some(plain.max_request_headers_kb),
+            upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             stream_idle_timeout: Some(to_duration(plain.stream_idle_timeout)),
             request_timeout: Some(to_duration(plain.request_timeout)),
             drain_timeout: Some(to_duration(plain.drain_timeout)),
@@ -490,7 +519,10 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             preserve_external_request_id: plain.preserve_external_request_id,
             server_name: plain.server_name.clone(),
             server_header_transformation: plain.server_header.to_wire(),
-        }
+            ..Self::default()
+        };
+        plain.edge.write(&mut wire);
+        wire
     }
 }
 

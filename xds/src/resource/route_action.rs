@@ -2,7 +2,7 @@
 
 use super::{
     header_mutation::HeaderMutations, matching::RegexRewrite, mirror_policy::MirrorPolicy,
-    retry_policy::RetryPolicy,
+    retry_policy::RetryPolicy, upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
@@ -25,6 +25,8 @@ pub struct RouteAction {
     pub cluster: ClusterSpecifier,
     /// Status where it does not exist.
     pub cluster_not_found: ClusterNotFound,
+    /// What connections may become, whatever the connection manager says.
+    pub upgrades: Vec<Upgrade>,
     /// `None` is unset (Envoy's 15 s where it applies), zero is off.
     pub timeout: Option<Duration>,
     /// `None` is unset, zero is off.
@@ -249,10 +251,12 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             Some(HostRewriteSpecifier::AutoHostRewrite(false)) | None => None,
         };
         let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
+        let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
         problems.finish(Some(Self {
             cluster,
             cluster_not_found,
             mirrors,
+            upgrades,
             timeout,
             idle_timeout,
             max_stream_duration,
@@ -423,6 +427,7 @@ impl From<&RouteAction> for wire::RouteAction {
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
+            upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             max_stream_duration: plain.max_stream_duration.map(|limit| {
                 wire::route_action::MaxStreamDuration {
                     max_stream_duration: Some(to_duration(limit)),

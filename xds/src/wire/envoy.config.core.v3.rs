@@ -649,6 +649,12 @@ pub struct HttpProtocolOptions {
     /// A connection without a request closes after this.
     #[prost(message, optional, tag = "1")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// A connection takes no new request after this; only from clients.
+    #[prost(message, optional, tag = "3")]
+    pub max_connection_duration: ::core::option::Option<::prost_types::Duration>,
+    /// A connection takes no more requests than this; only from clients.
+    #[prost(message, optional, tag = "6")]
+    pub max_requests_per_connection: ::core::option::Option<u32>,
 }
 impl ::prost::Name for HttpProtocolOptions {
     const NAME: &'static str = "HttpProtocolOptions";
