@@ -16,6 +16,7 @@ mod fleet;
 mod http_filters;
 mod limits;
 mod listeners;
+mod pipes;
 mod protocol;
 mod regression;
 mod reuse;

@@ -242,7 +242,12 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
-        if let Some(auto) = context.route.auto_host_rewrite {
+        let address = &self.target.endpoint.address;
+        if let Some(auto) = context
+            .route
+            .auto_host_rewrite
+            .filter(|_| !address.is_pipe())
+        {
             before.head = Some(Box::new((request.uri().clone(), request.headers().clone())));
             rewrite_host(request, &self.target.endpoint.address.host, auto);
         }

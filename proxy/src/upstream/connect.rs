@@ -15,10 +15,11 @@ use outrigger_xds::{
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    os::{linux::net::SocketAddrExt, unix},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 /// Opens a connection; failures are counted at the endpoint.
 pub(super) async fn connect(
@@ -143,12 +144,26 @@ pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
 }
 
 async fn open_socket(address: &Address) -> io::Result<Socket> {
+    if address.is_pipe() {
+        return open_pipe(&address.host).await;
+    }
     let socket = match address.host.parse::<IpAddr>() {
         Ok(ip) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
         Err(_) => TcpStream::connect((address.host.as_str(), address.port)).await?,
     };
     socket.set_nodelay(true)?;
     Ok(socket.into())
+}
+
+async fn open_pipe(path: &str) -> io::Result<Socket> {
+    let Some(name) = path.strip_prefix('@') else {
+        return Ok(UnixStream::connect(path).await?.into());
+    };
+    let name = unix::net::SocketAddr::from_abstract_name(name)?;
+    // What has no file is there or not: this does not wait.
+    let socket = unix::net::UnixStream::connect_addr(&name)?;
+    socket.set_nonblocking(true)?;
+    Ok(UnixStream::from_std(socket)?.into())
 }
 
 /// Counts a connection as open until dropped.

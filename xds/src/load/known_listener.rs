@@ -63,8 +63,8 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "access_log_flush_interval", "access_log_options", "backoff_options",
             "flush_access_log_on_connected", "hash_policy",
-            "max_downstream_connection_duration_jitter_percentage", "metadata_match", "on_demand",
-            "proxy_protocol_tlvs", "tunneling_config",
+            "max_downstream_connection_duration_jitter_percentage", "max_early_data_bytes", "metadata_match", "on_demand",
+            "proxy_protocol_tlvs", "tunneling_config", "upstream_connect_mode",
         ],
     ),
     (

@@ -170,7 +170,10 @@ impl TryFrom<wire::Admin> for Admin {
 
     fn try_from(wire: wire::Admin) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
-        let address = problems.required("address", wire.address);
+        let address: Option<Address> = problems.required("address", wire.address);
+        if address.as_ref().is_some_and(Address::is_pipe) {
+            problems.add("address.pipe", "not supported yet: for the admin");
+        }
         let mut access_log = problems.take_all("access_log", wire.access_log);
         let path = wire.access_log_path;
         if !path.is_empty() {

@@ -1,7 +1,7 @@
 //! `envoy.config.cluster.v3.Cluster`.
 
 use super::{
-    endpoint::ClusterLoadAssignment,
+    endpoint::{Address, ClusterLoadAssignment},
     health_check::HealthCheck,
     outlier_detection::OutlierDetection,
     tls::{self, UpstreamTls},
@@ -297,13 +297,18 @@ fn check_addresses(
     let named = assignment
         .endpoints
         .iter()
-        .filter(|endpoint| endpoint.address.host.parse::<IpAddr>().is_err());
+        .filter(|endpoint| is_name(&endpoint.address));
     for endpoint in named.filter(|_| discovery == DiscoveryType::Static) {
         let host = &endpoint.address.host;
         let message =
             format!("malformed IP address: {host}; a host name needs the cluster type STRICT_DNS");
         problems.add("load_assignment", message);
     }
+}
+
+/// Whether it has to be resolved.
+fn is_name(address: &Address) -> bool {
+    !address.is_pipe() && address.host.parse::<IpAddr>().is_err()
 }
 
 /// The one extension whose options we know: how HTTP is spoken.
@@ -396,10 +401,8 @@ impl From<&Cluster> for wire::Cluster {
             .load_assignment
             .endpoints
             .iter()
-            .map(|endpoint| &endpoint.address.host);
-        let named = addresses
-            .into_iter()
-            .any(|host| host.parse::<IpAddr>().is_err());
+            .map(|endpoint| &endpoint.address);
+        let named = addresses.into_iter().any(is_name);
         let discovery = if named {
             DiscoveryType::StrictDns
         } else {

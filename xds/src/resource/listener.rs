@@ -226,7 +226,10 @@ impl TryFrom<wire::Listener> for Listener {
             core::TrafficDirection::Inbound => TrafficDirection::Inbound,
         };
         let name = problems.not_empty("name", wire.name);
-        let address = problems.required("address", wire.address);
+        let address: Option<Address> = problems.required("address", wire.address);
+        if address.as_ref().is_some_and(Address::is_pipe) {
+            problems.add("address.pipe", "not supported yet: for a listener");
+        }
         if wire.enable_reuse_port == Some(false) {
             problems.add(
                 "enable_reuse_port",
