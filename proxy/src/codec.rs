@@ -96,18 +96,25 @@ pub(crate) async fn serve(
             }
         }
     };
-    if let Err(error) = outcome {
-        let hypers = error.downcast_ref::<hyper::Error>();
-        if hypers.is_some_and(hyper::Error::is_parse) {
-            stats.downstream_cx_protocol_error.increment(1);
+    match outcome {
+        Err(error) => count(&stats, error.as_ref()),
+        Ok(()) => {
+            if let Some(tunnel) = after.afterwards.take() {
+                tunnel.await;
+            }
         }
-        if hypers.is_some_and(hyper::Error::is_timeout) {
-            stats.downstream_cx_idle_timeout.increment(1);
-        }
-        tracing::debug!(%error, "downstream connection ended");
-    } else if let Some(tunnel) = after.afterwards.take() {
-        tunnel.await;
     }
+}
+
+fn count(stats: &HttpStats, error: &(dyn std::error::Error + Send + Sync + 'static)) {
+    let hypers = error.downcast_ref::<hyper::Error>();
+    if hypers.is_some_and(hyper::Error::is_parse) {
+        stats.downstream_cx_protocol_error.increment(1);
+    }
+    if hypers.is_some_and(hyper::Error::is_timeout) {
+        stats.downstream_cx_idle_timeout.increment(1);
+    }
+    tracing::debug!(%error, "downstream connection ended");
 }
 
 /// When a connection has had its time, or its requests.

@@ -180,11 +180,8 @@ impl Manager {
             record.retarget(parts);
         }
         if asks {
-            record.asked = tunnel::asked(parts, config);
-            context.upgrade = record.asked.is_some();
-            if !context.upgrade {
-                return Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed"));
-            }
+            record.asked = Some(tunnel::asked(parts, config)?);
+            context.upgrade = true;
         }
         let fields = &mut parts.headers;
         if parts.method == Method::CONNECT {
@@ -226,36 +223,7 @@ impl Manager {
             fields.remove(headers::FORWARDED_CLIENT_CERT);
         }
         self.identify(fields, &seen, record, config);
-        let at_edge = config.manager.use_remote_address && !config.inbound;
-        if seen.envoy && !config.inbound {
-            headers::strip_envoy(fields, at_edge);
-        }
-        let edge = &config.manager.edge;
-        let told = (!config.inbound)
-            .then(|| edge::told_client(fields, &seen, edge.trusted_hops))
-            .flatten();
-        if let Some(client) = told {
-            record.remote = SocketAddr::new(client, 0);
-        }
-        if at_edge {
-            if !edge.skip_xff_append {
-                headers::append_forwarded_for(fields, &seen, &connection.address);
-            }
-            let told = told.map(headers::address);
-            headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
-            if edge.append_x_forwarded_port {
-                headers::forwarded_port(fields, connection.local.port());
-            }
-        }
-        // Proxies before us that are believed say it.
-        if at_edge && edge.trusted_hops == 0 || !seen.forwarded_proto {
-            let scheme = if connection.tls.is_some() {
-                "https"
-            } else {
-                "http"
-            };
-            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
-        }
+        forward(fields, &seen, record, config, connection);
         context.request_id = record.request_id.clone();
         Ok(())
     }
@@ -413,30 +381,10 @@ impl Manager {
             }
         };
         let (mut parts, mut body) = response.into_parts();
-        let seen = Seen::of(&parts.headers);
         let switched = self.switched(&mut parts, &mut record);
-        if seen.hop_by_hop {
-            headers::strip_hop_by_hop(&mut parts.headers);
-        }
+        self.head(&mut parts.headers, &record, config, close);
         if let Some((asked, _)) = &switched {
             tunnel::announce(&mut parts.headers, &asked.protocol);
-        }
-        if config.manager.edge.always_set_request_id
-            && let Ok(id) = HeaderValue::from_str(&record.request_id)
-        {
-            parts.headers.insert(headers::REQUEST_ID, id);
-        }
-        match config.manager.server_header {
-            ServerHeader::PassThrough => {}
-            ServerHeader::AppendIfAbsent if seen.server => {}
-            _ => {
-                parts.headers.insert(header::SERVER, config.server.clone());
-            }
-        }
-        if close && record.protocol < Version::HTTP_2 {
-            parts
-                .headers
-                .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if record.method == Method::HEAD {
             body = headers::without_body(&mut parts.headers, &body);
@@ -467,6 +415,29 @@ impl Manager {
         let body = flow::limit(body, limits);
         let body = Observed::new(body, &parts.headers, observers, farewell, log, on_end);
         Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
+    }
+
+    /// What belongs to our connection, in the head of a response.
+    fn head(&self, fields: &mut HeaderMap, record: &Record, config: &HttpConfig, close: bool) {
+        let seen = Seen::of(fields);
+        if seen.hop_by_hop {
+            headers::strip_hop_by_hop(fields);
+        }
+        if config.manager.edge.always_set_request_id
+            && let Ok(id) = HeaderValue::from_str(&record.request_id)
+        {
+            fields.insert(headers::REQUEST_ID, id);
+        }
+        match config.manager.server_header {
+            ServerHeader::PassThrough => {}
+            ServerHeader::AppendIfAbsent if seen.server => {}
+            _ => {
+                fields.insert(header::SERVER, config.server.clone());
+            }
+        }
+        if close && record.protocol < Version::HTTP_2 {
+            fields.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
 
     /// The two ends of an upgrade, if the upstream agreed to one that was asked for.
@@ -566,6 +537,46 @@ fn looped() -> Error {
         "loop_detected",
         "the request has been through this proxy before",
     )
+}
+
+/// Who the client is and how it came, as the next hop is told.
+fn forward(
+    fields: &mut HeaderMap,
+    seen: &Seen,
+    record: &mut Record,
+    config: &HttpConfig,
+    connection: &ConnectionInfo,
+) {
+    let at_edge = config.manager.use_remote_address && !config.inbound;
+    if seen.envoy && !config.inbound {
+        headers::strip_envoy(fields, at_edge);
+    }
+    let edge = &config.manager.edge;
+    let told = (!config.inbound)
+        .then(|| edge::told_client(fields, seen, edge.trusted_hops))
+        .flatten();
+    if let Some(client) = told {
+        record.remote = SocketAddr::new(client, 0);
+    }
+    if at_edge {
+        if !edge.skip_xff_append {
+            headers::append_forwarded_for(fields, seen, &connection.address);
+        }
+        let told = told.map(headers::address);
+        headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
+        if edge.append_x_forwarded_port {
+            headers::forwarded_port(fields, connection.local.port());
+        }
+    }
+    // Proxies before us that are believed say it.
+    if at_edge && edge.trusted_hops == 0 || !seen.forwarded_proto {
+        let scheme = if connection.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    }
 }
 
 /// A request that no route is for: filters that see all may answer it, else nobody does.

@@ -5,17 +5,18 @@
 
 use super::record::Record;
 use crate::{
+    head,
     metrics::HttpStats,
     pump::{self, Limits, Passed},
     snapshot::HttpConfig,
 };
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderValue, header, request::Parts};
+use http::{HeaderValue, StatusCode, header, request::Parts};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use outrigger_filters::{
     body::ResponseBody,
-    error::Flag,
+    error::{Error, Flag},
     filter::{End, LogFields},
     sse::Summary,
 };
@@ -50,14 +51,17 @@ pub(super) struct Asked {
     client: OnUpgrade,
 }
 
-/// What a request asks for, if it may.
-pub(super) fn asked(parts: &mut Parts, config: &HttpConfig) -> Option<Asked> {
-    let protocol = parts.headers.get(header::UPGRADE)?.clone();
-    if !config.may_upgrade(parts, protocol.as_bytes()) {
-        return None;
+/// What a request asks for.
+///
+/// # Errors
+/// It may not, or cannot on this connection.
+pub(super) fn asked(parts: &mut Parts, config: &HttpConfig) -> Result<Asked, Error> {
+    let protocol = parts.headers.get(header::UPGRADE).cloned();
+    let allowed = protocol.filter(|protocol| config.may_upgrade(parts, protocol.as_bytes()));
+    match (allowed, parts.extensions.remove::<OnUpgrade>()) {
+        (Some(protocol), Some(client)) => Ok(Asked { protocol, client }),
+        _ => Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed")),
     }
-    let client = parts.extensions.remove::<OnUpgrade>()?;
-    Some(Asked { protocol, client })
 }
 
 /// Makes a head ask for an upgrade.
