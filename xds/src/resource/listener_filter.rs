@@ -65,11 +65,11 @@ pub struct ProxyProtocol {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Predicate {
     /// One of them holds.
-    Or(Vec<Predicate>),
+    Or(Vec<Self>),
     /// All of them hold.
-    And(Vec<Predicate>),
+    And(Vec<Self>),
     /// It does not hold.
-    Not(Box<Predicate>),
+    Not(Box<Self>),
     /// Always.
     Any,
     /// The connection was sent to one of these ports.
