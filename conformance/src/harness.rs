@@ -211,6 +211,7 @@ impl ProxyBuilder {
             concurrency: self.concurrency,
             watcher,
             block_tokens: options.block_tokens,
+            drain_time: options.drain_time(),
             command_line: Value::Null,
             log: None,
         };
@@ -243,6 +244,7 @@ pub fn add_server(bootstrap: &mut Bootstrap, address: SocketAddr) {
             host: address.ip().to_string(),
             port: address.port(),
         },
+        hostname: String::new(),
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
         locality: 0,

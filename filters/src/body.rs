@@ -109,10 +109,12 @@ impl Upload {
 /// It is *replayable* (see [`RequestBody::replay`]) once it was read whole; until then it can be sent once.
 pub struct RequestBody {
     read: Option<Bytes>,
+    /// Comes after `read`, where `whole` is not all.
+    more: Bytes,
     rest: Rest,
     /// Come after `read` and `rest`.
     trailers: Option<Box<HeaderMap>>,
-    /// Set when `read` and `trailers` hold everything.
+    /// Set when `read`, `more` and `trailers` hold everything.
     whole: Option<Bytes>,
     /// Of a client that still sends.
     upload: Option<Upload>,
@@ -141,6 +143,7 @@ impl RequestBody {
     pub fn empty() -> Self {
         Self {
             read: None,
+            more: Bytes::new(),
             rest: Rest::None,
             trailers: None,
             whole: Some(Bytes::new()),
@@ -153,10 +156,20 @@ impl RequestBody {
         let bytes = bytes.into();
         Self {
             read: Some(bytes.clone()),
+            more: Bytes::new(),
             rest: Rest::None,
             trailers: None,
             whole: Some(bytes),
             upload: None,
+        }
+    }
+
+    /// A body of bytes at hand, in two pieces that nobody has to copy.
+    #[must_use]
+    pub fn joined(first: Bytes, more: Bytes) -> Self {
+        Self {
+            more,
+            ..Self::full(first)
         }
     }
 
@@ -168,6 +181,7 @@ impl RequestBody {
         }
         Self {
             read: None,
+            more: Bytes::new(),
             rest: Rest::Incoming(body),
             trailers: None,
             whole: None,
@@ -180,6 +194,7 @@ impl RequestBody {
     pub fn boxed(body: UnsyncBoxBody<Bytes, BodyError>) -> Self {
         Self {
             read: None,
+            more: Bytes::new(),
             rest: Rest::Boxed(body),
             trailers: None,
             whole: None,
@@ -193,6 +208,13 @@ impl RequestBody {
     /// # Errors
     /// The client broke off or sent garbage.
     pub async fn read_whole(&mut self, limit: usize) -> Result<ReadOutcome, BodyError> {
+        if let (Some(first), false) = (&self.whole, self.more.is_empty()) {
+            let joined = Bytes::from([&first[..], &self.more].concat());
+            *self = Self {
+                trailers: self.trailers.take(),
+                ..Self::full(joined)
+            };
+        }
         if let Some(whole) = &self.whole {
             return Ok(if whole.len() > limit {
                 ReadOutcome::TooLarge
@@ -244,7 +266,7 @@ impl RequestBody {
     pub fn replay(&self) -> Option<Self> {
         let mut copy = match self.whole.clone()? {
             whole if whole.is_empty() => Self::empty(),
-            whole => Self::full(whole),
+            whole => Self::joined(whole, self.more.clone()),
         };
         copy.trailers.clone_from(&self.trailers);
         Some(copy)
@@ -258,6 +280,7 @@ impl RequestBody {
         }
         let spent = Self {
             read: None,
+            more: Bytes::new(),
             rest: Rest::Spent,
             trailers: None,
             whole: None,
@@ -278,7 +301,13 @@ impl RequestBody {
         self.upload.clone().filter(|_| self.whole.is_none())
     }
 
-    /// The bytes, if it was read whole.
+    /// The bytes that it was made of, if it was read whole and none of it was sent.
+    #[must_use]
+    pub fn parts(&self) -> Option<(Bytes, Bytes)> {
+        Some((self.whole.clone()?, self.more.clone()))
+    }
+
+    /// The bytes that the client sent, if it was read whole.
     #[must_use]
     pub fn whole(&self) -> Option<&Bytes> {
         self.whole.as_ref()
@@ -336,6 +365,9 @@ impl Body for RequestBody {
         if let Some(bytes) = self.read.take() {
             return Poll::Ready(Some(Ok(Frame::data(bytes))));
         }
+        if !self.more.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.more)))));
+        }
         let next = ready!(self.poll_rest(cx));
         let trailers = || self.trailers.take().map(|all| Ok(Frame::trailers(*all)));
         Poll::Ready(next.or_else(trailers))
@@ -343,6 +375,7 @@ impl Body for RequestBody {
 
     fn is_end_stream(&self) -> bool {
         self.read.is_none()
+            && self.more.is_empty()
             && self.trailers.is_none()
             && match &self.rest {
                 Rest::None | Rest::Spent => true,
@@ -357,7 +390,8 @@ impl Body for RequestBody {
             Rest::Incoming(body) => body.size_hint(),
             Rest::Boxed(body) => body.size_hint(),
         };
-        let read = self.read.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        let read = self.read.as_ref().map_or(0, Bytes::len) + self.more.len();
+        let read = read as u64;
         if let Some(upper) = hint.upper() {
             hint.set_upper(upper + read);
         }

@@ -2,17 +2,19 @@
 
 use crate::{
     body::{RequestBody, ResponseBody},
+    breakers::Breakers,
     error::{Error, Flag},
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Request, Response};
+use http::{HeaderName, HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load},
     resource::{
-        cluster::{LbPolicy, UpstreamProtocol},
+        cluster::{ConnectionOptions, LbPolicy, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
+        route_action::Priority,
     },
 };
 use std::{
@@ -20,7 +22,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -37,6 +39,10 @@ pub struct ClusterView {
     /// Whether nothing tells its endpoints apart but their load: one weight, one priority, and nobody judges their
     /// health.
     pub even: bool,
+    /// Request headers that may name endpoints, before the policy is asked.
+    pub override_host: Arc<[HeaderName]>,
+    /// How much of it may be in use.
+    pub breakers: Arc<Breakers>,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }
@@ -96,6 +102,8 @@ pub struct Host {
     pub turn: AtomicU64,
     /// What outlier detection counts.
     pub record: Record,
+    /// Since when it is there, or well again, on [`clock_ms`]'s clock.
+    pub since_ms: AtomicU64,
 }
 
 /// How an endpoint's requests went, as outlier detection counts them.
@@ -150,13 +158,14 @@ impl Host {
 }
 
 /// How an endpoint is reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Via {
     /// Its own socket, beside this proxy.
     Local,
     /// Through the inbound listener of the proxy beside it.
     Peer,
     /// Its own socket, and nothing is known of it: an ordinary HTTP server.
+    #[default]
     Plain,
 }
 
@@ -182,12 +191,16 @@ impl fmt::Debug for Secured {
 }
 
 /// One endpoint. Lives as long as somebody holds it; what changes is behind atomics.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Endpoint {
     /// Its name in the fleet.
     pub id: EngineId,
     /// Where to connect.
     pub address: Address,
+    /// Its name; the host of its address if it has no other.
+    pub hostname: Arc<str>,
+    /// Places it where policies choose by hash.
+    pub hash_key: Arc<str>,
     /// What stands at that address.
     pub via: Via,
     /// How it is spoken to.
@@ -204,6 +217,10 @@ pub struct Endpoint {
     pub locality: usize,
     /// The cluster that uses it so.
     pub cluster: Arc<str>,
+    /// How much of that cluster may be in use.
+    pub breakers: Arc<Breakers>,
+    /// Of connections to it.
+    pub connection: Arc<ConnectionOptions>,
     /// What that cluster knows of it.
     pub host: Arc<Host>,
     /// Where the KV index keeps it.
@@ -261,6 +278,8 @@ pub struct EndpointStats {
     pub prefill_tokens: AtomicU64,
     /// Its name as a header, made when it is first told.
     pub id_header: OnceLock<Option<HeaderValue>>,
+    /// The admin wants it to be left: nothing new goes there, and what can move moves.
+    pub leaving: AtomicBool,
     /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
     pub inhibited_until_ms: AtomicU64,
 }
@@ -287,7 +306,7 @@ impl Endpoint {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         use outrigger_xds::report::Health;
-        if self.health_status == HealthStatus::Draining {
+        if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
@@ -301,7 +320,7 @@ impl Endpoint {
     #[must_use]
     pub fn fits(&self, model: Option<&str>) -> bool {
         use outrigger_xds::report::Health;
-        if self.health_status == HealthStatus::Draining {
+        if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
@@ -314,6 +333,11 @@ impl Endpoint {
             && model.is_none_or(|model| {
                 models.is_empty() || models.iter().any(|known| known.id == model)
             })
+    }
+
+    /// Whether configuration or the admin took it out.
+    fn is_draining(&self) -> bool {
+        self.health_status == HealthStatus::Draining || self.stats.leaving.load(Relaxed)
     }
 
     /// What is known of its health, all in all.
@@ -367,6 +391,8 @@ pub struct Want {
     pub hit_tokens: u64,
     /// Chain hashes of the prompt's full blocks.
     pub blocks: Arc<[BlockHash]>,
+    /// Which circuit breakers count.
+    pub priority: Priority,
 }
 
 /// A request counted against an endpoint until dropped.
@@ -385,8 +411,13 @@ pub trait Endpoints: Send + Sync {
     fn view(&self, cluster: &str) -> Option<Arc<ClusterView>>;
 
     /// One of `candidates` (indexes into it) by the cluster's own policy and what it knows of their health; `None` if
-    /// there are none that may be used.
-    fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize>;
+    /// there are none that may be used. `hash` is the request's, for policies that choose by it.
+    fn choose(
+        &self,
+        view: &ClusterView,
+        candidates: &[Arc<Endpoint>],
+        hash: Option<u64>,
+    ) -> Option<usize>;
 
     /// Counts a leg against an endpoint. The endpoint beside us is told at once; one behind a peer learns it from the
     /// request itself, and its proxy may refuse.
@@ -413,6 +444,8 @@ pub struct SendOptions {
     pub replace_stale: bool,
     /// The request asks for another protocol: it gets a connection of its own, and the 101 has hyper's `OnUpgrade`.
     pub upgrade: bool,
+    /// Which circuit breakers count.
+    pub priority: Priority,
 }
 
 /// The way out: connections, pools, codecs.

@@ -184,6 +184,21 @@ impl Error {
         }
     }
 
+    /// A circuit breaker of this proxy refuses it. Nothing was sent: a proxy in front of this one may go elsewhere.
+    #[must_use]
+    pub fn overflow() -> Self {
+        let mut error =
+            Self::upstream_reset(Flag::UpstreamOverflow, "overflow", Retry::NothingSent);
+        error.origin = Origin::Proxy;
+        error
+    }
+
+    /// Whether [`Self::overflow`] made it.
+    #[must_use]
+    pub fn is_own_overflow(&self) -> bool {
+        self.origin == Origin::Proxy && self.flag == Flag::UpstreamOverflow
+    }
+
     /// No endpoint can serve it now.
     #[must_use]
     pub fn no_healthy_upstream() -> Self {

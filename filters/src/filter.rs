@@ -5,15 +5,18 @@ use crate::{
     endpoints::{Endpoint, clock_ms},
     error::Error,
     openai::OpenAiRequest,
-    router::{attempt::ATTEMPT_COUNT_HEADER, retry::Policy},
+    router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
     sse::Event,
 };
 use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
 use outrigger_xds::{
-    block_hash::BlockHash, report::EngineId, resource::mirror_policy::MirrorPolicy,
+    block_hash::BlockHash,
+    report::EngineId,
+    resource::{mirror_policy::MirrorPolicy, route_action::Priority},
 };
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -51,6 +54,12 @@ pub struct Next<'a> {
 }
 
 impl<'a> Next<'a> {
+    /// A chain of its own, for who calls it again when `handle` is long over.
+    #[must_use]
+    pub fn keep(self) -> Chain {
+        Arc::from(self.rest)
+    }
+
     /// The whole chain.
     #[must_use]
     pub fn new(chain: &'a [Arc<dyn HttpFilter>]) -> Self {
@@ -86,10 +95,10 @@ pub struct RouteFacts {
     pub max_stream_duration: Option<Duration>,
     /// Explicit `retry_policy`; without one our defaults hold.
     pub retry_policy: Option<Arc<Policy>>,
-    /// A retry may be done while at most this share of active requests (percent) are retries…
-    pub retry_budget_percent: f64,
-    /// …or at most so many.
-    pub min_retry_concurrency: u32,
+    /// Which circuit breakers count.
+    pub priority: Priority,
+    /// What is hashed, for policies that choose by hash.
+    pub hashes: Option<Arc<Hashes>>,
     /// On the inbound side the chain never chooses: the peer named the endpoint.
     pub inbound: bool,
     /// Status where the cluster does not exist; 503 unless said.
@@ -153,6 +162,8 @@ pub struct Context {
     pub route: Arc<RouteFacts>,
     /// Our id of the request (`x-request-id`).
     pub request_id: Arc<str>,
+    /// The connection it came on: the client's address, and ours.
+    pub connection: Option<(SocketAddr, SocketAddr)>,
     /// When its head came.
     pub received: Option<Instant>,
     /// Tells how far its body is, if it was not all here with the head.
@@ -173,6 +184,14 @@ pub struct Context {
     pub upgrade: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
+    /// The engine to pass over while there is another.
+    pub avoid: Option<EngineId>,
+    /// Engines that broke with this request before its response began.
+    pub deaths: u32,
+    /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
+    pub deaths_max: u32,
+    /// A filter watches the time between events itself.
+    pub watches_gaps: bool,
     /// Seam (b), in the order of registration.
     pub observers: Vec<Box<dyn StreamObserver>>,
     /// What the access log will say.
@@ -192,6 +211,7 @@ impl Context {
         Self {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
+            connection: self.connection,
             received: self.received,
             upload: self.upload.clone(),
             openai: self.openai.clone(),
@@ -202,6 +222,10 @@ impl Context {
             debug: self.debug,
             upgrade: self.upgrade,
             attempt: self.attempt + 1,
+            avoid: self.avoid.clone(),
+            deaths: self.deaths,
+            deaths_max: self.deaths_max,
+            watches_gaps: false,
             observers: Vec::new(),
             log: LogFields::default(),
             heads: self.heads.clone(),
@@ -236,6 +260,7 @@ impl Context {
     /// Takes over what the attempt that counted left behind.
     pub fn adopt(&mut self, attempt: Self) {
         self.attempt = attempt.attempt;
+        self.deaths = attempt.deaths;
         self.ranked = attempt.ranked;
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
@@ -286,6 +311,8 @@ pub struct LogFields {
     pub completion_tokens: Option<u64>,
     /// Events of a stream that brought tokens: an estimate of the completion where no `usage` was told.
     pub tokens_seen: Option<u64>,
+    /// How often it moved to another engine after its response had begun.
+    pub migrations: u32,
     /// Request sent upstream to response headers.
     pub upstream_service_time: Option<Duration>,
 }

@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 pub mod body;
+pub mod breakers;
 mod bucket;
 pub mod cors;
 pub mod endpoints;
@@ -21,6 +22,7 @@ pub mod kv_routing;
 pub mod local_ratelimit;
 pub mod local_reply;
 pub mod matching;
+pub mod migration;
 pub mod openai;
 pub mod registry;
 pub mod router;

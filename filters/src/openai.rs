@@ -6,6 +6,7 @@
 
 mod observe;
 mod parse;
+mod scan;
 mod tenants;
 mod usage;
 
@@ -133,6 +134,8 @@ pub struct Spans {
     pub tool_choice: Option<Range<usize>>,
     /// `documents`.
     pub documents: Option<Range<usize>>,
+    /// `stop`.
+    pub stop: Option<Range<usize>>,
     /// `chat_template` given by the client.
     pub chat_template: Option<Range<usize>>,
     /// `chat_template_kwargs`.
@@ -168,6 +171,10 @@ pub struct OpenAiRequest {
     pub stream: bool,
     /// `stream_options.include_usage`.
     pub include_usage: bool,
+    /// `return_token_ids`.
+    pub return_token_ids: bool,
+    /// `include_stop_str_in_output`.
+    pub include_stop: bool,
     /// `n`, at least 1.
     pub n: u32,
     /// `max_completion_tokens`, `max_tokens`, `max_output_tokens` or `max_new_tokens`.

@@ -5,6 +5,7 @@
 //! handed up); anything else only if nothing of it was sent. Retries stay within a budget.
 
 pub mod attempt;
+pub mod hash;
 pub mod host;
 pub mod leg;
 pub mod mirror;
@@ -12,15 +13,16 @@ pub mod retry;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Via, Want},
+    breakers::{Held, Kind},
+    endpoints::{ClusterView, Endpoint, Level, Via, Want},
     error::{Error, Flag, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
     services::Services,
 };
 use attempt::{Attempt, Outcome};
-use http::{Request, Response, StatusCode};
-use retry::{Budget, Rules};
+use http::{Request, Response, StatusCode, header};
+use retry::Rules;
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 
@@ -40,7 +42,6 @@ pub struct Config {
 pub struct Router {
     services: Services,
     config: Config,
-    budget: Arc<Budget>,
 }
 
 /// The registry's constructor.
@@ -55,7 +56,6 @@ pub fn factory(
     Ok(Arc::new(Router {
         services: services.clone(),
         config,
-        budget: Arc::default(),
     }))
 }
 
@@ -76,7 +76,6 @@ impl HttpFilter for Router {
                 .view(&cluster)
                 .ok_or_else(|| no_cluster(&context.route))?;
             context.log.upstream_cluster = cluster;
-            let active = self.budget.enter();
             if let Some(heads) = &context.heads {
                 heads.request(&mut request, &context.log);
             }
@@ -87,8 +86,8 @@ impl HttpFilter for Router {
             let mut outcome = walk.run(&mut request, context).await;
             // Envoy counts the attempt that found nobody.
             context.log.attempts = context.log.attempts.max(1);
-            drop(active);
             if let Ok(response) = &mut outcome {
+                walk.set_cookies(response);
                 context.edit_response(response);
             }
             outcome
@@ -120,8 +119,12 @@ struct Walk<'a> {
     attempts: usize,
     /// The endpoint whose pooled connection turned out to be closed: once per request, nobody holds that against it.
     stale: Option<Arc<Endpoint>>,
-    /// Whether the coming attempt is one that the retry budget allowed.
-    is_budgeted: bool,
+    /// Of the coming attempt, if it counts as a retry.
+    permit: Option<Held>,
+    /// The request's, for policies that choose by it, and the cookies that make it last.
+    hash: hash::Hash,
+    /// Endpoints that the request names, best first.
+    named: Vec<String>,
 }
 
 impl<'a> Walk<'a> {
@@ -143,7 +146,14 @@ impl<'a> Walk<'a> {
             tried: Vec::new(),
             attempts: 0,
             stale: None,
-            is_budgeted: false,
+            permit: None,
+            hash: context
+                .route
+                .hashes
+                .as_ref()
+                .map(|hashes| hashes.of(request, context.connection))
+                .unwrap_or_default(),
+            named: named_hosts(view, request),
         }
     }
 
@@ -170,8 +180,9 @@ impl<'a> Walk<'a> {
                 &self.rules,
                 self.attempts,
             );
-            let permit = self.is_budgeted.then(|| self.router.budget.retrying());
+            let permit = self.permit.take();
             let outcome = attempt.run(request, context).await;
+            context.deaths += u32::from(outcome.is_death());
             drop(permit);
             if request.body().is_spent() || !self.may_retry(&outcome, context) {
                 return self.finish(outcome, context);
@@ -223,20 +234,23 @@ impl<'a> Walk<'a> {
             .filter(|ranked| !self.has_tried(&ranked.endpoint) && ranked.endpoint.is_alive());
         let fresh = ranked
             .clone()
-            .find(|ranked| !ranked.endpoint.is_inhibited());
+            .find(|ranked| !ranked.endpoint.is_inhibited() && !avoided(&ranked.endpoint, context));
         if let Some(ranked) = fresh.or_else(|| ranked.clone().next()) {
             return Ok(Some(ranked.clone()));
         }
         let endpoints = &self.router.services.endpoints;
         let mut candidates = self.candidates(context);
-        let mut chosen = endpoints.choose(self.view, &candidates);
+        let hash = self.hash.value;
+        let mut chosen = self
+            .named_by_request(&candidates)
+            .or_else(|| endpoints.choose(self.view, &candidates, hash));
         if chosen.is_none() && !candidates.is_empty() {
             // Of those that did not fail lately, none is healthy enough.
             let openai = context.openai.as_deref();
             let model = openai.and_then(|openai| openai.model.as_deref());
             candidates = self.view.candidates(model);
             candidates.retain(|endpoint| !self.has_tried(endpoint));
-            chosen = endpoints.choose(self.view, &candidates);
+            chosen = endpoints.choose(self.view, &candidates, hash);
         }
         match chosen {
             Some(index) => Ok(Some(Ranked {
@@ -265,6 +279,7 @@ impl<'a> Walk<'a> {
         let fits = |endpoint: &&Arc<Endpoint>| {
             endpoint.fits(model)
                 && !endpoint.is_inhibited()
+                && !avoided(endpoint, context)
                 && (!home || endpoint.via == Via::Local)
                 && !self.has_tried(endpoint)
         };
@@ -285,6 +300,26 @@ impl<'a> Walk<'a> {
             rest.retain(|endpoint| !endpoint.is_inhibited());
         }
         rest
+    }
+
+    /// `override_host`: the best that the request names, and that may get requests.
+    fn named_by_request(&self, candidates: &[Arc<Endpoint>]) -> Option<usize> {
+        let usable = |endpoint: &Endpoint| {
+            matches!(endpoint.level(), Level::Healthy | Level::Degraded)
+                && !self.has_tried(endpoint)
+        };
+        self.named.iter().find_map(|name| {
+            candidates
+                .iter()
+                .position(|known| known.address.to_string() == *name && usable(known))
+        })
+    }
+
+    /// Gives the client the cookies that its requests will be hashed by.
+    fn set_cookies(&mut self, response: &mut Response<ResponseBody>) {
+        for cookie in self.hash.cookies.drain(..) {
+            response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
     }
 
     fn has_tried(&self, endpoint: &Endpoint) -> bool {
@@ -320,12 +355,12 @@ impl<'a> Walk<'a> {
 
     /// Whether another attempt may help, is left, and is within the budget.
     fn may_retry(&mut self, outcome: &Outcome, context: &Context) -> bool {
-        if !outcome.retry_helps(&self.rules) {
+        let died = context.deaths_max > 0 && context.deaths >= context.deaths_max;
+        if died || !outcome.retry_helps(&self.rules) {
             return false;
         }
         let route = &context.route;
         if outcome.is_stale() && self.stale.is_none() {
-            self.is_budgeted = false;
             return true;
         }
         if self.tried.len() > self.rules.retries_max {
@@ -334,17 +369,15 @@ impl<'a> Walk<'a> {
         // A request whose first engine broke goes on to one other whatever the budget: a dying engine takes all it was
         // working on with it, and that adds no more load than those requests were. What comes after is budgeted.
         let first = self.tried.len() == 1 && route.retry_policy.is_none();
-        self.is_budgeted = !(first && outcome.is_breakdown());
-        if !self.is_budgeted {
+        if first && outcome.is_breakdown() {
             return true;
         }
-        let allowed = self
-            .router
-            .budget
-            .allows(route.retry_budget_percent, route.min_retry_concurrency);
-        if !allowed {
-            metrics::counter!("envoy_cluster_upstream_rq_retry_overflow", "envoy_cluster_name" => route.cluster.to_string())
-                .increment(1);
+        let breakers = &self.view.breakers;
+        let allowed = breakers.of(route.priority).allows_retry();
+        if allowed {
+            self.permit = Some(breakers.hold(route.priority, Kind::Retry));
+        } else {
+            retry::count_overflow(&route.cluster);
         }
         allowed
     }
@@ -380,6 +413,25 @@ impl<'a> Walk<'a> {
             }
         }
     }
+}
+
+/// Whether a filter wants it passed over.
+fn avoided(endpoint: &Endpoint, context: &Context) -> bool {
+    context.avoid.as_ref() == Some(&endpoint.id)
+}
+
+/// What the cluster's `override_host` headers say: addresses with commas between them; the first header that is there
+/// counts.
+fn named_hosts(view: &ClusterView, request: &Request<RequestBody>) -> Vec<String> {
+    let mut told = view
+        .override_host
+        .iter()
+        .filter_map(|name| request.headers().get(name)?.to_str().ok());
+    let hosts = told.next().unwrap_or_default().split(',').map(str::trim);
+    hosts
+        .filter(|host| !host.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// No endpoint is left: the last failure stands.
@@ -419,5 +471,6 @@ pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
         prompt_tokens: context.prompt.tokens,
         hit_tokens: target.hit_tokens.unwrap_or(0),
         blocks: context.prompt.blocks.clone(),
+        priority: context.route.priority,
     }
 }

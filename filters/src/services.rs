@@ -3,6 +3,7 @@
 use crate::{
     endpoints::{Endpoints, Upstream},
     kv_index::KvIndex,
+    migration,
     token_ratelimit::Table,
     tokens::Tokenizers,
 };
@@ -25,6 +26,8 @@ pub struct Services {
     pub tokenizers: Arc<Tokenizers>,
     /// Where work of more than some tens of microseconds goes, off the request threads.
     pub compute: tokio::runtime::Handle,
+    /// What streams that can move share.
+    pub migration: Arc<migration::Shared>,
     /// Buckets of `token_ratelimit`.
     pub token_limits: Arc<Table>,
     /// Whether this proxy wants requests.

@@ -43,6 +43,14 @@ pub struct AccessLogs {
     headers: Headers,
 }
 
+/// A time as `%START_TIME%` shows it: RFC 3339, with milliseconds.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    let mut text = Vec::new();
+    start_time::TimeFormat::default().append(time, &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 /// Names of the headers that the formats need, each with its place in [`Captured`].
 #[derive(Debug, Default)]
 struct Headers {
@@ -294,6 +302,7 @@ pub fn default_json() -> BTreeMap<String, Value> {
             "prefix_hit_tokens_confirmed",
             "%PREFIX_HIT_TOKENS_CONFIRMED%",
         ),
+        ("migrations", "%MIGRATIONS%"),
         ("routing_decision", "%ROUTING_DECISION%"),
         ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
         ("user_agent", "%REQ(USER-AGENT)%"),

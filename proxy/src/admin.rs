@@ -14,6 +14,7 @@ mod tests;
 pub use connection::Limits;
 
 use outrigger_filters::{endpoints::ClusterView, services::Serving};
+use outrigger_xds::report::EngineId;
 use serde_json::Value;
 use std::{
     future::Future,
@@ -31,8 +32,10 @@ pub struct AdminState {
     pub server_state: Arc<dyn Fn() -> ServerState + Send + Sync>,
     /// What health checks are told.
     pub serving: Arc<Serving>,
-    /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out.
-    pub config_dump: Arc<dyn Fn() -> Value + Send + Sync>,
+    /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out; with or without endpoints.
+    pub config_dump: Arc<dyn Fn(bool) -> Value + Send + Sync>,
+    /// The body of `/certs`.
+    pub certs: Arc<dyn Fn() -> Value + Send + Sync>,
     /// The clusters as they are now.
     pub clusters: Arc<dyn Fn() -> Vec<Arc<ClusterView>> + Send + Sync>,
     /// Names and bound addresses of the listeners.
@@ -41,6 +44,8 @@ pub struct AdminState {
     pub options: Value,
     /// Id and cluster of this node.
     pub node: (String, String),
+    /// Tells peers that an engine beside us is to be left, or no longer.
+    pub leave: Arc<Leave>,
     /// Begins a drain.
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Applies log directives (`info`, `h2=debug,warn`; empty changes nothing) and gives those in force, or says what
@@ -51,6 +56,9 @@ pub struct AdminState {
     /// Ends the process in good order.
     pub quit: Arc<dyn Fn() + Send + Sync>,
 }
+
+/// Takes the name of an engine, and whether it is to be left.
+pub type Leave = dyn Fn(&EngineId, bool) + Send + Sync;
 
 /// Takes log directives, gives those in force or what is wrong.
 pub type SetLogLevel = dyn Fn(&str) -> Result<String, String> + Send + Sync;

@@ -17,10 +17,11 @@ use outrigger_xds::resource::{
     },
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
     server_header::ServerHeader,
+    tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
     upgrade::Upgrade,
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 /// Listener that clients use.
 pub const OUTBOUND: &str = "outbound";
@@ -82,13 +83,69 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         }),
         listeners: vec![
             outbound_listener(options, outbound),
-            inbound_listener(inbound),
+            inbound_listener(options, inbound),
         ],
         clusters: vec![
-            cluster(FLEET, options.policy, fleet),
+            Cluster {
+                tls: peers_tls(options).map(|common| UpstreamTls {
+                    common,
+                    sni: String::new(),
+                }),
+                ..cluster(FLEET, options.policy, fleet)
+            },
             cluster(LOCAL, options.policy, local),
         ],
+        ..Bootstrap::default()
     })
+}
+
+fn alpn() -> Vec<String> {
+    vec!["h2".into(), "http/1.1".into()]
+}
+
+fn file(path: &Path) -> DataSource {
+    DataSource::File(path.to_string_lossy().into_owned())
+}
+
+fn common_tls(cert: &Path, key: &Path, ca: Option<&Path>) -> CommonTls {
+    CommonTls {
+        certificates: vec![TlsCertificate {
+            chain: file(cert),
+            key: file(key),
+        }],
+        validation: ca.map(|ca| Validation {
+            trusted_ca: file(ca),
+            names: Vec::new(),
+        }),
+        ..CommonTls::default()
+    }
+}
+
+/// Towards clients: `--tls-cert`, `--tls-key`, `--tls-client-ca`.
+fn clients_tls(options: &Options) -> Option<DownstreamTls> {
+    let (cert, key) = options
+        .tls_cert
+        .as_deref()
+        .zip(options.tls_key.as_deref())?;
+    let ca = options.tls_client_ca.as_deref();
+    Some(DownstreamTls {
+        common: CommonTls {
+            alpn: alpn(),
+            ..common_tls(cert, key, ca)
+        },
+        require_client_certificate: ca.is_some(),
+    })
+}
+
+/// Between proxies, both ways: `--peer-tls-cert`, `--peer-tls-key`, `--peer-tls-ca`.
+fn peers_tls(options: &Options) -> Option<CommonTls> {
+    let pair = options
+        .peer_tls_cert
+        .as_deref()
+        .zip(options.peer_tls_key.as_deref());
+    let (cert, key) = pair?;
+    let ca = options.peer_tls_ca.as_deref()?;
+    Some(common_tls(cert, key, Some(ca)))
 }
 
 fn engine_endpoint(node: &str, engine: &options::EngineOption) -> LbEndpoint {
@@ -106,6 +163,7 @@ fn peer_endpoint(peer: &Address) -> LbEndpoint {
 fn endpoint(address: &Address, ours: Value) -> LbEndpoint {
     LbEndpoint {
         address: address.clone(),
+        hostname: String::new(),
         health_status: HealthStatus::Healthy,
         load_balancing_weight: 1,
         locality: 0,
@@ -145,6 +203,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
             disabled: false,
         },
     ];
+    filters.push(ours("migration", json!({})));
     if options.policy == Policy::Kv {
         filters.push(HttpFilter {
             name: "kv_routing".into(),
@@ -169,10 +228,11 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
-    listener(OUTBOUND, address, TrafficDirection::Outbound, http)
+    let tls = clients_tls(options);
+    listener(OUTBOUND, address, TrafficDirection::Outbound, (http, tls))
 }
 
-fn inbound_listener(address: Address) -> Listener {
+fn inbound_listener(options: &Options, address: Address) -> Listener {
     let http = HttpConnectionManager {
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
@@ -186,19 +246,30 @@ fn inbound_listener(address: Address) -> Listener {
         upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
-    listener(INBOUND, address, TrafficDirection::Inbound, http)
+    let tls = peers_tls(options).map(|common| DownstreamTls {
+        common: CommonTls {
+            alpn: alpn(),
+            ..common
+        },
+        require_client_certificate: true,
+    });
+    listener(INBOUND, address, TrafficDirection::Inbound, (http, tls))
 }
 
 fn listener(
     name: &str,
     address: Address,
     traffic_direction: TrafficDirection,
-    http: HttpConnectionManager,
+    (http, tls): (HttpConnectionManager, Option<DownstreamTls>),
 ) -> Listener {
+    let chain = FilterChain {
+        tls,
+        ..FilterChain::http(http)
+    };
     Listener {
         traffic_direction,
         tcp_backlog_size: 16_384,
-        ..Listener::new(name, address, FilterChain::http(http))
+        ..Listener::new(name, address, chain)
     }
 }
 

@@ -1,39 +1,41 @@
 //! Clusters: configured by name, their endpoints taken from the fleet, one chosen by the cluster's policy.
 
+mod counts;
+
 use crate::{
+    dns::{self, Names},
     fleet::{Fleet, Way},
     health::{Checked, Checks},
     lb::Balancer,
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
-    tls::client::Client,
 };
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
-use http::StatusCode;
+use http::{HeaderName, StatusCode};
 use outrigger_filters::{
-    endpoints::{
-        ClusterView, Endpoint, EndpointStats, Endpoints, Host, Level, Reservation, Secured, Via,
-        Want,
-    },
-    error::{Error, Flag, Origin, Retry},
+    breakers::{Breakers, Held, Kind},
+    endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
+    error::{Error, Flag},
 };
 use outrigger_xds::{
     report::EngineId,
     resource::{
-        cluster::{Cluster, UpstreamProtocol},
-        endpoint::{Duty, LbEndpoint, METADATA_NAMESPACE},
+        cluster::{Cluster, Discovery, UpstreamProtocol},
+        endpoint::{Address, Duty, LbEndpoint, METADATA_NAMESPACE},
     },
 };
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Instant,
 };
+use tokio::sync::watch;
 
 /// All clusters.
 pub struct Clusters {
@@ -43,6 +45,7 @@ pub struct Clusters {
     /// Held while views are built: one made of clusters that are being replaced would bring back what they named.
     building: Mutex<()>,
     checks: Checks,
+    names: Arc<Names>,
 }
 
 /// How the endpoints of clusters are secured, by cluster.
@@ -57,8 +60,36 @@ struct Entry {
     balancer: Balancer,
     stats: Arc<ClusterStats>,
     detector: Option<Arc<Detector>>,
+    breakers: Arc<Breakers>,
     /// Whether it ever got a request.
     used: Arc<AtomicBool>,
+}
+
+/// Its name: given, or that of its address.
+fn name_of(endpoint: &LbEndpoint) -> &str {
+    if endpoint.hostname.is_empty() {
+        &endpoint.address.host
+    } else {
+        &endpoint.hostname
+    }
+}
+
+/// What places an endpoint where policies choose by hash: as Envoy's `hash_key` says, its name, or its address.
+fn hash_key(cluster: &Cluster, endpoint: &LbEndpoint) -> String {
+    hash_key_at(cluster, endpoint, &endpoint.address)
+}
+
+/// The same of an endpoint whose name means this address.
+fn hash_key_at(cluster: &Cluster, endpoint: &LbEndpoint, address: &Address) -> String {
+    let given = endpoint
+        .metadata
+        .get("envoy.lb")
+        .and_then(|of_balancing| of_balancing.get("hash_key")?.as_str());
+    match given {
+        Some(key) => key.to_owned(),
+        None if cluster.balancing.use_hostname_for_hashing => name_of(endpoint).to_owned(),
+        None => address.to_string(),
+    }
 }
 
 /// The name an endpoint of a configured cluster has in the fleet.
@@ -84,51 +115,40 @@ impl Clusters {
             ledgers,
             building: Mutex::default(),
             checks: Checks::default(),
+            names: Names::new(dns::system()),
         })
     }
 
-    /// How the endpoints of clusters are secured; a cluster that says the same as before keeps its context, and with
-    /// it its connections.
-    ///
-    /// # Errors
-    /// Everything that is wrong with them or their files.
-    pub fn contexts(&self, clusters: &[Cluster]) -> Result<Contexts, Vec<String>> {
-        let mut contexts = Contexts::new();
-        let mut errors = Vec::new();
-        let entries = self.entries.load();
-        for cluster in clusters {
-            let Some(resource) = &cluster.tls else {
-                continue;
-            };
-            let known = entries.get(cluster.name.as_str());
-            let known = known.and_then(|entry| entry.tls.clone());
-            let same =
-                known.filter(|tls| Client::of(tls).is_some_and(|client| client.is(resource)));
-            let made = same.map_or_else(|| Client::new(resource).map(Client::secured), Ok);
-            match made {
-                Ok(secured) => drop(contexts.insert(cluster.name.clone(), secured)),
-                Err(error) => {
-                    let name = &cluster.name;
-                    errors.push(format!("cluster '{name}': transport_socket: {error}"));
-                }
-            }
-        }
-        if errors.is_empty() {
-            Ok(contexts)
-        } else {
-            Err(errors)
-        }
+    /// Moves when names of endpoints mean something else; views are rebuilt then.
+    #[must_use]
+    pub fn watch_names(&self) -> watch::Receiver<u64> {
+        self.names.watch()
     }
 
     /// Takes a new set of clusters; endpoints that stay keep everything that is live about them.
     pub fn configure(&self, clusters: &[Cluster], contexts: &Contexts) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.entries.load_full();
+        self.names.configure(clusters);
         let entries = clusters.iter().map(|cluster| {
             let previous = before.get(cluster.name.as_str());
             let tls = contexts.get(&cluster.name);
+            let same = |entry: &&Arc<Entry>| entry.config == *cluster && entry.tls.as_ref() == tls;
+            if let Some(same) = previous.filter(same) {
+                return (Arc::from(cluster.name.as_str()), same.clone());
+            }
             let balancer = Balancer::new(cluster, previous.map(|entry| &entry.balancer));
-            let view = self.view_of(cluster, tls, &balancer);
+            let breakers = previous.map_or_else(
+                || {
+                    Arc::new(Breakers::new(
+                        cluster.name.as_str().into(),
+                        &cluster.circuit_breakers,
+                    ))
+                },
+                |entry| entry.breakers.clone(),
+            );
+            breakers.set(&cluster.circuit_breakers);
+            let view = self.view_of(cluster, tls, &balancer, &breakers);
             let stats = ClusterStats::new(&cluster.name);
             let before = previous.and_then(|entry| entry.detector.as_deref());
             let detector = cluster
@@ -148,6 +168,7 @@ impl Clusters {
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 balancer,
+                breakers,
                 detector,
                 used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
@@ -159,12 +180,7 @@ impl Clusters {
             (Arc::from(cluster.name.as_str()), entry)
         });
         self.entries.store(Arc::new(entries.collect()));
-        let named = clusters
-            .iter()
-            .flat_map(|cluster| &cluster.load_assignment.endpoints)
-            .filter(|endpoint| endpoint.duty() != Duty::Peer)
-            .map(engine_id);
-        self.fleet.retain_configured(&named.collect());
+        self.forget_unnamed();
         self.check();
         drop(building);
         self.count_members();
@@ -174,7 +190,8 @@ impl Clusters {
     pub fn refresh(&self) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
-            let view = self.view_of(&entry.config, entry.tls.as_ref(), &entry.balancer);
+            let tls = entry.tls.as_ref();
+            let view = self.view_of(&entry.config, tls, &entry.balancer, &entry.breakers);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             if let Some(detector) = &entry.detector {
                 detector.members(&view.endpoints);
@@ -182,9 +199,23 @@ impl Clusters {
             entry.view.store(Arc::new(view));
             entry.stats.membership_change.increment(1);
         }
+        self.forget_unnamed();
         self.check();
         drop(building);
         self.count_members();
+    }
+
+    /// What no view has any more, be it that a name means other addresses now, is not known any more.
+    fn forget_unnamed(&self) {
+        let entries = self.entries.load();
+        let views = entries.values().map(|entry| entry.view.load_full());
+        let mut named = AHashSet::new();
+        for view in views {
+            let configured = view.endpoints.iter();
+            let configured = configured.filter(|endpoint| endpoint.via != Via::Peer);
+            named.extend(configured.map(|endpoint| endpoint.id.clone()));
+        }
+        self.fleet.retain_configured(&named);
     }
 
     /// Health checks follow the views.
@@ -222,9 +253,10 @@ impl Clusters {
                 .set(view.endpoints.len() as f64);
             entry.stats.membership_healthy.set(healthy as f64);
             entry.stats.membership_degraded.set(degraded as f64);
-            count_connections(&entry.stats, &view);
+            counts::connections(&entry.stats, &view);
+            counts::breakers(&entry.stats, &entry.breakers);
             if entry.config.health_check.is_some() {
-                count_checked(&view);
+                counts::checked(&view);
             }
         }
     }
@@ -247,13 +279,20 @@ impl Clusters {
         cluster: &Cluster,
         tls: Option<&Secured>,
         balancer: &Balancer,
+        breakers: &Arc<Breakers>,
     ) -> ClusterView {
         let name: Arc<str> = cluster.name.as_str().into();
+        let connection = Arc::new(cluster.connection.clone());
         let mut endpoints = Vec::new();
         for configured in &cluster.load_assignment.endpoints {
             let duty = configured.duty();
+            let hash_key = hash_key(cluster, configured);
             let mut way = Way {
                 address: &configured.address,
+                hostname: name_of(configured),
+                hash_key: &hash_key,
+                breakers,
+                connection: &connection,
                 via: Via::Plain,
                 protocol: cluster.protocol,
                 tls,
@@ -272,16 +311,68 @@ impl Clusters {
             }
             if duty == Duty::Engine {
                 way.via = Via::Local;
+                // On this machine: the transport socket is for peers.
+                way.tls = None;
             }
-            endpoints.push(self.fleet.configure(&engine_id(configured), &way));
+            let Some(found) = self.looked_up(cluster, configured) else {
+                endpoints.push(self.fleet.configure(&engine_id(configured), &way));
+                continue;
+            };
+            let each = found.iter();
+            endpoints.extend(each.map(|ip| self.at(*ip, way, cluster, configured)));
         }
+        balancer.rebuild(&endpoints);
+        let headers = cluster.balancing.override_host.iter();
         ClusterView {
+            override_host: headers
+                .filter_map(|name| HeaderName::try_from(name.as_str()).ok())
+                .collect(),
+            breakers: breakers.clone(),
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
             even: balancer.is_even(&endpoints),
             endpoints,
             name,
         }
+    }
+
+    /// The endpoint at one of the addresses that a name means.
+    fn at(
+        &self,
+        ip: IpAddr,
+        way: Way<'_>,
+        cluster: &Cluster,
+        configured: &LbEndpoint,
+    ) -> Arc<Endpoint> {
+        let address = Address {
+            host: ip.to_string(),
+            port: configured.address.port,
+        };
+        let way = Way {
+            address: &address,
+            hash_key: &hash_key_at(cluster, configured, &address),
+            ..way
+        };
+        let id = EngineId::from(address.to_string().as_str());
+        self.fleet.configure(&id, &way)
+    }
+
+    /// The addresses that a name means, each an endpoint; `None` where the address itself is the endpoint.
+    fn looked_up(&self, cluster: &Cluster, endpoint: &LbEndpoint) -> Option<Arc<[IpAddr]>> {
+        let Discovery::Dns(config) = &cluster.discovery else {
+            return None;
+        };
+        if !endpoint.is_looked_up() {
+            return None;
+        }
+        let found = self
+            .names
+            .addresses(&cluster.name, &endpoint.address.host)?;
+        Some(if config.logical {
+            found.iter().take(1).copied().collect()
+        } else {
+            found
+        })
     }
 
     fn ledgers_of(&self, view: &ClusterView) -> AHashMap<EngineId, Arc<Ledger>> {
@@ -304,13 +395,18 @@ impl Endpoints for Clusters {
         Some(self.entries.load().get(cluster)?.view.load_full())
     }
 
-    fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize> {
+    fn choose(
+        &self,
+        view: &ClusterView,
+        candidates: &[Arc<Endpoint>],
+        hash: Option<u64>,
+    ) -> Option<usize> {
         if candidates.len() <= 1 && view.even {
             return (candidates.len() == 1).then_some(0);
         }
         let entries = self.entries.load();
         let entry = entries.get(&view.name)?;
-        let chosen = entry.balancer.choose(view, candidates)?;
+        let chosen = entry.balancer.choose(view, candidates, hash)?;
         if chosen.panic {
             entry.stats.lb_healthy_panic.increment(1);
         }
@@ -326,11 +422,10 @@ impl Endpoints for Clusters {
         let entry = self
             .entry(&view.name)
             .ok_or_else(Error::no_healthy_upstream)?;
-        let active = endpoint.stats.active.load(Relaxed);
-        if active >= u64::from(entry.config.circuit_breakers.max_requests) {
+        let Some(held) = entry.breakers.try_hold(want.priority, Kind::Request) else {
             entry.stats.upstream_rq_pending_overflow.increment(1);
-            return Err(overflow());
-        }
+            return Err(Error::overflow());
+        };
         if !entry.used.load(Relaxed) {
             entry.used.store(true, Relaxed);
         }
@@ -354,6 +449,7 @@ impl Endpoints for Clusters {
             begun: Instant::now(),
             status: None,
             finished: false,
+            _held: held,
         }))
     }
 }
@@ -377,62 +473,6 @@ async fn look(entry: Weak<Entry>) {
     }
 }
 
-/// Endpoints by what health checks found.
-fn count_checked(view: &ClusterView) {
-    let passed = || {
-        let endpoints = view.endpoints.iter();
-        endpoints.filter(|endpoint| !endpoint.host.has(Host::FAILED_ACTIVE_HC))
-    };
-    let degraded = passed().filter(|endpoint| endpoint.host.has(Host::DEGRADED_ACTIVE_HC));
-    for (name, count) in [
-        ("envoy_cluster_health_check_healthy", passed().count()),
-        ("envoy_cluster_health_check_degraded", degraded.count()),
-    ] {
-        metrics::gauge!(name, "envoy_cluster_name" => view.name.to_string()).set(count as f64);
-    }
-}
-
-/// Connections belong to endpoints, which clusters may share.
-fn count_connections(stats: &ClusterStats, view: &ClusterView) {
-    let sum = |of: fn(&EndpointStats) -> &AtomicU64, protocol: Option<UpstreamProtocol>| -> u64 {
-        view.endpoints
-            .iter()
-            .filter(|endpoint| protocol.is_none_or(|protocol| endpoint.protocol == protocol))
-            .map(|endpoint| of(&endpoint.stats).load(Relaxed))
-            .sum()
-    };
-    let opened = sum(|stats| &stats.connections, None);
-    let open = sum(|stats| &stats.connections_active, None);
-    stats.upstream_cx_total.absolute(opened);
-    stats.upstream_cx_active.set(open as f64);
-    stats
-        .upstream_cx_destroy
-        .absolute(opened.saturating_sub(open));
-    for (protocol, counter) in [
-        (UpstreamProtocol::Http1, &stats.upstream_cx_http1_total),
-        (UpstreamProtocol::Http2, &stats.upstream_cx_http2_total),
-    ] {
-        counter.absolute(sum(|stats| &stats.connections, Some(protocol)));
-    }
-    stats
-        .upstream_cx_connect_fail
-        .absolute(sum(|stats| &stats.connect_fail, None));
-    stats
-        .upstream_cx_connect_timeout
-        .absolute(sum(|stats| &stats.connect_timeout, None));
-}
-
-fn overflow() -> Error {
-    Error::new(
-        Origin::Proxy,
-        Flag::UpstreamOverflow,
-        StatusCode::SERVICE_UNAVAILABLE,
-        "upstream_reset_before_response_started{overflow}",
-        "upstream connect error or disconnect/reset before headers. reset reason: overflow",
-    )
-    .retry(Retry::NothingSent)
-}
-
 /// One request on one endpoint.
 struct Leg {
     endpoint: Arc<Endpoint>,
@@ -445,6 +485,7 @@ struct Leg {
     begun: Instant,
     status: Option<StatusCode>,
     finished: bool,
+    _held: Held,
 }
 
 impl Leg {

@@ -10,7 +10,8 @@ use crate::{
     tls::Stream,
 };
 use gate::Gate;
-use hyper::service::service_fn;
+use http::{Request, Version};
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -18,14 +19,16 @@ use hyper_util::{
 use outrigger_xds::resource::listener::{Codec, HttpConnectionManager};
 use std::{
     convert::Infallible,
+    future::{Future, poll_fn},
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU32, Ordering::Relaxed},
     },
+    task::Poll,
     time::Duration,
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -33,6 +36,10 @@ const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const H2_CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Response bytes that h2 buffers per stream before it waits for the client.
 const H2_SEND_BUFFER_BYTES: usize = 256 * 1024;
+/// What was asked for on a connection so far: which protocol it speaks shows then.
+const NOTHING_YET: u8 = 0;
+const HTTP_1: u8 = 1;
+const HTTP_2: u8 = 2;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(20);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -52,11 +59,12 @@ pub(crate) async fn serve(
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
     let (gate_manager, gate_info) = (manager.clone(), info.clone());
-    let asked = AtomicBool::new(false);
+    let asked = AtomicU8::new(NOTHING_YET);
     let (asked, enough) = (&asked, &enough);
     let after = info.clone();
-    let service = service_fn(move |request| {
-        asked.store(true, Relaxed);
+    let service = service_fn(move |request: Request<Incoming>| {
+        let http2 = request.version() == Version::HTTP_2;
+        asked.store(if http2 { HTTP_2 } else { HTTP_1 }, Relaxed);
         enough.request();
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
@@ -65,10 +73,12 @@ pub(crate) async fn serve(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
-    let mut draining = pin!(drain.begun());
+    let mut draining = pin!(leave(&drain, asked));
+    let mut over = pin!(drain.over());
     let mut aged = pin!(enough.reached(&stats));
     let mut drained = false;
-    // hyper's own timers begin with the first bytes (HTTP/1) or never (HTTP/2): this one is for who asks nothing at all.
+    // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
+    // HTTP/2 has it for who asks nothing at all.
     let mut silent = pin!(tokio::time::sleep(idle));
     let outcome = loop {
         tokio::select! {
@@ -78,7 +88,7 @@ pub(crate) async fn serve(
                 drained = true;
                 stats.downstream_cx_drain_close.increment(1);
                 connection.as_mut().graceful_shutdown();
-                if !asked.load(Relaxed) {
+                if asked.load(Relaxed) == NOTHING_YET {
                     // Half a head, at most: the codec would wait for the rest of it.
                     return;
                 }
@@ -86,13 +96,18 @@ pub(crate) async fn serve(
             () = &mut aged, if !drained => {
                 drained = true;
                 connection.as_mut().graceful_shutdown();
-                if !asked.load(Relaxed) {
+                if asked.load(Relaxed) == NOTHING_YET {
                     return;
                 }
             }
-            () = &mut silent, if !idle.is_zero() && !asked.load(Relaxed) => {
-                stats.downstream_cx_idle_timeout.increment(1);
-                return;
+            () = &mut over => return,
+            () = &mut silent, if !idle.is_zero() && asked.load(Relaxed) != HTTP_2 => {
+                let rest = after.exchange.rest().unwrap_or_default();
+                if rest >= idle {
+                    stats.downstream_cx_idle_timeout.increment(1);
+                    return;
+                }
+                silent.as_mut().reset(Instant::now() + idle - rest);
             }
         }
     };
@@ -100,7 +115,10 @@ pub(crate) async fn serve(
         Err(error) => count(&stats, error.as_ref()),
         Ok(()) => {
             if let Some(tunnel) = after.afterwards.take() {
-                tunnel.await;
+                tokio::select! {
+                    () = tunnel => {}
+                    () = &mut over => {}
+                }
             }
         }
     }
@@ -159,6 +177,22 @@ impl Enough {
     }
 }
 
+/// Completes when a connection is to be told to end. Where only its listener is replaced or removed, HTTP/2 is told at
+/// once; HTTP/1 learns it from the next response, since closing an idle connection could cross with a request.
+async fn leave(drain: &Drain, asked: &AtomicU8) {
+    drain.begun().await;
+    let mut ending = pin!(drain.process_begun());
+    poll_fn(|context| {
+        let ends = ending.as_mut().poll(context).is_ready();
+        if ends || asked.load(Relaxed) == HTTP_2 {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
+}
+
 /// Counts a connection of this connection manager as open until dropped.
 struct Active(Arc<HttpStats>);
 
@@ -183,11 +217,7 @@ fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
         Codec::Http1 => builder.http1_only(),
         Codec::Http2 => builder.http2_only(),
     };
-    let idle = Some(config.idle_timeout).filter(|idle| !idle.is_zero());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(idle);
+    builder.http1().header_read_timeout(None);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -6,7 +6,7 @@ use outrigger_xds::{
     feed::FeedSource,
     report::EngineId,
     resource::{
-        bootstrap::Bootstrap,
+        cluster::Cluster,
         endpoint::{Address, Duty, METADATA_NAMESPACE},
     },
 };
@@ -21,13 +21,12 @@ pub struct ConfiguredEngine {
     pub role: String,
 }
 
-/// Engines and peers of a configuration.
+/// Engines and peers of all clusters.
 #[must_use]
-pub fn configured(bootstrap: &Bootstrap) -> (BTreeMap<EngineId, ConfiguredEngine>, Vec<Address>) {
+pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>, Vec<Address>) {
     let mut engines = BTreeMap::new();
     let mut peers = Vec::new();
-    for endpoint in bootstrap
-        .clusters
+    for endpoint in clusters
         .iter()
         .flat_map(|cluster| &cluster.load_assignment.endpoints)
     {

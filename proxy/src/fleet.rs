@@ -5,19 +5,20 @@
 
 use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
-    endpoints::{Endpoint, Live, Secured, Via},
+    breakers::Breakers,
+    endpoints::{Endpoint, Host, Live, Secured, Via, clock_ms},
     kv_index::KvIndex,
 };
 use outrigger_xds::{
     feed::{Continuity, FeedBody, FeedMessage},
     report::{EngineId, EngineState, Health, KvSnapshot},
     resource::{
-        cluster::UpstreamProtocol,
+        cluster::{ConnectionOptions, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
     },
 };
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
     time::Instant,
 };
 use tokio::sync::watch;
@@ -63,6 +64,14 @@ impl Known {
 pub struct Way<'a> {
     /// Where.
     pub address: &'a Address,
+    /// Its name.
+    pub hostname: &'a str,
+    /// Places it where policies choose by hash; engines behind a peer are placed by their own names.
+    pub hash_key: &'a str,
+    /// Of the cluster.
+    pub breakers: &'a Arc<Breakers>,
+    /// Of the cluster.
+    pub connection: &'a Arc<ConnectionOptions>,
     /// What stands there.
     pub via: Via,
     /// Spoken there.
@@ -92,6 +101,10 @@ impl Way<'_> {
             && endpoint.priority == self.priority
             && endpoint.locality == self.locality
             && endpoint.cluster == *self.cluster
+            && *endpoint.hostname == *self.hostname
+            && (self.via == Via::Peer || *endpoint.hash_key == *self.hash_key)
+            && Arc::ptr_eq(&endpoint.breakers, self.breakers)
+            && endpoint.connection == *self.connection
     }
 }
 
@@ -190,6 +203,13 @@ impl Fleet {
         Arc::new(Endpoint {
             id: id.clone(),
             address: way.address.clone(),
+            hostname: way.hostname.into(),
+            hash_key: match way.via {
+                Via::Peer => id.0.clone(),
+                Via::Local | Via::Plain => way.hash_key.into(),
+            },
+            breakers: way.breakers.clone(),
+            connection: way.connection.clone(),
             via: way.via,
             protocol: way.protocol,
             tls: way.tls.cloned(),
@@ -198,7 +218,7 @@ impl Fleet {
             priority: way.priority,
             locality: way.locality,
             cluster: way.cluster.clone(),
-            host: of_cluster.map_or_else(Default::default, |twin| twin.host.clone()),
+            host: of_cluster.map_or_else(new_host, |twin| twin.host.clone()),
             slot: self.index.slot(id),
             live: twin.map_or_else(Default::default, |twin| twin.live.clone()),
             stats: twin.map_or_else(Default::default, |twin| twin.stats.clone()),
@@ -249,6 +269,10 @@ impl Fleet {
                 priority: 0,
                 locality: 0,
                 cluster: &Arc::default(),
+                hostname: &address.host,
+                hash_key: "",
+                breakers: &Arc::default(),
+                connection: &Arc::default(),
             };
             let endpoint = self.endpoint(&message.engine, &way, &[]);
             known.insert(message.engine.clone(), Known::new(endpoint, source.clone()));
@@ -349,10 +373,7 @@ impl Fleet {
         if state.health == Health::Healthy
             && (known.state.health != Health::Healthy || !known.heard)
         {
-            endpoint
-                .stats
-                .inhibited_until_ms
-                .store(0, std::sync::atomic::Ordering::Relaxed);
+            endpoint.stats.inhibited_until_ms.store(0, Relaxed);
         }
         endpoint.live.store(Arc::new(Live {
             state: Arc::new(state),
@@ -396,6 +417,13 @@ impl Fleet {
     }
 }
 
+/// Of an endpoint that is there from now on.
+fn new_host() -> Arc<Host> {
+    let host = Host::default();
+    host.since_ms.store(clock_ms(), Relaxed);
+    Arc::new(host)
+}
+
 fn count_events(endpoint: &Endpoint, seq: u64) {
     metrics::gauge!("outrigger_kv_events_seq", "engine" => endpoint.id.to_string()).set(seq as f64);
 }
@@ -405,6 +433,11 @@ mod tests {
     use super::*;
 
     const BLOCK_TOKENS: usize = 32;
+
+    fn breakers() -> Arc<Breakers> {
+        static ONE: std::sync::LazyLock<Arc<Breakers>> = std::sync::LazyLock::new(Arc::default);
+        ONE.clone()
+    }
 
     fn fleet() -> (Arc<Fleet>, Arc<KvIndex>) {
         let index = Arc::new(KvIndex::default());
@@ -418,6 +451,10 @@ mod tests {
     fn configure(fleet: &Fleet, id: &str, weight: u32) -> Arc<Endpoint> {
         let way = Way {
             address: &Address::default(),
+            hostname: "",
+            hash_key: "",
+            breakers: &breakers(),
+            connection: &Arc::default(),
             via: Via::Local,
             protocol: UpstreamProtocol::Http1,
             tls: None,
@@ -458,6 +495,10 @@ mod tests {
         assert!(Arc::ptr_eq(&configure(&fleet, "stays", 1), &stays));
         let far = Way {
             address: &Address::default(),
+            hostname: "",
+            hash_key: "",
+            breakers: &breakers(),
+            connection: &Arc::default(),
             via: Via::Peer,
             protocol: UpstreamProtocol::Http2,
             tls: None,

@@ -47,7 +47,10 @@ pub(crate) fn limits(config: &HttpConfig, context: &Request) -> FlowLimits {
     let gap = match &context.openai {
         Some(openai) if openai.is_generation() => {
             generation = true;
-            openai.limits.inter_token_timeout
+            openai
+                .limits
+                .inter_token_timeout
+                .filter(|_| !context.watches_gaps)
         }
         _ => {
             let of_route = context.route.idle_timeout;

@@ -220,41 +220,49 @@ pub(crate) fn forwarded_port(headers: &mut HeaderMap, port: u16) {
 }
 
 /// A random UUID (version 4).
-pub(crate) fn new_request_id() -> String {
-    let mut bytes = [0u8; 16];
+pub(crate) fn new_request_id() -> Id<36> {
+    let mut bytes = [0; 16];
     rand::rng().fill_bytes(&mut bytes);
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;
-    let mut text = String::with_capacity(36);
-    for (index, byte) in bytes.iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        push_hex(&mut text, *byte);
-    }
-    text
+    Id::write(*b"00000000-0000-0000-0000-000000000000", 0, &bytes)
 }
 
 /// A new W3C trace context, not sampled: who samples upstream of us decides otherwise.
-pub(crate) fn new_traceparent() -> String {
-    let mut bytes = [0u8; 24];
+pub(crate) fn new_traceparent() -> Id<55> {
+    let mut bytes = [0; 24];
     rand::rng().fill_bytes(&mut bytes);
-    let mut text = String::with_capacity(55);
-    text.push_str("00-");
-    for (index, byte) in bytes.iter().enumerate() {
-        if index == 16 {
-            text.push('-');
-        }
-        push_hex(&mut text, *byte);
-    }
-    text.push_str("-00");
-    text
+    let form = b"00-00000000000000000000000000000000-0000000000000000-00";
+    Id::write(*form, 3, &bytes)
 }
 
-fn push_hex(text: &mut String, byte: u8) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    text.push(DIGITS[usize::from(byte >> 4)] as char);
-    text.push(DIGITS[usize::from(byte & 15)] as char);
+/// An identifier of this many characters of ASCII, made without an allocation.
+pub(crate) struct Id<const LENGTH: usize>([u8; LENGTH]);
+
+impl<const LENGTH: usize> Id<LENGTH> {
+    /// Writes `bytes` as hexadecimal digits over the form's, from `from` on; its dashes stay.
+    fn write(mut form: [u8; LENGTH], from: usize, bytes: &[u8]) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut places = form[from..].iter_mut().filter(|place| **place != b'-');
+        for byte in bytes {
+            for half in [byte >> 4, byte & 15] {
+                if let Some(place) = places.next() {
+                    *place = DIGITS[usize::from(half)];
+                }
+            }
+        }
+        Self(form)
+    }
+
+    /// As text.
+    pub(crate) fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).expect("invariant: digits and dashes")
+    }
+
+    /// As a header.
+    pub(crate) fn value(&self) -> HeaderValue {
+        HeaderValue::from_bytes(&self.0).expect("invariant: digits and dashes")
+    }
 }
 
 /// The trace id of a `traceparent`; empty if it is malformed.
@@ -330,11 +338,16 @@ mod tests {
     #[test]
     fn ids_have_their_forms() {
         let id = new_request_id();
-        assert_eq!(id.len(), 36);
-        assert_eq!(&id[14..15], "4");
+        let form = |text: &str| text.replace(|digit: char| digit.is_ascii_hexdigit(), "x");
+        assert_eq!(form(id.as_str()), "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx");
+        assert_eq!(&id.as_str()[14..15], "4");
+        assert_ne!(id.as_str(), new_request_id().as_str());
         let trace = new_traceparent();
-        assert_eq!(trace.len(), 55);
-        assert_eq!(trace_id(&trace).len(), 32);
+        assert_eq!(
+            form(trace.as_str()),
+            format!("xx-{}-{}-xx", "x".repeat(32), "x".repeat(16))
+        );
+        assert_eq!(trace_id(trace.as_str()).len(), 32);
         assert_eq!(trace_id("garbage"), "");
     }
 

@@ -10,7 +10,11 @@ use ask::Asker;
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Secured, Via};
 use outrigger_xds::{
     report::EngineId,
-    resource::{cluster::Cluster, endpoint::Address, health_check::HealthCheck},
+    resource::{
+        cluster::{Cluster, ConnectionOptions},
+        endpoint::Address,
+        health_check::HealthCheck,
+    },
 };
 use rand::Rng;
 use std::{
@@ -32,6 +36,7 @@ pub struct Checks {
 struct Running {
     config: HealthCheck,
     address: Address,
+    connection: Arc<ConnectionOptions>,
     tls: Option<Secured>,
     host: Arc<Host>,
     task: AbortHandle,
@@ -69,6 +74,7 @@ impl Checks {
                     known.config == *config
                         && known.address == endpoint.address
                         && known.tls == endpoint.tls
+                        && known.connection == endpoint.connection
                         && Arc::ptr_eq(&known.host, &endpoint.host)
                 });
                 let check = known.unwrap_or_else(|| start(config, &checked, endpoint));
@@ -97,7 +103,12 @@ fn start(config: &HealthCheck, checked: &Checked<'_>, endpoint: &Endpoint) -> Ru
         host.set(Host::FAILED_ACTIVE_HC | Host::PENDING_ACTIVE_HC, true);
     }
     let check = Check {
-        asker: Asker::new(config, &checked.config.name, address, tls),
+        asker: Asker::new(
+            config,
+            &checked.config.name,
+            (address, tls),
+            &endpoint.connection,
+        ),
         config: config.clone(),
         cluster: checked.config.name.clone(),
         address: address.clone(),
@@ -110,6 +121,7 @@ fn start(config: &HealthCheck, checked: &Checked<'_>, endpoint: &Endpoint) -> Ru
         config: config.clone(),
         address: address.clone(),
         tls: tls.cloned(),
+        connection: endpoint.connection.clone(),
         host: host.clone(),
         task: tokio::spawn(check.run()).abort_handle(),
     }
@@ -201,6 +213,8 @@ impl Check {
             return Change::None;
         }
         host.set(Host::FAILED_ACTIVE_HC, false);
+        host.since_ms
+            .store(outrigger_filters::endpoints::clock_ms(), Relaxed);
         Change::Healthy
     }
 
@@ -255,7 +269,7 @@ mod tests {
         let host = Arc::new(Host::default());
         host.set(Host::FAILED_ACTIVE_HC | Host::PENDING_ACTIVE_HC, true);
         Check {
-            asker: Asker::new(&config, "c", &Address::default(), None),
+            asker: Asker::new(&config, "c", (&Address::default(), None), &Arc::default()),
             config,
             cluster: "c".into(),
             address: Address::default(),

@@ -129,6 +129,7 @@ impl Manager {
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
+            connection: Some((connection.remote, connection.local)),
             received: Some(record.started),
             attempt: 1,
             ..Context::default()
@@ -246,11 +247,8 @@ impl Manager {
             Some(id) => id.into(),
             None if manager.generate_request_id => {
                 let id = headers::new_request_id();
-                let shared = Arc::from(id.as_str());
-                if let Ok(value) = HeaderValue::try_from(id) {
-                    fields.insert(headers::REQUEST_ID, value);
-                }
-                shared
+                fields.insert(headers::REQUEST_ID, id.value());
+                id.as_str().into()
             }
             None => Arc::default(),
         };
@@ -262,11 +260,8 @@ impl Manager {
             Some(id) => id.into(),
             None => {
                 let parent = headers::new_traceparent();
-                let id = headers::trace_id(&parent).into();
-                if let Ok(value) = HeaderValue::try_from(parent) {
-                    fields.insert(headers::TRACEPARENT, value);
-                }
-                id
+                fields.insert(headers::TRACEPARENT, parent.value());
+                headers::trace_id(parent.as_str()).into()
             }
         };
     }
@@ -331,6 +326,7 @@ impl Manager {
                 context.upload = body.upload();
                 let request = Request::from_parts(parts, body);
                 let patience = flow::Patience::of(context, route.openai);
+                let filters = destination.filters.as_ref().unwrap_or(filters);
                 let answer = Next::new(filters).run(request, context);
                 match patience {
                     Some(patience) => patience.wait(answer).await,

@@ -3,12 +3,15 @@
 //! First the level (a priority, and its healthy, its degraded or, in a panic, all endpoints), then a locality if they
 //! have weights, then the policy. It takes no lock: what it remembers between requests is atomic.
 
+mod hashed;
 mod least_request;
 mod levels;
 mod locality;
 mod random;
 mod round_robin;
+mod slow_start;
 
+use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Level};
 use outrigger_xds::resource::{
     cluster::{Balancing, Cluster, LbPolicy},
@@ -29,6 +32,7 @@ pub struct Balancer {
     /// Somebody judges health while it runs.
     judged: bool,
     turns: Arc<round_robin::Turns>,
+    tables: ArcSwap<hashed::Tables>,
 }
 
 /// Which endpoint, and whether health was ignored to find it.
@@ -56,6 +60,16 @@ impl Balancer {
             localities: cluster.load_assignment.localities.clone(),
             judged: cluster.health_check.is_some() || cluster.outlier_detection.is_some(),
             turns: previous.map_or_else(Default::default, |previous| previous.turns.clone()),
+            tables: ArcSwap::default(),
+        }
+    }
+
+    /// Members have changed.
+    pub fn rebuild(&self, endpoints: &[Arc<Endpoint>]) {
+        if self.policy.hashes() {
+            let tables =
+                hashed::Tables::new(self.policy, &self.config, &self.localities, endpoints);
+            self.tables.store(Arc::new(tables));
         }
     }
 
@@ -64,6 +78,8 @@ impl Balancer {
     pub fn is_even(&self, endpoints: &[Arc<Endpoint>]) -> bool {
         !self.judged
             && !self.config.locality_weighted
+            && !self.policy.hashes()
+            && self.config.slow_start.is_none()
             && endpoints.iter().all(|endpoint| {
                 endpoint.weight == endpoints[0].weight
                     && endpoint.priority == 0
@@ -71,9 +87,15 @@ impl Balancer {
             })
     }
 
-    /// One of `candidates`, which are some of the view's endpoints.
+    /// One of `candidates`, which are some of the view's endpoints. `hash` is the request's; without one, policies that
+    /// choose by hash choose by chance.
     #[must_use]
-    pub fn choose(&self, view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<Chosen> {
+    pub fn choose(
+        &self,
+        view: &ClusterView,
+        candidates: &[Arc<Endpoint>],
+        hash: Option<u64>,
+    ) -> Option<Chosen> {
         if view.even {
             let index = self.even(candidates)?;
             return Some(Chosen {
@@ -86,9 +108,13 @@ impl Balancer {
             self.overprovisioning,
             self.config.healthy_panic_threshold,
         );
-        let wanted = levels.pick()?;
+        let hash = self
+            .policy
+            .hashes()
+            .then(|| hash.unwrap_or_else(rand::random));
+        let wanted = levels.pick(hash)?;
         let (mut fit, set) = levels::fitting(&levels, wanted, candidates)?;
-        if self.config.locality_weighted && set != levels::Set::All {
+        if self.config.locality_weighted && hash.is_none() && set != levels::Set::All {
             locality::keep_one(
                 &mut fit,
                 set,
@@ -98,7 +124,10 @@ impl Balancer {
             );
         }
         let endpoints: Vec<&Endpoint> = fit.iter().map(|&at| &*candidates[at]).collect();
-        let at = self.weighted(&endpoints)?;
+        let at = match hash {
+            Some(hash) => self.tables.load().find(hash, &endpoints)?,
+            None => self.weighted(&endpoints)?,
+        };
         Some(Chosen {
             index: fit[at],
             panic: set == levels::Set::All,
@@ -114,9 +143,9 @@ impl Balancer {
         Some(match self.policy {
             LbPolicy::RoundRobin => self.turns.next(count),
             LbPolicy::Random => random::even(count),
-            LbPolicy::LeastRequest => {
-                least_request::even(count, self.config.choice_count, |at| &candidates[at])
-            }
+            LbPolicy::LeastRequest => self.least(count, |at| &candidates[at]),
+            // Never even: their tables decide.
+            LbPolicy::RingHash | LbPolicy::Maglev => random::even(count),
         })
     }
 
@@ -124,23 +153,38 @@ impl Balancer {
         let first = endpoints.first()?;
         let even = endpoints
             .iter()
-            .all(|endpoint| endpoint.weight == first.weight);
+            .all(|endpoint| endpoint.weight == first.weight && self.share(endpoint) == 1.0);
         Some(match self.policy {
-            LbPolicy::RoundRobin => self
-                .turns
-                .weighted(endpoints, |endpoint| f64::from(endpoint.weight)),
+            LbPolicy::RoundRobin => self.turns.weighted(endpoints, |endpoint| {
+                f64::from(endpoint.weight) * self.share(endpoint)
+            }),
             LbPolicy::Random => random::weighted(endpoints.iter().map(|endpoint| endpoint.weight)),
-            LbPolicy::LeastRequest if even => {
-                least_request::even(endpoints.len(), self.config.choice_count, |at| {
-                    endpoints[at]
-                })
+            LbPolicy::LeastRequest if even || self.config.full_scan => {
+                self.least(endpoints.len(), |at| endpoints[at])
             }
             LbPolicy::LeastRequest => {
                 let bias = self.config.active_request_bias;
-                self.turns
-                    .weighted(endpoints, |endpoint| least_request::weight(endpoint, bias))
+                self.turns.weighted(endpoints, |endpoint| {
+                    least_request::weight(endpoint, bias) * self.share(endpoint)
+                })
             }
+            // Tables decide, and have them all.
+            LbPolicy::RingHash | LbPolicy::Maglev => return None,
         })
+    }
+
+    fn least<'a>(&self, count: usize, endpoint: impl Fn(usize) -> &'a Endpoint) -> usize {
+        if self.config.full_scan {
+            return least_request::of_all(count, endpoint);
+        }
+        least_request::even(count, self.config.choice_count, endpoint)
+    }
+
+    /// Of its weight, while it is new.
+    fn share(&self, endpoint: &Endpoint) -> f64 {
+        self.config
+            .slow_start
+            .map_or(1.0, |config| slow_start::factor(&config, endpoint))
     }
 }
 

@@ -11,7 +11,7 @@ use outrigger_xds::{
 };
 use std::sync::{
     Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 use tokio::sync::mpsc;
 
@@ -25,6 +25,8 @@ pub struct Ledger {
     prefill_tokens: AtomicU64,
     blocks: Arc<AtomicU64>,
     changes: mpsc::Sender<Change>,
+    /// The admin wants the engine to be left; peers are told.
+    leaving: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -44,6 +46,7 @@ impl Ledger {
             prefill_tokens: AtomicU64::new(0),
             blocks,
             changes,
+            leaving: AtomicBool::new(false),
         })
     }
 
@@ -66,6 +69,16 @@ impl Ledger {
             prefill,
             blocks: told.then(|| want.blocks.clone()),
         }
+    }
+
+    /// Whether the engine is to be left.
+    pub fn leave(&self, leaving: bool) {
+        self.leaving.store(leaving, Relaxed);
+    }
+
+    /// See [`Self::leave`].
+    pub fn is_left(&self) -> bool {
+        self.leaving.load(Relaxed)
     }
 
     /// Its part of a load report.
@@ -162,6 +175,7 @@ mod tests {
             prompt_tokens: tokens,
             hit_tokens: hits,
             blocks: blocks.into(),
+            ..Want::default()
         }
     }
 

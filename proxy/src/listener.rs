@@ -7,12 +7,18 @@ mod look;
 mod proxy_header;
 mod tls_inspector;
 
-pub use behaviour::Prepared;
+pub use behaviour::Planned;
+pub(crate) use behaviour::{PlannedChain, PlannedServes};
 
-use behaviour::Behaviour;
-
-use crate::{drain::Drain, http::Owner, metrics::ListenerStats, socket::Socket};
+use crate::{
+    drain::{Drain, Running},
+    http::Owner,
+    metrics::ListenerStats,
+    socket::Socket,
+};
 use arc_swap::ArcSwap;
+use behaviour::Behaviour;
+use futures_util::FutureExt;
 use look::Seen;
 use outrigger_xds::resource::listener::Listener;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
@@ -20,8 +26,9 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
+    pin::pin,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -44,11 +51,12 @@ pub struct Bound {
     pub sockets: Vec<std::net::TcpListener>,
 }
 
-/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all.
+/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all. With `known` it
+/// is an address that this process has just given up, and may still be bound.
 ///
 /// # Errors
 /// The address does not resolve or cannot be bound; the text names listener and address.
-pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
+pub fn bind(listener: &Listener, workers: usize, known: bool) -> Result<Bound, String> {
     let wanted = &listener.address;
     let explain = |error: io::Error| {
         format!(
@@ -68,7 +76,7 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Bound, String> {
             sockets: Vec::new(),
         });
     }
-    if address.port() != 0 {
+    if address.port() != 0 && !known {
         // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
         bind_one(address, 1, false).map_err(explain)?;
     }
@@ -103,48 +111,87 @@ fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::
     Ok(socket.into())
 }
 
-/// A listener at work, on all workers.
-pub struct Active {
-    /// Swapped whole by a push of configuration.
-    behaviour: ArcSwap<Behaviour>,
-    stats: Arc<ListenerStats>,
-    open: AtomicUsize,
-    owner: Owner,
-    /// Where others are that it hands connections over to.
-    others: Arc<Directory>,
+/// A bound address: it hands each connection to whoever has the address now.
+pub(crate) struct Port {
+    /// Where it really is.
+    pub(crate) address: SocketAddr,
+    owner: ArcSwap<Active>,
+    load: Arc<Load>,
+    /// Retired when nobody has the address any more.
+    pub(crate) ends: Drain,
 }
 
-/// Listeners by address.
-pub type Directory = ArcSwap<HashMap<SocketAddr, Arc<Active>>>;
+/// What a port carries.
+struct Load {
+    stats: Arc<ListenerStats>,
+    open: AtomicUsize,
+}
 
-impl Active {
-    /// A listener at `address`.
-    #[must_use]
-    pub fn new(
-        address: SocketAddr,
-        prepared: Prepared,
-        owner: Owner,
-        others: Arc<Directory>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            behaviour: ArcSwap::from_pointee(prepared.commit(None, &owner)),
-            owner,
+/// Ports by address.
+pub(crate) type Directory = ArcSwap<HashMap<SocketAddr, Arc<Port>>>;
+
+impl Port {
+    pub(crate) fn new(address: SocketAddr, owner: Arc<Active>, ends: Drain) -> Self {
+        let load = Load {
             stats: ListenerStats::new(&address.to_string()),
             open: AtomicUsize::new(0),
-            others,
+        };
+        Self {
+            address,
+            owner: ArcSwap::new(owner),
+            load: Arc::new(load),
+            ends,
+        }
+    }
+
+    /// Connections that come from now on are this one's.
+    pub(crate) fn give_to(&self, owner: Arc<Active>) {
+        self.owner.store(owner);
+    }
+}
+
+/// A listener at work, wherever it listens.
+pub(crate) struct Active {
+    /// Swapped whole by a push of configuration.
+    behaviour: ArcSwap<Behaviour>,
+    owner: Owner,
+    /// Of connections that no chain has yet.
+    looking: Drain,
+    /// Where others are that it hands connections over to.
+    others: Weak<Directory>,
+}
+
+impl Active {
+    pub(crate) fn new(planned: &Planned, owner: Owner, others: &Arc<Directory>) -> Arc<Self> {
+        Arc::new(Self {
+            behaviour: ArcSwap::from_pointee(Behaviour::new(planned, None, &owner)),
+            looking: owner.drain.part(),
+            owner,
+            others: Arc::downgrade(others),
         })
     }
 
-    /// Does something else from now on.
-    pub fn replace(&self, prepared: Prepared) {
+    /// Does something else from now on. Gives the drains of the chains that are gone, and whether one stays.
+    pub(crate) fn replace(&self, planned: &Planned) -> (Vec<Drain>, bool) {
         let before = self.behaviour.load_full();
-        let behaviour = prepared.commit(Some(&before), &self.owner);
+        let behaviour = Behaviour::new(planned, Some(&before), &self.owner);
+        let stays = |drain: &&Drain| behaviour.drains().any(|kept| kept.is_same(drain));
+        let (kept, gone): (Vec<&Drain>, Vec<&Drain>) = before.drains().partition(stays);
+        let gone = (gone.into_iter().cloned().collect(), !kept.is_empty());
         self.behaviour.store(Arc::new(behaviour));
+        gone
     }
 
-    /// The listener that a redirected connection was meant for: that of its very address, else that of its port.
-    fn meant(&self, address: SocketAddr) -> Option<Arc<Self>> {
-        let others = self.others.load();
+    /// Of all its connections.
+    pub(crate) fn drains(&self) -> Vec<Drain> {
+        let behaviour = self.behaviour.load();
+        let chains = behaviour.drains().cloned();
+        chains.chain([self.looking.clone()]).collect()
+    }
+
+    /// The port that a redirected connection was meant for: that of its very address, else that of its port.
+    fn meant(&self, address: SocketAddr) -> Option<Arc<Port>> {
+        let others = self.others.upgrade()?.load_full();
         let any: IpAddr = if address.is_ipv4() {
             Ipv4Addr::UNSPECIFIED.into()
         } else {
@@ -156,23 +203,32 @@ impl Active {
     }
 }
 
-/// Accepts on one worker until draining begins.
-pub(crate) async fn accept(
-    socket: std::net::TcpListener,
-    active: Arc<Active>,
-    drain: Drain,
-) -> io::Result<()> {
+/// Accepts on one worker, for whoever has the address now, until the process drains or nobody has it any more.
+pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(socket)?;
     let local = listener.local_addr()?;
+    let mut ending = pin!(port.ends.begun());
+    let mut ended = false;
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = drain.begun() => return Ok(()),
+        let accepted = if ended {
+            // Who is in the queue when the address is given up is still served.
+            match listener.accept().now_or_never() {
+                Some(accepted) if !port.ends.has_begun() => accepted,
+                _ => return Ok(()),
+            }
+        } else {
+            tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = &mut ending => {
+                    ended = true;
+                    continue;
+                }
+            }
         };
         match accepted {
             Ok((socket, remote)) => {
-                if active.open.load(Relaxed) >= CONNECTIONS_MAX {
-                    active.stats.downstream_cx_overflow.increment(1);
+                if port.load.open.load(Relaxed) >= CONNECTIONS_MAX {
+                    port.load.stats.downstream_cx_overflow.increment(1);
                     continue;
                 }
                 let _ = socket.set_nodelay(true);
@@ -181,9 +237,8 @@ pub(crate) async fn accept(
                     true => socket.local_addr().unwrap_or(local),
                     false => local,
                 };
-                let counted = Counted::new(active.clone());
-                let seen = Seen::new(local, remote);
-                tokio::spawn(serve(socket.into(), seen, counted, drain.clone()));
+                let arrived = Arrived::at(&port);
+                tokio::spawn(serve(socket.into(), Seen::new(local, remote), arrived));
             }
             Err(error) => {
                 tracing::warn!(%error, %local, "accept failed");
@@ -193,56 +248,68 @@ pub(crate) async fn accept(
     }
 }
 
+/// A connection that has come to a port.
+struct Arrived {
+    counted: Counted,
+    active: Arc<Active>,
+    /// Until a chain has it.
+    looking: Running,
+}
+
+impl Arrived {
+    fn at(port: &Port) -> Self {
+        let active = port.owner.load_full();
+        Self {
+            counted: Counted::new(port.load.clone()),
+            looking: active.looking.enter(),
+            active,
+        }
+    }
+
+    /// Whether it may go on after what listener filters saw.
+    async fn look(&self, behaviour: &Behaviour, socket: &mut Socket, seen: &mut Seen) -> bool {
+        let (stats, drain) = (&self.counted.0.stats, &self.active.looking);
+        behaviour.look.is_empty() || behaviour.look.at(socket, seen, stats, drain).await
+    }
+}
+
 /// Serves a connection where it arrived, or where it was meant to.
-async fn serve(mut socket: Socket, mut seen: Seen, counted: Counted, drain: Drain) {
-    let _running = drain.enter();
+async fn serve(mut socket: Socket, mut seen: Seen, mut arrived: Arrived) {
     let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
-    let mut counted = counted;
-    let mut behaviour = counted.0.behaviour.load_full();
+    let mut behaviour = arrived.active.behaviour.load_full();
     if !behaviour.look.is_empty() {
-        if !Box::pin(look(&behaviour, &mut socket, &mut seen, &counted, &drain)).await {
+        if !Box::pin(arrived.look(&behaviour, &mut socket, &mut seen)).await {
             return;
         }
         let meant = (behaviour.hands_over && seen.redirected)
-            .then(|| counted.0.meant(seen.local))
+            .then(|| arrived.active.meant(seen.local))
             .flatten()
-            .filter(|meant| !Arc::ptr_eq(meant, &counted.0));
+            .map(|port| Arrived::at(&port))
+            .filter(|meant| !Arc::ptr_eq(&meant.active, &arrived.active));
         if let Some(meant) = meant {
-            counted = Counted::new(meant);
-            behaviour = counted.0.behaviour.load_full();
-            if !Box::pin(look(&behaviour, &mut socket, &mut seen, &counted, &drain)).await {
+            arrived = meant;
+            behaviour = arrived.active.behaviour.load_full();
+            if !Box::pin(arrived.look(&behaviour, &mut socket, &mut seen)).await {
                 return;
             }
         }
     }
-    behaviour
-        .serve(socket, seen, id, &counted.0.stats, &drain)
-        .await;
-}
-
-async fn look(
-    behaviour: &Behaviour,
-    socket: &mut Socket,
-    seen: &mut Seen,
-    counted: &Counted,
-    drain: &Drain,
-) -> bool {
-    behaviour.look.is_empty()
-        || behaviour
-            .look
-            .at(socket, seen, &counted.0.stats, drain)
-            .await
+    let Arrived {
+        counted, looking, ..
+    } = arrived;
+    let stats = &counted.0.stats;
+    behaviour.serve(socket, (seen, looking), id, stats).await;
 }
 
 /// Counts an open connection until dropped.
-struct Counted(Arc<Active>, Instant);
+struct Counted(Arc<Load>, Instant);
 
 impl Counted {
-    fn new(active: Arc<Active>) -> Self {
-        active.open.fetch_add(1, Relaxed);
-        active.stats.downstream_cx_total.increment(1);
-        active.stats.downstream_cx_active.increment(1.0);
-        Self(active, Instant::now())
+    fn new(load: Arc<Load>) -> Self {
+        load.open.fetch_add(1, Relaxed);
+        load.stats.downstream_cx_total.increment(1);
+        load.stats.downstream_cx_active.increment(1.0);
+        Self(load, Instant::now())
     }
 }
 

@@ -10,7 +10,7 @@ pub mod table;
 mod tests;
 mod text;
 
-pub use stats::{ClusterStats, HttpStats, ListenerStats};
+pub use stats::{ClusterStats, HttpStats, ListenerManagerStats, ListenerStats};
 pub use text::{Format, Query};
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};

@@ -9,7 +9,7 @@ use std::{path::PathBuf, time::Duration};
 #[command(name = "outrigger-proxy", version, about, long_about = None)]
 pub struct Options {
     /// Envoy v3 bootstrap, YAML or JSON
-    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer", "listen", "inbound", "admin", "policy", "access_log", "body_bytes_max"])]
+    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer", "listen", "inbound", "admin", "policy", "access_log", "body_bytes_max", "tls_cert", "peer_tls_cert"])]
     pub config_path: Option<PathBuf>,
     /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both
     #[arg(long, value_name = "URL[;role=R]")]
@@ -20,9 +20,27 @@ pub struct Options {
     /// Where clients arrive
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8080")]
     pub listen: String,
-    /// Where peers arrive (requests for our engines, and the feed); has no authentication yet, so keep it private
+    /// Where peers arrive (requests for our engines, and the feed); without `--peer-tls-cert` it has no authentication, so keep it private
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8081")]
     pub inbound: String,
+    /// Certificate for clients, PEM; read again when the file changes
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// CAs, PEM: then clients need a certificate of one of them
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Certificate for peers, PEM, both as server and as client; read again when the file changes
+    #[arg(long, value_name = "FILE", requires_all = ["peer_tls_key", "peer_tls_ca"])]
+    pub peer_tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", requires = "peer_tls_cert")]
+    pub peer_tls_key: Option<PathBuf>,
+    /// CAs of peers, PEM: all of them need a certificate of one of them
+    #[arg(long, value_name = "FILE", requires = "peer_tls_cert")]
+    pub peer_tls_ca: Option<PathBuf>,
     /// Where the admin listens
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9901")]
     pub admin: String,

@@ -275,7 +275,6 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use outrigger_filters::endpoints::Via;
 
     fn config() -> OutlierDetection {
         let rule = |count, enforcing| Rule { count, enforcing };
@@ -301,19 +300,10 @@ mod tests {
             .map(|at| {
                 Arc::new(Endpoint {
                     id: format!("e{at}").as_str().into(),
-                    address: Default::default(),
-                    via: Via::Plain,
-                    protocol: Default::default(),
-                    tls: None,
                     weight: 1,
-                    health_status: Default::default(),
-                    priority: 0,
-                    locality: 0,
                     cluster: "outliers".into(),
-                    host: Arc::default(),
                     slot: at,
-                    live: Arc::default(),
-                    stats: Arc::default(),
+                    ..Endpoint::default()
                 })
             })
             .collect()

@@ -3,19 +3,18 @@
 //! What runs in between is [`Proxy`]'s; this only says with what it starts and when it ends.
 
 use crate::{
-    access_log::Sinks,
     admin::{
         self,
         logging::{LogFormat, LogHandle},
     },
     bootstrap,
     cluster::Clusters,
+    discovery::Discovery,
     engines::Watcher,
     feed,
     fleet::Fleet,
     options::{Mode, Options},
     run::{Proxy, Settings, main_runtime},
-    snapshot,
     upstream::Pools,
 };
 use clap::Parser;
@@ -137,6 +136,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
             concurrency,
             watcher,
             block_tokens: options.block_tokens,
+            drain_time: options.drain_time(),
             command_line,
             log: Some(log),
         },
@@ -152,23 +152,20 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
 }
 
 fn validate(bootstrap: &Bootstrap, options: &Options) -> Result<(), Vec<String>> {
-    check(bootstrap)?;
+    let (listeners, clusters) = check(bootstrap)?;
     let main = main_runtime().map_err(|error| vec![error.to_string()])?;
     let _guard = main.enter();
     watcher(options)?;
-    println!(
-        "configuration is valid: {} listeners, {} clusters",
-        bootstrap.listeners.len(),
-        bootstrap.clusters.len()
-    );
+    println!("configuration is valid: {listeners} listeners, {clusters} clusters");
     Ok(())
 }
 
-/// Checks what starting would check, short of binding sockets.
+/// Checks what starting would check, short of binding sockets, and the files that are referred to. Gives how many
+/// listeners and clusters there are.
 ///
 /// # Errors
 /// Everything that is wrong.
-pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
+pub fn check(bootstrap: &Bootstrap) -> Result<(usize, usize), Vec<String>> {
     let main = main_runtime().map_err(|error| vec![error.to_string()])?;
     let _guard = main.enter();
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
@@ -177,26 +174,30 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(), Vec<String>> {
         Arc::default(),
     );
     let services = Services {
-        endpoints: clusters.clone(),
+        endpoints: clusters,
         upstream: Arc::new(Pools),
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: main.handle().clone(),
+        migration: Arc::default(),
         token_limits: Arc::default(),
         serving: Arc::default(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
         stat_prefix: Arc::default(),
     };
-    clusters.contexts(&bootstrap.clusters)?;
-    let built = snapshot::build(bootstrap, &services)?;
-    crate::run::prepare(bootstrap, &built, &Sinks::default(), &services)?;
-    Ok(())
+    let mut discovery = Discovery::new(services, Arc::default());
+    discovery.write(bootstrap.clone())?;
+    discovery.look(std::time::Instant::now());
+    let problems = discovery.problems();
+    if problems.is_empty() {
+        Ok(discovery.counts())
+    } else {
+        Err(problems)
+    }
 }
 
 fn announce(proxy: &Proxy) {
-    let mut names: Vec<_> = proxy.addresses.iter().collect();
-    names.sort();
-    for (name, address) in names {
+    for (name, address) in proxy.addresses() {
         tracing::info!(listener = name, %address, "listening");
     }
     if let Some(address) = proxy.admin_address() {

@@ -7,17 +7,17 @@ use crate::{
     access_log::Sinks,
     admin::{self, logging::LogHandle},
     cluster::{Clusters, Contexts},
+    discovery::Discovery,
     drain::Drain,
     engines::{self, Watcher},
     feed::{self, LocalFeed, Peers},
     fleet::Fleet,
     http::Owner,
     ledger::Ledgers,
-    listener::{self, Active, Bound, Directory, Prepared},
-    snapshot::{self, HttpConfig},
+    listeners::{Common, Listeners, Share},
     upstream::{self, Pools},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use http::HeaderValue;
 use outrigger_filters::{
     endpoints::Secured,
@@ -25,27 +25,32 @@ use outrigger_filters::{
     services::Services,
     tokens::{Tokenizers, TokenizersConfig},
 };
-use outrigger_xds::{
-    load,
-    resource::{
-        bootstrap::Bootstrap,
-        endpoint::{Address, Duty},
-        listener::{Listener, TrafficDirection},
-    },
+use outrigger_xds::resource::{
+    bootstrap::Bootstrap,
+    cluster::Cluster,
+    endpoint::{Address, Duty},
 };
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
-use tokio::{runtime, sync::watch};
+use tokio::{
+    runtime,
+    sync::{mpsc, watch},
+};
 
 /// Threads for work that would hold a worker up: tokenising, parsing of large bodies.
 const COMPUTE_THREADS_MAX: usize = 4;
 /// How often pools are swept and gauges brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How often watched files are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long the end waits for the admin's last answers.
 const ADMIN_FAREWELL: Duration = Duration::from_secs(1);
 /// How often a drain looks whether anything still runs.
@@ -59,6 +64,8 @@ pub struct Settings {
     pub watcher: Watcher,
     /// Tokens in a canonical KV block.
     pub block_tokens: usize,
+    /// How long connections of a listener that is replaced or removed may go on.
+    pub drain_time: Duration,
     /// Shown by the admin.
     pub command_line: serde_json::Value,
     /// For `/logging`; none where somebody else owns the process's log.
@@ -70,7 +77,6 @@ pub struct Proxy {
     /// Begins to end it.
     pub drain: Drain,
     shared: Arc<Shared>,
-    pub(crate) addresses: HashMap<String, SocketAddr>,
     admin: Option<SocketAddr>,
     /// Ends (without ever saying anything) when the admin's last answer is out.
     admin_ended: std::sync::mpsc::Receiver<()>,
@@ -86,8 +92,13 @@ struct Shared {
     watcher: Watcher,
     local: Arc<LocalFeed>,
     peers: Mutex<Peers>,
-    listeners: HashMap<String, Arc<Active>>,
-    sinks: Sinks,
+    listeners: Listeners,
+    discovery: Mutex<Discovery>,
+    /// What the clusters were last configured with.
+    carried: ArcSwapOption<(Vec<Cluster>, Contexts)>,
+    /// Whether the first configuration was complete once.
+    initialized: AtomicBool,
+    sinks: Arc<Sinks>,
     bootstrap: ArcSwap<Bootstrap>,
     runtime: runtime::Handle,
     drain: Drain,
@@ -107,18 +118,20 @@ impl Proxy {
             main_runtime().map_err(|error| vec![format!("cannot start a runtime: {error}")])?;
         let guard = main.enter();
         let drain = Drain::default();
-        let concurrency = settings.concurrency.max(1);
         let Settings {
+            concurrency,
             watcher,
             block_tokens,
+            drain_time,
             command_line,
             log,
-            ..
         } = settings;
+        let workers = 0..concurrency.max(1);
+        let (senders, receivers) = workers.map(|_| mpsc::unbounded_channel()).unzip();
         let watched = (watcher, block_tokens);
-        let assembled = assemble(bootstrap, watched, concurrency, main.handle(), &drain);
-        let (shared, bound) = match assembled {
-            Ok(assembled) => assembled,
+        let drains = (&drain, drain_time);
+        let shared = match assemble(bootstrap, watched, senders, drains, main.handle()) {
+            Ok(shared) => shared,
             Err(errors) => {
                 drop(guard);
                 // Whoever starts it may be within a runtime of its own, where this one may not be waited for.
@@ -126,22 +139,17 @@ impl Proxy {
                 return Err(errors);
             }
         };
-        let addresses: HashMap<_, _> = bound
-            .iter()
-            .map(|bound| (bound.name.clone(), bound.address))
-            .collect();
         let (stop, stopped) = watch::channel(false);
         let (ended, admin_ended) = std::sync::mpsc::channel();
-        let state = admin_state(&shared, (command_line, log), &addresses);
+        let state = admin_state(&shared, (command_line, log));
         let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
-        let workers = start_workers(bound, concurrency, &shared, &stopped)
+        let workers = start_workers(receivers, &stopped)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
         Ok(Self {
             drain,
             shared,
-            addresses,
             admin,
             admin_ended,
             stop,
@@ -153,7 +161,13 @@ impl Proxy {
     /// Where a listener really listens.
     #[must_use]
     pub fn address(&self, listener: &str) -> Option<SocketAddr> {
-        self.addresses.get(listener).copied()
+        self.addresses().get(listener).copied()
+    }
+
+    /// Where all listeners really listen, by name.
+    #[must_use]
+    pub fn addresses(&self) -> BTreeMap<String, SocketAddr> {
+        self.shared.listeners.addresses()
     }
 
     /// Where the admin listens.
@@ -168,11 +182,10 @@ impl Proxy {
         &self.shared.services
     }
 
-    /// Pushes a new configuration: routes, filters and clusters. Index, load and health stay. Listeners cannot come
-    /// or go yet.
+    /// Pushes what is written anew: listeners, routes, filters and clusters. Index, load and health stay.
     ///
     /// # Errors
-    /// Everything that is wrong; then nothing was changed.
+    /// Everything that is wrong; then nothing was changed. Or listeners that cannot be bound; then all others were.
     pub fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
         self.shared.apply(bootstrap)
     }
@@ -251,10 +264,11 @@ pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
 fn assemble(
     bootstrap: Bootstrap,
     (watcher, block_tokens): (Watcher, usize),
-    concurrency: usize,
+    workers: Vec<mpsc::UnboundedSender<Share>>,
+    (drain, drain_time): (&Drain, Duration),
     runtime: &runtime::Handle,
-    drain: &Drain,
-) -> Result<(Arc<Shared>, Vec<Bound>), Vec<String>> {
+) -> Result<Arc<Shared>, Vec<String>> {
+    let node = bootstrap.node.clone();
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
     let fleet = Fleet::new(index.clone(), block_tokens);
     let ledgers = Arc::new(Ledgers::default());
@@ -265,44 +279,32 @@ fn assemble(
         kv_index: index,
         tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
         compute: runtime.clone(),
+        migration: Arc::default(),
         token_limits: Arc::default(),
         serving: drain.serving.clone(),
-        node_cluster: bootstrap.node.cluster.as_str().into(),
+        node_cluster: node.cluster.as_str().into(),
         stat_prefix: Arc::default(),
     };
-    let contexts = clusters.contexts(&bootstrap.clusters)?;
-    let built = snapshot::build(&bootstrap, &services)?;
+    let sinks = Arc::new(Sinks::default());
+    let mut discovery = Discovery::new(services.clone(), sinks.clone());
+    discovery.write(bootstrap)?;
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
-    let service = feed::service(local.clone(), runtime.clone(), drain.clone());
-    let sinks = Sinks::default();
-    let prepared = prepare(&bootstrap, &built, &sinks, &services)?;
-    let owner = owner(&bootstrap, drain)?;
-    let directory = Arc::new(Directory::default());
-    let mut listeners = HashMap::new();
-    let mut bound = Vec::new();
-    for (listener, prepared) in bootstrap.listeners.iter().zip(prepared) {
-        let inbound = listener.traffic_direction == TrafficDirection::Inbound;
-        let owner = Owner {
-            feed: inbound.then(|| service.clone()),
-            ..owner.clone()
-        };
-        let at = listener::bind(listener, concurrency).map_err(|error| vec![error])?;
-        let active = Active::new(at.address, prepared, owner, directory.clone());
-        directory.rcu(|known| {
-            let mut known = HashMap::clone(known);
-            known.insert(at.address, active.clone());
-            known
-        });
-        listeners.insert(listener.name.clone(), active);
-        bound.push(at);
-    }
+    let common = Common {
+        owner: owner(&node.id, drain)?,
+        feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
+        drain_time,
+        runtime: runtime.clone(),
+    };
     let shared = Arc::new(Shared {
         services,
         clusters,
         watcher,
         local: local.clone(),
         peers: Mutex::new(Peers::new(fleet.clone())),
-        listeners,
+        listeners: Listeners::new(common, workers),
+        discovery: Mutex::new(discovery),
+        carried: ArcSwapOption::empty(),
+        initialized: AtomicBool::new(false),
         sinks,
         bootstrap: ArcSwap::from_pointee(Bootstrap::default()),
         runtime: runtime.clone(),
@@ -310,29 +312,16 @@ fn assemble(
         quit: watch::Sender::new(false),
         started: Instant::now(),
     });
-    runtime.spawn(feed::follow_local(fleet.clone(), local));
-    runtime.spawn(refresh_views(fleet, shared.clone()));
-    shared.configure(bootstrap, &contexts);
-    Ok((shared, bound))
-}
-
-/// All listeners' behaviours, in their order.
-pub(crate) fn prepare(
-    bootstrap: &Bootstrap,
-    built: &HashMap<String, Vec<Arc<HttpConfig>>>,
-    sinks: &Sinks,
-    services: &Services,
-) -> Result<Vec<Prepared>, Vec<String>> {
-    let each = bootstrap.listeners.iter().map(|listener| {
-        let http = built.get(&listener.name).map_or(&[][..], Vec::as_slice);
-        Prepared::new(listener, http, sinks, &services.endpoints).map_err(|error| vec![error])
-    });
-    each.collect()
+    // From before anybody is listened to: what is told meanwhile is not to be missed.
+    let changed = fleet.watch();
+    shared.begin()?;
+    runtime.spawn(feed::follow_local(fleet, local));
+    runtime.spawn(refresh_views(changed, shared.clone()));
+    Ok(shared)
 }
 
 /// What all connection managers share; those of peers have the feed beside.
-fn owner(bootstrap: &Bootstrap, drain: &Drain) -> Result<Owner, Vec<String>> {
-    let id = bootstrap.node.id.as_str();
+fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
     let via = HeaderValue::from_str(id).map_err(|_| {
         let id = id.escape_debug();
         vec![format!("node id '{id}' cannot be a header value")]
@@ -347,12 +336,12 @@ fn owner(bootstrap: &Bootstrap, drain: &Drain) -> Result<Owner, Vec<String>> {
 
 /// Each peer with the way it is secured in the cluster that names it.
 fn with_contexts(
-    bootstrap: &Bootstrap,
+    clusters: &[Cluster],
     peers: Vec<Address>,
     contexts: &Contexts,
 ) -> Vec<(Address, Option<Secured>)> {
     let of = |peer: &Address| {
-        let mut naming = bootstrap.clusters.iter().filter(|cluster| {
+        let mut naming = clusters.iter().filter(|cluster| {
             let mut endpoints = cluster.load_assignment.endpoints.iter();
             endpoints.any(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)
         });
@@ -368,10 +357,64 @@ fn with_contexts(
 }
 
 impl Shared {
-    fn configure(&self, bootstrap: Bootstrap, contexts: &Contexts) {
-        let (engines, peers) = engines::configured(&bootstrap);
-        let peers = with_contexts(&bootstrap, peers, contexts);
-        self.clusters.configure(&bootstrap.clusters, contexts);
+    fn discovery(&self) -> MutexGuard<'_, Discovery> {
+        self.discovery
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings the first configuration into effect.
+    fn begin(&self) -> Result<(), Vec<String>> {
+        let mut discovery = self.discovery();
+        let now = Instant::now();
+        discovery.look(now);
+        let errors = self.settle(&mut discovery, now);
+        self.bootstrap.store(discovery.written());
+        none(&discovery, errors)
+    }
+
+    fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
+        let _guard = self.runtime.enter();
+        let mut discovery = self.discovery();
+        discovery.write(bootstrap)?;
+        let now = Instant::now();
+        discovery.look(now);
+        let errors = self.settle(&mut discovery, now);
+        self.bootstrap.store(discovery.written());
+        metrics::counter!("outrigger_config_updates_total").increment(1);
+        none(&discovery, errors)
+    }
+
+    /// Takes in what is new in watched files.
+    fn look(&self) {
+        let mut discovery = self.discovery();
+        let now = Instant::now();
+        if discovery.look(now) {
+            self.settle(&mut discovery, now);
+            metrics::counter!("outrigger_config_updates_total").increment(1);
+        }
+    }
+
+    /// Brings into effect what is complete. Clusters first: a route must never name one that is not there yet.
+    fn settle(&self, discovery: &mut Discovery, now: Instant) -> Vec<(String, String)> {
+        let plan = discovery.plan(now);
+        self.configure(plan.clusters, plan.contexts);
+        self.listeners.warming(plan.warming);
+        let errors = self.listeners.apply(&plan.listeners);
+        discovery.failed(errors.clone());
+        self.initialized.store(discovery.is_initialized(), Relaxed);
+        errors
+    }
+
+    fn configure(&self, clusters: Vec<Cluster>, contexts: Contexts) {
+        let wanted = (clusters, contexts);
+        if self.carried.load().as_deref() == Some(&wanted) {
+            return;
+        }
+        let (clusters, contexts) = &wanted;
+        let (engines, peers) = engines::configured(clusters);
+        let peers = with_contexts(clusters, peers, contexts);
+        self.clusters.configure(clusters, contexts);
         // The fleet knows them by now, so nothing told of them is lost.
         self.local.configure(engines.keys().cloned().collect());
         self.watcher.configure(&engines);
@@ -379,61 +422,52 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .configure(&peers);
-        self.bootstrap.store(Arc::new(bootstrap));
-    }
-
-    fn apply(&self, bootstrap: Bootstrap) -> Result<(), Vec<String>> {
-        let _guard = self.runtime.enter();
-        let known = self.bootstrap.load_full();
-        let place = |listeners: &[Listener]| -> Vec<_> {
-            listeners
-                .iter()
-                .map(|listener| (listener.name.clone(), listener.address.clone()))
-                .collect()
-        };
-        if place(&known.listeners) != place(&bootstrap.listeners) {
-            return Err(vec![
-                "listeners cannot be added, removed or moved while running (not supported yet)"
-                    .into(),
-            ]);
-        }
-        let contexts = self.clusters.contexts(&bootstrap.clusters)?;
-        let built = snapshot::build(&bootstrap, &self.services)?;
-        let prepared = prepare(&bootstrap, &built, &self.sinks, &self.services)?;
-        let names: Vec<String> = bootstrap
-            .listeners
-            .iter()
-            .map(|one| one.name.clone())
-            .collect();
-        // Clusters first: a route must never name one that is not there yet.
-        self.configure(bootstrap, &contexts);
-        for (name, prepared) in names.iter().zip(prepared) {
-            if let Some(active) = self.listeners.get(name) {
-                active.replace(prepared);
-            }
-        }
-        metrics::counter!("outrigger_config_updates_total").increment(1);
-        Ok(())
+        self.carried.store(Some(Arc::new(wanted)));
     }
 
     fn state(&self) -> admin::ServerState {
         if self.drain.has_begun() {
             admin::ServerState::Draining
-        } else {
+        } else if self.initialized.load(Relaxed) {
             admin::ServerState::Live
+        } else {
+            admin::ServerState::Initializing
         }
     }
 }
 
-async fn refresh_views(fleet: Arc<Fleet>, shared: Arc<Shared>) {
-    let mut changed = fleet.watch();
-    while changed.changed().await.is_ok() {
+/// Listeners that are written must run.
+fn none(discovery: &Discovery, errors: Vec<(String, String)>) -> Result<(), Vec<String>> {
+    let written = discovery.written();
+    let is_written = |name: &String| written.listeners.iter().any(|known| known.name == *name);
+    let errors: Vec<String> = errors
+        .into_iter()
+        .filter(|(name, _)| is_written(name))
+        .map(|(_, error)| error)
+        .collect();
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors)
+    }
+}
+
+async fn refresh_views(mut members: watch::Receiver<u64>, shared: Arc<Shared>) {
+    let mut names = shared.clusters.watch_names();
+    loop {
+        let changed = tokio::select! {
+            changed = members.changed() => changed,
+            changed = names.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
         shared.clusters.refresh();
     }
 }
 
 fn start_tasks(shared: &Arc<Shared>) {
-    let shared = shared.clone();
+    let (shared, for_files) = (shared.clone(), shared.clone());
     let runtime = shared.runtime.clone();
     runtime.spawn(crate::metrics::upkeep());
     runtime.spawn(async move {
@@ -443,6 +477,23 @@ fn start_tasks(shared: &Arc<Shared>) {
             shared.clusters.count_members();
         }
     });
+    runtime.spawn(watch_files(for_files));
+}
+
+/// Looks at watched files, off the main thread: a file system may hang.
+async fn watch_files(shared: Arc<Shared>) {
+    let mut tick = tokio::time::interval(WATCH_INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if shared.discovery().is_idle() {
+            continue;
+        }
+        let looking = shared.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || looking.look()).await {
+            tracing::error!(%error, "watching files failed");
+        }
+    }
 }
 
 fn start_admin(
@@ -476,9 +527,9 @@ fn start_admin(
 fn admin_state(
     shared: &Arc<Shared>,
     (options, log): (serde_json::Value, Option<LogHandle>),
-    addresses: &HashMap<String, SocketAddr>,
 ) -> admin::AdminState {
-    let (for_state, for_dump, for_clusters, for_drain, for_logs, for_quit) = (
+    let (for_state, for_dump, for_clusters, for_leave, for_drain, for_logs, for_quit) = (
+        shared.clone(),
         shared.clone(),
         shared.clone(),
         shared.clone(),
@@ -486,24 +537,19 @@ fn admin_state(
         shared.clone(),
         shared.clone(),
     );
-    let mut listeners: Vec<_> = addresses
-        .iter()
-        .map(|(name, address)| (name.clone(), *address))
-        .collect();
-    listeners.sort();
+    let (for_listeners, for_certs) = (shared.clone(), shared.clone());
     let node = shared.bootstrap.load().node.clone();
     admin::AdminState {
         started: shared.started,
         server_state: Arc::new(move || for_state.state()),
-        config_dump: Arc::new(move || {
-            let version = "static";
-            load::config_dump(&for_dump.bootstrap.load(), version, "")
-        }),
+        config_dump: Arc::new(move |with_endpoints| for_dump.discovery().dump(with_endpoints)),
+        certs: Arc::new(move || for_certs.discovery().certs()),
         clusters: Arc::new(move || for_clusters.clusters.views()),
-        listeners: Arc::new(move || listeners.clone()),
+        listeners: Arc::new(move || for_listeners.listeners.addresses().into_iter().collect()),
         options,
         node: (node.id, node.cluster),
         serving: shared.drain.serving.clone(),
+        leave: Arc::new(move |engine, leaving| for_leave.local.leave(engine, leaving)),
         on_drain: Arc::new(move || for_drain.drain.begin()),
         set_log_level: match log {
             Some(log) => Arc::new(move |directives: &str| log.set(directives)),
@@ -518,54 +564,29 @@ fn admin_state(
 }
 
 fn start_workers(
-    bound: Vec<Bound>,
-    count: usize,
-    shared: &Arc<Shared>,
+    shares: Vec<mpsc::UnboundedReceiver<Share>>,
     stopped: &watch::Receiver<bool>,
 ) -> std::io::Result<Vec<thread::JoinHandle<()>>> {
-    let mut shares: Vec<Vec<Share>> = (0..count).map(|_| Vec::new()).collect();
-    for bound in bound {
-        let active = &shared.listeners[&bound.name];
-        for (socket, share) in bound.sockets.into_iter().zip(&mut shares) {
-            share.push(Share {
-                socket,
-                active: active.clone(),
-            });
-        }
-    }
-    let spawn = |(index, shares): (usize, Vec<Share>)| {
-        let (drain, stopped) = (shared.drain.clone(), stopped.clone());
+    let spawn = |(index, shares)| {
+        let stopped = stopped.clone();
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         thread::Builder::new()
             .name(format!("outrigger-w{index}"))
             .spawn(move || {
-                runtime.block_on(work(shares, drain, stopped));
+                runtime.block_on(work(shares, stopped));
             })
     };
     shares.into_iter().enumerate().map(spawn).collect()
 }
 
-/// One worker's part of a listener.
-struct Share {
-    socket: std::net::TcpListener,
-    active: Arc<Active>,
-}
-
-async fn work(shares: Vec<Share>, drain: Drain, mut stopped: watch::Receiver<bool>) {
-    for share in shares {
-        let drain = drain.clone();
-        tokio::spawn(async move {
-            if let Err(error) = listener::accept(share.socket, share.active, drain).await {
-                tracing::error!(%error, "a listener stopped accepting");
-            }
-        });
-    }
+async fn work(mut shares: mpsc::UnboundedReceiver<Share>, mut stopped: watch::Receiver<bool>) {
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     loop {
         tokio::select! {
             _ = stopped.wait_for(|stop| *stop) => return,
+            Some(share) = shares.recv() => drop(tokio::spawn(share.serve())),
             _ = tick.tick() => upstream::h1::close_idle(),
         }
     }

@@ -17,7 +17,7 @@ use outrigger_xds::{
         upgrade,
     },
 };
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 /// One listener's HTTP side.
 pub struct HttpConfig {
@@ -109,40 +109,43 @@ impl HttpConfig {
     }
 }
 
-/// Clusters may differ in how they use an endpoint, never in where it is: connections belong to names.
-fn one_address_a_name(clusters: &[Cluster]) -> Vec<String> {
-    let mut addresses: HashMap<EngineId, &Address> = HashMap::new();
-    let mut errors = Vec::new();
-    let endpoints = clusters.iter().flat_map(|cluster| {
+/// Where endpoints are, by name. Clusters may differ in how they use an endpoint, never in where it is: connections
+/// belong to names.
+#[derive(Default)]
+pub struct Addresses(HashMap<EngineId, Address>);
+
+impl Addresses {
+    /// Takes the endpoints of one more cluster in; gives what contradicts those before.
+    pub fn add(&mut self, cluster: &Cluster) -> Vec<String> {
+        let mut errors = Vec::new();
+        let name = &cluster.name;
         let endpoints = cluster.load_assignment.endpoints.iter();
-        endpoints.map(|endpoint| (&cluster.name, endpoint))
-    });
-    for (cluster, endpoint) in endpoints.filter(|(_, endpoint)| endpoint.duty() != Duty::Peer) {
-        let id = engine_id(endpoint);
-        let address = &endpoint.address;
-        match addresses.get(&id) {
-            Some(known) if *known != address => errors.push(format!(
-                "cluster '{cluster}': endpoint '{id}' is at {address}, and at {known} elsewhere in this configuration"
-            )),
-            _ => drop(addresses.insert(id, address)),
+        for endpoint in endpoints.filter(|endpoint| endpoint.duty() != Duty::Peer) {
+            let (id, address) = (engine_id(endpoint), &endpoint.address);
+            match self.0.get(&id) {
+                Some(known) if known != address => errors.push(format!(
+                    "cluster '{name}': endpoint '{id}' is at {address}, and at {known} elsewhere in this configuration"
+                )),
+                _ => drop(self.0.insert(id, address.clone())),
+            }
         }
+        errors.extend(secured_engine(cluster));
+        errors
     }
-    errors
 }
 
-/// Whoever watches an engine speaks plain text to it so far.
-fn secured_engines(clusters: &[Cluster]) -> Vec<String> {
-    let secured = clusters.iter().filter(|cluster| cluster.tls.is_some());
-    let with_engines = secured.filter(|cluster| {
-        let mut endpoints = cluster.load_assignment.endpoints.iter();
-        endpoints.any(|endpoint| endpoint.duty() == Duty::Engine)
-    });
-    with_engines
-        .map(|cluster| {
-            let name = &cluster.name;
-            format!("cluster '{name}': transport_socket: not supported yet with endpoints of duty engine")
-        })
-        .collect()
+/// Whoever watches an engine speaks plain text to it so far, and so do requests: that is fit for this machine only.
+fn secured_engine(cluster: &Cluster) -> Option<String> {
+    let mut endpoints = cluster.load_assignment.endpoints.iter();
+    let is_near = |host: &str| host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    let engine = endpoints
+        .any(|endpoint| endpoint.duty() == Duty::Engine && !is_near(&endpoint.address.host));
+    (cluster.tls.is_some() && engine).then(|| {
+        let name = &cluster.name;
+        format!(
+            "cluster '{name}': transport_socket: not supported yet with endpoints of duty engine that are not on this machine"
+        )
+    })
 }
 
 /// All listeners' HTTP sides of a configuration, by listener name; of each, in the order of its chains.
@@ -159,8 +162,11 @@ pub fn build(
         .map(|cluster| (cluster.name.clone(), cluster.clone()))
         .collect();
     let mut built = HashMap::new();
-    let mut errors = one_address_a_name(&bootstrap.clusters);
-    errors.extend(secured_engines(&bootstrap.clusters));
+    let mut addresses = Addresses::default();
+    let clusters_of = bootstrap.clusters.iter();
+    let mut errors: Vec<String> = clusters_of
+        .flat_map(|cluster| addresses.add(cluster))
+        .collect();
     for listener in &bootstrap.listeners {
         let mut of_listener = Vec::new();
         for manager in listener.http_managers() {

@@ -47,13 +47,26 @@ impl TcpProxy {
         }
     }
 
-    /// Serves one connection to its end.
-    pub(crate) async fn serve(&self, client: Stream, info: &ConnectionInfo) {
+    /// Whether the connections of one may go on under the other.
+    pub(crate) fn says_the_same(&self, other: &Self) -> bool {
+        self.config == other.config
+    }
+
+    /// Serves one connection to its end, or until `over`.
+    pub(crate) async fn serve(
+        &self,
+        client: Stream,
+        info: &ConnectionInfo,
+        over: impl Future<Output = ()>,
+    ) {
         let (start, started) = (SystemTime::now(), Instant::now());
         self.stats.downstream_cx_total.increment(1);
         let (mut log, passed) = (LogFields::default(), Passed::default());
         if let Some(upstream) = self.open(&mut log).await {
-            self.carry(client, upstream, started, &passed).await;
+            tokio::select! {
+                () = self.carry(client, upstream, started, &passed) => {}
+                () = over => {}
+            }
         }
         let (received, sent) = (passed.received.load(Relaxed), passed.sent.load(Relaxed));
         self.stats.downstream_cx_rx_bytes_total.increment(received);
@@ -109,6 +122,11 @@ impl TcpProxy {
                         _open: open,
                     });
                 }
+                Err(error) if error.flag == Flag::UpstreamOverflow => {
+                    log.flags = vec![error.flag];
+                    log.details = error.details.to_string();
+                    return None;
+                }
                 Err(error) => {
                     endpoint.stats.error.fetch_add(1, Relaxed);
                     endpoint.inhibit();
@@ -134,7 +152,7 @@ impl TcpProxy {
         if all.iter().any(is_fresh) {
             all.retain(is_fresh);
         }
-        let index = self.endpoints.choose(view, &all)?;
+        let index = self.endpoints.choose(view, &all, None)?;
         Some(all.swap_remove(index))
     }
 

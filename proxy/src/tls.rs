@@ -3,13 +3,16 @@
 //! One stack: rustls over ring. A handshake runs in the task of its own connection, so that no other waits for it.
 //! Sessions are not resumed: a resumed one would outlive a certificate that was replaced, or a CA that was taken away.
 
+mod certificate;
 pub(crate) mod client;
+pub(crate) mod contexts;
+mod material;
 mod pem;
 pub(crate) mod server;
 mod verify;
 
 use crate::socket::Socket;
-use outrigger_xds::resource::tls::TlsParams;
+use outrigger_xds::resource::{secret::SecretContent, tls::TlsParams};
 use rustls::{
     CipherSuite, NamedGroup, SupportedProtocolVersion,
     crypto::{CryptoProvider, ring},
@@ -57,6 +60,20 @@ const CURVES: [(&str, NamedGroup); 3] = [
     ("P-256", NamedGroup::secp256r1),
     ("P-384", NamedGroup::secp384r1),
 ];
+
+/// Whether a secret could be used.
+///
+/// # Errors
+/// What is wrong with it, or with its files.
+pub(crate) fn check_secret(secret: &SecretContent) -> Result<(), String> {
+    match secret {
+        SecretContent::Certificate(certificate) => {
+            let provider = provider(&TlsParams::default())?;
+            pem::pair(certificate, &provider).map(drop)
+        }
+        SecretContent::Validation(validation) => pem::roots(&validation.trusted_ca).map(drop),
+    }
+}
 
 /// The algorithms of a context.
 ///

@@ -12,6 +12,7 @@ mod h1_request;
 mod h1_response;
 pub mod h2;
 mod h2_error;
+mod queue;
 mod upgrade;
 
 use futures_util::future::BoxFuture;
@@ -50,6 +51,19 @@ impl Upstream for Pools {
             UpstreamProtocol::Http2 => Box::pin(h2::send(endpoint, request, options)),
         }
     }
+}
+
+/// Whether a connection has served as many requests as it may; counted when it has.
+fn is_spent(endpoint: &Endpoint, requests: u32) -> bool {
+    let spent = endpoint
+        .connection
+        .max_requests
+        .is_some_and(|max| requests >= max);
+    if spent {
+        metrics::counter!("envoy_cluster_upstream_cx_max_requests", "envoy_cluster_name" => endpoint.cluster.to_string())
+            .increment(1);
+    }
+    spent
 }
 
 /// Waits for response headers, at most `limit` from when the client had sent everything.

@@ -7,6 +7,7 @@
 //! Generated protobuf types stay in [`wire`]; only this crate and the control plane use them.
 #![deny(missing_docs)]
 
+pub mod accepted;
 pub mod block_hash;
 pub mod feed;
 pub mod load;

@@ -4,9 +4,12 @@
 //! refused by name, or, where it cannot change what happens to a request, ignored, logged and counted.
 //! It does not read files, and does not know which filters exist.
 
+pub mod discovery;
 mod dump;
 mod extensions;
 mod known;
+mod known_cluster;
+mod known_discovery;
 mod known_listener;
 mod known_tls;
 mod strict;
@@ -49,23 +52,38 @@ pub fn bootstrap_from_value(mut value: Value) -> Result<Bootstrap, ConfigErrors>
     if !walk.message(&descriptor, &mut value, "") {
         return Err(walk.errors);
     }
+    let meaning = decode(descriptor, &value).and_then(Bootstrap::try_from);
+    judge(walk, "", meaning)
+}
+
+/// What came of a walk over what stands at `place`, and of the meaning of what it left.
+fn judge<T>(
+    walk: walk::Walk,
+    place: &str,
+    meaning: Result<T, ConfigErrors>,
+) -> Result<T, ConfigErrors> {
     for place in &walk.ignored {
         tracing::warn!(%place, "a field of the configuration has no effect here");
         metrics::counter!("outrigger_config_fields_ignored").increment(1);
     }
-    let meaning = decode(descriptor, &value).and_then(Bootstrap::try_from);
+    for place in &walk.unknown {
+        tracing::warn!(%place, "a field of the configuration that nobody knows");
+        metrics::counter!("envoy_server_dynamic_unknown_fields").increment(1);
+    }
     let mut errors = walk.errors;
     match meaning {
-        Ok(bootstrap) => errors.finish(Some(bootstrap)),
-        Err(mut of_meaning) => {
+        Ok(meaning) => errors.finish(Some(meaning)),
+        Err(of_meaning) => {
+            let mut placed = ConfigErrors::default();
+            placed.absorb(place, of_meaning);
             // What had to be taken out is missing now, which is not a problem of its own.
-            of_meaning.retain(|place| {
+            placed.retain(|place| {
                 !walk
                     .removed
                     .iter()
                     .any(|gone| is_below(place, gone) || is_below(gone, place))
             });
-            errors.absorb("", of_meaning);
+            errors.absorb("", placed);
             errors.finish(None)
         }
     }

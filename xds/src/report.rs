@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc, time::Duration};
 /// Name of one engine in the fleet, unique across proxies and stable over the engine's restarts.
 ///
 /// Stand-alone it is `host:port` of the engine as its own proxy sees it, behind that proxy's node id: `node/host:port`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct EngineId(pub Arc<str>);
 
 impl fmt::Display for EngineId {

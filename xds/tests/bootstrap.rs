@@ -4,9 +4,13 @@ use outrigger_xds::{
     load::{Syntax, bootstrap, bootstrap_from_value, bootstrap_to_json, config_dump},
     resource::{
         bootstrap::{Admin, Bootstrap, Node},
-        cluster::{Balancing, CircuitBreakers, Cluster, LbPolicy, UpstreamProtocol},
+        cluster::{
+            Balancing, CircuitBreakers, Cluster, Discovery, Dns, LbPolicy, RetryLimit, Thresholds,
+            UpstreamProtocol,
+        },
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
         filter_chain::FilterChain,
+        hash_policy::{HashCookie, HashPolicy, HashSource},
         header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         health_check::{Checker, HealthCheck},
         listener::{
@@ -24,7 +28,7 @@ use outrigger_xds::{
             RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
         },
         route_action::{
-            ClusterNotFound, ClusterWeight, PathRedirect, WeightedClusters, WeightedName,
+            ClusterNotFound, ClusterWeight, PathRedirect, Priority, WeightedClusters, WeightedName,
         },
         server_header::ServerHeader,
         tls::{
@@ -140,7 +144,17 @@ static_resources:
                   query_parameters: [{name: q, string_match: {safe_regex: {google_re2: {}, regex: "a+"}, ignore_case: true}}, {name: p, present_match: true}]
                   runtime_fraction: {default_value: {numerator: 5, denominator: MILLION}, runtime_key: share}
                   grpc: {}
-                route: {cluster: engines, timeout: 0s, idle_timeout: 1.5s, prefix_rewrite: /}
+                route:
+                  cluster: engines
+                  timeout: 0s
+                  idle_timeout: 1.5s
+                  prefix_rewrite: /
+                  priority: HIGH
+                  hash_policy:
+                  - {header: {header_name: X-User, regex_rewrite: {pattern: {regex: "(a)(b)"}, substitution: '\2\1'}}, terminal: true}
+                  - {cookie: {name: c, ttl: 5s, path: /p, attributes: [{name: SameSite, value: Lax}]}}
+                  - {connection_properties: {source_ip: true}}
+                  - {query_parameter: {name: q}}
                 typed_per_filter_config:
                   kv:
                     "@type": type.googleapis.com/udpa.type.v1.TypedStruct
@@ -214,6 +228,8 @@ fn full_tls() -> DownstreamTls {
                     name(NameKind::Dns, NamePattern::Exact("b".into())),
                 ],
             }),
+            certificate_secrets: Vec::new(),
+            validation_secret: None,
             alpn: vec!["h2".into(), "http/1.1".into()],
         },
         require_client_certificate: true,
@@ -234,6 +250,7 @@ fn full_manager() -> HttpConnectionManager {
     let kv = json!({"block_tokens": 32, "overlap_weight": 1.5, "list": [1, null, true]});
     let format = json!({"status": "%RESPONSE_CODE%", "nested": {"ttft": "%TTFT%"}});
     HttpConnectionManager {
+        rds: None,
         stat_prefix: "ingress".into(),
         codec: Codec::Http1,
         route_config: full_routes(typed(KV_ROUTING, json!({"debug_header": true}))),
@@ -261,6 +278,7 @@ fn full_manager() -> HttpConnectionManager {
         drain_timeout: Duration::from_secs(5),
         max_request_headers_kb: 96,
         h2_max_concurrent_streams: 7,
+        ..HttpConnectionManager::default()
     }
 }
 
@@ -338,12 +356,14 @@ fn full_mixed() -> Route {
                             response: Mutations::default(),
                         },
                         host_rewrite: Some("in.side".into()),
+                        typed_per_filter_config: [].into(),
                     },
                     ClusterWeight {
                         cluster: WeightedName::Header("x-cluster".into()),
                         weight: 0,
                         headers: HeaderMutations::default(),
                         host_rewrite: None,
+                        typed_per_filter_config: [].into(),
                     },
                 ],
                 header_name: Some("x-number".into()),
@@ -426,11 +446,33 @@ fn full_v1(debug: TypedConfig) -> Route {
             timeout: Some(Duration::ZERO),
             idle_timeout: Some(Duration::from_millis(1500)),
             prefix_rewrite: Some("/".into()),
+            priority: Priority::High,
+            hash_policy: full_hash(),
             ..RouteAction::default()
         }),
         typed_per_filter_config: [("kv".to_owned(), debug)].into(),
         headers: HeaderMutations::default(),
     }
+}
+
+fn full_hash() -> Vec<HashPolicy> {
+    let policy = |source, terminal| HashPolicy { source, terminal };
+    let cookie = HashCookie {
+        name: "c".into(),
+        ttl: Some(Duration::from_secs(5)),
+        path: "/p".into(),
+        attributes: vec![("SameSite".into(), "Lax".into())],
+    };
+    let header = HashSource::Header {
+        name: "x-user".into(),
+        rewrite: Some(swap()),
+    };
+    vec![
+        policy(header, true),
+        policy(HashSource::Cookie(cookie), false),
+        policy(HashSource::SourceIp, false),
+        policy(HashSource::QueryParameter("q".into()), false),
+    ]
 }
 
 fn full_routes(debug: TypedConfig) -> RouteConfiguration {
@@ -468,6 +510,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         include_request_attempt_count: true,
         include_attempt_count_in_response: true,
         headers: HeaderMutations::default(),
+        typed_per_filter_config: [].into(),
     };
     RouteConfiguration {
         name: "local".into(),
@@ -484,6 +527,7 @@ fn full_routes(debug: TypedConfig) -> RouteConfiguration {
         validate_clusters: true,
         max_direct_response_body_bytes: 5000,
         ignore_port_in_host_matching: true,
+        typed_per_filter_config: [].into(),
     }
 }
 
@@ -531,15 +575,14 @@ fn health_check() -> HealthCheck {
     }
 }
 
-/// What `FULL` means.
-fn full() -> Bootstrap {
-    let file = AccessLogSink::File("/dev/null".into());
+fn engines() -> ClusterLoadAssignment {
     let facts = json!({"duty": "engine", "role": "prefill"});
-    let engines = ClusterLoadAssignment {
+    ClusterLoadAssignment {
         cluster_name: "engines".into(),
         endpoints: vec![
             LbEndpoint {
                 address: socket("localhost", 8000),
+                hostname: String::new(),
                 health_status: HealthStatus::Healthy,
                 load_balancing_weight: 3,
                 locality: 0,
@@ -547,6 +590,7 @@ fn full() -> Bootstrap {
             },
             LbEndpoint {
                 address: socket("10.0.0.2", 8000),
+                hostname: String::new(),
                 health_status: HealthStatus::Draining,
                 load_balancing_weight: 1,
                 locality: 0,
@@ -555,7 +599,12 @@ fn full() -> Bootstrap {
         ],
         localities: vec![Locality::default()],
         overprovisioning_factor: 0,
-    };
+    }
+}
+
+/// What `FULL` means.
+fn full() -> Bootstrap {
+    let file = AccessLogSink::File("/dev/null".into());
     Bootstrap {
         node: Node {
             id: "proxy-a".into(),
@@ -572,27 +621,44 @@ fn full() -> Bootstrap {
             tcp_backlog_size: 512,
             ..Listener::new("outbound", socket("::1", 8080), full_chain())
         }],
-        clusters: vec![Cluster {
-            name: "engines".into(),
-            connect_timeout: Duration::from_millis(500),
-            lb_policy: LbPolicy::LeastRequest,
-            balancing: Balancing {
-                healthy_panic_threshold: 25.0,
-                locality_weighted: true,
-                choice_count: 3,
-                active_request_bias: 1.5,
-            },
-            health_check: Some(health_check()),
-            outlier_detection: Some(outlier_detection()),
-            load_assignment: engines,
-            protocol: UpstreamProtocol::Http2,
-            tls: None,
-            circuit_breakers: CircuitBreakers {
+        clusters: vec![full_cluster()],
+        secrets: Vec::new(),
+        lds: None,
+        cds: None,
+    }
+}
+
+fn full_cluster() -> Cluster {
+    Cluster {
+        name: "engines".into(),
+        connect_timeout: Duration::from_millis(500),
+        discovery: Discovery::Dns(Dns::default()),
+        lb_policy: LbPolicy::LeastRequest,
+        balancing: Balancing {
+            healthy_panic_threshold: 25.0,
+            locality_weighted: true,
+            choice_count: 3,
+            active_request_bias: 1.5,
+            ..Balancing::default()
+        },
+        health_check: Some(health_check()),
+        outlier_detection: Some(outlier_detection()),
+        load_assignment: engines(),
+        eds: None,
+        connection: Default::default(),
+        protocol: UpstreamProtocol::Http2,
+        tls: None,
+        circuit_breakers: CircuitBreakers {
+            default: Thresholds {
                 max_connections: 10,
-                retry_budget_percent: 12.5,
-                ..CircuitBreakers::default()
+                retries: RetryLimit::Budget {
+                    percent: 12.5,
+                    min_concurrency: 3,
+                },
+                ..Thresholds::default()
             },
-        }],
+            ..CircuitBreakers::default()
+        },
     }
 }
 
@@ -817,7 +883,7 @@ fn all_problems_come_at_once() {
         (&format!("{H}/stat_prefix"), json!(1)),
         (&format!("{H}/http_filters/2"), json!(5)),
         (&format!("{H}/route_config/virtual_hosts/0/name"), json!("")),
-        (&format!("{C}/type"), json!("EDS")),
+        (&format!("{C}/lb_policy"), json!("CLUSTER_PROVIDED")),
         (&format!("{C}/load_assignment/bogus"), json!("EDS")),
     ]);
     assert_eq!(found.len(), 6, "{found:#?}");
@@ -826,7 +892,7 @@ fn all_problems_come_at_once() {
         "stat_prefix: expected",
         "http_filters[2]: expected",
         "virtual_hosts[0].name",
-        ".type: not",
+        ".lb_policy: not",
         "load_assignment: no such",
     ] {
         assert!(
@@ -1039,21 +1105,14 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             C.to_owned(),
-            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {}}),
-            "eds_cluster_config",
+            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {"eds_config": {"ads": {}}}}),
+            "ads",
         ),
     ];
     for (pointer, value, name) in table {
         let found = problems(&[(&pointer, value)]);
-        let (named, others): (Vec<_>, Vec<_>) = found
-            .iter()
-            .partition(|problem| problem.ends_with(&format!("not supported yet: {name}")));
-        assert_eq!(named.len(), 1, "{found:?}");
-        assert!(
-            others
-                .iter()
-                .all(|problem| problem.contains("not supported yet: EDS")),
-            "{found:?}"
-        );
+        assert_eq!(found.len(), 1, "{found:?}");
+        let refusal = format!("not supported yet: {name}");
+        assert!(found[0].ends_with(&refusal), "{found:?}");
     }
 }

@@ -13,8 +13,7 @@ from report import quantile
 
 BLOCK = 32
 CONVERSATIONS, TURNS, GROUPS = 12, 4, 4
-CROWDS = 2  # mixes at concurrency 8 of each policy and order
-CHANCE = 0.03  # by so much the ratio of four mixes differs from run to run; kv was ahead by 0.03 to 0.04 in three runs
+CROWDS = 3  # mixes at concurrency 8 of each policy and order: kv is ahead by some 0.035, and one mix differs from the next by 0.03
 WORDS = ("the of and model request that system user answer please summary context river mountain with for each token cache "
          "document section history result number question light paper market engine garden about which there would other "
          "morning station letter window bridge winter music kitchen forest captain harbour lantern sailor island").split()
@@ -215,6 +214,5 @@ def run(report, engines, proxies, restart):
     # One mix at concurrency 8 is 48 requests, and who meets whom is chance: all of a policy are judged together.
     crowd = {policy: round(hits[policy] / max(reusable[policy], 1), 4) for policy in hits}
     figures["concurrency_8_hit_ratio"] = crowd
-    figures["concurrency_8_kv_is_better"] = crowd["kv"] > crowd["round_robin"]
-    report.expect("7.2 kv at concurrency 8 is not behind round_robin by more than chance", crowd["kv"] > crowd["round_robin"] - CHANCE, crowd)
+    report.expect("7.2 kv at concurrency 8 is better than round_robin", crowd["kv"] > crowd["round_robin"], crowd)
     return figures, kept

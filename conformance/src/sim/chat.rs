@@ -9,6 +9,7 @@ use super::api::{
     self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
     Usage, reasons, to_json,
 };
+use super::completions::{ENTRANCE, given_prompt};
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::forms::{self, Call, Form, ToolCall, ToolDelta};
@@ -204,10 +205,13 @@ struct Asked {
 fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
     let messages = read_messages(fields)?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields, &["tools", "response_format"])?;
-    let prompt = engine
-        .tokenizer
-        .encode(&render(&messages, read_ending(fields)?));
+    api::check_simulated(fields, &["tools", "response_format", ENTRANCE])?;
+    let prompt = match given_prompt(engine, fields)? {
+        Some(prompt) => prompt,
+        None => engine
+            .tokenizer
+            .encode(&render(&messages, read_ending(fields)?)),
+    };
     let wanted = match api::integer(fields, "max_completion_tokens")? {
         Some(wanted) => Some(wanted),
         None => api::integer(fields, "max_tokens")?,

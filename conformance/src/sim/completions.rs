@@ -18,6 +18,8 @@ use super::rendered::{render_id, rendered};
 use super::scheduler::{Output, Sampling};
 use super::tokenizer::Tokenizer;
 
+/// Where a chat request may carry its prompt in tokens.
+pub(crate) const ENTRANCE: &str = "kv_transfer_params";
 /// `max_tokens` of a request that names none.
 const MAX_TOKENS_DEFAULT: usize = 16;
 
@@ -112,6 +114,19 @@ fn read_prompts(engine: &Engine, fields: &Fields) -> Result<Vec<Vec<u32>>, ApiEr
     let prompts: Vec<Vec<u32>> = prompts.ok_or_else(|| ApiError::wrong_type("prompt", "string"))?;
     check_vocabulary(engine, prompts.iter().flatten().copied())?;
     Ok(prompts)
+}
+
+/// The prompt of a chat in tokens, where it is given beside the messages. Not recorded: what vLLM does with it is read from its
+/// source, and an engine may be told not to know it.
+pub(crate) fn given_prompt(engine: &Engine, fields: &Fields) -> Result<Option<Vec<u32>>, ApiError> {
+    let given = fields.get(ENTRANCE);
+    let ids = given.and_then(|given| api::token_ids(given.get("prompt_token_ids")?));
+    if given.is_some_and(|given| !given.is_null()) && ids.is_none() {
+        return Err(ApiError::not_implemented("KV transfer"));
+    }
+    let ids = ids.filter(|_| engine.config.chat_token_prompts);
+    check_vocabulary(engine, ids.iter().flatten().copied())?;
+    Ok(ids)
 }
 
 /// Refuses ids outside the vocabulary.

@@ -58,6 +58,8 @@ pub struct Config {
     pub dev_mode: bool,
     /// `--enable-server-load-tracking`: `/load` counts.
     pub server_load_tracking: bool,
+    /// Chat takes prompts of tokens (`kv_transfer_params.prompt_token_ids`), as newer engines do.
+    pub chat_token_prompts: bool,
     /// Faults armed from the start.
     pub faults: Vec<Fault>,
     /// Whether a `die` fault ends the process (exit code 137) or this engine alone.
@@ -86,6 +88,7 @@ impl Default for Config {
             scale_out: false,
             dev_mode: false,
             server_load_tracking: false,
+            chat_token_prompts: true,
             faults: Vec::new(),
             die_exits_process: false,
         }
@@ -223,6 +226,7 @@ impl From<Flags> for Config {
             scale_out: flags.enable_scale_out,
             dev_mode: flags.dev_mode,
             server_load_tracking: flags.enable_server_load_tracking,
+            chat_token_prompts: true,
             faults: flags.fault,
             die_exits_process: true,
         }

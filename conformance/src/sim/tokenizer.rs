@@ -224,10 +224,13 @@ fn byte_letters() -> [char; 256] {
 #[derive(Default)]
 pub(crate) struct Detokenizer {
     pending: Vec<u8>,
+    /// `pending` is text of the prompt, to be told once it is whole.
+    again: bool,
 }
 
 impl Detokenizer {
-    /// Starts behind `prompt`: a character the prompt left unfinished is completed by the first tokens.
+    /// Starts behind `prompt`. As in vLLM, a prompt that ends within a character is told again from its beginning as soon
+    /// as that character is whole.
     pub(crate) fn behind(tokenizer: &Tokenizer, prompt: &[u32]) -> Self {
         let tail: Vec<u8> = prompt[prompt.len().saturating_sub(3)..]
             .iter()
@@ -238,14 +241,26 @@ impl Detokenizer {
         let pending = start.map_or(Vec::new(), |back| tail[tail.len() - back..].to_vec());
         let unfinished =
             matches!(std::str::from_utf8(&pending), Err(error) if error.error_len().is_none());
+        let all = || prompt.iter().filter(|&&id| !tokenizer.is_special(id));
+        let bytes = || all().flat_map(|&id| tokenizer.bytes(id)).copied().collect();
         Self {
-            pending: if unfinished { pending } else { Vec::new() },
+            pending: if unfinished { bytes() } else { Vec::new() },
+            again: unfinished,
         }
     }
 
     /// The text that `bytes` completes; may be empty.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> String {
         self.pending.extend_from_slice(bytes);
+        if self.again {
+            let end = std::str::from_utf8(&self.pending)
+                .err()
+                .map(|error| error.error_len());
+            if end == Some(None) {
+                return String::new();
+            }
+            self.again = false;
+        }
         let mut text = String::new();
         loop {
             match std::str::from_utf8(&self.pending) {
@@ -302,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_character_cut_by_the_prompt_is_completed() {
+    fn a_prompt_that_ends_within_a_character_is_told_again() {
         let tokenizer = Tokenizer::embedded();
         let ids = tokenizer.encode("sky🎨");
         let (prompt, rest) = ids.split_at(ids.len() - 2);
@@ -311,6 +326,6 @@ mod tests {
             .iter()
             .map(|&id| detokenizer.push(tokenizer.bytes(id)))
             .collect();
-        assert_eq!(text, "🎨");
+        assert_eq!(text, "sky🎨", "the prompt is told again");
     }
 }

@@ -773,7 +773,7 @@ async fn a_limit_on_requests_is_told_and_logged() {
             bootstrap
                 .clusters
                 .iter_mut()
-                .for_each(|cluster| cluster.circuit_breakers.max_requests = 1)
+                .for_each(|cluster| cluster.circuit_breakers.default.max_requests = 1)
         })
         .start();
     let mut first = proxy.client(Version::H1).await;

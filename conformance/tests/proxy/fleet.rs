@@ -677,6 +677,7 @@ async fn an_engine_told_of_before_it_was_configured_is_used_once_it_is() {
                 host: "127.0.0.1".into(),
                 port,
             },
+            hostname: String::new(),
             health_status: Default::default(),
             load_balancing_weight: 1,
             locality: 0,
@@ -778,7 +779,7 @@ async fn a_peers_refusal_is_walked_past() {
     limited
         .clusters
         .iter_mut()
-        .for_each(|cluster| cluster.circuit_breakers.max_requests = 1);
+        .for_each(|cluster| cluster.circuit_breakers.default.max_requests = 1);
     beside.proxy.apply(limited).unwrap();
     let long =
         r#"{"model":"sim","prompt":"go on","max_tokens":400,"ignore_eos":true,"stream":true}"#;
@@ -865,7 +866,7 @@ async fn a_push_of_configuration_loses_nothing_and_breaks_no_stream() {
             listener.http().max_request_headers_kb = 30 + round;
         }
         for cluster in &mut pushed.clusters {
-            cluster.circuit_breakers.max_requests = 1000 + round;
+            cluster.circuit_breakers.default.max_requests = 1000 + round;
         }
         proxy.proxy.apply(pushed).unwrap();
         // At once: no look-away until something is heard anew.

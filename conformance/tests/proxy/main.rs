@@ -5,9 +5,16 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod balancing;
+mod breakers;
 mod clusters;
 mod config;
+mod connections;
 mod drain;
+mod dynamic;
+mod dynamic_listeners;
+mod dynamic_load;
+mod dynamic_tls;
 mod edge;
 mod envoy;
 mod failures;
@@ -16,12 +23,17 @@ mod fleet;
 mod http_filters;
 mod limits;
 mod listeners;
+mod migration;
+mod migration_kill;
+mod migration_limits;
+mod per_filter;
 mod pipes;
 mod protocol;
 mod regression;
 mod reuse;
 mod routes;
 mod streams;
+mod support;
 mod tcp;
 mod tls;
 mod token_limits;

@@ -93,7 +93,7 @@ async fn a_peers_overflow_is_reported_as_overflow_and_inhibits_nobody() {
         .engine(slow.address)
         .edit(|bootstrap| {
             for cluster in &mut bootstrap.clusters {
-                cluster.circuit_breakers.max_requests = 1;
+                cluster.circuit_breakers.default.max_requests = 1;
             }
         })
         .start();

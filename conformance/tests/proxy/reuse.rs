@@ -1,11 +1,17 @@
 //! What becomes of a request whose reused connection ends before an answer?
 
 use futures_util::future::join_all;
-use outrigger_conformance::harness::{Client, Conn, ProxyBuilder, TestProxy, Upstream, Version};
+use outrigger_conformance::harness::{
+    Client, Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version,
+};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -101,4 +107,50 @@ async fn a_generation_lost_on_a_reused_connection_is_counted_as_a_retry() {
         2,
         "one to warm up, one that was lost"
     );
+}
+
+#[tokio::test]
+async fn a_client_that_was_served_and_asks_no_more_is_closed_and_a_long_answer_is_not() {
+    let server = Upstream::start(|mut conn, _| async move {
+        let head = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n";
+        conn.write(head).await;
+        for byte in ["l", "o", "n", "g"] {
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            conn.write(byte).await;
+        }
+        Some(conn)
+    })
+    .await;
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(|bootstrap| {
+            for listener in &mut bootstrap.listeners {
+                listener.http().idle_timeout = Duration::from_millis(300);
+            }
+        })
+        .start();
+    let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
+    for _ in 0..2 {
+        // The next request is half sent for a while: that is no rest either.
+        socket.write_all(b"GET /x HTTP/1.1\r\nho").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        socket.write_all(b"st: a\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\nlong") {
+            let count = socket.read_buf(&mut answer).await.unwrap();
+            assert!(count > 0, "cut: {}", String::from_utf8_lossy(&answer));
+        }
+    }
+    let began = Instant::now();
+    let read = tokio::time::timeout(Duration::from_secs(10), socket.read(&mut [0; 8])).await;
+    assert_eq!(read.expect("it is closed").unwrap_or_default(), 0);
+    assert!(
+        began.elapsed() >= Duration::from_millis(250),
+        "{:?}",
+        began.elapsed()
+    );
+    let closed = proxy
+        .metric("envoy_http_downstream_cx_idle_timeout", "")
+        .await;
+    assert_eq!(closed, 1.0);
 }

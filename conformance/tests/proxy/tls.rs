@@ -112,7 +112,7 @@ impl Ca {
     }
 }
 
-fn context(pairs: &[&Pair]) -> DownstreamTls {
+pub(super) fn context(pairs: &[&Pair]) -> DownstreamTls {
     DownstreamTls {
         common: CommonTls {
             certificates: pairs.iter().map(|pair| pair.resource()).collect(),
@@ -123,7 +123,7 @@ fn context(pairs: &[&Pair]) -> DownstreamTls {
     }
 }
 
-fn outbound(bootstrap: &mut Bootstrap) -> &mut Listener {
+pub(super) fn outbound(bootstrap: &mut Bootstrap) -> &mut Listener {
     let mut all = bootstrap.listeners.iter_mut();
     all.find(|listener| listener.name == OUTBOUND).unwrap()
 }
@@ -180,7 +180,7 @@ impl TlsClient {
     }
 
     /// A GET by the protocol that was agreed on; none if the connection ends without an answer.
-    async fn get(&self, address: SocketAddr, path: &str) -> Option<Answer> {
+    pub(super) async fn get(&self, address: SocketAddr, path: &str) -> Option<Answer> {
         let stream = self.shake(address).await.ok()?;
         let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         let leaf = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
@@ -210,10 +210,10 @@ impl TlsClient {
     }
 }
 
-struct Answer {
+pub(super) struct Answer {
     status: StatusCode,
     body: String,
-    leaf: CertificateDer<'static>,
+    pub(super) leaf: CertificateDer<'static>,
     h2: bool,
 }
 
@@ -231,7 +231,7 @@ impl Answer {
     }
 }
 
-fn der(pair: &Pair) -> CertificateDer<'static> {
+pub(super) fn der(pair: &Pair) -> CertificateDer<'static> {
     CertificateDer::from_pem_slice(pair.chain.as_bytes()).unwrap()
 }
 
@@ -543,7 +543,7 @@ async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
 pub(super) struct SeenBy {
     sni: Option<String>,
     pub(super) alpn: Option<String>,
-    client: Option<CertificateDer<'static>>,
+    pub(super) client: Option<CertificateDer<'static>>,
 }
 
 /// Takes TLS off before `behind`.
@@ -598,7 +598,7 @@ pub(super) async fn terminating(
     (address, seen)
 }
 
-fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
+pub(super) fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
     let mut all = bootstrap.clusters.iter_mut();
     all.find(|cluster| cluster.name == FLEET).unwrap()
 }

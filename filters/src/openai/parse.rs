@@ -3,13 +3,12 @@
 //! Contents are skipped, not unescaped; nothing is copied but the few small strings. A body that is no JSON object of
 //! the expected kind gives `None`: it is forwarded as it is, and the engine answers with its own error.
 
-use super::{Api, OpenAiRequest, Prompt, PromptFlags, Spans, StreamLimits};
+use super::{Api, OpenAiRequest, Prompt, PromptFlags, Spans, StreamLimits, scan};
 use bytes::Bytes;
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{IgnoredAny, SeqAccess, Visitor},
 };
-use serde_json::value::RawValue;
 use std::{borrow::Cow, fmt, ops::Range};
 
 /// Which API a path belongs to, the query string left out.
@@ -47,14 +46,12 @@ pub(super) fn names_a_model(api: Api) -> bool {
 /// Reads a body; `None` if it is not what the API expects.
 pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<OpenAiRequest> {
     let text = std::str::from_utf8(body).ok()?;
-    let fields: Fields<'_> = serde_json::from_str(text).ok()?;
-    let span = |raw: Option<&RawValue>| {
-        raw.filter(|raw| raw.get() != "null")
-            .map(|raw| place(text, raw))
-    };
+    let mut fields = Fields::default();
+    scan::members(text, |key, raw| fields.set(key, raw))?;
+    let span = |raw: Option<&str>| raw.filter(|raw| *raw != "null").map(|raw| place(text, raw));
     let raw_prompt = fields.raw_prompt(api);
     let options = fields.stream_options.as_ref();
-    let prompt = raw_prompt.map_or(Prompt::None, |raw| kind(raw.get()));
+    let prompt = raw_prompt.map_or(Prompt::None, |raw| kind(raw));
     Some(OpenAiRequest {
         api,
         tenant: None,
@@ -67,6 +64,8 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
         include_usage: options
             .and_then(|options| options.include_usage)
             .unwrap_or(false),
+        return_token_ids: fields.return_token_ids,
+        include_stop: fields.include_stop,
         n: fields.n.unwrap_or(1).max(1),
         max_tokens: fields.max_tokens(),
         cache_salt: fields.cache_salt.as_ref().map(|salt| salt.as_ref().into()),
@@ -83,6 +82,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
             tools: span(fields.tools),
             tool_choice: span(fields.tool_choice),
             documents: span(fields.documents),
+            stop: span(fields.stop),
             chat_template: span(fields.chat_template),
             chat_template_kwargs: span(fields.chat_template_kwargs),
             reasoning_effort: span(fields.reasoning_effort),
@@ -98,9 +98,9 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
 }
 
 /// Where a borrowed value lies in the text it was read from.
-fn place(text: &str, raw: &RawValue) -> Range<usize> {
-    let start = raw.get().as_ptr() as usize - text.as_ptr() as usize;
-    start..start + raw.get().len()
+fn place(text: &str, raw: &str) -> Range<usize> {
+    let start = raw.as_ptr() as usize - text.as_ptr() as usize;
+    start..start + raw.len()
 }
 
 /// The fields that matter. Unknown ones are skipped; of repeated ones the last counts, as in the engines.
@@ -115,20 +115,23 @@ struct Fields<'a> {
     max_output_tokens: Option<u64>,
     sampling_params: Option<Sampling>,
     cache_salt: Option<Cow<'a, str>>,
-    messages: Option<&'a RawValue>,
-    prompt: Option<&'a RawValue>,
-    text: Option<&'a RawValue>,
-    input: Option<&'a RawValue>,
-    ids: Option<&'a RawValue>,
+    messages: Option<&'a str>,
+    prompt: Option<&'a str>,
+    text: Option<&'a str>,
+    input: Option<&'a str>,
+    ids: Option<&'a str>,
     media: bool,
     prompt_embeds: bool,
-    system: Option<&'a RawValue>,
-    tools: Option<&'a RawValue>,
-    tool_choice: Option<&'a RawValue>,
-    documents: Option<&'a RawValue>,
-    chat_template: Option<&'a RawValue>,
-    chat_template_kwargs: Option<&'a RawValue>,
-    reasoning_effort: Option<&'a RawValue>,
+    system: Option<&'a str>,
+    tools: Option<&'a str>,
+    tool_choice: Option<&'a str>,
+    documents: Option<&'a str>,
+    stop: Option<&'a str>,
+    return_token_ids: bool,
+    include_stop: bool,
+    chat_template: Option<&'a str>,
+    chat_template_kwargs: Option<&'a str>,
+    reasoning_effort: Option<&'a str>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
@@ -138,7 +141,7 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    fn raw_prompt(&self, api: Api) -> Option<&'a RawValue> {
+    fn raw_prompt(&self, api: Api) -> Option<&'a str> {
         let raw = match api {
             Api::Chat | Api::Messages => self.messages,
             Api::Completions => self.prompt,
@@ -147,7 +150,7 @@ impl<'a> Fields<'a> {
             Api::Render | Api::Tokenize => self.messages.or(self.prompt),
             Api::Embeddings | Api::Models | Api::Other => None,
         };
-        raw.filter(|raw| raw.get() != "null")
+        raw.filter(|raw| *raw != "null")
     }
 
     fn max_tokens(&self) -> Option<u64> {
@@ -164,7 +167,7 @@ impl<'a> Fields<'a> {
             Api::Responses => self.input,
             _ => None,
         };
-        self.media || self.prompt_embeds || parts.is_some_and(|raw| has_media(raw.get()))
+        self.media || self.prompt_embeds || parts.is_some_and(|raw| has_media(raw))
     }
 
     fn opaque(&self) -> bool {
@@ -187,49 +190,22 @@ struct Sampling {
 }
 
 /// A value of the expected type, or nothing: a wrong type is the engine's to complain about.
-fn lenient<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Option<T> {
-    serde_json::from_str(raw.get()).ok()
+fn lenient<'a, T: Deserialize<'a>>(raw: &'a str) -> Option<T> {
+    serde_json::from_str(raw).ok()
 }
 
-fn is_set(raw: &RawValue) -> bool {
-    !matches!(raw.get(), "null" | "[]" | "{}" | "false")
+fn is_set(raw: &str) -> bool {
+    !matches!(raw, "null" | "[]" | "{}" | "false")
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer
-            .deserialize_map(FieldsVisitor)
-            .map(|fields: Fields<'de>| fields)
-    }
-}
-
-struct FieldsVisitor;
-
-impl<'de> Visitor<'de> for FieldsVisitor {
-    type Value = Fields<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a request object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
-        let mut fields = Fields::default();
-        while let Some(key) = map.next_key::<Key<'de>>()? {
-            let raw = map.next_value::<&'de RawValue>()?;
-            fields.set(&key.0, raw);
-        }
-        Ok(fields)
-    }
-}
-
-/// A key, borrowed where it has no escapes (serde would copy a plain `Cow`).
+/// A text, borrowed where it has no escapes (serde would copy a plain `Cow`).
 #[derive(Deserialize)]
-struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl<'a> Fields<'a> {
-    fn set(&mut self, key: &str, raw: &'a RawValue) {
+    fn set(&mut self, key: &str, raw: &'a str) {
         match key {
-            "model" => self.model = lenient::<Key<'a>>(raw).map(|key| key.0),
+            "model" => self.model = lenient::<Text<'a>>(raw).map(|text| text.0),
             "stream" => self.stream = lenient(raw),
             "stream_options" => self.stream_options = lenient(raw),
             "n" => self.n = lenient(raw),
@@ -237,7 +213,10 @@ impl<'a> Fields<'a> {
             "max_tokens" => self.max_tokens = lenient(raw),
             "max_output_tokens" => self.max_output_tokens = lenient(raw),
             "sampling_params" => self.sampling_params = lenient(raw),
-            "cache_salt" => self.cache_salt = lenient::<Key<'a>>(raw).map(|key| key.0),
+            "cache_salt" => self.cache_salt = lenient::<Text<'a>>(raw).map(|text| text.0),
+            "stop" => self.stop = Some(raw),
+            "return_token_ids" => self.return_token_ids = raw == "true",
+            "include_stop_str_in_output" => self.include_stop = raw == "true",
             "messages" => self.messages = Some(raw),
             "prompt" => self.prompt = Some(raw),
             "text" => self.text = Some(raw),
@@ -252,7 +231,7 @@ impl<'a> Fields<'a> {
     }
 
     /// What changes how a prompt becomes tokens.
-    fn set_template(&mut self, key: &str, raw: &'a RawValue) {
+    fn set_template(&mut self, key: &str, raw: &'a str) {
         match key {
             "system" => self.system = Some(raw),
             "tools" => self.tools = Some(raw),
@@ -266,9 +245,7 @@ impl<'a> Fields<'a> {
             "add_special_tokens" => self.add_special_tokens = lenient(raw),
             "truncate_prompt_tokens" => self.truncate |= is_set(raw),
             "previous_response_id" => self.previous |= is_set(raw),
-            "kv_transfer_params" => {
-                self.kv_transfer_params |= raw.get().contains("prompt_token_ids")
-            }
+            "kv_transfer_params" => self.kv_transfer_params |= raw.contains("prompt_token_ids"),
             _ => {}
         }
     }

@@ -61,12 +61,21 @@ impl Outcome {
         match self {
             Self::Response(_) => false,
             Self::Unwanted(_) => true,
+            // Our own circuit breaker is of the cluster: another endpoint of it is no help.
+            Self::Failed(error) if error.is_own_overflow() => false,
             Self::Failed(error) => rules.helps(error),
         }
     }
 
     pub(crate) fn is_stale(&self) -> bool {
         matches!(self, Self::Failed(error) if error.stale)
+    }
+
+    /// Whether the endpoint broke after it had the request, which may be why.
+    pub(crate) fn is_death(&self) -> bool {
+        matches!(self, Self::Failed(error) if error.retry == Retry::NothingReceived
+            && !error.stale
+            && matches!(error.flag, Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset))
     }
 
     /// Whether the endpoint broke, rather than being too busy or too slow.
@@ -220,6 +229,7 @@ impl<'a> Attempt<'a> {
             headers_timeout: [headers_timeout, left, per_try].into_iter().flatten().min(),
             replace_stale: false,
             upgrade: context.upgrade,
+            priority: context.route.priority,
         }
     }
 
@@ -249,7 +259,7 @@ impl<'a> Attempt<'a> {
             .filter(|_| !address.is_pipe())
         {
             before.head = Some(Box::new((request.uri().clone(), request.headers().clone())));
-            rewrite_host(request, &self.target.endpoint.address.host, auto);
+            rewrite_host(request, &self.target.endpoint.hostname, auto);
         }
         let headers = request.headers_mut();
         if context.route.attempts_to_upstream {

@@ -70,13 +70,18 @@ fn one(
     // Behind a peer an engine has to be named; a copy is for whoever takes it.
     let fits = |endpoint: &&Arc<Endpoint>| endpoint.via != Via::Peer && endpoint.is_alive();
     let candidates: Vec<_> = view.endpoints.iter().filter(fits).cloned().collect();
-    let chosen = services.endpoints.choose(&view, &candidates);
+    let chosen = services.endpoints.choose(&view, &candidates, None);
     let endpoint = candidates[chosen.ok_or("no_healthy_upstream")?].clone();
     let mut copy = copy(request).ok_or("body_not_read")?;
     let counted = Counted::new().ok_or("too_many")?;
+    let priority = context.route.priority;
+    let want = Want {
+        priority,
+        ..Want::default()
+    };
     let mut reservation = services
         .endpoints
-        .reserve(&view, &endpoint, &Want::default())
+        .reserve(&view, &endpoint, &want)
         .map_err(|_| "overflow")?;
     if mirror.append_suffix {
         let shadow = shadow(authority(copy.uri(), copy.headers()));
@@ -91,6 +96,7 @@ fn one(
         headers_timeout: Some(limit),
         replace_stale: true,
         upgrade: false,
+        priority,
     };
     let upstream = services.upstream.clone();
     endpoint.stats.total.fetch_add(1, Relaxed);

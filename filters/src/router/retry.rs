@@ -1,4 +1,4 @@
-//! When another attempt is allowed: our defaults, Envoy's `retry_on`, and the budget.
+//! When another attempt is allowed: our defaults, and Envoy's `retry_on`.
 
 use crate::{
     error::{Error, Retry},
@@ -7,13 +7,7 @@ use crate::{
 use http::{HeaderMap, HeaderName, StatusCode};
 use outrigger_xds::resource::route::RetryPolicy;
 use rand::Rng;
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 /// Attempts after the first, where no policy says otherwise.
 pub const RETRIES_MAX: usize = 3;
@@ -216,46 +210,15 @@ impl Rules {
     }
 }
 
-/// How many requests are in flight, and how many of them are retries.
-#[derive(Debug, Default)]
-pub struct Budget {
-    active: AtomicU64,
-    retries: AtomicU64,
-}
-
-/// Counts one request or retry until dropped.
-pub struct Counted(Arc<Budget>, fn(&Budget) -> &AtomicU64);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        (self.1)(&self.0).fetch_sub(1, Relaxed);
-    }
-}
-
-impl Budget {
-    /// One more request in flight.
-    pub fn enter(self: &Arc<Self>) -> Counted {
-        self.active.fetch_add(1, Relaxed);
-        Counted(self.clone(), |budget| &budget.active)
-    }
-
-    /// One more retry in flight.
-    pub fn retrying(self: &Arc<Self>) -> Counted {
-        self.retries.fetch_add(1, Relaxed);
-        Counted(self.clone(), |budget| &budget.retries)
-    }
-
-    /// Whether one more retry is within `percent` of the active requests, or within `min` at once.
-    pub fn allows(&self, percent: f64, min: u32) -> bool {
-        let retries = self.retries.load(Relaxed) as f64;
-        let active = self.active.load(Relaxed) as f64;
-        retries < f64::from(min).max(active * percent / 100.0)
-    }
-}
-
 /// A request that was tried again went well.
 pub(super) fn count_success(cluster: &str) {
     metrics::counter!("envoy_cluster_upstream_rq_retry_success", "envoy_cluster_name" => cluster.to_owned())
+        .increment(1);
+}
+
+/// A request was not tried again: too many retries are in flight.
+pub(super) fn count_overflow(cluster: &str) {
+    metrics::counter!("envoy_cluster_upstream_rq_retry_overflow", "envoy_cluster_name" => cluster.to_owned())
         .increment(1);
 }
 
@@ -425,18 +388,5 @@ mod tests {
             );
         }
         assert_eq!(Rules::new(None, true, &request()).back_off(1), None);
-    }
-
-    #[test]
-    fn the_budget_holds() {
-        let budget = Arc::new(Budget::default());
-        let _requests: Vec<_> = (0..20).map(|_| budget.enter()).collect();
-        let mut retries = Vec::new();
-        while budget.allows(20.0, 3) {
-            retries.push(budget.retrying());
-        }
-        assert_eq!(retries.len(), 4, "20 % of 20");
-        retries.pop();
-        assert!(budget.allows(20.0, 3), "a finished retry makes room");
     }
 }

@@ -237,6 +237,7 @@ async fn exchange(
         headers_timeout: None,
         replace_stale: true,
         upgrade: false,
+        priority: Default::default(),
     };
     let response = upstream
         .send(endpoint, &mut request, options)

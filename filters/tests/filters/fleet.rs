@@ -17,11 +17,7 @@ use outrigger_filters::{
 };
 use outrigger_xds::{
     report::{EngineId, EngineKind, EngineState, Health, Load, Model},
-    resource::{
-        cluster::{LbPolicy, UpstreamProtocol},
-        endpoint::Address,
-        route::TypedConfig,
-    },
+    resource::{cluster::LbPolicy, route::TypedConfig},
 };
 use std::{
     path::PathBuf,
@@ -56,12 +52,19 @@ impl Endpoints for View {
                 lb_policy: LbPolicy::default(),
                 connect_timeout: Duration::from_secs(5),
                 even: true,
+                override_host: Arc::default(),
+                breakers: Arc::default(),
                 endpoints: self.0.clone(),
             })
         })
     }
 
-    fn choose(&self, _view: &ClusterView, candidates: &[Arc<Endpoint>]) -> Option<usize> {
+    fn choose(
+        &self,
+        _view: &ClusterView,
+        candidates: &[Arc<Endpoint>],
+        _hash: Option<u64>,
+    ) -> Option<usize> {
         (!candidates.is_empty()).then_some(0)
     }
 
@@ -149,18 +152,11 @@ impl Fleet {
                 Arc::new(Endpoint {
                     slot: kv_index.slot(&id),
                     id,
-                    address: Address::default(),
                     via: *via,
-                    protocol: UpstreamProtocol::default(),
-                    tls: None,
                     weight: 1,
-                    health_status: Default::default(),
-                    priority: 0,
-                    locality: 0,
                     cluster: "engines".into(),
-                    host: Arc::default(),
                     live: Arc::new(ArcSwap::from_pointee(live)),
-                    stats: Arc::default(),
+                    ..Endpoint::default()
                 })
             })
             .collect();
@@ -174,6 +170,7 @@ impl Fleet {
             kv_index,
             tokenizers: Arc::new(Tokenizers::new(TokenizersConfig::default())),
             compute: tokio::runtime::Handle::current(),
+            migration: Arc::default(),
             token_limits: Arc::default(),
             serving: Arc::default(),
             node_cluster: Arc::default(),

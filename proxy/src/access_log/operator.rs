@@ -54,6 +54,7 @@ pub(super) enum Operator {
     ItlP99,
     PrefixHitTokens,
     PrefixHitTokensConfirmed,
+    Migrations,
     PromptTokens,
     CompletionTokens,
     Model,
@@ -278,6 +279,7 @@ impl Operator {
             "ITL_P99" => Self::ItlP99,
             "PREFIX_HIT_TOKENS" => Self::PrefixHitTokens,
             "PREFIX_HIT_TOKENS_CONFIRMED" => Self::PrefixHitTokensConfirmed,
+            "MIGRATIONS" => Self::Migrations,
             "PROMPT_TOKENS" => Self::PromptTokens,
             "COMPLETION_TOKENS" => Self::CompletionTokens,
             "MODEL" => Self::Model,
@@ -342,6 +344,7 @@ impl Operator {
             Self::PrefixHitTokensConfirmed => {
                 log.hit_tokens_confirmed.map_or(Value::Missing, Value::Uint)
             }
+            Self::Migrations => Value::Uint(log.migrations.into()),
             Self::PromptTokens => log.prompt_tokens.map_or(Value::Missing, Value::Uint),
             Self::CompletionTokens => log.completion_tokens.map_or(Value::Missing, Value::Uint),
             Self::Model => text(log.model.as_deref().unwrap_or_default()),

@@ -155,6 +155,7 @@ fn our_operators_in_text() {
             "%PROMPT_TOKENS% %COMPLETION_TOKENS% %MODEL%",
             "120 7 smol\\x22lm",
         ),
+        ("%MIGRATIONS%", "0"),
         ("%ROUTING_DECISION%", DECISION),
     ] {
         assert_eq!(text(format, &full_entry(&log)), expect, "{format}");

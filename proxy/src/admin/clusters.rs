@@ -4,7 +4,10 @@
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Via};
 use outrigger_xds::{
     report::Health,
-    resource::endpoint::{Address, HealthStatus},
+    resource::{
+        endpoint::{Address, HealthStatus},
+        route_action::Priority,
+    },
 };
 use serde_json::{Value, json};
 use std::{
@@ -102,6 +105,14 @@ pub(super) fn text(clusters: &[Arc<ClusterView>]) -> String {
     for cluster in clusters {
         let name = &cluster.name;
         line(&mut out, format_args!("{name}::observability_name::{name}"));
+        for (priority, label) in [(Priority::Default, "default"), (Priority::High, "high")] {
+            for (key, max) in limits(cluster, priority) {
+                line(
+                    &mut out,
+                    format_args!("{name}::{label}_priority::{key}::{max}"),
+                );
+            }
+        }
         line(&mut out, format_args!("{name}::added_via_api::false"));
         for endpoint in &cluster.endpoints {
             let mut put = |key: &str, value: &dyn Display| {
@@ -116,11 +127,22 @@ pub(super) fn text(clusters: &[Arc<ClusterView>]) -> String {
     out
 }
 
+/// Of circuit breakers.
+fn limits(cluster: &ClusterView, priority: Priority) -> [(&'static str, u64); 4] {
+    let breaker = cluster.breakers.of(priority);
+    [
+        ("max_connections", breaker.connections.max()),
+        ("max_pending_requests", breaker.pending.max()),
+        ("max_requests", breaker.requests.max()),
+        ("max_retries", breaker.retries_max()),
+    ]
+}
+
 fn endpoint_lines(endpoint: &Endpoint, put: &mut dyn FnMut(&str, &dyn Display)) {
     for (key, value, _) in stats(endpoint) {
         put(key, &value);
     }
-    put("hostname", &endpoint.address.host);
+    put("hostname", &endpoint.hostname);
     let flags = health_flags(endpoint).concat();
     put(
         "health_flags",
@@ -208,7 +230,7 @@ fn host_status(endpoint: &Endpoint) -> Value {
     });
     json!({
         "address": address(&endpoint.address),
-        "hostname": endpoint.address.host,
+        "hostname": &*endpoint.hostname,
         "stats": stats,
         "health_status": health_status(endpoint),
         "weight": endpoint.weight,

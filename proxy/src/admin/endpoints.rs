@@ -5,6 +5,7 @@ use crate::metrics::{self, Format, Memory, ProcessFacts, Query};
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
+use outrigger_filters::endpoints::Via;
 use regex::Regex;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -52,11 +53,16 @@ const fn post(
 
 static ENDPOINTS: &[Endpoint] = &[
     get("/", "Admin home page", home),
-    get("/certs", "print certs on machine", |_, _| {
-        Reply::json(&json!({}))
+    get("/certs", "print certs on machine", |admin, _| {
+        Reply::json(&(admin.state.certs)())
     }),
     get("/clusters", "upstream cluster status", cluster_status),
     get("/config_dump", "dump current configuration", config_dump),
+    post(
+        "/drain",
+        "move streams away from an engine, ?endpoint=ID[&undo]",
+        drain,
+    ),
     post("/drain_listeners", "drain listeners", |admin, _| {
         (admin.state.on_drain)();
         Reply::text("OK\n")
@@ -346,6 +352,32 @@ fn cluster_status(admin: &Admin, params: &Params) -> Reply {
     }
 }
 
+/// The engine gets nothing new, and what can move moves; `undo` ends that.
+fn drain(admin: &Admin, params: &Params) -> Reply {
+    let Some(name) = params.get("endpoint").filter(|name| !name.is_empty()) else {
+        return Reply::bad_request("usage: /drain?endpoint=ID[&undo]\n".to_owned());
+    };
+    let leaving = params.get("undo").is_none();
+    let mut found = None;
+    for view in (admin.state.clusters)() {
+        for endpoint in view.endpoints.iter().filter(|known| *known.id.0 == *name) {
+            endpoint.stats.leaving.store(leaving, Relaxed);
+            if endpoint.via == Via::Local {
+                (admin.state.leave)(&endpoint.id, leaving);
+            }
+            found = Some(endpoint.clone());
+        }
+    }
+    match found {
+        Some(endpoint) => Reply::json(&json!({
+            "endpoint": name,
+            "draining": leaving,
+            "active_requests": endpoint.stats.active.load(Relaxed),
+        })),
+        None => Reply::text(format!("no endpoint {name:?}\n")).status(StatusCode::NOT_FOUND),
+    }
+}
+
 /// With `?resource=FIELD`, only the entries of that list, whichever section it is in.
 fn config_dump(admin: &Admin, params: &Params) -> Reply {
     if let Some(unsupported) = ["mask", "name_regex"]
@@ -356,7 +388,7 @@ fn config_dump(admin: &Admin, params: &Params) -> Reply {
             "/config_dump does not support ?{unsupported}= here\n"
         ));
     }
-    let dump = (admin.state.config_dump)();
+    let dump = (admin.state.config_dump)(params.get("include_eds").is_some());
     let Some(resource) = params.get("resource") else {
         return Reply::json(&dump);
     };

@@ -5,10 +5,7 @@ use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::{Endpoint, Live, Via};
 use outrigger_xds::{
     report::{EngineKind, EngineState, Health, Load, Model},
-    resource::{
-        cluster::{LbPolicy, UpstreamProtocol},
-        endpoint::Address,
-    },
+    resource::{cluster::LbPolicy, endpoint::Address},
 };
 use serde_json::json;
 use std::{
@@ -63,17 +60,11 @@ fn endpoint(host: &str, via: Via, live: Live) -> Arc<Endpoint> {
             port: 8000,
         },
         via,
-        protocol: UpstreamProtocol::Http1,
-        tls: None,
+        hostname: host.into(),
         weight: 1,
-        health_status: Default::default(),
-        priority: 0,
-        locality: 0,
         cluster: "engines".into(),
-        host: Arc::default(),
-        slot: 0,
         live: Arc::new(ArcSwap::from_pointee(live)),
-        stats: Arc::default(),
+        ..Endpoint::default()
     })
 }
 
@@ -121,6 +112,8 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         lb_policy: LbPolicy::RoundRobin,
         connect_timeout: Duration::from_secs(5),
         even: true,
+        override_host: Arc::default(),
+        breakers: Arc::default(),
         endpoints: vec![local, dead],
     })]
 }
@@ -146,12 +139,14 @@ async fn start(limits: Limits) -> Running {
         serving: Arc::default(),
         server_state: Arc::new(move || states[usize::from(for_state.load(Relaxed))]),
         config_dump: Arc::new(
-            || json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),
+            |_| json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),
         ),
+        certs: Arc::new(|| json!({"certificates": []})),
         clusters: Arc::new(clusters),
         listeners: Arc::new(|| vec![("outbound".into(), "127.0.0.1:10000".parse().unwrap())]),
         options: json!({"concurrency": 2}),
         node: ("n1".into(), "c1".into()),
+        leave: Arc::new(|_, _| {}),
         on_drain: Arc::new(tell("drain")),
         set_log_level: Arc::new(move |directives| {
             for_logs.lock().unwrap().push(directives.to_owned());
@@ -250,7 +245,10 @@ async fn plain_paths_and_their_headers() {
 #[tokio::test]
 async fn json_paths() {
     let admin = start(Limits::default()).await;
-    assert_eq!(admin.ask("GET", "/certs").await.json(), json!({}));
+    assert_eq!(
+        admin.ask("GET", "/certs").await.json(),
+        json!({"certificates": []})
+    );
     let listeners = admin.ask("GET", "/listeners?format=json").await.json();
     let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 10000}});
     assert_eq!(

@@ -1,9 +1,13 @@
 //! What codec and connection manager tell each other of the exchange on an HTTP/1 connection.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use outrigger_filters::endpoints::clock_ms;
+use std::{
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
 /// Of one connection; an HTTP/2 connection leaves it alone.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Exchange {
     /// A request is with the connection manager, or its response is not over.
     busy: AtomicBool,
@@ -12,6 +16,20 @@ pub(crate) struct Exchange {
     /// The head that was remembered has been served.
     taken: AtomicBool,
     odd: AtomicU8,
+    /// Since when nothing runs, on [`clock_ms`]'s clock.
+    rests_since_ms: AtomicU64,
+}
+
+impl Default for Exchange {
+    fn default() -> Self {
+        Self {
+            busy: AtomicBool::default(),
+            answered: AtomicBool::default(),
+            taken: AtomicBool::default(),
+            odd: AtomicU8::default(),
+            rests_since_ms: AtomicU64::new(clock_ms()),
+        }
+    }
 }
 
 /// What was seen in the bytes of a head, and that its parsed form does not tell.
@@ -41,6 +59,7 @@ impl Exchange {
 
     /// Its response is over, or nobody waits for it any more.
     pub(crate) fn end(&self) {
+        self.rests_since_ms.store(clock_ms(), Relaxed);
         self.busy.store(false, Relaxed);
     }
 
@@ -49,6 +68,12 @@ impl Exchange {
             | u8::from(odd.fragment) << 1
             | u8::from(odd.two_lengths) << 2;
         self.odd.store(bits, Relaxed);
+    }
+
+    /// For how long nothing has run; `None` while something does.
+    pub(super) fn rest(&self) -> Option<Duration> {
+        let since = self.rests_since_ms.load(Relaxed);
+        (!self.is_busy()).then(|| Duration::from_millis(clock_ms().saturating_sub(since)))
     }
 
     pub(super) fn is_busy(&self) -> bool {

@@ -9,10 +9,11 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{
-    cluster::UpstreamProtocol,
+    cluster::{ConnectionOptions, UpstreamProtocol},
     endpoint::Address,
     health_check::{Checker, HealthCheck},
 };
+use std::sync::Arc;
 
 /// Of an answer's body; a longer one costs the connection.
 const ANSWER_BYTES_MAX: usize = 65_536;
@@ -26,6 +27,7 @@ pub(super) struct Asker {
     host: String,
     address: Address,
     tls: Option<Secured>,
+    options: Arc<ConnectionOptions>,
     reuse: bool,
     connection: Option<SendRequest<Empty<Bytes>>>,
 }
@@ -34,8 +36,8 @@ impl Asker {
     pub(super) fn new(
         config: &HealthCheck,
         cluster: &str,
-        address: &Address,
-        tls: Option<&Secured>,
+        (address, tls): (&Address, Option<&Secured>),
+        options: &Arc<ConnectionOptions>,
     ) -> Self {
         let host = match &config.checker {
             Checker::Http { host, .. } if !host.is_empty() => host.clone(),
@@ -46,6 +48,7 @@ impl Asker {
             host,
             address: address.clone(),
             tls: tls.cloned(),
+            options: options.clone(),
             reuse: config.reuse_connection,
             connection: None,
         }
@@ -80,8 +83,9 @@ impl Asker {
     }
 
     async fn open(&self) -> std::io::Result<Stream> {
+        let tls = self.tls.as_ref();
         let protocol = Some(UpstreamProtocol::Http1);
-        upstream::connect::open(&self.address, self.tls.as_ref(), protocol).await
+        upstream::connect::open(&self.address, tls, protocol, &self.options).await
     }
 
     async fn connect(&self) -> Option<SendRequest<Empty<Bytes>>> {

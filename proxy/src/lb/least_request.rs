@@ -35,6 +35,25 @@ pub(super) fn even<'a>(
     best
 }
 
+/// The least loaded of all; of several, any.
+pub(super) fn of_all<'a>(count: usize, endpoint: impl Fn(usize) -> &'a Endpoint) -> usize {
+    let mut best = 0;
+    let mut equal = 1;
+    for other in 1..count {
+        match active(endpoint(other)).cmp(&active(endpoint(best))) {
+            std::cmp::Ordering::Less => (best, equal) = (other, 1),
+            std::cmp::Ordering::Equal => {
+                equal += 1;
+                if rand::rng().random_range(0..equal) == 0 {
+                    best = other;
+                }
+            }
+            std::cmp::Ordering::Greater => {}
+        }
+    }
+    best
+}
+
 /// Its weight, less for what runs there.
 pub(super) fn weight(endpoint: &Endpoint, bias: f64) -> f64 {
     let weight = f64::from(endpoint.weight);

@@ -49,7 +49,7 @@ impl Levels {
     }
 
     /// A priority and its set; `None` if there is no endpoint to use.
-    pub(super) fn pick(&self) -> Option<(u32, Set)> {
+    pub(super) fn pick(&self, hash: Option<u64>) -> Option<(u32, Set)> {
         let total: u64 = self
             .0
             .iter()
@@ -58,7 +58,10 @@ impl Levels {
         if total == 0 {
             return None;
         }
-        let mut left = rand::rng().random_range(0..total);
+        let mut left = match hash {
+            Some(hash) => hash % total,
+            None => rand::rng().random_range(0..total),
+        };
         let parts = |(priority, share): (usize, &Share)| {
             let set = |set| if share.panic { Set::All } else { set };
             [
@@ -230,6 +233,6 @@ mod tests {
         assert_eq!(of(&[(3, 0, 0)], 0.0), [(0, 0, false)]);
         assert_eq!(of(&[(3, 0, 0)], 50.0), [(3, 0, true)]);
         assert_eq!(of(&[], 50.0), []);
-        assert!(Levels(vec![Share::default()]).pick().is_none());
+        assert!(Levels(vec![Share::default()]).pick(None).is_none());
     }
 }

@@ -1,8 +1,7 @@
 //! Distributions and levels, without sockets.
 
 use super::*;
-use outrigger_filters::endpoints::{Host, Via};
-use outrigger_xds::resource::endpoint::Address;
+use outrigger_filters::endpoints::Host;
 use std::sync::atomic::Ordering::Relaxed;
 
 struct Spec {
@@ -40,35 +39,33 @@ impl Case {
             .map(|(at, spec)| {
                 Arc::new(Endpoint {
                     id: format!("e{at}").as_str().into(),
-                    address: Address::default(),
-                    via: Via::Plain,
-                    protocol: Default::default(),
-                    tls: None,
+                    hash_key: format!("e{at}").into(),
                     weight: spec.weight,
                     health_status: spec.health,
                     priority: priority(spec.locality),
                     locality: spec.locality,
                     cluster: "c".into(),
-                    host: Arc::default(),
                     slot: at,
-                    live: Arc::default(),
-                    stats: Arc::default(),
+                    ..Endpoint::default()
                 })
             })
             .collect();
         let balancer = Balancer::new(&cluster, None);
+        balancer.rebuild(&endpoints);
         let view = ClusterView {
             name: "c".into(),
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
             even: balancer.is_even(&endpoints),
+            override_host: Arc::default(),
+            breakers: Arc::default(),
             endpoints,
         };
         Self { balancer, view }
     }
 
     fn choose(&self) -> Option<Chosen> {
-        self.balancer.choose(&self.view, &self.view.endpoints)
+        self.balancer.choose(&self.view, &self.view.endpoints, None)
     }
 
     fn sequence(&self, count: usize) -> String {
@@ -103,7 +100,7 @@ fn an_endpoint_that_was_away_gets_no_burst() {
     let case = Case::new([spec(1), spec(2)], |_| {});
     let only = vec![case.view.endpoints[1].clone()];
     for _ in 0..1000 {
-        case.balancer.choose(&case.view, &only).unwrap();
+        case.balancer.choose(&case.view, &only, None).unwrap();
     }
     let spread = case.spread(30);
     assert!(spread[0].abs_diff(10) <= 1, "{spread:?}");
@@ -117,7 +114,8 @@ fn a_new_balancer_goes_on_where_the_old_one_stopped() {
     case.view.endpoints[0].host.turn.store(0, Relaxed);
     let mut spread = [0, 0];
     for _ in 0..30 {
-        spread[next.choose(&case.view, &case.view.endpoints).unwrap().index] += 1;
+        let all = &case.view.endpoints;
+        spread[next.choose(&case.view, all, None).unwrap().index] += 1;
     }
     assert!(spread[0] <= 11, "a new endpoint has no burst: {spread:?}");
 }
@@ -249,7 +247,9 @@ fn the_next_priority_takes_what_the_first_cannot() {
     let spread = case.spread(1000);
     assert_eq!(spread[0], 0);
     assert!(near(spread[1], 700) && near(spread[2], 300), "{spread:?}");
-    let first = case.balancer.choose(&case.view, &case.view.endpoints[2..]);
+    let first = case
+        .balancer
+        .choose(&case.view, &case.view.endpoints[2..], None);
     assert_eq!(
         first.unwrap().index,
         0,
@@ -279,4 +279,96 @@ fn localities_are_chosen_by_weight_if_configured() {
     assert!(near(spread[0], 1000) && near(spread[1], 2100), "{spread:?}");
     let case = Case::new(specs(), two_localities(second));
     assert_eq!(case.spread(100), [50, 50, 0]);
+}
+
+fn hashing(policy: LbPolicy, weights: &[u32]) -> Case {
+    let specs: Vec<_> = weights.iter().map(|weight| spec(*weight)).collect();
+    Case::new(specs, |cluster| cluster.lb_policy = policy)
+}
+
+fn by_hash(case: &Case, hash: u64) -> usize {
+    let all = &case.view.endpoints;
+    case.balancer
+        .choose(&case.view, all, Some(hash))
+        .unwrap()
+        .index
+}
+
+/// Spread well over all numbers.
+fn hashes(count: u64) -> impl Iterator<Item = u64> {
+    (0..count).map(|at| xxhash_rust::xxh64::xxh64(&at.to_le_bytes(), 7))
+}
+
+#[test]
+fn hashes_are_spread_by_weight() {
+    for policy in [LbPolicy::RingHash, LbPolicy::Maglev] {
+        let case = hashing(policy, &[3, 1, 2]);
+        let mut spread = [0; 3];
+        hashes(6000).for_each(|hash| spread[by_hash(&case, hash)] += 1);
+        for (found, wanted) in spread.into_iter().zip([3000, 1000, 2000]) {
+            assert!(near(found, wanted), "{policy:?} {spread:?}");
+        }
+    }
+}
+
+#[test]
+fn a_hash_keeps_its_endpoint_while_that_is_well_and_others_come_and_go() {
+    for policy in [LbPolicy::RingHash, LbPolicy::Maglev] {
+        let case = hashing(policy, &[1, 1, 1, 1]);
+        let before: Vec<_> = hashes(500)
+            .map(|hash| (hash, by_hash(&case, hash)))
+            .collect();
+        let sick = &case.view.endpoints[2].host;
+        sick.set(Host::FAILED_ACTIVE_HC, true);
+        for (hash, at) in &before {
+            let now = by_hash(&case, *hash);
+            assert!(now != 2 && (*at == 2 || now == *at), "{policy:?}");
+        }
+        sick.set(Host::FAILED_ACTIVE_HC, false);
+        assert!(before.iter().all(|(hash, at)| by_hash(&case, *hash) == *at));
+        let three = hashing(policy, &[1, 1, 1]);
+        let moved = before
+            .iter()
+            .filter(|(hash, at)| *at != 3 && by_hash(&three, *hash) != *at)
+            .count();
+        assert!(moved < 60, "{policy:?}: {moved} of those that could stay");
+    }
+}
+
+/// What Envoy puts there: point 0 of an endpoint is the hash of its key and `_0`, and a hash goes to the next point.
+#[test]
+fn a_ring_is_envoys() {
+    let case = Case::new([spec(1), spec(1)], |cluster| {
+        cluster.lb_policy = LbPolicy::RingHash;
+        cluster.balancing.ring_size = (2, 2);
+    });
+    let mut points = [b"e0_0", b"e1_0"].map(|key| xxhash_rust::xxh64::xxh64(key, 0));
+    let first = usize::from(points[1] < points[0]);
+    points.sort_unstable();
+    assert_eq!(by_hash(&case, points[0]), first);
+    assert_eq!(by_hash(&case, points[0] + 1), 1 - first);
+    assert_eq!(by_hash(&case, points[1] + 1), first, "and round");
+}
+
+#[test]
+fn a_new_endpoint_gets_little_at_first() {
+    for policy in [LbPolicy::RoundRobin, LbPolicy::LeastRequest] {
+        let case = Case::new([spec(1), spec(1)], |cluster| {
+            cluster.lb_policy = policy;
+            cluster.balancing.slow_start = Some(outrigger_xds::resource::cluster::SlowStart {
+                window: std::time::Duration::from_millis(100),
+                aggression: 1.0,
+                min_weight_percent: 25.0,
+            });
+        });
+        // One that always has just come, and one that came with the process.
+        case.view.endpoints[0]
+            .host
+            .since_ms
+            .store(u64::MAX, Relaxed);
+        while outrigger_filters::endpoints::clock_ms() < 100 {
+            std::thread::yield_now();
+        }
+        assert_eq!(case.spread(50), [10, 40], "{policy:?}: a quarter to one");
+    }
 }

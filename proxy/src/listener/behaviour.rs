@@ -1,16 +1,16 @@
 //! What a listener does with a connection once it has it: look, find its chain, shake hands, serve.
 //!
-//! A push of configuration makes it anew, whole. What has connections and stays keeps its connection manager, so that
-//! these get the new routes, too.
+//! A push of configuration makes it anew, whole. A chain that stays what it was to its connections keeps its connection
+//! manager, so that these get the new routes, too; those of a chain that is gone drain.
 
 use super::{
     chains,
     look::{Look, Seen},
 };
 use crate::{
-    access_log::{AccessLogs, Sinks},
+    access_log::AccessLogs,
     codec,
-    drain::Drain,
+    drain::{Drain, Running},
     http::{ConnectionInfo, Manager, Owner},
     metrics::{HttpStats, ListenerStats},
     snapshot::HttpConfig,
@@ -19,12 +19,55 @@ use crate::{
     tls::{Stream, TlsFacts, server::Server},
 };
 use arc_swap::ArcSwap;
-use outrigger_filters::endpoints::Endpoints;
-use outrigger_xds::resource::{
-    filter_chain::{FilterChain, FilterChainMatch, Network},
-    listener::Listener,
-};
+use outrigger_xds::resource::{filter_chain::FilterChainMatch, listener::Listener};
 use std::{sync::Arc, time::Duration};
+
+/// A listener as it is to run: built and checked, and nothing changes yet.
+#[derive(Clone)]
+pub struct Planned {
+    /// The resource; its route tables are those that are in effect.
+    pub listener: Arc<Listener>,
+    /// Its chains, in order.
+    pub(crate) chains: Vec<PlannedChain>,
+    /// What happens to the connections that none of them is for.
+    pub(crate) default: Option<PlannedChain>,
+}
+
+/// One filter chain of it.
+#[derive(Clone)]
+pub(crate) struct PlannedChain {
+    pub(crate) matches: FilterChainMatch,
+    /// How its connections begin.
+    pub(crate) tls: Option<Arc<Server>>,
+    pub(crate) serves: PlannedServes,
+}
+
+/// What its network filter needs.
+#[derive(Clone)]
+pub(crate) enum PlannedServes {
+    Http(Arc<HttpConfig>, Arc<AccessLogs>),
+    Tcp(Arc<TcpProxy>),
+}
+
+impl Planned {
+    /// All chains, the default one last.
+    pub(crate) fn all_chains(&self) -> impl Iterator<Item = &PlannedChain> {
+        self.chains.iter().chain(&self.default)
+    }
+
+    /// The HTTP sides of all chains.
+    pub(crate) fn http(&self) -> impl Iterator<Item = &Arc<HttpConfig>> {
+        self.all_chains().filter_map(|chain| match &chain.serves {
+            PlannedServes::Http(config, _) => Some(config),
+            PlannedServes::Tcp(_) => None,
+        })
+    }
+
+    /// The TLS contexts of all chains.
+    pub(crate) fn servers(&self) -> impl Iterator<Item = &Arc<Server>> {
+        self.all_chains().filter_map(|chain| chain.tls.as_ref())
+    }
+}
 
 /// Everything of a listener but its sockets.
 pub(super) struct Behaviour {
@@ -37,8 +80,10 @@ pub(super) struct Behaviour {
 
 struct Chain {
     matches: FilterChainMatch,
-    tls: Option<Server>,
+    tls: Option<Arc<Server>>,
     serves: Serves,
+    /// Of its connections.
+    drain: Drain,
 }
 
 enum Serves {
@@ -46,121 +91,85 @@ enum Serves {
     Tcp(Arc<TcpProxy>),
 }
 
-/// What has been built and checked of a listener, and changes nothing yet.
-pub struct Prepared {
-    look: Look,
-    hands_over: bool,
-    chains: Vec<PreparedChain>,
-    default: Option<PreparedChain>,
-}
-
-struct PreparedChain {
-    matches: FilterChainMatch,
-    tls: Option<Server>,
-    serves: PreparedServes,
-}
-
-enum PreparedServes {
-    Http(Arc<HttpConfig>, Box<AccessLogs>),
-    Tcp(Arc<TcpProxy>),
-}
-
-impl Prepared {
-    /// Reads certificates and opens logs; `http` are the connection managers' configurations, in the order of the
-    /// listener's chains.
-    ///
-    /// # Errors
-    /// What is wrong, with its place.
-    pub(crate) fn new(
-        listener: &Listener,
-        http: &[Arc<HttpConfig>],
-        sinks: &Sinks,
-        endpoints: &Arc<dyn Endpoints>,
-    ) -> Result<Self, String> {
-        let mut http = http.iter();
-        let mut prepare = |chain: &FilterChain| -> Result<PreparedChain, String> {
-            let tls = chain.tls.as_ref();
-            let tls = tls.map(|tls| Server::new(tls, chain.connect_timeout));
-            let tls = tls
-                .transpose()
-                .map_err(|error| format!("transport_socket: {error}"))?;
-            let serves = match &chain.network {
-                Network::Http(manager) => {
-                    let logs = AccessLogs::new(&manager.access_log, sinks)?;
-                    let config = http.next().ok_or("no configuration was built")?;
-                    PreparedServes::Http(config.clone(), Box::new(logs))
-                }
-                Network::Tcp(proxy) => {
-                    let logs = AccessLogs::new(&proxy.access_log, sinks)?;
-                    let proxy = TcpProxy::new(proxy.clone(), logs, endpoints.clone());
-                    PreparedServes::Tcp(Arc::new(proxy))
-                }
-            };
-            Ok(PreparedChain {
-                matches: chain.matches.clone(),
-                tls,
-                serves,
-            })
+impl Behaviour {
+    /// What is planned; of `before`, which is what happened so far, chains stay whose connections may go on.
+    pub(super) fn new(planned: &Planned, before: Option<&Self>, owner: &Owner) -> Self {
+        let known = |chain: &PlannedChain| {
+            let mut chains = before?.chains.iter();
+            chains.find(|known| known.suits(chain))
         };
-        let explain = |error: String| format!("listener '{}': {error}", listener.name);
-        let chains = listener.filter_chains.iter().map(&mut prepare);
-        let chains = chains.collect::<Result<_, _>>().map_err(explain)?;
-        let default = listener.default_filter_chain.as_ref().map(prepare);
-        Ok(Self {
-            look: Look::new(listener),
-            hands_over: listener.use_original_dst,
-            chains,
-            default: default.transpose().map_err(explain)?,
-        })
-    }
-
-    /// Makes it what happens; `before` is what did.
-    pub(super) fn commit(self, before: Option<&Behaviour>, owner: &Owner) -> Behaviour {
-        let known = |matches: &FilterChainMatch| {
-            let mut same = before?.chains.iter();
-            same.find(|chain| chain.matches == *matches)?.manager()
-        };
-        let chains = self.chains.into_iter().map(|chain| {
-            let manager = known(&chain.matches);
-            chain.commit(manager, owner)
+        let chains = planned.chains.iter();
+        let default = planned.default.as_ref().map(|chain| {
+            let known = before.and_then(|before| before.default.as_ref());
+            Chain::new(chain, known.filter(|known| known.suits(chain)), owner)
         });
-        let default = before.and_then(|before| before.default.as_ref()?.manager());
-        Behaviour {
-            look: self.look,
-            hands_over: self.hands_over,
-            chains: chains.collect(),
-            default: self.default.map(|chain| chain.commit(default, owner)),
+        Self {
+            look: Look::new(&planned.listener),
+            hands_over: planned.listener.use_original_dst,
+            chains: chains
+                .map(|chain| Chain::new(chain, known(chain), owner))
+                .collect(),
+            default,
         }
     }
-}
 
-impl PreparedChain {
-    fn commit(self, known: Option<&Arc<Manager>>, owner: &Owner) -> Chain {
-        let serves = match self.serves {
-            PreparedServes::Tcp(proxy) => Serves::Tcp(proxy),
-            PreparedServes::Http(config, logs) => Serves::Http(match known {
-                Some(manager) => {
-                    manager.config.store(config);
-                    manager.logs.store(logs.into());
-                    manager.clone()
-                }
-                None => Arc::new(Manager {
-                    stats: HttpStats::new(&config.manager.stat_prefix),
-                    config: ArcSwap::new(config),
-                    logs: ArcSwap::new(logs.into()),
-                    owner: owner.clone(),
-                }),
-            }),
-        };
-        Chain {
-            matches: self.matches,
-            tls: self.tls,
-            serves,
-        }
+    fn all_chains(&self) -> impl Iterator<Item = &Chain> {
+        self.chains.iter().chain(&self.default)
+    }
+
+    /// One of each chain.
+    pub(super) fn drains(&self) -> impl Iterator<Item = &Drain> {
+        self.all_chains().map(|chain| &chain.drain)
     }
 }
 
 impl Chain {
+    fn new(planned: &PlannedChain, known: Option<&Self>, owner: &Owner) -> Self {
+        let drain = known.map_or_else(|| owner.drain.part(), |known| known.drain.clone());
+        let manager = known.and_then(Self::manager);
+        let serves = match (&planned.serves, manager) {
+            (PlannedServes::Tcp(proxy), _) => Serves::Tcp(proxy.clone()),
+            (PlannedServes::Http(config, logs), Some(manager)) => {
+                manager.config.store(config.clone());
+                manager.logs.store(logs.clone());
+                Serves::Http(manager.clone())
+            }
+            (PlannedServes::Http(config, logs), None) => Serves::Http(Arc::new(Manager {
+                stats: HttpStats::new(&config.manager.stat_prefix),
+                config: ArcSwap::new(config.clone()),
+                logs: ArcSwap::new(logs.clone()),
+                owner: Owner {
+                    drain: drain.clone(),
+                    ..owner.clone()
+                },
+            })),
+        };
+        Self {
+            matches: planned.matches.clone(),
+            tls: planned.tls.clone(),
+            serves,
+            drain,
+        }
+    }
+
+    /// Whether connections that it took may go on under this.
+    fn suits(&self, planned: &PlannedChain) -> bool {
+        let same_tls = match (&self.tls, &planned.tls) {
+            (None, None) => true,
+            (Some(ours), Some(theirs)) => ours.says_the_same(theirs),
+            _ => false,
+        };
+        let same_service = match (&self.serves, &planned.serves) {
+            (Serves::Http(manager), PlannedServes::Http(config, _)) => {
+                let (ours, theirs) = (&manager.config.load().manager, &config.manager);
+                ours.codec == theirs.codec && ours.stat_prefix == theirs.stat_prefix
+            }
+            (Serves::Tcp(ours), PlannedServes::Tcp(theirs)) => ours.says_the_same(theirs),
+            _ => false,
+        };
+        same_tls && same_service && self.matches == planned.matches
+    }
+
     fn manager(&self) -> Option<&Arc<Manager>> {
         match &self.serves {
             Serves::Http(manager) => Some(manager),
@@ -176,27 +185,14 @@ impl Chain {
         let limits = [Some(server.handshake_timeout()), idle];
         limits.into_iter().flatten().find(|limit| !limit.is_zero())
     }
-}
 
-impl Behaviour {
-    /// Serves a connection that has been looked at, to its end.
-    pub(super) async fn serve(
-        &self,
-        socket: Socket,
-        seen: Seen,
-        id: u64,
-        stats: &ListenerStats,
-        drain: &Drain,
-    ) {
-        let chain = chains::find(&self.chains, |chain| &chain.matches, &seen);
-        let Some(chain) = chain.or(self.default.as_ref()) else {
-            stats.no_filter_chain_match.increment(1);
-            return;
-        };
-        let (stream, tls) = match &chain.tls {
+    /// Serves a connection that is for it, to its end.
+    async fn serve(&self, socket: Socket, seen: Seen, id: u64, stats: &ListenerStats) {
+        let drain = &self.drain;
+        let (stream, tls) = match &self.tls {
             None => (Stream::Plain(socket), None),
             Some(server) => {
-                let limit = chain.handshake_limit(server);
+                let limit = self.handshake_limit(server);
                 match Box::pin(handshake(socket, server, limit, stats, drain)).await {
                     Some((stream, tls)) => (stream, Some(tls)),
                     None => return,
@@ -206,7 +202,7 @@ impl Behaviour {
         let direct_remote = seen.direct_remote;
         let mut info = ConnectionInfo::new(seen.remote, seen.local, id, tls.map(Arc::new));
         info.direct_remote = direct_remote;
-        match &chain.serves {
+        match &self.serves {
             Serves::Http(manager) => {
                 codec::serve(stream, manager.clone(), Arc::new(info), drain.clone()).await;
             }
@@ -218,9 +214,29 @@ impl Behaviour {
                         ..TlsFacts::default()
                     }));
                 }
-                proxy.clone().serve(stream, &info).await;
+                proxy.serve(stream, &info, drain.over()).await;
             }
         }
+    }
+}
+
+impl Behaviour {
+    /// Serves a connection that has been looked at, to its end.
+    pub(super) async fn serve(
+        &self,
+        socket: Socket,
+        (seen, looking): (Seen, Running),
+        id: u64,
+        stats: &ListenerStats,
+    ) {
+        let chain = chains::find(&self.chains, |chain| &chain.matches, &seen);
+        let Some(chain) = chain.or(self.default.as_ref()) else {
+            stats.no_filter_chain_match.increment(1);
+            return;
+        };
+        let _running = chain.drain.enter();
+        drop(looking);
+        chain.serve(socket, seen, id, stats).await;
     }
 }
 

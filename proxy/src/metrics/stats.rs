@@ -80,6 +80,8 @@ pub struct ListenerStats {
     pub ssl_fail_verify_error: Counter,
     /// TLS handshakes of clients whose certificate has no name that is.
     pub ssl_fail_verify_san: Counter,
+    /// TLS connections closed because the secrets of their context have not come.
+    pub ssl_secrets_not_ready: Counter,
     downstream_cx_length_ms: Histogram,
 }
 
@@ -115,6 +117,9 @@ impl ListenerStats {
             ssl_fail_verify_no_cert: counter("envoy_listener_ssl_fail_verify_no_cert"),
             ssl_fail_verify_error: counter("envoy_listener_ssl_fail_verify_error"),
             ssl_fail_verify_san: counter("envoy_listener_ssl_fail_verify_san"),
+            ssl_secrets_not_ready: counter(
+                "envoy_listener_server_ssl_socket_factory_downstream_context_secrets_not_ready",
+            ),
             downstream_cx_length_ms: histogram!("envoy_listener_downstream_cx_length_ms", "envoy_listener_address" => label.clone()),
         })
     }
@@ -124,6 +129,50 @@ impl ListenerStats {
         self.downstream_cx_active.decrement(1.0);
         self.downstream_cx_destroy.increment(1);
         self.downstream_cx_length_ms.record(millis(age));
+    }
+}
+
+/// Coming and going of listeners: `envoy_listener_manager_*`.
+pub struct ListenerManagerStats {
+    /// Listeners that are new.
+    pub listener_added: Counter,
+    /// Listeners that are configured otherwise than before.
+    pub listener_modified: Counter,
+    /// Of these, without their connections noticing.
+    pub listener_in_place_updated: Counter,
+    /// Listeners that are gone.
+    pub listener_removed: Counter,
+    /// Listeners that could not be made to run.
+    pub listener_create_failure: Counter,
+    /// Listeners that serve.
+    pub active: Gauge,
+    /// Listeners that wait for what they need.
+    pub warming: Gauge,
+    /// Listeners that are gone or replaced, whose connections still run.
+    pub draining: Gauge,
+}
+
+impl ListenerManagerStats {
+    /// The handles.
+    #[must_use]
+    pub fn new() -> Self {
+        install();
+        Self {
+            listener_added: counter!("envoy_listener_manager_listener_added"),
+            listener_modified: counter!("envoy_listener_manager_listener_modified"),
+            listener_in_place_updated: counter!("envoy_listener_manager_listener_in_place_updated"),
+            listener_removed: counter!("envoy_listener_manager_listener_removed"),
+            listener_create_failure: counter!("envoy_listener_manager_listener_create_failure"),
+            active: gauge!("envoy_listener_manager_total_listeners_active"),
+            warming: gauge!("envoy_listener_manager_total_listeners_warming"),
+            draining: gauge!("envoy_listener_manager_total_listeners_draining"),
+        }
+    }
+}
+
+impl Default for ListenerManagerStats {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -249,6 +298,8 @@ pub struct ClusterStats {
     pub upstream_rq_retry_limit_exceeded: Counter,
     /// Refused by a circuit breaker.
     pub upstream_rq_pending_overflow: Counter,
+    /// Waiting for a connection.
+    pub upstream_rq_pending_active: Gauge,
     /// Cancelled by the client.
     pub upstream_rq_cancelled: Counter,
     /// Reset by the upstream.
@@ -311,6 +362,7 @@ impl ClusterStats {
                 "envoy_cluster_upstream_rq_retry_limit_exceeded",
             ),
             upstream_rq_pending_overflow: counter("envoy_cluster_upstream_rq_pending_overflow"),
+            upstream_rq_pending_active: gauge("envoy_cluster_upstream_rq_pending_active"),
             upstream_rq_cancelled: counter("envoy_cluster_upstream_rq_cancelled"),
             upstream_rq_rx_reset: counter("envoy_cluster_upstream_rq_rx_reset"),
             upstream_rq_tx_reset: counter("envoy_cluster_upstream_rq_tx_reset"),

@@ -10,10 +10,10 @@ use crate::chain::{Chains, Direct};
 use http::{HeaderName, HeaderValue, StatusCode, request::Parts};
 use outrigger_filters::{
     filter::{AutoHost, Chain, RouteFacts},
-    router::retry::Policy,
+    router::{hash::Hashes, retry::Policy},
 };
 use outrigger_xds::resource::{
-    cluster::{CircuitBreakers, Cluster},
+    cluster::Cluster,
     header_mutation::HeaderMutations,
     listener::HttpConnectionManager,
     mirror_policy::MirrorPolicy,
@@ -97,7 +97,11 @@ pub fn build(
     chains: &mut Chains<'_>,
     route: &Route,
 ) -> Result<BuiltRoute, String> {
-    let levels = [&route.typed_per_filter_config];
+    let levels = [
+        &route.typed_per_filter_config,
+        &scope.host.typed_per_filter_config,
+        &scope.manager.route_config.typed_per_filter_config,
+    ];
     let chain = chains.route(&levels)?;
     let own = match &route.action {
         Action::Route(action) => action.retry_policy.as_ref(),
@@ -106,6 +110,7 @@ pub fn build(
     let policy = own.or(scope.host.retry_policy.as_ref());
     let builder = Builder {
         policy: policy.map(Policy::new).transpose()?.map(Arc::new),
+        hashes: hashes(route)?,
         scope,
         route,
         openai: chain.openai,
@@ -131,7 +136,11 @@ pub fn build(
         Action::Redirect(redirect) => Target::Redirect(Redirector::new(&route.r#match, redirect)?),
         Action::Route(action) => Target::Chain {
             filters: chain.filters,
-            choice: builder.choice(action)?,
+            choice: builder.choice(action, &mut |weight: &ClusterWeight| {
+                let mut of_weight = vec![&weight.typed_per_filter_config];
+                of_weight.extend(levels);
+                Ok(chains.route(&of_weight)?.filters)
+            })?,
             rewrite: match (&action.prefix_rewrite, &action.regex_rewrite) {
                 (Some(to), _) => Some(PathRewrite::prefix(&route.r#match, to)),
                 (None, Some(rewrite)) => Some(PathRewrite::regex(rewrite)?),
@@ -160,14 +169,22 @@ struct Builder<'a> {
     openai: bool,
     tell_original: bool,
     policy: Option<Arc<Policy>>,
+    hashes: Option<Arc<Hashes>>,
+}
+
+/// `None` where nothing is hashed.
+fn hashes(route: &Route) -> Result<Option<Arc<Hashes>>, String> {
+    match &route.action {
+        Action::Route(action) if !action.hash_policy.is_empty() => {
+            Ok(Some(Arc::new(Hashes::new(&action.hash_policy)?)))
+        }
+        _ => Ok(None),
+    }
 }
 
 impl Builder<'_> {
     fn facts(&self, action: Option<&RouteAction>, cluster: &str) -> RouteFacts {
         let host = self.scope.host;
-        let defaults = CircuitBreakers::default();
-        let known = self.scope.clusters.get(cluster);
-        let breakers = known.map_or(&defaults, |cluster| &cluster.circuit_breakers);
         let not_found = action.and_then(|action| match action.cluster_not_found {
             ClusterNotFound::ServiceUnavailable => None,
             ClusterNotFound::NotFound => Some(StatusCode::NOT_FOUND),
@@ -186,8 +203,8 @@ impl Builder<'_> {
                 .and_then(|action| action.max_stream_duration)
                 .filter(|limit| !limit.is_zero()),
             retry_policy: self.policy.clone(),
-            retry_budget_percent: breakers.retry_budget_percent,
-            min_retry_concurrency: breakers.min_retry_concurrency,
+            priority: action.map(|action| action.priority).unwrap_or_default(),
+            hashes: self.hashes.clone(),
             inbound: self.scope.inbound,
             cluster_not_found: not_found,
             mirrors: action
@@ -243,11 +260,18 @@ impl Builder<'_> {
         Ok((!edits.is_empty()).then(|| Arc::new(edits)))
     }
 
-    fn choice(&self, action: &RouteAction) -> Result<Choice, String> {
-        let destination = |cluster, weight| {
+    /// `chain` makes the chain of a weighted cluster that configures filters.
+    fn choice(
+        &self,
+        action: &RouteAction,
+        chain: &mut dyn FnMut(&ClusterWeight) -> Result<Chain, String>,
+    ) -> Result<Choice, String> {
+        let mut destination = |cluster, weight: Option<&ClusterWeight>| {
+            let own = weight.filter(|weight| !weight.typed_per_filter_config.is_empty());
             Ok::<_, String>(Destination {
                 cluster,
                 edits: self.edits(weight)?,
+                filters: own.map(&mut *chain).transpose()?,
             })
         };
         match &action.cluster {

@@ -3,7 +3,7 @@
 use super::edits::Edits;
 use ahash::AHashMap;
 use http::{HeaderMap, HeaderName};
-use outrigger_filters::filter::RouteFacts;
+use outrigger_filters::filter::{Chain, RouteFacts};
 use rand::Rng;
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub struct Destination {
     pub cluster: ByName,
     /// What is done to heads.
     pub edits: Option<Arc<Edits>>,
+    /// Instead of the route's chain.
+    pub filters: Option<Chain>,
 }
 
 /// A cluster, named by the route or by the request.

@@ -1,9 +1,19 @@
 //! TLS towards upstreams and peers that we connect to.
 
-use super::{Stream, pem, provider, verify::NamedServer, versions};
+use super::{
+    Stream,
+    material::{Find, Material, not_ready},
+    pem, provider,
+    verify::NamedServer,
+    versions,
+};
 use crate::socket::Socket;
+use arc_swap::ArcSwapOption;
 use outrigger_filters::endpoints::Secured;
-use outrigger_xds::resource::{cluster::UpstreamProtocol, tls::UpstreamTls};
+use outrigger_xds::resource::{
+    cluster::UpstreamProtocol,
+    tls::{CommonTls, UpstreamTls},
+};
 use rustls::{
     ClientConfig,
     client::Resumption,
@@ -25,20 +35,23 @@ static NEXT_CONTEXT: AtomicU64 = AtomicU64::new(1);
 #[derive(Debug)]
 pub(crate) struct Client {
     resource: UpstreamTls,
+    material: Material,
+    /// None while its secrets are not there.
+    built: ArcSwapOption<Built>,
+    name: ServerName<'static>,
+}
+
+#[derive(Debug)]
+struct Built {
     /// What is no HTTP.
     raw: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
     http2: Arc<ClientConfig>,
-    name: ServerName<'static>,
 }
 
-impl Client {
-    /// Reads all files.
-    ///
-    /// # Errors
-    /// What is wrong with them, or with the algorithms.
-    pub(crate) fn new(resource: &UpstreamTls) -> Result<Self, String> {
-        let common = &resource.common;
+impl Built {
+    /// `common` is the resource's with its secrets in place.
+    fn new(resource: &UpstreamTls, common: &CommonTls) -> Result<Self, String> {
         let provider = provider(&common.params)?;
         let roots = common.validation.as_ref();
         let roots = roots.map(|validation| pem::roots(&validation.trusted_ca));
@@ -61,13 +74,7 @@ impl Client {
             }
         };
         config.resumption = Resumption::disabled();
-        let name = if resource.sni.is_empty() {
-            config.enable_sni = false;
-            ServerName::IpAddress(IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED))
-        } else {
-            ServerName::try_from(resource.sni.clone())
-                .map_err(|_| format!("sni: '{}' is no host name", resource.sni))?
-        };
+        config.enable_sni = !resource.sni.is_empty();
         let speaking = |fallback: Option<&str>| {
             let mut config = config.clone();
             config.alpn_protocols = match common.alpn.as_slice() {
@@ -78,12 +85,53 @@ impl Client {
             Arc::new(config)
         };
         Ok(Self {
-            resource: resource.clone(),
             raw: speaking(None),
             http1: speaking(Some("http/1.1")),
             http2: speaking(Some("h2")),
+        })
+    }
+}
+
+impl Client {
+    /// Reads all files.
+    ///
+    /// # Errors
+    /// What is wrong with them, with the secrets, or with the algorithms.
+    pub(crate) fn new(resource: &UpstreamTls, find: Find<'_>) -> Result<Self, String> {
+        let name = if resource.sni.is_empty() {
+            ServerName::IpAddress(IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED))
+        } else {
+            ServerName::try_from(resource.sni.clone())
+                .map_err(|_| format!("sni: '{}' is no host name", resource.sni))?
+        };
+        let (material, common) = Material::new(&resource.common, find)?;
+        let built = common.map(|common| Built::new(resource, &common));
+        Ok(Self {
+            resource: resource.clone(),
+            material,
+            built: ArcSwapOption::new(built.transpose()?.map(Arc::new)),
             name,
         })
+    }
+
+    /// Builds it anew if its secrets or files hold something else now; connections that are open go on. Gives whether
+    /// it did.
+    ///
+    /// # Errors
+    /// What is wrong with them; then it stays as it was.
+    pub(crate) fn renew(&self, find: Find<'_>) -> Result<bool, String> {
+        let Some(common) = self.material.renewed(&self.resource.common, find)? else {
+            return Ok(false);
+        };
+        let built = Built::new(&self.resource, &common)?;
+        self.built.store(Some(Arc::new(built)));
+        self.material.shown(&common);
+        Ok(true)
+    }
+
+    /// What it is made of.
+    pub(crate) fn material(&self) -> &Material {
+        &self.material
     }
 
     /// As endpoints carry it.
@@ -110,10 +158,13 @@ impl Client {
         socket: Socket,
         protocol: Option<UpstreamProtocol>,
     ) -> io::Result<Stream> {
+        let Some(built) = self.built.load_full() else {
+            return Err(not_ready());
+        };
         let config = match protocol {
-            None => &self.raw,
-            Some(UpstreamProtocol::Http1) => &self.http1,
-            Some(UpstreamProtocol::Http2) => &self.http2,
+            None => &built.raw,
+            Some(UpstreamProtocol::Http1) => &built.http1,
+            Some(UpstreamProtocol::Http2) => &built.http2,
         };
         let connector = TlsConnector::from(config.clone());
         let stream = connector.connect(self.name.clone(), socket).await?;

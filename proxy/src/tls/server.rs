@@ -1,9 +1,15 @@
 //! TLS towards clients and peers that connect to us.
 
-use super::{Stream, TlsFacts, pem, provider, verify::NamedClient, versions};
+use super::{
+    Stream, TlsFacts,
+    material::{Find, Material, is_not_ready, not_ready},
+    pem, provider,
+    verify::NamedClient,
+    versions,
+};
 use crate::{metrics::ListenerStats, socket::Socket};
-use arc_swap::ArcSwap;
-use outrigger_xds::resource::tls::DownstreamTls;
+use arc_swap::ArcSwapOption;
+use outrigger_xds::resource::tls::{CommonTls, DownstreamTls};
 use rustls::{
     CertificateError, Error, ProtocolVersion, ServerConfig, ServerConnection,
     crypto::CryptoProvider,
@@ -18,8 +24,11 @@ use webpki::EndEntityCert;
 
 /// What a listener needs to shake hands.
 pub(crate) struct Server {
+    resource: DownstreamTls,
     handshake_timeout: Duration,
-    built: ArcSwap<Built>,
+    material: Material,
+    /// None while its secrets are not there.
+    built: ArcSwapOption<Built>,
 }
 
 /// A client that offers protocols of which we have none goes on without, as with Envoy; rustls would refuse it.
@@ -32,15 +41,50 @@ impl Server {
     /// Reads all files.
     ///
     /// # Errors
-    /// What is wrong with them, or with the algorithms.
+    /// What is wrong with them, with the secrets, or with the algorithms.
     pub(crate) fn new(
         resource: &DownstreamTls,
         handshake_timeout: Duration,
+        find: Find<'_>,
     ) -> Result<Self, String> {
+        let (material, common) = Material::new(&resource.common, find)?;
+        let built = common.map(|common| Built::new(resource, &common));
         Ok(Self {
+            resource: resource.clone(),
             handshake_timeout,
-            built: ArcSwap::from_pointee(Built::new(resource)?),
+            material,
+            built: ArcSwapOption::new(built.transpose()?.map(Arc::new)),
         })
+    }
+
+    /// Whether it is what these say.
+    pub(crate) fn is(&self, resource: &DownstreamTls, handshake_timeout: Duration) -> bool {
+        self.resource == *resource && self.handshake_timeout == handshake_timeout
+    }
+
+    /// Whether it is made of the same resource as the other.
+    pub(crate) fn says_the_same(&self, other: &Self) -> bool {
+        other.is(&self.resource, self.handshake_timeout)
+    }
+
+    /// Builds it anew if its secrets or files hold something else now; connections that are open go on. Gives whether
+    /// it did.
+    ///
+    /// # Errors
+    /// What is wrong with them; then it stays as it was.
+    pub(crate) fn renew(&self, find: Find<'_>) -> Result<bool, String> {
+        let Some(common) = self.material.renewed(&self.resource.common, find)? else {
+            return Ok(false);
+        };
+        let built = Built::new(&self.resource, &common)?;
+        self.built.store(Some(Arc::new(built)));
+        self.material.shown(&common);
+        Ok(true)
+    }
+
+    /// What it is made of.
+    pub(crate) fn material(&self) -> &Material {
+        &self.material
     }
 
     /// Most that a handshake may take; zero is off.
@@ -72,7 +116,9 @@ impl Server {
 
     async fn shake(&self, socket: Socket) -> io::Result<tokio_rustls::server::TlsStream<Socket>> {
         let begun = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
-        let built = self.built.load_full();
+        let Some(built) = self.built.load_full() else {
+            return Err(not_ready());
+        };
         let hello = begun.client_hello();
         let ours = &built.with_alpn.alpn_protocols;
         let common = hello
@@ -88,8 +134,8 @@ impl Server {
 }
 
 impl Built {
-    fn new(resource: &DownstreamTls) -> Result<Self, String> {
-        let common = &resource.common;
+    /// `common` is the resource's with its secrets in place.
+    fn new(resource: &DownstreamTls, common: &CommonTls) -> Result<Self, String> {
         let provider = provider(&common.params)?;
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&versions(&common.params))
@@ -112,7 +158,7 @@ impl Built {
                 }))
             }
         };
-        let certificates = Certificates::read(resource, &provider)?;
+        let certificates = Certificates::read(common, &provider)?;
         let mut config = builder.with_cert_resolver(Arc::new(certificates));
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -134,7 +180,7 @@ impl Built {
 struct Certificates(Vec<(Vec<String>, Arc<CertifiedKey>)>);
 
 impl Certificates {
-    fn read(resource: &DownstreamTls, provider: &CryptoProvider) -> Result<Self, String> {
+    fn read(common: &CommonTls, provider: &CryptoProvider) -> Result<Self, String> {
         let read = |certificate| {
             let pair = pem::pair(certificate, provider)?;
             let leaf = &pair.cert[0];
@@ -144,7 +190,7 @@ impl Certificates {
             let names = names.collect();
             Ok::<_, String>((names, pair))
         };
-        let certificates = &resource.common.certificates;
+        let certificates = &common.certificates;
         Ok(Self(
             certificates.iter().map(read).collect::<Result<_, _>>()?,
         ))
@@ -197,6 +243,7 @@ fn facts(connection: &ServerConnection) -> TlsFacts {
 fn count(error: &io::Error, stats: &ListenerStats) {
     let inner = error.get_ref().and_then(|error| error.downcast_ref());
     match inner {
+        None if is_not_ready(error) => stats.ssl_secrets_not_ready.increment(1),
         Some(Error::NoCertificatesPresented) => stats.ssl_fail_verify_no_cert.increment(1),
         Some(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)) => {
             stats.ssl_fail_verify_san.increment(1);

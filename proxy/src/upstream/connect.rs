@@ -1,5 +1,6 @@
 //! Opening a TCP connection to an endpoint, with a limit on how long it may take.
 
+use super::queue::{self, Slot};
 use crate::{
     socket::Socket,
     tls::{Stream, client::Client},
@@ -10,8 +11,13 @@ use outrigger_filters::{
 };
 use outrigger_xds::{
     feed,
-    resource::{cluster::UpstreamProtocol, endpoint::Address},
+    resource::{
+        cluster::{ConnectionOptions, TcpKeepalive, UpstreamProtocol},
+        endpoint::Address,
+        route_action::Priority,
+    },
 };
+use socket2::SockRef;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -19,22 +25,25 @@ use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 /// Opens a connection; failures are counted at the endpoint.
 pub(super) async fn connect(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
+    slot: Slot,
 ) -> Result<(Stream, OpenConnection), Error> {
-    connect_for(endpoint, Some(endpoint.protocol), limit).await
+    connect_for(endpoint, Some(endpoint.protocol), limit, slot).await
 }
 
-/// The same for HTTP/1.1, whatever else is spoken there.
+/// The same for HTTP/1.1 on a connection of its own, whatever else is spoken there.
 pub(super) async fn connect_http1(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
+    priority: Priority,
 ) -> Result<(Stream, OpenConnection), Error> {
-    connect_for(endpoint, Some(UpstreamProtocol::Http1), limit).await
+    let slot = queue::room(endpoint, priority)?;
+    connect_for(endpoint, Some(UpstreamProtocol::Http1), limit, slot).await
 }
 
 /// The same for bytes that are no HTTP.
@@ -42,22 +51,34 @@ pub(crate) async fn connect_raw(
     endpoint: &Arc<Endpoint>,
     limit: Duration,
 ) -> Result<(Stream, OpenConnection), Error> {
-    connect_for(endpoint, None, limit).await
+    let slot = queue::room(endpoint, Priority::Default)?;
+    connect_for(endpoint, None, limit, slot).await
 }
 
 async fn connect_for(
     endpoint: &Arc<Endpoint>,
     protocol: Option<UpstreamProtocol>,
     limit: Duration,
+    slot: Slot,
 ) -> Result<(Stream, OpenConnection), Error> {
-    let opening = open(&endpoint.address, endpoint.tls.as_ref(), protocol);
+    let opening = open(
+        &endpoint.address,
+        endpoint.tls.as_ref(),
+        protocol,
+        &endpoint.connection,
+    );
     let opened = tokio::time::timeout(limit, opening).await;
     let stats = &endpoint.stats;
     match opened {
         Ok(Ok(socket)) => {
             stats.connections.fetch_add(1, Relaxed);
             stats.connections_active.fetch_add(1, Relaxed);
-            Ok((socket, OpenConnection(endpoint.clone())))
+            let endpoint = endpoint.clone();
+            let counted = OpenConnection {
+                endpoint,
+                _slot: slot,
+            };
+            Ok((socket, counted))
         }
         Ok(Err(error)) => {
             stats.connect_fail.fetch_add(1, Relaxed);
@@ -121,8 +142,9 @@ pub(crate) async fn open(
     address: &Address,
     tls: Option<&Secured>,
     protocol: Option<UpstreamProtocol>,
+    options: &ConnectionOptions,
 ) -> io::Result<Stream> {
-    let socket = open_socket(address).await?;
+    let socket = open_socket(address, options).await?;
     match tls {
         None => Ok(Stream::Plain(socket)),
         Some(tls) => {
@@ -137,21 +159,27 @@ pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
     Arc::new(move || {
         let (address, tls) = (address.clone(), tls.clone());
         Box::pin(async move {
-            let socket = open(&address, Some(&tls), Some(UpstreamProtocol::Http2));
+            let options = ConnectionOptions::default();
+            let protocol = Some(UpstreamProtocol::Http2);
+            let socket = open(&address, Some(&tls), protocol, &options);
             Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
         })
     })
 }
 
-async fn open_socket(address: &Address) -> io::Result<Socket> {
+async fn open_socket(address: &Address, options: &ConnectionOptions) -> io::Result<Socket> {
     if address.is_pipe() {
         return open_pipe(&address.host).await;
     }
-    let socket = match address.host.parse::<IpAddr>() {
-        Ok(ip) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
-        Err(_) => TcpStream::connect((address.host.as_str(), address.port)).await?,
+    let socket = match (address.host.parse::<IpAddr>(), options.source) {
+        (Ok(ip), Some(source)) => from(source, SocketAddr::new(ip, address.port)).await?,
+        (Ok(ip), None) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
+        (Err(_), source) => connect_by_name(address, source).await?,
     };
     socket.set_nodelay(true)?;
+    if let Some(keepalive) = &options.keepalive {
+        SockRef::from(&socket).set_tcp_keepalive(&of_system(keepalive))?;
+    }
     Ok(socket.into())
 }
 
@@ -166,12 +194,58 @@ async fn open_pipe(path: &str) -> io::Result<Socket> {
     Ok(UnixStream::from_std(socket)?.into())
 }
 
+/// The first address of the name that answers.
+async fn connect_by_name(address: &Address, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+    let name = (address.host.as_str(), address.port);
+    let Some(source) = source else {
+        return TcpStream::connect(name).await;
+    };
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for found in tokio::net::lookup_host(name).await? {
+        match from(source, found).await {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A connection that comes from `source`.
+async fn from(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = match to {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if source.port() != 0 {
+        socket.set_reuseaddr(true)?;
+    }
+    socket.bind(source)?;
+    socket.connect(to).await
+}
+
+fn of_system(options: &TcpKeepalive) -> socket2::TcpKeepalive {
+    let mut keepalive = socket2::TcpKeepalive::new();
+    if let Some(time) = options.time {
+        keepalive = keepalive.with_time(time);
+    }
+    if let Some(interval) = options.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = options.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    keepalive
+}
+
 /// Counts a connection as open until dropped.
 #[derive(Debug)]
-pub(crate) struct OpenConnection(Arc<Endpoint>);
+pub(crate) struct OpenConnection {
+    endpoint: Arc<Endpoint>,
+    _slot: Slot,
+}
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        self.0.stats.connections_active.fetch_sub(1, Relaxed);
+        self.endpoint.stats.connections_active.fetch_sub(1, Relaxed);
     }
 }

@@ -9,7 +9,8 @@ use super::{
     h1_decoder::Decoder,
     h1_request::{Outgoing, SendError},
     h1_response::{self, RESPONSE_HEAD_BYTES_MAX},
-    headers_within,
+    headers_within, is_spent,
+    queue::{self, Queue, Slot},
 };
 use crate::tls;
 use ahash::AHashMap;
@@ -44,6 +45,8 @@ struct Conn {
     socket: tls::Stream,
     _open: OpenConnection,
     idle_since_ms: u64,
+    /// That it has served.
+    requests: u32,
 }
 
 /// By where they lead.
@@ -65,13 +68,31 @@ fn with_idle<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Idle) -> T) -> T {
 }
 
 impl Conn {
-    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
-        let (socket, open) = connect(endpoint, options.connect_timeout).await?;
+    async fn open(
+        endpoint: &Arc<Endpoint>,
+        options: SendOptions,
+        slot: Slot,
+    ) -> Result<Self, Error> {
+        let (socket, open) = connect(endpoint, options.connect_timeout, slot).await?;
         Ok(Self {
             socket,
             _open: open,
             idle_since_ms: 0,
+            requests: 0,
         })
+    }
+
+    /// A new one, or, if there may be no more, the next that comes free.
+    async fn queued(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
+        let mut queue = Queue::enter(endpoint, &options)?;
+        loop {
+            if let Some(slot) = queue.turn().await? {
+                return Self::open(endpoint, options, slot).await;
+            }
+            if let Some(conn) = Self::reuse(endpoint).await {
+                return Ok(conn);
+            }
+        }
     }
 
     /// Whether its peer has neither closed it nor said anything unasked.
@@ -94,6 +115,10 @@ impl Conn {
     }
 
     fn keep(mut self, endpoint: &Endpoint) {
+        self.requests += 1;
+        if is_spent(endpoint, self.requests) {
+            return;
+        }
         self.idle_since_ms = clock_ms();
         with_idle(endpoint, |idle| {
             if let Some(conns) = idle.get_mut(&endpoint.address) {
@@ -106,6 +131,7 @@ impl Conn {
                 idle.insert(endpoint.address.clone(), vec![self]);
             }
         });
+        queue::freed(endpoint);
     }
 
     /// Reads once, and hands over what came (nothing is the end) while it is still in the thread's buffer.
@@ -173,7 +199,7 @@ async fn send_anew(
     request: &mut Request<RequestBody>,
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Error> {
-    let conn = Conn::open(endpoint, options).await?;
+    let conn = Conn::queued(endpoint, options).await?;
     exchange(conn, endpoint, request, options).await
 }
 

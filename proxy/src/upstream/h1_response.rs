@@ -99,7 +99,10 @@ fn read_one(bytes: &[u8]) -> Result<Option<(Parts, usize)>, Garbage> {
 /// RFC 9112, 6.3. Where the end is anybody's guess, neither head nor body is handed on.
 fn framing(parts: &Parts, asked: &Method) -> Result<Decoder, Garbage> {
     let headers = &parts.headers;
-    let coding = headers.get_all(header::TRANSFER_ENCODING).iter().last();
+    let coding = headers
+        .get_all(header::TRANSFER_ENCODING)
+        .iter()
+        .next_back();
     let length = length(headers)?;
     if coding.is_some() && (length.is_some() || parts.version == Version::HTTP_10) {
         return Err(Garbage);

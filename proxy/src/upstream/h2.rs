@@ -4,7 +4,8 @@ use super::{
     H2_STREAMS_MAX,
     connect::connect,
     h2_error::{classify, classify_body},
-    headers_within,
+    headers_within, is_spent,
+    queue::{self, Queue, Slot},
 };
 use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
@@ -28,7 +29,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll},
     time::Duration,
@@ -48,6 +49,8 @@ const MERGE_BYTES_MAX: usize = 32 * 1024;
 struct Conn {
     sender: SendRequest<RequestBody>,
     streams: Arc<AtomicUsize>,
+    /// Ever.
+    requests: Arc<AtomicU32>,
     /// As many as the peer takes.
     streams_allowed: Arc<AtomicUsize>,
 }
@@ -86,6 +89,15 @@ impl Conn {
         self.streams_allowed.load(Relaxed).clamp(1, H2_STREAMS_MAX)
     }
 
+    /// Takes no more streams; it ends with those that it has.
+    fn retire(&self, endpoint: &Endpoint) {
+        with_open(endpoint, |open| {
+            if let Some(conns) = open.get_mut(&endpoint.address) {
+                conns.retain(|conn| !Arc::ptr_eq(&conn.streams, &self.streams));
+            }
+        });
+    }
+
     fn reuse(endpoint: &Endpoint) -> Option<Self> {
         with_open(endpoint, |open| {
             let conns = open.get_mut(&endpoint.address)?;
@@ -97,8 +109,25 @@ impl Conn {
         })
     }
 
-    async fn open(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
-        let (socket, counted) = connect(endpoint, options.connect_timeout).await?;
+    /// A new one, or, if there may be no more, one with room for a stream.
+    async fn queued(endpoint: &Arc<Endpoint>, options: SendOptions) -> Result<Self, Error> {
+        let mut queue = Queue::enter(endpoint, &options)?;
+        loop {
+            if let Some(slot) = queue.turn().await? {
+                return Self::open(endpoint, options, slot).await;
+            }
+            if let Some(conn) = Self::reuse(endpoint) {
+                return Ok(conn);
+            }
+        }
+    }
+
+    async fn open(
+        endpoint: &Arc<Endpoint>,
+        options: SendOptions,
+        slot: Slot,
+    ) -> Result<Self, Error> {
+        let (socket, counted) = connect(endpoint, options.connect_timeout, slot).await?;
         let handshake = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -126,6 +155,7 @@ impl Conn {
         let conn = Self {
             sender,
             streams: Arc::default(),
+            requests: Arc::default(),
             streams_allowed,
         };
         if endpoint.tls.is_some() {
@@ -136,6 +166,7 @@ impl Conn {
                 .or_default()
                 .push(conn.clone())
         });
+        queue::opened(endpoint);
         Ok(conn)
     }
 }
@@ -157,9 +188,13 @@ pub(super) async fn send(
     let mut conn = match Conn::reuse(endpoint) {
         Some(conn) => conn,
         // Boxed, as it is rare.
-        None => Box::pin(Conn::open(endpoint, options)).await?,
+        None => Box::pin(Conn::queued(endpoint, options)).await?,
     };
-    let stream = Stream::new(conn.streams.clone());
+    let requests = conn.requests.fetch_add(1, Relaxed) + 1;
+    if is_spent(endpoint, requests) {
+        conn.retire(endpoint);
+    }
+    let stream = Stream::new(conn.streams.clone(), endpoint);
     let body = request.body_mut().hand_over();
     let upload = body.upload();
     let answer = conn.sender.try_send_request(copy(endpoint, request, body));
@@ -229,18 +264,25 @@ fn copy(
 }
 
 /// Counts one stream of a connection until dropped.
-struct Stream(Arc<AtomicUsize>);
+struct Stream {
+    streams: Arc<AtomicUsize>,
+    endpoint: Arc<Endpoint>,
+}
 
 impl Stream {
-    fn new(streams: Arc<AtomicUsize>) -> Self {
+    fn new(streams: Arc<AtomicUsize>, endpoint: &Arc<Endpoint>) -> Self {
         streams.fetch_add(1, Relaxed);
-        Self(streams)
+        Self {
+            streams,
+            endpoint: endpoint.clone(),
+        }
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+        self.streams.fetch_sub(1, Relaxed);
+        queue::freed(&self.endpoint);
     }
 }
 

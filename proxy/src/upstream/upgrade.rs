@@ -26,7 +26,7 @@ pub(super) async fn send(
         // It would need extended CONNECT (RFC 8441). A peer speaks HTTP/1.1, too.
         return Err(broken("protocol error", Retry::No));
     }
-    let (stream, open) = connect_http1(endpoint, options.connect_timeout).await?;
+    let (stream, open) = connect_http1(endpoint, options.connect_timeout, options.priority).await?;
     let (mut sender, driver) = handshake(TokioIo::new(stream))
         .await
         .map_err(|_| broken("remote reset", Retry::NothingSent))?;

@@ -2,16 +2,12 @@
 //!
 //! Shows what is in effect: defaults are filled in, and what was ignored is gone.
 
+use super::discovery::Resource;
 use crate::{
-    protobuf,
-    resource::bootstrap::Bootstrap,
-    wire::envoy::config::{
-        bootstrap::v3::Bootstrap as WireBootstrap, cluster::v3::Cluster as WireCluster,
-        listener::v3::Listener as WireListener, route::v3::RouteConfiguration as WireRoutes,
-    },
+    protobuf, resource::bootstrap::Bootstrap,
+    wire::envoy::config::bootstrap::v3::Bootstrap as WireBootstrap,
 };
-use prost::{Message, Name};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// A bootstrap in protobuf's JSON mapping with `snake_case` keys; reading it gives an equal bootstrap.
 #[must_use]
@@ -26,20 +22,21 @@ pub fn config_dump(bootstrap: &Bootstrap, version: &str, last_updated: &str) -> 
     let clusters: Vec<Value> = bootstrap
         .clusters
         .iter()
-        .map(|plain| entry("cluster", typed(&WireCluster::from(plain))))
+        .map(|plain| entry("cluster", plain.to_json()))
         .collect();
     let listeners: Vec<Value> = bootstrap
         .listeners
         .iter()
-        .map(|plain| entry("listener", typed(&WireListener::from(plain))))
+        .map(|plain| entry("listener", plain.to_json()))
         .collect();
     let tables = bootstrap
         .listeners
         .iter()
         .flat_map(|listener| listener.http_managers())
+        .filter(|manager| manager.rds.is_none())
         .map(|manager| &manager.route_config);
     let routes: Vec<Value> = tables
-        .map(|plain| entry("route_config", typed(&WireRoutes::from(plain))))
+        .map(|plain| entry("route_config", plain.to_json()))
         .collect();
     json!({ "configs": [
         {
@@ -62,17 +59,4 @@ pub fn config_dump(bootstrap: &Bootstrap, version: &str, last_updated: &str) -> 
             "static_route_configs": routes,
         },
     ] })
-}
-
-/// A resource as the JSON of an `Any`.
-fn typed<M: Message + Name>(message: &M) -> Value {
-    let mut fields = Map::new();
-    fields.insert(
-        "@type".to_owned(),
-        Value::String(format!("type.googleapis.com/{}", M::full_name())),
-    );
-    if let Value::Object(own) = protobuf::to_json(message) {
-        fields.extend(own);
-    }
-    Value::Object(fields)
 }

@@ -45,7 +45,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "http1_safe_max_connection_duration", "http3_protocol_options", "http_protocol_options",
             "internal_address_config", "local_reply_config",
             "original_ip_detection_extensions", "path_normalization_options",
-            "proxy_100_continue", "rds",
+            "proxy_100_continue",
             "represent_ipv4_remote_address_as_ipv4_mapped_ipv6", "request_headers_timeout",
             "request_id_extension", "scheme_header_transformation", "scoped_routes",
             "set_current_client_cert_details", "stream_error_on_invalid_http_message",

@@ -17,23 +17,26 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "trust_chain_verification",
             "verify_certificate_hash",
             "verify_certificate_spki",
-            "watched_directory",
         ],
     ),
     (
         "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext",
         &[
-            "combined_validation_context",
             "custom_handshaker",
             "custom_tls_certificate_selector",
             "key_log",
             "tls_certificate_certificate_provider",
             "tls_certificate_certificate_provider_instance",
             "tls_certificate_provider_instance",
-            "tls_certificate_sds_secret_configs",
             "validation_context_certificate_provider",
             "validation_context_certificate_provider_instance",
-            "validation_context_sds_secret_config",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext",
+        &[
+            "validation_context_certificate_provider",
+            "validation_context_certificate_provider_instance",
         ],
     ),
     (
@@ -51,12 +54,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.transport_sockets.tls.v3.TlsCertificate",
-        &[
-            "password",
-            "pkcs12",
-            "private_key_provider",
-            "watched_directory",
-        ],
+        &["password", "pkcs12", "private_key_provider"],
     ),
     (
         "envoy.extensions.transport_sockets.tls.v3.TlsParameters",

@@ -3,13 +3,16 @@
 //! What does not fit is taken out, so that the rest can still be decoded and judged. Meaning (names that must not be
 //! empty, limits) is not looked at here: that is each resource's own `TryFrom`.
 
-use super::{extensions, known, known_listener, known_tls};
+use super::{extensions, known, known_cluster, known_discovery, known_listener, known_tls};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{self, EXACT_INTEGER_MAX},
     wire::{
         envoy::{
-            config::route::v3::FilterConfig,
+            config::{
+                cluster::v3::load_balancing_policy::Policy, core::v3::TypedExtensionConfig,
+                route::v3::FilterConfig,
+            },
             extensions::filters::network::http_connection_manager::v3::HttpFilter,
         },
         xds::r#type::v3::TypedStruct,
@@ -31,10 +34,23 @@ pub(super) struct Walk {
     pub(super) removed: Vec<String>,
     /// Places of fields that are known and have no effect.
     pub(super) ignored: Vec<String>,
-    optional_filter: bool,
+    /// Whether what nobody knows is no error: as in Envoy, in configuration that comes while we run.
+    pub(super) dynamic: bool,
+    /// Places of fields that nobody knows.
+    pub(super) unknown: Vec<String>,
+    /// What is inside may be of a type that nobody knows.
+    optional: bool,
 }
 
 impl Walk {
+    /// Of what came while we run.
+    pub(super) fn dynamic() -> Self {
+        Self {
+            dynamic: true,
+            ..Self::default()
+        }
+    }
+
     /// Walks `value` as a `message` that stands at `place`; `false` if it cannot be one at all.
     pub(super) fn message(
         &mut self,
@@ -77,14 +93,8 @@ impl Walk {
         fields: &mut Map<String, Value>,
         place: &str,
     ) {
-        let outer = self.optional_filter;
-        let may_be_unknown = [HttpFilter::full_name(), FilterConfig::full_name()];
-        self.optional_filter = may_be_unknown
-            .iter()
-            .any(|name| message.full_name() == name)
-            && ["is_optional", "isOptional"]
-                .iter()
-                .any(|key| fields.get(*key) == Some(&Value::Bool(true)));
+        let outer = self.optional;
+        self.optional = may_be_unknown(message.full_name(), fields, outer);
         let mut seen = Vec::new();
         for key in fields.keys().cloned().collect::<Vec<_>>() {
             let Some(field) = field_by_key(message, &key) else {
@@ -107,7 +117,7 @@ impl Walk {
                 self.removed.push(here);
             }
         }
-        self.optional_filter = outer;
+        self.optional = outer;
     }
 
     /// Whether `field`, or another of the same choice, has been seen in this message.
@@ -144,20 +154,30 @@ impl Walk {
 
     fn not_transcribed(&mut self, message: &MessageDescriptor, key: &str, place: &str) {
         let name = snake_case(key);
-        let listed = |tables: [&[(&str, &[&str])]; 3]| {
+        let listed = |tables: [&[(&str, &[&str])]; 5]| {
             let mut entries = tables.into_iter().flatten();
             entries
                 .any(|(of, fields)| *of == message.full_name() && fields.contains(&name.as_str()))
         };
         if listed([
             known::NOT_SUPPORTED,
+            known_cluster::NOT_SUPPORTED,
+            known_discovery::NOT_SUPPORTED,
             known_listener::NOT_SUPPORTED,
             known_tls::NOT_SUPPORTED,
         ]) {
             self.errors.add(place, format!("not supported yet: {name}"));
             self.removed.push(join(place, &name));
-        } else if listed([known::IGNORED, known_listener::IGNORED, known_tls::IGNORED]) {
+        } else if listed([
+            known::IGNORED,
+            known_cluster::IGNORED,
+            known_discovery::IGNORED,
+            known_listener::IGNORED,
+            known_tls::IGNORED,
+        ]) {
             self.ignored.push(join(place, &name));
+        } else if self.dynamic {
+            self.unknown.push(join(place, key));
         } else {
             self.errors.add(place, format!("no such field: '{key}'"));
         }
@@ -277,7 +297,7 @@ impl Walk {
         good || self.mismatch(place, "a duration such as \"0.25s\"", value)
     }
 
-    fn any(&mut self, value: &mut Value, place: &str) -> bool {
+    pub(super) fn any(&mut self, value: &mut Value, place: &str) -> bool {
         let Value::Object(fields) = value else {
             return self.mismatch(place, "an object with '@type'", value);
         };
@@ -292,7 +312,7 @@ impl Walk {
             self.typed_struct(fields, place);
         } else if let Some(message) = protobuf::descriptor(&type_url) {
             self.fields(&message, fields, place);
-        } else if self.optional_filter {
+        } else if self.optional {
             // The filter chain decides what becomes of it; a TypedStruct carries what we cannot encode.
             let inner = Value::Object(std::mem::take(fields));
             *value = typed_struct(&type_url, &inner);
@@ -334,8 +354,7 @@ impl Walk {
             if let Some(Value::Object(value)) = fields.get_mut("value") {
                 self.fields(&message, value, &join(place, "value"));
             }
-        } else if extensions::NOT_SUPPORTED.contains(&protobuf::type_name(&inner))
-            && !self.optional_filter
+        } else if extensions::NOT_SUPPORTED.contains(&protobuf::type_name(&inner)) && !self.optional
         {
             self.errors
                 .add(place, format!("not supported yet: {inner}"));
@@ -377,6 +396,19 @@ impl Walk {
             .add(here, format!("expected {expected}, got {}", kind_of(value)));
         false
     }
+}
+
+/// Whether an extension in this message may be of a type that nobody knows; `outer` says so of what is around it.
+fn may_be_unknown(name: &str, fields: &Map<String, Value>, outer: bool) -> bool {
+    let is_optional = || {
+        ["is_optional", "isOptional"]
+            .iter()
+            .any(|key| fields.get(*key) == Some(&Value::Bool(true)))
+    };
+    let filters = [HttpFilter::full_name(), FilterConfig::full_name()];
+    (filters.iter().any(|filter| name == filter) && is_optional())
+        || name == Policy::full_name()
+        || (name == TypedExtensionConfig::full_name() && outer)
 }
 
 fn field_by_key(message: &MessageDescriptor, key: &str) -> Option<FieldDescriptor> {

@@ -102,16 +102,21 @@ fn log_format(
         Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
         Some(Format::TextFormatSource(core::DataSource {
             specifier: Some(Specifier::InlineString(text)),
+            ..
         })) => Ok(AccessLogFormat::Text(Some(text))),
         Some(Format::TextFormatSource(core::DataSource {
             specifier: Some(other),
+            ..
         })) => Err(ConfigErrors::one(
             "log_format.text_format_source",
             tls::not_inline(&other),
         )),
-        Some(Format::TextFormatSource(core::DataSource { specifier: None })) => Err(
-            ConfigErrors::one("log_format.text_format_source", "required: inline_string"),
-        ),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: None, ..
+        })) => Err(ConfigErrors::one(
+            "log_format.text_format_source",
+            "required: inline_string",
+        )),
         Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
             Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
             _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
@@ -166,6 +171,7 @@ fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString
         AccessLogFormat::Text(None) => return None,
         AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
             specifier: Some(Specifier::InlineString(text.clone())),
+            watched_directory: None,
         }),
         AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
             fields.clone().into_iter().collect(),

@@ -2,10 +2,12 @@
 
 use super::{
     cluster::Cluster,
+    config_source::ConfigSource,
     endpoint::Address,
     filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
     route::{Action, RouteConfiguration},
+    secret::Secret,
 };
 use crate::{
     problems::ConfigErrors,
@@ -24,6 +26,12 @@ pub struct Bootstrap {
     pub listeners: Vec<Listener>,
     /// `static_resources.clusters`.
     pub clusters: Vec<Cluster>,
+    /// `static_resources.secrets`.
+    pub secrets: Vec<Secret>,
+    /// `dynamic_resources.lds_config`: where further listeners come from.
+    pub lds: Option<ConfigSource>,
+    /// `dynamic_resources.cds_config`: where further clusters come from.
+    pub cds: Option<ConfigSource>,
 }
 
 /// `envoy.config.core.v3.Node`.
@@ -68,6 +76,20 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             problems.take_all("static_resources.listeners", resources.listeners);
         let clusters: Vec<Cluster> =
             problems.take_all("static_resources.clusters", resources.clusters);
+        let secret_names: Vec<String> = resources
+            .secrets
+            .iter()
+            .map(|secret| secret.name.clone())
+            .collect();
+        let secrets = problems.take_all("static_resources.secrets", resources.secrets);
+        let dynamic = wire.dynamic_resources.unwrap_or_default();
+        let lds = dynamic
+            .lds_config
+            .and_then(|source| problems.take("dynamic_resources.lds_config", source.try_into()));
+        let cds: Option<ConfigSource> = dynamic
+            .cds_config
+            .and_then(|source| problems.take("dynamic_resources.cds_config", source.try_into()));
+        check_unique(&mut problems, "static_resources.secrets", &secret_names);
         check_unique(&mut problems, "static_resources.listeners", &listener_names);
         check_unique(&mut problems, "static_resources.clusters", &cluster_names);
         check_addresses(&mut problems, &listeners, &listener_names);
@@ -86,6 +108,9 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             admin,
             listeners,
             clusters,
+            secrets,
+            lds,
+            cds,
         }))
     }
 }
@@ -203,10 +228,16 @@ impl From<&Bootstrap> for wire::Bootstrap {
         let resources = wire::bootstrap::StaticResources {
             listeners: plain.listeners.iter().map(Into::into).collect(),
             clusters: plain.clusters.iter().map(Into::into).collect(),
+            secrets: plain.secrets.iter().map(Into::into).collect(),
+        };
+        let dynamic = wire::bootstrap::DynamicResources {
+            lds_config: plain.lds.as_ref().map(Into::into),
+            cds_config: plain.cds.as_ref().map(Into::into),
         };
         Self {
             node: Some(node),
             static_resources: Some(resources),
+            dynamic_resources: (plain.lds.is_some() || plain.cds.is_some()).then_some(dynamic),
             admin,
         }
     }

@@ -6,7 +6,7 @@ use crate::{
     wire::envoy::config::{core::v3 as core, endpoint::v3 as wire},
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 /// Name space of our keys in endpoint and filter metadata.
 pub const METADATA_NAMESPACE: &str = "outrigger";
@@ -29,6 +29,12 @@ impl Address {
     #[must_use]
     pub fn is_pipe(&self) -> bool {
         self.host.starts_with(['/', '@'])
+    }
+
+    /// Whether its host is a name, which has to be looked up.
+    #[must_use]
+    pub fn is_name(&self) -> bool {
+        !self.is_pipe() && self.host.parse::<IpAddr>().is_err()
     }
 }
 
@@ -85,6 +91,8 @@ const PRIORITY_MAX: u32 = 128;
 pub struct LbEndpoint {
     /// Where.
     pub address: Address,
+    /// Its name, if it has one beside its address.
+    pub hostname: String,
     /// As configured; live health is elsewhere.
     pub health_status: HealthStatus,
     /// 1 unless given.
@@ -96,6 +104,13 @@ pub struct LbEndpoint {
 }
 
 impl LbEndpoint {
+    /// Whether its host is a name that is looked up for the cluster, rather than by whoever connects: engines and peers
+    /// are known by their names.
+    #[must_use]
+    pub fn is_looked_up(&self) -> bool {
+        self.duty() == Duty::Plain && self.address.is_name()
+    }
+
     /// What our own name space says this endpoint is.
     #[must_use]
     pub fn duty(&self) -> Duty {
@@ -293,8 +308,10 @@ impl TryFrom<wire::LbEndpoint> for LbEndpoint {
         if load_balancing_weight == 0 {
             problems.add("load_balancing_weight", "must be at least 1");
         }
+        let mut hostname = String::new();
         let address: Option<Address> = match wire.host_identifier {
             Some(wire::lb_endpoint::HostIdentifier::Endpoint(endpoint)) => {
+                hostname = endpoint.hostname;
                 problems.required("endpoint.address", endpoint.address)
             }
             None => {
@@ -316,6 +333,7 @@ impl TryFrom<wire::LbEndpoint> for LbEndpoint {
             .collect();
         let read = address.map(|address| Self {
             address,
+            hostname,
             health_status,
             load_balancing_weight,
             locality: 0,
@@ -345,6 +363,7 @@ impl From<&LbEndpoint> for wire::LbEndpoint {
             .map(|(space, facts)| (space.clone(), struct_from_json(facts.clone())));
         let endpoint = wire::Endpoint {
             address: Some((&plain.address).into()),
+            hostname: plain.hostname.clone(),
         };
         Self {
             host_identifier: Some(wire::lb_endpoint::HostIdentifier::Endpoint(endpoint)),

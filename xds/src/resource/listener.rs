@@ -1,6 +1,7 @@
 //! `envoy.config.listener.v3.Listener` and the HTTP connection manager.
 
 use super::{
+    config_source::Rds,
     edge::Edge,
     endpoint::Address,
     filter_chain::{FilterChain, Network, check_matches},
@@ -124,8 +125,10 @@ pub struct HttpConnectionManager {
     pub stat_prefix: String,
     /// Which protocols are spoken.
     pub codec: Codec,
-    /// Inline route table.
+    /// Route table; with `rds`, the one that came last.
     pub route_config: RouteConfiguration,
+    /// Where the route table comes from, if it is not inline.
+    pub rds: Option<Rds>,
     /// In order; the last is the router.
     pub http_filters: Vec<HttpFilter>,
     /// Where access logs go.
@@ -168,6 +171,7 @@ impl Default for HttpConnectionManager {
             stat_prefix: "http".into(),
             codec: Codec::Auto,
             route_config: RouteConfiguration::default(),
+            rds: None,
             http_filters: Vec::new(),
             access_log: Vec::new(),
             use_remote_address: false,
@@ -308,13 +312,20 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         };
         let server_header = wire.server_header_transformation().into();
         let server_name = server_header::name(&mut problems, std::mem::take(&mut wire.server_name));
-        let table = wire
-            .route_specifier
-            .map(|RouteSpecifier::RouteConfig(table)| table);
-        if table.is_none() {
-            problems.add("", "required: route_config");
-        }
-        let route_config = table.and_then(|table| problems.take("route_config", table.try_into()));
+        let mut rds = None;
+        let route_config = match wire.route_specifier {
+            Some(RouteSpecifier::RouteConfig(table)) => {
+                problems.take("route_config", table.try_into())
+            }
+            Some(RouteSpecifier::Rds(source)) => {
+                rds = problems.take("rds", Rds::try_from(source));
+                rds.as_ref().map(Rds::not_yet)
+            }
+            None => {
+                problems.add("", "required: route_config or rds");
+                None
+            }
+        };
         let count = wire.http_filters.len();
         let http_filters = problems.take_all("http_filters", wire.http_filters);
         if http_filters.len() == count {
@@ -328,6 +339,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 stat_prefix,
                 codec,
                 route_config,
+                rds,
                 http_filters,
                 access_log,
                 upgrades,
@@ -499,7 +511,10 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
         let mut wire = Self {
             codec_type: codec_type.into(),
             stat_prefix: plain.stat_prefix.clone(),
-            route_specifier: Some(RouteSpecifier::RouteConfig((&plain.route_config).into())),
+            route_specifier: Some(match &plain.rds {
+                Some(rds) => RouteSpecifier::Rds(rds.into()),
+                None => RouteSpecifier::RouteConfig((&plain.route_config).into()),
+            }),
             http_filters: plain.http_filters.iter().map(Into::into).collect(),
             common_http_protocol_options: Some(core::HttpProtocolOptions {
                 idle_timeout: Some(to_duration(plain.idle_timeout)),

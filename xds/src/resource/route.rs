@@ -40,6 +40,8 @@ pub struct RouteConfiguration {
     pub max_direct_response_body_bytes: usize,
     /// Domains are compared without the port of the request.
     pub ignore_port_in_host_matching: bool,
+    /// Filter configuration for all routes, by filter name.
+    pub typed_per_filter_config: FilterConfigs,
 }
 
 impl Default for RouteConfiguration {
@@ -53,6 +55,7 @@ impl Default for RouteConfiguration {
             mirrors: Vec::new(),
             max_direct_response_body_bytes: DIRECT_RESPONSE_BODY_BYTES_MAX,
             ignore_port_in_host_matching: false,
+            typed_per_filter_config: FilterConfigs::new(),
         }
     }
 }
@@ -76,6 +79,8 @@ pub struct VirtualHost {
     pub include_attempt_count_in_response: bool,
     /// On messages of its routes.
     pub headers: HeaderMutations,
+    /// Filter configuration for its routes, by filter name.
+    pub typed_per_filter_config: FilterConfigs,
 }
 
 /// One route.
@@ -88,10 +93,13 @@ pub struct Route {
     /// What happens to them.
     pub action: Action,
     /// Filter configuration for this route, by filter name.
-    pub typed_per_filter_config: BTreeMap<String, TypedConfig>,
+    pub typed_per_filter_config: FilterConfigs,
     /// On its messages.
     pub headers: HeaderMutations,
 }
+
+/// Configuration of filters, by filter name.
+pub type FilterConfigs = BTreeMap<String, TypedConfig>;
 
 /// A typed extension configuration: type URL and its JSON value (TypedStruct's inner ones).
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -187,6 +195,7 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
         let max = max.map_or(DIRECT_RESPONSE_BODY_BYTES_MAX, |max| max as usize);
         let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         check_bodies(&mut problems, &virtual_hosts, max);
+        let typed_per_filter_config = filter_configs(&mut problems, wire.typed_per_filter_config);
         let headers = HeaderMutations::read(
             &mut problems,
             (wire.request_headers_to_add, wire.request_headers_to_remove),
@@ -204,6 +213,7 @@ impl TryFrom<wire::RouteConfiguration> for RouteConfiguration {
             mirrors,
             max_direct_response_body_bytes: max,
             ignore_port_in_host_matching: wire.ignore_port_in_host_matching,
+            typed_per_filter_config,
         }))
     }
 }
@@ -283,6 +293,7 @@ impl TryFrom<wire::VirtualHost> for VirtualHost {
             ),
         );
         let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
+        let typed_per_filter_config = filter_configs(&mut problems, wire.typed_per_filter_config);
         problems.finish(Some(Self {
             name,
             domains: wire.domains,
@@ -292,6 +303,7 @@ impl TryFrom<wire::VirtualHost> for VirtualHost {
             include_request_attempt_count: wire.include_request_attempt_count,
             include_attempt_count_in_response: wire.include_attempt_count_in_response,
             headers,
+            typed_per_filter_config,
         }))
     }
 }
@@ -317,13 +329,7 @@ impl TryFrom<wire::Route> for Route {
                 problems.take("direct_response", direct_response(response))
             }
         };
-        let mut typed_per_filter_config = BTreeMap::new();
-        for (filter, any) in wire.typed_per_filter_config {
-            let place = format!("typed_per_filter_config[\"{filter}\"]");
-            if let Some(config) = problems.take(&place, TypedConfig::try_from(any)) {
-                typed_per_filter_config.insert(filter, config);
-            }
-        }
+        let typed_per_filter_config = filter_configs(&mut problems, wire.typed_per_filter_config);
         let headers = HeaderMutations::read(
             &mut problems,
             (wire.request_headers_to_add, wire.request_headers_to_remove),
@@ -341,6 +347,27 @@ impl TryFrom<wire::Route> for Route {
             headers,
         }))
     }
+}
+
+/// Reads `typed_per_filter_config`.
+pub(super) fn filter_configs(
+    problems: &mut ConfigErrors,
+    wire: BTreeMap<String, Any>,
+) -> FilterConfigs {
+    let read = wire.into_iter().filter_map(|(filter, any)| {
+        let place = format!("typed_per_filter_config[\"{filter}\"]");
+        let config = problems.take(&place, TypedConfig::try_from(any))?;
+        Some((filter, config))
+    });
+    read.collect()
+}
+
+/// Shows `typed_per_filter_config`.
+pub(super) fn show_filter_configs(plain: &FilterConfigs) -> BTreeMap<String, Any> {
+    plain
+        .iter()
+        .map(|(filter, config)| (filter.clone(), Any::from(config)))
+        .collect()
 }
 
 fn direct_response(wire: wire::DirectResponseAction) -> Result<Action, ConfigErrors> {
@@ -430,6 +457,7 @@ impl From<&RouteConfiguration> for wire::RouteConfiguration {
             max_direct_response_body_size_bytes: (max != DIRECT_RESPONSE_BODY_BYTES_MAX)
                 .then(|| u32::try_from(max).unwrap_or(u32::MAX)),
             ignore_port_in_host_matching: plain.ignore_port_in_host_matching,
+            typed_per_filter_config: show_filter_configs(&plain.typed_per_filter_config),
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
         }
     }
@@ -451,6 +479,7 @@ impl From<&VirtualHost> for wire::VirtualHost {
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
             include_request_attempt_count: plain.include_request_attempt_count,
             include_attempt_count_in_response: plain.include_attempt_count_in_response,
+            typed_per_filter_config: show_filter_configs(&plain.typed_per_filter_config),
         }
     }
 }
@@ -462,14 +491,16 @@ impl From<&Route> for wire::Route {
             Action::Redirect(redirect) => wire::route::Action::Redirect(redirect.into()),
             Action::DirectResponse { status, body } => {
                 let specifier = Some(core::data_source::Specifier::InlineString(body.clone()));
-                let body = (!body.is_empty()).then_some(core::DataSource { specifier });
+                let body = (!body.is_empty()).then_some(core::DataSource {
+                    specifier,
+                    watched_directory: None,
+                });
                 wire::route::Action::DirectResponse(wire::DirectResponseAction {
                     status: (*status).into(),
                     body,
                 })
             }
         };
-        let configs = plain.typed_per_filter_config.iter();
         let (request_headers_to_add, request_headers_to_remove) = plain.headers.request.show();
         let (response_headers_to_add, response_headers_to_remove) = plain.headers.response.show();
         Self {
@@ -480,9 +511,7 @@ impl From<&Route> for wire::Route {
             name: plain.name.clone(),
             r#match: Some((&plain.r#match).into()),
             action: Some(action),
-            typed_per_filter_config: configs
-                .map(|(filter, config)| (filter.clone(), Any::from(config)))
-                .collect(),
+            typed_per_filter_config: show_filter_configs(&plain.typed_per_filter_config),
         }
     }
 }

@@ -1,13 +1,18 @@
 //! `RouteAction` and `RedirectAction`: where a request goes, and how it is changed on the way.
 
 use super::{
-    header_mutation::HeaderMutations, matching::RegexRewrite, mirror_policy::MirrorPolicy,
-    retry_policy::RetryPolicy, upgrade::Upgrade,
+    hash_policy::HashPolicy,
+    header_mutation::HeaderMutations,
+    matching::RegexRewrite,
+    mirror_policy::MirrorPolicy,
+    retry_policy::RetryPolicy,
+    route::{self, FilterConfigs},
+    upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
-    wire::envoy::config::route::v3 as wire,
+    wire::envoy::config::{core::v3 as core, route::v3 as wire},
 };
 use std::time::Duration;
 use wire::{
@@ -45,10 +50,24 @@ pub struct RouteAction {
     pub host_rewrite: Option<HostRewrite>,
     /// A host that was replaced is appended to `x-forwarded-host`.
     pub append_x_forwarded_host: bool,
+    /// Which circuit breakers count.
+    pub priority: Priority,
+    /// What is hashed, for policies that choose by hash.
+    pub hash_policy: Vec<HashPolicy>,
+}
+
+/// `RoutingPriority`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Priority {
+    /// `DEFAULT`.
+    #[default]
+    Default,
+    /// `HIGH`.
+    High,
 }
 
 /// How a cluster is chosen.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum ClusterSpecifier {
     /// By name.
     Cluster(String),
@@ -99,7 +118,7 @@ impl ClusterSpecifier {
 }
 
 /// `WeightedCluster`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct WeightedClusters {
     /// At least one has a weight.
     pub clusters: Vec<ClusterWeight>,
@@ -108,7 +127,7 @@ pub struct WeightedClusters {
 }
 
 /// `ClusterWeight`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ClusterWeight {
     /// Which.
     pub cluster: WeightedName,
@@ -118,6 +137,8 @@ pub struct ClusterWeight {
     pub headers: HeaderMutations,
     /// Replaces the host.
     pub host_rewrite: Option<String>,
+    /// Filter configuration for its requests, by filter name.
+    pub typed_per_filter_config: FilterConfigs,
 }
 
 /// How a weighted cluster is named.
@@ -204,6 +225,10 @@ impl TryFrom<wire::RouteAction> for RouteAction {
 
     fn try_from(wire: wire::RouteAction) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
+        let priority = match wire.priority() {
+            core::RoutingPriority::Default => Priority::Default,
+            core::RoutingPriority::High => Priority::High,
+        };
         let cluster_not_found = match wire.cluster_not_found_response_code() {
             ClusterNotFoundResponseCode::ServiceUnavailable => ClusterNotFound::ServiceUnavailable,
             ClusterNotFoundResponseCode::NotFound => ClusterNotFound::NotFound,
@@ -252,7 +277,10 @@ impl TryFrom<wire::RouteAction> for RouteAction {
         };
         let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
         let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
+        let hash_policy = problems.take_all("hash_policy", wire.hash_policy);
         problems.finish(Some(Self {
+            priority,
+            hash_policy,
             cluster,
             cluster_not_found,
             mirrors,
@@ -348,7 +376,10 @@ impl TryFrom<WireWeight> for ClusterWeight {
                 host(&mut problems, "host_rewrite_literal", literal)
             },
         );
+        let typed_per_filter_config =
+            route::filter_configs(&mut problems, wire.typed_per_filter_config);
         problems.finish(cluster.map(|cluster| Self {
+            typed_per_filter_config,
             cluster,
             weight: wire.weight.unwrap_or(0),
             headers,
@@ -434,6 +465,12 @@ impl From<&RouteAction> for wire::RouteAction {
                 }
             }),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),
+            priority: match plain.priority {
+                Priority::Default => core::RoutingPriority::Default,
+                Priority::High => core::RoutingPriority::High,
+            }
+            .into(),
+            hash_policy: plain.hash_policy.iter().map(Into::into).collect(),
         }
     }
 }
@@ -461,6 +498,9 @@ impl From<&WeightedClusters> for wire::WeightedCluster {
                     .host_rewrite
                     .clone()
                     .map(cluster_weight::HostRewriteSpecifier::HostRewriteLiteral),
+                typed_per_filter_config: route::show_filter_configs(
+                    &cluster.typed_per_filter_config,
+                ),
             }
         };
         Self {

@@ -2,6 +2,7 @@
 //!
 //! Only what was written: files are read, and certificates judged, by whoever builds a context of it.
 
+use super::secret::{self, SecretConfig, ValidationSecret};
 use crate::{
     problems::ConfigErrors,
     protobuf::{pack, unpack},
@@ -22,7 +23,7 @@ const REDACTED: &str = "[redacted]";
 /// Where bytes come from.
 #[derive(Clone, PartialEq, Eq)]
 pub enum DataSource {
-    /// A file, read at start.
+    /// A file, read when a context is built of it, and again when it changes.
     File(String),
     /// Given in the configuration.
     Inline(Vec<u8>),
@@ -41,7 +42,7 @@ impl fmt::Debug for DataSource {
 /// `DownstreamTlsContext`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DownstreamTls {
-    /// What both directions share; at least one certificate.
+    /// What both directions share; at least one certificate, or secret with one.
     pub common: CommonTls,
     /// Clients without a certificate are refused; then there is a validation.
     pub require_client_certificate: bool,
@@ -63,8 +64,12 @@ pub struct CommonTls {
     pub params: TlsParams,
     /// Ours.
     pub certificates: Vec<TlsCertificate>,
-    /// Whom we believe; none means that nobody is looked at.
+    /// Ours, in secrets; then there are no others.
+    pub certificate_secrets: Vec<SecretConfig>,
+    /// Whom we believe.
     pub validation: Option<Validation>,
+    /// Whom we believe is a secret; then there is no other. Neither means that nobody is looked at.
+    pub validation_secret: Option<ValidationSecret>,
     /// Protocols offered, best first.
     pub alpn: Vec<String>,
 }
@@ -194,13 +199,14 @@ impl TryFrom<wire::DownstreamTlsContext> for DownstreamTls {
         let require_client_certificate = wire.require_client_certificate.unwrap_or_default();
         if let Some(common) = &common {
             let common: &CommonTls = common;
-            if common.certificates.is_empty() {
+            if common.certificates.is_empty() && common.certificate_secrets.is_empty() {
                 problems.add(
                     "common_tls_context.tls_certificates",
                     "required: at least one",
                 );
             }
-            if require_client_certificate && common.validation.is_none() {
+            let believes = common.validation.is_some() || common.validation_secret.is_some();
+            if require_client_certificate && !believes {
                 problems.add(
                     "require_client_certificate",
                     "needs common_tls_context.validation_context: whom to believe",
@@ -225,7 +231,7 @@ impl TryFrom<wire::UpstreamTlsContext> for UpstreamTls {
                 wire.common_tls_context.unwrap_or_default().try_into(),
             )
             .unwrap_or_default();
-        if common.certificates.len() > 1 {
+        if common.certificates.len() + common.certificate_secrets.len() > 1 {
             problems.add(
                 "common_tls_context.tls_certificates",
                 "not supported yet: more than one",
@@ -257,18 +263,23 @@ impl TryFrom<wire::CommonTlsContext> for CommonTls {
     type Error = ConfigErrors;
 
     fn try_from(wire: wire::CommonTlsContext) -> Result<Self, ConfigErrors> {
-        use wire::common_tls_context::ValidationContextType;
         let mut problems = ConfigErrors::default();
         let params = problems
             .take("tls_params", wire.tls_params.unwrap_or_default().try_into())
             .unwrap_or_default();
         let certificates = problems.take_all("tls_certificates", wire.tls_certificates);
-        let validation = match wire.validation_context_type {
-            Some(ValidationContextType::ValidationContext(context)) => {
-                problems.take("validation_context", context.try_into())
-            }
-            None => None,
-        };
+        let certificate_secrets: Vec<SecretConfig> = problems.take_all(
+            "tls_certificate_sds_secret_configs",
+            wire.tls_certificate_sds_secret_configs,
+        );
+        if !certificates.is_empty() && !certificate_secrets.is_empty() {
+            problems.add(
+                "",
+                "only one of 'tls_certificates' and 'tls_certificate_sds_secret_configs' may be set",
+            );
+        }
+        let (validation, validation_secret) =
+            secret::validation(&mut problems, wire.validation_context_type);
         for (index, protocol) in wire.alpn_protocols.iter().enumerate() {
             if !(1..=255).contains(&protocol.len()) {
                 problems.add(
@@ -280,7 +291,9 @@ impl TryFrom<wire::CommonTlsContext> for CommonTls {
         problems.finish(Some(Self {
             params,
             certificates,
+            certificate_secrets,
             validation,
+            validation_secret,
             alpn: wire.alpn_protocols,
         }))
     }
@@ -424,15 +437,16 @@ impl From<&DownstreamTls> for core::TransportSocket {
 
 impl From<&CommonTls> for wire::CommonTlsContext {
     fn from(plain: &CommonTls) -> Self {
-        use wire::common_tls_context::ValidationContextType;
         Self {
             tls_params: (plain.params != TlsParams::default()).then(|| (&plain.params).into()),
             tls_certificates: plain.certificates.iter().map(Into::into).collect(),
-            validation_context_type: plain
-                .validation
-                .as_ref()
-                .map(|validation| ValidationContextType::ValidationContext(validation.into())),
+            validation_context_type: secret::validation_to_wire(plain),
             alpn_protocols: plain.alpn.clone(),
+            tls_certificate_sds_secret_configs: plain
+                .certificate_secrets
+                .iter()
+                .map(Into::into)
+                .collect(),
         }
     }
 }
@@ -462,7 +476,9 @@ impl From<&TlsCertificate> for wire::TlsCertificate {
             certificate_chain: Some((&plain.chain).into()),
             private_key: Some(core::DataSource {
                 specifier: Some(key),
+                watched_directory: None,
             }),
+            watched_directory: None,
         }
     }
 }
@@ -478,6 +494,7 @@ impl From<&DataSource> for core::DataSource {
         };
         Self {
             specifier: Some(specifier),
+            watched_directory: None,
         }
     }
 }
@@ -486,6 +503,7 @@ impl From<&Validation> for wire::CertificateValidationContext {
     fn from(plain: &Validation) -> Self {
         Self {
             trusted_ca: Some((&plain.trusted_ca).into()),
+            watched_directory: None,
             match_typed_subject_alt_names: plain.names.iter().map(Into::into).collect(),
         }
     }

@@ -8,6 +8,9 @@ pub struct Bootstrap {
     /// Configuration written here instead of being fetched.
     #[prost(message, optional, tag = "2")]
     pub static_resources: ::core::option::Option<bootstrap::StaticResources>,
+    /// Configuration that comes from elsewhere.
+    #[prost(message, optional, tag = "3")]
+    pub dynamic_resources: ::core::option::Option<bootstrap::DynamicResources>,
     /// The operator's interface; none if unset.
     #[prost(message, optional, tag = "12")]
     pub admin: ::core::option::Option<Admin>,
@@ -27,6 +30,11 @@ pub mod bootstrap {
         pub clusters: ::prost::alloc::vec::Vec<
             super::super::super::cluster::v3::Cluster,
         >,
+        /// Certificates, and whom to believe, by name.
+        #[prost(message, repeated, tag = "3")]
+        pub secrets: ::prost::alloc::vec::Vec<
+            super::super::super::super::extensions::transport_sockets::tls::v3::Secret,
+        >,
     }
     impl ::prost::Name for StaticResources {
         const NAME: &'static str = "StaticResources";
@@ -36,6 +44,30 @@ pub mod bootstrap {
         }
         fn type_url() -> ::prost::alloc::string::String {
             "/envoy.config.bootstrap.v3.Bootstrap.StaticResources".into()
+        }
+    }
+    /// Where further resources come from.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct DynamicResources {
+        /// All further listeners.
+        #[prost(message, optional, tag = "1")]
+        pub lds_config: ::core::option::Option<
+            super::super::super::core::v3::ConfigSource,
+        >,
+        /// All further clusters.
+        #[prost(message, optional, tag = "2")]
+        pub cds_config: ::core::option::Option<
+            super::super::super::core::v3::ConfigSource,
+        >,
+    }
+    impl ::prost::Name for DynamicResources {
+        const NAME: &'static str = "DynamicResources";
+        const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.bootstrap.v3.Bootstrap.DynamicResources".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.bootstrap.v3.Bootstrap.DynamicResources".into()
         }
     }
 }

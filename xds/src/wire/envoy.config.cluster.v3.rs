@@ -2,7 +2,7 @@
 /// Limits of a cluster.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CircuitBreakers {
-    /// By priority; only DEFAULT is known.
+    /// By priority.
     #[prost(message, repeated, tag = "1")]
     pub thresholds: ::prost::alloc::vec::Vec<circuit_breakers::Thresholds>,
 }
@@ -20,9 +20,18 @@ pub mod circuit_breakers {
         /// Open connections.
         #[prost(message, optional, tag = "2")]
         pub max_connections: ::core::option::Option<u32>,
+        /// Requests that wait for a connection.
+        #[prost(message, optional, tag = "3")]
+        pub max_pending_requests: ::core::option::Option<u32>,
         /// Requests in flight.
         #[prost(message, optional, tag = "4")]
         pub max_requests: ::core::option::Option<u32>,
+        /// Retries in flight, where there is no budget of them.
+        #[prost(message, optional, tag = "5")]
+        pub max_retries: ::core::option::Option<u32>,
+        /// Gauges tell what is left.
+        #[prost(bool, tag = "6")]
+        pub track_remaining: bool,
         /// Retries in proportion to requests.
         #[prost(message, optional, tag = "8")]
         pub retry_budget: ::core::option::Option<thresholds::RetryBudget>,
@@ -141,6 +150,18 @@ pub struct Cluster {
     /// Unique.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
+    /// Of type EDS.
+    #[prost(message, optional, tag = "3")]
+    pub eds_cluster_config: ::core::option::Option<cluster::EdsClusterConfig>,
+    /// Between lookups; 5 s unless said.
+    #[prost(message, optional, tag = "16")]
+    pub dns_refresh_rate: ::core::option::Option<::prost_types::Duration>,
+    /// Which addresses of a name count.
+    #[prost(enumeration = "cluster::DnsLookupFamily", tag = "17")]
+    pub dns_lookup_family: i32,
+    /// Between lookups that fail.
+    #[prost(message, optional, tag = "44")]
+    pub dns_failure_refresh_rate: ::core::option::Option<cluster::RefreshRate>,
     /// 5 s unless said.
     #[prost(message, optional, tag = "4")]
     pub connect_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -150,9 +171,18 @@ pub struct Cluster {
     /// How endpoints are asked for their health; one at most.
     #[prost(message, repeated, tag = "8")]
     pub health_checks: ::prost::alloc::vec::Vec<super::super::core::v3::HealthCheck>,
+    /// Old form of the same in HttpProtocolOptions.
+    #[prost(message, optional, tag = "9")]
+    pub max_requests_per_connection: ::core::option::Option<u32>,
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// Where connections come from.
+    #[prost(message, optional, tag = "21")]
+    pub upstream_bind_config: ::core::option::Option<super::super::core::v3::BindConfig>,
+    /// Of connections.
+    #[prost(message, optional, tag = "30")]
+    pub upstream_connection_options: ::core::option::Option<UpstreamConnectionOptions>,
     /// When an endpoint gets no requests because those it had failed.
     #[prost(message, optional, tag = "19")]
     pub outlier_detection: ::core::option::Option<OutlierDetection>,
@@ -169,19 +199,128 @@ pub struct Cluster {
     pub load_assignment: ::core::option::Option<
         super::super::endpoint::v3::ClusterLoadAssignment,
     >,
+    /// How one endpoint is chosen, instead of lb_policy.
+    #[prost(message, optional, tag = "41")]
+    pub load_balancing_policy: ::core::option::Option<LoadBalancingPolicy>,
     /// By extension name; envoy.extensions.upstreams.http.v3.HttpProtocolOptions is known.
     #[prost(btree_map = "string, message", tag = "36")]
     pub typed_extension_protocol_options: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost_types::Any,
     >,
-    #[prost(oneof = "cluster::ClusterDiscoveryType", tags = "2")]
+    #[prost(oneof = "cluster::ClusterDiscoveryType", tags = "2, 38")]
     pub cluster_discovery_type: ::core::option::Option<cluster::ClusterDiscoveryType>,
-    #[prost(oneof = "cluster::LbConfig", tags = "37")]
+    #[prost(oneof = "cluster::LbConfig", tags = "37, 23, 52, 56")]
     pub lb_config: ::core::option::Option<cluster::LbConfig>,
 }
 /// Nested message and enum types in `Cluster`.
 pub mod cluster {
+    /// An extension that knows where endpoints are.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct CustomClusterType {
+        /// Such as envoy.cluster.dns.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// envoy.extensions.clusters.dns.v3.DnsCluster is known.
+        #[prost(message, optional, tag = "2")]
+        pub typed_config: ::core::option::Option<::prost_types::Any>,
+    }
+    impl ::prost::Name for CustomClusterType {
+        const NAME: &'static str = "CustomClusterType";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.CustomClusterType".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.CustomClusterType".into()
+        }
+    }
+    /// Between lookups that fail.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RefreshRate {
+        /// At first.
+        #[prost(message, optional, tag = "1")]
+        pub base_interval: ::core::option::Option<::prost_types::Duration>,
+        /// At most.
+        #[prost(message, optional, tag = "2")]
+        pub max_interval: ::core::option::Option<::prost_types::Duration>,
+    }
+    impl ::prost::Name for RefreshRate {
+        const NAME: &'static str = "RefreshRate";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.RefreshRate".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.RefreshRate".into()
+        }
+    }
+    /// Of type EDS.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct EdsClusterConfig {
+        /// Where its endpoints come from.
+        #[prost(message, optional, tag = "1")]
+        pub eds_config: ::core::option::Option<
+            super::super::super::core::v3::ConfigSource,
+        >,
+        /// Their name there; the cluster's unless said.
+        #[prost(string, tag = "2")]
+        pub service_name: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for EdsClusterConfig {
+        const NAME: &'static str = "EdsClusterConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.EdsClusterConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.EdsClusterConfig".into()
+        }
+    }
+    /// New endpoints get fewer requests at first.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct SlowStartConfig {
+        /// For how long.
+        #[prost(message, optional, tag = "1")]
+        pub slow_start_window: ::core::option::Option<::prost_types::Duration>,
+        /// 1 is linear, more is faster at first; 1 unless said.
+        #[prost(message, optional, tag = "2")]
+        pub aggression: ::core::option::Option<
+            super::super::super::core::v3::RuntimeDouble,
+        >,
+        /// At least this share of the weight; 10 unless said.
+        #[prost(message, optional, tag = "3")]
+        pub min_weight_percent: ::core::option::Option<
+            super::super::super::super::r#type::v3::Percent,
+        >,
+    }
+    impl ::prost::Name for SlowStartConfig {
+        const NAME: &'static str = "SlowStartConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.SlowStartConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.SlowStartConfig".into()
+        }
+    }
+    /// Of ROUND_ROBIN.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct RoundRobinLbConfig {
+        /// New endpoints get fewer requests at first.
+        #[prost(message, optional, tag = "1")]
+        pub slow_start_config: ::core::option::Option<SlowStartConfig>,
+    }
+    impl ::prost::Name for RoundRobinLbConfig {
+        const NAME: &'static str = "RoundRobinLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.RoundRobinLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.RoundRobinLbConfig".into()
+        }
+    }
     /// Of LEAST_REQUEST.
     #[derive(Clone, PartialEq, ::prost::Message)]
     pub struct LeastRequestLbConfig {
@@ -193,6 +332,9 @@ pub mod cluster {
         pub active_request_bias: ::core::option::Option<
             super::super::super::core::v3::RuntimeDouble,
         >,
+        /// New endpoints get fewer requests at first.
+        #[prost(message, optional, tag = "3")]
+        pub slow_start_config: ::core::option::Option<SlowStartConfig>,
     }
     impl ::prost::Name for LeastRequestLbConfig {
         const NAME: &'static str = "LeastRequestLbConfig";
@@ -204,6 +346,86 @@ pub mod cluster {
             "/envoy.config.cluster.v3.Cluster.LeastRequestLbConfig".into()
         }
     }
+    /// Of RING_HASH.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct RingHashLbConfig {
+        /// Points on the ring, at least; 1024 unless said.
+        #[prost(message, optional, tag = "1")]
+        pub minimum_ring_size: ::core::option::Option<u64>,
+        /// What places endpoints on the ring.
+        #[prost(enumeration = "ring_hash_lb_config::HashFunction", tag = "3")]
+        pub hash_function: i32,
+        /// Points on the ring, at most; 8 Mi unless said.
+        #[prost(message, optional, tag = "4")]
+        pub maximum_ring_size: ::core::option::Option<u64>,
+    }
+    /// Nested message and enum types in `RingHashLbConfig`.
+    pub mod ring_hash_lb_config {
+        /// What places endpoints on the ring.
+        #[derive(
+            Clone,
+            Copy,
+            Debug,
+            PartialEq,
+            Eq,
+            Hash,
+            PartialOrd,
+            Ord,
+            ::prost::Enumeration
+        )]
+        #[repr(i32)]
+        pub enum HashFunction {
+            XxHash = 0,
+            MurmurHash2 = 1,
+        }
+        impl HashFunction {
+            /// String value of the enum field names used in the ProtoBuf definition.
+            ///
+            /// The values are not transformed in any way and thus are considered stable
+            /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+            pub fn as_str_name(&self) -> &'static str {
+                match self {
+                    Self::XxHash => "XX_HASH",
+                    Self::MurmurHash2 => "MURMUR_HASH_2",
+                }
+            }
+            /// Creates an enum from field names used in the ProtoBuf definition.
+            pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+                match value {
+                    "XX_HASH" => Some(Self::XxHash),
+                    "MURMUR_HASH_2" => Some(Self::MurmurHash2),
+                    _ => None,
+                }
+            }
+        }
+    }
+    impl ::prost::Name for RingHashLbConfig {
+        const NAME: &'static str = "RingHashLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.RingHashLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.RingHashLbConfig".into()
+        }
+    }
+    /// Of MAGLEV.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct MaglevLbConfig {
+        /// A prime; 65537 unless said.
+        #[prost(message, optional, tag = "1")]
+        pub table_size: ::core::option::Option<u64>,
+    }
+    impl ::prost::Name for MaglevLbConfig {
+        const NAME: &'static str = "MaglevLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.MaglevLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.MaglevLbConfig".into()
+        }
+    }
     /// Of all policies.
     #[derive(Clone, Copy, PartialEq, ::prost::Message)]
     pub struct CommonLbConfig {
@@ -211,6 +433,11 @@ pub mod cluster {
         #[prost(message, optional, tag = "1")]
         pub healthy_panic_threshold: ::core::option::Option<
             super::super::super::super::r#type::v3::Percent,
+        >,
+        /// Of policies that choose by hash.
+        #[prost(message, optional, tag = "7")]
+        pub consistent_hashing_lb_config: ::core::option::Option<
+            common_lb_config::ConsistentHashingLbConfig,
         >,
         #[prost(oneof = "common_lb_config::LocalityConfigSpecifier", tags = "3")]
         pub locality_config_specifier: ::core::option::Option<
@@ -231,6 +458,25 @@ pub mod cluster {
             }
             fn type_url() -> ::prost::alloc::string::String {
                 "/envoy.config.cluster.v3.Cluster.CommonLbConfig.LocalityWeightedLbConfig"
+                    .into()
+            }
+        }
+        /// Of policies that choose by hash.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct ConsistentHashingLbConfig {
+            /// Endpoints are placed by their name instead of their address.
+            #[prost(bool, tag = "1")]
+            pub use_hostname_for_hashing: bool,
+        }
+        impl ::prost::Name for ConsistentHashingLbConfig {
+            const NAME: &'static str = "ConsistentHashingLbConfig";
+            const PACKAGE: &'static str = "envoy.config.cluster.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.cluster.v3.Cluster.CommonLbConfig.ConsistentHashingLbConfig"
+                    .into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.cluster.v3.Cluster.CommonLbConfig.ConsistentHashingLbConfig"
                     .into()
             }
         }
@@ -297,6 +543,52 @@ pub mod cluster {
             }
         }
     }
+    /// Which addresses of a name count.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum DnsLookupFamily {
+        Auto = 0,
+        V4Only = 1,
+        V6Only = 2,
+        V4Preferred = 3,
+        All = 4,
+    }
+    impl DnsLookupFamily {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Auto => "AUTO",
+                Self::V4Only => "V4_ONLY",
+                Self::V6Only => "V6_ONLY",
+                Self::V4Preferred => "V4_PREFERRED",
+                Self::All => "ALL",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "AUTO" => Some(Self::Auto),
+                "V4_ONLY" => Some(Self::V4Only),
+                "V6_ONLY" => Some(Self::V6Only),
+                "V4_PREFERRED" => Some(Self::V4Preferred),
+                "ALL" => Some(Self::All),
+                _ => None,
+            }
+        }
+    }
     /// How an endpoint is chosen.
     #[derive(
         Clone,
@@ -349,17 +641,29 @@ pub mod cluster {
             }
         }
     }
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum ClusterDiscoveryType {
         /// Where endpoints come from.
         #[prost(enumeration = "DiscoveryType", tag = "2")]
         Type(i32),
+        /// An extension that knows where endpoints are.
+        #[prost(message, tag = "38")]
+        ClusterType(CustomClusterType),
     }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum LbConfig {
         /// Of LEAST_REQUEST.
         #[prost(message, tag = "37")]
         LeastRequestLbConfig(LeastRequestLbConfig),
+        /// Of RING_HASH.
+        #[prost(message, tag = "23")]
+        RingHashLbConfig(RingHashLbConfig),
+        /// Of MAGLEV.
+        #[prost(message, tag = "52")]
+        MaglevLbConfig(MaglevLbConfig),
+        /// Of ROUND_ROBIN.
+        #[prost(message, tag = "56")]
+        RoundRobinLbConfig(RoundRobinLbConfig),
     }
 }
 impl ::prost::Name for Cluster {
@@ -370,5 +674,61 @@ impl ::prost::Name for Cluster {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.cluster.v3.Cluster".into()
+    }
+}
+/// Of connections.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpstreamConnectionOptions {
+    /// When one is asked whether it is still there.
+    #[prost(message, optional, tag = "1")]
+    pub tcp_keepalive: ::core::option::Option<super::super::core::v3::TcpKeepalive>,
+}
+impl ::prost::Name for UpstreamConnectionOptions {
+    const NAME: &'static str = "UpstreamConnectionOptions";
+    const PACKAGE: &'static str = "envoy.config.cluster.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.cluster.v3.UpstreamConnectionOptions".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.cluster.v3.UpstreamConnectionOptions".into()
+    }
+}
+/// How one endpoint is chosen.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LoadBalancingPolicy {
+    /// The first that is known counts.
+    #[prost(message, repeated, tag = "1")]
+    pub policies: ::prost::alloc::vec::Vec<load_balancing_policy::Policy>,
+}
+/// Nested message and enum types in `LoadBalancingPolicy`.
+pub mod load_balancing_policy {
+    /// One way.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Policy {
+        /// Which, and its configuration.
+        #[prost(message, optional, tag = "4")]
+        pub typed_extension_config: ::core::option::Option<
+            super::super::super::core::v3::TypedExtensionConfig,
+        >,
+    }
+    impl ::prost::Name for Policy {
+        const NAME: &'static str = "Policy";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.LoadBalancingPolicy.Policy".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.LoadBalancingPolicy.Policy".into()
+        }
+    }
+}
+impl ::prost::Name for LoadBalancingPolicy {
+    const NAME: &'static str = "LoadBalancingPolicy";
+    const PACKAGE: &'static str = "envoy.config.cluster.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.cluster.v3.LoadBalancingPolicy".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.cluster.v3.LoadBalancingPolicy".into()
     }
 }

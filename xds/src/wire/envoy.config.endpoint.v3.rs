@@ -62,6 +62,9 @@ pub struct Endpoint {
     /// Where.
     #[prost(message, optional, tag = "1")]
     pub address: ::core::option::Option<super::super::core::v3::Address>,
+    /// Its name.
+    #[prost(string, tag = "3")]
+    pub hostname: ::prost::alloc::string::String,
 }
 impl ::prost::Name for Endpoint {
     const NAME: &'static str = "Endpoint";

@@ -45,6 +45,12 @@ pub struct VirtualHost {
     /// For routes that have none.
     #[prost(message, optional, tag = "16")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
+    /// Configuration of filters on its routes, by filter name.
+    #[prost(btree_map = "string, message", tag = "15")]
+    pub typed_per_filter_config: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost_types::Any,
+    >,
 }
 impl ::prost::Name for VirtualHost {
     const NAME: &'static str = "VirtualHost";
@@ -209,6 +215,12 @@ pub struct RouteAction {
     /// When to try again.
     #[prost(message, optional, tag = "9")]
     pub retry_policy: ::core::option::Option<RetryPolicy>,
+    /// Which circuit breakers count.
+    #[prost(enumeration = "super::super::core::v3::RoutingPriority", tag = "11")]
+    pub priority: i32,
+    /// What is hashed.
+    #[prost(message, repeated, tag = "15")]
+    pub hash_policy: ::prost::alloc::vec::Vec<route_action::HashPolicy>,
     /// Clusters that get a copy of each request.
     #[prost(message, repeated, tag = "30")]
     pub request_mirror_policies: ::prost::alloc::vec::Vec<
@@ -289,6 +301,147 @@ pub mod route_action {
         }
         fn type_url() -> ::prost::alloc::string::String {
             "/envoy.config.route.v3.RouteAction.UpgradeConfig".into()
+        }
+    }
+    /// What of a request is hashed, for policies that choose endpoints by hash.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct HashPolicy {
+        /// If there is a hash by now, those after it are left out.
+        #[prost(bool, tag = "4")]
+        pub terminal: bool,
+        #[prost(oneof = "hash_policy::PolicySpecifier", tags = "1, 2, 3, 5")]
+        pub policy_specifier: ::core::option::Option<hash_policy::PolicySpecifier>,
+    }
+    /// Nested message and enum types in `HashPolicy`.
+    pub mod hash_policy {
+        /// A request header.
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct Header {
+            /// Which.
+            #[prost(string, tag = "1")]
+            pub header_name: ::prost::alloc::string::String,
+            /// Of its value, this is hashed.
+            #[prost(message, optional, tag = "2")]
+            pub regex_rewrite: ::core::option::Option<
+                super::super::super::super::super::r#type::matcher::v3::RegexMatchAndSubstitute,
+            >,
+        }
+        impl ::prost::Name for Header {
+            const NAME: &'static str = "Header";
+            const PACKAGE: &'static str = "envoy.config.route.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.route.v3.RouteAction.HashPolicy.Header".into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.route.v3.RouteAction.HashPolicy.Header".into()
+            }
+        }
+        /// Of a cookie that is made here.
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct CookieAttribute {
+            /// Such as SameSite.
+            #[prost(string, tag = "1")]
+            pub name: ::prost::alloc::string::String,
+            /// May be empty.
+            #[prost(string, tag = "2")]
+            pub value: ::prost::alloc::string::String,
+        }
+        impl ::prost::Name for CookieAttribute {
+            const NAME: &'static str = "CookieAttribute";
+            const PACKAGE: &'static str = "envoy.config.route.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.route.v3.RouteAction.HashPolicy.CookieAttribute".into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.route.v3.RouteAction.HashPolicy.CookieAttribute".into()
+            }
+        }
+        /// A cookie.
+        #[derive(Clone, PartialEq, ::prost::Message)]
+        pub struct Cookie {
+            /// Which.
+            #[prost(string, tag = "1")]
+            pub name: ::prost::alloc::string::String,
+            /// Given to clients that have none; 0 is for the session.
+            #[prost(message, optional, tag = "2")]
+            pub ttl: ::core::option::Option<::prost_types::Duration>,
+            /// Of a cookie that is made here.
+            #[prost(string, tag = "3")]
+            pub path: ::prost::alloc::string::String,
+            /// Of a cookie that is made here.
+            #[prost(message, repeated, tag = "4")]
+            pub attributes: ::prost::alloc::vec::Vec<CookieAttribute>,
+        }
+        impl ::prost::Name for Cookie {
+            const NAME: &'static str = "Cookie";
+            const PACKAGE: &'static str = "envoy.config.route.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.route.v3.RouteAction.HashPolicy.Cookie".into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.route.v3.RouteAction.HashPolicy.Cookie".into()
+            }
+        }
+        /// Of the client's connection.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct ConnectionProperties {
+            /// The client's address.
+            #[prost(bool, tag = "1")]
+            pub source_ip: bool,
+        }
+        impl ::prost::Name for ConnectionProperties {
+            const NAME: &'static str = "ConnectionProperties";
+            const PACKAGE: &'static str = "envoy.config.route.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.route.v3.RouteAction.HashPolicy.ConnectionProperties"
+                    .into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.route.v3.RouteAction.HashPolicy.ConnectionProperties"
+                    .into()
+            }
+        }
+        /// Of the query string.
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+        pub struct QueryParameter {
+            /// Which.
+            #[prost(string, tag = "1")]
+            pub name: ::prost::alloc::string::String,
+        }
+        impl ::prost::Name for QueryParameter {
+            const NAME: &'static str = "QueryParameter";
+            const PACKAGE: &'static str = "envoy.config.route.v3";
+            fn full_name() -> ::prost::alloc::string::String {
+                "envoy.config.route.v3.RouteAction.HashPolicy.QueryParameter".into()
+            }
+            fn type_url() -> ::prost::alloc::string::String {
+                "/envoy.config.route.v3.RouteAction.HashPolicy.QueryParameter".into()
+            }
+        }
+        #[derive(Clone, PartialEq, ::prost::Oneof)]
+        pub enum PolicySpecifier {
+            /// A request header.
+            #[prost(message, tag = "1")]
+            Header(Header),
+            /// A cookie.
+            #[prost(message, tag = "2")]
+            Cookie(Cookie),
+            /// Of the client's connection.
+            #[prost(message, tag = "3")]
+            ConnectionProperties(ConnectionProperties),
+            /// Of the query string.
+            #[prost(message, tag = "5")]
+            QueryParameter(QueryParameter),
+        }
+    }
+    impl ::prost::Name for HashPolicy {
+        const NAME: &'static str = "HashPolicy";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.HashPolicy".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.HashPolicy".into()
         }
     }
     /// Status for a cluster that does not exist.
@@ -410,6 +563,12 @@ pub mod weighted_cluster {
         #[prost(string, repeated, tag = "6")]
         pub response_headers_to_remove: ::prost::alloc::vec::Vec<
             ::prost::alloc::string::String,
+        >,
+        /// Configuration of filters on its requests, by filter name.
+        #[prost(btree_map = "string, message", tag = "10")]
+        pub typed_per_filter_config: ::prost::alloc::collections::BTreeMap<
+            ::prost::alloc::string::String,
+            ::prost_types::Any,
         >,
         #[prost(oneof = "cluster_weight::HostRewriteSpecifier", tags = "11")]
         pub host_rewrite_specifier: ::core::option::Option<
@@ -835,6 +994,12 @@ pub struct RouteConfiguration {
     /// Domains are compared without the port of the request.
     #[prost(bool, tag = "14")]
     pub ignore_port_in_host_matching: bool,
+    /// Configuration of filters on all its routes, by filter name.
+    #[prost(btree_map = "string, message", tag = "16")]
+    pub typed_per_filter_config: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost_types::Any,
+    >,
 }
 impl ::prost::Name for RouteConfiguration {
     const NAME: &'static str = "RouteConfiguration";

@@ -91,7 +91,7 @@ pub struct HttpConnectionManager {
     /// The port that we listen on is told in x-forwarded-port.
     #[prost(bool, tag = "51")]
     pub append_x_forwarded_port: bool,
-    #[prost(oneof = "http_connection_manager::RouteSpecifier", tags = "4")]
+    #[prost(oneof = "http_connection_manager::RouteSpecifier", tags = "3, 4")]
     pub route_specifier: ::core::option::Option<http_connection_manager::RouteSpecifier>,
     #[prost(oneof = "http_connection_manager::StripPortMode", tags = "42")]
     pub strip_port_mode: ::core::option::Option<http_connection_manager::StripPortMode>,
@@ -253,6 +253,9 @@ pub mod http_connection_manager {
     }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum RouteSpecifier {
+        /// Route table that comes from elsewhere.
+        #[prost(message, tag = "3")]
+        Rds(super::Rds),
         /// Route table written here.
         #[prost(message, tag = "4")]
         RouteConfig(
@@ -276,6 +279,28 @@ impl ::prost::Name for HttpConnectionManager {
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
             .into()
+    }
+}
+/// A route table that comes from elsewhere.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rds {
+    /// Where from.
+    #[prost(message, optional, tag = "1")]
+    pub config_source: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::ConfigSource,
+    >,
+    /// Its name there.
+    #[prost(string, tag = "2")]
+    pub route_config_name: ::prost::alloc::string::String,
+}
+impl ::prost::Name for Rds {
+    const NAME: &'static str = "Rds";
+    const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.filters.network.http_connection_manager.v3.Rds".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.filters.network.http_connection_manager.v3.Rds".into()
     }
 }
 /// One HTTP filter.

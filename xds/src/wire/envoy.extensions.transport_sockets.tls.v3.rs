@@ -87,6 +87,11 @@ pub struct TlsCertificate {
     pub private_key: ::core::option::Option<
         super::super::super::super::config::core::v3::DataSource,
     >,
+    /// Whose moves say that its files changed; we see all changes of the files themselves.
+    #[prost(message, optional, tag = "7")]
+    pub watched_directory: ::core::option::Option<
+        super::super::super::super::config::core::v3::WatchedDirectory,
+    >,
 }
 impl ::prost::Name for TlsCertificate {
     const NAME: &'static str = "TlsCertificate";
@@ -180,6 +185,11 @@ pub struct CertificateValidationContext {
     pub trusted_ca: ::core::option::Option<
         super::super::super::super::config::core::v3::DataSource,
     >,
+    /// Whose moves say that its file changed; we see all changes of the file itself.
+    #[prost(message, optional, tag = "11")]
+    pub watched_directory: ::core::option::Option<
+        super::super::super::super::config::core::v3::WatchedDirectory,
+    >,
     /// Any one of these; none means any name.
     #[prost(message, repeated, tag = "15")]
     pub match_typed_subject_alt_names: ::prost::alloc::vec::Vec<SubjectAltNameMatcher>,
@@ -192,6 +202,59 @@ impl ::prost::Name for CertificateValidationContext {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext".into()
+    }
+}
+/// A secret that is configured elsewhere.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SdsSecretConfig {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Where it comes from; none means the static ones.
+    #[prost(message, optional, tag = "2")]
+    pub sds_config: ::core::option::Option<
+        super::super::super::super::config::core::v3::ConfigSource,
+    >,
+}
+impl ::prost::Name for SdsSecretConfig {
+    const NAME: &'static str = "SdsSecretConfig";
+    const PACKAGE: &'static str = "envoy.extensions.transport_sockets.tls.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig".into()
+    }
+}
+/// A certificate with its key, or whom to believe.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Secret {
+    /// Unique.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(oneof = "secret::Type", tags = "2, 4")]
+    pub r#type: ::core::option::Option<secret::Type>,
+}
+/// Nested message and enum types in `Secret`.
+pub mod secret {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Type {
+        /// A certificate with its key.
+        #[prost(message, tag = "2")]
+        TlsCertificate(super::TlsCertificate),
+        /// Whom to believe.
+        #[prost(message, tag = "4")]
+        ValidationContext(super::CertificateValidationContext),
+    }
+}
+impl ::prost::Name for Secret {
+    const NAME: &'static str = "Secret";
+    const PACKAGE: &'static str = "envoy.extensions.transport_sockets.tls.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.transport_sockets.tls.v3.Secret".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.transport_sockets.tls.v3.Secret".into()
     }
 }
 /// TLS towards clients.
@@ -226,18 +289,53 @@ pub struct CommonTlsContext {
     /// Protocols offered, best first.
     #[prost(string, repeated, tag = "4")]
     pub alpn_protocols: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    #[prost(oneof = "common_tls_context::ValidationContextType", tags = "3")]
+    /// Ours, in secrets.
+    #[prost(message, repeated, tag = "6")]
+    pub tls_certificate_sds_secret_configs: ::prost::alloc::vec::Vec<SdsSecretConfig>,
+    #[prost(oneof = "common_tls_context::ValidationContextType", tags = "3, 7, 8")]
     pub validation_context_type: ::core::option::Option<
         common_tls_context::ValidationContextType,
     >,
 }
 /// Nested message and enum types in `CommonTlsContext`.
 pub mod common_tls_context {
+    /// Whom to believe: a secret, and what is added to it.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct CombinedCertificateValidationContext {
+        /// What is added to it.
+        #[prost(message, optional, tag = "1")]
+        pub default_validation_context: ::core::option::Option<
+            super::CertificateValidationContext,
+        >,
+        /// The secret.
+        #[prost(message, optional, tag = "2")]
+        pub validation_context_sds_secret_config: ::core::option::Option<
+            super::SdsSecretConfig,
+        >,
+    }
+    impl ::prost::Name for CombinedCertificateValidationContext {
+        const NAME: &'static str = "CombinedCertificateValidationContext";
+        const PACKAGE: &'static str = "envoy.extensions.transport_sockets.tls.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext"
+                .into()
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum ValidationContextType {
         /// The peer's.
         #[prost(message, tag = "3")]
         ValidationContext(super::CertificateValidationContext),
+        /// The peer's, in a secret.
+        #[prost(message, tag = "7")]
+        ValidationContextSdsSecretConfig(super::SdsSecretConfig),
+        /// The peer's, in a secret and here.
+        #[prost(message, tag = "8")]
+        CombinedValidationContext(CombinedCertificateValidationContext),
     }
 }
 impl ::prost::Name for CommonTlsContext {

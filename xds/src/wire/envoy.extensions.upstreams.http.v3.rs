@@ -2,6 +2,11 @@
 /// How a cluster's endpoints are spoken to.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpProtocolOptions {
+    /// Of whatever version.
+    #[prost(message, optional, tag = "1")]
+    pub common_http_protocol_options: ::core::option::Option<
+        super::super::super::super::config::core::v3::HttpProtocolOptions,
+    >,
     #[prost(oneof = "http_protocol_options::UpstreamProtocolOptions", tags = "3")]
     pub upstream_protocol_options: ::core::option::Option<
         http_protocol_options::UpstreamProtocolOptions,

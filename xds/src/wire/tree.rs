@@ -57,6 +57,20 @@ pub mod envoy {
                 }
             }
         }
+        pub mod clusters {
+            pub mod common {
+                pub mod dns {
+                    pub mod v3 {
+                        include!("envoy.extensions.clusters.common.dns.v3.rs");
+                    }
+                }
+            }
+            pub mod dns {
+                pub mod v3 {
+                    include!("envoy.extensions.clusters.dns.v3.rs");
+                }
+            }
+        }
         pub mod common {
             pub mod ratelimit {
                 pub mod v3 {
@@ -139,6 +153,48 @@ pub mod envoy {
                 }
             }
         }
+        pub mod load_balancing_policies {
+            pub mod common {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.common.v3.rs");
+                }
+            }
+            pub mod least_request {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.least_request.v3.rs");
+                }
+            }
+            pub mod maglev {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.maglev.v3.rs");
+                }
+            }
+            pub mod override_host {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.override_host.v3.rs");
+                }
+            }
+            pub mod random {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.random.v3.rs");
+                }
+            }
+            pub mod ring_hash {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.ring_hash.v3.rs");
+                }
+            }
+            pub mod round_robin {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.round_robin.v3.rs");
+                }
+            }
+            pub mod wrr_locality {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.wrr_locality.v3.rs");
+                }
+            }
+        }
         pub mod retry {
             pub mod host {
                 pub mod previous_hosts {
@@ -171,6 +227,13 @@ pub mod envoy {
         }
         pub mod v3 {
             include!("envoy.r#type.v3.rs");
+        }
+    }
+    pub mod service {
+        pub mod discovery {
+            pub mod v3 {
+                include!("envoy.service.discovery.v3.rs");
+            }
         }
     }
 }

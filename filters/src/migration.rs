@@ -1,0 +1,261 @@
+//! The `migration` filter: a stream survives its engine.
+//!
+//! What it answers: what a stream's prompt and tokens are, when its engine can no longer be trusted with it, whether it
+//! can go on elsewhere so that the client notices nothing but time, and how. What it does not do: choose the engine
+//! (the filters after it do, once per call), or judge engines. A stream that cannot go on says why, and how far it got.
+
+mod body;
+mod budget;
+mod event;
+mod recipe;
+mod resume;
+mod rewrite;
+mod splice;
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    body::{RequestBody, ResponseBody},
+    error::{Error, Flag, Origin},
+    filter::{Context, Handled, HttpFilter, Next, StreamObserver},
+    openai::{Api, OpenAiRequest, Prompt},
+    registry,
+    services::Services,
+    sse,
+};
+use body::{Leg, Migrating, Report};
+pub use budget::Shared;
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::BodyExt;
+use outrigger_xds::report::EngineKind;
+use resume::Call;
+use serde::Deserialize;
+use std::{sync::Arc, time::Duration};
+
+/// Our own type.
+pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.migration.v1.Config";
+
+/// A request under which so many engines died before its first token is suspect: it runs alone, once.
+const SUSPECT_DEATHS: u32 = 2;
+/// Ends a request's object instead of its last brace. Of a key that comes twice engines take the last.
+const ASK_IDS: &[u8] = b",\"return_token_ids\":true}";
+
+/// Configuration of the filter.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// A stream that is silent for so long moves. Default 30 s; never more than `inter_token_timeout_ms` of `openai`.
+    pub stall_ms: u64,
+    /// From a break to the first token elsewhere. Default 120 s.
+    pub resume_timeout_ms: u64,
+    /// Moves in a row that bring no token. Default 3.
+    pub attempts_max: u32,
+    /// Streams that wait for their first token elsewhere, in percent of all. Default 20…
+    pub budget_percent: u32,
+    /// …or so many. Default 8.
+    pub min_resume_concurrency: u32,
+    /// Bytes of token ids held for all streams. Default 256 MiB.
+    pub held_bytes_max: usize,
+    /// Streams with a seed or with penalties go on where only their distribution stays the same. Default off.
+    pub same_distribution: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            stall_ms: 30_000,
+            resume_timeout_ms: 120_000,
+            attempts_max: 3,
+            budget_percent: 20,
+            min_resume_concurrency: 8,
+            held_bytes_max: 256 << 20,
+            same_distribution: false,
+        }
+    }
+}
+
+impl Config {
+    fn stall(&self) -> Duration {
+        Duration::from_millis(self.stall_ms)
+    }
+}
+
+/// What all streams of a filter need.
+struct Policy {
+    services: Services,
+    config: Config,
+}
+
+/// The filter.
+pub struct Migration(Arc<Policy>);
+
+/// The registry's constructor.
+///
+/// # Errors
+/// The configuration is wrong; the error names the field.
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
+    let config: Config = registry::parse(value)?;
+    if config.stall_ms == 0 || config.resume_timeout_ms == 0 {
+        return Err("stall_ms, resume_timeout_ms: must be at least 1".into());
+    }
+    if config.budget_percent > 100 {
+        return Err("budget_percent: must be at most 100".into());
+    }
+    Ok(Arc::new(Migration(Arc::new(Policy {
+        services: services.clone(),
+        config,
+    }))))
+}
+
+impl HttpFilter for Migration {
+    fn handle<'a>(
+        &'a self,
+        mut request: Request<RequestBody>,
+        context: &'a mut Context,
+        next: Next<'a>,
+    ) -> Handled<'a> {
+        // Who has the client moves its streams; on the inbound side that is the peer.
+        let openai = context.openai.as_ref().filter(|_| !context.route.inbound);
+        let Some(openai) = openai.filter(|openai| is_ours(openai)).cloned() else {
+            return next.run(request, context);
+        };
+        Box::pin(async move {
+            let policy = &self.0;
+            if !openai.return_token_ids && policy.tells_ids(&openai, context) {
+                ask_for_ids(&mut request);
+            }
+            context.deaths_max = SUSPECT_DEATHS;
+            let call = Call::new(policy.clone(), next.keep(), &request, context);
+            let above = std::mem::take(&mut context.observers);
+            let mut answer = next.run(request, context).await;
+            if context.deaths >= SUSPECT_DEATHS && answer.is_err() {
+                answer = run_alone(&call, context, answer).await;
+            }
+            let below = std::mem::replace(&mut context.observers, above);
+            let response = answer?;
+            if !is_stream(&response) {
+                context.observers.extend(below);
+                return Ok(response);
+            }
+            Ok(follow(response, call, openai, context, below))
+        })
+    }
+}
+
+/// Streams whose form is known.
+fn is_ours(openai: &OpenAiRequest) -> bool {
+    openai.stream
+        && matches!(openai.api, Api::Chat | Api::Completions)
+        && openai.body.is_some()
+        && openai.prompt != Prompt::None
+}
+
+/// A stream that has begun well, and is not compressed.
+fn is_stream(response: &Response<ResponseBody>) -> bool {
+    let headers = response.headers();
+    response.status() == StatusCode::OK
+        && sse::is_event_stream(headers)
+        && headers
+            .get(header::CONTENT_ENCODING)
+            .is_none_or(|coding| coding == "identity")
+}
+
+impl Policy {
+    /// Whether every engine that may get the request understands `return_token_ids` in a stream.
+    fn tells_ids(&self, openai: &OpenAiRequest, context: &Context) -> bool {
+        let Some(view) = self.services.endpoints.view(&context.route.cluster) else {
+            return false;
+        };
+        let model = openai.model.as_deref();
+        let mut candidates = view
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.fits(model))
+            .map(|endpoint| endpoint.live.load().state.kind)
+            .peekable();
+        candidates.peek().is_some()
+            && candidates.all(|kind| match kind {
+                EngineKind::Vllm => true,
+                // Its chat refuses it in streams.
+                EngineKind::Sglang => openai.api == Api::Completions,
+                EngineKind::TrtLlm | EngineKind::Unknown => false,
+            })
+    }
+}
+
+/// Adds a field to the body, which stays where it is.
+fn ask_for_ids(request: &mut Request<RequestBody>) {
+    let Some(whole) = request.body().whole() else {
+        return;
+    };
+    let Some(brace) = memchr::memrchr(b'}', whole) else {
+        return;
+    };
+    if !whole[brace + 1..].trim_ascii().is_empty() {
+        // No object: the engine says so.
+        return;
+    }
+    let body = RequestBody::joined(whole.slice(..brace), Bytes::from_static(ASK_IDS));
+    let length = HeaderValue::from(brace + ASK_IDS.len());
+    *request.body_mut() = body;
+    if let Some(told) = request.headers_mut().get_mut(header::CONTENT_LENGTH) {
+        *told = length;
+    }
+}
+
+/// A request under which engines died, once more and alone among such. If that engine dies, too, it is refused.
+async fn run_alone(
+    call: &Arc<Call>,
+    context: &mut Context,
+    before: Result<Response<ResponseBody>, Error>,
+) -> Result<Response<ResponseBody>, Error> {
+    let shared = &call.policy.services.migration;
+    let turn = tokio::time::timeout(call.policy.config.stall(), shared.alone.acquire()).await;
+    let Ok(_alone) = turn else {
+        return before;
+    };
+    let (request, mut attempt) = call.first_again(context);
+    attempt.deaths_max = context.deaths + 1;
+    let answer = Next::new(&call.chain).run(request, &mut attempt).await;
+    let died = attempt.deaths > context.deaths;
+    context.deaths = attempt.deaths;
+    context.adopt(attempt);
+    if !died || answer.is_ok() {
+        return answer;
+    }
+    metrics::counter!("outrigger_migration_poison_total").increment(1);
+    Err(Error::new(
+        Origin::Downstream,
+        Flag::UpstreamRetryLimitExceeded,
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "poison_request",
+        format!(
+            "poison: {} engines died of this request before its first token; it is not tried again",
+            context.deaths
+        ),
+    ))
+}
+
+/// Puts the stream under watch.
+fn follow(
+    response: Response<ResponseBody>,
+    call: Arc<Call>,
+    openai: Arc<OpenAiRequest>,
+    context: &mut Context,
+    below: Vec<Box<dyn StreamObserver>>,
+) -> Response<ResponseBody> {
+    let (mut parts, body) = response.into_parts();
+    parts.headers.remove(header::CONTENT_LENGTH);
+    let leg = Leg::new(body, below, context.log.upstream_host.clone());
+    let report = Arc::<Report>::default();
+    context
+        .observers
+        .push(Box::new(body::Reporter(report.clone())));
+    context.watches_gaps = true;
+    let body = Migrating::new(call, openai, leg, report, context.deaths);
+    Response::from_parts(parts, body.boxed_unsync())
+}

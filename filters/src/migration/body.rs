@@ -1,0 +1,514 @@
+//! The body that the client reads: one leg after the other, and the watch over the one that runs.
+
+use super::{
+    budget::{Counted, Held},
+    recipe::{self, recipe},
+    resume::{Call, Moved, Trouble, resume},
+    splice::{Cause, Splice},
+};
+use crate::{
+    body::{BodyError, ResponseBody},
+    endpoints::{Endpoint, Host},
+    error::Flag,
+    filter::{End, LogFields, StreamObserver},
+    openai::OpenAiRequest,
+    sse::{EVENT_BYTES_MAX, Event, event_length},
+};
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use http_body::{Body, Frame};
+use outrigger_xds::{
+    report::{EngineId, EngineKind, Health},
+    resource::endpoint::HealthStatus,
+};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+use tokio::time::Sleep;
+
+/// Longest time between two looks at an engine.
+const LOOK_MAX: Duration = Duration::from_secs(1);
+/// Shortest.
+const LOOK_MIN: Duration = Duration::from_millis(10);
+/// A stream that brought something so lately is alive, whatever is said of its engine.
+const LIVE_MAX: Duration = Duration::from_secs(2);
+
+/// What the access log will say, told by the body to an observer of the same response.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    moves: AtomicU32,
+    engine: Mutex<Option<EngineId>>,
+}
+
+/// Writes the report.
+pub(super) struct Reporter(pub(super) Arc<Report>);
+
+impl StreamObserver for Reporter {
+    fn on_end(&mut self, _end: End, log: &mut LogFields) {
+        log.migrations = self.0.moves.load(Relaxed);
+        let engine = self.0.engine.lock();
+        if let Some(engine) = engine.unwrap_or_else(PoisonError::into_inner).take() {
+            log.upstream_host = Some(engine);
+        }
+    }
+}
+
+/// One engine's part of a stream.
+pub(super) struct Leg {
+    body: ResponseBody,
+    /// Came, and is not looked at yet.
+    pending: Bytes,
+    /// Of filters that run once per call.
+    observers: Vec<Box<dyn StreamObserver>>,
+    engine: Option<EngineId>,
+}
+
+impl Leg {
+    pub(super) fn new(
+        body: ResponseBody,
+        observers: Vec<Box<dyn StreamObserver>>,
+        engine: Option<EngineId>,
+    ) -> Self {
+        Self {
+            body,
+            pending: Bytes::new(),
+            observers,
+            engine,
+        }
+    }
+
+    fn take(&mut self, data: Bytes) {
+        if self.pending.is_empty() {
+            self.pending = data;
+        } else {
+            let mut joined = BytesMut::with_capacity(self.pending.len() + data.len());
+            joined.extend_from_slice(&self.pending);
+            joined.extend_from_slice(&data);
+            self.pending = joined.freeze();
+        }
+    }
+}
+
+enum State {
+    /// The leg runs.
+    Live,
+    /// Another is looked for. The old one is kept: it may be all there is.
+    Moving(Cause, BoxFuture<'static, Moved>),
+    Over,
+}
+
+/// A stream that can move.
+pub(super) struct Migrating {
+    call: Arc<Call>,
+    openai: Arc<OpenAiRequest>,
+    splice: Splice,
+    leg: Leg,
+    state: State,
+    broke: Option<Cause>,
+    trouble: Trouble,
+    /// Most tokens that it had when a leg ended.
+    tokens_before: usize,
+    report: Arc<Report>,
+    last: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// How much text the engine holds back for stop strings.
+    lag_is_known: bool,
+    /// It cannot move: only the limit between tokens counts.
+    stays: bool,
+    stall: Duration,
+    gap: Option<Duration>,
+    _counted: Counted,
+}
+
+impl Migrating {
+    pub(super) fn new(
+        call: Arc<Call>,
+        openai: Arc<OpenAiRequest>,
+        leg: Leg,
+        report: Arc<Report>,
+        deaths: u32,
+    ) -> Self {
+        let policy = &call.policy;
+        let shared = &policy.services.migration;
+        let held = Held::new(shared.clone(), policy.config.held_bytes_max);
+        let gap = openai.limits.inter_token_timeout;
+        let stall = policy.config.stall();
+        let now = Instant::now();
+        let mut body = Self {
+            splice: Splice::new(recipe::asked(&openai), held),
+            state: State::Live,
+            broke: None,
+            trouble: Trouble {
+                since: now,
+                lost_by: None,
+                attempts: 0,
+                calls: 0,
+                deaths,
+            },
+            tokens_before: 0,
+            report,
+            last: now,
+            timer: None,
+            lag_is_known: true,
+            stays: false,
+            stall: gap.map_or(stall, |gap| gap.min(stall)),
+            gap,
+            _counted: shared.enter(),
+            openai,
+            call,
+            leg,
+        };
+        body.note_lag();
+        body
+    }
+
+    /// Looks while the engine is well: of a dead one it may not be known what it was.
+    fn note_lag(&mut self) {
+        if self.splice.asked.margin > 0 {
+            let endpoint = self.endpoint();
+            let kind = endpoint.map(|endpoint| endpoint.live.load().state.kind);
+            self.lag_is_known = kind == Some(EngineKind::Vllm);
+        }
+    }
+
+    /// What the client gets of the events that have come.
+    fn take_events(&mut self) -> Option<Bytes> {
+        if self.leg.pending.is_empty() {
+            return None;
+        }
+        let mut out = BytesMut::with_capacity(self.leg.pending.len());
+        while let Some(length) = event_length(&self.leg.pending) {
+            let raw = self.leg.pending.split_to(length);
+            let at = self.last;
+            for observer in &mut self.leg.observers {
+                observer.on_event(&Event { raw: &raw }, at);
+            }
+            if let Err(cause) = self.splice.admit(&raw, &mut out) {
+                self.broke = Some(cause);
+                break;
+            }
+        }
+        if self.broke.is_none() && self.leg.pending.len() > EVENT_BYTES_MAX {
+            metrics::counter!("outrigger_sse_event_too_long_total").increment(1);
+            self.splice.pass_through();
+            out.extend_from_slice(&std::mem::take(&mut self.leg.pending));
+        }
+        (!out.is_empty()).then(|| out.freeze())
+    }
+
+    /// The stream is in trouble: it moves, or it does not. Gives what the client gets at once.
+    fn leave(&mut self, cause: Cause) -> Option<Result<Bytes, BodyError>> {
+        if self.splice.is_finished() {
+            let mut out = BytesMut::new();
+            if !self.splice.complete(&mut out) {
+                return self.refuse(cause, "no_usage");
+            }
+            self.state = State::Over;
+            return (!out.is_empty()).then(|| Ok(out.freeze()));
+        }
+        self.take_stock(&cause);
+        let recipe = match self.recipe(&cause) {
+            Ok(recipe) => recipe,
+            Err(reason) => return self.refuse(cause, reason),
+        };
+        tracing::debug!(cause = cause.as_str(), engine = ?self.leg.engine, way = recipe.way.as_str(), "a stream moves");
+        let future = resume(self.call.clone(), recipe, self.trouble.clone());
+        self.state = State::Moving(cause, Box::pin(future));
+        None
+    }
+
+    /// What happened counts for the next attempt.
+    fn take_stock(&mut self, cause: &Cause) {
+        let trouble = &mut self.trouble;
+        trouble.since = self.last;
+        trouble.lost_by.clone_from(&self.leg.engine);
+        let splice = &self.splice;
+        let progress =
+            splice.tokens > self.tokens_before || splice.untold.is_some() && splice.began;
+        self.tokens_before = self.tokens_before.max(splice.tokens);
+        if progress {
+            trouble.attempts = 0;
+            trouble.deaths = 0;
+            return;
+        }
+        trouble.attempts += u32::from(trouble.calls > 0);
+        let died = matches!(cause, Cause::Broke(_) | Cause::Error(_) | Cause::Truncated);
+        trouble.deaths += u32::from(died);
+    }
+
+    fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {
+        match cause {
+            Cause::Unproven => return Err("entrance"),
+            Cause::Diverged => return Err("diverged"),
+            _ => {}
+        }
+        if self.trouble.attempts >= self.call.policy.config.attempts_max {
+            return Err("attempts");
+        }
+        if self.splice.is_strange() {
+            return Err("unknown_stream");
+        }
+        if !self.call.can_repeat() {
+            return Err("no_body");
+        }
+        let context_tokens = self.endpoint().map_or(0, |endpoint| {
+            let live = endpoint.live.load();
+            let model = self.openai.model.as_deref();
+            let models = live.state.models.iter();
+            models
+                .filter(|known| Some(known.id.as_str()) == model)
+                .map(|known| known.context_tokens)
+                .next()
+                .unwrap_or(0)
+        });
+        // How much the others hold back is not known.
+        if self.splice.began && !self.lag_is_known {
+            return Err("stop");
+        }
+        let same_distribution = self.call.policy.config.same_distribution;
+        recipe(
+            &self.openai,
+            &self.splice,
+            same_distribution,
+            context_tokens,
+        )
+    }
+
+    /// It stays where it is, or ends there.
+    fn refuse(&mut self, cause: Cause, reason: &'static str) -> Option<Result<Bytes, BodyError>> {
+        metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
+            .increment(1);
+        let (flag, what) = match cause {
+            Cause::Stall | Cause::Leaving => {
+                self.stays = true;
+                return None;
+            }
+            Cause::Error(raw) | Cause::Aborted(raw) => {
+                // The engine's own words say it best.
+                self.splice.settled = true;
+                let mut out = BytesMut::new();
+                drop(self.splice.admit(&raw, &mut out));
+                return Some(Ok(out.freeze()));
+            }
+            Cause::Truncated => {
+                self.state = State::Over;
+                let rest = std::mem::take(&mut self.leg.pending);
+                return (!rest.is_empty()).then_some(Ok(rest));
+            }
+            Cause::Broke(error) => (error.flag, error.message),
+            Cause::Unproven => (
+                Flag::UpstreamProtocolError,
+                "the engine takes no chat prompt of tokens".to_owned(),
+            ),
+            Cause::Diverged => (
+                Flag::UpstreamProtocolError,
+                "the engine generated another text than the one before it".to_owned(),
+            ),
+        };
+        self.state = State::Over;
+        let tokens = self.splice.tokens;
+        Some(Err(BodyError::new(
+            flag,
+            format_args!(
+                "{what}; the stream broke after {tokens} tokens and could not go on elsewhere: {reason}"
+            ),
+        )))
+    }
+
+    /// What came of moving.
+    fn arrive(&mut self, cause: Cause, moved: Moved) -> Option<Result<Bytes, BodyError>> {
+        self.trouble = moved.trouble;
+        self.state = State::Live;
+        let leg = match moved.leg {
+            Ok(leg) => leg,
+            Err(reason) => {
+                count(&cause, "failed");
+                return self.refuse(cause, reason);
+            }
+        };
+        let way = moved.recipe.way;
+        count(&cause, way.as_str());
+        metrics::histogram!("outrigger_migration_seconds")
+            .record(self.trouble.since.elapsed().as_secs_f64());
+        self.splice.go_on(&moved.recipe.cut, way);
+        self.report.moves.fetch_add(1, Relaxed);
+        let engine = self.report.engine.lock();
+        engine
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&leg.engine);
+        self.leg = leg;
+        self.note_lag();
+        self.last = Instant::now();
+        None
+    }
+
+    fn endpoint(&self) -> Option<Arc<Endpoint>> {
+        let engine = self.leg.engine.as_ref()?;
+        let view = self
+            .call
+            .policy
+            .services
+            .endpoints
+            .view(self.call.cluster())?;
+        let mut endpoints = view.endpoints.iter();
+        endpoints.find(|endpoint| endpoint.id == *engine).cloned()
+    }
+
+    /// Whether somebody else could serve it.
+    fn has_other(&self) -> bool {
+        let services = &self.call.policy.services;
+        let model = self.openai.model.as_deref();
+        services
+            .endpoints
+            .view(self.call.cluster())
+            .is_some_and(|view| {
+                view.endpoints.iter().any(|endpoint| {
+                    Some(&endpoint.id) != self.leg.engine.as_ref() && endpoint.fits(model)
+                })
+            })
+    }
+
+    fn look(&self, silent: Duration) -> Option<Cause> {
+        if silent >= self.stall {
+            return Some(Cause::Stall);
+        }
+        let cause = match condition(&*self.endpoint()?) {
+            Condition::Well => return None,
+            Condition::Dead if silent < LIVE_MAX => return None,
+            Condition::Dead => Cause::Stall,
+            Condition::Leaving => Cause::Leaving,
+        };
+        self.has_other().then_some(cause)
+    }
+
+    /// Ready when the stream should not stay where it is.
+    fn poll_watch(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
+        loop {
+            let look = (self.stall / 4).clamp(LOOK_MIN, LOOK_MAX);
+            let Some(timer) = &mut self.timer else {
+                self.timer = Some(Box::pin(tokio::time::sleep(look)));
+                continue;
+            };
+            ready!(timer.as_mut().poll(cx));
+            let silent = self.last.elapsed();
+            let at_gap = self.gap.map(|gap| gap.saturating_sub(silent).max(LOOK_MIN));
+            let pause = look.min(at_gap.unwrap_or(look));
+            timer.as_mut().reset(tokio::time::Instant::now() + pause);
+            if !self.stays
+                && let Some(cause) = self.look(silent)
+            {
+                return Poll::Ready(cause);
+            }
+            if self.stays && self.gap.is_some_and(|gap| silent >= gap) {
+                let flag = Flag::StreamIdleTimeout;
+                metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
+                    .increment(1);
+                let text = "the engine sent nothing for longer than the limit between tokens";
+                return Poll::Ready(Cause::Broke(BodyError::new(flag, text)));
+            }
+        }
+    }
+
+    /// The next that the leg brings: bytes for the client, or a cause to leave it.
+    fn poll_leg(&mut self, cx: &mut Context<'_>) -> Poll<Option<Frame<Bytes>>> {
+        loop {
+            if self.broke.is_some() {
+                return Poll::Ready(None);
+            }
+            if let Some(bytes) = self.take_events() {
+                return Poll::Ready(Some(Frame::data(bytes)));
+            }
+            if self.broke.is_some() {
+                return Poll::Ready(None);
+            }
+            match Pin::new(&mut self.leg.body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.last = Instant::now();
+                    match frame.into_data() {
+                        Ok(data) => self.leg.take(data),
+                        Err(trailers) => return Poll::Ready(Some(trailers)),
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => self.broke = Some(Cause::Broke(error)),
+                Poll::Ready(None) if self.splice.may_end() => {
+                    self.state = State::Over;
+                    let rest = std::mem::take(&mut self.leg.pending);
+                    return Poll::Ready((rest.has_remaining()).then(|| Frame::data(rest)));
+                }
+                Poll::Ready(None) => self.broke = Some(Cause::Truncated),
+                Poll::Pending => self.broke = Some(ready!(self.poll_watch(cx))),
+            }
+        }
+    }
+}
+
+/// What is known of an engine.
+enum Condition {
+    Well,
+    /// It does not answer.
+    Dead,
+    /// It is to get no more requests, and to lose those that it has.
+    Leaving,
+}
+
+fn condition(endpoint: &Endpoint) -> Condition {
+    let health = endpoint.live.load().state.health;
+    let told = endpoint.health_status == HealthStatus::Draining
+        || endpoint.stats.leaving.load(Relaxed)
+        || health == Health::Draining;
+    let ejected = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
+    if told || endpoint.host.has(ejected) {
+        Condition::Leaving
+    } else if health == Health::Dead {
+        Condition::Dead
+    } else {
+        Condition::Well
+    }
+}
+
+fn count(cause: &Cause, outcome: &'static str) {
+    metrics::counter!("outrigger_migrations_total", "cause" => cause.as_str(), "outcome" => outcome)
+        .increment(1);
+}
+
+impl Body for Migrating {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        loop {
+            let now = match &mut this.state {
+                State::Over => return Poll::Ready(None),
+                State::Live => {
+                    if let Some(frame) = ready!(this.poll_leg(cx)) {
+                        return Poll::Ready(Some(Ok(frame)));
+                    }
+                    match this.broke.take() {
+                        Some(cause) => this.leave(cause),
+                        None => continue,
+                    }
+                }
+                State::Moving(_, future) => {
+                    let moved = ready!(future.as_mut().poll(cx));
+                    match std::mem::replace(&mut this.state, State::Live) {
+                        State::Moving(cause, _) => this.arrive(cause, moved),
+                        State::Live | State::Over => None,
+                    }
+                }
+            };
+            if let Some(now) = now {
+                return Poll::Ready(Some(now.map(Frame::data)));
+            }
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! Whether and how a stream may go on elsewhere: judged when it breaks, by the request as the client wrote it.
+
+use super::splice::{Asked, Cut, Parsed, Splice, Way};
+use crate::openai::{Api, OpenAiRequest, Prompt, PromptFlags, Spans};
+use bytes::Bytes;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+/// `max_tokens` of completions that name none, in vLLM and SGLang.
+const COMPLETION_TOKENS_DEFAULT: u64 = 16;
+
+/// What only chat knows: none of it may reach `/v1/completions`.
+const CHAT_ONLY: [&str; 17] = [
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "documents",
+    "reasoning_effort",
+    "include_reasoning",
+    "max_completion_tokens",
+    "top_logprobs",
+    "logprobs",
+    "functions",
+];
+/// What must not be said twice, or not of a prompt that is made of tokens.
+const ONCE: [&str; 5] = [
+    "request_id",
+    "kv_transfer_params",
+    "truncate_prompt_tokens",
+    "echo",
+    "prompt",
+];
+/// Output bound to a grammar, whose state no engine tells.
+const GUIDED: [&str; 7] = [
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+];
+
+/// How the rest of a stream is asked for.
+#[derive(Debug)]
+pub(super) struct Recipe {
+    pub(super) way: Way,
+    pub(super) cut: Cut,
+    /// The body; `None` is the one that was sent first.
+    pub(super) body: Option<Bytes>,
+    /// What routing is to know of it.
+    pub(super) openai: Arc<OpenAiRequest>,
+}
+
+/// What clients want of their streams.
+pub(super) fn asked(openai: &OpenAiRequest) -> Asked {
+    let stop = openai.raw(openai.spans.stop.as_ref());
+    let longest = stop.map_or(0, longest_stop);
+    let margin = longest.saturating_sub(1);
+    Asked {
+        chat: openai.api == Api::Chat,
+        choices: openai.n as usize,
+        ids: openai.return_token_ids,
+        usage: openai.include_usage,
+        margin,
+        lag: if openai.include_stop { 0 } else { margin },
+    }
+}
+
+fn longest_stop(raw: &str) -> usize {
+    let length = |value: &Value| value.as_str().map_or(0, |stop| stop.chars().count());
+    match serde_json::from_str(raw) {
+        Ok(Value::Array(list)) => list.iter().map(length).max().unwrap_or(0),
+        Ok(value) => length(&value),
+        Err(_) => 0,
+    }
+}
+
+/// How a stream goes on.
+///
+/// # Errors
+/// Why it cannot, in one word as in metrics.
+pub(super) fn recipe(
+    openai: &Arc<OpenAiRequest>,
+    splice: &Splice,
+    same_distribution: bool,
+    context_tokens: u64,
+) -> Result<Recipe, &'static str> {
+    let cut = splice.cut();
+    let restart = Recipe {
+        way: Way::Restart,
+        cut,
+        body: None,
+        openai: openai.clone(),
+    };
+    if !splice.began {
+        return Ok(restart);
+    }
+    let body = openai.body.as_ref().ok_or("no_body")?;
+    let fields: Map<String, Value> = serde_json::from_slice(body).map_err(|_| "no_body")?;
+    judge(openai, &fields, splice)?;
+    judge_sampling(&fields, splice, &cut, same_distribution)?;
+    if cut.tokens == 0 {
+        return Ok(restart);
+    }
+    let may_call = is_set(&fields, "tools") && fields.get("tool_choice") != Some(&json!("none"));
+    let entrance = splice.asked.chat && (may_call || is_set(&fields, "logprobs"));
+    let sequence = splice.sequence(&cut);
+    let fields = if entrance {
+        chat_again(fields, cut.tokens)?
+    } else {
+        completion(fields, splice.asked.chat, &cut, &sequence, context_tokens)?
+    };
+    let (body, openai) = with_tokens(openai, fields, &sequence, entrance);
+    let way = if entrance {
+        Way::Entrance
+    } else {
+        Way::Completions
+    };
+    Ok(Recipe {
+        way,
+        cut,
+        body: Some(body),
+        openai,
+    })
+}
+
+/// Requests whose continuation no engine can make.
+fn judge(
+    openai: &OpenAiRequest,
+    fields: &Map<String, Value>,
+    splice: &Splice,
+) -> Result<(), &'static str> {
+    let above_one = |name: &str| fields.get(name).and_then(Value::as_u64).unwrap_or(1) > 1;
+    if openai.n > 1 || above_one("best_of") {
+        return Err("n");
+    }
+    match openai.prompt {
+        Prompt::Batch => return Err("batch"),
+        Prompt::Media => return Err("media"),
+        _ => {}
+    }
+    if is_guided(fields) {
+        return Err("guided");
+    }
+    match splice.parsed {
+        Parsed::Tools => return Err("tool_calls"),
+        Parsed::Reasoning => return Err("reasoning"),
+        Parsed::Plain => {}
+    }
+    for (name, reason) in [
+        ("use_beam_search", "beam_search"),
+        ("echo", "echo"),
+        ("suffix", "suffix"),
+        ("prompt_logprobs", "prompt_logprobs"),
+        ("logits_processors", "logit_state"),
+        ("vllm_xargs", "logit_state"),
+        ("custom_logit_processor", "logit_state"),
+        ("thinking_token_budget", "thinking_budget"),
+    ] {
+        if is_set(fields, name) {
+            return Err(reason);
+        }
+    }
+    if let Some(reason) = splice.untold {
+        return Err(reason);
+    }
+    if splice.prompt_ids.is_empty() || splice.tokens == 0 {
+        return Err("no_token_ids");
+    }
+    Ok(())
+}
+
+/// Sampling whose state is lost with its engine.
+fn judge_sampling(
+    fields: &Map<String, Value>,
+    splice: &Splice,
+    cut: &Cut,
+    same_distribution: bool,
+) -> Result<(), &'static str> {
+    let number = |name: &str| fields.get(name).and_then(Value::as_f64);
+    let greedy = number("temperature") == Some(0.0);
+    if !greedy && is_set(fields, "seed") && !same_distribution {
+        return Err("seed");
+    }
+    // Repetition penalties count the prompt, too, and lose nothing.
+    let penalty = |name: &str| number(name).is_some_and(|penalty| penalty != 0.0);
+    if (penalty("presence_penalty") || penalty("frequency_penalty")) && !same_distribution {
+        return Err("penalties");
+    }
+    // What is drawn again will be another text.
+    let shown = splice.asked.ids || is_set(fields, "logprobs");
+    if !greedy && (cut.again_chars > 0 || shown && cut.again_tokens > 0) {
+        return Err("held_text");
+    }
+    Ok(())
+}
+
+fn is_set(fields: &Map<String, Value>, name: &str) -> bool {
+    match fields.get(name) {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Array(list)) => !list.is_empty(),
+        Some(Value::Object(object)) => !object.is_empty(),
+        Some(_) => true,
+    }
+}
+
+fn is_guided(fields: &Map<String, Value>) -> bool {
+    let format = fields.get("response_format");
+    let format = format.and_then(|format| format["type"].as_str());
+    let forced = match fields.get("tool_choice") {
+        Some(Value::String(choice)) => !matches!(choice.as_str(), "auto" | "none"),
+        Some(Value::Object(_)) => true,
+        _ => false,
+    };
+    format.is_some_and(|format| format != "text")
+        || forced
+        || GUIDED.iter().any(|name| is_set(fields, name))
+}
+
+/// Limits of tokens, less those that are there.
+fn reduce(fields: &mut Map<String, Value>, kept: usize) -> Result<(), &'static str> {
+    for name in ["max_tokens", "max_completion_tokens"] {
+        if let Some(limit) = fields.get(name).and_then(Value::as_u64) {
+            let left = limit.saturating_sub(kept as u64);
+            if left == 0 {
+                return Err("no_tokens_left");
+            }
+            fields.insert(name.to_owned(), left.into());
+        }
+    }
+    if let Some(least) = fields.get("min_tokens").and_then(Value::as_u64) {
+        let least = least.saturating_sub(kept as u64);
+        fields.insert("min_tokens".to_owned(), least.into());
+    }
+    Ok(())
+}
+
+fn chat_again(
+    mut fields: Map<String, Value>,
+    kept: usize,
+) -> Result<Map<String, Value>, &'static str> {
+    reduce(&mut fields, kept)?;
+    for name in ONCE {
+        fields.remove(name);
+    }
+    fields.insert("return_token_ids".to_owned(), true.into());
+    Ok(fields)
+}
+
+fn completion(
+    mut fields: Map<String, Value>,
+    chat: bool,
+    cut: &Cut,
+    sequence: &[u8],
+    context_tokens: u64,
+) -> Result<Map<String, Value>, &'static str> {
+    if chat {
+        if let Some(limit) = fields.remove("max_completion_tokens") {
+            fields.insert("max_tokens".to_owned(), limit);
+        }
+        CHAT_ONLY.iter().for_each(|name| drop(fields.remove(*name)));
+    } else {
+        let limit = fields.entry("max_tokens").or_insert(Value::Null);
+        if limit.is_null() {
+            *limit = COMPLETION_TOKENS_DEFAULT.into();
+        }
+    }
+    reduce(&mut fields, cut.tokens)?;
+    if chat && fields.get("max_tokens").is_none_or(Value::is_null) {
+        // Chat goes on to the end of the context.
+        let used = 1 + memchr::memchr_iter(b',', sequence).count() as u64;
+        let left = context_tokens.checked_sub(used).filter(|left| *left > 0);
+        fields.insert(
+            "max_tokens".to_owned(),
+            left.map_or(Value::Null, Into::into),
+        );
+    }
+    for name in ONCE {
+        fields.remove(name);
+    }
+    fields.insert("return_token_ids".to_owned(), true.into());
+    Ok(fields)
+}
+
+/// Puts the tokens into the request as text, where their place is known.
+fn with_tokens(
+    openai: &OpenAiRequest,
+    fields: Map<String, Value>,
+    sequence: &[u8],
+    entrance: bool,
+) -> (Bytes, Arc<OpenAiRequest>) {
+    let (before, after) = if entrance {
+        ("{\"kv_transfer_params\":{\"prompt_token_ids\":[", "]},")
+    } else {
+        ("{\"prompt\":[", "],")
+    };
+    let rest = Value::Object(fields).to_string();
+    let mut body = Vec::with_capacity(before.len() + sequence.len() + rest.len() + 4);
+    body.extend_from_slice(before.as_bytes());
+    let start = body.len() - 1;
+    body.extend_from_slice(sequence);
+    let end = body.len() + 1;
+    body.extend_from_slice(after.as_bytes());
+    body.extend_from_slice(&rest.as_bytes()[1..]);
+    let body = Bytes::from(body);
+    let openai = OpenAiRequest {
+        // The tokens are all there is to know, whatever the path.
+        api: Api::Completions,
+        prompt: Prompt::TokenIds,
+        spans: Spans {
+            prompt: Some(start..end),
+            ..Spans::default()
+        },
+        flags: PromptFlags::default(),
+        body: Some(body.clone()),
+        ..openai.clone()
+    };
+    (body, Arc::new(openai))
+}

@@ -1,0 +1,523 @@
+//! One stream made of several: what came so far, where it may be cut, and how the next piece goes on. No IO.
+//!
+//! Token ids are kept as the engine wrote them, since they go back into a request as text. A stream may be cut behind
+//! an event that brought text, for only then was the text of all its tokens told (a token may be a piece of a
+//! character). With stop strings the text lags behind the tokens by as much as the engine holds back; the cut is then
+//! behind an earlier event, and what is generated again and was delivered already is left out.
+
+use super::{
+    budget::Held,
+    event::{Facts, characters, list_length},
+    rewrite::{self, Skip},
+};
+use crate::{body::BodyError, sse::Event};
+use bytes::{Bytes, BytesMut};
+use std::{collections::VecDeque, ops::Range};
+
+/// Why a stream cannot go on where it is.
+#[derive(Debug, Clone)]
+pub(super) enum Cause {
+    /// The connection broke.
+    Broke(BodyError),
+    /// The engine said that it failed; these are its words.
+    Error(Bytes),
+    /// It ended the stream as if it were whole.
+    Truncated,
+    /// It aborted the request; this is how it says so.
+    Aborted(Bytes),
+    /// Nothing came for too long.
+    Stall,
+    /// The engine drains, or was ejected.
+    Leaving,
+    /// The engine does not take tokens where they were given.
+    Unproven,
+    /// What was generated again is not what was delivered.
+    Diverged,
+}
+
+impl Cause {
+    /// As in metrics.
+    pub(super) fn as_str(&self) -> &'static str {
+        match self {
+            Self::Broke(_) => "broke",
+            Self::Error(_) => "error_event",
+            Self::Truncated => "truncated",
+            Self::Aborted(_) => "aborted",
+            Self::Stall => "stall",
+            Self::Leaving => "leaving",
+            Self::Unproven => "unproven",
+            Self::Diverged => "diverged",
+        }
+    }
+}
+
+/// What a client asked of its stream, as far as it matters here.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Asked {
+    /// Chat, or plain completions.
+    pub(super) chat: bool,
+    /// How many choices, at least 1.
+    pub(super) choices: usize,
+    /// It wants to see token ids.
+    pub(super) ids: bool,
+    /// A chunk with `usage` at the end.
+    pub(super) usage: bool,
+    /// Characters of text that a stop string may still take back, less one: the longest one's length.
+    pub(super) margin: usize,
+    /// As many are held back by the engine.
+    pub(super) lag: usize,
+}
+
+/// What the text of a stream is at present.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Parsed {
+    /// Plain content.
+    #[default]
+    Plain,
+    /// Within reasoning.
+    Reasoning,
+    /// There were tool calls.
+    Tools,
+}
+
+/// A place behind an event that brought text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Mark {
+    /// Bytes of ids.
+    ids: usize,
+    tokens: usize,
+    /// Characters that the engine had told.
+    told: usize,
+}
+
+/// Where a stream will be cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cut {
+    mark: Mark,
+    /// Tokens that are kept.
+    pub(super) tokens: usize,
+    /// Tokens that the client has had, in part, and that will be generated again.
+    pub(super) again_tokens: usize,
+    /// Characters of their text that were delivered.
+    pub(super) again_chars: usize,
+}
+
+/// How the next piece is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The same request from its beginning.
+    Restart,
+    /// `/v1/completions` behind prompt and delivered tokens.
+    Completions,
+    /// The engine's entrance to chat for prompts of tokens.
+    Entrance,
+}
+
+impl Way {
+    /// As in metrics.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Restart => "restart",
+            Self::Completions => "completions",
+            Self::Entrance => "entrance",
+        }
+    }
+}
+
+/// The piece that runs now.
+#[derive(Debug)]
+struct Piece {
+    first: bool,
+    /// It is written as the client wants it.
+    same_form: bool,
+    /// Tokens before it, which its prompt holds.
+    before: usize,
+    /// Characters before it.
+    offset: usize,
+    /// Ids that it must generate again, as text, and how many.
+    again: Vec<u8>,
+    again_tokens: usize,
+    /// Opening chunks that the client has had.
+    openings: usize,
+    /// Its prompt is still to be compared with what was asked.
+    unproven: bool,
+}
+
+/// The state of one stream.
+#[derive(Debug)]
+pub(super) struct Splice {
+    pub(super) asked: Asked,
+    held: Held,
+    /// JSON of the first chunk up to its choices: id, model and the like.
+    head: Vec<u8>,
+    /// What stands between the brackets.
+    pub(super) prompt_ids: Vec<u8>,
+    /// Each with a comma behind it.
+    ids: Vec<u8>,
+    pub(super) tokens: usize,
+    /// Why the ids are not complete.
+    pub(super) untold: Option<&'static str>,
+    /// The first one that may be cut at, if any, and those behind it.
+    marks: VecDeque<Mark>,
+    /// Characters that the engines told, and that were delivered.
+    told: usize,
+    delivered: usize,
+    pub(super) parsed: Parsed,
+    /// Text, reasoning or a call was delivered.
+    pub(super) began: bool,
+    openings: usize,
+    /// Choices whose reason was delivered.
+    finishes: usize,
+    usage_told: bool,
+    pub(super) done: bool,
+    /// Something was delivered that is no chunk of a known form.
+    strange: bool,
+    /// Nobody will take over: errors go on as they come.
+    pub(super) settled: bool,
+    piece: Piece,
+}
+
+impl Splice {
+    pub(super) fn new(asked: Asked, held: Held) -> Self {
+        Self {
+            asked,
+            held,
+            head: Vec::new(),
+            prompt_ids: Vec::new(),
+            ids: Vec::new(),
+            tokens: 0,
+            untold: None,
+            marks: VecDeque::new(),
+            told: 0,
+            delivered: 0,
+            parsed: Parsed::Plain,
+            began: false,
+            openings: 0,
+            finishes: 0,
+            usage_told: false,
+            done: false,
+            strange: false,
+            settled: false,
+            piece: Piece {
+                first: true,
+                same_form: true,
+                before: 0,
+                offset: 0,
+                again: Vec::new(),
+                again_tokens: 0,
+                openings: 0,
+                unproven: false,
+            },
+        }
+    }
+
+    /// Takes one event in and writes what the client gets of it. A cause: the event is not for the client, and the
+    /// stream cannot go on here.
+    pub(super) fn admit(&mut self, raw: &[u8], out: &mut BytesMut) -> Result<(), Cause> {
+        let event = Event { raw };
+        if event.is_done() {
+            self.done = true;
+            out.extend_from_slice(raw);
+            return Ok(());
+        }
+        if !self.settled && !self.is_finished() && is_failure(&event) {
+            return Err(Cause::Error(Bytes::copy_from_slice(raw)));
+        }
+        let facts = Facts::of(raw, self.known(raw));
+        let Some(choices) = facts.choices else {
+            self.strange |= !event.data().is_empty();
+            out.extend_from_slice(raw);
+            return Ok(());
+        };
+        let aborted = facts
+            .finish
+            .clone()
+            .is_some_and(|at| raw[at] == *b"\"abort\"");
+        if aborted && !self.settled {
+            return Err(Cause::Aborted(Bytes::copy_from_slice(raw)));
+        }
+        if self.head.is_empty() {
+            let start = memchr::memchr(b'{', raw).unwrap_or(choices);
+            self.head = raw[start.min(choices)..choices].to_vec();
+        }
+        if self.piece.first {
+            self.book(raw, &facts);
+            if !self.is_silent(&facts) {
+                self.copy(raw, &facts, out);
+            }
+            return Ok(());
+        }
+        self.admit_later(raw, &facts, out)
+    }
+
+    /// How much of an event is what every event of its piece begins with.
+    fn known(&self, raw: &[u8]) -> usize {
+        const FIELD: &[u8] = b"data: ";
+        let rest = raw.strip_prefix(FIELD).unwrap_or_default();
+        if !self.head.is_empty() && rest.starts_with(&self.head) {
+            FIELD.len() + self.head.len()
+        } else {
+            0
+        }
+    }
+
+    fn admit_later(&mut self, raw: &[u8], facts: &Facts, out: &mut BytesMut) -> Result<(), Cause> {
+        if std::mem::take(&mut self.piece.unproven) && !self.is_our_prompt(raw, facts) {
+            return Err(Cause::Unproven);
+        }
+        if facts.role && !facts.has_text() && self.piece.openings > 0 {
+            self.piece.openings -= 1;
+            return Ok(());
+        }
+        let skip = self.skip(raw, facts)?;
+        self.book(raw, facts);
+        let usage = facts.usage && self.piece.before > 0;
+        if self.piece.same_form && skip.is_nothing() && !usage {
+            if !self.is_silent(facts) {
+                self.copy(raw, facts, out);
+            }
+            return Ok(());
+        }
+        let form = rewrite::Form {
+            head: &self.head,
+            chat: self.asked.chat,
+            ids: self.asked.ids,
+        };
+        // An event that cannot be read brings no token that could be told.
+        rewrite::event(Event { raw }.data(), &form, &skip, out).ok_or(Cause::Diverged)
+    }
+
+    /// What of an event the client has had already.
+    fn skip(&mut self, raw: &[u8], facts: &Facts) -> Result<Skip, Cause> {
+        let piece = &mut self.piece;
+        let mut tokens = 0;
+        if piece.again_tokens > 0
+            && let Some(ids) = &facts.ids
+        {
+            let ids = &raw[ids.clone()];
+            tokens = list_length(ids).min(piece.again_tokens);
+            let inner = &ids[1..ids.len() - 1];
+            for id in inner.split(|byte| *byte == b',').take(tokens) {
+                let id = id.trim_ascii();
+                if !piece.again.starts_with(id) || piece.again.get(id.len()) != Some(&b',') {
+                    return Err(Cause::Diverged);
+                }
+                piece.again.drain(..=id.len());
+            }
+            piece.again_tokens -= tokens;
+        }
+        Ok(Skip {
+            tokens,
+            chars: self.delivered - self.told.min(self.delivered),
+            before: piece.before,
+            offset: piece.offset,
+        })
+    }
+
+    /// Whether the engine took the tokens that it was given.
+    fn is_our_prompt(&self, raw: &[u8], facts: &Facts) -> bool {
+        let Some(at) = &facts.prompt_ids else {
+            return false;
+        };
+        let told = raw[at.start + 1..at.end - 1].split(|byte| *byte == b',');
+        let kept = &self.ids[..self.ids.len().saturating_sub(1)];
+        let ours = self.prompt_ids.split(|byte| *byte == b',');
+        let ours = ours.chain(kept.split(|byte| *byte == b','));
+        told.map(<[u8]>::trim_ascii)
+            .eq(ours.map(<[u8]>::trim_ascii))
+    }
+
+    fn book(&mut self, raw: &[u8], facts: &Facts) {
+        if let Some(at) = &facts.prompt_ids
+            && self.prompt_ids.is_empty()
+        {
+            self.prompt_ids = raw[at.start + 1..at.end - 1].to_vec();
+        }
+        if let Some(at) = &facts.ids
+            && at.len() > 2
+            && self.untold.is_none()
+        {
+            self.ids.extend_from_slice(&raw[at.start + 1..at.end - 1]);
+            self.ids.push(b',');
+            self.tokens += list_length(&raw[at.clone()]);
+        }
+        self.openings += usize::from(facts.role);
+        self.began |= facts.tools || facts.reasoning;
+        self.usage_told |= facts.usage;
+        self.finishes += usize::from(facts.finish.is_some());
+        if facts.tools {
+            self.parsed = Parsed::Tools;
+        } else if facts.reasoning && self.parsed == Parsed::Plain {
+            self.parsed = Parsed::Reasoning;
+        }
+        if let Some(text) = facts.text.clone().filter(|_| facts.has_text()) {
+            self.text(&raw[text], facts.ids.is_some());
+        }
+        if self.untold.is_none() && !self.held.grow(self.prompt_ids.len() + self.ids.len()) {
+            self.forget("memory");
+        }
+    }
+
+    fn text(&mut self, quoted: &[u8], with_ids: bool) {
+        self.began = true;
+        if self.parsed == Parsed::Reasoning {
+            self.parsed = Parsed::Plain;
+        }
+        if self.untold.is_some() {
+            return;
+        }
+        if !with_ids || self.prompt_ids.is_empty() {
+            self.forget("no_token_ids");
+            return;
+        }
+        self.told += characters(quoted);
+        self.delivered = self.delivered.max(self.told);
+        self.marks.push_back(Mark {
+            ids: self.ids.len(),
+            tokens: self.tokens,
+            told: self.told,
+        });
+        while self.marks.len() > 1 && self.may_cut(&self.marks[1]) {
+            self.marks.pop_front();
+        }
+    }
+
+    /// Gives up what is held: the stream can only begin anew.
+    fn forget(&mut self, why: &'static str) {
+        self.untold = Some(why);
+        self.ids = Vec::new();
+        self.prompt_ids = Vec::new();
+        self.marks.clear();
+        self.held.clear();
+    }
+
+    fn may_cut(&self, mark: &Mark) -> bool {
+        mark.told + self.asked.margin <= self.delivered
+    }
+
+    /// Where the stream would be cut now.
+    pub(super) fn cut(&self) -> Cut {
+        let mark = self.marks.front().filter(|mark| self.may_cut(mark));
+        let (mark, lag) = mark.map_or((Mark::default(), 0), |mark| (*mark, self.asked.lag));
+        Cut {
+            mark,
+            tokens: mark.tokens,
+            again_tokens: self.tokens - mark.tokens,
+            again_chars: self.delivered.saturating_sub(mark.told + lag),
+        }
+    }
+
+    /// Prompt and kept tokens as the inside of a list.
+    pub(super) fn sequence(&self, cut: &Cut) -> Vec<u8> {
+        let mut all = self.prompt_ids.clone();
+        let kept = &self.ids[..cut.mark.ids.saturating_sub(1)];
+        if !kept.is_empty() {
+            all.push(b',');
+            all.extend_from_slice(kept);
+        }
+        all
+    }
+
+    /// The rest comes from a new piece.
+    pub(super) fn go_on(&mut self, cut: &Cut, way: Way) {
+        let again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
+        self.tokens = cut.tokens;
+        self.marks.truncate(usize::from(cut.tokens > 0));
+        let text_before = self.delivered - cut.again_chars;
+        self.told = text_before;
+        self.piece = Piece {
+            first: false,
+            same_form: way != Way::Completions || !self.asked.chat,
+            before: if way == Way::Restart { 0 } else { cut.tokens },
+            offset: text_before,
+            again,
+            again_tokens: cut.again_tokens,
+            openings: self.openings,
+            unproven: way == Way::Entrance,
+        };
+    }
+
+    /// The client has had everything but the last words.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finishes >= self.asked.choices.max(1)
+    }
+
+    /// Whether a clean end is the end, as far as can be told.
+    pub(super) fn may_end(&self) -> bool {
+        self.done || self.settled || self.strange || self.head.is_empty()
+    }
+
+    /// Whether what was delivered is not understood.
+    pub(super) fn is_strange(&self) -> bool {
+        self.strange
+    }
+
+    /// What comes can no longer be looked at.
+    pub(super) fn pass_through(&mut self) {
+        self.strange = true;
+        self.forget("event_too_long");
+    }
+
+    /// A chunk that engines only send to those who ask for ids.
+    fn is_silent(&self, facts: &Facts) -> bool {
+        let tells = facts.has_text()
+            || facts.role
+            || facts.tools
+            || facts.reasoning
+            || facts.finish.is_some();
+        self.asked.chat && !self.asked.ids && facts.ids.is_some() && !tells
+    }
+
+    /// Writes a chunk as it came, but for its head and the ids that nobody asked for.
+    fn copy(&self, raw: &[u8], facts: &Facts, out: &mut BytesMut) {
+        let mut from = 0;
+        if let (false, Some(choices)) = (self.piece.first, facts.choices) {
+            out.extend_from_slice(b"data: ");
+            out.extend_from_slice(&self.head);
+            from = choices;
+        }
+        let hide = |at: &Option<Range<usize>>, hidden: bool| at.clone().filter(|_| hidden);
+        let (one, two) = (
+            hide(&facts.ids, !self.asked.ids),
+            hide(&facts.prompt_ids, !self.asked.ids || !self.piece.first),
+        );
+        let swapped = matches!((&one, &two), (Some(one), Some(two)) if one.start > two.start);
+        let pair = if swapped { [two, one] } else { [one, two] };
+        for at in pair.into_iter().flatten() {
+            if at.start < from {
+                continue;
+            }
+            out.extend_from_slice(&raw[from..at.start]);
+            out.extend_from_slice(b"null");
+            from = at.end;
+        }
+        out.extend_from_slice(&raw[from..]);
+    }
+
+    /// The last events of a stream whose text was whole when it broke; false if they cannot be known.
+    pub(super) fn complete(&mut self, out: &mut BytesMut) -> bool {
+        if self.asked.usage && !self.usage_told {
+            if self.untold.is_some() || self.prompt_ids.is_empty() {
+                return false;
+            }
+            let prompt = 1 + memchr::memchr_iter(b',', &self.prompt_ids).count();
+            let (made, all) = (self.tokens, self.tokens + prompt);
+            out.extend_from_slice(b"data: ");
+            out.extend_from_slice(&self.head);
+            let usage = format!(
+                "\"choices\":[],\"usage\":{{\"prompt_tokens\":{prompt},\"total_tokens\":{all},\"completion_tokens\":{made}}}}}\n\n"
+            );
+            out.extend_from_slice(usage.as_bytes());
+        }
+        if !self.done {
+            out.extend_from_slice(b"data: [DONE]\n\n");
+        }
+        self.done = true;
+        true
+    }
+}
+
+/// Whether an event says that the engine failed, rather than that the request is wrong.
+fn is_failure(event: &Event<'_>) -> bool {
+    event.is_error() && !rewrite::is_clients_fault(event.data())
+}

@@ -1,0 +1,356 @@
+//! Judging and building: whether a resource fits the others, and a listener as it is to run.
+
+use super::model::{self, Model, service_name};
+use crate::{
+    access_log::{AccessLogs, Sinks},
+    listener::{Planned, PlannedChain, PlannedServes},
+    snapshot::{self, Addresses, HttpConfig},
+    tcp_proxy::TcpProxy,
+    tls::{contexts::Contexts, server::Server},
+};
+use outrigger_filters::services::Services;
+use outrigger_xds::{
+    accepted::Update,
+    resource::{
+        cluster::Cluster,
+        config_source::{ConfigSource, Origin},
+        endpoint::{Address, ClusterLoadAssignment},
+        filter_chain::{FilterChain, Network},
+        listener::{AccessLog, HttpConnectionManager, Listener},
+        route::RouteConfiguration,
+        secret::SecretConfig,
+        tls::CommonTls,
+    },
+};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+};
+
+/// What building needs.
+pub(super) struct Builder {
+    pub(super) services: Services,
+    pub(super) sinks: Arc<Sinks>,
+}
+
+/// Judges resources of one type.
+type Check<'a, R> = Box<dyn FnMut(&R) -> Result<(), String> + 'a>;
+
+/// Clusters without their endpoints, which routes do not look at.
+pub(super) fn shells<'a>(clusters: impl Iterator<Item = &'a Cluster>) -> HashMap<String, Cluster> {
+    let shell = |cluster: &Cluster| Cluster {
+        name: cluster.name.clone(),
+        circuit_breakers: cluster.circuit_breakers.clone(),
+        ..Cluster::default()
+    };
+    clusters
+        .map(|cluster| (cluster.name.clone(), shell(cluster)))
+        .collect()
+}
+
+/// Envoy's rule: a file that is named must be there.
+fn exists(source: Option<&ConfigSource>) -> Result<(), String> {
+    let Some(Origin::Path(path)) = source.map(|source| &source.origin) else {
+        return Ok(());
+    };
+    if Path::new(path).exists() {
+        Ok(())
+    } else {
+        Err(format!(
+            "paths must refer to an existing path in the system: '{path}' does not exist"
+        ))
+    }
+}
+
+/// What is written down must exist where it is written down.
+fn check_secrets<'a>(
+    model: &Model,
+    secrets: impl Iterator<Item = &'a SecretConfig>,
+) -> Result<(), String> {
+    for config in secrets {
+        exists(config.source.as_ref())?;
+        if config.source.is_none() && model.secret(config).is_none() {
+            return Err(format!("unknown static secret: {}", config.name));
+        }
+    }
+    Ok(())
+}
+
+impl Builder {
+    /// Everything that is wrong with what is written.
+    pub(super) fn check_written(&self, model: &Model, contexts: &Contexts) -> Vec<String> {
+        let written = &model.bootstrap;
+        let mut errors = Vec::new();
+        let mut keep = |result: Result<(), String>| errors.extend(result.err());
+        keep(exists(written.lds.as_ref()));
+        keep(exists(written.cds.as_ref()));
+        for secret in &written.secrets {
+            let checked = crate::tls::check_secret(&secret.content);
+            keep(checked.map_err(|error| format!("secret '{}': {error}", secret.name)));
+        }
+        for cluster in &written.clusters {
+            keep(check_context(model, contexts, cluster));
+        }
+        for listener in &written.listeners {
+            keep(self.check_socket(model, contexts, listener));
+        }
+        if let Err(found) = snapshot::build(written, &self.services) {
+            errors.extend(found);
+        }
+        errors
+    }
+
+    /// All of a listener but its HTTP side.
+    fn check_socket(
+        &self,
+        model: &Model,
+        contexts: &Contexts,
+        listener: &Listener,
+    ) -> Result<(), String> {
+        let name = &listener.name;
+        let named = |error| format!("listener '{name}': {error}");
+        for http in listener.http_managers() {
+            exists(http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
+        }
+        let secrets = model::tls(listener).flat_map(CommonTls::secrets);
+        check_secrets(model, secrets).map_err(named)?;
+        for (_, chain) in listener.chains() {
+            contexts.server(name, chain, &|config| model.secret(config))?;
+            AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+        }
+        Ok(())
+    }
+
+    /// Judges clusters that came.
+    pub(super) fn cluster_check<'a>(
+        &self,
+        model: &'a Model,
+        contexts: &'a Contexts,
+        update: &Update<Cluster>,
+    ) -> Check<'a, Cluster> {
+        let coming: BTreeSet<_> = update
+            .resources
+            .iter()
+            .map(|come| come.name.clone())
+            .collect();
+        let mut addresses = Addresses::default();
+        let others = model
+            .all_clusters()
+            .filter(|known| !coming.contains(&known.name));
+        for known in others.filter_map(|known| model.complete_cluster(known)) {
+            addresses.add(&known);
+        }
+        Box::new(move |cluster| {
+            let mut written = model.bootstrap.clusters.iter();
+            if written.any(|known| known.name == cluster.name) {
+                return Err("a static cluster has this name".into());
+            }
+            check_context(model, contexts, cluster)?;
+            let complete = model.complete_cluster(cluster);
+            let errors = addresses.add(complete.as_ref().unwrap_or(cluster));
+            none(&errors)
+        })
+    }
+
+    /// Judges listeners that came.
+    pub(super) fn listener_check<'a>(
+        &'a self,
+        model: &'a Model,
+        contexts: &'a Contexts,
+    ) -> Check<'a, Listener> {
+        let written = model.bootstrap.listeners.iter();
+        let mut addresses: HashMap<Address, String> = written
+            .map(|listener| (listener.address.clone(), listener.name.clone()))
+            .collect();
+        let clusters = shells(model.all_clusters());
+        Box::new(move |listener| {
+            let mut written = model.bootstrap.listeners.iter();
+            if written.any(|known| known.name == listener.name) {
+                return Err("a static listener has this name".into());
+            }
+            self.check_socket(model, contexts, listener)?;
+            let complete = model.complete_listener(listener);
+            let complete = complete.as_ref().unwrap_or(listener);
+            for http in complete.http_managers() {
+                self.http(listener, http, &clusters)?;
+            }
+            if listener.address.port != 0 {
+                let name = listener.name.clone();
+                if let Some(other) = addresses.insert(listener.address.clone(), name) {
+                    let address = &listener.address;
+                    return Err(format!(
+                        "duplicate address {address}: listener '{other}' has it"
+                    ));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Judges route tables that came: each listener that asks for one must be able to use it.
+    pub(super) fn route_check<'a>(
+        &'a self,
+        model: &'a Model,
+        origin: &'a Origin,
+    ) -> Check<'a, RouteConfiguration> {
+        let clusters = shells(model.all_clusters());
+        Box::new(move |table| {
+            for listener in model.all_listeners() {
+                for http in listener.http_managers() {
+                    let asks = http.rds.as_ref();
+                    if asks
+                        .is_some_and(|rds| rds.source.origin == *origin && rds.name == table.name)
+                    {
+                        let with = HttpConnectionManager {
+                            route_config: table.clone(),
+                            ..http.clone()
+                        };
+                        self.http(listener, &with, &clusters)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Judges endpoints that came.
+    pub(super) fn endpoint_check<'a>(
+        &self,
+        model: &'a Model,
+        origin: &'a Origin,
+        update: &Update<ClusterLoadAssignment>,
+    ) -> Check<'a, ClusterLoadAssignment> {
+        let coming: BTreeSet<_> = update
+            .resources
+            .iter()
+            .map(|come| come.name.clone())
+            .collect();
+        let asks = |cluster: &Cluster| {
+            let eds = cluster.eds.as_ref();
+            eds.is_some_and(|eds| eds.source.origin == *origin)
+        };
+        let mut addresses = Addresses::default();
+        let others = model
+            .all_clusters()
+            .filter(|known| !(asks(known) && coming.contains(service_name(known))));
+        for known in others.filter_map(|known| model.complete_cluster(known)) {
+            addresses.add(&known);
+        }
+        Box::new(move |assignment| {
+            check_ips(assignment)?;
+            let mut errors = Vec::new();
+            for cluster in model.all_clusters() {
+                if asks(cluster) && service_name(cluster) == assignment.cluster_name {
+                    let complete = Cluster {
+                        load_assignment: assignment.clone(),
+                        ..cluster.clone()
+                    };
+                    errors.extend(addresses.add(&complete));
+                }
+            }
+            none(&errors)
+        })
+    }
+
+    fn http(
+        &self,
+        listener: &Listener,
+        manager: &HttpConnectionManager,
+        clusters: &HashMap<String, Cluster>,
+    ) -> Result<Arc<HttpConfig>, String> {
+        let direction = listener.traffic_direction;
+        HttpConfig::build(manager, direction, clusters, &self.services)
+            .map(Arc::new)
+            .map_err(|errors| errors.join("\n"))
+    }
+
+    /// A complete listener as it is to run; what `known` is of it stays the same object.
+    pub(super) fn plan(
+        &self,
+        complete: &Listener,
+        known: Option<&Planned>,
+        clusters: &HashMap<String, Cluster>,
+        tls: impl Fn(&FilterChain) -> Result<Option<Arc<Server>>, String>,
+    ) -> Result<Planned, String> {
+        if let Some(known) = known.filter(|known| *known.listener == *complete) {
+            return Ok(known.clone());
+        }
+        let plan = |chain: &FilterChain| -> Result<PlannedChain, String> {
+            Ok(PlannedChain {
+                matches: chain.matches.clone(),
+                tls: tls(chain)?,
+                serves: self.serves(complete, chain, clusters)?,
+            })
+        };
+        let chains = complete.filter_chains.iter().map(plan);
+        let default = complete.default_filter_chain.as_ref().map(plan);
+        Ok(Planned {
+            chains: chains.collect::<Result<_, _>>()?,
+            default: default.transpose()?,
+            listener: Arc::new(complete.clone()),
+        })
+    }
+
+    fn serves(
+        &self,
+        listener: &Listener,
+        chain: &FilterChain,
+        clusters: &HashMap<String, Cluster>,
+    ) -> Result<PlannedServes, String> {
+        let logs = AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+        Ok(match &chain.network {
+            Network::Http(manager) => {
+                // It was accepted when its clusters were there; that one is gone now is told to those who ask for it.
+                let mut lenient = manager.clone();
+                lenient.route_config.validate_clusters = false;
+                let config = self.http(listener, &lenient, clusters)?;
+                PlannedServes::Http(config, Arc::new(logs))
+            }
+            Network::Tcp(proxy) => {
+                let endpoints = self.services.endpoints.clone();
+                let proxy = TcpProxy::new(proxy.clone(), logs, endpoints);
+                PlannedServes::Tcp(Arc::new(proxy))
+            }
+        })
+    }
+}
+
+/// Where the connections or requests of a chain are logged.
+fn access_log(network: &Network) -> &[AccessLog] {
+    match network {
+        Network::Http(manager) => &manager.access_log,
+        Network::Tcp(proxy) => &proxy.access_log,
+    }
+}
+
+fn check_context(model: &Model, contexts: &Contexts, cluster: &Cluster) -> Result<(), String> {
+    let named = |error| format!("cluster '{}': {error}", cluster.name);
+    exists(cluster.eds.as_ref().map(|eds| &eds.source)).map_err(named)?;
+    let secrets = cluster.tls.iter().flat_map(|tls| tls.common.secrets());
+    check_secrets(model, secrets).map_err(named)?;
+    contexts
+        .client(cluster, &|config| model.secret(config))
+        .map(drop)
+}
+
+/// EDS has no names to resolve.
+fn check_ips(assignment: &ClusterLoadAssignment) -> Result<(), String> {
+    let mut hosts = assignment
+        .endpoints
+        .iter()
+        .map(|endpoint| &endpoint.address.host);
+    match hosts.find(|host| host.parse::<IpAddr>().is_err()) {
+        Some(host) => Err(format!("malformed IP address: {host}")),
+        None => Ok(()),
+    }
+}
+
+fn none(errors: &[String]) -> Result<(), String> {
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors.join("\n"))
+    }
+}

@@ -1,0 +1,305 @@
+//! What is configured: what was written, what came since, and what of it is complete enough to be used.
+//!
+//! It does no IO and knows no source: a resource is here because somebody brought it. A cluster waits for its endpoints
+//! and secrets, a listener for its routes and secrets, for as long as its source says.
+
+use outrigger_xds::{
+    accepted::Accepted,
+    resource::{
+        bootstrap::Bootstrap,
+        cluster::Cluster,
+        config_source::{ConfigSource, Origin},
+        endpoint::ClusterLoadAssignment,
+        listener::Listener,
+        route::RouteConfiguration,
+        secret::{Secret, SecretConfig},
+        tls::CommonTls,
+    },
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// A type of resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    /// CDS.
+    Clusters,
+    /// EDS.
+    Endpoints,
+    /// LDS.
+    Listeners,
+    /// RDS.
+    Routes,
+    /// SDS.
+    Secrets,
+}
+
+/// Something that is to come from elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Subscription {
+    /// What.
+    pub(super) kind: Kind,
+    /// From where.
+    pub(super) origin: Origin,
+    /// Which; empty is all.
+    pub(super) name: String,
+}
+
+/// Who waits for it, and how long.
+#[derive(Debug, Clone)]
+pub(super) struct Wait {
+    since: Instant,
+    timeout: Duration,
+    /// In whose name it is counted: clusters (EDS), `stat_prefix`es (RDS).
+    pub(super) owners: BTreeSet<String>,
+    /// The wait is over and was counted.
+    pub(super) expired: bool,
+}
+
+/// Resources of one type that are asked for by name.
+pub(super) type Named<R> = BTreeMap<Origin, Accepted<R>>;
+
+/// Everything that is configured.
+#[derive(Default)]
+pub(super) struct Model {
+    /// As written.
+    pub(super) bootstrap: Bootstrap,
+    /// LDS.
+    pub(super) listeners: Accepted<Listener>,
+    /// CDS.
+    pub(super) clusters: Accepted<Cluster>,
+    /// RDS.
+    pub(super) tables: Named<RouteConfiguration>,
+    /// EDS.
+    pub(super) assignments: Named<ClusterLoadAssignment>,
+    /// SDS.
+    pub(super) secrets: Named<Secret>,
+    /// What is asked for.
+    pub(super) waits: BTreeMap<Subscription, Wait>,
+}
+
+/// What the TLS contexts of its chains say.
+pub(super) fn tls(listener: &Listener) -> impl Iterator<Item = &CommonTls> {
+    let chains = listener.filter_chains.iter();
+    let chains = chains.chain(&listener.default_filter_chain);
+    chains.filter_map(|chain| chain.tls.as_ref().map(|tls| &tls.common))
+}
+
+/// The name of its endpoints where they come from.
+pub(super) fn service_name(cluster: &Cluster) -> &str {
+    match &cluster.eds {
+        Some(eds) if !eds.service_name.is_empty() => &eds.service_name,
+        _ => &cluster.name,
+    }
+}
+
+fn find<'a, R: PartialEq>(
+    named: &'a Named<R>,
+    source: &ConfigSource,
+    name: &str,
+) -> Option<&'a Arc<R>> {
+    named.get(&source.origin)?.get(name)
+}
+
+impl Model {
+    /// All listeners as they were written or came.
+    pub(super) fn all_listeners(&self) -> impl Iterator<Item = &Listener> {
+        let dynamic = self.listeners.good().map(|good| &*good.resource);
+        self.bootstrap.listeners.iter().chain(dynamic)
+    }
+
+    /// All clusters as they were written or came.
+    pub(super) fn all_clusters(&self) -> impl Iterator<Item = &Cluster> {
+        let dynamic = self.clusters.good().map(|good| &*good.resource);
+        self.bootstrap.clusters.iter().chain(dynamic)
+    }
+
+    /// Asks for what is named now, and for nothing else.
+    pub(super) fn subscribe(&mut self, now: Instant) {
+        let mut waits: BTreeMap<Subscription, Wait> = BTreeMap::new();
+        let mut ask = |kind, source: &ConfigSource, name: &str, owner: &str| {
+            let subscription = Subscription {
+                kind,
+                origin: source.origin.clone(),
+                name: name.to_owned(),
+            };
+            let known = self.waits.get(&subscription);
+            let wait = waits.entry(subscription).or_insert_with(|| Wait {
+                since: known.map_or(now, |wait| wait.since),
+                timeout: source.initial_fetch_timeout,
+                owners: BTreeSet::new(),
+                expired: known.is_some_and(|wait| wait.expired),
+            });
+            wait.owners.insert(owner.to_owned());
+        };
+        if let Some(source) = &self.bootstrap.lds {
+            ask(Kind::Listeners, source, "", "");
+        }
+        if let Some(source) = &self.bootstrap.cds {
+            ask(Kind::Clusters, source, "", "");
+        }
+        for cluster in self.all_clusters() {
+            if let Some(eds) = &cluster.eds {
+                ask(
+                    Kind::Endpoints,
+                    &eds.source,
+                    service_name(cluster),
+                    &cluster.name,
+                );
+            }
+            for secret in cluster.tls.iter().flat_map(|tls| tls.common.secrets()) {
+                if let Some(source) = &secret.source {
+                    ask(Kind::Secrets, source, &secret.name, &secret.name);
+                }
+            }
+        }
+        for listener in self.all_listeners() {
+            for http in listener.http_managers() {
+                if let Some(rds) = &http.rds {
+                    ask(Kind::Routes, &rds.source, &rds.name, &http.stat_prefix);
+                }
+            }
+            for secret in tls(listener).flat_map(CommonTls::secrets) {
+                if let Some(source) = &secret.source {
+                    ask(Kind::Secrets, source, &secret.name, &secret.name);
+                }
+            }
+        }
+        self.waits = waits;
+        self.forget();
+    }
+
+    /// Resources that nobody asks for any more.
+    fn forget(&mut self) {
+        fn retain<R: PartialEq>(
+            named: &mut Named<R>,
+            kind: Kind,
+            waits: &BTreeMap<Subscription, Wait>,
+        ) {
+            named.retain(|origin, accepted| {
+                accepted.retain(|name| {
+                    waits.contains_key(&Subscription {
+                        kind,
+                        origin: origin.clone(),
+                        name: name.to_owned(),
+                    })
+                });
+                waits
+                    .keys()
+                    .any(|asked| asked.kind == kind && asked.origin == *origin)
+            });
+        }
+        retain(&mut self.tables, Kind::Routes, &self.waits);
+        retain(&mut self.assignments, Kind::Endpoints, &self.waits);
+        retain(&mut self.secrets, Kind::Secrets, &self.waits);
+    }
+
+    /// Whether something that has not come is waited for no longer.
+    fn is_given_up(&self, kind: Kind, source: &ConfigSource, name: &str) -> bool {
+        let wait = self.waits.get(&Subscription {
+            kind,
+            origin: source.origin.clone(),
+            name: name.to_owned(),
+        });
+        wait.is_some_and(|wait| wait.expired)
+    }
+
+    /// Whether it has come.
+    pub(super) fn is_there(&self, subscription: &Subscription) -> bool {
+        fn has<R: PartialEq>(named: &Named<R>, asked: &Subscription) -> bool {
+            named
+                .get(&asked.origin)
+                .is_some_and(|accepted| accepted.get(&asked.name).is_some())
+        }
+        match subscription.kind {
+            Kind::Listeners => self.listeners.is_answered(),
+            Kind::Clusters => self.clusters.is_answered(),
+            Kind::Routes => has(&self.tables, subscription),
+            Kind::Endpoints => has(&self.assignments, subscription),
+            Kind::Secrets => has(&self.secrets, subscription),
+        }
+    }
+
+    /// Gives up on what has not come in its time; gives what that is.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<Subscription> {
+        let late: Vec<Subscription> = self
+            .waits
+            .iter()
+            .filter(|(subscription, wait)| {
+                !wait.expired
+                    && !wait.timeout.is_zero()
+                    && now.saturating_duration_since(wait.since) >= wait.timeout
+                    && !self.is_there(subscription)
+            })
+            .map(|(subscription, _)| subscription.clone())
+            .collect();
+        for subscription in &late {
+            if let Some(wait) = self.waits.get_mut(subscription) {
+                wait.expired = true;
+            }
+        }
+        late
+    }
+
+    /// A secret, if it is there.
+    #[must_use]
+    pub(super) fn secret(&self, config: &SecretConfig) -> Option<Arc<Secret>> {
+        match &config.source {
+            Some(source) => find(&self.secrets, source, &config.name).cloned(),
+            None => {
+                let mut written = self.bootstrap.secrets.iter();
+                let found = written.find(|secret| secret.name == config.name)?;
+                Some(Arc::new(found.clone()))
+            }
+        }
+    }
+
+    /// Whether all secrets of a context are there, or given up.
+    fn has_secrets(&self, tls: &CommonTls) -> bool {
+        tls.secrets().all(|config| {
+            self.secret(config).is_some()
+                || config
+                    .source
+                    .as_ref()
+                    .is_some_and(|source| self.is_given_up(Kind::Secrets, source, &config.name))
+        })
+    }
+
+    /// A cluster with its endpoints; none while it waits.
+    #[must_use]
+    pub(super) fn complete_cluster(&self, cluster: &Cluster) -> Option<Cluster> {
+        let mut complete = cluster.clone();
+        if let Some(eds) = &cluster.eds {
+            let name = service_name(cluster);
+            match find(&self.assignments, &eds.source, name) {
+                Some(assignment) => complete.load_assignment = (**assignment).clone(),
+                None if self.is_given_up(Kind::Endpoints, &eds.source, name) => {}
+                None => return None,
+            }
+        }
+        let secured = cluster.tls.as_ref();
+        secured
+            .is_none_or(|tls| self.has_secrets(&tls.common))
+            .then_some(complete)
+    }
+
+    /// A listener with its routes; none while it waits.
+    #[must_use]
+    pub(super) fn complete_listener(&self, listener: &Listener) -> Option<Listener> {
+        let mut complete = listener.clone();
+        for http in complete.http_managers_mut() {
+            let Some(rds) = &http.rds else { continue };
+            match find(&self.tables, &rds.source, &rds.name) {
+                Some(table) => http.route_config = (**table).clone(),
+                None if self.is_given_up(Kind::Routes, &rds.source, &rds.name) => {}
+                None => return None,
+            }
+        }
+        tls(listener)
+            .all(|tls| self.has_secrets(tls))
+            .then_some(complete)
+    }
+}

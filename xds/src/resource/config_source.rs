@@ -1,0 +1,160 @@
+//! `envoy.config.core.v3.ConfigSource`: where resources come from that are not written in place, and who asks for them.
+
+use super::route::RouteConfiguration;
+use crate::{
+    problems::ConfigErrors,
+    protobuf::{duration, to_duration},
+    wire::envoy::{
+        config::{cluster::v3::cluster::EdsClusterConfig, core::v3 as wire},
+        extensions::filters::network::http_connection_manager::v3 as hcm,
+    },
+};
+use std::{fmt, time::Duration};
+use wire::config_source::ConfigSourceSpecifier;
+
+/// How long the first resource is waited for unless said.
+pub const INITIAL_FETCH_TIMEOUT_DEFAULT: Duration = Duration::from_secs(15);
+
+/// Where resources come from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConfigSource {
+    /// Which source.
+    pub origin: Origin,
+    /// How long the first resource is waited for; zero is for ever.
+    pub initial_fetch_timeout: Duration,
+}
+
+/// `config_source_specifier`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// A file that holds a `DiscoveryResponse`.
+    Path(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => f.write_str(path),
+        }
+    }
+}
+
+/// `Rds`: a route table that comes from elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rds {
+    /// Where from.
+    pub source: ConfigSource,
+    /// Its name there.
+    pub name: String,
+}
+
+/// `EdsClusterConfig`: endpoints that come from elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Eds {
+    /// Where from.
+    pub source: ConfigSource,
+    /// `service_name`; empty is the cluster's.
+    pub service_name: String,
+}
+
+impl TryFrom<wire::ConfigSource> for ConfigSource {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::ConfigSource) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        if wire.resource_api_version() == wire::ApiVersion::V2 {
+            problems.add("resource_api_version", "not supported: V2");
+        }
+        let timeout = wire
+            .initial_fetch_timeout
+            .and_then(|timeout| problems.take("initial_fetch_timeout", duration(timeout)));
+        let origin = match wire.config_source_specifier {
+            Some(ConfigSourceSpecifier::PathConfigSource(file)) => {
+                let path = problems.not_empty("path_config_source.path", file.path);
+                if let Some(directory) = file.watched_directory {
+                    problems.not_empty("path_config_source.watched_directory.path", directory.path);
+                }
+                Some(Origin::Path(path))
+            }
+            None => {
+                problems.add("", "required: path_config_source");
+                None
+            }
+        };
+        problems.finish(origin.map(|origin| Self {
+            origin,
+            initial_fetch_timeout: timeout.unwrap_or(INITIAL_FETCH_TIMEOUT_DEFAULT),
+        }))
+    }
+}
+
+impl From<&ConfigSource> for wire::ConfigSource {
+    fn from(plain: &ConfigSource) -> Self {
+        let Origin::Path(path) = &plain.origin;
+        let file = wire::PathConfigSource {
+            path: path.clone(),
+            watched_directory: None,
+        };
+        let timeout = plain.initial_fetch_timeout;
+        Self {
+            config_source_specifier: Some(ConfigSourceSpecifier::PathConfigSource(file)),
+            initial_fetch_timeout: (timeout != INITIAL_FETCH_TIMEOUT_DEFAULT)
+                .then(|| to_duration(timeout)),
+            resource_api_version: wire::ApiVersion::V3.into(),
+        }
+    }
+}
+
+impl Rds {
+    /// What stands in for the table until it is there.
+    #[must_use]
+    pub fn not_yet(&self) -> RouteConfiguration {
+        RouteConfiguration {
+            name: self.name.clone(),
+            validate_clusters: false,
+            ..RouteConfiguration::default()
+        }
+    }
+}
+
+impl TryFrom<hcm::Rds> for Rds {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: hcm::Rds) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let source = problems.required("config_source", wire.config_source);
+        let name = problems.not_empty("route_config_name", wire.route_config_name);
+        problems.finish(source.map(|source| Self { source, name }))
+    }
+}
+
+impl From<&Rds> for hcm::Rds {
+    fn from(plain: &Rds) -> Self {
+        Self {
+            config_source: Some((&plain.source).into()),
+            route_config_name: plain.name.clone(),
+        }
+    }
+}
+
+impl TryFrom<EdsClusterConfig> for Eds {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: EdsClusterConfig) -> Result<Self, ConfigErrors> {
+        let mut problems = ConfigErrors::default();
+        let source = problems.required("eds_config", wire.eds_config);
+        problems.finish(source.map(|source| Self {
+            source,
+            service_name: wire.service_name,
+        }))
+    }
+}
+
+impl From<&Eds> for EdsClusterConfig {
+    fn from(plain: &Eds) -> Self {
+        Self {
+            eds_config: Some((&plain.source).into()),
+            service_name: plain.service_name.clone(),
+        }
+    }
+}
