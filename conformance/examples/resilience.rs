@@ -3,7 +3,7 @@
 
 use clap::Parser;
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, metric, request},
+    harness::{Client, OneChain, ProxyBuilder, TestProxy, Version, metric, request},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
@@ -105,7 +105,7 @@ fn proxies(engines: &[Place], stall_ms: u64, without: bool) -> Vec<TestProxy> {
         let edit = move |bootstrap: &mut Bootstrap| {
             let outbound = |listener: &&mut Listener| listener.name == OUTBOUND;
             for listener in bootstrap.listeners.iter_mut().filter(outbound) {
-                let filters = &mut listener.http.http_filters;
+                let filters = &mut listener.http().http_filters;
                 filters.retain(|filter| !without || filter.name != "migration");
                 for filter in filters
                     .iter_mut()

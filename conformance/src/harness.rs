@@ -25,6 +25,8 @@ use outrigger_xds::{
     resource::{
         bootstrap::Bootstrap,
         endpoint::{Address, HealthStatus, LbEndpoint},
+        filter_chain::FilterChain,
+        listener::{HttpConnectionManager, Listener},
     },
 };
 use serde_json::Value;
@@ -72,6 +74,25 @@ pub fn scratch(name: &str) -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Relaxed);
     std::env::temp_dir().join(format!("outrigger-{}-{number}-{name}", std::process::id()))
+}
+
+/// A listener with one filter chain, of HTTP, such as those of a stand-alone proxy.
+pub trait OneChain {
+    /// The chain.
+    fn chain(&mut self) -> &mut FilterChain;
+    /// Its connection manager.
+    fn http(&mut self) -> &mut HttpConnectionManager;
+}
+
+impl OneChain for Listener {
+    fn chain(&mut self) -> &mut FilterChain {
+        &mut self.filter_chains[0]
+    }
+
+    fn http(&mut self) -> &mut HttpConnectionManager {
+        let mut managers = self.http_managers_mut();
+        managers.next().expect("invariant: a chain of HTTP")
+    }
 }
 
 /// A change to the resources of a proxy.

@@ -442,6 +442,8 @@ pub struct SendOptions {
     /// A pooled connection that the upstream closed meanwhile is replaced by a new one without anybody noticing, if the
     /// request can be sent again. Without it the caller gets a `stale` error and decides.
     pub replace_stale: bool,
+    /// The request asks for another protocol: it gets a connection of its own, and the 101 has hyper's `OnUpgrade`.
+    pub upgrade: bool,
     /// Which circuit breakers count.
     pub priority: Priority,
 }

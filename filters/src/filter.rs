@@ -180,6 +180,8 @@ pub struct Context {
     pub told_hit_tokens: Option<u64>,
     /// Whether the client may see and asked for debug headers.
     pub debug: bool,
+    /// It asks for another protocol on its connection.
+    pub upgrade: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
     /// The engine to pass over while there is another.
@@ -218,6 +220,7 @@ impl Context {
             named: self.named.clone(),
             told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,
+            upgrade: self.upgrade,
             attempt: self.attempt + 1,
             avoid: self.avoid.clone(),
             deaths: self.deaths,

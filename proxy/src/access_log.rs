@@ -89,16 +89,18 @@ pub struct Entry<'a> {
     pub path: &'a str,
     /// Host asked for; may be empty.
     pub authority: &'a str,
-    /// Protocol of the client.
-    pub protocol: Version,
+    /// Protocol of the client, if there are requests.
+    pub protocol: Option<Version>,
     /// Status sent; 0 if the client went away before one.
     pub code: u16,
     /// Body bytes from the client.
     pub bytes_received: u64,
     /// Body bytes to the client.
     pub bytes_sent: u64,
-    /// The client's socket.
+    /// The client.
     pub downstream_remote: SocketAddr,
+    /// Whoever is at the other end of the socket.
+    pub downstream_direct_remote: SocketAddr,
     /// Our socket towards the client.
     pub downstream_local: SocketAddr,
     /// Number of the client's connection in this process.

@@ -9,6 +9,7 @@ use outrigger_xds::resource::{
     bootstrap::{Admin, Bootstrap, Node},
     cluster::{Cluster, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+    filter_chain::FilterChain,
     header_mutation::HeaderMutations,
     listener::{
         AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
@@ -17,6 +18,7 @@ use outrigger_xds::resource::{
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
     server_header::ServerHeader,
     tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
+    upgrade::Upgrade,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
@@ -223,12 +225,11 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         http_filters: filters,
         route_config: everything_to(FLEET),
         stream_idle_timeout: Duration::ZERO,
+        upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
-    Listener {
-        tls: clients_tls(options),
-        ..listener(OUTBOUND, address, TrafficDirection::Outbound, http)
-    }
+    let tls = clients_tls(options);
+    listener(OUTBOUND, address, TrafficDirection::Outbound, (http, tls))
 }
 
 fn inbound_listener(options: &Options, address: Address) -> Listener {
@@ -242,6 +243,7 @@ fn inbound_listener(options: &Options, address: Address) -> Listener {
         ],
         route_config: everything_to(LOCAL),
         stream_idle_timeout: Duration::ZERO,
+        upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
     };
     let tls = peers_tls(options).map(|common| DownstreamTls {
@@ -251,26 +253,30 @@ fn inbound_listener(options: &Options, address: Address) -> Listener {
         },
         require_client_certificate: true,
     });
-    Listener {
-        tls,
-        ..listener(INBOUND, address, TrafficDirection::Inbound, http)
-    }
+    listener(INBOUND, address, TrafficDirection::Inbound, (http, tls))
 }
 
 fn listener(
     name: &str,
     address: Address,
     traffic_direction: TrafficDirection,
-    http: HttpConnectionManager,
+    (http, tls): (HttpConnectionManager, Option<DownstreamTls>),
 ) -> Listener {
+    let chain = FilterChain {
+        tls,
+        ..FilterChain::http(http)
+    };
     Listener {
-        name: name.into(),
-        address,
         traffic_direction,
-        http,
-        tls: None,
-        transport_socket_connect_timeout: Duration::ZERO,
         tcp_backlog_size: 16_384,
+        ..Listener::new(name, address, chain)
+    }
+}
+
+fn websocket() -> Upgrade {
+    Upgrade {
+        name: "websocket".into(),
+        enabled: true,
     }
 }
 

@@ -23,12 +23,12 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU32, Ordering::Relaxed},
     },
     task::Poll,
     time::Duration,
 };
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -53,26 +53,29 @@ pub(crate) async fn serve(
     let config = manager.config.load_full();
     let builder = builder(&config.manager);
     let idle = config.manager.idle_timeout;
+    let enough = Enough::new(&config.manager);
     drop(config);
     let stats = manager.stats.clone();
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
     let (gate_manager, gate_info) = (manager.clone(), info.clone());
     let asked = AtomicU8::new(NOTHING_YET);
-    let asked = &asked;
-    let exchange = info.clone();
+    let (asked, enough) = (&asked, &enough);
+    let after = info.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         let http2 = request.version() == Version::HTTP_2;
         asked.store(if http2 { HTTP_2 } else { HTTP_1 }, Relaxed);
+        enough.request();
         let (manager, info) = (manager.clone(), info.clone());
         async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
     });
-    let mut connection = pin!(builder.serve_connection(
+    let mut connection = pin!(builder.serve_connection_with_upgrades(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
     let mut draining = pin!(leave(&drain, asked));
     let mut over = pin!(drain.over());
+    let mut aged = pin!(enough.reached(&stats));
     let mut drained = false;
     // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
     // HTTP/2 has it for who asks nothing at all.
@@ -90,9 +93,16 @@ pub(crate) async fn serve(
                     return;
                 }
             }
+            () = &mut aged, if !drained => {
+                drained = true;
+                connection.as_mut().graceful_shutdown();
+                if asked.load(Relaxed) == NOTHING_YET {
+                    return;
+                }
+            }
             () = &mut over => return,
             () = &mut silent, if !idle.is_zero() && asked.load(Relaxed) != HTTP_2 => {
-                let rest = exchange.exchange.rest().unwrap_or_default();
+                let rest = after.exchange.rest().unwrap_or_default();
                 if rest >= idle {
                     stats.downstream_cx_idle_timeout.increment(1);
                     return;
@@ -101,15 +111,69 @@ pub(crate) async fn serve(
             }
         }
     };
-    if let Err(error) = outcome {
-        let hypers = error.downcast_ref::<hyper::Error>();
-        if hypers.is_some_and(hyper::Error::is_parse) {
-            stats.downstream_cx_protocol_error.increment(1);
+    match outcome {
+        Err(error) => count(&stats, error.as_ref()),
+        Ok(()) => {
+            if let Some(tunnel) = after.afterwards.take() {
+                tokio::select! {
+                    () = tunnel => {}
+                    () = &mut over => {}
+                }
+            }
         }
-        if hypers.is_some_and(hyper::Error::is_timeout) {
-            stats.downstream_cx_idle_timeout.increment(1);
+    }
+}
+
+fn count(stats: &HttpStats, error: &(dyn std::error::Error + Send + Sync + 'static)) {
+    let hypers = error.downcast_ref::<hyper::Error>();
+    if hypers.is_some_and(hyper::Error::is_parse) {
+        stats.downstream_cx_protocol_error.increment(1);
+    }
+    if hypers.is_some_and(hyper::Error::is_timeout) {
+        stats.downstream_cx_idle_timeout.increment(1);
+    }
+    tracing::debug!(%error, "downstream connection ended");
+}
+
+/// When a connection has had its time, or its requests.
+struct Enough {
+    time: Duration,
+    requests: u32,
+    had: AtomicU32,
+    reached: Notify,
+}
+
+impl Enough {
+    fn new(config: &HttpConnectionManager) -> Self {
+        Self {
+            time: config.max_connection_duration,
+            requests: config.max_requests_per_connection,
+            had: AtomicU32::new(0),
+            reached: Notify::new(),
         }
-        tracing::debug!(%error, "downstream connection ended");
+    }
+
+    /// One more.
+    fn request(&self) {
+        if self.requests != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.requests {
+            self.reached.notify_one();
+        }
+    }
+
+    async fn reached(&self, stats: &HttpStats) {
+        if self.requests == 0 && self.time.is_zero() {
+            return std::future::pending().await;
+        }
+        let over = async {
+            match self.time {
+                Duration::ZERO => std::future::pending().await,
+                time => tokio::time::sleep(time).await,
+            }
+        };
+        tokio::select! {
+            () = over => stats.downstream_cx_max_duration_reached.increment(1),
+            () = self.reached.notified() => stats.downstream_cx_max_requests_reached.increment(1),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use crate::{listeners::Planned, tls::contexts::Contexts};
+use crate::{listener::Planned, tls::contexts::Contexts};
 use build::Builder;
 use files::Files;
 use model::{Kind, Model, Subscription};
@@ -412,7 +412,8 @@ impl Discovery {
             self.lingering.push(Lingering {
                 clusters: gone,
                 routed_by: planned
-                    .map(|planned| Arc::downgrade(&planned.http))
+                    .flat_map(Planned::http)
+                    .map(Arc::downgrade)
                     .collect(),
                 until: now + LINGER_MAX,
             });
@@ -465,8 +466,8 @@ impl Discovery {
                 }
                 Some(complete) => {
                     let known = before.filter(|_| same_clusters);
-                    let built = self.builder.plan(&complete, known, &shells, |listener| {
-                        self.contexts.server(listener, &find)
+                    let built = self.builder.plan(&complete, known, &shells, |chain| {
+                        self.contexts.server(name, chain, &find)
                     });
                     built
                         .map_err(|error| tracing::error!(listener = name, error, "stays as it was"))
@@ -475,7 +476,7 @@ impl Discovery {
                 }
             };
             if let Some(planned) = planned {
-                servers.extend(planned.tls.clone().map(|tls| (name.clone(), tls)));
+                servers.insert(name.clone(), planned.servers().cloned().collect());
                 next.insert(name.clone(), planned);
             }
         }

@@ -80,6 +80,15 @@ impl Drain {
         }
     }
 
+    /// Whether both are of the same part of the process.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (&self.own, &other.own) {
+            (Some(ours), Some(theirs)) => Arc::ptr_eq(ours, theirs),
+            _ => false,
+        }
+    }
+
     /// Begins to drain the process; idempotent.
     pub fn begin(&self) {
         self.serving.draining.store(true, Relaxed);

@@ -11,6 +11,7 @@ pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent"
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 pub(crate) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub(crate) const FORWARDED_CLIENT_CERT: HeaderName =
     HeaderName::from_static("x-forwarded-client-cert");
 /// Ids of the proxies a request went through, comma separated; kept from clients too, since it can only stop a loop.
@@ -198,26 +199,24 @@ pub(crate) fn without_body(headers: &mut HeaderMap, body: &ResponseBody) -> Resp
     empty()
 }
 
-/// What a request with an `Upgrade` header gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Upgrade {
-    /// None asked for, or one that may be ignored (h2c).
-    None,
-    /// Must be refused.
-    Refused,
-}
-
-/// Judges an upgrade; `h2c` is taken off, as Envoy does.
-pub(crate) fn upgrade(headers: &mut HeaderMap) -> Upgrade {
+/// Takes an upgrade to `h2c` off, as Envoy does; whether another one is asked for.
+pub(crate) fn asks_for_upgrade(headers: &mut HeaderMap) -> bool {
     let Some(wanted) = headers.get(header::UPGRADE) else {
-        return Upgrade::None;
+        return false;
     };
     if wanted.as_bytes().eq_ignore_ascii_case(b"h2c") {
         headers.remove(header::UPGRADE);
         headers.remove(HTTP2_SETTINGS);
-        return Upgrade::None;
+        return false;
     }
-    Upgrade::Refused
+    true
+}
+
+/// Tells the upstream on which port the client came, unless somebody before us did.
+pub(crate) fn forwarded_port(headers: &mut HeaderMap, port: u16) {
+    headers
+        .entry(FORWARDED_PORT)
+        .or_insert_with(|| HeaderValue::from(port));
 }
 
 /// A random UUID (version 4).

@@ -4,27 +4,29 @@
 //! so that its end writes the access log. Errors become local replies here and nowhere else.
 
 mod record;
+pub(crate) mod tunnel;
 
 use crate::{
     access_log::AccessLogs,
     chain::{self, NoRoute},
     codec::exchange::Exchange,
     drain::Drain,
+    edge,
     flow::{self, FlowLimits},
     head,
-    headers::{self, Seen, Upgrade},
+    headers::{self, Seen},
     metrics::HttpStats,
     route::{BuiltRoute, Target},
     snapshot::HttpConfig,
-    tls::{TlsFacts, server::Server},
+    tls::TlsFacts,
 };
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
 };
 use http_body::Body as _;
-use hyper::body::Incoming;
+use hyper::{body::Incoming, upgrade::OnUpgrade};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
@@ -52,6 +54,13 @@ pub struct Manager {
     pub logs: ArcSwap<AccessLogs>,
     /// Its metrics.
     pub stats: Arc<HttpStats>,
+    /// Whose it is.
+    pub owner: Owner,
+}
+
+/// What all connection managers of a proxy that serve the same direction share.
+#[derive(Clone)]
+pub struct Owner {
     /// This proxy's id, for loop detection.
     pub node: Arc<str>,
     /// The same as a header.
@@ -60,8 +69,6 @@ pub struct Manager {
     pub drain: Drain,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
-    /// How its connections begin; none is plain text. Swapped with the configuration.
-    pub tls: ArcSwapOption<Server>,
 }
 
 /// The connection a request came on.
@@ -71,7 +78,9 @@ pub struct ConnectionInfo {
     pub remote: SocketAddr,
     /// Its address as each of its requests tells it.
     pub(crate) address: HeaderValue,
-    /// Our side.
+    /// Whoever is at the other end of the socket.
+    pub direct_remote: SocketAddr,
+    /// Our side, or where the connection was sent before it was redirected to us.
     pub local: SocketAddr,
     /// Unique in this process.
     pub id: u64,
@@ -79,6 +88,8 @@ pub struct ConnectionInfo {
     pub tls: Option<Arc<TlsFacts>>,
     /// What the codec knows of the exchange that runs on it.
     pub(crate) exchange: Exchange,
+    /// What it does after HTTP.
+    pub(crate) afterwards: tunnel::Afterwards,
 }
 
 impl ConnectionInfo {
@@ -88,10 +99,12 @@ impl ConnectionInfo {
         Self {
             remote,
             address: headers::address(remote.ip()),
+            direct_remote: remote,
             local,
             id,
             tls,
             exchange: Exchange::default(),
+            afterwards: tunnel::Afterwards::default(),
         }
     }
 }
@@ -106,7 +119,7 @@ impl Manager {
         let config = self.config.load_full();
         if config.inbound
             && request.uri().path().starts_with(FEED_PREFIX)
-            && let Some(feed) = &self.feed
+            && let Some(feed) = &self.owner.feed
         {
             return feed(request).await;
         }
@@ -163,16 +176,24 @@ impl Manager {
         let seen = Seen::of(&parts.headers);
         head::check(parts, &seen, config, connection.exchange.begun())?;
         let fields = &mut parts.headers;
-        let refused = seen.upgrade && headers::upgrade(fields) == Upgrade::Refused;
-        if refused {
-            return Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed"));
+        let asks = seen.upgrade && headers::asks_for_upgrade(fields);
+        if edge::target(parts, &config.manager.edge, connection.local.port())? {
+            record.retarget(parts);
         }
+        if asks {
+            record.asked = Some(tunnel::asked(parts, config)?);
+            context.upgrade = true;
+        }
+        let fields = &mut parts.headers;
         if parts.method == Method::CONNECT {
             // Envoy routes it by `connect_matcher` alone, which we have not.
             return Err(NoRoute::error());
         }
         if seen.hop_by_hop {
             headers::strip_hop_by_hop(fields);
+        }
+        if let Some(asked) = &record.asked {
+            tunnel::announce(fields, &asked.protocol);
         }
         if seen.cookies > 1 && parts.version == Version::HTTP_2 {
             headers::join_cookies(fields);
@@ -188,8 +209,8 @@ impl Manager {
             context.prompt = attempt::told(fields);
             context.told_hit_tokens = attempt::told_hits(fields);
         } else if !seen.via {
-            fields.insert(headers::VIA, self.via.clone());
-        } else if !headers::append_via(fields, &self.node) {
+            fields.insert(headers::VIA, self.owner.via.clone());
+        } else if !headers::append_via(fields, &self.owner.node) {
             return Err(looped());
         }
         if seen.between_proxies {
@@ -203,22 +224,7 @@ impl Manager {
             fields.remove(headers::FORWARDED_CLIENT_CERT);
         }
         self.identify(fields, &seen, record, config);
-        let at_edge = config.manager.use_remote_address && !config.inbound;
-        if seen.envoy && !config.inbound {
-            headers::strip_envoy(fields, at_edge);
-        }
-        if at_edge {
-            headers::append_forwarded_for(fields, &seen, &connection.address);
-            headers::external_address(fields, &connection.address);
-        }
-        if at_edge || !seen.forwarded_proto {
-            let scheme = if connection.tls.is_some() {
-                "https"
-            } else {
-                "http"
-            };
-            fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
-        }
+        forward(fields, &seen, record, config, connection);
         context.request_id = record.request_id.clone();
         Ok(())
     }
@@ -357,7 +363,8 @@ impl Manager {
         let inbound = config.inbound;
         let mut log = std::mem::take(&mut context.log);
         // Answered without a look at its body: who reads on would take that for the next request.
-        let mut close = record.unread && context.upload.is_none() || self.drain.is_unhealthy();
+        let mut close =
+            record.unread && context.upload.is_none() || self.owner.drain.is_unhealthy();
         let response = match response {
             Ok(response) => response,
             Err(error) => {
@@ -370,21 +377,10 @@ impl Manager {
             }
         };
         let (mut parts, mut body) = response.into_parts();
-        let seen = Seen::of(&parts.headers);
-        if seen.hop_by_hop {
-            headers::strip_hop_by_hop(&mut parts.headers);
-        }
-        match config.manager.server_header {
-            ServerHeader::PassThrough => {}
-            ServerHeader::AppendIfAbsent if seen.server => {}
-            _ => {
-                parts.headers.insert(header::SERVER, config.server.clone());
-            }
-        }
-        if close && record.protocol < Version::HTTP_2 {
-            parts
-                .headers
-                .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        let switched = self.switched(&mut parts, &mut record);
+        self.head(&mut parts.headers, &record, config, close);
+        if let Some((asked, _)) = &switched {
+            tunnel::announce(&mut parts.headers, &asked.protocol);
         }
         if record.method == Method::HEAD {
             body = headers::without_body(&mut parts.headers, &body);
@@ -399,6 +395,11 @@ impl Manager {
         };
         record.head_sent = record.started.elapsed();
         record.route = context.route.clone();
+        if let Some((asked, upstream)) = switched {
+            let limits = tunnel::limits(limits.gap, flow::stream_end(&context));
+            tunnel::begin(asked, upstream, body, record, log, limits);
+            return Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(empty()));
+        }
         // The entry proxy speaks to the client; a peer must see the break itself.
         let farewell = if inbound {
             outrigger_filters::sse::Farewell::Abort
@@ -410,6 +411,41 @@ impl Manager {
         let body = flow::limit(body, limits);
         let body = Observed::new(body, &parts.headers, observers, farewell, log, on_end);
         Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
+    }
+
+    /// What belongs to our connection, in the head of a response.
+    fn head(&self, fields: &mut HeaderMap, record: &Record, config: &HttpConfig, close: bool) {
+        let seen = Seen::of(fields);
+        if seen.hop_by_hop {
+            headers::strip_hop_by_hop(fields);
+        }
+        if config.manager.edge.always_set_request_id
+            && let Ok(id) = HeaderValue::from_str(&record.request_id)
+        {
+            fields.insert(headers::REQUEST_ID, id);
+        }
+        match config.manager.server_header {
+            ServerHeader::PassThrough => {}
+            ServerHeader::AppendIfAbsent if seen.server => {}
+            _ => {
+                fields.insert(header::SERVER, config.server.clone());
+            }
+        }
+        if close && record.protocol < Version::HTTP_2 {
+            fields.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+
+    /// The two ends of an upgrade, if the upstream agreed to one that was asked for.
+    fn switched(
+        &self,
+        parts: &mut http::response::Parts,
+        record: &mut Record,
+    ) -> Option<(tunnel::Asked, OnUpgrade)> {
+        if parts.status != StatusCode::SWITCHING_PROTOCOLS {
+            return None;
+        }
+        Some((record.asked.take()?, parts.extensions.remove()?))
     }
 
     fn local_reply(
@@ -497,6 +533,46 @@ fn looped() -> Error {
         "loop_detected",
         "the request has been through this proxy before",
     )
+}
+
+/// Who the client is and how it came, as the next hop is told.
+fn forward(
+    fields: &mut HeaderMap,
+    seen: &Seen,
+    record: &mut Record,
+    config: &HttpConfig,
+    connection: &ConnectionInfo,
+) {
+    let at_edge = config.manager.use_remote_address && !config.inbound;
+    if seen.envoy && !config.inbound {
+        headers::strip_envoy(fields, at_edge);
+    }
+    let edge = &config.manager.edge;
+    let told = (!config.inbound)
+        .then(|| edge::told_client(fields, seen, edge.trusted_hops))
+        .flatten();
+    if let Some(client) = told {
+        record.remote = SocketAddr::new(client, 0);
+    }
+    if at_edge {
+        if !edge.skip_xff_append {
+            headers::append_forwarded_for(fields, seen, &connection.address);
+        }
+        let told = told.map(headers::address);
+        headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
+        if edge.append_x_forwarded_port {
+            headers::forwarded_port(fields, connection.local.port());
+        }
+    }
+    // Proxies before us that are believed say it.
+    if at_edge && edge.trusted_hops == 0 || !seen.forwarded_proto {
+        let scheme = if connection.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    }
 }
 
 /// A request that no route is for: filters that see all may answer it, else nobody does.

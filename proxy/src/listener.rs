@@ -1,22 +1,34 @@
 //! Sockets that accept: one per worker with SO_REUSEPORT, bound before anything runs.
 
+mod behaviour;
+mod chains;
+mod http_inspector;
+mod look;
+mod proxy_header;
+mod tls_inspector;
+
+pub use behaviour::Planned;
+pub(crate) use behaviour::{PlannedChain, PlannedServes};
+
 use crate::{
-    codec,
-    drain::Drain,
-    http::{ConnectionInfo, Manager},
+    drain::{Drain, Running},
+    http::Owner,
     metrics::ListenerStats,
-    tls::{Stream, TlsFacts, server::Server},
+    socket::Socket,
 };
 use arc_swap::ArcSwap;
+use behaviour::Behaviour;
 use futures_util::FutureExt;
+use look::Seen;
 use outrigger_xds::resource::listener::Listener;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 use std::{
+    collections::HashMap,
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     pin::pin,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -35,7 +47,7 @@ pub struct Bound {
     pub name: String,
     /// Where it really listens.
     pub address: SocketAddr,
-    /// One socket a worker.
+    /// One socket a worker; none if it has no port.
     pub sockets: Vec<std::net::TcpListener>,
 }
 
@@ -57,6 +69,13 @@ pub fn bind(listener: &Listener, workers: usize, known: bool) -> Result<Bound, S
         .map_err(explain)?
         .next()
         .ok_or_else(|| explain(io::ErrorKind::AddrNotAvailable.into()))?;
+    if !listener.bind_to_port {
+        return Ok(Bound {
+            name: listener.name.clone(),
+            address,
+            sockets: Vec::new(),
+        });
+    }
     if address.port() != 0 && !known {
         // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
         bind_one(address, 1, false).map_err(explain)?;
@@ -75,7 +94,7 @@ pub fn bind(listener: &Listener, workers: usize, known: bool) -> Result<Bound, S
 }
 
 fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::net::TcpListener> {
-    let socket = Socket::new(
+    let socket = RawSocket::new(
         Domain::for_address(address),
         Type::STREAM,
         Some(Protocol::TCP),
@@ -92,23 +111,109 @@ fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::
     Ok(socket.into())
 }
 
-/// Accepts on one worker, for whoever has the address now, until the process drains or nobody has it any more.
-pub(crate) async fn accept(
-    socket: std::net::TcpListener,
-    owner: Arc<ArcSwap<Manager>>,
+/// A bound address: it hands each connection to whoever has the address now.
+pub(crate) struct Port {
+    /// Where it really is.
+    pub(crate) address: SocketAddr,
+    owner: ArcSwap<Active>,
+    load: Arc<Load>,
+    /// Retired when nobody has the address any more.
+    pub(crate) ends: Drain,
+}
+
+/// What a port carries.
+struct Load {
     stats: Arc<ListenerStats>,
-    open: Arc<AtomicUsize>,
-    ends: Drain,
-) -> io::Result<()> {
+    open: AtomicUsize,
+}
+
+/// Ports by address.
+pub(crate) type Directory = ArcSwap<HashMap<SocketAddr, Arc<Port>>>;
+
+impl Port {
+    pub(crate) fn new(address: SocketAddr, owner: Arc<Active>, ends: Drain) -> Self {
+        let load = Load {
+            stats: ListenerStats::new(&address.to_string()),
+            open: AtomicUsize::new(0),
+        };
+        Self {
+            address,
+            owner: ArcSwap::new(owner),
+            load: Arc::new(load),
+            ends,
+        }
+    }
+
+    /// Connections that come from now on are this one's.
+    pub(crate) fn give_to(&self, owner: Arc<Active>) {
+        self.owner.store(owner);
+    }
+}
+
+/// A listener at work, wherever it listens.
+pub(crate) struct Active {
+    /// Swapped whole by a push of configuration.
+    behaviour: ArcSwap<Behaviour>,
+    owner: Owner,
+    /// Of connections that no chain has yet.
+    looking: Drain,
+    /// Where others are that it hands connections over to.
+    others: Weak<Directory>,
+}
+
+impl Active {
+    pub(crate) fn new(planned: &Planned, owner: Owner, others: &Arc<Directory>) -> Arc<Self> {
+        Arc::new(Self {
+            behaviour: ArcSwap::from_pointee(Behaviour::new(planned, None, &owner)),
+            looking: owner.drain.part(),
+            owner,
+            others: Arc::downgrade(others),
+        })
+    }
+
+    /// Does something else from now on. Gives the drains of the chains that are gone, and whether one stays.
+    pub(crate) fn replace(&self, planned: &Planned) -> (Vec<Drain>, bool) {
+        let before = self.behaviour.load_full();
+        let behaviour = Behaviour::new(planned, Some(&before), &self.owner);
+        let stays = |drain: &&Drain| behaviour.drains().any(|kept| kept.is_same(drain));
+        let (kept, gone): (Vec<&Drain>, Vec<&Drain>) = before.drains().partition(stays);
+        let gone = (gone.into_iter().cloned().collect(), !kept.is_empty());
+        self.behaviour.store(Arc::new(behaviour));
+        gone
+    }
+
+    /// Of all its connections.
+    pub(crate) fn drains(&self) -> Vec<Drain> {
+        let behaviour = self.behaviour.load();
+        let chains = behaviour.drains().cloned();
+        chains.chain([self.looking.clone()]).collect()
+    }
+
+    /// The port that a redirected connection was meant for: that of its very address, else that of its port.
+    fn meant(&self, address: SocketAddr) -> Option<Arc<Port>> {
+        let others = self.others.upgrade()?.load_full();
+        let any: IpAddr = if address.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let found = others.get(&address);
+        let found = found.or_else(|| others.get(&SocketAddr::new(any, address.port())));
+        found.cloned()
+    }
+}
+
+/// Accepts on one worker, for whoever has the address now, until the process drains or nobody has it any more.
+pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(socket)?;
     let local = listener.local_addr()?;
-    let mut ending = pin!(ends.begun());
+    let mut ending = pin!(port.ends.begun());
     let mut ended = false;
     loop {
         let accepted = if ended {
             // Who is in the queue when the address is given up is still served.
             match listener.accept().now_or_never() {
-                Some(accepted) if !ends.has_begun() => accepted,
+                Some(accepted) if !port.ends.has_begun() => accepted,
                 _ => return Ok(()),
             }
         } else {
@@ -120,39 +225,20 @@ pub(crate) async fn accept(
                 }
             }
         };
-        let manager = owner.load_full();
-        let drain = manager.drain.clone();
         match accepted {
             Ok((socket, remote)) => {
-                if open.load(Relaxed) >= CONNECTIONS_MAX {
-                    stats.downstream_cx_overflow.increment(1);
+                if port.load.open.load(Relaxed) >= CONNECTIONS_MAX {
+                    port.load.stats.downstream_cx_overflow.increment(1);
                     continue;
                 }
                 let _ = socket.set_nodelay(true);
-                let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
-                let counted = Counted::new(open.clone(), stats.clone());
-                let info = move |tls| Arc::new(ConnectionInfo::new(remote, local, id, tls));
-                match manager.tls.load_full() {
-                    None => {
-                        let info = info(None);
-                        tokio::spawn(async move {
-                            let _counted = counted;
-                            let _running = drain.enter();
-                            codec::serve(Stream::Plain(socket), manager, info, drain.clone()).await;
-                        });
-                    }
-                    Some(server) => {
-                        tokio::spawn(async move {
-                            let _running = drain.enter();
-                            let shaken = handshake(socket, &server, &manager, &counted.1, &drain);
-                            if let Some((stream, tls)) = shaken.await {
-                                let info = info(Some(Arc::new(tls)));
-                                codec::serve(stream, manager, info, drain.clone()).await;
-                            }
-                            drop(counted);
-                        });
-                    }
-                }
+                // Where it listens on all addresses, only the connection knows which it is.
+                let local = match local.ip().is_unspecified() {
+                    true => socket.local_addr().unwrap_or(local),
+                    false => local,
+                };
+                let arrived = Arrived::at(&port);
+                tokio::spawn(serve(socket.into(), Seen::new(local, remote), arrived));
             }
             Err(error) => {
                 tracing::warn!(%error, %local, "accept failed");
@@ -162,48 +248,74 @@ pub(crate) async fn accept(
     }
 }
 
-/// A TLS handshake, which must not outlast its limit, nor hold up a drain.
-async fn handshake(
-    socket: tokio::net::TcpStream,
-    server: &Server,
-    manager: &Manager,
-    stats: &ListenerStats,
-    drain: &Drain,
-) -> Option<(Stream, TlsFacts)> {
-    let limit = server.handshake_timeout();
-    let idle = manager.config.load().manager.idle_timeout;
-    let wait = [limit, idle].into_iter().find(|limit| !limit.is_zero());
-    let expired = async {
-        match wait {
-            Some(wait) => tokio::time::sleep(wait).await,
-            None => std::future::pending().await,
+/// A connection that has come to a port.
+struct Arrived {
+    counted: Counted,
+    active: Arc<Active>,
+    /// Until a chain has it.
+    looking: Running,
+}
+
+impl Arrived {
+    fn at(port: &Port) -> Self {
+        let active = port.owner.load_full();
+        Self {
+            counted: Counted::new(port.load.clone()),
+            looking: active.looking.enter(),
+            active,
         }
-    };
-    tokio::select! {
-        shaken = server.accept(socket, stats) => shaken.ok(),
-        () = expired => {
-            stats.downstream_cx_transport_socket_connect_timeout.increment(1);
-            None
-        }
-        () = drain.begun() => None,
+    }
+
+    /// Whether it may go on after what listener filters saw.
+    async fn look(&self, behaviour: &Behaviour, socket: &mut Socket, seen: &mut Seen) -> bool {
+        let (stats, drain) = (&self.counted.0.stats, &self.active.looking);
+        behaviour.look.is_empty() || behaviour.look.at(socket, seen, stats, drain).await
     }
 }
 
+/// Serves a connection where it arrived, or where it was meant to.
+async fn serve(mut socket: Socket, mut seen: Seen, mut arrived: Arrived) {
+    let id = NEXT_CONNECTION.fetch_add(1, Relaxed);
+    let mut behaviour = arrived.active.behaviour.load_full();
+    if !behaviour.look.is_empty() {
+        if !Box::pin(arrived.look(&behaviour, &mut socket, &mut seen)).await {
+            return;
+        }
+        let meant = (behaviour.hands_over && seen.redirected)
+            .then(|| arrived.active.meant(seen.local))
+            .flatten()
+            .map(|port| Arrived::at(&port))
+            .filter(|meant| !Arc::ptr_eq(&meant.active, &arrived.active));
+        if let Some(meant) = meant {
+            arrived = meant;
+            behaviour = arrived.active.behaviour.load_full();
+            if !Box::pin(arrived.look(&behaviour, &mut socket, &mut seen)).await {
+                return;
+            }
+        }
+    }
+    let Arrived {
+        counted, looking, ..
+    } = arrived;
+    let stats = &counted.0.stats;
+    behaviour.serve(socket, (seen, looking), id, stats).await;
+}
+
 /// Counts an open connection until dropped.
-struct Counted(Arc<AtomicUsize>, Arc<ListenerStats>, Instant);
+struct Counted(Arc<Load>, Instant);
 
 impl Counted {
-    fn new(open: Arc<AtomicUsize>, stats: Arc<ListenerStats>) -> Self {
-        open.fetch_add(1, Relaxed);
-        stats.downstream_cx_total.increment(1);
-        stats.downstream_cx_active.increment(1.0);
-        Self(open, stats, Instant::now())
+    fn new(load: Arc<Load>) -> Self {
+        load.open.fetch_add(1, Relaxed);
+        load.stats.downstream_cx_total.increment(1);
+        load.stats.downstream_cx_active.increment(1.0);
+        Self(load, Instant::now())
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-        self.1.closed(self.2.elapsed());
+        self.0.open.fetch_sub(1, Relaxed);
+        self.0.stats.closed(self.1.elapsed());
     }
 }

@@ -2,20 +2,15 @@
 //!
 //! A *port* is a bound address with its sockets, one a worker; it hands each connection to whoever has the address now.
 //! A listener that is replaced at its address leaves the port to its successor, so no connection is lost in between.
-//! What only concerns requests is changed in place; what concerns connections makes a new manager, and the old one's
-//! connections drain.
+//! What only concerns requests is changed in place; of what concerns connections, the chains that are another now drain
+//! theirs.
 
 use crate::{
-    access_log::AccessLogs,
     drain::Drain,
-    http::{FeedService, Manager},
-    listener,
-    metrics::{HttpStats, ListenerManagerStats, ListenerStats},
-    snapshot::HttpConfig,
-    tls::server::Server,
+    http::{FeedService, Owner},
+    listener::{self, Active, Directory, Planned, Port},
+    metrics::ListenerManagerStats,
 };
-use arc_swap::{ArcSwap, ArcSwapOption};
-use http::HeaderValue;
 use outrigger_xds::resource::{
     endpoint::Address,
     listener::{Listener, TrafficDirection},
@@ -45,85 +40,56 @@ pub struct Share {
 impl Share {
     /// Accepts for as long as somebody has the address.
     pub async fn serve(self) {
-        let port = self.port;
-        let (owner, ends) = (port.owner.clone(), port.ends.clone());
-        let (stats, open) = (port.stats.clone(), port.open.clone());
-        if let Err(error) = listener::accept(self.socket, owner, stats, open, ends).await {
+        if let Err(error) = listener::accept(self.socket, self.port).await {
             tracing::error!(%error, "a listener stopped accepting");
         }
     }
 }
 
-/// A bound address.
-struct Port {
-    address: SocketAddr,
-    owner: Arc<ArcSwap<Manager>>,
-    stats: Arc<ListenerStats>,
-    open: Arc<AtomicUsize>,
-    /// Retired when nobody has the address any more.
-    ends: Drain,
-}
-
-/// What a port is known by: where it is to be, and whose it is if the system is to choose.
-type Place = (Address, Option<String>);
+/// What a port is known by: where it is to be, whose it is if the system is to choose, and whether it has sockets.
+type Place = (Address, Option<String>, bool);
 
 fn place(listener: &Listener) -> Place {
     let chosen = listener.address.port == 0;
     let whose = chosen.then(|| listener.name.clone());
-    (listener.address.clone(), whose)
-}
-
-/// A listener as it is to run.
-#[derive(Clone)]
-pub struct Planned {
-    /// The resource; its route table is the one that is in effect.
-    pub listener: Arc<Listener>,
-    /// Its HTTP side.
-    pub http: Arc<HttpConfig>,
-    /// Where it logs.
-    pub logs: Arc<AccessLogs>,
-    /// How its connections begin.
-    pub tls: Option<Arc<Server>>,
-}
-
-impl Planned {
-    /// Whether connections that `other` took may go on under this.
-    fn suits_connections_of(&self, other: &Self) -> bool {
-        let (ours, theirs) = (&self.listener, &other.listener);
-        let same_tls = match (&self.tls, &other.tls) {
-            (None, None) => true,
-            (Some(ours), Some(theirs)) => Arc::ptr_eq(ours, theirs),
-            _ => false,
-        };
-        same_tls
-            && ours.traffic_direction == theirs.traffic_direction
-            && ours.http.codec == theirs.http.codec
-            && ours.http.stat_prefix == theirs.http.stat_prefix
-    }
-
-    fn is(&self, other: &Self) -> bool {
-        self.suits_connections_of(other)
-            && Arc::ptr_eq(&self.http, &other.http)
-            && Arc::ptr_eq(&self.logs, &other.logs)
-    }
+    (listener.address.clone(), whose, listener.bind_to_port)
 }
 
 struct Running {
     planned: Planned,
-    manager: Arc<Manager>,
+    active: Arc<Active>,
     place: Place,
 }
 
-/// What all managers have in common.
+/// Whether a listener is not what it was. A route table that came anew does not make it another.
+fn is_another(before: &Arc<Listener>, now: &Arc<Listener>) -> bool {
+    if Arc::ptr_eq(before, now) {
+        return false;
+    }
+    let mut known = Listener::clone(before);
+    for (before, now) in known.http_managers_mut().zip(now.http_managers()) {
+        if now.rds.is_some() {
+            before.route_config = now.route_config.clone();
+        }
+    }
+    known != **now
+}
+
+/// What became of a listener in a push.
+struct Change {
+    active: Arc<Active>,
+    /// Of connections that are to end.
+    gone: Vec<Drain>,
+    /// Some connections that it had may go on.
+    in_place: bool,
+}
+
+/// What all listeners have in common.
 pub struct Common {
-    /// This proxy's id.
-    pub node: Arc<str>,
-    /// The same as a header.
-    pub via: HeaderValue,
+    /// Whose their connection managers are.
+    pub owner: Owner,
     /// The feed, on inbound listeners.
     pub feed: FeedService,
-    /// Of the process.
-    pub drain: Drain,
     /// How long connections of a listener that is replaced or removed may go on.
     pub drain_time: Duration,
     /// Where drains are watched from.
@@ -135,6 +101,8 @@ pub struct Listeners {
     common: Common,
     workers: Vec<mpsc::UnboundedSender<Share>>,
     state: Mutex<State>,
+    /// The ports that are there.
+    directory: Arc<Directory>,
     draining: Arc<AtomicUsize>,
     stats: ListenerManagerStats,
     /// Moves when an address changes.
@@ -157,6 +125,7 @@ impl Listeners {
             common,
             workers,
             state: Mutex::default(),
+            directory: Arc::default(),
             draining: Arc::default(),
             stats: ListenerManagerStats::new(),
             changed: watch::Sender::new(0),
@@ -177,26 +146,23 @@ impl Listeners {
             let name = planned.listener.name.clone();
             let before = state.running.remove(&name);
             let place = place(&planned.listener);
-            let port = if taken.contains(&place) {
+            let change = if taken.contains(&place) {
                 Err(format!("duplicate address {}", planned.listener.address))
             } else {
-                self.manager(before.as_ref(), planned)
-                    .and_then(|manager| self.occupy(&mut state, &place, planned, &manager))
+                self.change(&mut state, before.as_ref(), planned, &place)
             };
-            match port {
-                Ok(manager) => {
-                    self.count(before.as_ref(), planned, &place);
-                    if let Some(before) = before.filter(|old| !Arc::ptr_eq(&old.manager, &manager))
-                    {
-                        self.retire(&before);
-                    }
+            match change {
+                Ok(change) => {
+                    self.count(before.as_ref(), planned, change.in_place);
+                    self.retire(&name, change.gone);
                     taken.insert(place.clone());
                     let planned = planned.clone();
+                    let active = change.active;
                     next.insert(
                         name,
                         Running {
                             planned,
-                            manager,
+                            active,
                             place,
                         },
                     );
@@ -214,7 +180,7 @@ impl Listeners {
         for (name, gone) in std::mem::replace(&mut state.running, next) {
             tracing::info!(listener = name, "listener removed");
             self.stats.listener_removed.increment(1);
-            self.retire(&gone);
+            self.retire(&name, gone.active.drains());
         }
         self.close_ports(&mut state);
         self.stats.active.set(state.running.len() as f64);
@@ -222,58 +188,72 @@ impl Listeners {
         errors
     }
 
-    /// The manager that goes on, changed in place, or a new one.
-    fn manager(&self, before: Option<&Running>, planned: &Planned) -> Result<Arc<Manager>, String> {
+    /// Changes a listener in place, or puts a new one at its address.
+    fn change(
+        &self,
+        state: &mut State,
+        before: Option<&Running>,
+        planned: &Planned,
+        place: &Place,
+    ) -> Result<Change, String> {
+        let direction = planned.listener.traffic_direction;
         if let Some(before) = before
-            && planned.suits_connections_of(&before.planned)
-            && before.place == place(&planned.listener)
+            && before.planned.listener.traffic_direction == direction
+            && before.place == *place
         {
-            before.manager.config.store(planned.http.clone());
-            before.manager.logs.store(planned.logs.clone());
-            return Ok(before.manager.clone());
+            let (gone, in_place) = before.active.replace(planned);
+            return Ok(Change {
+                active: before.active.clone(),
+                gone,
+                in_place,
+            });
         }
-        let inbound = planned.listener.traffic_direction == TrafficDirection::Inbound;
-        Ok(Arc::new(Manager {
-            config: ArcSwap::new(planned.http.clone()),
-            logs: ArcSwap::new(planned.logs.clone()),
-            stats: HttpStats::new(&planned.listener.http.stat_prefix),
-            node: self.common.node.clone(),
-            via: self.common.via.clone(),
-            drain: self.common.drain.part(),
+        let inbound = direction == TrafficDirection::Inbound;
+        let owner = Owner {
             feed: inbound.then(|| self.common.feed.clone()),
-            tls: ArcSwapOption::new(planned.tls.clone()),
-        }))
+            ..self.common.owner.clone()
+        };
+        let active = Active::new(planned, owner, &self.directory);
+        self.occupy(state, place, planned, &active)?;
+        Ok(Change {
+            active,
+            gone: before.map_or_else(Vec::new, |before| before.active.drains()),
+            in_place: false,
+        })
     }
 
-    /// Puts a manager at an address: at the port that is there, or at a new one.
+    /// Puts a listener at an address: at the port that is there, or at a new one.
     fn occupy(
         &self,
         state: &mut State,
         place: &Place,
         planned: &Planned,
-        manager: &Arc<Manager>,
-    ) -> Result<Arc<Manager>, String> {
+        active: &Arc<Active>,
+    ) -> Result<(), String> {
         if let Some(port) = state.ports.get(place) {
-            port.owner.store(manager.clone());
-            return Ok(manager.clone());
+            port.give_to(active.clone());
+            return Ok(());
         }
         state.closing.retain(|(_, port)| port.strong_count() > 0);
         let known = state.closing.iter().any(|(closing, _)| closing == place);
         let bound = listener::bind(&planned.listener, self.workers.len(), known)?;
-        let port = Arc::new(Port {
-            address: bound.address,
-            owner: Arc::new(ArcSwap::new(manager.clone())),
-            stats: ListenerStats::new(&bound.address.to_string()),
-            open: Arc::default(),
-            ends: self.common.drain.part(),
-        });
+        let ends = self.common.owner.drain.part();
+        let port = Arc::new(Port::new(bound.address, active.clone(), ends));
+        state.ports.insert(place.clone(), port.clone());
+        self.list(state);
         for (socket, worker) in bound.sockets.into_iter().zip(&self.workers) {
             let port = port.clone();
             // A worker that is gone has taken the process's end with it.
             let _ = worker.send(Share { socket, port });
         }
-        state.ports.insert(place.clone(), port);
-        Ok(manager.clone())
+        Ok(())
+    }
+
+    /// Makes the ports known to listeners that hand connections over.
+    fn list(&self, state: &State) {
+        let ports = state.ports.values();
+        let listed = ports.map(|port| (port.address, port.clone())).collect();
+        self.directory.store(Arc::new(listed));
     }
 
     fn close_ports(&self, state: &mut State) {
@@ -294,34 +274,31 @@ impl Listeners {
                 state.closing.push((place, Arc::downgrade(&port)));
             }
         }
+        self.list(state);
     }
 
-    fn count(&self, before: Option<&Running>, planned: &Planned, place: &Place) {
-        match before {
-            None => {
-                tracing::info!(listener = planned.listener.name, "listener added");
-                self.stats.listener_added.increment(1);
-            }
-            Some(before) if before.planned.is(planned) && before.place == *place => {}
-            Some(before) => {
-                // A new route table alone is not a new listener.
-                let mut known = (*before.planned.listener).clone();
-                known.http.route_config = planned.listener.http.route_config.clone();
-                if planned.listener.http.rds.is_none() || known != *planned.listener {
-                    self.stats.listener_modified.increment(1);
-                    if planned.suits_connections_of(&before.planned) && before.place == *place {
-                        self.stats.listener_in_place_updated.increment(1);
-                    }
-                }
+    fn count(&self, before: Option<&Running>, planned: &Planned, in_place: bool) {
+        let Some(before) = before else {
+            tracing::info!(listener = planned.listener.name, "listener added");
+            self.stats.listener_added.increment(1);
+            return;
+        };
+        if is_another(&before.planned.listener, &planned.listener) {
+            self.stats.listener_modified.increment(1);
+            if in_place {
+                self.stats.listener_in_place_updated.increment(1);
             }
         }
     }
 
-    /// Lets the connections of a manager end, and ends them when the drain time is over.
-    fn retire(&self, gone: &Running) {
-        let drain = gone.manager.drain.clone();
-        let name = gone.planned.listener.name.clone();
-        drain.retire();
+    /// Lets connections end, and ends them when the drain time is over.
+    fn retire(&self, name: &str, gone: Vec<Drain>) {
+        if gone.is_empty() {
+            return;
+        }
+        let name = name.to_owned();
+        gone.iter().for_each(Drain::retire);
+        let running = move |gone: &[Drain]| gone.iter().map(Drain::own_running).sum::<usize>();
         let deadline = Instant::now() + self.common.drain_time;
         let (draining, gauge) = (self.draining.clone(), self.stats.draining.clone());
         let count = move |by: isize| {
@@ -335,17 +312,17 @@ impl Listeners {
         };
         count(1);
         self.common.runtime.spawn(async move {
-            while drain.own_running() > 0 && Instant::now() < deadline {
+            while running(&gone) > 0 && Instant::now() < deadline {
                 tokio::time::sleep(DRAIN_POLL).await;
             }
-            if drain.own_running() > 0 {
+            if running(&gone) > 0 {
                 tracing::warn!(
                     listener = name,
-                    connections = drain.own_running(),
+                    connections = running(&gone),
                     "drain time is over"
                 );
             }
-            drain.cut();
+            gone.iter().for_each(Drain::cut);
             count(-1);
         });
     }

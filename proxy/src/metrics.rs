@@ -3,6 +3,7 @@
 //! Names are Envoy's where Envoy has one. To add a metric, add a row to [`table::ROWS`]; use it through the `metrics`
 //! macros where it is rare, through a handle made once where it is not. How `/stats` shows it is [`text`]'s business.
 
+pub mod listener_filter;
 mod stats;
 pub mod table;
 #[cfg(test)]

@@ -12,6 +12,7 @@ use crate::{
     engines::{self, Watcher},
     feed::{self, LocalFeed, Peers},
     fleet::Fleet,
+    http::Owner,
     ledger::Ledgers,
     listeners::{Common, Listeners, Share},
     upstream::{self, Pools},
@@ -289,15 +290,8 @@ fn assemble(
     discovery.write(bootstrap)?;
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
-        node: node.id.as_str().into(),
-        via: HeaderValue::from_str(&node.id).map_err(|_| {
-            vec![format!(
-                "node id '{}' cannot be a header value",
-                node.id.escape_debug()
-            )]
-        })?,
+        owner: owner(&node.id, drain)?,
         feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
-        drain: drain.clone(),
         drain_time,
         runtime: runtime.clone(),
     };
@@ -324,6 +318,20 @@ fn assemble(
     runtime.spawn(feed::follow_local(fleet, local));
     runtime.spawn(refresh_views(changed, shared.clone()));
     Ok(shared)
+}
+
+/// What all connection managers share; those of peers have the feed beside.
+fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
+    let via = HeaderValue::from_str(id).map_err(|_| {
+        let id = id.escape_debug();
+        vec![format!("node id '{id}' cannot be a header value")]
+    })?;
+    Ok(Owner {
+        node: id.into(),
+        via,
+        drain: drain.clone(),
+        feed: None,
+    })
 }
 
 /// Each peer with the way it is secured in the cluster that names it.

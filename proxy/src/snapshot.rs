@@ -14,6 +14,7 @@ use outrigger_xds::{
         cluster::Cluster,
         endpoint::{Address, Duty},
         listener::{HttpConnectionManager, TrafficDirection},
+        upgrade,
     },
 };
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
@@ -91,6 +92,14 @@ impl HttpConfig {
         }
     }
 
+    /// Whether a request may ask for this protocol: as its route says, else as the connection manager does.
+    pub(crate) fn may_upgrade(&self, parts: &Parts, wanted: &[u8]) -> bool {
+        let of_route = self.route(parts);
+        let of_route = of_route.and_then(|route| upgrade::find(&route.upgrades, wanted));
+        let allowed = of_route.or_else(|| upgrade::find(&self.manager.upgrades, wanted));
+        allowed.unwrap_or(false)
+    }
+
     /// The route of a request.
     #[must_use]
     pub fn route(&self, parts: &Parts) -> Option<&BuiltRoute> {
@@ -139,14 +148,14 @@ fn secured_engine(cluster: &Cluster) -> Option<String> {
     })
 }
 
-/// All listeners' HTTP sides of a configuration, by listener name.
+/// All listeners' HTTP sides of a configuration, by listener name; of each, in the order of its chains.
 ///
 /// # Errors
 /// Everything that is wrong, each with its place.
 pub fn build(
     bootstrap: &Bootstrap,
     services: &Services,
-) -> Result<HashMap<String, Arc<HttpConfig>>, Vec<String>> {
+) -> Result<HashMap<String, Vec<Arc<HttpConfig>>>, Vec<String>> {
     let clusters: HashMap<String, Cluster> = bootstrap
         .clusters
         .iter()
@@ -159,21 +168,19 @@ pub fn build(
         .flat_map(|cluster| addresses.add(cluster))
         .collect();
     for listener in &bootstrap.listeners {
-        match HttpConfig::build(
-            &listener.http,
-            listener.traffic_direction,
-            &clusters,
-            services,
-        ) {
-            Ok(http) => {
-                built.insert(listener.name.clone(), Arc::new(http));
+        let mut of_listener = Vec::new();
+        for manager in listener.http_managers() {
+            let direction = listener.traffic_direction;
+            match HttpConfig::build(manager, direction, &clusters, services) {
+                Ok(http) => of_listener.push(Arc::new(http)),
+                Err(found) => errors.extend(
+                    found
+                        .into_iter()
+                        .map(|error| format!("listener '{}': {error}", listener.name)),
+                ),
             }
-            Err(found) => errors.extend(
-                found
-                    .into_iter()
-                    .map(|error| format!("listener '{}': {error}", listener.name)),
-            ),
         }
+        built.insert(listener.name.clone(), of_listener);
     }
     if errors.is_empty() {
         Ok(built)

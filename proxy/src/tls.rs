@@ -11,6 +11,7 @@ mod pem;
 pub(crate) mod server;
 mod verify;
 
+use crate::socket::Socket;
 use outrigger_xds::resource::{secret::SecretContent, tls::TlsParams};
 use rustls::{
     CipherSuite, NamedGroup, SupportedProtocolVersion,
@@ -23,10 +24,7 @@ use std::{
     sync::Arc,
     task::{Context, Poll},
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::TlsStream;
 
 /// BoringSSL's names of what we have for TLS 1.2 (1.3 has its own, which cannot be configured).
@@ -125,9 +123,9 @@ fn versions(params: &TlsParams) -> Vec<&'static SupportedProtocolVersion> {
 /// What lies below HTTP on a connection, either direction.
 #[derive(Debug)]
 pub(crate) enum Stream {
-    Plain(TcpStream),
+    Plain(Socket),
     /// Boxed: it is a kilobyte, and plain text is not to carry it.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Socket>>),
 }
 
 impl AsyncRead for Stream {

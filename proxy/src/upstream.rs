@@ -13,6 +13,7 @@ mod h1_response;
 pub mod h2;
 mod h2_error;
 mod queue;
+mod upgrade;
 
 use futures_util::future::BoxFuture;
 use http::{Request, Response};
@@ -42,6 +43,9 @@ impl Upstream for Pools {
         request: &'a mut Request<RequestBody>,
         options: SendOptions,
     ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
+        if options.upgrade {
+            return Box::pin(upgrade::send(endpoint, request, options));
+        }
         match endpoint.protocol {
             UpstreamProtocol::Http1 => Box::pin(h1::send(endpoint, request, options)),
             UpstreamProtocol::Http2 => Box::pin(h2::send(endpoint, request, options)),

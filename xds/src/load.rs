@@ -10,6 +10,7 @@ mod extensions;
 mod known;
 mod known_cluster;
 mod known_discovery;
+mod known_listener;
 mod known_tls;
 mod strict;
 mod walk;

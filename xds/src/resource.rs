@@ -3,20 +3,24 @@
 //! These are what the configuration means, after all field checks; how it was written (YAML, JSON, protobuf) is
 //! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
 
+mod access_log;
 pub mod bootstrap;
+pub mod cidr;
 mod circuit_breakers;
 pub mod cluster;
 pub mod config_source;
 mod connection;
 mod discovery;
+pub mod edge;
 pub mod endpoint;
-mod filter_chain;
+pub mod filter_chain;
 pub mod hash_policy;
 pub mod header_mutation;
 pub mod health_check;
 mod lb_policy;
 mod lb_shown;
 pub mod listener;
+pub mod listener_filter;
 pub mod matching;
 pub mod mirror_policy;
 pub mod outlier_detection;
@@ -25,7 +29,9 @@ pub mod route;
 pub mod route_action;
 pub mod secret;
 pub mod server_header;
+pub mod tcp_proxy;
 pub mod tls;
+pub mod upgrade;
 
 /// The number of an `envoy.type.v3.StatusCode`.
 #[must_use]

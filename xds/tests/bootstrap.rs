@@ -9,12 +9,13 @@ use outrigger_xds::{
             UpstreamProtocol,
         },
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
+        filter_chain::FilterChain,
         hash_policy::{HashCookie, HashPolicy, HashSource},
         header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         health_check::{Checker, HealthCheck},
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
-            Listener, TrafficDirection,
+            Listener,
         },
         matching::{
             Fraction, HeaderMatch, HeaderValueMatch, Pattern, QueryMatch, QueryValueMatch,
@@ -277,6 +278,7 @@ fn full_manager() -> HttpConnectionManager {
         drain_timeout: Duration::from_secs(5),
         max_request_headers_kb: 96,
         h2_max_concurrent_streams: 7,
+        ..HttpConnectionManager::default()
     }
 }
 
@@ -616,13 +618,8 @@ fn full() -> Bootstrap {
             }],
         }),
         listeners: vec![Listener {
-            name: "outbound".into(),
-            address: socket("::1", 8080),
-            traffic_direction: TrafficDirection::Outbound,
-            http: full_manager(),
-            tls: Some(full_tls()),
-            transport_socket_connect_timeout: Duration::from_secs(7),
             tcp_backlog_size: 512,
+            ..Listener::new("outbound", socket("::1", 8080), full_chain())
         }],
         clusters: vec![full_cluster()],
         secrets: Vec::new(),
@@ -665,6 +662,21 @@ fn full_cluster() -> Cluster {
     }
 }
 
+fn full_chain() -> FilterChain {
+    FilterChain {
+        tls: Some(full_tls()),
+        connect_timeout: Duration::from_secs(7),
+        ..FilterChain::http(full_manager())
+    }
+}
+
+/// The first connection manager.
+fn manager(bootstrap: &mut Bootstrap) -> &mut HttpConnectionManager {
+    let mut all = bootstrap.listeners.iter_mut();
+    all.find_map(|listener| listener.http_managers_mut().next())
+        .expect("a connection manager")
+}
+
 #[test]
 fn a_full_bootstrap_means_what_it_says() {
     let read = bootstrap(FULL, Syntax::Yaml).unwrap_or_else(|errors| panic!("{errors}"));
@@ -698,7 +710,7 @@ fn what_is_shown_reads_back_equal() {
 fn stderr_and_text_formats_read_back_equal() {
     let mut plain = full();
     let text = AccessLogFormat::Text(Some("%REQ(:PATH)%\n".into()));
-    plain.listeners[0].http.access_log = vec![
+    manager(&mut plain).access_log = vec![
         AccessLog {
             sink: AccessLogSink::Stderr,
             format: text.clone(),
@@ -859,9 +871,9 @@ fn a_type_nobody_knows_is_refused_unless_optional() {
         (&format!("{H}/http_filters/0/typed_config"), unknown),
         (&format!("{H}/http_filters/0/is_optional"), json!(true)),
     ]);
-    let read = bootstrap_from_value(optional).unwrap_or_else(|errors| panic!("{errors}"));
+    let mut read = bootstrap_from_value(optional).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(
-        read.listeners[0].http.http_filters[0].config.type_url,
+        manager(&mut read).http_filters[0].config.type_url,
         "type.googleapis.com/example.Nothing"
     );
 }

@@ -2,7 +2,7 @@
 
 use http::{HeaderName, Method};
 use outrigger_conformance::harness::{
-    ProxyBuilder, TestProxy, Upstream, Version, eventually, hosts, request,
+    OneChain, ProxyBuilder, TestProxy, Upstream, Version, eventually, hosts, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::{
@@ -66,14 +66,14 @@ fn proxy(action: &str, fields: &str, servers: &[Upstream]) -> TestProxy {
     started(read(action, fields, servers).unwrap_or_else(|errors| panic!("{errors}")))
 }
 
-fn started(read: Bootstrap) -> TestProxy {
+fn started(mut read: Bootstrap) -> TestProxy {
     ProxyBuilder::new()
         .edit(move |bootstrap| {
             for listener in &mut bootstrap.listeners {
                 if listener.name == OUTBOUND {
-                    let http = &read.listeners[0].http;
-                    listener.http.route_config = http.route_config.clone();
-                    listener.http.http_filters = http.http_filters.clone();
+                    let http = read.listeners[0].http().clone();
+                    listener.http().route_config = http.route_config.clone();
+                    listener.http().http_filters = http.http_filters.clone();
                 }
             }
             bootstrap.clusters.extend(read.clusters);

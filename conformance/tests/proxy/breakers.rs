@@ -2,7 +2,7 @@
 
 use http::Method;
 use outrigger_conformance::harness::{
-    Client, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually, request,
+    Client, OneChain, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually, request,
 };
 use outrigger_proxy::bootstrap::FLEET;
 use outrigger_xds::resource::{
@@ -172,7 +172,7 @@ async fn priorities_have_limits_of_their_own() {
                 cluster.circuit_breakers.high.max_requests = 0;
             }
             for listener in &mut bootstrap.listeners {
-                let hosts = &mut listener.http.route_config.virtual_hosts;
+                let hosts = &mut listener.http().route_config.virtual_hosts;
                 let Some(route) = hosts.first().and_then(|host| host.routes.last()).cloned() else {
                     continue;
                 };
@@ -208,7 +208,7 @@ async fn retries_have_a_limit() {
                     cluster.circuit_breakers.default.retries = RetryLimit::Count(count);
                 }
                 for listener in &mut bootstrap.listeners {
-                    for host in &mut listener.http.route_config.virtual_hosts {
+                    for host in &mut listener.http().route_config.virtual_hosts {
                         host.retry_policy = Some(RetryPolicy {
                             retry_on: vec!["5xx".into()],
                             num_retries: 2,

@@ -5,7 +5,7 @@ use super::{
     tls::{Ca, Pair, TlsClient, context, der, fleet, outbound, terminating},
 };
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Upstream, Version, alive, eventually},
+    harness::{Client, OneChain, ProxyBuilder, TestProxy, Upstream, Version, alive, eventually},
     sim::{Config, SimEngine},
 };
 use outrigger_xds::resource::{
@@ -80,7 +80,7 @@ async fn a_listener_takes_new_secrets_and_open_connections_stay() {
     let tls = secured(&files);
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     let client = TlsClient::new(&ca, Some(&own));
     shows(&client, &proxy, &old).await;
@@ -117,7 +117,7 @@ async fn a_bad_secret_changes_nothing_and_the_other_of_its_update_applies() {
     let tls = secured(&files);
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     let client = TlsClient::new(&ca, Some(&own));
     shows(&client, &proxy, &new).await;
@@ -176,7 +176,7 @@ async fn a_listener_whose_secrets_do_not_come_shakes_no_hands() {
     };
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     assert_eq!(
         Client::get(proxy.admin(), "/ready").await.text(),
@@ -373,7 +373,7 @@ fn one_way_to_say_who_we_are() {
         &<outrigger_proxy::options::Options as clap::Parser>::parse_from(["outrigger-proxy"]),
     );
     bootstrap.listeners = listener.unwrap().listeners;
-    bootstrap.listeners[0].tls = Some(tls);
+    bootstrap.listeners[0].chain().tls = Some(tls);
     let json = outrigger_xds::load::bootstrap_to_json(&bootstrap);
     let errors = outrigger_xds::load::bootstrap_from_value(json)
         .unwrap_err()

@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, Method};
 use outrigger_conformance::harness::{
-    Client, ProxyBuilder, TestProxy, Upstream, Version, raw, request,
+    Client, OneChain, ProxyBuilder, TestProxy, Upstream, Version, raw, request,
 };
 use outrigger_xds::resource::{
     bootstrap::Bootstrap,
@@ -19,8 +19,8 @@ fn before(server: &Upstream, edit: impl Fn(&mut RouteAction) + 'static) -> TestP
         .edit(move |bootstrap| {
             for listener in &mut bootstrap.listeners {
                 // The router alone: what Envoy would have.
-                let others = listener.http.http_filters.len() - 1;
-                listener.http.http_filters.drain(..others);
+                let others = listener.http().http_filters.len() - 1;
+                listener.http().http_filters.drain(..others);
             }
             for action in actions(bootstrap) {
                 edit(action);
@@ -31,7 +31,7 @@ fn before(server: &Upstream, edit: impl Fn(&mut RouteAction) + 'static) -> TestP
 
 fn actions(bootstrap: &mut Bootstrap) -> impl Iterator<Item = &mut RouteAction> {
     let listeners = bootstrap.listeners.iter_mut();
-    let hosts = listeners.flat_map(|listener| &mut listener.http.route_config.virtual_hosts);
+    let hosts = listeners.flat_map(|listener| &mut listener.http().route_config.virtual_hosts);
     let routes = hosts.flat_map(|host| &mut host.routes);
     routes.filter_map(|route| match &mut route.action {
         Action::Route(action) => Some(action),
@@ -304,8 +304,8 @@ async fn the_server_header_is_as_configured() {
             .server(server.address)
             .edit(move |bootstrap| {
                 for listener in &mut bootstrap.listeners {
-                    listener.http.server_name = "edge".into();
-                    listener.http.server_header = how;
+                    listener.http().server_name = "edge".into();
+                    listener.http().server_header = how;
                 }
             })
             .start();

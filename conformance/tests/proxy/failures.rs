@@ -2,7 +2,7 @@
 
 use http::Method;
 use outrigger_conformance::harness::{
-    Conn, ProxyBuilder, TestProxy, Upstream, Version, metric, request,
+    Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version, metric, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::bootstrap::Bootstrap;
@@ -342,7 +342,7 @@ fn openai(field: &'static str, value: u64) -> impl FnOnce(&mut Bootstrap) {
             .filter(|listener| listener.name == OUTBOUND)
         {
             for filter in listener
-                .http
+                .http()
                 .http_filters
                 .iter_mut()
                 .filter(|filter| filter.name == "openai")

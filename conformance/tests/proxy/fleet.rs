@@ -6,8 +6,8 @@ use futures_util::{StreamExt, stream};
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive, eventually,
-        hosts, request, scratch, wait_alive,
+        Client, OneChain, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive,
+        eventually, hosts, request, scratch, wait_alive,
     },
     sim::{Config, SimEngine},
 };
@@ -863,7 +863,7 @@ async fn a_push_of_configuration_loses_nothing_and_breaks_no_stream() {
     for round in 0..3 {
         let mut pushed = proxy.bootstrap.clone();
         for listener in &mut pushed.listeners {
-            listener.http.max_request_headers_kb = 30 + round;
+            listener.http().max_request_headers_kb = 30 + round;
         }
         for cluster in &mut pushed.clusters {
             cluster.circuit_breakers.default.max_requests = 1000 + round;
@@ -904,12 +904,12 @@ async fn a_broken_push_changes_nothing_and_says_everything() {
     // Two mistakes in two listeners, and a good change that must not slip in.
     broken.clusters.retain(|cluster| cluster.name != "local");
     for listener in &mut broken.listeners {
-        for filter in &mut listener.http.http_filters {
+        for filter in &mut listener.http().http_filters {
             if filter.name == "openai" {
                 filter.config.value = serde_json::json!({"no_such_field": 1});
             }
         }
-        listener.http.max_request_headers_kb = 1;
+        listener.http().max_request_headers_kb = 1;
     }
     let errors = proxy
         .proxy

@@ -2,7 +2,7 @@
 
 use http::{Method, Request};
 use outrigger_conformance::harness::{
-    AnyBody, Client, ProxyBuilder, TestProxy, Upstream, Version, request,
+    AnyBody, Client, OneChain, ProxyBuilder, TestProxy, Upstream, Version, request,
 };
 use outrigger_proxy::bootstrap::{FLEET, OUTBOUND};
 use outrigger_xds::{load, resource::bootstrap::Bootstrap};
@@ -61,11 +61,11 @@ fn proxy(server: &Upstream, filters: &[(&str, Value)], routes: &Value) -> TestPr
 
 /// Puts the filters and routes of `read` into the outbound listener.
 fn with(bootstrap: &mut Bootstrap, mut read: Bootstrap) {
-    let read = read.listeners.remove(0).http;
+    let read = read.listeners[0].http().clone();
     for listener in &mut bootstrap.listeners {
         if listener.name == OUTBOUND {
-            listener.http.http_filters.clone_from(&read.http_filters);
-            listener.http.route_config.clone_from(&read.route_config);
+            listener.http().http_filters.clone_from(&read.http_filters);
+            listener.http().route_config.clone_from(&read.route_config);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use http::Method;
 use outrigger_conformance::harness::{
-    PATIENCE, ProxyBuilder, TestProxy, Upstream, Version, eventually, request,
+    OneChain, PATIENCE, ProxyBuilder, TestProxy, Upstream, Version, eventually, request,
 };
 use outrigger_proxy::bootstrap::{FLEET, OUTBOUND};
 use outrigger_xds::resource::{
@@ -22,7 +22,7 @@ fn outbound(edit: impl Fn(&mut HttpConnectionManager)) -> impl FnOnce(&mut Boots
     move |bootstrap| {
         for listener in &mut bootstrap.listeners {
             if listener.name == OUTBOUND {
-                edit(&mut listener.http);
+                edit(listener.http());
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::support::{Story, story};
 use http::Method;
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, eventually, hosts, request},
+    harness::{Client, OneChain, ProxyBuilder, TestProxy, Version, eventually, hosts, request},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use outrigger_proxy::bootstrap::{FLEET, OUTBOUND};
@@ -20,7 +20,7 @@ pub(crate) fn migration(fields: Value) -> impl FnOnce(&mut Bootstrap) {
     move |bootstrap| {
         let outbound = bootstrap.listeners.iter_mut();
         let outbound = outbound.filter(|listener| listener.name == OUTBOUND);
-        for filter in outbound.flat_map(|listener| listener.http.http_filters.iter_mut()) {
+        for filter in outbound.flat_map(|listener| listener.http().http_filters.iter_mut()) {
             if filter.name == "migration" {
                 filter.config.value = fields.clone();
             }

@@ -1,7 +1,7 @@
 //! Configuration of filters beside their routes: what is most specific counts.
 
 use http::Method;
-use outrigger_conformance::harness::{ProxyBuilder, Upstream, Version, request};
+use outrigger_conformance::harness::{OneChain, ProxyBuilder, Upstream, Version, request};
 use outrigger_proxy::bootstrap::{FLEET, OUTBOUND};
 use outrigger_xds::load::{self, Syntax};
 
@@ -63,7 +63,7 @@ static_resources:
 
 #[tokio::test]
 async fn the_weighted_cluster_comes_before_the_route_the_virtual_host_and_the_table() {
-    let read =
+    let mut read =
         load::bootstrap(&resources(), Syntax::Yaml).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(read.clusters[0].name, FLEET);
     let server = Upstream::named("a").await;
@@ -72,9 +72,9 @@ async fn the_weighted_cluster_comes_before_the_route_the_virtual_host_and_the_ta
         .edit(move |bootstrap| {
             for listener in &mut bootstrap.listeners {
                 if listener.name == OUTBOUND {
-                    let http = &read.listeners[0].http;
-                    listener.http.http_filters = http.http_filters.clone();
-                    listener.http.route_config = http.route_config.clone();
+                    let http = read.listeners[0].http().clone();
+                    listener.http().http_filters = http.http_filters.clone();
+                    listener.http().route_config = http.route_config.clone();
                 }
             }
         })

@@ -275,7 +275,7 @@ async fn expect_continue_is_answered_here() {
 async fn upgrades_are_refused_and_h2c_offers_ignored() {
     let server = Upstream::named("a").await;
     let proxy = before(&server).await;
-    let websocket = "GET /ws HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+    let websocket = "GET /ws HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: chat\r\n\
                      sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";
     let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
     socket.write_all(websocket.as_bytes()).await.unwrap();

@@ -6,7 +6,7 @@ use http::{Method, Request};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use outrigger_conformance::harness::{
-    Client, Conn, ProxyBuilder, TestProxy, Upstream, Version, raw, request,
+    Client, Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version, raw, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{
@@ -38,7 +38,7 @@ fn route(bootstrap: &mut Bootstrap, change: impl Fn(&mut RouteAction)) {
         .iter_mut()
         .filter(|listener| listener.name == OUTBOUND)
     {
-        for host in &mut listener.http.route_config.virtual_hosts {
+        for host in &mut listener.http().route_config.virtual_hosts {
             for route in &mut host.routes {
                 if let Action::Route(action) = &mut route.action {
                     change(action);

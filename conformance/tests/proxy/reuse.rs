@@ -1,7 +1,9 @@
 //! What becomes of a request whose reused connection ends before an answer?
 
 use futures_util::future::join_all;
-use outrigger_conformance::harness::{Client, Conn, ProxyBuilder, TestProxy, Upstream, Version};
+use outrigger_conformance::harness::{
+    Client, Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version,
+};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex},
@@ -123,7 +125,7 @@ async fn a_client_that_was_served_and_asks_no_more_is_closed_and_a_long_answer_i
         .server(server.address)
         .edit(|bootstrap| {
             for listener in &mut bootstrap.listeners {
-                listener.http.idle_timeout = Duration::from_millis(300);
+                listener.http().idle_timeout = Duration::from_millis(300);
             }
         })
         .start();

@@ -2,7 +2,7 @@
 
 use http::{HeaderName, HeaderValue, Method};
 use outrigger_conformance::harness::{
-    Client, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually, request,
+    Client, OneChain, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::{
@@ -58,14 +58,14 @@ fn routed(table: &str, servers: &[&Upstream]) -> TestProxy {
     started(read(table, servers).unwrap_or_else(|errors| panic!("{errors}")))
 }
 
-fn started(read: Bootstrap) -> TestProxy {
+fn started(mut read: Bootstrap) -> TestProxy {
     ProxyBuilder::new()
         .edit(move |bootstrap| {
-            let http = &read.listeners[0].http;
+            let http = read.listeners[0].http();
             for listener in &mut bootstrap.listeners {
                 if listener.name == OUTBOUND {
-                    listener.http.route_config = http.route_config.clone();
-                    listener.http.http_filters = http.http_filters.clone();
+                    listener.http().route_config = http.route_config.clone();
+                    listener.http().http_filters = http.http_filters.clone();
                 }
             }
             bootstrap.clusters.extend(read.clusters.clone());
@@ -360,7 +360,7 @@ async fn a_header_value_that_is_no_format_is_refused_with_its_place() {
         ("%BOGUS%", "unknown operator %BOGUS%"),
         ("50%", "percent sign"),
     ] {
-        let read = read(
+        let mut read = read(
             &table(&format!(
                 "- match: {{prefix: /}}\n  direct_response: {{status: 200}}\n  response_headers_to_add: [{{header: {{key: x-a, value: \"{value}\"}}}}]"
             )),
@@ -370,7 +370,7 @@ async fn a_header_value_that_is_no_format_is_refused_with_its_place() {
         let proxy = ProxyBuilder::new().start();
         let mut pushed = proxy.bootstrap.clone();
         for listener in &mut pushed.listeners {
-            listener.http.route_config = read.listeners[0].http.route_config.clone();
+            listener.http().route_config = read.listeners[0].http().route_config.clone();
         }
         let error = proxy.proxy.apply(pushed).unwrap_err().join("\n");
         assert!(

@@ -10,7 +10,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use outrigger_conformance::{
-    harness::{Client, EchoH2, ProxyBuilder, Upstream, Version, alive, eventually, raw},
+    harness::{Client, EchoH2, OneChain, ProxyBuilder, Upstream, Version, alive, eventually, raw},
     sim::{Config, SimEngine},
 };
 use outrigger_proxy::bootstrap::{FLEET, INBOUND, OUTBOUND};
@@ -161,13 +161,13 @@ impl TlsClient {
         }
     }
 
-    fn alpn(mut self, protocols: &[&str]) -> Self {
+    pub(super) fn alpn(mut self, protocols: &[&str]) -> Self {
         let all = protocols.iter().map(|name| name.as_bytes().to_vec());
         self.config.alpn_protocols = all.collect();
         self
     }
 
-    fn asks_for(mut self, name: &'static str) -> Self {
+    pub(super) fn asks_for(mut self, name: &'static str) -> Self {
         self.name = name;
         self
     }
@@ -260,7 +260,7 @@ fn tls_log(bootstrap: &mut Bootstrap) {
     let fields: BTreeMap<_, _> = fields
         .map(|(name, operator)| (name.to_owned(), operator.into()))
         .into();
-    outbound(bootstrap).http.access_log[0].format = AccessLogFormat::Json(fields);
+    outbound(bootstrap).http().access_log[0].format = AccessLogFormat::Json(fields);
 }
 
 #[tokio::test]
@@ -272,7 +272,7 @@ async fn clients_are_served_over_tls_by_the_protocol_they_agree_on() {
         .server(server.address)
         .edit(move |bootstrap| {
             tls_log(bootstrap);
-            outbound(bootstrap).tls = Some(tls);
+            outbound(bootstrap).chain().tls = Some(tls);
         })
         .start();
     for (offered, h2) in [
@@ -319,7 +319,7 @@ async fn the_certificate_is_chosen_by_server_name() {
     let tls = context(&[&first, &wild, &exact]);
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     for (name, pair) in [
         ("first.test", &first),
@@ -350,7 +350,7 @@ async fn versions_are_kept_to() {
         };
         let proxy = ProxyBuilder::new()
             .server(server.address)
-            .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+            .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
             .start();
         let client = TlsClient::new(&ca, None);
         let stream = client.shake(proxy.outbound()).await.unwrap();
@@ -390,7 +390,7 @@ async fn clients_need_a_certificate_with_a_name_that_is_believed() {
         .server(server.address)
         .edit(move |bootstrap| {
             tls_log(bootstrap);
-            outbound(bootstrap).tls = Some(tls);
+            outbound(bootstrap).chain().tls = Some(tls);
         })
         .start();
     let get = async |own: Option<&Pair>| {
@@ -437,7 +437,7 @@ async fn a_client_may_come_without_a_certificate_where_none_is_required() {
     tls.common.validation = Some(ca.validation(Vec::new()));
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     let get = async |own: Option<&Pair>| {
         let client = TlsClient::new(&ca, own);
@@ -455,9 +455,9 @@ async fn a_handshake_that_does_not_end_holds_up_nobody_and_is_ended() {
     let proxy = ProxyBuilder::new()
         .server(server.address)
         .edit(move |bootstrap| {
-            let listener = outbound(bootstrap);
-            listener.tls = Some(tls);
-            listener.transport_socket_connect_timeout = Duration::from_millis(700);
+            let chain = outbound(bootstrap).chain();
+            chain.tls = Some(tls);
+            chain.connect_timeout = Duration::from_millis(700);
         })
         .start();
     let mut silent = TcpStream::connect(proxy.outbound()).await.unwrap();
@@ -487,12 +487,12 @@ async fn a_push_brings_new_certificates_and_open_connections_stay() {
     let tls = context(&[&old]);
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(move |bootstrap| outbound(bootstrap).tls = Some(tls))
+        .edit(move |bootstrap| outbound(bootstrap).chain().tls = Some(tls))
         .start();
     let client = TlsClient::new(&ca, None);
     let mut open = client.shake(proxy.outbound()).await.unwrap();
     let mut next = proxy.bootstrap.clone();
-    outbound(&mut next).tls = Some(context(&[&new]));
+    outbound(&mut next).chain().tls = Some(context(&[&new]));
     proxy.proxy.apply(next.clone()).unwrap();
     let answer = client.get(proxy.outbound(), "/x").await.unwrap();
     assert_eq!(answer.leaf, der(&new));
@@ -505,7 +505,7 @@ async fn a_push_brings_new_certificates_and_open_connections_stay() {
     // A key of another certificate changes nothing.
     let mut wrong = new.clone();
     wrong.key = old.key.clone();
-    outbound(&mut next).tls = Some(context(&[&wrong]));
+    outbound(&mut next).chain().tls = Some(context(&[&wrong]));
     let errors = proxy.proxy.apply(next).unwrap_err();
     assert!(errors[0].contains("does not fit"), "{errors:?}");
     let answer = client.get(proxy.outbound(), "/x").await.unwrap();
@@ -517,7 +517,7 @@ async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
     let server = telling().await;
     let proxy = ProxyBuilder::new()
         .server(server.address)
-        .edit(|bootstrap| outbound(bootstrap).http.idle_timeout = Duration::from_millis(300))
+        .edit(|bootstrap| outbound(bootstrap).http().idle_timeout = Duration::from_millis(300))
         .start();
     // Nothing; the beginning of a preface; a whole one, and no stream.
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
@@ -542,7 +542,7 @@ async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SeenBy {
     sni: Option<String>,
-    alpn: Option<String>,
+    pub(super) alpn: Option<String>,
     pub(super) client: Option<CertificateDer<'static>>,
 }
 
@@ -689,7 +689,7 @@ async fn an_upstream_that_is_not_believed_gets_no_request() {
                 let fields: BTreeMap<_, _> = fields
                     .map(|(name, operator)| (name.to_owned(), operator.into()))
                     .into();
-                outbound(bootstrap).http.access_log[0].format = AccessLogFormat::Json(fields);
+                outbound(bootstrap).http().access_log[0].format = AccessLogFormat::Json(fields);
             })
             .start();
         let reply = proxy.client(Version::H1).await.post("/x", "{}").await;
@@ -729,7 +729,7 @@ async fn proxies_speak_mutual_tls_the_feed_included() {
         .edit(move |bootstrap| {
             let mut all = bootstrap.listeners.iter_mut();
             let inbound = all.find(|listener| listener.name == INBOUND).unwrap();
-            inbound.tls = Some(server);
+            inbound.chain().tls = Some(server);
         })
         .start();
     let tls = UpstreamTls {

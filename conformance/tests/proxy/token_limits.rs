@@ -2,8 +2,8 @@
 
 use http::{Method, Request};
 use outrigger_conformance::harness::{
-    AnyBody, Client, Exchange, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually,
-    request,
+    AnyBody, Client, Exchange, OneChain, ProxyBuilder, Reply, TestProxy, Upstream, Version,
+    eventually, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{bootstrap::Bootstrap, listener::HttpFilter, route::TypedConfig};
@@ -45,7 +45,7 @@ fn limit(bootstrap: &mut Bootstrap, limits: &Value) {
         if listener.name != OUTBOUND {
             continue;
         }
-        let filters = &mut listener.http.http_filters;
+        let filters = &mut listener.http().http_filters;
         filters.retain(|filter| filter.name != "limits");
         let openai = filters
             .iter()
@@ -340,7 +340,7 @@ fn a_limit_that_cannot_work_is_refused() {
     for listener in &mut alone.listeners {
         let is_openai = |filter: &HttpFilter| filter.config.type_url.contains(".openai.");
         listener
-            .http
+            .http()
             .http_filters
             .retain(|filter| !is_openai(filter));
     }

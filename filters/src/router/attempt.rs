@@ -228,6 +228,7 @@ impl<'a> Attempt<'a> {
             connect_timeout: self.view.connect_timeout,
             headers_timeout: [headers_timeout, left, per_try].into_iter().flatten().min(),
             replace_stale: false,
+            upgrade: context.upgrade,
             priority: context.route.priority,
         }
     }
@@ -251,7 +252,12 @@ impl<'a> Attempt<'a> {
                 _ => {}
             }
         }
-        if let Some(auto) = context.route.auto_host_rewrite {
+        let address = &self.target.endpoint.address;
+        if let Some(auto) = context
+            .route
+            .auto_host_rewrite
+            .filter(|_| !address.is_pipe())
+        {
             before.head = Some(Box::new((request.uri().clone(), request.headers().clone())));
             rewrite_host(request, &self.target.endpoint.hostname, auto);
         }

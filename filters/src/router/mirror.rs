@@ -95,6 +95,7 @@ fn one(
         connect_timeout: view.connect_timeout,
         headers_timeout: Some(limit),
         replace_stale: true,
+        upgrade: false,
         priority,
     };
     let upstream = services.upstream.clone();

@@ -236,6 +236,7 @@ async fn exchange(
         connect_timeout: Duration::from_secs(1),
         headers_timeout: None,
         replace_stale: true,
+        upgrade: false,
         priority: Default::default(),
     };
     let response = upstream

@@ -38,7 +38,7 @@ pub(super) enum Operator {
     Attempts,
     /// The client's socket, or ours towards it.
     Downstream {
-        remote: bool,
+        end: End,
         part: AddressPart,
     },
     ConnectionId,
@@ -93,6 +93,17 @@ pub(super) enum Source {
     UpstreamServiceTime,
     Request(usize),
     Response(usize),
+}
+
+/// Whose address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The client's.
+    Client,
+    /// That of the socket's other end, whoever the client is.
+    Socket,
+    /// Ours.
+    Ours,
 }
 
 /// Which part of a socket address.
@@ -287,7 +298,7 @@ impl Operator {
                 sources,
                 without_query,
             } => header(sources, *without_query, entry, captured),
-            Self::Protocol => protocol(entry.protocol),
+            Self::Protocol => entry.protocol.map_or(Value::Missing, protocol),
             Self::ResponseCode => Value::Uint(entry.code.into()),
             Self::ResponseCodeDetails => match log.details.as_str() {
                 "" if entry.code == 0 => Value::Missing,
@@ -305,11 +316,11 @@ impl Operator {
             Self::UpstreamHost => text(log.upstream_host.as_ref().map_or("", |id| &id.0)),
             Self::UpstreamCluster => text(&log.upstream_cluster),
             Self::Attempts => Value::Uint(log.attempts.into()),
-            Self::Downstream { remote, part } => {
-                let socket = if *remote {
-                    entry.downstream_remote
-                } else {
-                    entry.downstream_local
+            Self::Downstream { end, part } => {
+                let socket = match end {
+                    End::Client => entry.downstream_remote,
+                    End::Socket => entry.downstream_direct_remote,
+                    End::Ours => entry.downstream_local,
                 };
                 match part {
                     AddressPart::Both => Value::Socket(socket),
@@ -472,11 +483,13 @@ fn common_duration(argument: &str) -> Result<Operator, String> {
 
 fn downstream_address(name: &str) -> Option<Operator> {
     let rest = name.strip_prefix("DOWNSTREAM_")?;
-    let rest = rest.strip_prefix("DIRECT_").unwrap_or(rest);
-    let (remote, part) = match (rest.strip_prefix("REMOTE_"), rest.strip_prefix("LOCAL_")) {
-        (Some(part), _) => (true, part),
-        (None, Some(part)) => (false, part),
-        (None, None) => return None,
+    let (end, part) = if let Some(part) = rest.strip_prefix("REMOTE_") {
+        (End::Client, part)
+    } else if let Some(part) = rest.strip_prefix("DIRECT_REMOTE_") {
+        (End::Socket, part)
+    } else {
+        let ours = rest.strip_prefix("DIRECT_").unwrap_or(rest);
+        (End::Ours, ours.strip_prefix("LOCAL_")?)
     };
     let part = match part {
         "ADDRESS" => AddressPart::Both,
@@ -484,7 +497,7 @@ fn downstream_address(name: &str) -> Option<Operator> {
         "PORT" => AddressPart::Port,
         _ => return None,
     };
-    Some(Operator::Downstream { remote, part })
+    Some(Operator::Downstream { end, part })
 }
 
 fn hostname() -> String {

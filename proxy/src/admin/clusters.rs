@@ -4,7 +4,10 @@
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Via};
 use outrigger_xds::{
     report::Health,
-    resource::{endpoint::HealthStatus, route_action::Priority},
+    resource::{
+        endpoint::{Address, HealthStatus},
+        route_action::Priority,
+    },
 };
 use serde_json::{Value, json};
 use std::{
@@ -14,6 +17,15 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
+
+/// As `envoy.config.core.v3.Address`.
+fn address(address: &Address) -> Value {
+    if address.is_pipe() {
+        json!({"pipe": {"path": address.host}})
+    } else {
+        json!({"socket_address": {"address": address.host, "port_value": address.port}})
+    }
+}
 
 /// Counters and gauges of an endpoint under Envoy's names.
 fn stats(endpoint: &Endpoint) -> [(&'static str, u64, bool); 8] {
@@ -217,7 +229,7 @@ fn host_status(endpoint: &Endpoint) -> Value {
         stat
     });
     json!({
-        "address": {"socket_address": {"address": endpoint.address.host, "port_value": endpoint.address.port}},
+        "address": address(&endpoint.address),
         "hostname": &*endpoint.hostname,
         "stats": stats,
         "health_status": health_status(endpoint),

@@ -3,8 +3,9 @@
 use super::model::{self, Model, service_name};
 use crate::{
     access_log::{AccessLogs, Sinks},
-    listeners::Planned,
+    listener::{Planned, PlannedChain, PlannedServes},
     snapshot::{self, Addresses, HttpConfig},
+    tcp_proxy::TcpProxy,
     tls::{contexts::Contexts, server::Server},
 };
 use outrigger_filters::services::Services;
@@ -14,9 +15,11 @@ use outrigger_xds::{
         cluster::Cluster,
         config_source::{ConfigSource, Origin},
         endpoint::{Address, ClusterLoadAssignment},
-        listener::Listener,
+        filter_chain::{FilterChain, Network},
+        listener::{AccessLog, HttpConnectionManager, Listener},
         route::RouteConfiguration,
         secret::SecretConfig,
+        tls::CommonTls,
     },
 };
 use std::{
@@ -108,14 +111,16 @@ impl Builder {
     ) -> Result<(), String> {
         let name = &listener.name;
         let named = |error| format!("listener '{name}': {error}");
-        let http = model::manager(listener);
-        exists(http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
-        let secrets = model::tls(listener)
-            .into_iter()
-            .flat_map(|tls| tls.secrets());
+        for http in listener.http_managers() {
+            exists(http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
+        }
+        let secrets = model::tls(listener).flat_map(CommonTls::secrets);
         check_secrets(model, secrets).map_err(named)?;
-        contexts.server(listener, &|config| model.secret(config))?;
-        AccessLogs::new(&http.access_log, &self.sinks).map(drop)
+        for (_, chain) in listener.chains() {
+            contexts.server(name, chain, &|config| model.secret(config))?;
+            AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+        }
+        Ok(())
     }
 
     /// Judges clusters that came.
@@ -168,7 +173,9 @@ impl Builder {
             self.check_socket(model, contexts, listener)?;
             let complete = model.complete_listener(listener);
             let complete = complete.as_ref().unwrap_or(listener);
-            self.http(complete, &clusters)?;
+            for http in complete.http_managers() {
+                self.http(listener, http, &clusters)?;
+            }
             if listener.address.port != 0 {
                 let name = listener.name.clone();
                 if let Some(other) = addresses.insert(listener.address.clone(), name) {
@@ -191,9 +198,17 @@ impl Builder {
         let clusters = shells(model.all_clusters());
         Box::new(move |table| {
             for listener in model.all_listeners() {
-                let asks = model::manager(listener).rds.as_ref();
-                if asks.is_some_and(|rds| rds.source.origin == *origin && rds.name == table.name) {
-                    self.http(&Model::with_table(listener, table), &clusters)?;
+                for http in listener.http_managers() {
+                    let asks = http.rds.as_ref();
+                    if asks
+                        .is_some_and(|rds| rds.source.origin == *origin && rds.name == table.name)
+                    {
+                        let with = HttpConnectionManager {
+                            route_config: table.clone(),
+                            ..http.clone()
+                        };
+                        self.http(listener, &with, &clusters)?;
+                    }
                 }
             }
             Ok(())
@@ -242,17 +257,13 @@ impl Builder {
     fn http(
         &self,
         listener: &Listener,
+        manager: &HttpConnectionManager,
         clusters: &HashMap<String, Cluster>,
     ) -> Result<Arc<HttpConfig>, String> {
-        let manager = model::manager(listener);
-        HttpConfig::build(
-            manager,
-            listener.traffic_direction,
-            clusters,
-            &self.services,
-        )
-        .map(Arc::new)
-        .map_err(|errors| errors.join("\n"))
+        let direction = listener.traffic_direction;
+        HttpConfig::build(manager, direction, clusters, &self.services)
+            .map(Arc::new)
+            .map_err(|errors| errors.join("\n"))
     }
 
     /// A complete listener as it is to run; what `known` is of it stays the same object.
@@ -261,25 +272,56 @@ impl Builder {
         complete: &Listener,
         known: Option<&Planned>,
         clusters: &HashMap<String, Cluster>,
-        tls: impl Fn(&Listener) -> Result<Option<Arc<Server>>, String>,
+        tls: impl Fn(&FilterChain) -> Result<Option<Arc<Server>>, String>,
     ) -> Result<Planned, String> {
-        let tls = tls(complete)?;
         if let Some(known) = known.filter(|known| *known.listener == *complete) {
-            return Ok(Planned {
-                tls,
-                ..known.clone()
-            });
+            return Ok(known.clone());
         }
-        // It was accepted when its clusters were there; that one is gone now is told to those who ask for it.
-        let mut lenient = complete.clone();
-        lenient.http.route_config.validate_clusters = false;
-        let logs = AccessLogs::new(&model::manager(complete).access_log, &self.sinks)?;
+        let plan = |chain: &FilterChain| -> Result<PlannedChain, String> {
+            Ok(PlannedChain {
+                matches: chain.matches.clone(),
+                tls: tls(chain)?,
+                serves: self.serves(complete, chain, clusters)?,
+            })
+        };
+        let chains = complete.filter_chains.iter().map(plan);
+        let default = complete.default_filter_chain.as_ref().map(plan);
         Ok(Planned {
-            http: self.http(&lenient, clusters)?,
+            chains: chains.collect::<Result<_, _>>()?,
+            default: default.transpose()?,
             listener: Arc::new(complete.clone()),
-            logs: Arc::new(logs),
-            tls,
         })
+    }
+
+    fn serves(
+        &self,
+        listener: &Listener,
+        chain: &FilterChain,
+        clusters: &HashMap<String, Cluster>,
+    ) -> Result<PlannedServes, String> {
+        let logs = AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+        Ok(match &chain.network {
+            Network::Http(manager) => {
+                // It was accepted when its clusters were there; that one is gone now is told to those who ask for it.
+                let mut lenient = manager.clone();
+                lenient.route_config.validate_clusters = false;
+                let config = self.http(listener, &lenient, clusters)?;
+                PlannedServes::Http(config, Arc::new(logs))
+            }
+            Network::Tcp(proxy) => {
+                let endpoints = self.services.endpoints.clone();
+                let proxy = TcpProxy::new(proxy.clone(), logs, endpoints);
+                PlannedServes::Tcp(Arc::new(proxy))
+            }
+        })
+    }
+}
+
+/// Where the connections or requests of a chain are logged.
+fn access_log(network: &Network) -> &[AccessLog] {
+    match network {
+        Network::Http(manager) => &manager.access_log,
+        Network::Tcp(proxy) => &proxy.access_log,
     }
 }
 

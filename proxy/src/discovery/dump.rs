@@ -1,6 +1,6 @@
 //! `/config_dump`: what is written and what came, in Envoy's shapes, with what was refused beside what is in effect.
 
-use super::{Discovery, model};
+use super::Discovery;
 use crate::access_log::rfc3339;
 use outrigger_xds::{
     accepted::{Accepted, Failure, Good},
@@ -134,13 +134,15 @@ impl Discovery {
         let dynamic: Vec<Value> = tables
             .flat_map(|accepted| entries("route_config", accepted))
             .collect();
-        let inline = self.model.listeners.good().filter_map(|good| {
-            let http = model::manager(&good.resource);
-            let shown = json!({
-                "route_config": http.route_config.to_json(),
-                "last_updated": rfc3339(good.at),
-            });
-            http.rds.is_none().then_some(shown)
+        let inline = self.model.listeners.good().flat_map(|good| {
+            let all = good.resource.http_managers();
+            let inline = all.filter(|http| http.rds.is_none());
+            inline.map(|http| {
+                json!({
+                    "route_config": http.route_config.to_json(),
+                    "last_updated": rfc3339(good.at),
+                })
+            })
         });
         if let Some(list) = section["static_route_configs"].as_array_mut() {
             list.extend(inline);

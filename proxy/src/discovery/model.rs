@@ -10,7 +10,7 @@ use outrigger_xds::{
         cluster::Cluster,
         config_source::{ConfigSource, Origin},
         endpoint::ClusterLoadAssignment,
-        listener::{HttpConnectionManager, Listener},
+        listener::Listener,
         route::RouteConfiguration,
         secret::{Secret, SecretConfig},
         tls::CommonTls,
@@ -81,18 +81,11 @@ pub(super) struct Model {
     pub(super) waits: BTreeMap<Subscription, Wait>,
 }
 
-/// The HTTP side of a listener.
-pub(super) fn manager(listener: &Listener) -> &HttpConnectionManager {
-    &listener.http
-}
-
-fn manager_mut(listener: &mut Listener) -> &mut HttpConnectionManager {
-    &mut listener.http
-}
-
-/// What its TLS context says.
-pub(super) fn tls(listener: &Listener) -> Option<&CommonTls> {
-    listener.tls.as_ref().map(|tls| &tls.common)
+/// What the TLS contexts of its chains say.
+pub(super) fn tls(listener: &Listener) -> impl Iterator<Item = &CommonTls> {
+    let chains = listener.filter_chains.iter();
+    let chains = chains.chain(&listener.default_filter_chain);
+    chains.filter_map(|chain| chain.tls.as_ref().map(|tls| &tls.common))
 }
 
 /// The name of its endpoints where they come from.
@@ -164,11 +157,12 @@ impl Model {
             }
         }
         for listener in self.all_listeners() {
-            let http = manager(listener);
-            if let Some(rds) = &http.rds {
-                ask(Kind::Routes, &rds.source, &rds.name, &http.stat_prefix);
+            for http in listener.http_managers() {
+                if let Some(rds) = &http.rds {
+                    ask(Kind::Routes, &rds.source, &rds.name, &http.stat_prefix);
+                }
             }
-            for secret in tls(listener).iter().flat_map(|tls| tls.secrets()) {
+            for secret in tls(listener).flat_map(CommonTls::secrets) {
                 if let Some(source) = &secret.source {
                     ask(Kind::Secrets, source, &secret.name, &secret.name);
                 }
@@ -296,23 +290,16 @@ impl Model {
     #[must_use]
     pub(super) fn complete_listener(&self, listener: &Listener) -> Option<Listener> {
         let mut complete = listener.clone();
-        if let Some(rds) = &manager(listener).rds {
+        for http in complete.http_managers_mut() {
+            let Some(rds) = &http.rds else { continue };
             match find(&self.tables, &rds.source, &rds.name) {
-                Some(table) => manager_mut(&mut complete).route_config = (**table).clone(),
+                Some(table) => http.route_config = (**table).clone(),
                 None if self.is_given_up(Kind::Routes, &rds.source, &rds.name) => {}
                 None => return None,
             }
         }
         tls(listener)
-            .is_none_or(|tls| self.has_secrets(tls))
+            .all(|tls| self.has_secrets(tls))
             .then_some(complete)
-    }
-
-    /// A listener with another route table.
-    #[must_use]
-    pub(super) fn with_table(listener: &Listener, table: &RouteConfiguration) -> Listener {
-        let mut with = listener.clone();
-        manager_mut(&mut with).route_config = table.clone();
-        with
     }
 }

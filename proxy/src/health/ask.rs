@@ -84,7 +84,7 @@ impl Asker {
 
     async fn open(&self) -> std::io::Result<Stream> {
         let tls = self.tls.as_ref();
-        let protocol = UpstreamProtocol::Http1;
+        let protocol = Some(UpstreamProtocol::Http1);
         upstream::connect::open(&self.address, tls, protocol, &self.options).await
     }
 

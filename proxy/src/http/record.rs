@@ -1,6 +1,6 @@
 //! What one request leaves behind: its line in the access log, its metrics, and what formats say of it meanwhile.
 
-use super::{ConnectionInfo, Manager};
+use super::{ConnectionInfo, Manager, tunnel::Asked};
 use crate::{
     access_log::{AccessLogs, Captured, Entry},
     metrics::HttpStats,
@@ -13,6 +13,7 @@ use outrigger_filters::{
     sse::Summary,
 };
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -34,6 +35,10 @@ pub(super) struct Record {
     /// The request had a body that was not all here with its head.
     pub(super) unread: bool,
     pub(super) connection: Arc<ConnectionInfo>,
+    /// Its client: whoever is at the other end, unless proxies before us are believed.
+    pub(super) remote: SocketAddr,
+    /// The upgrade it asks for, if it may have it.
+    pub(super) asked: Option<Asked>,
     pub(super) request_id: Arc<str>,
     pub(super) trace_id: Arc<str>,
     pub(super) route: Arc<RouteFacts>,
@@ -64,12 +69,21 @@ impl Record {
             code: 0,
             bytes_received: length.unwrap_or(0),
             unread: false,
+            remote: connection.remote,
             connection,
+            asked: None,
             request_id: Arc::default(),
             trace_id: Arc::default(),
             route: Arc::default(),
             ended: false,
         }
+    }
+
+    /// Path or host are not what the client sent.
+    pub(super) fn retarget(&mut self, parts: &Parts) {
+        let path = parts.uri.path_and_query();
+        self.path = path.map_or_else(String::new, ToString::to_string);
+        route::authority(&parts.uri, &parts.headers).clone_into(&mut self.authority);
     }
 
     /// The edits of a route on this request.
@@ -86,7 +100,8 @@ impl Record {
             path: self.path.clone(),
             authority: self.authority.clone(),
             protocol: self.protocol,
-            remote: self.connection.remote,
+            remote: self.remote,
+            direct_remote: self.connection.direct_remote,
             local: self.connection.local,
             connection_id: self.connection.id,
             tls: self.connection.tls.clone(),
@@ -132,11 +147,12 @@ impl Record {
             method: &self.method,
             path: &self.path,
             authority: &self.authority,
-            protocol: self.protocol,
+            protocol: Some(self.protocol),
             code: self.code,
             bytes_received: self.bytes_received,
             bytes_sent: summary.bytes,
-            downstream_remote: self.connection.remote,
+            downstream_remote: self.remote,
+            downstream_direct_remote: self.connection.direct_remote,
             downstream_local: self.connection.local,
             connection_id: self.connection.id,
             tls: self.connection.tls.as_deref(),

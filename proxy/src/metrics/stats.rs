@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-type Known<T> = LazyLock<Mutex<HashMap<String, Arc<T>>>>;
+pub(super) type Known<T> = LazyLock<Mutex<HashMap<String, Arc<T>>>>;
 
-fn known<T>(all: &Known<T>, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
+pub(super) fn known<T>(all: &Known<T>, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
     install();
     let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(stats) = all.get(name) {
@@ -56,6 +56,16 @@ pub struct ListenerStats {
     pub downstream_cx_destroy: Counter,
     /// Refused: too many.
     pub downstream_cx_overflow: Counter,
+    /// That listener filters look at.
+    pub downstream_pre_cx_active: Gauge,
+    /// At which they looked for too long.
+    pub downstream_pre_cx_timeout: Counter,
+    /// Closed by a listener filter.
+    pub downstream_listener_filter_error: Counter,
+    /// Closed by the client while listener filters looked.
+    pub downstream_listener_filter_remote_close: Counter,
+    /// Closed because no filter chain is for them.
+    pub no_filter_chain_match: Counter,
     /// Closed because their handshake took too long.
     pub downstream_cx_transport_socket_connect_timeout: Counter,
     /// TLS handshakes that went well.
@@ -89,6 +99,15 @@ impl ListenerStats {
             downstream_cx_active: gauge!("envoy_listener_downstream_cx_active", "envoy_listener_address" => label.clone()),
             downstream_cx_destroy: counter("envoy_listener_downstream_cx_destroy"),
             downstream_cx_overflow: counter("envoy_listener_downstream_cx_overflow"),
+            downstream_pre_cx_active: gauge!("envoy_listener_downstream_pre_cx_active", "envoy_listener_address" => label.clone()),
+            downstream_pre_cx_timeout: counter("envoy_listener_downstream_pre_cx_timeout"),
+            downstream_listener_filter_error: counter(
+                "envoy_listener_downstream_listener_filter_error",
+            ),
+            downstream_listener_filter_remote_close: counter(
+                "envoy_listener_downstream_listener_filter_remote_close",
+            ),
+            no_filter_chain_match: counter("envoy_listener_no_filter_chain_match"),
             downstream_cx_transport_socket_connect_timeout: counter(
                 "envoy_listener_downstream_cx_transport_socket_connect_timeout",
             ),
@@ -169,6 +188,14 @@ pub struct HttpStats {
     pub downstream_cx_protocol_error: Counter,
     /// Connections closed by a drain.
     pub downstream_cx_drain_close: Counter,
+    /// Connections that became something else than HTTP.
+    pub downstream_cx_upgrades_total: Counter,
+    /// Of these, open.
+    pub downstream_cx_upgrades_active: Gauge,
+    /// Connections ended for their age.
+    pub downstream_cx_max_duration_reached: Counter,
+    /// Connections ended because they had enough requests.
+    pub downstream_cx_max_requests_reached: Counter,
     /// Connections closed for idleness.
     pub downstream_cx_idle_timeout: Counter,
     /// Requests begun.
@@ -211,6 +238,14 @@ impl HttpStats {
             downstream_cx_destroy: counter("envoy_http_downstream_cx_destroy"),
             downstream_cx_protocol_error: counter("envoy_http_downstream_cx_protocol_error"),
             downstream_cx_drain_close: counter("envoy_http_downstream_cx_drain_close"),
+            downstream_cx_upgrades_total: counter("envoy_http_downstream_cx_upgrades_total"),
+            downstream_cx_upgrades_active: gauge("envoy_http_downstream_cx_upgrades_active"),
+            downstream_cx_max_duration_reached: counter(
+                "envoy_http_downstream_cx_max_duration_reached",
+            ),
+            downstream_cx_max_requests_reached: counter(
+                "envoy_http_downstream_cx_max_requests_reached",
+            ),
             downstream_cx_idle_timeout: counter("envoy_http_downstream_cx_idle_timeout"),
             downstream_rq_total: counter("envoy_http_downstream_rq_total"),
             downstream_rq_active: gauge("envoy_http_downstream_rq_active"),

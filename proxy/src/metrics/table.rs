@@ -81,6 +81,12 @@ const HTTP_CLASS: &[&str] = &[
     "envoy_http_conn_manager_prefix",
     "envoy_response_code_class",
 ];
+const TCP: &[&str] = &["envoy_tcp_prefix"];
+const PROXY_HEADER: &[&str] = &["envoy_proxy_protocol_prefix"];
+const PROXY_HEADER_VERSION: &[&str] = &[
+    "envoy_proxy_protocol_prefix",
+    "envoy_proxy_protocol_version",
+];
 const LOCAL_LIMIT: &[&str] = &["envoy_local_http_ratelimit_prefix"];
 const CLUSTER: &[&str] = &["envoy_cluster_name"];
 const ROUTES: &[&str] = &["envoy_http_conn_manager_prefix", "envoy_rds_route_config"];
@@ -141,6 +147,11 @@ pub const ROWS: &[Row] = &[
     gauge("envoy_listener_downstream_cx_active", LISTENER, "Connections open."),
     counter("envoy_listener_downstream_cx_destroy", LISTENER, "Connections closed."),
     counter("envoy_listener_downstream_cx_overflow", LISTENER, "Connections refused because too many were open."),
+    gauge("envoy_listener_downstream_pre_cx_active", LISTENER, "Connections that listener filters look at."),
+    counter("envoy_listener_downstream_pre_cx_timeout", LISTENER, "Connections at which listener filters looked for too long."),
+    counter("envoy_listener_downstream_listener_filter_error", LISTENER, "Connections closed by a listener filter."),
+    counter("envoy_listener_downstream_listener_filter_remote_close", LISTENER, "Connections closed by their client while listener filters looked at them."),
+    counter("envoy_listener_no_filter_chain_match", LISTENER, "Connections closed because no filter chain is for them."),
     counter("envoy_listener_downstream_cx_transport_socket_connect_timeout", LISTENER, "Connections closed because their TLS handshake took too long."),
     counter("envoy_listener_ssl_handshake", LISTENER, "TLS handshakes that went well."),
     counter("envoy_listener_ssl_connection_error", LISTENER, "TLS handshakes that failed, other than for the client's certificate."),
@@ -149,6 +160,32 @@ pub const ROWS: &[Row] = &[
     counter("envoy_listener_ssl_fail_verify_error", LISTENER, "TLS handshakes that failed because the client's certificate is not believed."),
     counter("envoy_listener_ssl_fail_verify_san", LISTENER, "TLS handshakes that failed because the client's certificate has none of the names it needs."),
     millis("envoy_listener_downstream_cx_length_ms", LISTENER, "How long connections were open."),
+    counter("envoy_tls_inspector_client_hello_too_big", NONE, "Connections closed because the first message of their TLS handshake is too long."),
+    counter("envoy_tls_inspector_tls_found", NONE, "Connections that begin with TLS."),
+    counter("envoy_tls_inspector_tls_not_found", NONE, "Connections that do not."),
+    counter("envoy_tls_inspector_alpn_found", NONE, "TLS connections that name protocols."),
+    counter("envoy_tls_inspector_alpn_not_found", NONE, "TLS connections that name none."),
+    counter("envoy_tls_inspector_sni_found", NONE, "TLS connections that name a server."),
+    counter("envoy_tls_inspector_sni_not_found", NONE, "TLS connections that name none."),
+    counter("envoy_http_inspector_http10_found", NONE, "Connections that begin with HTTP/1.0."),
+    counter("envoy_http_inspector_http11_found", NONE, "Connections that begin with HTTP/1.1."),
+    counter("envoy_http_inspector_http2_found", NONE, "Connections that begin with HTTP/2."),
+    counter("envoy_http_inspector_http_not_found", NONE, "Connections that begin with something else."),
+    counter("envoy_proxy_proto_not_found_allowed", PROXY_HEADER, "Connections without a PROXY header that were let in."),
+    counter("envoy_proxy_proto_not_found_disallowed", PROXY_HEADER, "Connections closed for want of a PROXY header."),
+    counter("envoy_proxy_proto_found", PROXY_HEADER_VERSION, "PROXY headers."),
+    counter("envoy_proxy_proto_disallowed", PROXY_HEADER_VERSION, "Connections closed because their PROXY header is of a version that is refused."),
+    counter("envoy_proxy_proto_error", PROXY_HEADER_VERSION, "Connections closed because their PROXY header is broken."),
+    counter("envoy_tcp_downstream_cx_total", TCP, "Connections of a TCP proxy."),
+    counter("envoy_tcp_downstream_cx_no_route", TCP, "Of these, closed because their cluster does not exist."),
+    counter("envoy_tcp_downstream_cx_rx_bytes_total", TCP, "Bytes from their clients, counted when they end."),
+    counter("envoy_tcp_downstream_cx_tx_bytes_total", TCP, "Bytes to their clients, counted when they end."),
+    counter("envoy_tcp_idle_timeout", TCP, "Of these, ended for silence."),
+    counter("envoy_tcp_max_downstream_connection_duration", TCP, "Of these, ended for their age."),
+    counter("envoy_http_downstream_cx_upgrades_total", HTTP, "Connections that became something else than HTTP."),
+    gauge("envoy_http_downstream_cx_upgrades_active", HTTP, "Connections open that became something else than HTTP."),
+    counter("envoy_http_downstream_cx_max_duration_reached", HTTP, "Connections ended for their age."),
+    counter("envoy_http_downstream_cx_max_requests_reached", HTTP, "Connections ended because they had enough requests."),
     counter("envoy_http_downstream_cx_total", HTTP, "Connections accepted."),
     counter("envoy_http_downstream_cx_destroy", HTTP, "Connections closed."),
     counter("envoy_http_downstream_cx_protocol_error", HTTP, "Connections closed because the client broke the protocol."),

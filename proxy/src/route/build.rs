@@ -19,6 +19,7 @@ use outrigger_xds::resource::{
     mirror_policy::MirrorPolicy,
     route::{Action, ClusterSpecifier, HostRewrite, Route, RouteAction, VirtualHost},
     route_action::{ClusterNotFound, ClusterWeight, WeightedName},
+    upgrade::Upgrade,
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -36,6 +37,8 @@ pub struct BuiltRoute {
     pub edits: Option<Arc<Edits>>,
     /// Whether errors take OpenAI's form.
     pub openai: bool,
+    /// What its connections may become, whatever the connection manager says.
+    pub upgrades: Vec<Upgrade>,
 }
 
 /// What a route does.
@@ -146,7 +149,12 @@ pub fn build(
             tell_original: builder.tell_original,
         },
     };
+    let upgrades = match &route.action {
+        Action::Route(action) => action.upgrades.clone(),
+        Action::Redirect(_) | Action::DirectResponse { .. } => Vec::new(),
+    };
     Ok(BuiltRoute {
+        upgrades,
         matcher: Matcher::new(&route.r#match)?,
         target,
         facts,

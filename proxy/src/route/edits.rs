@@ -211,8 +211,10 @@ pub struct Facts {
     pub authority: String,
     /// Protocol of the client.
     pub protocol: Version,
-    /// The client's socket.
+    /// The client.
     pub remote: SocketAddr,
+    /// Whoever is at the other end of the socket.
+    pub direct_remote: SocketAddr,
     /// Ours.
     pub local: SocketAddr,
     /// Number of the client's connection.
@@ -237,11 +239,12 @@ impl Facts {
             method: &self.method,
             path: &self.path,
             authority: &self.authority,
-            protocol: self.protocol,
+            protocol: Some(self.protocol),
             code,
             bytes_received: 0,
             bytes_sent: 0,
             downstream_remote: self.remote,
+            downstream_direct_remote: self.direct_remote,
             downstream_local: self.local,
             connection_id: self.connection_id,
             tls: self.tls.as_deref(),

@@ -7,6 +7,7 @@ use super::{
     verify::NamedServer,
     versions,
 };
+use crate::socket::Socket;
 use arc_swap::ArcSwapOption;
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{
@@ -26,7 +27,6 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
-use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, TlsStream};
 
 static NEXT_CONTEXT: AtomicU64 = AtomicU64::new(1);
@@ -43,6 +43,8 @@ pub(crate) struct Client {
 
 #[derive(Debug)]
 struct Built {
+    /// What is no HTTP.
+    raw: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
     http2: Arc<ClientConfig>,
 }
@@ -73,18 +75,19 @@ impl Built {
         };
         config.resumption = Resumption::disabled();
         config.enable_sni = !resource.sni.is_empty();
-        let speaking = |fallback: &str| {
+        let speaking = |fallback: Option<&str>| {
             let mut config = config.clone();
             config.alpn_protocols = match common.alpn.as_slice() {
                 // As Envoy's pools do.
-                [] => vec![fallback.into()],
+                [] => fallback.into_iter().map(Into::into).collect(),
                 given => given.iter().map(|name| name.as_bytes().to_vec()).collect(),
             };
             Arc::new(config)
         };
         Ok(Self {
-            http1: speaking("http/1.1"),
-            http2: speaking("h2"),
+            raw: speaking(None),
+            http1: speaking(Some("http/1.1")),
+            http2: speaking(Some("h2")),
         })
     }
 }
@@ -149,18 +152,19 @@ impl Client {
         self.resource == *resource
     }
 
-    /// Shakes hands.
+    /// Shakes hands; `protocol` is none for what is no HTTP.
     pub(crate) async fn connect(
         &self,
-        socket: TcpStream,
-        protocol: UpstreamProtocol,
+        socket: Socket,
+        protocol: Option<UpstreamProtocol>,
     ) -> io::Result<Stream> {
         let Some(built) = self.built.load_full() else {
             return Err(not_ready());
         };
         let config = match protocol {
-            UpstreamProtocol::Http1 => &built.http1,
-            UpstreamProtocol::Http2 => &built.http2,
+            None => &built.raw,
+            Some(UpstreamProtocol::Http1) => &built.http1,
+            Some(UpstreamProtocol::Http2) => &built.http2,
         };
         let connector = TlsConnector::from(config.clone());
         let stream = connector.connect(self.name.clone(), socket).await?;

@@ -3,41 +3,44 @@
 
 use super::{certificate::Certificate, client::Client, material::Find, server::Server};
 use outrigger_filters::endpoints::Secured;
-use outrigger_xds::resource::{cluster::Cluster, listener::Listener};
+use outrigger_xds::resource::{cluster::Cluster, filter_chain::FilterChain};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
+/// Those of listeners, each with all of its chains.
+pub(crate) type Servers = BTreeMap<String, Vec<Arc<Server>>>;
+
 /// All of them.
 #[derive(Default, Clone)]
 pub(crate) struct Contexts {
-    servers: BTreeMap<String, Arc<Server>>,
+    servers: Servers,
     clients: BTreeMap<String, Secured>,
 }
 
 impl Contexts {
-    /// How connections of a listener begin: the context in use if it says the same, else a new one.
+    /// How connections of a chain begin: a context that its listener has in use if it says the same, else a new one.
     ///
     /// # Errors
     /// What is wrong with it, its files or its secrets.
     pub(crate) fn server(
         &self,
-        listener: &Listener,
+        listener: &str,
+        chain: &FilterChain,
         find: Find<'_>,
     ) -> Result<Option<Arc<Server>>, String> {
-        let Some(tls) = &listener.tls else {
+        let Some(tls) = &chain.tls else {
             return Ok(None);
         };
-        let limit = listener.transport_socket_connect_timeout;
-        let known = self.servers.get(&listener.name);
-        if let Some(known) = known.filter(|known| known.is(tls, limit)) {
+        let limit = chain.connect_timeout;
+        let mut known = self.servers.get(listener).into_iter().flatten();
+        if let Some(known) = known.find(|known| known.is(tls, limit)) {
             return Ok(Some(known.clone()));
         }
-        let name = &listener.name;
         let server = Server::new(tls, limit, find)
-            .map_err(|error| format!("listener '{name}': transport_socket: {error}"))?;
+            .map_err(|error| format!("listener '{listener}': transport_socket: {error}"))?;
         Ok(Some(Arc::new(server)))
     }
 
@@ -70,7 +73,7 @@ impl Contexts {
     }
 
     /// These are in use from now on, by listener.
-    pub(crate) fn keep_servers(&mut self, servers: BTreeMap<String, Arc<Server>>) {
+    pub(crate) fn keep_servers(&mut self, servers: Servers) {
         self.servers = servers;
     }
 
@@ -81,8 +84,10 @@ impl Contexts {
 
     /// Builds those anew whose files or secrets hold something else; one that cannot be stays as it was.
     pub(crate) fn renew(&self, find: Find<'_>) {
-        for (name, server) in &self.servers {
-            count("listener", name, server.renew(find));
+        for (name, servers) in &self.servers {
+            for server in servers {
+                count("listener", name, server.renew(find));
+            }
         }
         for (name, secured) in &self.clients {
             if let Some(client) = Client::of(secured) {
@@ -96,6 +101,7 @@ impl Contexts {
         let servers = self
             .servers
             .values()
+            .flatten()
             .map(|server| server.material().files());
         let clients = self.clients.values().filter_map(Client::of);
         let clients = clients.map(|client| client.material().files());
@@ -116,7 +122,7 @@ impl Contexts {
     }
 
     fn all(&self) -> Vec<(Vec<Certificate>, Vec<Certificate>)> {
-        let servers = self.servers.values();
+        let servers = self.servers.values().flatten();
         let servers = servers.map(|server| server.material().certificates());
         let clients = self.clients.values().filter_map(Client::of);
         let clients = clients.map(|client| client.material().certificates());

@@ -7,7 +7,7 @@ use super::{
     verify::NamedClient,
     versions,
 };
-use crate::metrics::ListenerStats;
+use crate::{metrics::ListenerStats, socket::Socket};
 use arc_swap::ArcSwapOption;
 use outrigger_xds::resource::tls::{CommonTls, DownstreamTls};
 use rustls::{
@@ -19,12 +19,11 @@ use rustls::{
     sign::CertifiedKey,
 };
 use std::{io, sync::Arc, time::Duration};
-use tokio::net::TcpStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 use webpki::EndEntityCert;
 
 /// What a listener needs to shake hands.
-pub struct Server {
+pub(crate) struct Server {
     resource: DownstreamTls,
     handshake_timeout: Duration,
     material: Material,
@@ -63,6 +62,11 @@ impl Server {
         self.resource == *resource && self.handshake_timeout == handshake_timeout
     }
 
+    /// Whether it is made of the same resource as the other.
+    pub(crate) fn says_the_same(&self, other: &Self) -> bool {
+        other.is(&self.resource, self.handshake_timeout)
+    }
+
     /// Builds it anew if its secrets or files hold something else now; connections that are open go on. Gives whether
     /// it did.
     ///
@@ -91,7 +95,7 @@ impl Server {
     /// Shakes hands, and counts how it went.
     pub(crate) async fn accept(
         &self,
-        socket: TcpStream,
+        socket: Socket,
         stats: &ListenerStats,
     ) -> io::Result<(Stream, TlsFacts)> {
         match self.shake(socket).await {
@@ -110,10 +114,7 @@ impl Server {
         }
     }
 
-    async fn shake(
-        &self,
-        socket: TcpStream,
-    ) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+    async fn shake(&self, socket: Socket) -> io::Result<tokio_rustls::server::TlsStream<Socket>> {
         let begun = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
         let Some(built) = self.built.load_full() else {
             return Err(not_ready());

@@ -1,7 +1,10 @@
 //! Opening a TCP connection to an endpoint, with a limit on how long it may take.
 
-use super::queue::Slot;
-use crate::tls::{Stream, client::Client};
+use super::queue::{self, Slot};
+use crate::{
+    socket::Socket,
+    tls::{Stream, client::Client},
+};
 use outrigger_filters::{
     endpoints::{Endpoint, Secured},
     error::{Error, Flag, Retry},
@@ -11,16 +14,18 @@ use outrigger_xds::{
     resource::{
         cluster::{ConnectionOptions, TcpKeepalive, UpstreamProtocol},
         endpoint::Address,
+        route_action::Priority,
     },
 };
 use socket2::SockRef;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    os::{linux::net::SocketAddrExt, unix},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 /// Opens a connection; failures are counted at the endpoint.
 pub(super) async fn connect(
@@ -28,10 +33,38 @@ pub(super) async fn connect(
     limit: Duration,
     slot: Slot,
 ) -> Result<(Stream, OpenConnection), Error> {
+    connect_for(endpoint, Some(endpoint.protocol), limit, slot).await
+}
+
+/// The same for HTTP/1.1 on a connection of its own, whatever else is spoken there.
+pub(super) async fn connect_http1(
+    endpoint: &Arc<Endpoint>,
+    limit: Duration,
+    priority: Priority,
+) -> Result<(Stream, OpenConnection), Error> {
+    let slot = queue::room(endpoint, priority)?;
+    connect_for(endpoint, Some(UpstreamProtocol::Http1), limit, slot).await
+}
+
+/// The same for bytes that are no HTTP.
+pub(crate) async fn connect_raw(
+    endpoint: &Arc<Endpoint>,
+    limit: Duration,
+) -> Result<(Stream, OpenConnection), Error> {
+    let slot = queue::room(endpoint, Priority::Default)?;
+    connect_for(endpoint, None, limit, slot).await
+}
+
+async fn connect_for(
+    endpoint: &Arc<Endpoint>,
+    protocol: Option<UpstreamProtocol>,
+    limit: Duration,
+    slot: Slot,
+) -> Result<(Stream, OpenConnection), Error> {
     let opening = open(
         &endpoint.address,
         endpoint.tls.as_ref(),
-        endpoint.protocol,
+        protocol,
         &endpoint.connection,
     );
     let opened = tokio::time::timeout(limit, opening).await;
@@ -108,7 +141,7 @@ fn tls_reason(error: &io::Error) -> Option<String> {
 pub(crate) async fn open(
     address: &Address,
     tls: Option<&Secured>,
-    protocol: UpstreamProtocol,
+    protocol: Option<UpstreamProtocol>,
     options: &ConnectionOptions,
 ) -> io::Result<Stream> {
     let socket = open_socket(address, options).await?;
@@ -127,13 +160,17 @@ pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
         let (address, tls) = (address.clone(), tls.clone());
         Box::pin(async move {
             let options = ConnectionOptions::default();
-            let socket = open(&address, Some(&tls), UpstreamProtocol::Http2, &options);
+            let protocol = Some(UpstreamProtocol::Http2);
+            let socket = open(&address, Some(&tls), protocol, &options);
             Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
         })
     })
 }
 
-async fn open_socket(address: &Address, options: &ConnectionOptions) -> io::Result<TcpStream> {
+async fn open_socket(address: &Address, options: &ConnectionOptions) -> io::Result<Socket> {
+    if address.is_pipe() {
+        return open_pipe(&address.host).await;
+    }
     let socket = match (address.host.parse::<IpAddr>(), options.source) {
         (Ok(ip), Some(source)) => from(source, SocketAddr::new(ip, address.port)).await?,
         (Ok(ip), None) => TcpStream::connect(SocketAddr::new(ip, address.port)).await?,
@@ -143,7 +180,18 @@ async fn open_socket(address: &Address, options: &ConnectionOptions) -> io::Resu
     if let Some(keepalive) = &options.keepalive {
         SockRef::from(&socket).set_tcp_keepalive(&of_system(keepalive))?;
     }
-    Ok(socket)
+    Ok(socket.into())
+}
+
+async fn open_pipe(path: &str) -> io::Result<Socket> {
+    let Some(name) = path.strip_prefix('@') else {
+        return Ok(UnixStream::connect(path).await?.into());
+    };
+    let name = unix::net::SocketAddr::from_abstract_name(name)?;
+    // What has no file is there or not: this does not wait.
+    let socket = unix::net::UnixStream::connect_addr(&name)?;
+    socket.set_nonblocking(true)?;
+    Ok(UnixStream::from_std(socket)?.into())
 }
 
 /// The first address of the name that answers.
@@ -191,7 +239,7 @@ fn of_system(options: &TcpKeepalive) -> socket2::TcpKeepalive {
 
 /// Counts a connection as open until dropped.
 #[derive(Debug)]
-pub(super) struct OpenConnection {
+pub(crate) struct OpenConnection {
     endpoint: Arc<Endpoint>,
     _slot: Slot,
 }

@@ -59,6 +59,23 @@ impl Slot {
     }
 }
 
+/// Room for a connection of its own, which no request after it will use. It does not wait: what comes free in pools is
+/// of no use to it.
+///
+/// # Errors
+/// There may be no more.
+pub(super) fn room(endpoint: &Endpoint, priority: Priority) -> Result<Slot, Error> {
+    Slot::take(endpoint, priority).ok_or_else(|| {
+        count_overflow(endpoint);
+        Error::overflow()
+    })
+}
+
+fn count_overflow(endpoint: &Endpoint) {
+    metrics::counter!("envoy_cluster_upstream_cx_overflow", "envoy_cluster_name" => endpoint.cluster.to_string())
+        .increment(1);
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
         // A worker that ends drops its connections when its pools may be gone already.
@@ -152,8 +169,7 @@ impl<'a> Queue<'a> {
         }
         if self.waiting.is_none() {
             self.waiting = Some(Waiting::new());
-            metrics::counter!("envoy_cluster_upstream_cx_overflow", "envoy_cluster_name" => self.endpoint.cluster.to_string())
-                .increment(1);
+            count_overflow(self.endpoint);
         }
         let freed = POOLS
             .with_borrow_mut(|pools| pools.entry(key(self.endpoint)).or_default().freed.clone());

@@ -32,8 +32,9 @@ pub fn config_dump(bootstrap: &Bootstrap, version: &str, last_updated: &str) -> 
     let tables = bootstrap
         .listeners
         .iter()
-        .filter(|listener| listener.http.rds.is_none())
-        .map(|listener| &listener.http.route_config);
+        .flat_map(|listener| listener.http_managers())
+        .filter(|manager| manager.rds.is_none())
+        .map(|manager| &manager.route_config);
     let routes: Vec<Value> = tables
         .map(|plain| entry("route_config", plain.to_json()))
         .collect();

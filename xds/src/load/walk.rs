@@ -3,7 +3,7 @@
 //! What does not fit is taken out, so that the rest can still be decoded and judged. Meaning (names that must not be
 //! empty, limits) is not looked at here: that is each resource's own `TryFrom`.
 
-use super::{extensions, known, known_cluster, known_discovery, known_tls};
+use super::{extensions, known, known_cluster, known_discovery, known_listener, known_tls};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{self, EXACT_INTEGER_MAX},
@@ -154,24 +154,25 @@ impl Walk {
 
     fn not_transcribed(&mut self, message: &MessageDescriptor, key: &str, place: &str) {
         let name = snake_case(key);
-        let listed = |table: &[(&str, &[&str])]| {
-            table
-                .iter()
+        let listed = |tables: [&[(&str, &[&str])]; 5]| {
+            let mut entries = tables.into_iter().flatten();
+            entries
                 .any(|(of, fields)| *of == message.full_name() && fields.contains(&name.as_str()))
         };
-        let any_lists = |tables: [&[(&str, &[&str])]; 4]| tables.into_iter().any(listed);
-        if any_lists([
+        if listed([
             known::NOT_SUPPORTED,
             known_cluster::NOT_SUPPORTED,
             known_discovery::NOT_SUPPORTED,
+            known_listener::NOT_SUPPORTED,
             known_tls::NOT_SUPPORTED,
         ]) {
             self.errors.add(place, format!("not supported yet: {name}"));
             self.removed.push(join(place, &name));
-        } else if any_lists([
+        } else if listed([
             known::IGNORED,
             known_cluster::IGNORED,
             known_discovery::IGNORED,
+            known_listener::IGNORED,
             known_tls::IGNORED,
         ]) {
             self.ignored.push(join(place, &name));

@@ -4,8 +4,9 @@ use super::{
     cluster::Cluster,
     config_source::ConfigSource,
     endpoint::Address,
+    filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
-    route::Action,
+    route::{Action, RouteConfiguration},
     secret::Secret,
 };
 use crate::{
@@ -131,7 +132,7 @@ fn check_addresses(problems: &mut ConfigErrors, listeners: &[Listener], names: &
     let mut seen = HashSet::new();
     for listener in listeners
         .iter()
-        .filter(|listener| listener.address.port != 0)
+        .filter(|listener| listener.address.port != 0 && listener.bind_to_port)
     {
         if !seen.insert(&listener.address) {
             let index = names
@@ -151,13 +152,27 @@ fn check_clusters(
     listener: &Listener,
     clusters: &[String],
 ) {
-    let table = format!(
-        "static_resources.listeners[{index}].filter_chains[0].filters[0].typed_config.route_config"
-    );
-    if !listener.http.route_config.validate_clusters {
-        return;
+    for (chain, of_listener) in listener.chains() {
+        let Network::Http(manager) = &of_listener.network else {
+            continue;
+        };
+        let table = &manager.route_config;
+        if table.validate_clusters {
+            let place = format!(
+                "static_resources.listeners[{index}].{chain}.filters[0].typed_config.route_config"
+            );
+            check_routes(problems, &place, table, clusters);
+        }
     }
-    for (host, virtual_host) in listener.http.route_config.virtual_hosts.iter().enumerate() {
+}
+
+fn check_routes(
+    problems: &mut ConfigErrors,
+    table: &str,
+    routes: &RouteConfiguration,
+    clusters: &[String],
+) {
+    for (host, virtual_host) in routes.virtual_hosts.iter().enumerate() {
         for (route, of_host) in virtual_host.routes.iter().enumerate() {
             let Action::Route(action) = &of_host.action else {
                 continue;
@@ -180,7 +195,10 @@ impl TryFrom<wire::Admin> for Admin {
 
     fn try_from(wire: wire::Admin) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
-        let address = problems.required("address", wire.address);
+        let address: Option<Address> = problems.required("address", wire.address);
+        if address.as_ref().is_some_and(Address::is_pipe) {
+            problems.add("address.pipe", "not supported yet: for the admin");
+        }
         let mut access_log = problems.take_all("access_log", wire.access_log);
         let path = wire.access_log_path;
         if !path.is_empty() {

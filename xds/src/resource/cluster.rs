@@ -10,7 +10,7 @@ pub use super::{
 use super::{
     config_source::Eds,
     connection, discovery,
-    endpoint::ClusterLoadAssignment,
+    endpoint::{Address, ClusterLoadAssignment},
     health_check::HealthCheck,
     lb_policy::{self, Given},
     lb_shown,
@@ -27,7 +27,7 @@ use crate::{
 };
 use prost::Name;
 use prost_types::Any;
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 /// A group of endpoints that serve the same thing.
 #[derive(Debug, Clone, PartialEq)]
@@ -218,7 +218,7 @@ fn check_addresses(
     let named = assignment
         .endpoints
         .iter()
-        .filter(|endpoint| endpoint.address.host.parse::<IpAddr>().is_err());
+        .filter(|endpoint| endpoint.address.is_name());
     for endpoint in named.filter(|_| *discovery == Discovery::Static) {
         let host = &endpoint.address.host;
         let message =
@@ -242,9 +242,12 @@ fn protocol(
             Some(Some(mut options)) => {
                 if let Some(common) = options.common_http_protocol_options.take() {
                     max_requests = common.max_requests_per_connection;
+                    let place = format!("{place}.common_http_protocol_options");
                     if common.idle_timeout.is_some() {
-                        let place = format!("{place}.common_http_protocol_options");
-                        problems.add(place, "not supported yet: idle_timeout");
+                        problems.add(&place, "not supported yet: idle_timeout");
+                    }
+                    if common.max_connection_duration.is_some() {
+                        problems.add(&place, "not supported yet: max_connection_duration");
                     }
                 }
                 if let Some(explicit) = problems.take(&place, explicit(options)) {
@@ -288,10 +291,8 @@ impl From<&Cluster> for wire::Cluster {
             .load_assignment
             .endpoints
             .iter()
-            .map(|endpoint| &endpoint.address.host);
-        let named = addresses
-            .into_iter()
-            .any(|host| host.parse::<IpAddr>().is_err());
+            .map(|endpoint| &endpoint.address);
+        let named = addresses.into_iter().any(Address::is_name);
         let discovery = discovery::show(&plain.discovery, named);
         let options = match plain.protocol {
             UpstreamProtocol::Http1 => BTreeMap::new(),

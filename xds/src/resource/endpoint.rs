@@ -11,18 +11,38 @@ use std::{collections::BTreeMap, fmt, net::IpAddr};
 /// Name space of our keys in endpoint and filter metadata.
 pub const METADATA_NAMESPACE: &str = "outrigger";
 
-/// A socket address whose host may still be a name.
+/// Longest path of a Unix domain socket, in bytes (`sockaddr_un`, with its end).
+const PIPE_BYTES_MAX: usize = 107;
+
+/// A socket address whose host may still be a name; or a Unix domain socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Address {
-    /// IP address or host name.
+    /// IP address or host name; or the path of a Unix domain socket, which begins with `/`, or with `@` if its name is
+    /// abstract.
     pub host: String,
-    /// Port; 0 lets the system choose (listeners only).
+    /// Port; 0 lets the system choose (listeners only). A Unix domain socket has none.
     pub port: u16,
+}
+
+impl Address {
+    /// Whether it is a Unix domain socket.
+    #[must_use]
+    pub fn is_pipe(&self) -> bool {
+        self.host.starts_with(['/', '@'])
+    }
+
+    /// Whether its host is a name, which has to be looked up.
+    #[must_use]
+    pub fn is_name(&self) -> bool {
+        !self.is_pipe() && self.host.parse::<IpAddr>().is_err()
+    }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
+        if self.is_pipe() {
+            f.write_str(&self.host)
+        } else if self.host.contains(':') {
             write!(f, "[{}]:{}", self.host, self.port)
         } else {
             write!(f, "{}:{}", self.host, self.port)
@@ -88,7 +108,7 @@ impl LbEndpoint {
     /// are known by their names.
     #[must_use]
     pub fn is_looked_up(&self) -> bool {
-        self.duty() == Duty::Plain && self.address.host.parse::<IpAddr>().is_err()
+        self.duty() == Duty::Plain && self.address.is_name()
     }
 
     /// What our own name space says this endpoint is.
@@ -135,8 +155,10 @@ impl TryFrom<core::Address> for Address {
     type Error = ConfigErrors;
 
     fn try_from(wire: core::Address) -> Result<Self, ConfigErrors> {
-        let Some(core::address::Address::SocketAddress(socket)) = wire.address else {
-            return Err(ConfigErrors::one("", "required: socket_address"));
+        let socket = match wire.address {
+            None => return Err(ConfigErrors::one("", "required: socket_address or pipe")),
+            Some(core::address::Address::Pipe(pipe)) => return self::pipe(pipe.path),
+            Some(core::address::Address::SocketAddress(socket)) => socket,
         };
         let mut problems = ConfigErrors::default();
         if socket.protocol() == core::socket_address::Protocol::Udp {
@@ -161,8 +183,32 @@ impl TryFrom<core::Address> for Address {
     }
 }
 
+fn pipe(path: String) -> Result<Address, ConfigErrors> {
+    let address = Address {
+        host: path,
+        port: 0,
+    };
+    let message = if !address.is_pipe() {
+        "must be an absolute path, or begin with '@'".to_owned()
+    } else if address.host.len() > PIPE_BYTES_MAX {
+        format!("must have at most {PIPE_BYTES_MAX} bytes")
+    } else {
+        return Ok(address);
+    };
+    Err(ConfigErrors::one("pipe.path", message))
+}
+
 impl From<&Address> for core::Address {
     fn from(plain: &Address) -> Self {
+        if plain.is_pipe() {
+            let pipe = core::Pipe {
+                path: plain.host.clone(),
+                mode: 0,
+            };
+            return Self {
+                address: Some(core::address::Address::Pipe(pipe)),
+            };
+        }
         let socket = core::SocketAddress {
             protocol: core::socket_address::Protocol::Tcp.into(),
             address: plain.host.clone(),
@@ -273,7 +319,8 @@ impl TryFrom<wire::LbEndpoint> for LbEndpoint {
                 None
             }
         };
-        if address.as_ref().is_some_and(|address| address.port == 0) {
+        let no_port = |address: &Address| address.port == 0 && !address.is_pipe();
+        if address.as_ref().is_some_and(no_port) {
             problems.add(
                 "endpoint.address.socket_address.port_value",
                 "must not be 0",
@@ -284,14 +331,21 @@ impl TryFrom<wire::LbEndpoint> for LbEndpoint {
             .into_iter()
             .map(|(space, facts)| (space, struct_to_json(facts)))
             .collect();
-        problems.finish(address.map(|address| Self {
+        let read = address.map(|address| Self {
             address,
             hostname,
             health_status,
             load_balancing_weight,
             locality: 0,
             metadata,
-        }))
+        });
+        if let Some(read) = &read
+            && read.address.is_pipe()
+            && read.duty() != Duty::Plain
+        {
+            problems.add("endpoint.address.pipe", "not supported yet: with a duty");
+        }
+        problems.finish(read)
     }
 }
 

@@ -1,34 +1,38 @@
-//! `envoy.config.listener.v3.Listener` and the HTTP connection manager in it.
+//! `envoy.config.listener.v3.Listener` and the HTTP connection manager.
 
 use super::{
     config_source::Rds,
+    edge::Edge,
     endpoint::Address,
-    filter_chain::FilterChain,
+    filter_chain::{FilterChain, Network, check_matches},
+    listener_filter::{Kind, ListenerFilter},
     route::{RouteConfiguration, TypedConfig},
     server_header::{self, ServerHeader},
-    tls::{self, DownstreamTls},
+    upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
-    protobuf::{duration, pack, struct_from_json, struct_to_json, to_duration, type_name, unpack},
+    protobuf::{duration, to_duration, type_name},
     wire::envoy::{
-        config::{accesslog::v3 as log, core::v3 as core, listener::v3 as wire},
-        extensions::{
-            access_loggers::{file::v3 as file, stream::v3 as stream},
-            filters::{http::router::v3::Router, network::http_connection_manager::v3 as hcm},
+        config::{core::v3 as core, listener::v3 as wire},
+        extensions::filters::{
+            http::router::v3::Router, network::http_connection_manager::v3 as hcm,
         },
     },
 };
 use prost::Name;
-use prost_types::Any;
-use serde_json::Value;
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
+
+pub use super::access_log::{AccessLog, AccessLogFormat, AccessLogSink};
 
 /// Length of the accept queue unless given; the system cuts it to its own limit.
 pub const TCP_BACKLOG_SIZE_DEFAULT: u32 = 4096;
 
 /// Most that `max_request_headers_kb` may be, as in Envoy.
 pub const MAX_REQUEST_HEADERS_KB_MAX: u32 = 8192;
+
+/// `listener_filters_timeout` unless given, as in Envoy.
+pub const LISTENER_FILTERS_TIMEOUT_DEFAULT: Duration = Duration::from_secs(15);
 
 /// A socket that accepts connections.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,14 +43,69 @@ pub struct Listener {
     pub address: Address,
     /// INBOUND listeners are for peers, OUTBOUND ones (and unspecified) for clients.
     pub traffic_direction: TrafficDirection,
-    /// The one network filter of its one filter chain.
-    pub http: HttpConnectionManager,
-    /// What its filter chain's transport socket says; none means plain text.
-    pub tls: Option<DownstreamTls>,
-    /// Most that a handshake may take; zero is off (default).
-    pub transport_socket_connect_timeout: Duration,
+    /// What happens to connections; no two are for the same.
+    pub filter_chains: Vec<FilterChain>,
+    /// What happens to those that none of them is for.
+    pub default_filter_chain: Option<FilterChain>,
+    /// What looks at a connection before, in order.
+    pub listener_filters: Vec<ListenerFilter>,
+    /// Most that this may take; zero is off.
+    pub listener_filters_timeout: Duration,
+    /// After that the connection goes on with what is known.
+    pub continue_on_listener_filters_timeout: bool,
+    /// Whether it has a socket, and not only what other listeners hand over.
+    pub bind_to_port: bool,
+    /// Whether connections go on to the listener of the address they were sent to.
+    pub use_original_dst: bool,
     /// `tcp_backlog_size`.
     pub tcp_backlog_size: u32,
+}
+
+impl Listener {
+    /// One chain for all connections, and defaults.
+    #[must_use]
+    pub fn new(name: &str, address: Address, chain: FilterChain) -> Self {
+        Self {
+            name: name.into(),
+            address,
+            traffic_direction: TrafficDirection::Outbound,
+            filter_chains: vec![chain],
+            default_filter_chain: None,
+            listener_filters: Vec::new(),
+            listener_filters_timeout: LISTENER_FILTERS_TIMEOUT_DEFAULT,
+            continue_on_listener_filters_timeout: false,
+            bind_to_port: true,
+            use_original_dst: false,
+            tcp_backlog_size: TCP_BACKLOG_SIZE_DEFAULT,
+        }
+    }
+
+    /// All chains, the default one last, each with its place in the listener.
+    pub fn chains(&self) -> impl Iterator<Item = (String, &FilterChain)> {
+        let numbered = self.filter_chains.iter().enumerate();
+        let numbered = numbered.map(|(index, chain)| (format!("filter_chains[{index}]"), chain));
+        let default = self.default_filter_chain.iter();
+        numbered.chain(default.map(|chain| ("default_filter_chain".to_owned(), chain)))
+    }
+
+    /// The HTTP connection managers of all chains.
+    pub fn http_managers(&self) -> impl Iterator<Item = &HttpConnectionManager> {
+        let chains = self.filter_chains.iter().chain(&self.default_filter_chain);
+        chains.filter_map(|chain| match &chain.network {
+            Network::Http(manager) => Some(manager.as_ref()),
+            Network::Tcp(_) => None,
+        })
+    }
+
+    /// The same, to be changed.
+    pub fn http_managers_mut(&mut self) -> impl Iterator<Item = &mut HttpConnectionManager> {
+        let chains = self.filter_chains.iter_mut();
+        let chains = chains.chain(&mut self.default_filter_chain);
+        chains.filter_map(|chain| match &mut chain.network {
+            Network::Http(manager) => Some(manager.as_mut()),
+            Network::Tcp(_) => None,
+        })
+    }
 }
 
 /// `envoy.config.core.v3.TrafficDirection`.
@@ -84,6 +143,8 @@ pub struct HttpConnectionManager {
     pub server_header: ServerHeader,
     /// Create `x-request-id` when missing; default true.
     pub generate_request_id: bool,
+    /// What connections may become, unless a route says otherwise.
+    pub upgrades: Vec<Upgrade>,
     /// No byte either way for so long ends the stream; zero is off. Default 5 min.
     pub stream_idle_timeout: Duration,
     /// Whole request must have arrived; zero is off (default).
@@ -94,6 +155,12 @@ pub struct HttpConnectionManager {
     pub drain_timeout: Duration,
     /// `max_request_headers_kb`; default 60.
     pub max_request_headers_kb: u32,
+    /// A connection takes no new request after this; zero is off (default).
+    pub max_connection_duration: Duration,
+    /// A connection takes no more requests than this; zero is off (default).
+    pub max_requests_per_connection: u32,
+    /// What becomes of paths, hosts and addresses.
+    pub edge: Edge,
     /// Concurrent h2 streams per connection; keeps one worker from running hot. Default 100.
     pub h2_max_concurrent_streams: u32,
 }
@@ -112,11 +179,15 @@ impl Default for HttpConnectionManager {
             server_name: server_header::NAME_DEFAULT.into(),
             server_header: ServerHeader::Overwrite,
             generate_request_id: true,
+            upgrades: Vec::new(),
             stream_idle_timeout: Duration::from_secs(300),
             request_timeout: Duration::ZERO,
             idle_timeout: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(5),
             max_request_headers_kb: 60,
+            max_connection_duration: Duration::ZERO,
+            max_requests_per_connection: 0,
+            edge: Edge::default(),
             h2_max_concurrent_streams: 100,
         }
     }
@@ -147,35 +218,6 @@ pub struct HttpFilter {
     pub disabled: bool,
 }
 
-/// Where an access log goes and how it looks.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AccessLog {
-    /// Where.
-    pub sink: AccessLogSink,
-    /// How.
-    pub format: AccessLogFormat,
-}
-
-/// Destination.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AccessLogSink {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
-    /// A file, appended to.
-    File(String),
-}
-
-/// Shape of a line.
-#[derive(Debug, Clone, PartialEq)]
-pub enum AccessLogFormat {
-    /// Text with operators; `None` is Envoy's default line.
-    Text(Option<String>),
-    /// A JSON object: keys and operator strings (or nested objects of them).
-    Json(BTreeMap<String, Value>),
-}
-
 impl TryFrom<wire::Listener> for Listener {
     type Error = ConfigErrors;
 
@@ -188,23 +230,66 @@ impl TryFrom<wire::Listener> for Listener {
             core::TrafficDirection::Inbound => TrafficDirection::Inbound,
         };
         let name = problems.not_empty("name", wire.name);
-        let address = problems.required("address", wire.address);
+        let address: Option<Address> = problems.required("address", wire.address);
+        if address.as_ref().is_some_and(Address::is_pipe) {
+            problems.add("address.pipe", "not supported yet: for a listener");
+        }
         if wire.enable_reuse_port == Some(false) {
             problems.add(
                 "enable_reuse_port",
                 "not supported yet: false (every worker binds its own socket)",
             );
         }
-        let chain = problems.take("filter_chains", FilterChain::of(wire.filter_chains));
-        problems.finish(address.zip(chain).map(|(address, chain)| Self {
+        let default_filter_chain = wire.default_filter_chain;
+        if wire.filter_chains.is_empty() && default_filter_chain.is_none() {
+            problems.add("filter_chains", "required: a filter chain");
+        }
+        let count = wire.filter_chains.len();
+        let filter_chains = problems.take_all("filter_chains", wire.filter_chains);
+        if filter_chains.len() == count {
+            check_matches(&mut problems, &filter_chains);
+        }
+        let default_filter_chain = default_filter_chain
+            .and_then(|chain| problems.take("default_filter_chain", FilterChain::try_from(chain)));
+        let mut listener_filters = problems.take_all("listener_filters", wire.listener_filters);
+        let use_original_dst = wire.use_original_dst.unwrap_or(false);
+        add_needed(&mut listener_filters, use_original_dst, &filter_chains);
+        let place = "listener_filters_timeout";
+        let limit = wire
+            .listener_filters_timeout
+            .and_then(|given| problems.take(place, duration(given)));
+        problems.finish(address.map(|address| Self {
             name,
             address,
             traffic_direction,
-            http: chain.http,
-            tls: chain.tls,
-            transport_socket_connect_timeout: chain.connect_timeout,
+            filter_chains,
+            default_filter_chain,
+            listener_filters,
+            listener_filters_timeout: limit.unwrap_or(LISTENER_FILTERS_TIMEOUT_DEFAULT),
+            continue_on_listener_filters_timeout: wire.continue_on_listener_filters_timeout,
+            bind_to_port: wire.bind_to_port.unwrap_or(true),
+            use_original_dst,
             tcp_backlog_size: wire.tcp_backlog_size.unwrap_or(TCP_BACKLOG_SIZE_DEFAULT),
         }))
+    }
+}
+
+/// As Envoy, puts in the listener filters without which nothing would know what is asked for.
+fn add_needed(filters: &mut Vec<ListenerFilter>, original_dst: bool, chains: &[FilterChain]) {
+    let has = |wanted: fn(&Kind) -> bool| filters.iter().any(|filter| wanted(&filter.kind));
+    let needs_tls = chains
+        .iter()
+        .any(|chain| chain.matches.needs_tls_inspector())
+        && !has(|kind| matches!(kind, Kind::TlsInspector { .. }));
+    if original_dst && !has(|kind| *kind == Kind::OriginalDst) {
+        filters.push(ListenerFilter {
+            name: "envoy.filters.listener.original_dst".into(),
+            kind: Kind::OriginalDst,
+            disabled: None,
+        });
+    }
+    if needs_tls {
+        filters.push(ListenerFilter::tls_inspector());
     }
 }
 
@@ -215,6 +300,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
         let mut problems = ConfigErrors::default();
         let limits = limits(&mut problems, &mut wire);
+        let edge = Edge::read(&mut problems, &wire);
         let codec = match wire.codec_type() {
             CodecType::Auto => Codec::Auto,
             CodecType::Http1 => Codec::Http1,
@@ -246,6 +332,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
             check_router(&mut problems, &http_filters);
         }
         let access_log = problems.take_all("access_log", wire.access_log);
+        let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
         let stat_prefix = problems.not_empty("stat_prefix", wire.stat_prefix);
         problems.finish(route_config.map(|route_config| {
             Self {
@@ -255,6 +342,8 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 rds,
                 http_filters,
                 access_log,
+                upgrades,
+                edge,
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
                 server_name,
@@ -275,13 +364,13 @@ fn limits(
 ) -> HttpConnectionManager {
     let mut limits = HttpConnectionManager::default();
     let common = wire.common_http_protocol_options.take().unwrap_or_default();
-    if common.max_requests_per_connection.is_some() {
-        problems.add(
-            "common_http_protocol_options",
-            "not supported yet: max_requests_per_connection",
-        );
-    }
+    limits.max_requests_per_connection = common.max_requests_per_connection.unwrap_or(0);
     let durations = [
+        (
+            "common_http_protocol_options.max_connection_duration",
+            common.max_connection_duration,
+            &mut limits.max_connection_duration,
+        ),
         (
             "common_http_protocol_options.idle_timeout",
             common.idle_timeout,
@@ -385,115 +474,24 @@ impl TryFrom<hcm::HttpFilter> for HttpFilter {
     }
 }
 
-impl TryFrom<log::AccessLog> for AccessLog {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: log::AccessLog) -> Result<Self, ConfigErrors> {
-        let Some(log::access_log::ConfigType::TypedConfig(any)) = wire.config_type else {
-            return Err(ConfigErrors::one("", "required: typed_config"));
-        };
-        let mut problems = ConfigErrors::default();
-        let log = problems.take("typed_config", logger(&any));
-        problems.finish(log)
-    }
-}
-
-fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
-    use {
-        file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
-        stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
-        stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
-    };
-    let (sink, format) = if let Some(file) = unpack::<file::FileAccessLog>(any)? {
-        if file.path.is_empty() {
-            return Err(ConfigErrors::one("path", "must not be empty"));
-        }
-        (
-            AccessLogSink::File(file.path),
-            file.access_log_format.map(|FileFormat(format)| format),
-        )
-    } else if let Some(stdout) = unpack::<stream::StdoutAccessLog>(any)? {
-        (
-            AccessLogSink::Stdout,
-            stdout.access_log_format.map(|StdoutFormat(format)| format),
-        )
-    } else if let Some(stderr) = unpack::<stream::StderrAccessLog>(any)? {
-        (
-            AccessLogSink::Stderr,
-            stderr.access_log_format.map(|StderrFormat(format)| format),
-        )
-    } else {
-        return Err(ConfigErrors::one(
-            "",
-            format!("not supported yet: {} as an access log", any.type_url),
-        ));
-    };
-    Ok(AccessLog {
-        sink,
-        format: log_format(format)?,
-    })
-}
-
-fn log_format(
-    wire: Option<core::SubstitutionFormatString>,
-) -> Result<AccessLogFormat, ConfigErrors> {
-    use core::{data_source::Specifier, substitution_format_string::Format};
-    let Some(wire) = wire else {
-        return Ok(AccessLogFormat::Text(None));
-    };
-    match wire.format {
-        Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
-        Some(Format::TextFormatSource(core::DataSource {
-            specifier: Some(Specifier::InlineString(text)),
-            ..
-        })) => Ok(AccessLogFormat::Text(Some(text))),
-        Some(Format::TextFormatSource(core::DataSource {
-            specifier: Some(other),
-            ..
-        })) => Err(ConfigErrors::one(
-            "log_format.text_format_source",
-            tls::not_inline(&other),
-        )),
-        Some(Format::TextFormatSource(core::DataSource {
-            specifier: None, ..
-        })) => Err(ConfigErrors::one(
-            "log_format.text_format_source",
-            "required: inline_string",
-        )),
-        Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
-            Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
-            _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
-        },
-        None => Err(ConfigErrors::one(
-            "log_format",
-            "required: json_format or text_format_source",
-        )),
-    }
-}
-
 impl From<&Listener> for wire::Listener {
     fn from(plain: &Listener) -> Self {
         let traffic_direction = match plain.traffic_direction {
             TrafficDirection::Outbound => core::TrafficDirection::Outbound,
             TrafficDirection::Inbound => core::TrafficDirection::Inbound,
         };
-        let manager = hcm::HttpConnectionManager::from(&plain.http);
-        let filter = wire::Filter {
-            name: "envoy.filters.network.http_connection_manager".into(),
-            config_type: Some(wire::filter::ConfigType::TypedConfig(pack(&manager))),
-        };
+        let limit = plain.listener_filters_timeout;
         Self {
             name: plain.name.clone(),
             address: Some((&plain.address).into()),
-            filter_chains: vec![wire::FilterChain {
-                filters: vec![filter],
-                transport_socket: plain.tls.as_ref().map(Into::into),
-                transport_socket_connect_timeout: (!plain
-                    .transport_socket_connect_timeout
-                    .is_zero())
-                .then(|| to_duration(plain.transport_socket_connect_timeout)),
-                ..Default::default()
-            }],
+            filter_chains: plain.filter_chains.iter().map(Into::into).collect(),
+            default_filter_chain: plain.default_filter_chain.as_ref().map(Into::into),
+            listener_filters: plain.listener_filters.iter().map(Into::into).collect(),
+            listener_filters_timeout: (limit != LISTENER_FILTERS_TIMEOUT_DEFAULT)
+                .then(|| to_duration(limit)),
+            continue_on_listener_filters_timeout: plain.continue_on_listener_filters_timeout,
+            bind_to_port: (!plain.bind_to_port).then_some(false),
+            use_original_dst: plain.use_original_dst.then_some(true),
             traffic_direction: traffic_direction.into(),
             tcp_backlog_size: Some(plain.tcp_backlog_size),
             ..Default::default()
@@ -510,7 +508,7 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             Codec::Http2 => CodecType::Http2,
         };
         let streams = Some(plain.h2_max_concurrent_streams);
-        Self {
+        let mut wire = Self {
             codec_type: codec_type.into(),
             stat_prefix: plain.stat_prefix.clone(),
             route_specifier: Some(match &plain.rds {
@@ -519,13 +517,17 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             }),
             http_filters: plain.http_filters.iter().map(Into::into).collect(),
             common_http_protocol_options: Some(core::HttpProtocolOptions {
-                max_requests_per_connection: None,
                 idle_timeout: Some(to_duration(plain.idle_timeout)),
+                max_connection_duration: (!plain.max_connection_duration.is_zero())
+                    .then(|| to_duration(plain.max_connection_duration)),
+                max_requests_per_connection: (plain.max_requests_per_connection != 0)
+                    .then_some(plain.max_requests_per_connection),
             }),
             http2_protocol_options: Some(core::Http2ProtocolOptions {
                 max_concurrent_streams: streams,
             }),
             max_request_headers_kb: Some(plain.max_request_headers_kb),
+            upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             stream_idle_timeout: Some(to_duration(plain.stream_idle_timeout)),
             request_timeout: Some(to_duration(plain.request_timeout)),
             drain_timeout: Some(to_duration(plain.drain_timeout)),
@@ -535,7 +537,10 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             preserve_external_request_id: plain.preserve_external_request_id,
             server_name: plain.server_name.clone(),
             server_header_transformation: plain.server_header.to_wire(),
-        }
+            ..Self::default()
+        };
+        plain.edge.write(&mut wire);
+        wire
     }
 }
 
@@ -550,58 +555,4 @@ impl From<&HttpFilter> for hcm::HttpFilter {
             disabled: plain.disabled,
         }
     }
-}
-
-impl From<&AccessLog> for log::AccessLog {
-    fn from(plain: &AccessLog) -> Self {
-        use {
-            file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
-            stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
-            stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
-        };
-        let format = wire_format(&plain.format);
-        let (name, any) = match &plain.sink {
-            AccessLogSink::File(path) => {
-                let format = format.map(FileFormat);
-                let file = file::FileAccessLog {
-                    path: path.clone(),
-                    access_log_format: format,
-                };
-                ("envoy.access_loggers.file", pack(&file))
-            }
-            AccessLogSink::Stdout => {
-                let stdout = stream::StdoutAccessLog {
-                    access_log_format: format.map(StdoutFormat),
-                };
-                ("envoy.access_loggers.stdout", pack(&stdout))
-            }
-            AccessLogSink::Stderr => {
-                let stderr = stream::StderrAccessLog {
-                    access_log_format: format.map(StderrFormat),
-                };
-                ("envoy.access_loggers.stderr", pack(&stderr))
-            }
-        };
-        Self {
-            name: name.into(),
-            config_type: Some(log::access_log::ConfigType::TypedConfig(any)),
-        }
-    }
-}
-
-fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
-    use core::{data_source::Specifier, substitution_format_string::Format};
-    let format = match plain {
-        AccessLogFormat::Text(None) => return None,
-        AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
-            specifier: Some(Specifier::InlineString(text.clone())),
-            watched_directory: None,
-        }),
-        AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
-            fields.clone().into_iter().collect(),
-        ))),
-    };
-    Some(core::SubstitutionFormatString {
-        format: Some(format),
-    })
 }

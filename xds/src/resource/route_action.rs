@@ -7,6 +7,7 @@ use super::{
     mirror_policy::MirrorPolicy,
     retry_policy::RetryPolicy,
     route::{self, FilterConfigs},
+    upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
@@ -29,6 +30,8 @@ pub struct RouteAction {
     pub cluster: ClusterSpecifier,
     /// Status where it does not exist.
     pub cluster_not_found: ClusterNotFound,
+    /// What connections may become, whatever the connection manager says.
+    pub upgrades: Vec<Upgrade>,
     /// `None` is unset (Envoy's 15 s where it applies), zero is off.
     pub timeout: Option<Duration>,
     /// `None` is unset, zero is off.
@@ -273,6 +276,7 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             Some(HostRewriteSpecifier::AutoHostRewrite(false)) | None => None,
         };
         let mirrors = problems.take_all("request_mirror_policies", wire.request_mirror_policies);
+        let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
         let hash_policy = problems.take_all("hash_policy", wire.hash_policy);
         problems.finish(Some(Self {
             priority,
@@ -280,6 +284,7 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             cluster,
             cluster_not_found,
             mirrors,
+            upgrades,
             timeout,
             idle_timeout,
             max_stream_duration,
@@ -453,6 +458,7 @@ impl From<&RouteAction> for wire::RouteAction {
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
+            upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             max_stream_duration: plain.max_stream_duration.map(|limit| {
                 wire::route_action::MaxStreamDuration {
                     max_stream_duration: Some(to_duration(limit)),

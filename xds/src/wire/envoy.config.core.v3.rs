@@ -363,7 +363,7 @@ impl RequestMethod {
 /// Somewhere to listen or connect.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Address {
-    #[prost(oneof = "address::Address", tags = "1")]
+    #[prost(oneof = "address::Address", tags = "1, 2")]
     pub address: ::core::option::Option<address::Address>,
 }
 /// Nested message and enum types in `Address`.
@@ -373,6 +373,9 @@ pub mod address {
         /// IP or name, and port.
         #[prost(message, tag = "1")]
         SocketAddress(super::SocketAddress),
+        /// A Unix domain socket.
+        #[prost(message, tag = "2")]
+        Pipe(super::Pipe),
     }
 }
 impl ::prost::Name for Address {
@@ -491,6 +494,46 @@ impl ::prost::Name for SocketAddress {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.core.v3.SocketAddress".into()
+    }
+}
+/// A Unix domain socket.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pipe {
+    /// Of its file; `@` at the beginning: no file, an abstract name.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Of the file.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+}
+impl ::prost::Name for Pipe {
+    const NAME: &'static str = "Pipe";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.Pipe".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.Pipe".into()
+    }
+}
+/// IP addresses that begin alike.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CidrRange {
+    /// One of them.
+    #[prost(string, tag = "1")]
+    pub address_prefix: ::prost::alloc::string::String,
+    /// How many bits they share; none unless said.
+    #[prost(message, optional, tag = "2")]
+    pub prefix_len: ::core::option::Option<u32>,
+}
+impl ::prost::Name for CidrRange {
+    const NAME: &'static str = "CidrRange";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.CidrRange".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.CidrRange".into()
     }
 }
 /// Resources in a file.
@@ -749,6 +792,9 @@ pub struct HttpProtocolOptions {
     /// A connection without a request closes after this.
     #[prost(message, optional, tag = "1")]
     pub idle_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// A connection takes no new request after this; only from clients.
+    #[prost(message, optional, tag = "3")]
+    pub max_connection_duration: ::core::option::Option<::prost_types::Duration>,
     /// A connection closes after so many; 0 is no limit.
     #[prost(message, optional, tag = "6")]
     pub max_requests_per_connection: ::core::option::Option<u32>,
@@ -791,6 +837,63 @@ impl ::prost::Name for Http2ProtocolOptions {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.core.v3.Http2ProtocolOptions".into()
+    }
+}
+/// How the header is written.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProxyProtocolConfig {
+    /// Which form.
+    #[prost(enumeration = "proxy_protocol_config::Version", tag = "1")]
+    pub version: i32,
+}
+/// Nested message and enum types in `ProxyProtocolConfig`.
+pub mod proxy_protocol_config {
+    /// Which form.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Version {
+        V1 = 0,
+        V2 = 1,
+    }
+    impl Version {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::V1 => "V1",
+                Self::V2 => "V2",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "V1" => Some(Self::V1),
+                "V2" => Some(Self::V2),
+                _ => None,
+            }
+        }
+    }
+}
+impl ::prost::Name for ProxyProtocolConfig {
+    const NAME: &'static str = "ProxyProtocolConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.ProxyProtocolConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.ProxyProtocolConfig".into()
     }
 }
 /// How a log line is composed.

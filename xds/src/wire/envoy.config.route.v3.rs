@@ -206,6 +206,9 @@ pub struct RouteAction {
     /// The host that was replaced is appended to x-forwarded-host.
     #[prost(bool, tag = "38")]
     pub append_x_forwarded_host: bool,
+    /// What connections may become, whatever the connection manager says.
+    #[prost(message, repeated, tag = "25")]
+    pub upgrade_configs: ::prost::alloc::vec::Vec<route_action::UpgradeConfig>,
     /// Whole exchange; 0 is off, unset is 15 s.
     #[prost(message, optional, tag = "8")]
     pub timeout: ::core::option::Option<::prost_types::Duration>,
@@ -278,6 +281,26 @@ pub mod route_action {
         }
         fn type_url() -> ::prost::alloc::string::String {
             "/envoy.config.route.v3.RouteAction.MaxStreamDuration".into()
+        }
+    }
+    /// What a connection may become.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct UpgradeConfig {
+        /// `websocket`.
+        #[prost(string, tag = "1")]
+        pub upgrade_type: ::prost::alloc::string::String,
+        /// True unless said.
+        #[prost(message, optional, tag = "2")]
+        pub enabled: ::core::option::Option<bool>,
+    }
+    impl ::prost::Name for UpgradeConfig {
+        const NAME: &'static str = "UpgradeConfig";
+        const PACKAGE: &'static str = "envoy.config.route.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.route.v3.RouteAction.UpgradeConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.route.v3.RouteAction.UpgradeConfig".into()
         }
     }
     /// What of a request is hashed, for policies that choose endpoints by hash.

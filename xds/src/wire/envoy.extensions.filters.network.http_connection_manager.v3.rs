@@ -33,6 +33,17 @@ pub struct HttpConnectionManager {
     /// True unless said.
     #[prost(message, optional, tag = "15")]
     pub generate_request_id: ::core::option::Option<bool>,
+    /// So many proxies before us are believed.
+    #[prost(uint32, tag = "19")]
+    pub xff_num_trusted_hops: u32,
+    /// x-forwarded-for stays as it is.
+    #[prost(bool, tag = "21")]
+    pub skip_xff_append: bool,
+    /// What connections may become, unless a route says otherwise.
+    #[prost(message, repeated, tag = "23")]
+    pub upgrade_configs: ::prost::alloc::vec::Vec<
+        http_connection_manager::UpgradeConfig,
+    >,
     /// No byte either way; 5 min unless said, 0 is off.
     #[prost(message, optional, tag = "24")]
     pub stream_idle_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -42,9 +53,15 @@ pub struct HttpConnectionManager {
     /// 60 unless said.
     #[prost(message, optional, tag = "29")]
     pub max_request_headers_kb: ::core::option::Option<u32>,
+    /// Dots and escapes are taken out of paths.
+    #[prost(message, optional, tag = "30")]
+    pub normalize_path: ::core::option::Option<bool>,
     /// Keep the client's x-request-id.
     #[prost(bool, tag = "32")]
     pub preserve_external_request_id: bool,
+    /// Several slashes in a row become one.
+    #[prost(bool, tag = "33")]
+    pub merge_slashes: bool,
     /// Whose `server` the client sees.
     #[prost(
         enumeration = "http_connection_manager::ServerHeaderTransformation",
@@ -56,11 +73,53 @@ pub struct HttpConnectionManager {
     pub common_http_protocol_options: ::core::option::Option<
         super::super::super::super::super::config::core::v3::HttpProtocolOptions,
     >,
+    /// Responses carry x-request-id.
+    #[prost(bool, tag = "37")]
+    pub always_set_request_id_in_response: bool,
+    /// The port that we listen on is taken off a host.
+    #[prost(bool, tag = "39")]
+    pub strip_matching_host_port: bool,
+    /// What becomes of escaped slashes in a path.
+    #[prost(
+        enumeration = "http_connection_manager::PathWithEscapedSlashesAction",
+        tag = "45"
+    )]
+    pub path_with_escaped_slashes_action: i32,
+    /// A dot at the end of a host is taken off.
+    #[prost(bool, tag = "47")]
+    pub strip_trailing_host_dot: bool,
+    /// The port that we listen on is told in x-forwarded-port.
+    #[prost(bool, tag = "51")]
+    pub append_x_forwarded_port: bool,
     #[prost(oneof = "http_connection_manager::RouteSpecifier", tags = "3, 4")]
     pub route_specifier: ::core::option::Option<http_connection_manager::RouteSpecifier>,
+    #[prost(oneof = "http_connection_manager::StripPortMode", tags = "42")]
+    pub strip_port_mode: ::core::option::Option<http_connection_manager::StripPortMode>,
 }
 /// Nested message and enum types in `HttpConnectionManager`.
 pub mod http_connection_manager {
+    /// What a connection may become.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct UpgradeConfig {
+        /// `websocket`.
+        #[prost(string, tag = "1")]
+        pub upgrade_type: ::prost::alloc::string::String,
+        /// True unless said.
+        #[prost(message, optional, tag = "3")]
+        pub enabled: ::core::option::Option<bool>,
+    }
+    impl ::prost::Name for UpgradeConfig {
+        const NAME: &'static str = "UpgradeConfig";
+        const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig"
+                .into()
+        }
+    }
     /// Which HTTP versions are spoken.
     #[derive(
         Clone,
@@ -144,6 +203,54 @@ pub mod http_connection_manager {
             }
         }
     }
+    /// What becomes of escaped slashes in a path.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum PathWithEscapedSlashesAction {
+        ImplementationSpecificDefault = 0,
+        KeepUnchanged = 1,
+        RejectRequest = 2,
+        UnescapeAndRedirect = 3,
+        UnescapeAndForward = 4,
+    }
+    impl PathWithEscapedSlashesAction {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::ImplementationSpecificDefault => "IMPLEMENTATION_SPECIFIC_DEFAULT",
+                Self::KeepUnchanged => "KEEP_UNCHANGED",
+                Self::RejectRequest => "REJECT_REQUEST",
+                Self::UnescapeAndRedirect => "UNESCAPE_AND_REDIRECT",
+                Self::UnescapeAndForward => "UNESCAPE_AND_FORWARD",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "IMPLEMENTATION_SPECIFIC_DEFAULT" => {
+                    Some(Self::ImplementationSpecificDefault)
+                }
+                "KEEP_UNCHANGED" => Some(Self::KeepUnchanged),
+                "REJECT_REQUEST" => Some(Self::RejectRequest),
+                "UNESCAPE_AND_REDIRECT" => Some(Self::UnescapeAndRedirect),
+                "UNESCAPE_AND_FORWARD" => Some(Self::UnescapeAndForward),
+                _ => None,
+            }
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum RouteSpecifier {
         /// Route table that comes from elsewhere.
@@ -154,6 +261,12 @@ pub mod http_connection_manager {
         RouteConfig(
             super::super::super::super::super::super::config::route::v3::RouteConfiguration,
         ),
+    }
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum StripPortMode {
+        /// Any port is taken off a host.
+        #[prost(bool, tag = "42")]
+        StripAnyHostPort(bool),
     }
 }
 impl ::prost::Name for HttpConnectionManager {

@@ -99,6 +99,26 @@ impl ::prost::Name for Int64Range {
         "/envoy.type.v3.Int64Range".into()
     }
 }
+/// From start up to, but not including, end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Int32Range {
+    /// First.
+    #[prost(int32, tag = "1")]
+    pub start: i32,
+    /// One after the last.
+    #[prost(int32, tag = "2")]
+    pub end: i32,
+}
+impl ::prost::Name for Int32Range {
+    const NAME: &'static str = "Int32Range";
+    const PACKAGE: &'static str = "envoy.type.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.v3.Int32Range".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.v3.Int32Range".into()
+    }
+}
 /// A status.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpStatus {

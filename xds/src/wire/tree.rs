@@ -118,10 +118,37 @@ pub mod envoy {
                     }
                 }
             }
+            pub mod listener {
+                pub mod http_inspector {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.http_inspector.v3.rs");
+                    }
+                }
+                pub mod original_dst {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.original_dst.v3.rs");
+                    }
+                }
+                pub mod proxy_protocol {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.proxy_protocol.v3.rs");
+                    }
+                }
+                pub mod tls_inspector {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.tls_inspector.v3.rs");
+                    }
+                }
+            }
             pub mod network {
                 pub mod http_connection_manager {
                     pub mod v3 {
                         include!("envoy.extensions.filters.network.http_connection_manager.v3.rs");
+                    }
+                }
+                pub mod tcp_proxy {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.network.tcp_proxy.v3.rs");
                     }
                 }
             }

@@ -1,0 +1,244 @@
+//! What a request's path, host and client are taken for: as the connection manager's options say, before it is routed.
+
+use crate::headers::{FORWARDED_FOR, Seen};
+use http::{
+    HeaderMap, HeaderValue, Method, Uri, header,
+    request::Parts,
+    uri::{Authority, PathAndQuery},
+};
+use outrigger_filters::error::Error;
+use outrigger_xds::resource::edge::{Edge, EscapedSlashes, StripPort};
+use std::net::IpAddr;
+
+/// Changes path and host; true if something was changed.
+///
+/// # Errors
+/// The path is not to be forwarded.
+pub(crate) fn target(parts: &mut Parts, edge: &Edge, listener_port: u16) -> Result<bool, Error> {
+    let path = path(parts, edge)?;
+    let host = host(parts, edge, listener_port);
+    Ok(path | host)
+}
+
+fn path(parts: &mut Parts, edge: &Edge) -> Result<bool, Error> {
+    if !edge.normalize_path && !edge.merge_slashes && edge.escaped_slashes == EscapedSlashes::Keep {
+        return Ok(false);
+    }
+    let before = parts.uri.path();
+    let mut path = before.to_owned();
+    if edge.escaped_slashes != EscapedSlashes::Keep {
+        path = unescape_slashes(&path);
+        if path != before && edge.escaped_slashes == EscapedSlashes::Reject {
+            return Err(refused());
+        }
+    }
+    if edge.normalize_path {
+        path = normalize(&path);
+    }
+    if edge.merge_slashes {
+        path = merge_slashes(&path);
+    }
+    if path == before {
+        return Ok(false);
+    }
+    let query = parts.uri.query();
+    let all = query.map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
+    let all: PathAndQuery = all.parse().map_err(|_| refused())?;
+    let mut uri = std::mem::take(&mut parts.uri).into_parts();
+    uri.path_and_query = Some(all);
+    parts.uri = Uri::from_parts(uri).map_err(|_| refused())?;
+    Ok(true)
+}
+
+fn refused() -> Error {
+    crate::head::unflagged(http::StatusCode::BAD_REQUEST, "path_normalization_failed")
+}
+
+fn unescape_slashes(path: &str) -> String {
+    let path = path.replace("%2F", "/").replace("%2f", "/");
+    path.replace("%5C", "\\").replace("%5c", "\\")
+}
+
+/// Unreserved characters are not escaped, backslashes are slashes, and no segment is a dot or two (RFC 3986, 6.2.2).
+fn normalize(path: &str) -> String {
+    let path = unescape_unreserved(path).replace('\\', "/");
+    let mut segments: Vec<&str> = Vec::new();
+    let mut parts = path.split('/').skip(1).peekable();
+    while let Some(segment) = parts.next() {
+        let is_last = parts.peek().is_none();
+        match segment {
+            "." | ".." => {
+                if segment == ".." {
+                    segments.pop();
+                }
+                if is_last {
+                    segments.push("");
+                }
+            }
+            _ => segments.push(segment),
+        }
+    }
+    format!("/{}", segments.join("/"))
+}
+
+fn unescape_unreserved(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(at) = rest.find('%') {
+        out.push_str(&rest[..at]);
+        let digits = rest.get(at + 1..at + 3);
+        let byte = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match byte.filter(|byte| byte.is_ascii_alphanumeric() || b"-._~".contains(byte)) {
+            Some(byte) => {
+                out.push(byte as char);
+                rest = &rest[at + 3..];
+            }
+            None => {
+                out.push('%');
+                rest = &rest[at + 1..];
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+fn merge_slashes(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    for letter in path.chars() {
+        if letter != '/' || !out.ends_with('/') {
+            out.push(letter);
+        }
+    }
+    out
+}
+
+fn host(parts: &mut Parts, edge: &Edge, listener_port: u16) -> bool {
+    if edge.strip_port == StripPort::None && !edge.strip_trailing_host_dot {
+        return false;
+    }
+    let keeps_port = parts.method == Method::CONNECT;
+    let strip = |host: &str| {
+        let mut stripped = host.to_owned();
+        if !keeps_port {
+            strip_port(&mut stripped, edge.strip_port, listener_port);
+        }
+        if edge.strip_trailing_host_dot {
+            strip_dot(&mut stripped);
+        }
+        (stripped != host).then_some(stripped)
+    };
+    let told = parts.headers.get(header::HOST);
+    let told = told.and_then(|host| strip(host.to_str().ok()?));
+    let told = told.and_then(|host| HeaderValue::try_from(host).ok());
+    let authority = parts.uri.authority();
+    let authority = authority.and_then(|authority| strip(authority.as_str()));
+    let authority = authority.and_then(|text| Authority::try_from(text).ok());
+    let changed = told.is_some() || authority.is_some();
+    if let Some(host) = told {
+        parts.headers.insert(header::HOST, host);
+    }
+    if let Some(authority) = authority {
+        let before = parts.uri.clone();
+        let mut uri = std::mem::take(&mut parts.uri).into_parts();
+        uri.authority = Some(authority);
+        parts.uri = Uri::from_parts(uri).unwrap_or(before);
+    }
+    changed
+}
+
+fn strip_port(host: &mut String, which: StripPort, listener_port: u16) {
+    let Some((name, port)) = host.rsplit_once(':') else {
+        return;
+    };
+    // A colon in an IPv6 address is none before a port.
+    let is_port = (!name.contains(':') || name.ends_with(']'))
+        && port.bytes().all(|byte| byte.is_ascii_digit());
+    let goes = match which {
+        StripPort::None => false,
+        StripPort::Any => true,
+        StripPort::Matching => port.parse() == Ok(listener_port),
+    };
+    if is_port && goes {
+        host.truncate(name.len());
+    }
+}
+
+fn strip_dot(host: &mut String) {
+    let end = host
+        .rfind(':')
+        .filter(|_| !host.ends_with(']'))
+        .unwrap_or(host.len());
+    if host[..end].ends_with('.') {
+        host.remove(end - 1);
+    }
+}
+
+/// The client as the nearest `hops` proxies before us tell it: so many addresses from the end of `x-forwarded-for`.
+pub(crate) fn told_client(headers: &HeaderMap, seen: &Seen, hops: u32) -> Option<IpAddr> {
+    let hops = usize::try_from(hops).ok().filter(|&hops| hops > 0)?;
+    if !seen.forwarded_for {
+        return None;
+    }
+    let lines = headers.get_all(FORWARDED_FOR).iter();
+    let all: Vec<&str> = lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','))
+        .collect();
+    let index = all.len().checked_sub(hops)?;
+    all[index].trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_made_what_they_mean() {
+        for (path, want) in [
+            ("/", "/"),
+            ("/a/b", "/a/b"),
+            ("/a/./b/../c", "/a/c"),
+            ("/a/%2e%2E/b", "/b"),
+            ("/../../a", "/a"),
+            ("/a/..", "/"),
+            ("/a/.", "/a/"),
+            ("/a/", "/a/"),
+            ("/%61%2Fb", "/a%2Fb"),
+            ("/a%zz%", "/a%zz%"),
+            ("/a\\b", "/a/b"),
+            ("//a//b", "//a//b"),
+        ] {
+            assert_eq!(normalize(path), want, "{path}");
+        }
+        assert_eq!(merge_slashes("//a///b/"), "/a/b/");
+        assert_eq!(unescape_slashes("/a%2Fb%2fc%5Cd%25"), "/a/b/c\\d%25");
+    }
+
+    #[test]
+    fn hosts_lose_ports_and_dots() {
+        let strip = |host: &str, which, dot| {
+            let mut parts = http::Request::new(()).into_parts().0;
+            parts.headers.insert(header::HOST, host.parse().unwrap());
+            let edge = Edge {
+                strip_port: which,
+                strip_trailing_host_dot: dot,
+                ..Edge::default()
+            };
+            super::host(&mut parts, &edge, 80);
+            parts.headers[header::HOST].to_str().unwrap().to_owned()
+        };
+        for (host, which, dot, want) in [
+            ("a:80", StripPort::Matching, false, "a"),
+            ("a:81", StripPort::Matching, false, "a:81"),
+            ("a:81", StripPort::Any, false, "a"),
+            ("[::1]", StripPort::Any, false, "[::1]"),
+            ("[::1]:9", StripPort::Any, false, "[::1]"),
+            ("a.:81", StripPort::None, true, "a:81"),
+            ("a.", StripPort::Any, true, "a"),
+            ("a.:5", StripPort::Any, true, "a"),
+        ] {
+            assert_eq!(strip(host, which, dot), want, "{host}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Upgrades: whether a request may ask for one, and what becomes of a connection when it gets it.
+//!
+//! From then on its bytes are nobody's but the two ends'. The connection's own task carries them, so that whatever counts
+//! the connection counts it until its end.
+
+use super::record::Record;
+use crate::{
+    head,
+    metrics::HttpStats,
+    pump::{self, Limits, Passed},
+    snapshot::HttpConfig,
+};
+use futures_util::{FutureExt, future::BoxFuture};
+use http::{HeaderValue, StatusCode, header, request::Parts};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use outrigger_filters::{
+    body::ResponseBody,
+    error::{Error, Flag},
+    filter::{End, LogFields},
+    sse::Summary,
+};
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+/// What a connection does after HTTP; taken once, when HTTP on it has ended.
+#[derive(Default)]
+pub(crate) struct Afterwards(Mutex<Option<BoxFuture<'static, ()>>>);
+
+impl std::fmt::Debug for Afterwards {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Afterwards")
+    }
+}
+
+impl Afterwards {
+    pub(crate) fn take(&self) -> Option<BoxFuture<'static, ()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn set(&self, tunnel: BoxFuture<'static, ()>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tunnel);
+    }
+}
+
+/// The client's end of what a request asks for.
+pub(super) struct Asked {
+    pub(super) protocol: HeaderValue,
+    client: OnUpgrade,
+}
+
+/// What a request asks for.
+///
+/// # Errors
+/// It may not, or cannot on this connection.
+pub(super) fn asked(parts: &mut Parts, config: &HttpConfig) -> Result<Asked, Error> {
+    let protocol = parts.headers.get(header::UPGRADE).cloned();
+    let allowed = protocol.filter(|protocol| config.may_upgrade(parts, protocol.as_bytes()));
+    match (allowed, parts.extensions.remove::<OnUpgrade>()) {
+        (Some(protocol), Some(client)) => Ok(Asked { protocol, client }),
+        _ => Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed")),
+    }
+}
+
+/// Makes a head ask for an upgrade.
+pub(super) fn announce(headers: &mut http::HeaderMap, protocol: &HeaderValue) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, protocol.clone());
+}
+
+/// How long the tunnel may last.
+pub(super) fn limits(idle: Option<Duration>, until: Option<std::time::Instant>) -> Limits {
+    Limits {
+        idle,
+        until: until.map(Into::into),
+    }
+}
+
+/// Both ends have agreed: when their HTTP is over, their bytes are carried.
+pub(super) fn begin(
+    asked: Asked,
+    upstream: OnUpgrade,
+    held: ResponseBody,
+    record: Record,
+    mut log: LogFields,
+    limits: Limits,
+) {
+    let connection = record.connection.clone();
+    let active = Active::new(record.stats.clone());
+    let tunnel = async move {
+        let (_active, _held) = (active, held);
+        let passed = Passed::default();
+        let mut record = record;
+        let end = match tokio::try_join!(asked.client, upstream) {
+            Ok((client, upstream)) => {
+                let (client, upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+                pump::run(client, upstream, limits, &passed).await
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an upgrade did not come about");
+                pump::End::Broken
+            }
+        };
+        match end {
+            pump::End::Idle => log.flags.push(Flag::StreamIdleTimeout),
+            pump::End::Expired => log.flags.push(Flag::DurationTimeout),
+            pump::End::Complete | pump::End::Broken => {}
+        }
+        record.bytes_received = passed.received.load(Relaxed);
+        record.end(Summary {
+            end: End::Complete,
+            bytes: passed.sent.load(Relaxed),
+            first_byte: None,
+            gap_p99: None,
+            log,
+        });
+    };
+    connection.afterwards.set(tunnel.boxed());
+}
+
+/// Counts an upgraded connection until dropped.
+struct Active(Arc<HttpStats>);
+
+impl Active {
+    fn new(stats: Arc<HttpStats>) -> Self {
+        stats.downstream_cx_upgrades_total.increment(1);
+        stats.downstream_cx_upgrades_active.increment(1.0);
+        Self(stats)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.downstream_cx_upgrades_active.decrement(1.0);
+    }
+}

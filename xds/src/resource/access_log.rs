@@ -1,0 +1,183 @@
+//! `envoy.config.accesslog.v3.AccessLog`: where requests and connections are logged, and how a line looks.
+
+use super::tls;
+use crate::{
+    problems::ConfigErrors,
+    protobuf::{pack, struct_from_json, struct_to_json, unpack},
+    wire::envoy::{
+        config::{accesslog::v3 as log, core::v3 as core},
+        extensions::access_loggers::{file::v3 as file, stream::v3 as stream},
+    },
+};
+use prost_types::Any;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// Where an access log goes and how it looks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AccessLog {
+    /// Where.
+    pub sink: AccessLogSink,
+    /// How.
+    pub format: AccessLogFormat,
+}
+
+/// Destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLogSink {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// A file, appended to.
+    File(String),
+}
+
+/// Shape of a line.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AccessLogFormat {
+    /// Text with operators; `None` is Envoy's default line.
+    Text(Option<String>),
+    /// A JSON object: keys and operator strings (or nested objects of them).
+    Json(BTreeMap<String, Value>),
+}
+
+impl TryFrom<log::AccessLog> for AccessLog {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: log::AccessLog) -> Result<Self, ConfigErrors> {
+        let Some(log::access_log::ConfigType::TypedConfig(any)) = wire.config_type else {
+            return Err(ConfigErrors::one("", "required: typed_config"));
+        };
+        let mut problems = ConfigErrors::default();
+        let log = problems.take("typed_config", logger(&any));
+        problems.finish(log)
+    }
+}
+
+fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
+    use {
+        file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
+        stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
+        stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
+    };
+    let (sink, format) = if let Some(file) = unpack::<file::FileAccessLog>(any)? {
+        if file.path.is_empty() {
+            return Err(ConfigErrors::one("path", "must not be empty"));
+        }
+        (
+            AccessLogSink::File(file.path),
+            file.access_log_format.map(|FileFormat(format)| format),
+        )
+    } else if let Some(stdout) = unpack::<stream::StdoutAccessLog>(any)? {
+        (
+            AccessLogSink::Stdout,
+            stdout.access_log_format.map(|StdoutFormat(format)| format),
+        )
+    } else if let Some(stderr) = unpack::<stream::StderrAccessLog>(any)? {
+        (
+            AccessLogSink::Stderr,
+            stderr.access_log_format.map(|StderrFormat(format)| format),
+        )
+    } else {
+        return Err(ConfigErrors::one(
+            "",
+            format!("not supported yet: {} as an access log", any.type_url),
+        ));
+    };
+    Ok(AccessLog {
+        sink,
+        format: log_format(format)?,
+    })
+}
+
+fn log_format(
+    wire: Option<core::SubstitutionFormatString>,
+) -> Result<AccessLogFormat, ConfigErrors> {
+    use core::{data_source::Specifier, substitution_format_string::Format};
+    let Some(wire) = wire else {
+        return Ok(AccessLogFormat::Text(None));
+    };
+    match wire.format {
+        Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: Some(Specifier::InlineString(text)),
+            ..
+        })) => Ok(AccessLogFormat::Text(Some(text))),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: Some(other),
+            ..
+        })) => Err(ConfigErrors::one(
+            "log_format.text_format_source",
+            tls::not_inline(&other),
+        )),
+        Some(Format::TextFormatSource(core::DataSource {
+            specifier: None, ..
+        })) => Err(ConfigErrors::one(
+            "log_format.text_format_source",
+            "required: inline_string",
+        )),
+        Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
+            Value::Object(fields) => Ok(AccessLogFormat::Json(fields.into_iter().collect())),
+            _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
+        },
+        None => Err(ConfigErrors::one(
+            "log_format",
+            "required: json_format or text_format_source",
+        )),
+    }
+}
+
+impl From<&AccessLog> for log::AccessLog {
+    fn from(plain: &AccessLog) -> Self {
+        use {
+            file::file_access_log::AccessLogFormat::LogFormat as FileFormat,
+            stream::stderr_access_log::AccessLogFormat::LogFormat as StderrFormat,
+            stream::stdout_access_log::AccessLogFormat::LogFormat as StdoutFormat,
+        };
+        let format = wire_format(&plain.format);
+        let (name, any) = match &plain.sink {
+            AccessLogSink::File(path) => {
+                let format = format.map(FileFormat);
+                let file = file::FileAccessLog {
+                    path: path.clone(),
+                    access_log_format: format,
+                };
+                ("envoy.access_loggers.file", pack(&file))
+            }
+            AccessLogSink::Stdout => {
+                let stdout = stream::StdoutAccessLog {
+                    access_log_format: format.map(StdoutFormat),
+                };
+                ("envoy.access_loggers.stdout", pack(&stdout))
+            }
+            AccessLogSink::Stderr => {
+                let stderr = stream::StderrAccessLog {
+                    access_log_format: format.map(StderrFormat),
+                };
+                ("envoy.access_loggers.stderr", pack(&stderr))
+            }
+        };
+        Self {
+            name: name.into(),
+            config_type: Some(log::access_log::ConfigType::TypedConfig(any)),
+        }
+    }
+}
+
+fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
+    use core::{data_source::Specifier, substitution_format_string::Format};
+    let format = match plain {
+        AccessLogFormat::Text(None) => return None,
+        AccessLogFormat::Text(Some(text)) => Format::TextFormatSource(core::DataSource {
+            specifier: Some(Specifier::InlineString(text.clone())),
+            watched_directory: None,
+        }),
+        AccessLogFormat::Json(fields) => Format::JsonFormat(struct_from_json(Value::Object(
+            fields.clone().into_iter().collect(),
+        ))),
+    };
+    Some(core::SubstitutionFormatString {
+        format: Some(format),
+    })
+}
