@@ -30,22 +30,28 @@ pub(super) fn says(text: &str) -> Value {
     }})
 }
 
+/// Adds the fields of an object.
+fn extend(config: &mut Value, fields: Value) {
+    let Value::Object(fields) = fields else {
+        panic!("{fields} has no fields");
+    };
+    config.as_object_mut().unwrap().extend(fields);
+}
+
 /// A network filter that carries bytes to a cluster.
 pub(super) fn carries(fields: Value) -> Value {
     let mut config = json!({
         "@type": format!("{TYPES}.filters.network.tcp_proxy.v3.TcpProxy"),
         "stat_prefix": "carries",
     });
-    let all = config.as_object_mut().unwrap();
-    all.extend(fields.as_object().unwrap().clone());
+    extend(&mut config, fields);
     json!({"name": "tcp", "typed_config": config})
 }
 
 /// A listener filter of this name.
 fn looks(name: &str, message: &str, fields: Value) -> Value {
     let mut config = json!({"@type": format!("{TYPES}.filters.listener.{name}.v3.{message}")});
-    let all = config.as_object_mut().unwrap();
-    all.extend(fields.as_object().unwrap().clone());
+    extend(&mut config, fields);
     json!({"name": name, "typed_config": config})
 }
 
@@ -54,7 +60,10 @@ fn tls_inspector() -> Value {
 }
 
 fn chain(matches: Value, filter: Value) -> Value {
-    json!({"filter_chain_match": matches, "filters": [filter]})
+    let mut chain = json!({});
+    chain["filter_chain_match"] = matches;
+    chain["filters"] = Value::from(vec![filter]);
+    chain
 }
 
 fn secured(chain: &Value, pair: &Pair) -> Value {
