@@ -51,7 +51,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
     let span = |raw: Option<&str>| raw.filter(|raw| *raw != "null").map(|raw| place(text, raw));
     let raw_prompt = fields.raw_prompt(api);
     let options = fields.stream_options.as_ref();
-    let prompt = raw_prompt.map_or(Prompt::None, |raw| kind(raw));
+    let prompt = raw_prompt.map_or(Prompt::None, kind);
     Some(OpenAiRequest {
         api,
         tenant: None,
@@ -167,7 +167,7 @@ impl<'a> Fields<'a> {
             Api::Responses => self.input,
             _ => None,
         };
-        self.media || self.prompt_embeds || parts.is_some_and(|raw| has_media(raw))
+        self.media || self.prompt_embeds || parts.is_some_and(has_media)
     }
 
     fn opaque(&self) -> bool {
