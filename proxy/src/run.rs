@@ -313,7 +313,7 @@ fn assemble(
         started: Instant::now(),
     });
     // From before anybody is listened to: what is told meanwhile is not to be missed.
-    let changed = fleet.watch();
+    let changed = (fleet.watch(), shared.clusters.watch_names());
     shared.begin()?;
     runtime.spawn(feed::follow_local(fleet, local));
     runtime.spawn(refresh_views(changed, shared.clone()));
@@ -452,8 +452,10 @@ fn none(discovery: &Discovery, errors: Vec<(String, String)>) -> Result<(), Vec<
     }
 }
 
-async fn refresh_views(mut members: watch::Receiver<u64>, shared: Arc<Shared>) {
-    let mut names = shared.clusters.watch_names();
+async fn refresh_views(
+    (mut members, mut names): (watch::Receiver<u64>, watch::Receiver<u64>),
+    shared: Arc<Shared>,
+) {
     loop {
         let changed = tokio::select! {
             changed = members.changed() => changed,
