@@ -13,7 +13,7 @@ use outrigger_xds::{
 };
 
 fn read<R: Resource>(text: &str) -> Vec<Candidate<R>> {
-    let response = response(text, Syntax::Yaml).unwrap();
+    let response = response(text, Syntax::Yaml).expect("a response");
     assert_eq!(response.version, "7");
     response.read()
 }
