@@ -44,7 +44,7 @@ fn everything_wrong_is_printed_and_the_exit_code_says_so() {
         dir.join("good.yaml"),
         dir.join("missing.yaml"),
     );
-    let text = "node: {id: 5}\nbogus: 1\nstatic_resources:\n  clusters:\n  - {name: a, lb_policy: MAGLEV}\n";
+    let text = "node: {id: 5}\nbogus: 1\nstatic_resources:\n  clusters:\n  - {name: a, lb_policy: CLUSTER_PROVIDED}\n";
     fs::write(&bad, text).expect("written");
     fs::write(&good, "{}").expect("written");
     let (code, printed) = validate(&[&bad, &good, &missing]);

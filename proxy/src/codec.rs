@@ -73,9 +73,8 @@ pub(crate) async fn serve(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
-    let mut draining = pin!(leave(&drain, asked));
+    let mut ending = pin!(ends(&drain, asked, enough, &stats));
     let mut over = pin!(drain.over());
-    let mut aged = pin!(enough.reached(&stats));
     let mut drained = false;
     // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
     // HTTP/2 has it for who asks nothing at all.
@@ -84,19 +83,11 @@ pub(crate) async fn serve(
         tokio::select! {
             biased;
             outcome = connection.as_mut() => break outcome,
-            () = &mut draining, if !drained => {
+            () = &mut ending, if !drained => {
                 drained = true;
-                stats.downstream_cx_drain_close.increment(1);
                 connection.as_mut().graceful_shutdown();
                 if asked.load(Relaxed) == NOTHING_YET {
                     // Half a head, at most: the codec would wait for the rest of it.
-                    return;
-                }
-            }
-            () = &mut aged, if !drained => {
-                drained = true;
-                connection.as_mut().graceful_shutdown();
-                if asked.load(Relaxed) == NOTHING_YET {
                     return;
                 }
             }
@@ -111,16 +102,22 @@ pub(crate) async fn serve(
             }
         }
     };
-    match outcome {
-        Err(error) => count(&stats, error.as_ref()),
-        Ok(()) => {
-            if let Some(tunnel) = after.afterwards.take() {
-                tokio::select! {
-                    () = tunnel => {}
-                    () = &mut over => {}
-                }
-            }
+    if let Err(error) = outcome {
+        count(&stats, error.as_ref());
+    } else if let Some(tunnel) = after.afterwards.take() {
+        tokio::select! {
+            () = tunnel => {}
+            () = &mut over => {}
         }
+    }
+}
+
+/// Completes when a connection is to take no more requests: it is to leave, or has had its time or its requests.
+async fn ends(drain: &Drain, asked: &AtomicU8, enough: &Enough, stats: &HttpStats) {
+    tokio::select! {
+        biased;
+        () = leave(drain, asked) => stats.downstream_cx_drain_close.increment(1),
+        () = enough.reached(stats) => {}
     }
 }
 

@@ -1078,7 +1078,7 @@ fn what_is_refused_by_name_is_not_also_missing() {
         (
             format!("{L}/address"),
             json!({"pipe": {"path": "/a"}}),
-            "pipe",
+            "for a listener",
         ),
         (
             format!("{route}/match"),

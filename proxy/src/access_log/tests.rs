@@ -168,7 +168,7 @@ fn addresses_in_text() {
     for (format, expect) in [
         (
             "%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
-            "127.0.0.1:50000 127.0.0.1:50000",
+            "127.0.0.1:50000 127.0.0.2:50001",
         ),
         (
             "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%",

@@ -229,13 +229,7 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             core::RoutingPriority::Default => Priority::Default,
             core::RoutingPriority::High => Priority::High,
         };
-        let cluster_not_found = match wire.cluster_not_found_response_code() {
-            ClusterNotFoundResponseCode::ServiceUnavailable => ClusterNotFound::ServiceUnavailable,
-            ClusterNotFoundResponseCode::NotFound => ClusterNotFound::NotFound,
-            ClusterNotFoundResponseCode::InternalServerError => {
-                ClusterNotFound::InternalServerError
-            }
-        };
+        let cluster_not_found = not_found(wire.cluster_not_found_response_code());
         let cluster = cluster(&mut problems, wire.cluster_specifier);
         let timeout = wire
             .timeout
@@ -294,6 +288,14 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             host_rewrite,
             append_x_forwarded_host: wire.append_x_forwarded_host,
         }))
+    }
+}
+
+fn not_found(code: ClusterNotFoundResponseCode) -> ClusterNotFound {
+    match code {
+        ClusterNotFoundResponseCode::ServiceUnavailable => ClusterNotFound::ServiceUnavailable,
+        ClusterNotFoundResponseCode::NotFound => ClusterNotFound::NotFound,
+        ClusterNotFoundResponseCode::InternalServerError => ClusterNotFound::InternalServerError,
     }
 }
 
