@@ -4,10 +4,6 @@
     clippy::unwrap_used,
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
-#![expect(
-    clippy::needless_pass_by_value,
-    reason = "a json! value is written where it is passed"
-)]
 
 mod balancing;
 mod breakers;
