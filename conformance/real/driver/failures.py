@@ -79,11 +79,8 @@ def verdict(stream, reply):
     return "ended with an error" if events_delivered(reply) else "failed: an error and nothing before it"
 
 
-def kill_under_load(report, label, victim, proxies, pid, in_its_words=False):
-    """Kills `pid` of the victim under load and judges every request. Returns figures.
-
-    With `in_its_words` some stream must have ended with the error that the engine itself reported.
-    """
+def kill_under_load(report, label, victim, proxies, pid):
+    """Kills `pid` of the victim under load and judges every request. Returns figures."""
     load = Load(proxies)
     try:
         # A block count that was never above 0 would prove nothing when it is 0 afterwards.
@@ -106,13 +103,9 @@ def kill_under_load(report, label, victim, proxies, pid, in_its_words=False):
     bad = {word: n for word, n in verdicts.items() if word not in ("answered", "ended with an error")}
     own = sum(stream and ENGINES_WORDS in reply.body for stream, reply in records)
     report.expect(f"7.4 {label}: it was in every index before", None not in (indexed, well), indexed)
-    if in_its_words:
-        report.expect(f"7.4 {label}: a stream ended with the engine's own error and [DONE]",
-                      any(stream and ENGINES_WORDS in reply.body and verdict(stream, reply) == "ended with an error"
-                          for stream, reply in records), own)
     report.expect(f"7.4 {label}: it died while it wrote to two clients and a third had nothing yet", well is not None, f"{struck} under way")
     report.expect(f"7.4 {label}: no request hung, none failed that had nothing delivered, no stream was torn", not bad, bad or verdicts)
-    report.expect(f"7.4 {label}: streams that had delivered ended with an error event and [DONE]", verdicts.get("ended with an error", 0) >= 1, verdicts)
+    report.expect(f"7.4 {label}: streams that had delivered went on at the other engine", "ended with an error" not in verdicts, verdicts)
     report.expect(f"7.4 {label}: the other engine serves", after and all(r.status == 200 for r in after), len(after))
     report.expect(f"7.4 {label}: the dead engine left every index", None not in gone, gone)
     report.expect(f"7.4 {label}: the dead engine is unhealthy in every proxy", None not in dead, dead)
@@ -163,7 +156,7 @@ def run(report, engines, proxies):
     victim, other = engines
     figures = {"api_server": kill_under_load(report, "API server killed", victim, proxies, lambda: victim.child.pid)}
     figures["api_server"]["back"] = comes_back(report, "API server killed", victim, proxies)
-    figures["worker"] = kill_under_load(report, "worker killed", victim, proxies, victim.worker_pid, in_its_words=True)
+    figures["worker"] = kill_under_load(report, "worker killed", victim, proxies, victim.worker_pid)
     figures["worker"]["back"] = comes_back(report, "worker killed", victim, proxies, "smollm2-also")
     union(report, victim, other, proxies)
     return figures
