@@ -265,6 +265,7 @@ struct Asking<'a> {
 struct Lead {
     body: Decoder,
     keep_alive: bool,
+    is_sized: bool,
     data: Bytes,
     trailers: Option<Box<HeaderMap>>,
 }
@@ -322,6 +323,7 @@ impl Asking<'_> {
     fn respond(self, parts: Parts, lead: Lead, endpoint: &Arc<Endpoint>) -> Response<ResponseBody> {
         let mut incoming = Incoming {
             lead: lead.data,
+            is_sized: lead.is_sized,
             body: lead.body,
             trailers: lead.trailers,
             exchange: Some(Exchange {
@@ -369,10 +371,12 @@ fn answer(bytes: &mut [u8], method: &Method) -> Result<Option<(Parts, Lead)>, Er
     };
     let rest = &mut bytes[head.used..];
     let mut body = head.body;
+    let is_sized = body.left().is_some();
     let decoded = body.decode(rest);
     let lead = Lead {
         // More than was announced: whatever it is, nobody asked for it.
         keep_alive: head.keep_alive && decoded.used == rest.len(),
+        is_sized,
         data: Bytes::copy_from_slice(&rest[..decoded.payload]),
         trailers: decoded.trailers,
         body,
@@ -427,6 +431,8 @@ struct Exchange {
 struct Incoming {
     /// Came with the head.
     lead: Bytes,
+    /// Its length was announced. Of any other it stays untold, though all of it came at once: it may have trailers.
+    is_sized: bool,
     body: Decoder,
     /// Come last.
     trailers: Option<Box<HeaderMap>>,
@@ -557,8 +563,8 @@ impl Body for Incoming {
     fn size_hint(&self) -> SizeHint {
         let lead = self.lead.len() as u64;
         match self.body.left() {
-            Some(left) => SizeHint::with_exact(left + lead),
-            None => {
+            Some(left) if self.is_sized => SizeHint::with_exact(left + lead),
+            _ => {
                 let mut hint = SizeHint::new();
                 hint.set_lower(lead);
                 hint
