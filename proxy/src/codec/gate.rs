@@ -7,7 +7,7 @@ use super::exchange::Odd;
 use crate::http::{ConnectionInfo, Manager};
 use bytes::{Buf, Bytes};
 use outrigger_filters::error::Flag;
-use outrigger_xds::resource::server_header::ServerHeader;
+use outrigger_xds::resource::{listener::Codec, server_header::ServerHeader};
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -20,6 +20,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 pub(super) const HEAD_BYTES_KEPT_MAX: usize = 8 * 1024;
 /// Unread bytes that are thrown away when a connection is closed.
 pub(super) const LEFTOVER_BYTES_MAX: usize = 64 * 1024;
+/// How HTTP/2 begins.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0";
 /// How hyper's own refusals begin.
 const REFUSAL: &[u8] = b"HTTP/1.1 4";
 
@@ -34,11 +36,16 @@ pub(super) struct Gate<S: AsyncRead + Unpin> {
     open: bool,
     /// What is left to say of our own refusal.
     words: Option<Bytes>,
+    /// Only this version is spoken, and no byte has told yet which one it is. (hyper forgets that where it lets
+    /// connections be upgraded.)
+    only: Option<Codec>,
 }
 
 impl<S: AsyncRead + Unpin> Gate<S> {
     pub(super) fn new(socket: S, manager: Arc<Manager>, info: Arc<ConnectionInfo>) -> Self {
+        let codec = manager.config.load().manager.codec;
         Self {
+            only: Some(codec).filter(|codec| *codec != Codec::Auto),
             socket,
             manager,
             info,
@@ -150,6 +157,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
+        let read = &buffer.filled()[before..];
+        if !read.is_empty()
+            && let Some(only) = self.only.take()
+            && !speaks(only, read)
+        {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
         if !self.open && !self.info.exchange.is_busy() {
             self.remember(&buffer.filled()[before..]);
         }
@@ -194,6 +208,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_words(cx))?;
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// Whether a connection that begins like this may be of the only version that is spoken.
+fn speaks(only: Codec, read: &[u8]) -> bool {
+    let begun = PREFACE.starts_with(&read[..read.len().min(PREFACE.len())]);
+    match only {
+        Codec::Auto => true,
+        Codec::Http2 => begun,
+        Codec::Http1 => !begun || read.len() < PREFACE.len(),
     }
 }
 
