@@ -11,6 +11,7 @@ use outrigger_conformance::harness::{
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{
     bootstrap::Bootstrap,
+    listener::Codec,
     route::{Action, RetryPolicy, RouteAction},
 };
 use std::{
@@ -18,7 +19,10 @@ use std::{
     net::SocketAddr,
     time::{Duration, Instant},
 };
-use tokio::{io::AsyncWriteExt, net::TcpSocket};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+};
 
 const CHAT: &str = "/v1/chat/completions";
 const WHOLE: &str = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
@@ -333,4 +337,66 @@ async fn all_lines_of_x_forwarded_for_are_kept_and_host_is_what_was_routed_by() 
     assert_eq!(got.line, "GET /path HTTP/1.1");
     assert_eq!(got.header("host"), "routed.example");
     assert_eq!(got.header("x-forwarded-for"), "1.1.1.1,2.2.2.2,127.0.0.1");
+}
+
+#[tokio::test]
+async fn a_chunked_answer_that_came_at_once_lost_its_trailers() {
+    let server = Upstream::start(|mut conn, _| async move {
+        let answer = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n4\r\nbody\r\n0\r\nx-sum: 1\r\n\r\n";
+        conn.write(answer).await.then_some(conn)
+    })
+    .await;
+    let proxy = ProxyBuilder::new().server(server.address).start();
+    let ask = "GET /x HTTP/1.1\r\nhost: a\r\nte: trailers\r\nconnection: close, te\r\n\r\n";
+    let answer = raw(proxy.outbound(), ask.as_bytes()).await;
+    assert!(!answer.contains("content-length"), "{answer}");
+    assert!(answer.ends_with("x-sum: 1\r\n\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_listener_for_one_http_version_spoke_the_other_too() {
+    let server = Upstream::named("a").await;
+    for (codec, spoken, other) in [
+        (
+            Codec::Http1,
+            Version::H1,
+            &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"[..],
+        ),
+        (
+            Codec::Http2,
+            Version::H2,
+            b"GET /x HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+        ),
+    ] {
+        let proxy = ProxyBuilder::new()
+            .server(server.address)
+            .edit(move |bootstrap| {
+                for listener in &mut bootstrap.listeners {
+                    listener.http().codec = codec;
+                }
+            })
+            .start();
+        let mut client = proxy.client(spoken).await;
+        assert_eq!(
+            client.send(request(Method::GET, "/x", "")).await.status,
+            200
+        );
+        for step in [1, other.len()] {
+            let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
+            socket.set_nodelay(true).unwrap();
+            for piece in other.chunks(step) {
+                // The rest of it may meet a closed door.
+                let _ = socket.write_all(piece).await;
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let mut answer = Vec::new();
+            let read =
+                tokio::time::timeout(Duration::from_secs(5), socket.read_to_end(&mut answer));
+            let _ = read.await.expect("it is closed");
+            assert!(
+                answer.is_empty(),
+                "{codec:?} in pieces of {step}: {answer:?}"
+            );
+        }
+    }
 }

@@ -36,16 +36,15 @@ pub(super) struct Gate<S: AsyncRead + Unpin> {
     open: bool,
     /// What is left to say of our own refusal.
     words: Option<Bytes>,
-    /// Only this version is spoken, and no byte has told yet which one it is. (hyper forgets that where it lets
-    /// connections be upgraded.)
-    only: Option<Codec>,
+    /// Until it is known which version begins, where only one is spoken.
+    only: Option<Only>,
 }
 
 impl<S: AsyncRead + Unpin> Gate<S> {
     pub(super) fn new(socket: S, manager: Arc<Manager>, info: Arc<ConnectionInfo>) -> Self {
         let codec = manager.config.load().manager.codec;
         Self {
-            only: Some(codec).filter(|codec| *codec != Codec::Auto),
+            only: Only::of(codec),
             socket,
             manager,
             info,
@@ -157,12 +156,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        let read = &buffer.filled()[before..];
-        if !read.is_empty()
-            && let Some(only) = self.only.take()
-            && !speaks(only, read)
-        {
-            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        if let Some(only) = &mut self.only {
+            match only.judge(&buffer.filled()[before..]) {
+                Some(true) => self.only = None,
+                Some(false) => {
+                    self.manager.stats.downstream_cx_protocol_error.increment(1);
+                    return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+                }
+                None => {}
+            }
         }
         if !self.open && !self.info.exchange.is_busy() {
             self.remember(&buffer.filled()[before..]);
@@ -211,13 +213,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<S> {
     }
 }
 
-/// Whether a connection that begins like this may be of the only version that is spoken.
-fn speaks(only: Codec, read: &[u8]) -> bool {
-    let begun = PREFACE.starts_with(&read[..read.len().min(PREFACE.len())]);
-    match only {
-        Codec::Auto => true,
-        Codec::Http2 => begun,
-        Codec::Http1 => !begun || read.len() < PREFACE.len(),
+/// Holds a connection to the one version that its listener speaks. hyper forgets that where it lets connections be
+/// upgraded.
+struct Only {
+    http2: bool,
+    /// Bytes of the preface that have come.
+    seen: usize,
+}
+
+impl Only {
+    fn of(codec: Codec) -> Option<Self> {
+        (codec != Codec::Auto).then_some(Self {
+            http2: codec == Codec::Http2,
+            seen: 0,
+        })
+    }
+
+    /// Whether what came next is of that version; `None` if that cannot be said yet.
+    fn judge(&mut self, read: &[u8]) -> Option<bool> {
+        let next = &PREFACE[self.seen..];
+        let count = read.len().min(next.len());
+        if read[..count] != next[..count] {
+            return Some(!self.http2);
+        }
+        self.seen += count;
+        (self.seen == PREFACE.len()).then_some(self.http2)
     }
 }
 
@@ -374,6 +394,23 @@ mod tests {
             let found = verdict(head, hyper);
             assert_eq!((found.status, found.details), (status, details));
         }
+    }
+
+    #[test]
+    fn one_version_is_told_from_the_other_however_it_is_cut() {
+        for (codec, begins, expected) in [
+            (Codec::Http2, &b"PRI * HTTP/2.0\r\n"[..], true),
+            (Codec::Http2, b"POST / HTTP/1.1\r\n", false),
+            (Codec::Http1, b"POST / HTTP/1.1\r\n", true),
+            (Codec::Http1, b"PRI * HTTP/2.0\r\n", false),
+        ] {
+            for step in 1..=begins.len() {
+                let mut only = Only::of(codec).unwrap();
+                let judged = begins.chunks(step).find_map(|piece| only.judge(piece));
+                assert_eq!(judged, Some(expected), "{codec:?}, pieces of {step}");
+            }
+        }
+        assert!(Only::of(Codec::Auto).is_none());
     }
 
     #[test]
