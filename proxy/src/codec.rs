@@ -73,6 +73,7 @@ pub(crate) async fn serve(
         TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
         service
     ));
+    let _forgets = Forgets(after.clone());
     let mut ending = pin!(ends(&drain, asked, enough, &stats));
     let mut over = pin!(drain.over());
     let mut drained = false;
@@ -92,8 +93,9 @@ pub(crate) async fn serve(
                 }
             }
             () = &mut over => return,
-            () = &mut silent, if !idle.is_zero() && asked.load(Relaxed) != HTTP_2 => {
-                let rest = after.exchange.rest().unwrap_or_default();
+            () = &mut silent, if !idle.is_zero() => {
+                let rests = asked.load(Relaxed) != HTTP_2;
+                let rest = after.exchange.rest().filter(|_| rests).unwrap_or_default();
                 if rest >= idle {
                     stats.downstream_cx_idle_timeout.increment(1);
                     return;
@@ -109,6 +111,16 @@ pub(crate) async fn serve(
             () = tunnel => {}
             () = &mut over => {}
         }
+    }
+}
+
+/// A connection that ends before its upgrade came about has nothing to do after HTTP: what it was to do holds the
+/// connection itself, and would never be dropped.
+struct Forgets(Arc<ConnectionInfo>);
+
+impl Drop for Forgets {
+    fn drop(&mut self) {
+        drop(self.0.afterwards.take());
     }
 }
 

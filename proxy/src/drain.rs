@@ -138,6 +138,15 @@ impl Drain {
         self.reached(Stage::Over).await;
     }
 
+    /// Completes when who has not asked anything yet is to go: the process drains, or what runs of the part is cut. (A part
+    /// that is only replaced still serves who came before.)
+    pub async fn ends(&self) {
+        tokio::select! {
+            () = self.process_begun() => {}
+            () = self.over() => {}
+        }
+    }
+
     async fn reached(&self, stage: Stage) {
         match &self.own {
             None => std::future::pending().await,

@@ -25,6 +25,10 @@ fn path(parts: &mut Parts, edge: &Edge) -> Result<bool, Error> {
         return Ok(false);
     }
     let before = parts.uri.path();
+    if edge.normalize_path && !is_escaped_well(before) {
+        // What is left of it once its neighbours are unescaped may be an escape that nobody judged.
+        return Err(refused());
+    }
     let mut path = before.to_owned();
     if edge.escaped_slashes != EscapedSlashes::Keep {
         path = unescape_slashes(&path);
@@ -52,6 +56,14 @@ fn path(parts: &mut Parts, edge: &Edge) -> Result<bool, Error> {
 
 fn refused() -> Error {
     crate::head::unflagged(http::StatusCode::BAD_REQUEST, "path_normalization_failed")
+}
+
+/// Whether two hexadecimal digits follow each percent sign.
+fn is_escaped_well(path: &str) -> bool {
+    path.split('%').skip(1).all(|rest| {
+        let digits = rest.as_bytes().get(..2);
+        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    })
 }
 
 fn unescape_slashes(path: &str) -> String {
@@ -180,13 +192,13 @@ pub(crate) fn told_client(headers: &HeaderMap, seen: &Seen, hops: u32) -> Option
     if !seen.forwarded_for {
         return None;
     }
+    // As bytes: what a client wrote before must not take the addresses behind it with it.
     let lines = headers.get_all(FORWARDED_FOR).iter();
-    let all: Vec<&str> = lines
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','))
+    let all: Vec<&[u8]> = lines
+        .flat_map(|line| line.as_bytes().split(|&byte| byte == b','))
         .collect();
     let index = all.len().checked_sub(hops)?;
-    all[index].trim().parse().ok()
+    std::str::from_utf8(all[index]).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -205,11 +217,19 @@ mod tests {
             ("/a/.", "/a/"),
             ("/a/", "/a/"),
             ("/%61%2Fb", "/a%2Fb"),
-            ("/a%zz%", "/a%zz%"),
             ("/a\\b", "/a/b"),
             ("//a//b", "//a//b"),
         ] {
             assert_eq!(normalize(path), want, "{path}");
+        }
+        for (path, well) in [
+            ("/a%2Fb%20", true),
+            ("/a%%32Fb", false),
+            ("/%zz", false),
+            ("/a%", false),
+            ("/%+f", false),
+        ] {
+            assert_eq!(is_escaped_well(path), well, "{path}");
         }
         assert_eq!(merge_slashes("//a///b/"), "/a/b/");
         assert_eq!(unescape_slashes("/a%2Fb%2fc%5Cd%25"), "/a/b/c\\d%25");
@@ -240,5 +260,22 @@ mod tests {
         ] {
             assert_eq!(strip(host, which, dot), want, "{host}");
         }
+    }
+
+    #[test]
+    fn a_client_is_told_by_the_proxies_before_us_and_by_nobody_else() {
+        let mut headers = HeaderMap::new();
+        let lines: [&[u8]; 2] = [b"\xff, 1.1.1.1", b"\xfe,2.2.2.2 , 3.3.3.3"];
+        for line in lines {
+            headers.append(FORWARDED_FOR, HeaderValue::from_bytes(line).unwrap());
+        }
+        let seen = Seen::of(&headers);
+        let told = |hops| told_client(&headers, &seen, hops).map(|client| client.to_string());
+        assert_eq!(told(0), None);
+        assert_eq!(told(1).as_deref(), Some("3.3.3.3"));
+        assert_eq!(told(2).as_deref(), Some("2.2.2.2"));
+        assert_eq!(told(3), None, "no address");
+        assert_eq!(told(4).as_deref(), Some("1.1.1.1"));
+        assert_eq!(told(6), None, "there are not so many");
     }
 }

@@ -200,13 +200,16 @@ async fn follow_peer(fleet: Arc<Fleet>, address: Address, tls: Option<Secured>) 
                 tokio::time::sleep(RETRY_MIN).await;
                 continue;
             }
-            Ok(Ended::Broke) => pause = RETRY_MIN,
+            Ok(Ended::Broke) => {
+                tracing::warn!(peer = %address, "the feed of a peer broke: nothing goes to its engines until it is heard again");
+                pause = RETRY_MIN;
+            }
             Err(error) => {
-                tracing::debug!(peer = %address, %error, "feed of a peer ended");
-                metrics::counter!("outrigger_feed_failures_total", "peer" => address.to_string())
-                    .increment(1);
+                tracing::debug!(peer = %address, %error, "the feed of a peer cannot be opened");
             }
         }
+        metrics::counter!("outrigger_feed_failures_total", "peer" => address.to_string())
+            .increment(1);
         gauge.set(0.0);
         fleet.lost(&source);
         tokio::time::sleep(pause).await;

@@ -279,14 +279,14 @@ pub(crate) fn append_forwarded_for(headers: &mut HeaderMap, seen: &Seen, peer: &
         headers.insert(FORWARDED_FOR, peer.clone());
         return;
     }
-    let mut text = String::new();
+    let mut list = Vec::new();
     // Several lines are one list.
     for line in headers.get_all(FORWARDED_FOR) {
-        text.push_str(line.to_str().unwrap_or_default());
-        text.push(',');
+        list.extend_from_slice(line.as_bytes());
+        list.push(b',');
     }
-    text.push_str(peer.to_str().unwrap_or_default());
-    if let Ok(value) = HeaderValue::try_from(text) {
+    list.extend_from_slice(peer.as_bytes());
+    if let Ok(value) = HeaderValue::try_from(list) {
         headers.insert(FORWARDED_FOR, value);
     }
 }

@@ -225,6 +225,7 @@ impl Manager {
         }
         self.identify(fields, &seen, record, config);
         forward(fields, &seen, record, config, connection);
+        context.connection = Some((record.remote, connection.local));
         context.request_id = record.request_id.clone();
         Ok(())
     }
@@ -548,8 +549,10 @@ fn forward(
         headers::strip_envoy(fields, at_edge);
     }
     let edge = &config.manager.edge;
+    // Whoever appends its own client counts from there, whoever does not believes one address more.
+    let hops = edge.trusted_hops + u32::from(!at_edge);
     let told = (!config.inbound)
-        .then(|| edge::told_client(fields, seen, edge.trusted_hops))
+        .then(|| edge::told_client(fields, seen, hops))
         .flatten();
     if let Some(client) = told {
         record.remote = SocketAddr::new(client, 0);

@@ -18,7 +18,6 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use behaviour::Behaviour;
-use futures_util::FutureExt;
 use look::Seen;
 use outrigger_xds::resource::listener::Listener;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
@@ -33,6 +32,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tokio::net::TcpStream;
 
 /// Connections of one listener over all workers; further ones are closed at once and counted.
 pub const CONNECTIONS_MAX: usize = 65_536;
@@ -208,44 +208,49 @@ pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io
     let listener = tokio::net::TcpListener::from_std(socket)?;
     let local = listener.local_addr()?;
     let mut ending = pin!(port.ends.begun());
-    let mut ended = false;
     loop {
-        let accepted = if ended {
-            // Who is in the queue when the address is given up is still served.
-            match listener.accept().now_or_never() {
-                Some(accepted) if !port.ends.has_begun() => accepted,
-                _ => return Ok(()),
-            }
-        } else {
-            tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = &mut ending => {
-                    ended = true;
-                    continue;
-                }
-            }
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut ending => break,
         };
         match accepted {
-            Ok((socket, remote)) => {
-                if port.load.open.load(Relaxed) >= CONNECTIONS_MAX {
-                    port.load.stats.downstream_cx_overflow.increment(1);
-                    continue;
-                }
-                let _ = socket.set_nodelay(true);
-                // Where it listens on all addresses, only the connection knows which it is.
-                let local = match local.ip().is_unspecified() {
-                    true => socket.local_addr().unwrap_or(local),
-                    false => local,
-                };
-                let arrived = Arrived::at(&port);
-                tokio::spawn(serve(socket.into(), Seen::new(local, remote), arrived));
-            }
+            Ok((socket, remote)) => begin(socket, remote, local, &port),
             Err(error) => {
                 tracing::warn!(%error, %local, "accept failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+    // Who is in the queue when the address is given up is still served. Asked of the system: what the runtime has noticed
+    // of the queue is not all of it.
+    let queue = listener.into_std()?;
+    while !port.ends.has_begun() {
+        match queue.accept() {
+            Ok((socket, remote)) => {
+                socket.set_nonblocking(true)?;
+                begin(TcpStream::from_std(socket)?, remote, local, &port);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    Ok(())
+}
+
+/// Takes a connection, if there may be one more.
+fn begin(socket: TcpStream, remote: SocketAddr, local: SocketAddr, port: &Arc<Port>) {
+    if port.load.open.load(Relaxed) >= CONNECTIONS_MAX {
+        port.load.stats.downstream_cx_overflow.increment(1);
+        return;
+    }
+    let _ = socket.set_nodelay(true);
+    // Where it listens on all addresses, only the connection knows which it is.
+    let local = match local.ip().is_unspecified() {
+        true => socket.local_addr().unwrap_or(local),
+        false => local,
+    };
+    let arrived = Arrived::at(port);
+    tokio::spawn(serve(socket.into(), Seen::new(local, remote), arrived));
 }
 
 /// A connection that has come to a port.
@@ -293,6 +298,8 @@ async fn serve(mut socket: Socket, mut seen: Seen, mut arrived: Arrived) {
                 return;
             }
         }
+        // Looking takes its time, and a push may have come meanwhile: its chains are those that count.
+        behaviour = arrived.active.behaviour.load_full();
     }
     let Arrived {
         counted, looking, ..

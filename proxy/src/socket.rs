@@ -46,7 +46,11 @@ impl From<UnixStream> for Socket {
 impl Socket {
     /// Gives bytes back that were read from it; they come before all others.
     pub(crate) fn give_back(&mut self, bytes: Bytes) {
-        self.unread = bytes;
+        self.unread = if self.unread.is_empty() {
+            bytes
+        } else {
+            [&bytes[..], &self.unread].concat().into()
+        };
     }
 
     /// The TCP socket, if it is one.
@@ -115,5 +119,25 @@ impl AsyncWrite for Socket {
             Kind::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
             Kind::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn bytes_given_back_twice_come_in_their_order() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut socket = Socket::from(ours);
+        socket.give_back(Bytes::from_static(b"second "));
+        socket.give_back(Bytes::new());
+        socket.give_back(Bytes::from_static(b"first "));
+        theirs.write_all(b"third").await.unwrap();
+        drop(theirs);
+        let mut all = String::new();
+        socket.read_to_string(&mut all).await.unwrap();
+        assert_eq!(all, "first second third");
     }
 }

@@ -52,6 +52,11 @@ impl TcpProxy {
         self.config == other.config
     }
 
+    /// How long nothing may come or go; zero is off.
+    pub(crate) fn idle_timeout(&self) -> Duration {
+        self.config.idle_timeout
+    }
+
     /// Serves one connection to its end, or until `over`.
     pub(crate) async fn serve(
         &self,

@@ -527,3 +527,47 @@ async fn a_push_changes_chains_and_open_connections_go_on() {
     assert!(answer[..count].ends_with(b"new"));
     assert!(get(address).await.ends_with("new"));
 }
+
+#[tokio::test]
+async fn a_connection_that_was_looked_at_during_a_push_was_closed() {
+    let listener = |prefix: &str| {
+        let mut says = says(prefix);
+        says["typed_config"]["stat_prefix"] = json!(prefix);
+        json!({
+            "name": "looks",
+            "listener_filters": [looks("http_inspector", "HttpInspector", json!({}))],
+            "filter_chains": [{"filters": [says]}],
+        })
+    };
+    let proxy = start(&[listener("before")], &[]);
+    let mut early = TcpStream::connect(at(&proxy, "looks")).await.unwrap();
+    early.write_all(b"GET").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut next = proxy.bootstrap.clone();
+    next.listeners.retain(|listener| listener.name != "looks");
+    next.listeners
+        .extend(read(&[listener("after")], &[]).unwrap().listeners);
+    proxy.proxy.apply(next).unwrap();
+    early
+        .write_all(b" / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    early.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with("after"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_silent_client_of_a_tls_chain_with_a_tcp_proxy_was_never_closed() {
+    let ca = Ca::new();
+    let server = named_tcp("server").await;
+    let carries = carries(json!({"cluster": "server", "idle_timeout": "0.3s"}));
+    let listener = json!({
+        "name": "silent",
+        "filter_chains": [secured(&json!({"filters": [carries]}), &ca.pair(&["a.test"]))],
+    });
+    let proxy = start(&[listener], &[cluster("server", server)]);
+    let mut socket = TcpStream::connect(at(&proxy, "silent")).await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(5), socket.read(&mut [0; 8])).await;
+    assert_eq!(read.expect("it is closed").unwrap_or(0), 0);
+}

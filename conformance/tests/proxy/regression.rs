@@ -400,3 +400,29 @@ async fn a_listener_for_one_http_version_spoke_the_other_too() {
         }
     }
 }
+
+#[tokio::test]
+async fn the_idle_timeout_cut_feeds_of_peers() {
+    let server =
+        Upstream::engine(
+            |mut conn, _| async move { conn.json("200 OK", "{}").await.then_some(conn) },
+        )
+        .await;
+    let near = ProxyBuilder::new()
+        .engine(server.address)
+        .edit(|bootstrap| {
+            for listener in &mut bootstrap.listeners {
+                listener.http().idle_timeout = Duration::from_millis(200);
+            }
+        })
+        .start();
+    let entry = ProxyBuilder::new().peer(near.inbound()).start();
+    entry.wait_alive(1).await;
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    let peer = near.inbound().to_string();
+    assert!(entry.metric("outrigger_feed_connected", &peer).await >= 1.0);
+    assert_eq!(
+        entry.metric("outrigger_feed_failures_total", &peer).await,
+        0.0
+    );
+}

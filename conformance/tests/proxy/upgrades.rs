@@ -2,7 +2,7 @@
 
 use super::listeners::{at, carries, cluster, start};
 use outrigger_conformance::harness::{
-    OneChain, ProxyBuilder, TestProxy, Upstream, add_server, raw,
+    Client, OneChain, ProxyBuilder, TestProxy, Upstream, add_server, eventually, raw,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{bootstrap::Bootstrap, route::Action, upgrade::Upgrade};
@@ -281,4 +281,55 @@ async fn what_an_upgrade_says_may_go_through_a_tcp_proxy() {
     let mut socket = opened(at(&front, "tcp")).await;
     socket.write_all(b"x").await.unwrap();
     exactly(&mut socket, "X").await;
+}
+
+#[tokio::test]
+async fn a_client_that_went_before_its_101_held_the_engines_connection_for_ever() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let proxy = proxy(address, |_| {});
+    let server = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let head = head(&mut socket).await.unwrap();
+        assert!(head.to_lowercase().contains("upgrade: websocket"), "{head}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let agreed = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+        socket.write_all(agreed).await.unwrap();
+        closed(&mut socket).await;
+    });
+    let mut client = TcpStream::connect(proxy.outbound()).await.unwrap();
+    // With a byte behind the head nobody looks for the client's end before the 101 is written.
+    client
+        .write_all(format!("{ASK}a").as_bytes())
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    client.set_zero_linger().unwrap();
+    drop(client);
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_open_websocket_counts_as_a_connection() {
+    let (server, _) = echoing().await;
+    let proxy = proxy(server, |_| {});
+    let active = || async {
+        let told = Client::get(proxy.admin(), "/clusters").await.text();
+        let line = told
+            .lines()
+            .find(|line| line.starts_with("fleet::") && line.contains("::cx_active::"));
+        line.unwrap_or_else(|| panic!("{told}"))
+            .rsplit(':')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    let mut socket = opened(proxy.outbound()).await;
+    assert_eq!(active().await, "1");
+    socket.shutdown().await.unwrap();
+    closed(&mut socket).await;
+    eventually("its connection to be counted as closed", || async {
+        (active().await == "0").then_some(())
+    })
+    .await;
 }

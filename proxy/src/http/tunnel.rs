@@ -70,10 +70,14 @@ pub(super) fn announce(headers: &mut http::HeaderMap, protocol: &HeaderValue) {
     headers.insert(header::UPGRADE, protocol.clone());
 }
 
+/// A tunnel through which nothing goes is ended after this where `stream_idle_timeout` is off (for generations, which have
+/// limits of their own): whoever vanished without a word would hold two sockets for ever. As `tcp_proxy`'s default.
+const TUNNEL_IDLE_SECONDS_MAX: u64 = 3_600;
+
 /// How long the tunnel may last.
 pub(super) fn limits(idle: Option<Duration>, until: Option<std::time::Instant>) -> Limits {
     Limits {
-        idle,
+        idle: Some(idle.unwrap_or(Duration::from_secs(TUNNEL_IDLE_SECONDS_MAX))),
         until: until.map(Into::into),
     }
 }

@@ -179,11 +179,12 @@ impl Chain {
 
     /// Most that a handshake may take, if it may not take for ever.
     fn handshake_limit(&self, server: &Server) -> Option<Duration> {
-        let idle = self
-            .manager()
-            .map(|manager| manager.config.load().manager.idle_timeout);
-        let limits = [Some(server.handshake_timeout()), idle];
-        limits.into_iter().flatten().find(|limit| !limit.is_zero())
+        let idle = match &self.serves {
+            Serves::Http(manager) => manager.config.load().manager.idle_timeout,
+            Serves::Tcp(proxy) => proxy.idle_timeout(),
+        };
+        let limits = [server.handshake_timeout(), idle];
+        limits.into_iter().find(|limit| !limit.is_zero())
     }
 
     /// Serves a connection that is for it, to its end.
@@ -260,6 +261,6 @@ async fn handshake(
             stats.downstream_cx_transport_socket_connect_timeout.increment(1);
             None
         }
-        () = drain.begun() => None,
+        () = drain.ends() => None,
     }
 }

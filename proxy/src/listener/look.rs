@@ -120,10 +120,10 @@ impl Look {
                 stats.downstream_pre_cx_timeout.increment(1);
                 self.go_on
             }
-            () = drain.begun() => false,
+            () = drain.ends() => false,
         };
         stats.downstream_pre_cx_active.decrement(1.0);
-        socket.give_back(seen.bytes.split().freeze());
+        socket.give_back(std::mem::take(&mut seen.bytes).freeze());
         passed
     }
 

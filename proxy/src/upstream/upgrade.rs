@@ -30,6 +30,8 @@ pub(super) async fn send(
     let (mut sender, driver) = handshake(TokioIo::new(stream))
         .await
         .map_err(|_| broken("remote reset", Retry::NothingSent))?;
+    let open = Arc::new(open);
+    let held = open.clone();
     tokio::spawn(async move {
         if let Err(error) = driver.with_upgrades().await {
             tracing::debug!(%error, "an upgrade's connection broke");
@@ -53,7 +55,12 @@ pub(super) async fn send(
             broken(reason, Retry::NothingReceived)
         })?;
     if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(response.map(|_| empty()));
+        // The driver ends here, the connection does not: it counts until whoever holds this body lets go.
+        let body = empty().map_err(move |error| {
+            let _ = &held;
+            error
+        });
+        return Ok(response.map(|_| body.boxed_unsync()));
     }
     Ok(response.map(|body| {
         // Whoever reads the refusal keeps its connection.
