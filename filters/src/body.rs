@@ -301,6 +301,12 @@ impl RequestBody {
         self.upload.clone().filter(|_| self.whole.is_none())
     }
 
+    /// Whether trailers are known to come after its bytes. Those of a body that still streams are not known yet.
+    #[must_use]
+    pub fn has_trailers(&self) -> bool {
+        self.trailers.is_some()
+    }
+
     /// The bytes that it was made of, if it was read whole and none of it was sent.
     #[must_use]
     pub fn parts(&self) -> Option<(Bytes, Bytes)> {

@@ -125,7 +125,14 @@ impl Balancer {
         }
         let endpoints: Vec<&Endpoint> = fit.iter().map(|&at| &*candidates[at]).collect();
         let at = match hash {
-            Some(hash) => self.tables.load().find(hash, &endpoints)?,
+            Some(hash) => self
+                .tables
+                .load()
+                .find(hash, &endpoints)
+                .unwrap_or_else(|| {
+                    // Whoever is well takes the request, though the table leads to nobody who is.
+                    random::weighted(endpoints.iter().map(|endpoint| endpoint.weight))
+                }),
             None => self.weighted(&endpoints)?,
         };
         Some(Chosen {

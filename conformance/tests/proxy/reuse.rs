@@ -94,6 +94,37 @@ async fn a_request_under_work_on_a_reused_connection_is_not_sent_twice() {
 }
 
 #[tokio::test]
+async fn a_request_that_was_answered_in_part_on_a_reused_connection_is_not_sent_twice() {
+    for part in [
+        "HTTP/1.1 100 Continue\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-le",
+    ] {
+        let known: Arc<Mutex<HashSet<usize>>> = Arc::default();
+        let server = Upstream::start(move |mut conn: Conn, got| {
+            let first = known.lock().unwrap().insert(got.connection);
+            async move {
+                if first {
+                    return conn.json("200 OK", "{}").await.then_some(conn);
+                }
+                conn.write(part).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                None
+            }
+        })
+        .await;
+        let proxy = warmed(&[&server], 1).await;
+        assert_eq!(ask(&proxy, "/other").await, 503, "{part}");
+        assert_eq!(
+            server.exchanges().len(),
+            2,
+            "one to warm up, one that the upstream had begun to answer: {part}"
+        );
+        let line = proxy.log(2).await.pop().unwrap();
+        assert_eq!(line["response_flags"], "UC", "{line}");
+    }
+}
+
+#[tokio::test]
 async fn a_generation_lost_on_a_reused_connection_is_counted_as_a_retry() {
     let one = hangs_up_on_the_second(AT_WORK).await;
     let two = Upstream::named("b").await;

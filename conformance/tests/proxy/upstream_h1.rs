@@ -65,6 +65,29 @@ async fn an_answer_of_http_1_0_ends_with_its_connection() {
 }
 
 #[tokio::test]
+async fn an_answer_of_http_1_0_reaches_the_client_in_http_1_1() {
+    let server = Upstream::start(|mut conn, _| async move {
+        conn.write("HTTP/1.0 200 OK\r\ncontent-length: 2, 2\r\n\r\nok")
+            .await;
+        None
+    })
+    .await;
+    let proxy = ProxyBuilder::new().server(server.address).start();
+    let mut socket = TcpStream::connect(proxy.outbound()).await.unwrap();
+    // Twice: its end is the upstream's connection's, not the client's.
+    for _ in 0..2 {
+        let ask = b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n";
+        socket.write_all(ask).await.unwrap();
+        let head = read_head(&mut socket).await;
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+        assert!(head.contains("\r\ncontent-length: 2\r\n"), "{head}");
+        let mut body = [0; 2];
+        socket.read_exact(&mut body).await.unwrap();
+        assert_eq!(&body, b"ok");
+    }
+}
+
+#[tokio::test]
 async fn a_connection_with_more_to_say_than_its_answer_is_not_used_again() {
     let spoiled = [
         "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",

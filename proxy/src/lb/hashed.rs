@@ -22,6 +22,8 @@ pub(super) struct Tables(BTreeMap<u32, Table>);
 struct Table {
     endpoints: Vec<Arc<Endpoint>>,
     places: Places,
+    /// Endpoints that have a place. (A ring may be too small for the light ones.)
+    placed: usize,
 }
 
 /// Indexes into the endpoints.
@@ -52,28 +54,61 @@ impl Tables {
                 LbPolicy::Maglev => maglev(config.table_size, &endpoints, &weights),
                 _ => ring(config.ring_size, &endpoints, &weights),
             };
-            (priority, Table { endpoints, places })
+            (priority, Table::new(endpoints, places))
         });
         Self(tables.collect())
     }
 
-    /// The first on the way from `hash` that is one of `fit`: an index into it.
+    /// The first on the way from `hash` that is one of `fit`: an index into it. `None` if none of them has a place here,
+    /// because it has too little weight or members have changed meanwhile.
     pub(super) fn find(&self, hash: u64, fit: &[&Endpoint]) -> Option<usize> {
         let table = self.0.get(&fit.first()?.priority)?;
         table.find(hash, |endpoint| {
-            fit.iter().position(|fit| std::ptr::eq(*fit, endpoint))
+            // By name: a push may have replaced the endpoint since the view was made.
+            let is_it = |fit: &&Endpoint| std::ptr::eq(*fit, endpoint) || fit.id == endpoint.id;
+            fit.iter().position(is_it)
         })
     }
 }
 
 impl Table {
+    fn new(endpoints: Vec<Arc<Endpoint>>, places: Places) -> Self {
+        let mut has_place = vec![false; endpoints.len()];
+        match &places {
+            Places::Ring(points) => points
+                .iter()
+                .for_each(|(_, index)| has_place[*index as usize] = true),
+            Places::Maglev(slots) => slots
+                .iter()
+                .for_each(|index| has_place[*index as usize] = true),
+        }
+        Self {
+            endpoints,
+            places,
+            placed: has_place.into_iter().filter(|has| *has).count(),
+        }
+    }
+
     fn find(&self, hash: u64, is_fit: impl Fn(&Endpoint) -> Option<usize>) -> Option<usize> {
-        let at = |index: u32| is_fit(&self.endpoints[index as usize]);
+        let mut unfit = Unfit::default();
+        let mut at = |index: u32| {
+            let index = index as usize;
+            if unfit.has(index) {
+                return None;
+            }
+            match is_fit(&self.endpoints[index]) {
+                Some(at) => Some(Some(at)),
+                None => unfit.add(index, self).then_some(None),
+            }
+        };
         match &self.places {
             Places::Ring(points) => {
                 let first = points.partition_point(|(point, _)| *point < hash);
                 let (before, after) = points.split_at(first);
-                after.iter().chain(before).find_map(|(_, index)| at(*index))
+                after
+                    .iter()
+                    .chain(before)
+                    .find_map(|(_, index)| at(*index))?
             }
             Places::Maglev(slots) => {
                 let size = slots.len() as u64;
@@ -87,9 +122,31 @@ impl Table {
                 rehashed
                     .map(|hash| (hash % size) as usize)
                     .chain(along)
-                    .find_map(|slot| at(slots[slot]))
+                    .find_map(|slot| at(slots[slot]))?
             }
         }
+    }
+}
+
+/// Those that a walk has met in vain.
+#[derive(Default)]
+struct Unfit {
+    /// By endpoint; empty until the first one, as nearly every walk ends where it begins.
+    met: Vec<bool>,
+    count: usize,
+}
+
+impl Unfit {
+    fn has(&self, index: usize) -> bool {
+        self.met.get(index).is_some_and(|met| *met)
+    }
+
+    /// One more. True if it was the last of the table that could be met.
+    fn add(&mut self, index: usize, table: &Table) -> bool {
+        self.met.resize(table.endpoints.len(), false);
+        self.met[index] = true;
+        self.count += 1;
+        self.count == table.placed
     }
 }
 
@@ -210,4 +267,32 @@ fn maglev(size: u64, endpoints: &[Arc<Endpoint>], weights: &[f64]) -> Places {
         slots = (0..endpoints.len() as u32).collect();
     }
     Places::Maglev(slots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn a_walk_ends_when_everybody_with_a_place_was_met() {
+        let endpoints: Vec<_> = (0..4)
+            .map(|at| {
+                Arc::new(Endpoint {
+                    hash_key: format!("e{at}").into(),
+                    weight: 1,
+                    ..Endpoint::default()
+                })
+            })
+            .collect();
+        for policy in [LbPolicy::RingHash, LbPolicy::Maglev] {
+            let tables = Tables::new(policy, &Balancing::default(), &[], &endpoints);
+            let asked = Cell::new(0);
+            let found = tables.0[&0].find(7, |_| {
+                asked.set(asked.get() + 1);
+                None
+            });
+            assert_eq!((found, asked.get()), (None, 4), "{policy:?}");
+        }
+    }
 }

@@ -335,6 +335,42 @@ fn a_hash_keeps_its_endpoint_while_that_is_well_and_others_come_and_go() {
     }
 }
 
+#[test]
+fn a_healthy_endpoint_without_a_place_in_the_table_is_better_than_none() {
+    let case = Case::new([spec(1), spec(1), spec(1)], |cluster| {
+        cluster.lb_policy = LbPolicy::RingHash;
+        cluster.balancing.ring_size = (1, 1);
+    });
+    let only = by_hash(&case, 7);
+    assert!(hashes(50).all(|hash| by_hash(&case, hash) == only));
+    case.view.endpoints[only]
+        .host
+        .set(Host::FAILED_ACTIVE_HC, true);
+    let used: std::collections::BTreeSet<_> =
+        hashes(100).map(|hash| by_hash(&case, hash)).collect();
+    assert!(
+        used.len() == 2 && !used.contains(&only),
+        "the others: {used:?}"
+    );
+}
+
+#[test]
+fn a_view_from_before_a_push_finds_its_endpoints_in_the_table_after_it() {
+    for policy in [LbPolicy::RingHash, LbPolicy::Maglev] {
+        let old = hashing(policy, &[1, 1, 1]);
+        let new = hashing(policy, &[1, 1, 1]);
+        for hash in hashes(200) {
+            let all = &old.view.endpoints;
+            let found = new.balancer.choose(&old.view, all, Some(hash));
+            assert_eq!(found.unwrap().index, by_hash(&old, hash), "{policy:?}");
+        }
+        let unknown = hashing(policy, &[1, 1, 1, 1]);
+        let all = &unknown.view.endpoints;
+        let found = new.balancer.choose(&unknown.view, &all[3..], Some(7));
+        assert_eq!(found.unwrap().index, 0, "{policy:?}: no table has it yet");
+    }
+}
+
 /// What Envoy puts there: point 0 of an endpoint is the hash of its key and `_0`, and a hash goes to the next point.
 #[test]
 fn a_ring_is_envoys() {

@@ -32,7 +32,10 @@ use std::{
     sync::Arc,
     task::{Context, Poll, ready},
 };
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::{
+    io::{AsyncRead, ReadBuf},
+    task::unconstrained,
+};
 
 /// Most bytes that are read, and handed on, at once. One buffer of this size per thread.
 const READ_BYTES_MAX: usize = 64 * 1024;
@@ -108,7 +111,9 @@ impl Conn {
         loop {
             let mut conn = with_idle(endpoint, |idle| idle.get_mut(&endpoint.address)?.pop())?;
             let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
-            if fresh && poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))).await {
+            // A task that has done its share for this turn is told that every socket waits, closed ones too.
+            let asked = unconstrained(poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))));
+            if fresh && asked.await {
                 return Some(conn);
             }
         }
@@ -179,7 +184,7 @@ pub(super) async fn send(
     let sent_ms = clock_ms();
     match exchange(conn, endpoint, request, options).await {
         // The peer was closing the connection this very moment: nothing came back, and a new one will tell.
-        Err(mut error) if closed_while_idle(&error, sent_ms) => {
+        Err(Failed { mut error, heard }) if !heard && closed_while_idle(&error, sent_ms) => {
             metrics::counter!("outrigger_upstream_stale_connections_total").increment(1);
             // The others are no younger, and whoever tries again is to get a new one.
             with_idle(endpoint, |idle| idle.remove(&endpoint.address));
@@ -190,7 +195,7 @@ pub(super) async fn send(
             error.retry = Retry::NothingSent;
             Err(error)
         }
-        outcome => outcome,
+        outcome => outcome.map_err(|failed| failed.error),
     }
 }
 
@@ -200,7 +205,16 @@ async fn send_anew(
     options: SendOptions,
 ) -> Result<Response<ResponseBody>, Error> {
     let conn = Conn::queued(endpoint, options).await?;
-    exchange(conn, endpoint, request, options).await
+    exchange(conn, endpoint, request, options)
+        .await
+        .map_err(|failed| failed.error)
+}
+
+/// An exchange that came to no answer.
+struct Failed {
+    error: Error,
+    /// Part of an answer had come: the upstream had read the request, and may work on it.
+    heard: bool,
 }
 
 fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
@@ -219,7 +233,7 @@ async fn exchange(
     endpoint: &Arc<Endpoint>,
     request: &mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Error> {
+) -> Result<Response<ResponseBody>, Failed> {
     let body = request.body_mut().hand_over();
     let upload = body.upload();
     let outgoing = Outgoing::new(request, body);
@@ -240,11 +254,12 @@ async fn exchange(
     match answer.and_then(std::convert::identity) {
         Ok((parts, lead)) => Ok(asking.respond(parts, lead, endpoint)),
         Err(error) => {
+            let heard = !asking.came.is_empty();
             let untouched = asking.outgoing.filter(|outgoing| !outgoing.has_begun());
             if let Some(outgoing) = untouched {
                 *request.body_mut() = outgoing.into_body();
             }
-            Err(error)
+            Err(Failed { error, heard })
         }
     }
 }
@@ -304,7 +319,8 @@ impl Asking<'_> {
     /// The connection ended without an answer.
     fn broken(&self, error: &io::Error) -> Error {
         let begun = self.outgoing.as_ref().is_none_or(Outgoing::has_begun);
-        let retry = if begun {
+        // Half an answer tells that the upstream was at work, whatever is still unsent.
+        let retry = if begun || !self.came.is_empty() {
             Retry::NothingReceived
         } else {
             Retry::NothingSent
@@ -570,5 +586,45 @@ impl Body for Incoming {
                 hint
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_xds::resource::route_action::Priority;
+    use std::{future::Future, pin::pin, time::Duration};
+
+    #[tokio::test]
+    async fn a_closed_connection_is_seen_by_a_task_that_has_done_its_share() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let endpoint = Arc::new(Endpoint {
+            address: Address {
+                host: address.ip().to_string(),
+                port: address.port(),
+            },
+            ..Endpoint::default()
+        });
+        let options = SendOptions {
+            connect_timeout: Duration::from_secs(5),
+            headers_timeout: None,
+            replace_stale: true,
+            upgrade: false,
+            priority: Priority::Default,
+        };
+        let conn = Conn::queued(&endpoint, options).await.unwrap();
+        conn.keep(&endpoint);
+        assert!(Conn::reuse(&endpoint).await.is_some_and(|conn| {
+            conn.keep(&endpoint);
+            true
+        }));
+        drop(listener.accept().await.unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let reused = poll_fn(|cx| {
+            while pin!(tokio::task::consume_budget()).poll(cx).is_ready() {}
+            pin!(Conn::reuse(&endpoint)).poll(cx)
+        });
+        assert!(reused.await.is_none(), "it is closed");
     }
 }

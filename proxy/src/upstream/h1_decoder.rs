@@ -186,6 +186,10 @@ impl Chunked {
             }
             (State::DataCr, b'\r') => State::DataLf,
             (State::DataLf, b'\n') => State::Size,
+            // httparse takes a line that ends with LF alone; whoever reads after us may not.
+            (State::Trailers, b'\n') if self.trailers.last() != Some(&b'\r') => {
+                return Err(Garbage);
+            }
             (State::Trailers, byte) => {
                 self.count_extra()?;
                 self.trailers.push(byte);
@@ -298,7 +302,7 @@ mod tests {
 
     #[test]
     fn what_is_no_chunk_is_garbage() {
-        let cases: [&[u8]; 14] = [
+        let cases: [&[u8]; 18] = [
             b"\r\n",
             b"x\r\n",
             b";a\r\n",
@@ -313,6 +317,10 @@ mod tests {
             b"0x3\r\n",
             b"11111111111111111\r\n",
             b"0\r\n: x\r\n\r\n",
+            b"0\r\nx: 1\ny: 2\r\n\r\n",
+            b"0\r\nx: 1\n\r\n\r\n",
+            b"0\r\nx: 1\r\n\n",
+            b"0\r\n\n",
         ];
         for wire in cases {
             for step in [1, wire.len()] {

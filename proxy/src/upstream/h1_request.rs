@@ -1,7 +1,7 @@
 //! A request on its way out over HTTP/1: its head serialised where it stands, its body as it comes.
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Method, Request, header};
+use http::{HeaderMap, HeaderName, Method, Request, header};
 use http_body::Body;
 use outrigger_filters::body::{BodyError, RequestBody};
 use std::{
@@ -50,7 +50,8 @@ impl Outgoing {
     pub(super) fn new(head: &Request<RequestBody>, body: RequestBody) -> Self {
         let mut front = FRONT.take();
         front.clear();
-        let length = body.size_hint().exact();
+        // Trailers have no place after a body of a told length.
+        let length = body.size_hint().exact().filter(|_| !body.has_trailers());
         write_head(&mut front, head, length);
         Self {
             front,
@@ -148,6 +149,9 @@ impl Outgoing {
         }
         self.write_front(format_args!("0\r\n"));
         for (name, value) in trailers.into_iter().flatten() {
+            if !may_trail(name) {
+                continue;
+            }
             write_field(&mut self.front, name.as_str(), value.as_bytes());
         }
         self.tail = b"\r\n";
@@ -218,6 +222,22 @@ fn write_head(out: &mut Vec<u8>, request: &Request<RequestBody>, length: Option<
     out.extend_from_slice(b"\r\n");
 }
 
+/// Whether a trailer is handed on: none that says where a message goes or ends, or what proxies tell one another, since
+/// nobody has looked at it there (RFC 9110, 6.5.1).
+fn may_trail(name: &HeaderName) -> bool {
+    let is_of_message = [
+        header::CONTENT_LENGTH,
+        header::TRANSFER_ENCODING,
+        header::HOST,
+        header::TRAILER,
+        header::TE,
+        header::CONNECTION,
+        header::UPGRADE,
+    ]
+    .contains(name);
+    !is_of_message && !name.as_str().starts_with("x-outrigger-")
+}
+
 fn write_length(out: &mut Vec<u8>, length: u64) {
     write_field(
         out,
@@ -239,4 +259,71 @@ pub(super) fn usually_has_content(method: &Method) -> bool {
         *method,
         Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT | Method::TRACE
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body::Frame;
+    use http_body_util::{BodyExt, StreamBody};
+    use std::future::poll_fn;
+
+    /// What goes out of a request whose body, of these pieces and trailers, was read whole before.
+    async fn sent(pieces: &[&'static str], trailers: &[(&'static str, &'static str)]) -> String {
+        let mut told = HeaderMap::new();
+        for (name, value) in trailers {
+            told.append(*name, value.parse().unwrap());
+        }
+        let data = pieces.iter().map(|piece| Frame::data((*piece).into()));
+        let told = (!told.is_empty()).then(|| Frame::trailers(told));
+        let frames: Vec<Result<_, BodyError>> = data.chain(told).map(Ok).collect();
+        let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+        let mut body = RequestBody::boxed(body);
+        body.read_whole(1000).await.unwrap();
+        let head = Request::post("/x").header("host", "a");
+        let mut request = head.header("content-length", "5").body(body).unwrap();
+        let body = request.body_mut().hand_over();
+        let mut outgoing = Outgoing::new(&request, body);
+        let mut wire = Vec::new();
+        poll_fn(|cx| outgoing.poll_send(cx, &mut wire))
+            .await
+            .unwrap();
+        String::from_utf8(wire).unwrap()
+    }
+
+    #[tokio::test]
+    async fn trailers_of_a_body_that_was_read_whole_are_not_lost() {
+        let chunked = "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
+        assert_eq!(
+            sent(&["he", "llo"], &[("x-sum", "1"), ("x-sum", "2")]).await,
+            format!("{chunked}5\r\nhello\r\n0\r\nx-sum: 1\r\nx-sum: 2\r\n\r\n")
+        );
+        assert_eq!(
+            sent(&[], &[("x-sum", "1")]).await,
+            format!("{chunked}0\r\nx-sum: 1\r\n\r\n")
+        );
+        assert_eq!(
+            sent(&["hello"], &[]).await,
+            "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello",
+            "without any the length is told"
+        );
+    }
+
+    #[tokio::test]
+    async fn trailers_do_not_frame_or_route_a_message() {
+        let trailers = [
+            ("content-length", "7"),
+            ("transfer-encoding", "chunked"),
+            ("host", "b"),
+            ("trailer", "x"),
+            ("te", "trailers"),
+            ("connection", "close"),
+            ("upgrade", "x"),
+            ("x-outrigger-via", "x"),
+            ("x-sum", "1"),
+        ];
+        let wire = sent(&["hello"], &trailers).await;
+        let (_, after) = wire.split_once("hello\r\n").unwrap();
+        assert_eq!(after, "0\r\nx-sum: 1\r\n\r\n");
+    }
 }

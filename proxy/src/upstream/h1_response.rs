@@ -40,7 +40,7 @@ pub(super) struct Head {
 pub(super) fn read(bytes: &[u8], asked: &Method) -> Result<Option<Head>, Garbage> {
     let mut skipped = 0;
     loop {
-        let Some((parts, used)) = read_one(&bytes[skipped..])? else {
+        let Some((mut parts, used)) = read_one(&bytes[skipped..])? else {
             return if bytes.len() >= RESPONSE_HEAD_BYTES_MAX {
                 Err(Garbage)
             } else {
@@ -52,9 +52,15 @@ pub(super) fn read(bytes: &[u8], asked: &Method) -> Result<Option<Head>, Garbage
             return Err(Garbage);
         }
         if !parts.status.is_informational() {
+            let length = length(&parts.headers)?;
+            let body = framing(&parts, length, asked)?;
+            let keep_alive = keep_alive(&parts);
+            // What follows is our answer, in our version and with one length.
+            parts.version = Version::HTTP_11;
+            say_length_once(&mut parts, length);
             return Ok(Some(Head {
-                body: framing(&parts, asked)?,
-                keep_alive: keep_alive(&parts),
+                body,
+                keep_alive,
                 parts,
                 used: skipped,
             }));
@@ -71,6 +77,9 @@ fn read_one(bytes: &[u8]) -> Result<Option<(Parts, usize)>, Garbage> {
     let httparse::Status::Complete(used) = parsed else {
         return Ok(None);
     };
+    if has_bare_lf(&bytes[..used]) {
+        return Err(Garbage);
+    }
     // One copy of the head; its values are parts of it.
     let head = Bytes::copy_from_slice(&bytes[..used]);
     let base = bytes.as_ptr() as usize;
@@ -96,15 +105,15 @@ fn read_one(bytes: &[u8]) -> Result<Option<(Parts, usize)>, Garbage> {
     Ok(Some((parts, used)))
 }
 
+/// A line that ends with LF alone: httparse takes it, and whoever else reads the same bytes may see other fields.
+fn has_bare_lf(head: &[u8]) -> bool {
+    memchr::memchr_iter(b'\n', head).any(|at| at == 0 || head[at - 1] != b'\r')
+}
+
 /// RFC 9112, 6.3. Where the end is anybody's guess, neither head nor body is handed on.
-fn framing(parts: &Parts, asked: &Method) -> Result<Decoder, Garbage> {
-    let headers = &parts.headers;
-    let coding = headers
-        .get_all(header::TRANSFER_ENCODING)
-        .iter()
-        .next_back();
-    let length = length(headers)?;
-    if coding.is_some() && (length.is_some() || parts.version == Version::HTTP_10) {
+fn framing(parts: &Parts, length: Option<u64>, asked: &Method) -> Result<Decoder, Garbage> {
+    let chunked = is_chunked(&parts.headers)?;
+    if chunked && (length.is_some() || parts.version == Version::HTTP_10) {
         return Err(Garbage);
     }
     let empty = *asked == Method::HEAD
@@ -115,11 +124,11 @@ fn framing(parts: &Parts, asked: &Method) -> Result<Decoder, Garbage> {
     if empty {
         return Ok(Decoder::Done);
     }
-    Ok(match (coding, length) {
-        (Some(coding), _) if ends_chunked(coding) => Decoder::chunked(),
-        (None, Some(0)) => Decoder::Done,
-        (None, Some(length)) => Decoder::Length(length),
-        (Some(_), _) | (None, None) => Decoder::UntilClose,
+    Ok(match (chunked, length) {
+        (true, _) => Decoder::chunked(),
+        (false, Some(0)) => Decoder::Done,
+        (false, Some(length)) => Decoder::Length(length),
+        (false, None) => Decoder::UntilClose,
     })
 }
 
@@ -143,9 +152,40 @@ fn length(headers: &HeaderMap) -> Result<Option<u64>, Garbage> {
     Ok(length)
 }
 
-fn ends_chunked(coding: &HeaderValue) -> bool {
-    let last = coding.as_bytes().rsplit(|&byte| byte == b',').next();
-    last.is_some_and(|last| last.trim_ascii().eq_ignore_ascii_case(b"chunked"))
+/// What counts, and nothing where there is no body to count. (Of HEAD and 304 it is the length of what was not sent.)
+fn say_length_once(parts: &mut Parts, length: Option<u64>) {
+    let Some(length) = length else {
+        return;
+    };
+    if parts.status == StatusCode::NO_CONTENT {
+        parts.headers.remove(header::CONTENT_LENGTH);
+        return;
+    }
+    let mut digits = itoa::Buffer::new();
+    let digits = digits.format(length).as_bytes();
+    let mut said = parts.headers.get_all(header::CONTENT_LENGTH).iter();
+    if said.next().is_none_or(|first| first.as_bytes() != digits) || said.next().is_some() {
+        let length = HeaderValue::from(length);
+        parts.headers.insert(header::CONTENT_LENGTH, length);
+    }
+}
+
+/// Whether the body comes in chunks. Any other coding, and more than one, is garbage: we would hand on what we cannot
+/// decode, without what tells how it is coded.
+fn is_chunked(headers: &HeaderMap) -> Result<bool, Garbage> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let Some(coding) = codings.next() else {
+        return Ok(false);
+    };
+    let chunked = coding
+        .as_bytes()
+        .trim_ascii()
+        .eq_ignore_ascii_case(b"chunked");
+    if chunked && codings.next().is_none() {
+        Ok(true)
+    } else {
+        Err(Garbage)
+    }
 }
 
 fn keep_alive(parts: &Parts) -> bool {
@@ -181,8 +221,8 @@ mod tests {
             ),
             ("content-length: 3, 3", Decoder::Length(3), true),
             ("content-length: 0", Decoder::Done, true),
-            ("Transfer-Encoding: gzip, Chunked", Decoder::chunked(), true),
-            ("transfer-encoding: gzip", Decoder::UntilClose, true),
+            ("Transfer-Encoding: Chunked", Decoder::chunked(), true),
+            ("transfer-encoding:\t chunked ", Decoder::chunked(), true),
             ("connection: x, Close", Decoder::UntilClose, false),
         ] {
             let text = format!("HTTP/1.1 200 OK\r\nx: 1\r\n{fields}\r\n\r\nbody");
@@ -196,7 +236,11 @@ mod tests {
         let old = head("HTTP/1.0 200 OK\r\ncontent-length: 3\r\n\r\n")
             .unwrap()
             .unwrap();
-        assert!(!old.keep_alive);
+        assert_eq!(
+            (old.keep_alive, old.parts.version),
+            (false, Version::HTTP_11),
+            "it ends as an old answer does, and is handed on as ours"
+        );
         let old = "HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 3\r\n\r\n";
         assert!(head(old).unwrap().unwrap().keep_alive);
     }
@@ -208,6 +252,37 @@ mod tests {
         for status in ["204 No Content", "304 Not Modified"] {
             let text = format!("HTTP/1.1 {status}\r\netag: 1\r\n\r\n");
             assert!(head(&text).unwrap().unwrap().body.is_done());
+        }
+    }
+
+    #[test]
+    fn a_length_said_twice_is_not_handed_on_as_it_came() {
+        for (status, fields, told) in [
+            ("200 OK", "content-length: 3", Some("3")),
+            (
+                "200 OK",
+                "content-length: 3\r\ncontent-length: 3",
+                Some("3"),
+            ),
+            ("200 OK", "content-length: 3, 3", Some("3")),
+            ("200 OK", "content-length: 003", Some("3")),
+            ("304 Not Modified", "content-length: 3, 3", Some("3")),
+            ("200 OK", "x: 1", None),
+            ("204 No Content", "content-length: 0", None),
+            (
+                "204 No Content",
+                "content-length: 3\r\ncontent-length: 3",
+                None,
+            ),
+        ] {
+            let text = format!("HTTP/1.1 {status}\r\n{fields}\r\n\r\n");
+            let parts = head(&text).unwrap().unwrap().parts;
+            let found: Vec<_> = parts
+                .headers
+                .get_all(header::CONTENT_LENGTH)
+                .iter()
+                .collect();
+            assert_eq!(found, Vec::from_iter(told), "{text}");
         }
     }
 
@@ -239,6 +314,19 @@ mod tests {
             "HTTP/1.1 200 OK\r\ncontent-length: +3\r\n\r\n",
             "HTTP/1.1 200 OK\r\ncontent-length: 3,\r\n\r\n",
             "HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding:\r\n\r\n",
+            "HTTP/1.1 304 OK\r\ntransfer-encoding: gzip\r\n\r\n",
+            "HTTP/1.1 200 OK\ncontent-length: 0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nx: 1\ncontent-length: 0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 0\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\n",
+            "\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+            "HTTP/1.1 100 Continue\n\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
             "HTTP/1.1 200 OK\r\nx: 1\r\n folded\r\n\r\n",
             "HTTP/1.1 200 OK\r\nx : 1\r\n\r\n",
             &format!("HTTP/1.1 200 OK\r\n{many}\r\n"),

@@ -1,7 +1,8 @@
 //! Circuit breakers of connections: whether one more may be opened, and who waits until one is free.
 //!
 //! As in Envoy limits are of the cluster, and pools are of a worker: a worker that has no connection to an endpoint may
-//! open one whatever the limit says, since nobody else's would come free for it. Who waits does so in its own task.
+//! open one whatever the limit says, since nobody else's would come free for it. Who waits does so in its own task, and
+//! is woken by what comes free on its worker; what comes free elsewhere it finds by looking now and then.
 
 use ahash::AHashMap;
 use outrigger_filters::{
@@ -13,8 +14,12 @@ use outrigger_xds::resource::{endpoint::Address, route_action::Priority};
 use std::{
     cell::{Cell, RefCell},
     sync::Arc,
+    time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
+
+/// Longest wait before one that waits looks whether another worker, or another endpoint, has made room.
+const LOOK_AGAIN_MS_MAX: u64 = 50;
 
 /// Which pool: address, and how it is secured (0 is not at all).
 type Key = (Address, u64);
@@ -41,6 +46,8 @@ fn key(endpoint: &Endpoint) -> Key {
 #[derive(Debug)]
 pub(super) struct Slot {
     key: Key,
+    /// It is of this worker's pool, so that it may come free for the next request.
+    pooled: bool,
     _held: Held,
 }
 
@@ -55,20 +62,31 @@ impl Slot {
             .try_hold(priority, Kind::Connection)
             .or_else(|| none_here().then(|| breakers.hold(priority, Kind::Connection)))?;
         POOLS.with_borrow_mut(|pools| pools.entry(key.clone()).or_default().open += 1);
-        Some(Self { key, _held: held })
+        Some(Self {
+            key,
+            pooled: true,
+            _held: held,
+        })
     }
 }
 
 /// Room for a connection of its own, which no request after it will use. It does not wait: what comes free in pools is
-/// of no use to it.
+/// of no use to it, nor does it count as one of a pool, since nobody who waits would get it.
 ///
 /// # Errors
 /// There may be no more.
 pub(super) fn room(endpoint: &Endpoint, priority: Priority) -> Result<Slot, Error> {
-    Slot::take(endpoint, priority).ok_or_else(|| {
-        count_overflow(endpoint);
-        Error::overflow()
-    })
+    match endpoint.breakers.try_hold(priority, Kind::Connection) {
+        Some(held) => Ok(Slot {
+            key: key(endpoint),
+            pooled: false,
+            _held: held,
+        }),
+        None => {
+            count_overflow(endpoint);
+            Err(Error::overflow())
+        }
+    }
 }
 
 fn count_overflow(endpoint: &Endpoint) {
@@ -82,7 +100,8 @@ impl Drop for Slot {
         let _ = POOLS.try_with(|pools| {
             let mut pools = pools.borrow_mut();
             if let Some(pool) = pools.get_mut(&self.key) {
-                pool.open = pool.open.saturating_sub(1);
+                // Either way there is room for a new one.
+                pool.open = pool.open.saturating_sub(usize::from(self.pooled));
                 pool.freed.notify_one();
                 if pool.open == 0 && Arc::strong_count(&pool.freed) == 1 {
                     pools.remove(&self.key);
@@ -164,22 +183,29 @@ impl<'a> Queue<'a> {
     /// # Errors
     /// It took too long.
     pub(super) async fn turn(&mut self) -> Result<Option<Slot>, Error> {
-        if let Some(slot) = Slot::take(self.endpoint, self.priority) {
-            return Ok(Some(slot));
-        }
-        if self.waiting.is_none() {
-            self.waiting = Some(Waiting::new());
-            count_overflow(self.endpoint);
-        }
-        let freed = POOLS
-            .with_borrow_mut(|pools| pools.entry(key(self.endpoint)).or_default().freed.clone());
-        match self.until {
-            None => freed.notified().await,
-            Some(until) => tokio::time::timeout_at(until, freed.notified())
+        loop {
+            if let Some(slot) = Slot::take(self.endpoint, self.priority) {
+                return Ok(Some(slot));
+            }
+            if self.waiting.is_none() {
+                self.waiting = Some(Waiting::new());
+                count_overflow(self.endpoint);
+            }
+            let freed = POOLS.with_borrow_mut(|pools| {
+                pools.entry(key(self.endpoint)).or_default().freed.clone()
+            });
+            let look_again = Instant::now() + Duration::from_millis(LOOK_AGAIN_MS_MAX);
+            let until = self.until.map_or(look_again, |until| until.min(look_again));
+            if tokio::time::timeout_at(until, freed.notified())
                 .await
-                .map_err(|_| Error::upstream_timeout())?,
+                .is_ok()
+            {
+                return Ok(None);
+            }
+            if self.until.is_some_and(|until| until <= Instant::now()) {
+                return Err(Error::upstream_timeout());
+            }
         }
-        Ok(None)
     }
 }
 
@@ -187,4 +213,83 @@ fn overflow(endpoint: &Endpoint) -> Error {
     metrics::counter!("envoy_cluster_upstream_rq_pending_overflow", "envoy_cluster_name" => endpoint.cluster.to_string())
         .increment(1);
     Error::overflow()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_filters::breakers::Breakers;
+    use outrigger_xds::resource::cluster::CircuitBreakers;
+
+    fn endpoint(connections_max: u32) -> Arc<Endpoint> {
+        let mut limits = CircuitBreakers::default();
+        limits.default.max_connections = connections_max;
+        Arc::new(Endpoint {
+            breakers: Arc::new(Breakers::new("c".into(), &limits)),
+            ..Endpoint::default()
+        })
+    }
+
+    fn options() -> SendOptions {
+        SendOptions {
+            connect_timeout: Duration::from_secs(1),
+            headers_timeout: Some(Duration::from_secs(10)),
+            replace_stale: true,
+            upgrade: false,
+            priority: Priority::Default,
+        }
+    }
+
+    #[test]
+    fn a_connection_of_its_own_is_nobodys_pool() {
+        let endpoint = endpoint(1);
+        let own = room(&endpoint, Priority::Default).unwrap();
+        assert!(room(&endpoint, Priority::Default).is_err(), "the limit");
+        let first = Slot::take(&endpoint, Priority::Default);
+        assert!(first.is_some(), "nothing here would come free for it");
+        assert!(Slot::take(&endpoint, Priority::Default).is_none());
+        drop(own);
+        assert!(Slot::take(&endpoint, Priority::Default).is_none());
+        drop(first);
+        assert!(
+            POOLS.with_borrow(|pools| pools.is_empty()),
+            "nothing is left"
+        );
+    }
+
+    #[test]
+    fn a_pool_of_none_gives_no_room_beyond_the_limit_to_one_of_its_own() {
+        let endpoint = endpoint(0);
+        assert!(room(&endpoint, Priority::Default).is_err());
+        assert!(Slot::take(&endpoint, Priority::Default).is_some());
+    }
+
+    #[tokio::test]
+    async fn room_that_another_worker_makes_is_found() {
+        let endpoint = endpoint(2);
+        let _ours = Slot::take(&endpoint, Priority::Default).unwrap();
+        let there = endpoint.clone();
+        let theirs = std::thread::spawn(move || Slot::take(&there, Priority::Default));
+        let theirs = theirs.join().unwrap().unwrap();
+        let mut queue = Queue::enter(&endpoint, &options()).unwrap();
+        let turn = tokio::time::timeout(Duration::from_secs(5), queue.turn());
+        let free = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            std::thread::spawn(move || drop(theirs)).join().unwrap();
+        };
+        let (turn, ()) = tokio::join!(turn, free);
+        let slot = turn.expect("nobody wakes it, so it looks").unwrap();
+        assert!(slot.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_too_long_is_told_when_it_is_too_long() {
+        let endpoint = endpoint(1);
+        let _ours = Slot::take(&endpoint, Priority::Default).unwrap();
+        let mut queue = Queue::enter(&endpoint, &options()).unwrap();
+        let began = Instant::now();
+        assert!(queue.turn().await.is_err());
+        let waited = began.elapsed().as_millis();
+        assert!((10_000..10_100).contains(&waited), "{waited} ms");
+    }
 }
