@@ -13,9 +13,13 @@ install_missing() {
   lacking=$("$missing" | tr '\n' ' ')
   if [ -n "$lacking" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     echo "$stage: installing $lacking" >&2
-    apt-get update -qq
-    # shellcheck disable=SC2086 # one word per package
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $lacking > /dev/null
+    # Two stages may install at once, and apt does not wait for itself.
+    (
+      flock 9
+      apt-get update -qq
+      # shellcheck disable=SC2086 # one word per package
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $lacking > /dev/null
+    ) 9> "${TMPDIR:-/tmp}/outrigger-apt.lock"
     lacking=$("$missing" | tr '\n' ' ')
   fi
   if [ -n "$lacking" ]; then
