@@ -1,7 +1,7 @@
 //! What does the plainest reverse proxy cost? hyper with hyper-util's pooled client, on one thread.
 //!
 //! Round robin, hop-by-hop headers dropped, bodies streamed: it has no feature that a measurement could blame.
-//! usage: `floor LISTEN_PORT UPSTREAM_PORT…`
+//! usage: `floor [--tls CERTIFICATE KEY] LISTEN_PORT UPSTREAM_PORT…`
 
 use http::{
     HeaderName, Request, Response, StatusCode, Uri, Version, header, uri::Authority,
@@ -17,7 +17,11 @@ use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio_rustls::rustls::{self, ServerConfig};
 
 const ACCEPT_BACKLOG: u32 = 16384;
 const POOL_IDLE: Duration = Duration::from_secs(60);
@@ -64,7 +68,18 @@ impl Floor {
             .body(body)
     }
 
-    async fn serve(self: Arc<Self>, socket: TcpStream) {
+    async fn accept(self: Arc<Self>, socket: TcpStream, tls: Option<TlsAcceptor>) {
+        match tls {
+            None => self.serve(socket).await,
+            Some(tls) => {
+                if let Ok(stream) = tls.accept(socket).await {
+                    self.serve(stream).await;
+                }
+            }
+        }
+    }
+
+    async fn serve(self: Arc<Self>, socket: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
         let mut builder = auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new());
         let service = service_fn(move |request| Arc::clone(&self).proxy(request));
@@ -75,7 +90,23 @@ impl Floor {
     }
 }
 
-async fn run(listen: u16, upstreams: Vec<Authority>) -> Result<(), Box<dyn Error>> {
+/// TLS 1.3 or 1.2 with the certificate of these files.
+fn acceptor(certificate: &str, key: &str) -> Result<TlsAcceptor, Box<dyn Error>> {
+    let certificates = CertificateDer::pem_file_iter(certificate)?.collect::<Result<_, _>>()?;
+    let mut config =
+        ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(certificates, PrivateKeyDer::from_pem_file(key)?)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+async fn run(
+    listen: u16,
+    upstreams: Vec<Authority>,
+    tls: Option<TlsAcceptor>,
+) -> Result<(), Box<dyn Error>> {
     let mut connector = HttpConnector::new();
     connector.set_nodelay(true);
     let client = Client::builder(TokioExecutor::new())
@@ -94,24 +125,28 @@ async fn run(listen: u16, upstreams: Vec<Authority>) -> Result<(), Box<dyn Error
     loop {
         let (socket, _) = listener.accept().await?;
         socket.set_nodelay(true)?;
-        tokio::spawn(Arc::clone(&floor).serve(socket));
+        tokio::spawn(Arc::clone(&floor).accept(socket, tls.clone()));
     }
 }
 
+const USAGE: &str = "usage: floor [--tls CERTIFICATE KEY] LISTEN_PORT UPSTREAM_PORT…";
+
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments = std::env::args().skip(1);
-    let listen = arguments
-        .next()
-        .ok_or("usage: floor LISTEN_PORT UPSTREAM_PORT…")?
-        .parse()?;
+    let mut arguments = std::env::args().skip(1).peekable();
+    let mut tls = None;
+    if arguments.next_if(|first| first == "--tls").is_some() {
+        let certificate = arguments.next().ok_or(USAGE)?;
+        tls = Some(acceptor(&certificate, &arguments.next().ok_or(USAGE)?)?);
+    }
+    let listen = arguments.next().ok_or(USAGE)?.parse()?;
     let upstreams: Vec<Authority> = arguments
         .map(|port| format!("127.0.0.1:{port}").parse())
         .collect::<Result<_, _>>()?;
     if upstreams.is_empty() {
-        return Err("usage: floor LISTEN_PORT UPSTREAM_PORT…".into());
+        return Err(USAGE.into());
     }
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(run(listen, upstreams))
+        .block_on(run(listen, upstreams, tls))
 }

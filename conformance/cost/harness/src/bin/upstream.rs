@@ -3,7 +3,7 @@
 //! Looks like a vLLM without KV events to whoever probes it; generates nothing and checks nothing.
 //! The request body steers it: `"max_tokens":N` content events, `"stream":true`, `delay_us=D` (anywhere) pauses
 //! before each event. One chunk and one write per event, which holds its number, so that the load generator can
-//! verify the order.  usage: `upstream PORT…`
+//! verify the order, and when it was written (CLOCK_MONOTONIC, ns).  usage: `upstream PORT…`
 
 use memchr::memmem;
 use std::error::Error;
@@ -18,10 +18,11 @@ const HEADERS_MAX: usize = 96;
 const READ_BYTES: usize = 16384;
 const EVENTS_DEFAULT: u64 = 16;
 const INDEX_DIGITS: usize = 6;
+const TIME_DIGITS: usize = 16;
 
 const REPLY: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion","created":1763800000,"model":"bench-model","choices":[{"index":0,"message":{"role":"assistant","content":"The quick brown fox jumps over the lazy dog, and the reply goes on for a few dozen tokens so that it looks like a small answer.","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":32,"total_tokens":64,"completion_tokens":32,"prompt_tokens_details":null}}"#;
 const ROLE: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null}"#;
-const CONTENT: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"content":" token number NNNNNN"},"logprobs":null,"finish_reason":null,"token_ids":null}]}"#;
+const CONTENT: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"content":" token number NNNNNN written at TTTTTTTTTTTTTTTT"},"logprobs":null,"finish_reason":null,"token_ids":null}]}"#;
 const LAST: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}]}"#;
 const MODELS: &str = r#"{"object":"list","data":[{"id":"bench-model","object":"model","created":1763800000,"owned_by":"vllm","root":"bench-model","parent":null,"max_model_len":131072}]}"#;
 const METRICS: &str = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\",model_name=\"bench-model\"} 0.0\n\
@@ -34,26 +35,45 @@ fn chunk(payload: &str) -> Vec<u8> {
     format!("{:x}\r\n{event}\r\n", event.len()).into_bytes()
 }
 
-/// The content event, and where its number stands.
+/// The content event, and where its number and its time stand.
 struct Content {
     bytes: Vec<u8>,
     number_at: usize,
+    time_at: usize,
 }
 
 impl Content {
     fn new() -> Self {
         let bytes = chunk(CONTENT);
-        let number_at = memmem::find(&bytes, b"NNNNNN").unwrap_or_default();
-        Self { bytes, number_at }
+        let place = |digits: &[u8]| memmem::find(&bytes, digits).unwrap_or_default();
+        let (number_at, time_at) = (place(b"NNNNNN"), place(b"TTTTTTTTTTTTTTTT"));
+        Self {
+            bytes,
+            number_at,
+            time_at,
+        }
     }
 
-    fn numbered(&mut self, mut number: u64) -> &[u8] {
-        for place in (self.number_at..self.number_at + INDEX_DIGITS).rev() {
-            self.bytes[place] = b'0' + (number % 10) as u8;
-            number /= 10;
-        }
+    fn numbered(&mut self, number: u64) -> &[u8] {
+        write_digits(&mut self.bytes[self.number_at..][..INDEX_DIGITS], number);
+        write_digits(
+            &mut self.bytes[self.time_at..][..TIME_DIGITS],
+            monotonic_ns(),
+        );
         &self.bytes
     }
+}
+
+fn write_digits(place: &mut [u8], mut number: u64) {
+    for digit in place.iter_mut().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
+}
+
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// The number that follows `key` in a body.
