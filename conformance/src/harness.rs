@@ -212,6 +212,7 @@ impl ProxyBuilder {
             watcher,
             block_tokens: options.block_tokens,
             drain_time: options.drain_time(),
+            stream_gather: Duration::from_micros(options.stream_gather_us),
             command_line: Value::Null,
             log: None,
         };

@@ -37,6 +37,7 @@ mod socket;
 mod tcp_proxy;
 pub mod tls;
 pub mod upstream;
+mod worker;
 
 pub use process::run;
 pub use run::Proxy;

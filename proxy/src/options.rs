@@ -4,6 +4,11 @@ use clap::Parser;
 use outrigger_xds::{report::Role, resource::endpoint::Address};
 use std::{path::PathBuf, time::Duration};
 
+/// Default of `--stream-gather-us`: little beside an inter-token time, and several looks long.
+pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
+/// Longer, and clients would see it.
+pub const STREAM_GATHER_US_MAX: u64 = 1000;
+
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "outrigger-proxy", version, about, long_about = None)]
@@ -80,6 +85,9 @@ pub struct Options {
     /// Most bytes of a request body that are read to route it; longer ones stream on and are routed by load
     #[arg(long, value_name = "N", default_value_t = 32 << 20)]
     pub body_bytes_max: u64,
+    /// Microseconds that events of streams gather on a busy worker before it looks for more; 0 is not at all
+    #[arg(long, value_name = "US", default_value_t = STREAM_GATHER_US_DEFAULT, value_parser = clap::value_parser!(u64).range(..=STREAM_GATHER_US_MAX))]
+    pub stream_gather_us: u64,
     /// Tokens in a canonical KV block of the index
     #[arg(long, value_name = "N", default_value_t = outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT)]
     pub block_tokens: usize,

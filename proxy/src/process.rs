@@ -28,7 +28,7 @@ use outrigger_xds::{
     load::{self, Syntax},
     resource::bootstrap::Bootstrap,
 };
-use std::{ffi::OsString, process::ExitCode, sync::Arc, thread};
+use std::{ffi::OsString, process::ExitCode, sync::Arc, thread, time::Duration};
 
 /// The whole process: reads the command line, serves until told to end. Exit codes: 0 ended well (or the
 /// configuration is valid), 1 could not start, 2 the command line is wrong.
@@ -137,6 +137,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
             watcher,
             block_tokens: options.block_tokens,
             drain_time: options.drain_time(),
+            stream_gather: Duration::from_micros(options.stream_gather_us),
             command_line,
             log: Some(log),
         },

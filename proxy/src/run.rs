@@ -15,7 +15,8 @@ use crate::{
     http::Owner,
     ledger::Ledgers,
     listeners::{Common, Listeners, Share},
-    upstream::{self, Pools},
+    upstream::Pools,
+    worker,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use http::HeaderValue;
@@ -47,7 +48,7 @@ use tokio::{
 
 /// Threads for work that would hold a worker up: tokenising, parsing of large bodies.
 const COMPUTE_THREADS_MAX: usize = 4;
-/// How often pools are swept and gauges brought up to date.
+/// How often gauges are brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// How often watched files are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -66,6 +67,8 @@ pub struct Settings {
     pub block_tokens: usize,
     /// How long connections of a listener that is replaced or removed may go on.
     pub drain_time: Duration,
+    /// How long events of streams gather on a busy worker before it looks for more; zero is not at all.
+    pub stream_gather: Duration,
     /// Shown by the admin.
     pub command_line: serde_json::Value,
     /// For `/logging`; none where somebody else owns the process's log.
@@ -123,6 +126,7 @@ impl Proxy {
             watcher,
             block_tokens,
             drain_time,
+            stream_gather,
             command_line,
             log,
         } = settings;
@@ -144,7 +148,7 @@ impl Proxy {
         let state = admin_state(&shared, (command_line, log));
         let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
-        let workers = start_workers(receivers, &stopped)
+        let workers = worker::start(receivers, &stopped, stream_gather)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
         Ok(Self {
@@ -562,34 +566,5 @@ fn admin_state(
             for_quit.drain.begin();
             for_quit.quit.send_replace(true);
         }),
-    }
-}
-
-fn start_workers(
-    shares: Vec<mpsc::UnboundedReceiver<Share>>,
-    stopped: &watch::Receiver<bool>,
-) -> std::io::Result<Vec<thread::JoinHandle<()>>> {
-    let spawn = |(index, shares)| {
-        let stopped = stopped.clone();
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        thread::Builder::new()
-            .name(format!("outrigger-w{index}"))
-            .spawn(move || {
-                runtime.block_on(work(shares, stopped));
-            })
-    };
-    shares.into_iter().enumerate().map(spawn).collect()
-}
-
-async fn work(mut shares: mpsc::UnboundedReceiver<Share>, mut stopped: watch::Receiver<bool>) {
-    let mut tick = tokio::time::interval(HOUSEKEEPING);
-    loop {
-        tokio::select! {
-            _ = stopped.wait_for(|stop| *stop) => return,
-            Some(share) = shares.recv() => drop(tokio::spawn(share.serve())),
-            _ = tick.tick() => upstream::h1::close_idle(),
-        }
     }
 }

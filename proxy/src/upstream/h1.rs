@@ -12,7 +12,7 @@ use super::{
     headers_within, is_spent,
     queue::{self, Queue, Slot},
 };
-use crate::tls;
+use crate::{tls, worker};
 use ahash::AHashMap;
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, response::Parts};
@@ -492,6 +492,9 @@ impl Incoming {
         });
         match ready!(read) {
             Ok(Some((data, trailers, spare))) => {
+                if !self.is_sized {
+                    worker::relays_events();
+                }
                 self.trailers = trailers;
                 exchange.keep_alive &= !spare;
                 Poll::Ready(Some(Ok(data)))
