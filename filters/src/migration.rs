@@ -7,6 +7,7 @@
 mod body;
 mod budget;
 mod event;
+mod leg;
 mod recipe;
 mod resume;
 mod rewrite;
@@ -23,11 +24,12 @@ use crate::{
     services::Services,
     sse,
 };
-use body::{Leg, Migrating, Report};
+use body::{Migrating, Report};
 pub use budget::Shared;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
+use leg::Leg;
 use outrigger_xds::report::EngineKind;
 use resume::Call;
 use serde::Deserialize;
@@ -38,6 +40,9 @@ pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.migration
 
 /// A request under which so many engines died before its first token is suspect: it runs alone, once.
 const SUSPECT_DEATHS: u32 = 2;
+/// Longest body that is asked for ids: an engine's first event tells those of the prompt, in some eight bytes each, and
+/// one that is longer than events may be would reach the client as it is. No token is shorter than a byte.
+const ASK_BODY_BYTES_MAX: usize = sse::EVENT_BYTES_MAX / 8;
 /// Ends a request's object instead of its last brace. Of a key that comes twice engines take the last.
 const ASK_IDS: &[u8] = b",\"return_token_ids\":true}";
 
@@ -78,6 +83,10 @@ impl Default for Config {
 impl Config {
     fn stall(&self) -> Duration {
         Duration::from_millis(self.stall_ms)
+    }
+
+    fn resume_timeout(&self) -> Duration {
+        Duration::from_millis(self.resume_timeout_ms)
     }
 }
 
@@ -125,7 +134,11 @@ impl HttpFilter for Migration {
         };
         Box::pin(async move {
             let policy = &self.0;
-            if !openai.return_token_ids && policy.tells_ids(&openai, context) {
+            let bytes = openai.body.as_ref().map_or(0, Bytes::len);
+            if !openai.return_token_ids
+                && bytes <= ASK_BODY_BYTES_MAX
+                && policy.tells_ids(&openai, context)
+            {
                 ask_for_ids(&mut request);
             }
             context.deaths_max = SUSPECT_DEATHS;
@@ -250,7 +263,7 @@ fn follow(
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
-    let leg = Leg::new(body, below, context.log.upstream_host.clone());
+    let leg = Leg::new(body, below, context.log.upstream_host.clone(), None);
     let report = Arc::<Report>::default();
     context
         .observers

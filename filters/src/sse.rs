@@ -11,6 +11,7 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, header};
 use http_body::{Body, Frame, SizeHint};
+use serde::Deserialize;
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
@@ -51,11 +52,35 @@ impl<'a> Event<'a> {
         data.starts_with(b"{\"error\"") || data.starts_with(b"{\"type\":\"error\"")
     }
 
+    /// Whether an error blames the request: another engine would say the same. That an engine is busy does not.
+    #[must_use]
+    pub fn blames_request(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Body {
+            error: Code,
+        }
+        #[derive(Deserialize)]
+        struct Code {
+            #[serde(default)]
+            code: serde_json::Value,
+        }
+        serde_json::from_slice::<Body>(self.data())
+            .ok()
+            .and_then(|body| body.error.code.as_u64())
+            .is_some_and(|code| (400..500).contains(&code) && !is_of_the_moment(code))
+    }
+
     /// `data: [DONE]`.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.data().starts_with(b"[DONE]")
     }
+}
+
+/// Statuses of the 4xx that say "not now" or "not here" rather than that the request is wrong.
+#[must_use]
+pub fn is_of_the_moment(status: u64) -> bool {
+    matches!(status, 408 | 425 | 429)
 }
 
 /// Whether these headers announce an SSE stream.

@@ -479,16 +479,6 @@ impl ChatWriter {
                 }),
         }
     }
-
-    /// What a chunk holds that has nothing to tell.
-    fn no_delta(&self, index: usize) -> Delta {
-        Delta {
-            content: self.asked.calls[index]
-                .is_none()
-                .then(|| Some(String::new())),
-            ..Delta::default()
-        }
-    }
 }
 
 /// Which optional parts a chunk has.
@@ -509,8 +499,10 @@ impl Writer for ChatWriter {
         let finish = output.finish.as_ref().map(reasons);
         self.open -= usize::from(finish.is_some());
         let delta = self.delta(index, output.text);
-        // vLLM sends no chunk for a token that tells nothing yet, unless ids were asked for.
-        if delta.is_none() && finish.is_none() && !self.asked.return_token_ids {
+        // A vLLM with a parser, as it was recorded, sends no chunk for a token of which that made nothing yet, unless ids or
+        // figures were asked for: then an empty delta.
+        let figures = self.asked.return_token_ids || self.asked.sampling.logprobs.is_some();
+        if delta.is_none() && finish.is_none() && !figures {
             return false;
         }
         let logprobs = self.asked.sampling.logprobs.map(|top| Logprobs {
@@ -525,7 +517,7 @@ impl Writer for ChatWriter {
         }
         let choice = ChunkChoice {
             index,
-            delta: delta.unwrap_or_else(|| self.no_delta(index)),
+            delta: delta.unwrap_or_default(),
             logprobs,
             finish_reason,
             stop_reason,

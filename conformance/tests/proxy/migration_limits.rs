@@ -302,6 +302,34 @@ async fn a_request_that_engines_die_of_is_tried_once_alone_and_then_refused() {
 }
 
 #[tokio::test]
+async fn an_error_event_that_blames_the_request_is_its_answer_and_no_death() {
+    const REFUSED: &str = r#"{"error":{"message":"too long","type":"BadRequestError","code":400}}"#;
+    let mut servers = Vec::new();
+    for _ in 0..3 {
+        servers.push(
+            vllm(|mut conn, _| async move {
+                conn.begin_events().await;
+                conn.event(REFUSED).await;
+                conn.event("[DONE]").await;
+                conn.end().await.then_some(conn)
+            })
+            .await,
+        );
+    }
+    let builder = servers.iter().fold(ProxyBuilder::new(), |builder, server| {
+        builder.server(server.address)
+    });
+    let proxy = builder.start();
+    let mut client = proxy.client(Version::H1).await;
+    let reply = client.post(CHAT, body(&json!({}))).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    let told = format!("data: {REFUSED}\n\ndata: [DONE]\n\n");
+    assert_eq!(reply.text(), told);
+    let tried: usize = servers.iter().map(|server| server.exchanges().len()).sum();
+    assert_eq!(tried, 1, "another engine would say the same");
+}
+
+#[tokio::test]
 async fn streams_of_unknown_form_end_as_they_did() {
     let server = vllm(|mut conn, _| async move {
         conn.begin_events().await;

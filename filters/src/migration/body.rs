@@ -2,13 +2,14 @@
 
 use super::{
     budget::{Counted, Held},
+    leg::Leg,
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
     splice::{Cause, Splice},
 };
 use crate::{
-    body::{BodyError, ResponseBody},
-    endpoints::{Endpoint, Host},
+    body::BodyError,
+    endpoints::{Endpoint, Host, Level},
     error::Flag,
     filter::{End, LogFields, StreamObserver},
     openai::OpenAiRequest,
@@ -38,6 +39,8 @@ const LOOK_MAX: Duration = Duration::from_secs(1);
 const LOOK_MIN: Duration = Duration::from_millis(10);
 /// A stream that brought something so lately is alive, whatever is said of its engine.
 const LIVE_MAX: Duration = Duration::from_secs(2);
+/// Reasons to stay that may be none in a moment, while the engine still has one to leave.
+const PASSING: [&str; 5] = ["reasoning", "held_text", "attempts", "budget", "timeout"];
 
 /// What the access log will say, told by the body to an observer of the same response.
 #[derive(Debug, Default)]
@@ -55,42 +58,6 @@ impl StreamObserver for Reporter {
         let engine = self.0.engine.lock();
         if let Some(engine) = engine.unwrap_or_else(PoisonError::into_inner).take() {
             log.upstream_host = Some(engine);
-        }
-    }
-}
-
-/// One engine's part of a stream.
-pub(super) struct Leg {
-    body: ResponseBody,
-    /// Came, and is not looked at yet.
-    pending: Bytes,
-    /// Of filters that run once per call.
-    observers: Vec<Box<dyn StreamObserver>>,
-    engine: Option<EngineId>,
-}
-
-impl Leg {
-    pub(super) fn new(
-        body: ResponseBody,
-        observers: Vec<Box<dyn StreamObserver>>,
-        engine: Option<EngineId>,
-    ) -> Self {
-        Self {
-            body,
-            pending: Bytes::new(),
-            observers,
-            engine,
-        }
-    }
-
-    fn take(&mut self, data: Bytes) {
-        if self.pending.is_empty() {
-            self.pending = data;
-        } else {
-            let mut joined = BytesMut::with_capacity(self.pending.len() + data.len());
-            joined.extend_from_slice(&self.pending);
-            joined.extend_from_slice(&data);
-            self.pending = joined.freeze();
         }
     }
 }
@@ -121,6 +88,8 @@ pub(super) struct Migrating {
     lag_is_known: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
+    /// Why it did not, when that was last counted.
+    refused: Option<(&'static str, &'static str)>,
     stall: Duration,
     gap: Option<Duration>,
     _counted: Counted,
@@ -146,6 +115,7 @@ impl Migrating {
             broke: None,
             trouble: Trouble {
                 since: now,
+                broke: now,
                 lost_by: None,
                 attempts: 0,
                 calls: 0,
@@ -157,6 +127,7 @@ impl Migrating {
             timer: None,
             lag_is_known: true,
             stays: false,
+            refused: None,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
             gap,
             _counted: shared.enter(),
@@ -185,10 +156,7 @@ impl Migrating {
         let mut out = BytesMut::with_capacity(self.leg.pending.len());
         while let Some(length) = event_length(&self.leg.pending) {
             let raw = self.leg.pending.split_to(length);
-            let at = self.last;
-            for observer in &mut self.leg.observers {
-                observer.on_event(&Event { raw: &raw }, at);
-            }
+            self.leg.note(&Event { raw: &raw }, self.last);
             if let Err(cause) = self.splice.admit(&raw, &mut out) {
                 self.broke = Some(cause);
                 break;
@@ -209,16 +177,32 @@ impl Migrating {
             if !self.splice.complete(&mut out) {
                 return self.refuse(cause, "no_usage");
             }
-            self.state = State::Over;
+            self.end(End::Complete);
             return (!out.is_empty()).then(|| Ok(out.freeze()));
         }
+        // A stream that still runs is not stopped to wait for a place.
+        let healthy = matches!(cause, Cause::Leaving);
+        let place = match healthy {
+            true => self.call.place(),
+            false => None,
+        };
+        if healthy && place.is_none() {
+            return self.refuse(cause, "budget");
+        }
+        let before = (self.trouble.clone(), self.tokens_before);
         self.take_stock(&cause);
         let recipe = match self.recipe(&cause) {
             Ok(recipe) => recipe,
-            Err(reason) => return self.refuse(cause, reason),
+            Err(reason) => {
+                if healthy {
+                    // Nothing happened yet.
+                    (self.trouble, self.tokens_before) = before;
+                }
+                return self.refuse(cause, reason);
+            }
         };
         tracing::debug!(cause = cause.as_str(), engine = ?self.leg.engine, way = recipe.way.as_str(), "a stream moves");
-        let future = resume(self.call.clone(), recipe, self.trouble.clone());
+        let future = resume(self.call.clone(), recipe, self.trouble.clone(), place);
         self.state = State::Moving(cause, Box::pin(future));
         None
     }
@@ -232,6 +216,9 @@ impl Migrating {
         let progress =
             splice.tokens > self.tokens_before || splice.untold.is_some() && splice.began;
         self.tokens_before = self.tokens_before.max(splice.tokens);
+        if progress || trouble.calls == 0 {
+            trouble.broke = Instant::now();
+        }
         if progress {
             trouble.attempts = 0;
             trouble.deaths = 0;
@@ -280,13 +267,28 @@ impl Migrating {
         )
     }
 
-    /// It stays where it is, or ends there.
-    fn refuse(&mut self, cause: Cause, reason: &'static str) -> Option<Result<Bytes, BodyError>> {
+    /// Once, however often it is looked at for the same reason.
+    fn count_refusal(&mut self, cause: &Cause, reason: &'static str) {
+        let now = Some((cause.as_str(), reason));
+        let before = std::mem::replace(&mut self.refused, now);
+        if before == now && matches!(cause, Cause::Leaving) {
+            return;
+        }
         metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
             .increment(1);
+    }
+
+    fn end(&mut self, end: End) {
+        self.state = State::Over;
+        self.leg.end = end;
+    }
+
+    /// It stays where it is, or ends there.
+    fn refuse(&mut self, cause: Cause, reason: &'static str) -> Option<Result<Bytes, BodyError>> {
+        self.count_refusal(&cause, reason);
         let (flag, what) = match cause {
             Cause::Stall | Cause::Leaving => {
-                self.stays = true;
+                self.stays = matches!(cause, Cause::Stall) || !PASSING.contains(&reason);
                 return None;
             }
             Cause::Error(raw) | Cause::Aborted(raw) => {
@@ -297,7 +299,7 @@ impl Migrating {
                 return Some(Ok(out.freeze()));
             }
             Cause::Truncated => {
-                self.state = State::Over;
+                self.end(End::UpstreamBroke);
                 let rest = std::mem::take(&mut self.leg.pending);
                 return (!rest.is_empty()).then_some(Ok(rest));
             }
@@ -311,7 +313,7 @@ impl Migrating {
                 "the engine generated another text than the one before it".to_owned(),
             ),
         };
-        self.state = State::Over;
+        self.end(End::UpstreamBroke);
         let tokens = self.splice.tokens;
         Some(Err(BodyError::new(
             flag,
@@ -342,7 +344,11 @@ impl Migrating {
         engine
             .unwrap_or_else(PoisonError::into_inner)
             .clone_from(&leg.engine);
+        self.leg.end = End::UpstreamBroke;
         self.leg = leg;
+        // What held it there may not hold it here.
+        self.stays = false;
+        self.refused = None;
         self.note_lag();
         self.last = Instant::now();
         None
@@ -360,7 +366,7 @@ impl Migrating {
         endpoints.find(|endpoint| endpoint.id == *engine).cloned()
     }
 
-    /// Whether somebody else could serve it.
+    /// Whether somebody else could serve it, and is well: where none is, streams would go from one to the next.
     fn has_other(&self) -> bool {
         let services = &self.call.policy.services;
         let model = self.openai.model.as_deref();
@@ -369,13 +375,36 @@ impl Migrating {
             .view(self.call.cluster())
             .is_some_and(|view| {
                 view.endpoints.iter().any(|endpoint| {
-                    Some(&endpoint.id) != self.leg.engine.as_ref() && endpoint.fits(model)
+                    Some(&endpoint.id) != self.leg.engine.as_ref()
+                        && endpoint.fits(model)
+                        && matches!(endpoint.level(), Level::Healthy | Level::Degraded)
                 })
             })
     }
 
+    /// Before its first event an engine is in prefill, which may take longer than a stall.
+    fn has_stalled(&self, silent: Duration) -> bool {
+        let limit = match self.leg.chunks {
+            0 => self.openai.limits.first_token_timeout,
+            _ => Some(self.stall),
+        };
+        limit.is_some_and(|limit| silent >= limit)
+    }
+
+    /// A limit that has passed, in words: nothing more is waited for here.
+    fn overdue(&self, silent: Duration) -> Option<&'static str> {
+        let prefills_elsewhere = self.leg.chunks == 0 && self.trouble.calls > 0;
+        let limit = self.call.policy.config.resume_timeout();
+        if prefills_elsewhere && self.trouble.broke.elapsed() >= limit {
+            return Some("no token came in time from where the stream moved to");
+        }
+        let at_gap = self.gap.is_some_and(|gap| silent >= gap);
+        (self.stays && at_gap && self.has_stalled(silent))
+            .then_some("the engine sent nothing for longer than the limit between tokens")
+    }
+
     fn look(&self, silent: Duration) -> Option<Cause> {
-        if silent >= self.stall {
+        if self.has_stalled(silent) {
             return Some(Cause::Stall);
         }
         let cause = match condition(&*self.endpoint()?) {
@@ -405,11 +434,10 @@ impl Migrating {
             {
                 return Poll::Ready(cause);
             }
-            if self.stays && self.gap.is_some_and(|gap| silent >= gap) {
+            if let Some(text) = self.overdue(silent) {
                 let flag = Flag::StreamIdleTimeout;
                 metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
                     .increment(1);
-                let text = "the engine sent nothing for longer than the limit between tokens";
                 return Poll::Ready(Cause::Broke(BodyError::new(flag, text)));
             }
         }
@@ -437,7 +465,7 @@ impl Migrating {
                 }
                 Poll::Ready(Some(Err(error))) => self.broke = Some(Cause::Broke(error)),
                 Poll::Ready(None) if self.splice.may_end() => {
-                    self.state = State::Over;
+                    self.end(End::Complete);
                     let rest = std::mem::take(&mut self.leg.pending);
                     return Poll::Ready((rest.has_remaining()).then(|| Frame::data(rest)));
                 }

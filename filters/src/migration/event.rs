@@ -26,6 +26,10 @@ pub(super) struct Facts {
     pub(super) reasoning: bool,
     /// `usage` is an object.
     pub(super) usage: bool,
+    /// There are choices, and none of them: the account at the end.
+    pub(super) no_choices: bool,
+    /// `logprobs` is an object.
+    pub(super) logprobs: bool,
 }
 
 impl Facts {
@@ -57,7 +61,10 @@ impl Facts {
             (b"prompt_token_ids", b'[') => return keep(&mut self.prompt_ids, list(event, value)),
             (b"content" | b"text", b'"') => return keep(&mut self.text, string(event, value)),
             (b"finish_reason", b'"') => return keep(&mut self.finish, string(event, value)),
-            (b"choices", b'[') => self.choices = Some(key.start),
+            (b"choices", b'[') => {
+                self.choices = Some(key.start);
+                self.no_choices = event.get(value + 1) == Some(&b']');
+            }
             (b"role", b'"') => self.role = true,
             (b"tool_calls", b'[') => self.tools |= event.get(value + 1) != Some(&b']'),
             (b"function_call", b'{') => self.tools = true,
@@ -65,6 +72,7 @@ impl Facts {
                 self.reasoning |= event.get(value + 1) != Some(&b'"');
             }
             (b"usage", b'{') => self.usage = true,
+            (b"logprobs", b'{') => self.logprobs = true,
             _ => {}
         }
         value
@@ -73,6 +81,11 @@ impl Facts {
     /// Whether it brings text.
     pub(super) fn has_text(&self) -> bool {
         self.text.as_ref().is_some_and(|text| text.len() > 2)
+    }
+
+    /// Whether it brings ids.
+    pub(super) fn has_ids(&self) -> bool {
+        self.ids.as_ref().is_some_and(|ids| ids.len() > 2)
     }
 }
 

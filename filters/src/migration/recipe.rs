@@ -38,7 +38,7 @@ const ONCE: [&str; 5] = [
     "prompt",
 ];
 /// Output bound to a grammar, whose state no engine tells.
-const GUIDED: [&str; 7] = [
+const GUIDED: [&str; 9] = [
     "structured_outputs",
     "guided_json",
     "guided_regex",
@@ -46,6 +46,8 @@ const GUIDED: [&str; 7] = [
     "guided_grammar",
     "json_schema",
     "regex",
+    "ebnf",
+    "structural_tag",
 ];
 
 /// How the rest of a stream is asked for.
@@ -66,7 +68,11 @@ pub(super) fn asked(openai: &OpenAiRequest) -> Asked {
     let margin = longest.saturating_sub(1);
     Asked {
         chat: openai.api == Api::Chat,
-        choices: openai.n as usize,
+        // Of each prompt; how many there are is not known.
+        choices: match openai.prompt {
+            Prompt::Batch => usize::MAX,
+            _ => openai.n as usize,
+        },
         ids: openai.return_token_ids,
         usage: openai.include_usage,
         margin,
@@ -163,6 +169,10 @@ fn judge(
         ("logits_processors", "logit_state"),
         ("vllm_xargs", "logit_state"),
         ("custom_logit_processor", "logit_state"),
+        // Words of several tokens are looked for in the output alone.
+        ("bad_words", "logit_state"),
+        // How much text it holds back is not known.
+        ("stop_regex", "stop"),
         ("thinking_token_budget", "thinking_budget"),
     ] {
         if is_set(fields, name) {

@@ -1,22 +1,25 @@
 //! Calling the rest of the chain once more: within the budget, a few times, and never without an end.
 
 use super::{
-    Policy, SUSPECT_DEATHS, body::Leg, budget::Counted, is_stream, recipe::Recipe, splice::Way,
+    Policy, SUSPECT_DEATHS, budget::Counted, is_stream, leg::Leg, recipe::Recipe, splice::Way,
 };
 use crate::{
     body::RequestBody,
     error::Flag,
     filter::{Chain, Context, Next, RouteFacts},
+    sse,
 };
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version, header, uri::PathAndQuery,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header,
+    uri::PathAndQuery,
 };
 use outrigger_xds::report::EngineId;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::SemaphorePermit;
 
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 /// Between two looks at the budget.
@@ -42,6 +45,8 @@ pub(super) struct Call {
 pub(super) struct Trouble {
     /// Since when it got nothing.
     pub(super) since: Instant,
+    /// When it broke first since its last token: all moves together have one limit.
+    pub(super) broke: Instant,
     /// The engine that lost it.
     pub(super) lost_by: Option<EngineId>,
     /// Moves in a row that brought no token.
@@ -134,6 +139,13 @@ impl Call {
         request
     }
 
+    /// A place among the streams in prefill, if one is free.
+    pub(super) fn place(&self) -> Option<Counted> {
+        let config = &self.policy.config;
+        let shared = &self.policy.services.migration;
+        shared.resume(config.budget_percent, config.min_resume_concurrency)
+    }
+
     /// Whether the request can be sent again.
     pub(super) fn can_repeat(&self) -> bool {
         !self.body.0.is_empty()
@@ -142,16 +154,31 @@ impl Call {
 
 /// The way to plain completions beside the way to chat.
 fn completions_of(uri: &Uri) -> Uri {
-    let path = uri.path().replace("/chat/completions", "/completions");
+    let mut path = uri.path().replace("/chat/completions", "/completions");
+    if let Some(query) = uri.query() {
+        path.push('?');
+        path.push_str(query);
+    }
     let mut parts = uri.clone().into_parts();
     parts.path_and_query = PathAndQuery::try_from(path).ok();
     Uri::from_parts(parts).unwrap_or_else(|_| uri.clone())
 }
 
-/// Finds the stream another engine, in time or not at all.
-pub(super) async fn resume(call: Arc<Call>, recipe: Recipe, mut trouble: Trouble) -> Moved {
-    let limit = Duration::from_millis(call.policy.config.resume_timeout_ms);
-    let found = tokio::time::timeout(limit, find(&call, &recipe, &mut trouble)).await;
+/// Finds the stream another engine, in time or not at all. A stream that still runs where it is brings its place along.
+pub(super) async fn resume(
+    call: Arc<Call>,
+    recipe: Recipe,
+    mut trouble: Trouble,
+    place: Option<Counted>,
+) -> Moved {
+    let limit = call.policy.config.resume_timeout();
+    let left = limit.saturating_sub(trouble.broke.elapsed());
+    let found = match left.is_zero() {
+        true => None,
+        false => tokio::time::timeout(left, find(&call, &recipe, &mut trouble, place))
+            .await
+            .ok(),
+    };
     Moved {
         leg: found.unwrap_or(Err("timeout")),
         recipe,
@@ -163,16 +190,20 @@ async fn find(
     call: &Arc<Call>,
     recipe: &Recipe,
     trouble: &mut Trouble,
+    mut place: Option<Counted>,
 ) -> Result<Leg, &'static str> {
+    let runs_still = place.is_some();
     loop {
         let answer = {
             let suspect = trouble.deaths >= SUSPECT_DEATHS;
-            let shared = &call.policy.services.migration;
             let _alone = match suspect {
-                true => shared.alone.acquire().await.ok(),
+                true => Some(alone(call).await?),
                 false => None,
             };
-            let _permit = permit(call, trouble).await?;
+            let place = match place.take() {
+                Some(place) => place,
+                None => wait_for_place(call, trouble).await?,
+            };
             trouble.calls += 1;
             let mut context = call.context(&format!("r{}", trouble.calls));
             context.openai = Some(recipe.openai.clone());
@@ -186,18 +217,19 @@ async fn find(
                 return Err("poison");
             }
             trouble.deaths = context.deaths;
-            answer.map(|response| (response, context))
+            answer.map(|response| (response, context, place))
         };
         match answer {
-            Ok((response, context)) if is_stream(&response) => {
+            Ok((response, context, place)) if is_stream(&response) => {
                 let engine = context.log.upstream_host.clone();
-                return Ok(Leg::new(response.into_body(), context.observers, engine));
+                let body = response.into_body();
+                return Ok(Leg::new(body, context.observers, engine, Some(place)));
             }
-            Ok((response, _)) if response.status().is_client_error() => {
+            Ok((response, ..)) if blames_request(response.status()) => {
                 return Err("engine_refused");
             }
             // Nobody was asked: somebody may come back.
-            Err(error) if error.flag == Flag::NoHealthyUpstream => {}
+            Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             Ok(_) | Err(_) => trouble.attempts += 1,
         }
         if trouble.attempts >= call.policy.config.attempts_max {
@@ -207,22 +239,32 @@ async fn find(
     }
 }
 
+fn blames_request(status: StatusCode) -> bool {
+    status.is_client_error() && !sse::is_of_the_moment(status.as_u16().into())
+}
+
+/// Waits until no other suspect runs, no longer than a stall is borne.
+async fn alone(call: &Call) -> Result<SemaphorePermit<'_>, &'static str> {
+    let turn = call.policy.services.migration.alone.acquire();
+    match tokio::time::timeout(call.policy.config.stall(), turn).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err("suspect"),
+    }
+}
+
 /// Waits for a place among the streams in prefill, no longer than a stall is borne.
-async fn permit(call: &Call, trouble: &Trouble) -> Result<Counted, &'static str> {
-    let config = &call.policy.config;
-    let shared = &call.policy.services.migration;
-    let place = || shared.resume(config.budget_percent, config.min_resume_concurrency);
-    if let Some(permit) = place() {
-        return Ok(permit);
+async fn wait_for_place(call: &Call, trouble: &Trouble) -> Result<Counted, &'static str> {
+    if let Some(place) = call.place() {
+        return Ok(place);
     }
     metrics::counter!("outrigger_migration_budget_waits_total").increment(1);
     let begun = Instant::now();
     loop {
         tokio::time::sleep(BUDGET_LOOK).await;
-        if let Some(permit) = place() {
-            return Ok(permit);
+        if let Some(place) = call.place() {
+            return Ok(place);
         }
-        if begun.elapsed() >= config.stall() {
+        if begun.elapsed() >= call.policy.config.stall() {
             tracing::debug!(since = ?trouble.since.elapsed(), "no place to resume a stream");
             return Err("budget");
         }

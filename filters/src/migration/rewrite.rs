@@ -62,6 +62,13 @@ struct Choice<'a> {
     token_ids: Option<Vec<u64>>,
 }
 
+impl Choice<'_> {
+    /// A parser made nothing of it.
+    fn is_empty(&self) -> bool {
+        self.delta.is_some_and(|delta| delta.get() == "{}")
+    }
+}
+
 #[derive(Deserialize)]
 struct Content {
     #[serde(default)]
@@ -104,8 +111,9 @@ fn write_choice(choice: &Choice<'_>, form: &Form<'_>, skip: &Skip) -> Option<Str
     let (text, delta) = content(choice, skip)?;
     let ids = choice.token_ids.as_deref().unwrap_or_default();
     let fresh = &ids[skip.tokens.min(ids.len())..];
-    let shown = if form.chat { form.ids } else { true };
-    let told = !text.is_empty() || delta.is_some() || shown && !fresh.is_empty();
+    // Only a parser's silence is not told where no ids were asked for.
+    let silent = form.chat && !form.ids && choice.is_empty() && choice.logprobs.is_none();
+    let told = !text.is_empty() || delta.is_some() || !silent && !fresh.is_empty();
     if !told && choice.finish_reason.is_none() {
         return Some(String::new());
     }
@@ -113,6 +121,7 @@ fn write_choice(choice: &Choice<'_>, form: &Form<'_>, skip: &Skip) -> Option<Str
     let text = serde_json::to_string(&text).ok()?;
     let body = match (form.chat, delta) {
         (true, Some(delta)) => format!("\"delta\":{delta}"),
+        (true, None) if choice.is_empty() => "\"delta\":{}".to_owned(),
         (true, None) => format!("\"delta\":{{\"content\":{text}}}"),
         (false, _) => format!("\"text\":{text}"),
     };
@@ -192,21 +201,4 @@ fn later_logprobs(logprobs: &RawValue, skip: &Skip) -> Option<String> {
         }
     }
     serde_json::to_string(&logprobs).ok()
-}
-
-/// Whether an error event blames the request: another engine would say the same.
-pub(super) fn is_clients_fault(data: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Body {
-        error: Code,
-    }
-    #[derive(Deserialize)]
-    struct Code {
-        #[serde(default)]
-        code: Value,
-    }
-    serde_json::from_slice::<Body>(data)
-        .ok()
-        .and_then(|body| body.error.code.as_u64())
-        .is_some_and(|code| (400..500).contains(&code))
 }

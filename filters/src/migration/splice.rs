@@ -1,9 +1,10 @@
 //! One stream made of several: what came so far, where it may be cut, and how the next piece goes on. No IO.
 //!
 //! Token ids are kept as the engine wrote them, since they go back into a request as text. A stream may be cut behind
-//! an event that brought text, for only then was the text of all its tokens told (a token may be a piece of a
-//! character). With stop strings the text lags behind the tokens by as much as the engine holds back; the cut is then
-//! behind an earlier event, and what is generated again and was delivered already is left out.
+//! an event that brought text and one token, for only then was the text of all its tokens told (a token may be a piece
+//! of a character, and of several the last may be one). With stop strings the text lags behind the tokens by as much as
+//! the engine holds back; the cut is then behind an earlier event, and what is generated again and was delivered already
+//! is left out.
 
 use super::{
     budget::Held,
@@ -56,7 +57,7 @@ impl Cause {
 pub(super) struct Asked {
     /// Chat, or plain completions.
     pub(super) chat: bool,
-    /// How many choices, at least 1.
+    /// How many choices, at least 1; the most there are where it is not known.
     pub(super) choices: usize,
     /// It wants to see token ids.
     pub(super) ids: bool,
@@ -80,7 +81,7 @@ pub(super) enum Parsed {
     Tools,
 }
 
-/// A place behind an event that brought text.
+/// A place behind an event that brought text, and one token.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Mark {
     /// Bytes of ids.
@@ -137,6 +138,8 @@ struct Piece {
     /// Ids that it must generate again, as text, and how many.
     again: Vec<u8>,
     again_tokens: usize,
+    /// Something of these was shown, so that others would not do.
+    bound: bool,
     /// Opening chunks that the client has had.
     openings: usize,
     /// Its prompt is still to be compared with what was asked.
@@ -163,8 +166,10 @@ pub(super) struct Splice {
     told: usize,
     delivered: usize,
     pub(super) parsed: Parsed,
-    /// Text, reasoning or a call was delivered.
+    /// Text, reasoning, a call or figures of a token were delivered.
     pub(super) began: bool,
+    /// Figures of tokens were delivered.
+    logprobs: bool,
     openings: usize,
     /// Choices whose reason was delivered.
     finishes: usize,
@@ -192,6 +197,7 @@ impl Splice {
             delivered: 0,
             parsed: Parsed::Plain,
             began: false,
+            logprobs: false,
             openings: 0,
             finishes: 0,
             usage_told: false,
@@ -205,6 +211,7 @@ impl Splice {
                 offset: 0,
                 again: Vec::new(),
                 again_tokens: 0,
+                bound: false,
                 openings: 0,
                 unproven: false,
             },
@@ -297,7 +304,8 @@ impl Splice {
             let ids = &raw[ids.clone()];
             tokens = list_length(ids).min(piece.again_tokens);
             let inner = &ids[1..ids.len() - 1];
-            for id in inner.split(|byte| *byte == b',').take(tokens) {
+            let bound = tokens * usize::from(piece.bound);
+            for id in inner.split(|byte| *byte == b',').take(bound) {
                 let id = id.trim_ascii();
                 if !piece.again.starts_with(id) || piece.again.get(id.len()) != Some(&b',') {
                     return Err(Cause::Diverged);
@@ -334,7 +342,7 @@ impl Splice {
             self.prompt_ids = raw[at.start + 1..at.end - 1].to_vec();
         }
         if let Some(at) = &facts.ids
-            && at.len() > 2
+            && facts.has_ids()
             && self.untold.is_none()
         {
             self.ids.extend_from_slice(&raw[at.start + 1..at.end - 1]);
@@ -342,8 +350,11 @@ impl Splice {
             self.tokens += list_length(&raw[at.clone()]);
         }
         self.openings += usize::from(facts.role);
-        self.began |= facts.tools || facts.reasoning;
-        self.usage_told |= facts.usage;
+        self.logprobs |= facts.logprobs;
+        let shown = facts.logprobs || self.asked.ids && facts.has_ids();
+        self.began |= facts.tools || facts.reasoning || facts.finish.is_some() || shown;
+        // What comes with each chunk is no account of the whole.
+        self.usage_told |= facts.usage && facts.no_choices;
         self.finishes += usize::from(facts.finish.is_some());
         if facts.tools {
             self.parsed = Parsed::Tools;
@@ -351,27 +362,33 @@ impl Splice {
             self.parsed = Parsed::Reasoning;
         }
         if let Some(text) = facts.text.clone().filter(|_| facts.has_text()) {
-            self.text(&raw[text], facts.ids.is_some());
+            let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
+            self.text(&raw[text], ids);
         }
         if self.untold.is_none() && !self.held.grow(self.prompt_ids.len() + self.ids.len()) {
             self.forget("memory");
         }
     }
 
-    fn text(&mut self, quoted: &[u8], with_ids: bool) {
+    /// Takes in the text of an event, which brought so many ids, if it told any.
+    fn text(&mut self, quoted: &[u8], ids: Option<usize>) {
         self.began = true;
+        // Also when no ids are held: a piece that runs may still have to leave out what was delivered.
+        self.told += characters(quoted);
+        self.delivered = self.delivered.max(self.told);
         if self.parsed == Parsed::Reasoning {
             self.parsed = Parsed::Plain;
         }
         if self.untold.is_some() {
             return;
         }
-        if !with_ids || self.prompt_ids.is_empty() {
+        if ids.is_none() || self.prompt_ids.is_empty() {
             self.forget("no_token_ids");
             return;
         }
-        self.told += characters(quoted);
-        self.delivered = self.delivered.max(self.told);
+        if ids != Some(1) {
+            return;
+        }
         self.marks.push_back(Mark {
             ids: self.ids.len(),
             tokens: self.tokens,
@@ -383,7 +400,7 @@ impl Splice {
     }
 
     /// Gives up what is held: the stream can only begin anew.
-    fn forget(&mut self, why: &'static str) {
+    pub(super) fn forget(&mut self, why: &'static str) {
         self.untold = Some(why);
         self.ids = Vec::new();
         self.prompt_ids = Vec::new();
@@ -432,6 +449,7 @@ impl Splice {
             offset: text_before,
             again,
             again_tokens: cut.again_tokens,
+            bound: self.asked.ids || self.logprobs || cut.again_chars > 0,
             openings: self.openings,
             unproven: way == Way::Entrance,
         };
@@ -444,7 +462,7 @@ impl Splice {
 
     /// Whether a clean end is the end, as far as can be told.
     pub(super) fn may_end(&self) -> bool {
-        self.done || self.settled || self.strange || self.head.is_empty()
+        self.done || self.settled || self.strange
     }
 
     /// Whether what was delivered is not understood.
@@ -458,9 +476,11 @@ impl Splice {
         self.forget("event_too_long");
     }
 
-    /// A chunk that engines only send to those who ask for ids.
+    /// A chunk that vLLM only sends to those who ask for ids: its parser made nothing of a token. Without a parser it
+    /// sends `"content":""` to everybody, and figures of tokens whatever the parser says.
     fn is_silent(&self, facts: &Facts) -> bool {
-        let tells = facts.has_text()
+        let tells = facts.text.is_some()
+            || facts.logprobs
             || facts.role
             || facts.tools
             || facts.reasoning
@@ -519,5 +539,5 @@ impl Splice {
 
 /// Whether an event says that the engine failed, rather than that the request is wrong.
 fn is_failure(event: &Event<'_>) -> bool {
-    event.is_error() && !rewrite::is_clients_fault(event.data())
+    event.is_error() && !event.blames_request()
 }

@@ -2,7 +2,12 @@
 
 use super::{
     budget::{Held, Shared},
+    recipe, rewrite,
     splice::{Asked, Cause, Splice, Way},
+};
+use crate::{
+    openai::{Api, OpenAiRequest, StreamLimits},
+    sse,
 };
 use bytes::BytesMut;
 use serde_json::{Value, json};
@@ -280,4 +285,189 @@ fn the_cost_of_an_event() {
     }
     let held = stream.sequence(&stream.cut()).len() as f64 / (47.0 + 39.0);
     println!("{spliced} ns an event, of which {copied} ns are a copy; {held:.1} bytes a token");
+}
+
+#[test]
+fn an_event_of_several_tokens_is_no_place_to_cut_behind() {
+    let mut stream = splice(&Asked::default());
+    let mut out = BytesMut::new();
+    // The second is the first piece of a character.
+    stream.admit(&chunk("a", &[5, 15107]), &mut out).unwrap();
+    let cut = stream.cut();
+    assert_eq!(
+        (cut.tokens, cut.again_tokens, cut.again_chars),
+        (0, 2, 1),
+        "its text may lack what its last token says"
+    );
+    stream.admit(&chunk("é", &[6]), &mut out).unwrap();
+    assert_eq!(stream.cut().tokens, 3, "here all is told");
+}
+
+#[test]
+fn a_batch_is_not_finished_by_its_first_prompt() {
+    let body = json!({"model": "m", "stream": true, "prompt": ["a", "b"]}).to_string();
+    let openai = OpenAiRequest::parse(Api::Completions, &body.into(), StreamLimits::default());
+    let mut stream = Splice::new(
+        recipe::asked(&openai.unwrap()),
+        Held::new(Arc::default(), 1 << 20),
+    );
+    let mut out = BytesMut::new();
+    let last = json!({"id": "c", "choices": [{"index": 0, "text": "b", "token_ids": [6], "finish_reason": "length"}]});
+    stream.admit(&raw(&last), &mut out).unwrap();
+    assert!(!stream.is_finished(), "the other prompt has nothing yet");
+}
+
+#[test]
+fn what_nobody_was_shown_may_be_drawn_anew() {
+    let begin = |asked: &Asked| {
+        let mut stream = splice(asked);
+        let mut out = BytesMut::new();
+        stream.admit(&chunk("a", &[1]), &mut out).unwrap();
+        // A piece of a character.
+        stream.admit(&chunk("", &[2]), &mut out).unwrap();
+        stream.go_on(&stream.cut(), Way::Completions);
+        stream
+    };
+    let mut out = BytesMut::new();
+    let mut stream = begin(&Asked::default());
+    stream.admit(&chunk("b", &[7]), &mut out).unwrap();
+    assert_eq!(text_of(&out), "b");
+    let mut shown = begin(&Asked {
+        ids: true,
+        ..Asked::default()
+    });
+    let other = shown.admit(&chunk("b", &[7]), &mut out);
+    assert!(matches!(other, Err(Cause::Diverged)), "2 was shown");
+}
+
+#[test]
+fn ids_figures_and_reasons_that_were_shown_are_a_beginning() {
+    let admit = |asked: Asked, event: Value| {
+        let mut stream = splice(&asked);
+        let mut out = BytesMut::new();
+        stream.admit(&raw(&event), &mut out).unwrap();
+        stream.began
+    };
+    let ids = Asked {
+        ids: true,
+        ..Asked::default()
+    };
+    let piece = json!({"choices": [{"text": "", "token_ids": [9], "prompt_token_ids": [1]}]});
+    assert!(admit(ids, piece.clone()) && !admit(Asked::default(), piece));
+    let figures = json!({"choices": [{"text": "", "logprobs": {"tokens": ["x"]}, "token_ids": [9], "prompt_token_ids": [1]}]});
+    assert!(admit(Asked::default(), figures));
+    let reason = json!({"choices": [{"text": "", "finish_reason": "stop"}]});
+    assert!(admit(Asked::default(), reason));
+}
+
+#[test]
+fn text_that_follows_is_told_although_ids_are_no_longer_held() {
+    let mut stream = Splice::new(
+        Asked {
+            choices: 1,
+            margin: 2,
+            ..Asked::default()
+        },
+        // Enough for the beginning.
+        Held::new(Arc::default(), 4 << 10),
+    );
+    let mut out = BytesMut::new();
+    stream.admit(&chunk("abc", &[1]), &mut out).unwrap();
+    stream.admit(&chunk("d", &[2]), &mut out).unwrap();
+    let cut = stream.cut();
+    assert_eq!((cut.tokens, cut.again_chars), (0, 4));
+    stream.go_on(&cut, Way::Restart);
+    out.clear();
+    stream.forget("memory");
+    for (text, id) in [("abc", 1), ("d", 2), ("e", 3), ("f", 4)] {
+        stream.admit(&chunk(text, &[id]), &mut out).unwrap();
+    }
+    assert_eq!(text_of(&out), "ef");
+}
+
+#[test]
+fn a_stream_of_no_chunks_is_not_whole() {
+    let mut stream = splice(&Asked::default());
+    assert!(!stream.may_end());
+    stream.admit(b": ping\n\n", &mut BytesMut::new()).unwrap();
+    assert!(!stream.may_end());
+}
+
+#[test]
+fn usage_that_comes_with_each_chunk_is_not_the_account() {
+    let mut stream = splice(&Asked {
+        usage: true,
+        ..Asked::default()
+    });
+    let mut out = BytesMut::new();
+    let last = json!({"id": "c", "choices": [{"index": 0, "text": "b", "token_ids": [6], "finish_reason": "length",
+        "prompt_token_ids": [1, 2]}], "usage": {"prompt_tokens": 2, "total_tokens": 3, "completion_tokens": 1}});
+    stream.admit(&raw(&last), &mut out).unwrap();
+    out.clear();
+    assert!(stream.complete(&mut out));
+    let rest = String::from_utf8_lossy(&out);
+    assert!(rest.contains("\"choices\":[],\"usage\""), "{rest}");
+}
+
+/// As vLLM 0.32 does it: its `DeltaMessage(content=delta_text)` is always sent, a parser's `None` only with ids or figures.
+#[test]
+fn only_what_a_parser_kept_to_itself_is_kept_from_who_asked_for_no_ids() {
+    let said = |delta: Value, logprobs: Value| {
+        raw(
+            &json!({"id": "c", "choices": [{"index": 0, "delta": delta, "logprobs": logprobs,
+            "finish_reason": null, "token_ids": [3]}], "prompt_token_ids": [1, 2]}),
+        )
+    };
+    let figures = json!({"content": [{"token": "x", "logprob": -1, "bytes": [195]}]});
+    for (delta, logprobs, told) in [
+        (json!({"content": ""}), Value::Null, true),
+        (json!({}), figures, true),
+        (json!({}), Value::Null, false),
+    ] {
+        let event = said(delta.clone(), logprobs.clone());
+        let chat = Asked {
+            chat: true,
+            ..Asked::default()
+        };
+        let mut stream = splice(&chat);
+        let mut out = BytesMut::new();
+        stream.admit(&event, &mut out).unwrap();
+        assert_eq!(!out.is_empty(), told, "{delta} {logprobs}");
+        // Nor where a chunk is written anew.
+        out.clear();
+        let form = rewrite::Form {
+            head: b"{\"id\":\"c\",",
+            chat: true,
+            ids: false,
+        };
+        let data = sse::Event { raw: &event }.data();
+        rewrite::event(data, &form, &rewrite::Skip::default(), &mut out).unwrap();
+        assert_eq!(!out.is_empty(), told, "{delta} {logprobs}, written anew");
+        if told {
+            let text = String::from_utf8_lossy(&out);
+            assert!(text.contains(&format!("\"delta\":{delta}")), "{text}");
+        }
+    }
+}
+
+#[test]
+fn grammars_and_stops_that_cannot_be_followed_are_refused() {
+    for (field, value, reason) in [
+        ("ebnf", json!("root ::= x"), "guided"),
+        ("structural_tag", json!("{}"), "guided"),
+        ("stop_regex", json!("a+"), "stop"),
+        ("bad_words", json!(["x"]), "logit_state"),
+    ] {
+        let body =
+            json!({"model": "m", "stream": true, "temperature": 0, "prompt": "a", (field): value});
+        let body = body.to_string().into();
+        let openai = OpenAiRequest::parse(Api::Completions, &body, StreamLimits::default());
+        let openai = Arc::new(openai.unwrap());
+        let mut stream = splice(&Asked::default());
+        stream
+            .admit(&chunk("a", &[1]), &mut BytesMut::new())
+            .unwrap();
+        let refused = recipe::recipe(&openai, &stream, false, 0).unwrap_err();
+        assert_eq!(refused, reason, "{field}");
+    }
 }

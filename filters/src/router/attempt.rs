@@ -386,9 +386,15 @@ impl<'a> Attempt<'a> {
             Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived)
         })?;
         let data = frame.as_ref().and_then(Frame::data_ref);
-        if data.is_some_and(|data| sse::Event { raw: data }.is_error()) {
+        if let Some(event) = data.map(|raw| sse::Event { raw })
+            && event.is_error()
+        {
             metrics::counter!("outrigger_in_band_errors_total", "when" => "first_event")
                 .increment(1);
+            if event.blames_request() {
+                // It is the answer; the engine is well.
+                return Ok(frame);
+            }
             return Err(Error::upstream_reset(
                 Flag::UpstreamRemoteReset,
                 "engine reported an error",

@@ -5,5 +5,6 @@
 mod fleet;
 mod kv_routing;
 mod measure;
+mod migration;
 mod openai;
 mod tokens;

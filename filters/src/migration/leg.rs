@@ -1,0 +1,82 @@
+//! One engine's part of a stream, and those who watch it.
+
+use super::budget::Counted;
+use crate::{
+    body::ResponseBody,
+    filter::{End, LogFields, StreamObserver},
+    sse::Event,
+};
+use bytes::{Bytes, BytesMut};
+use outrigger_xds::report::EngineId;
+use std::time::Instant;
+
+/// One engine's part of a stream.
+pub(super) struct Leg {
+    pub(super) body: ResponseBody,
+    /// Came, and is not looked at yet.
+    pub(super) pending: Bytes,
+    /// Of filters that run once per call.
+    observers: Vec<Box<dyn StreamObserver>>,
+    pub(super) engine: Option<EngineId>,
+    /// Chunks that came: what there is to say of tokens.
+    pub(super) chunks: u64,
+    /// Its place among the streams in prefill, until the first of them.
+    place: Option<Counted>,
+    pub(super) end: End,
+}
+
+impl Drop for Leg {
+    /// Observers are told the end of every leg, whatever it was. The log is the whole stream's, and not theirs.
+    fn drop(&mut self) {
+        let mut log = LogFields {
+            tokens_seen: (self.chunks > 0).then_some(self.chunks),
+            ..LogFields::default()
+        };
+        for observer in &mut self.observers {
+            observer.on_end(self.end, &mut log);
+        }
+    }
+}
+
+impl Leg {
+    /// Nothing of it was looked at yet.
+    pub(super) fn new(
+        body: ResponseBody,
+        observers: Vec<Box<dyn StreamObserver>>,
+        engine: Option<EngineId>,
+        place: Option<Counted>,
+    ) -> Self {
+        Self {
+            body,
+            pending: Bytes::new(),
+            observers,
+            engine,
+            chunks: 0,
+            place,
+            end: End::ClientGone,
+        }
+    }
+
+    /// Shows an event to those who watch.
+    pub(super) fn note(&mut self, event: &Event<'_>, at: Instant) {
+        if event.data().starts_with(b"{") {
+            self.chunks += 1;
+            self.place = None;
+        }
+        for observer in &mut self.observers {
+            observer.on_event(event, at);
+        }
+    }
+
+    /// Takes in what the engine sent.
+    pub(super) fn take(&mut self, data: Bytes) {
+        if self.pending.is_empty() {
+            self.pending = data;
+        } else {
+            let mut joined = BytesMut::with_capacity(self.pending.len() + data.len());
+            joined.extend_from_slice(&self.pending);
+            joined.extend_from_slice(&data);
+            self.pending = joined.freeze();
+        }
+    }
+}
