@@ -43,6 +43,7 @@ enum Answer {
 enum Last {
     Break,
     Done,
+    Silence,
 }
 
 /// The engines behind the filter: the first request goes to `e0`, the next to `e1`, and so on.
@@ -76,6 +77,7 @@ fn events(prefill: u64, pause: u64, events: Vec<String>, last: Last) -> Response
         match last {
             Last::Done => Ok(Frame::data(Bytes::from("data: [DONE]\n\n"))),
             Last::Break => Err(BodyError::new(Flag::UpstreamConnectionTermination, "cut")),
+            Last::Silence => std::future::pending().await,
         }
     });
     StreamBody::new(events.chain(end)).boxed_unsync()
@@ -137,6 +139,12 @@ fn chain(fleet: &Fleet, value: Value, answers: Vec<Answer>) -> (Chain, Arc<Engin
 
 /// What the client reads, and the error at which it ends.
 async fn ask(chain: &Chain, more: Value) -> (String, Option<String>) {
+    let read = read(chain, more);
+    let limit = Duration::from_secs(20);
+    tokio::time::timeout(limit, read).await.expect("it ends")
+}
+
+async fn read(chain: &Chain, more: Value) -> (String, Option<String>) {
     let mut body = json!({"model": "m", "stream": true, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]});
     for (name, value) in more.as_object().unwrap() {
         body[name] = value.clone();
@@ -330,6 +338,23 @@ async fn a_stream_that_could_not_leave_looks_again() {
     assert_eq!(error, None, "{text}");
     assert!(text.contains("\"b\""), "{text}");
     assert_eq!(engines.seen.lock().unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn what_held_a_stream_at_one_engine_does_not_hold_it_at_the_next() {
+    let fleet = fleet();
+    let mut list = begun();
+    list.push(chunk(&json!({"content": "b"}), 4));
+    // It is silent for too long, cannot move, goes on, and breaks.
+    let mut answers = vec![Answer::Events(700, list, Last::Break)];
+    answers.extend((0..3).map(|_| Answer::Status(503)));
+    let silent = json!({"id": "x", "choices": [{"index": 0, "text": "c", "token_ids": [5]}]});
+    answers.push(Answer::Events(0, vec![silent.to_string()], Last::Silence));
+    answers.push(rest());
+    let (chain, engines) = chain(&fleet, json!({"stall_ms": 200}), answers);
+    let (text, error) = ask(&chain, json!({})).await;
+    assert_eq!(error, None, "{text}");
+    assert_eq!(engines.seen.lock().unwrap().len(), 6, "{text}");
 }
 
 #[tokio::test]
