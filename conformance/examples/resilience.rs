@@ -2,19 +2,22 @@
 //! undisturbed one. The last line is JSON; the exit code says whether all went as promised.
 
 use clap::Parser;
+use futures_util::future::try_join_all;
+use http::Method;
 use outrigger_conformance::{
     harness::{Client, OneChain, ProxyBuilder, TestProxy, Version, metric, request},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{bootstrap::Bootstrap, listener::Listener};
-use rand::Rng;
+use rand::{Rng, seq::IteratorRandom};
 use serde_json::{Value, json};
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     process::ExitCode,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -29,6 +32,10 @@ const FAULTS: [FaultKind; 6] = [
     FaultKind::Garbage,
     FaultKind::Stall,
 ];
+/// How long an engine is broken.
+const BROKEN: Duration = Duration::from_secs(1);
+/// Failures whose words are reported.
+const WORDS_MAX: usize = 8;
 /// Different prompts.
 const PROMPTS: usize = 16;
 
@@ -64,6 +71,18 @@ struct Counts {
     failed: AtomicU64,
     wrong: AtomicU64,
     faults: AtomicU64,
+    /// How the first that failed ended.
+    words: Mutex<Vec<String>>,
+}
+
+impl Counts {
+    fn fail(&self, words: String) {
+        self.failed.fetch_add(1, Relaxed);
+        let mut all = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() < WORDS_MAX {
+            all.push(words);
+        }
+    }
 }
 
 /// A place where an engine runs, or comes back.
@@ -83,6 +102,27 @@ impl Place {
         Self {
             address,
             engine: SimEngine::start(config).ok(),
+        }
+    }
+
+    /// All streams that have had a few tokens take the fault, and those that will.
+    fn break_down(&self, kind: FaultKind) {
+        if let Some(engine) = &self.engine {
+            engine.fault(Fault {
+                after_tokens: rand::rng().random_range(1..100),
+                count: u64::MAX,
+                ..Fault::new(kind)
+            });
+        }
+    }
+
+    async fn mend(&mut self, kind: FaultKind) {
+        if kind == FaultKind::Die {
+            self.engine = None;
+            *self = Self::start(self.address);
+        } else {
+            let mut client = Client::connect(self.address, Version::H1).await;
+            client.send(request(Method::DELETE, "/sim/fault", "")).await;
         }
     }
 }
@@ -133,11 +173,17 @@ fn body(prompt: usize, tokens: usize) -> (&'static str, String) {
     }
 }
 
-/// Text and token count; `None` if the stream did not end as one.
-async fn read(address: SocketAddr, prompt: usize, tokens: usize) -> Option<(String, Value)> {
+/// Text and token count of a stream.
+type Story = (String, Value);
+
+/// Reads a stream.
+///
+/// # Errors
+/// It did not end as one; these are its last words.
+async fn read(address: SocketAddr, prompt: usize, tokens: usize) -> Result<Story, String> {
     let (path, body) = body(prompt, tokens);
     let mut client = Client::connect(address, Version::H1).await;
-    let reply = client.send(request(http::Method::POST, path, body)).await;
+    let reply = client.send(request(Method::POST, path, body)).await;
     let text = reply.text();
     let mut story = String::new();
     let mut usage = Value::Null;
@@ -150,9 +196,10 @@ async fn read(address: SocketAddr, prompt: usize, tokens: usize) -> Option<(Stri
             done = true;
             continue;
         }
-        let chunk: Value = serde_json::from_str(event).ok()?;
+        let chunk: Value =
+            serde_json::from_str(event).map_err(|error| format!("{error}: {event}"))?;
         if chunk.get("error").is_some() {
-            return None;
+            return Err(event.to_owned());
         }
         let choice = &chunk["choices"][0];
         let piece = choice["delta"]["content"]
@@ -163,46 +210,38 @@ async fn read(address: SocketAddr, prompt: usize, tokens: usize) -> Option<(Stri
             usage = chunk["usage"]["completion_tokens"].clone();
         }
     }
-    (done && reply.status == 200).then_some((story, usage))
+    if done && reply.status == 200 {
+        return Ok((story, usage));
+    }
+    let end = text.lines().rfind(|line| !line.is_empty());
+    Err(format!("{}: {}", reply.status, end.unwrap_or_default()))
 }
 
+/// Breaks an engine at a time, whole, until each was whole again for a moment.
 async fn break_engines(engines: &mut [Place], counts: &Counts, every: Duration, stop: &AtomicBool) {
-    let mut at = 0;
-    let mut dead: Vec<(usize, Instant)> = Vec::new();
-    while !stop.load(Relaxed) {
+    let mut broken: VecDeque<(usize, FaultKind, Instant)> = VecDeque::new();
+    for kind in FAULTS.into_iter().cycle() {
+        if stop.load(Relaxed) {
+            return;
+        }
         tokio::time::sleep(every).await;
-        dead.retain(|(place, since)| {
-            let stays = since.elapsed() < Duration::from_secs(1);
-            if !stays {
-                engines[*place].engine = None;
-                engines[*place] = Place::start(engines[*place].address);
-            }
-            stays
-        });
-        let place = rand::rng().random_range(0..engines.len());
-        let Some(engine) = engines[place]
-            .engine
-            .as_ref()
-            .filter(|engine| !engine.is_dead())
-        else {
+        while let Some((at, kind, _)) = broken.pop_front_if(|(.., since)| since.elapsed() >= BROKEN)
+        {
+            engines[at].mend(kind).await;
+        }
+        let well = (0..engines.len()).filter(|at| broken.iter().all(|(place, ..)| place != at));
+        let Some(at) = well.choose(&mut rand::rng()) else {
             continue;
         };
-        let kind = FAULTS[at % FAULTS.len()];
-        at += 1;
-        engine.fault(Fault {
-            after_tokens: rand::rng().random_range(1..100),
-            ..Fault::new(kind)
-        });
+        engines[at].break_down(kind);
         counts.faults.fetch_add(1, Relaxed);
-        if kind == FaultKind::Die {
-            dead.push((place, Instant::now()));
-        }
+        broken.push_back((at, kind, Instant::now()));
     }
 }
 
 async fn client(
     addresses: Arc<Vec<SocketAddr>>,
-    expected: Arc<Vec<Option<(String, Value)>>>,
+    expected: Arc<Vec<Story>>,
     counts: Arc<Counts>,
     tokens: usize,
     until: Instant,
@@ -218,10 +257,12 @@ async fn client(
         let got = read(addresses[entry], prompt, tokens).await;
         counts.streams.fetch_add(1, Relaxed);
         match got {
-            None => counts.failed.fetch_add(1, Relaxed),
-            got if got != expected[prompt] => counts.wrong.fetch_add(1, Relaxed),
-            Some(_) => 0,
-        };
+            Err(words) => counts.fail(words),
+            Ok(got) if got != expected[prompt] => {
+                counts.wrong.fetch_add(1, Relaxed);
+            }
+            Ok(_) => {}
+        }
     }
 }
 
@@ -250,11 +291,10 @@ async fn main() -> ExitCode {
         proxy.wait_alive(args.engines).await;
     }
     let addresses: Arc<Vec<_>> = Arc::new(proxies.iter().map(TestProxy::outbound).collect());
-    let mut expected = Vec::new();
-    for prompt in 0..PROMPTS {
-        expected.push(read(engines[0].address, prompt, args.tokens).await);
-    }
-    let (counts, expected) = (Arc::<Counts>::default(), Arc::new(expected));
+    let calm = (0..PROMPTS).map(|prompt| read(engines[0].address, prompt, args.tokens));
+    let expected = try_join_all(calm).await;
+    let expected = Arc::new(expected.expect("invariant: nothing is broken yet"));
+    let counts = Arc::<Counts>::default();
     let until = Instant::now() + Duration::from_secs(args.seconds);
     let clients: Vec<_> = (0..args.streams)
         .map(|_| {
@@ -272,8 +312,8 @@ async fn main() -> ExitCode {
     let ends = async {
         for client in clients {
             // A client that panics has a stream that ended in no way it knows.
-            if client.await.is_err() {
-                counts.failed.fetch_add(1, Relaxed);
+            if let Err(error) = client.await {
+                counts.fail(error.to_string());
             }
         }
         stop.store(true, Relaxed);
@@ -292,6 +332,10 @@ async fn main() -> ExitCode {
         "move_seconds_p50": quantile(admin, "outrigger_migration_seconds", 0.5).await,
         "move_seconds_p99": quantile(admin, "outrigger_migration_seconds", 0.99).await,
     });
+    let words = counts.words.lock();
+    for words in words.unwrap_or_else(PoisonError::into_inner).iter() {
+        eprintln!("failed: {words}");
+    }
     println!("{report}");
     let kept = failed == 0 && wrong == 0 && moved > 0.0;
     ExitCode::from(u8::from(!kept && !args.without))
