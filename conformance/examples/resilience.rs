@@ -71,8 +71,8 @@ struct Args {
     /// Milliseconds between two faults.
     #[arg(long, default_value_t = 500)]
     every_ms: u64,
-    /// Silence before a stream moves; shipped are 30,000.
-    #[arg(long, default_value_t = 5_000)]
+    /// Silence before a stream moves, and its wait for a place in the budget; as shipped.
+    #[arg(long, default_value_t = 30_000)]
     stall_ms: u64,
     /// Leave the filter out, for contrast.
     #[arg(long)]
