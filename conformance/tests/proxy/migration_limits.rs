@@ -265,7 +265,7 @@ async fn a_request_that_engines_die_of_is_tried_once_alone_and_then_refused() {
                         return conn.json("200 OK", "{}").await.then_some(conn);
                     }
                     // Those that run alone have an id that says so.
-                    let alone = got.header("x-request-id").contains("-a");
+                    let alone = got.header("x-request-id").ends_with("-a");
                     let now = running.fetch_add(usize::from(alone), SeqCst) + usize::from(alone);
                     most.fetch_max(now, SeqCst);
                     tokio::time::sleep(Duration::from_millis(30)).await;
