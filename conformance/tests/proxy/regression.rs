@@ -6,7 +6,7 @@ use http::{Method, Request};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use outrigger_conformance::harness::{
-    Client, Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version, raw, request,
+    Client, Conn, OneChain, ProxyBuilder, TestProxy, Upstream, Version, eventually, raw, request,
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{
@@ -105,13 +105,13 @@ async fn a_peers_overflow_is_reported_as_overflow_and_inhibits_nobody() {
     entry.wait_alive(1).await;
     let mut client = entry.client(Version::H1).await;
     let running = tokio::spawn(async move { client.post(CHAT, WHOLE).await.status });
+    eventually("the first runs", || async {
+        let asked = slow.exchanges();
+        asked.iter().any(|asked| asked.path() == CHAT).then_some(())
+    })
+    .await;
     let mut refused = entry.client(Version::H2).await;
-    let reply = loop {
-        let reply = refused.post(CHAT, WHOLE).await;
-        if reply.status != 200 {
-            break reply;
-        }
-    };
+    let reply = refused.post(CHAT, WHOLE).await;
     assert_eq!(reply.status, 503);
     assert_eq!(reply.header("x-outrigger-error"), "UO", "{}", reply.text());
     assert_eq!(running.await.unwrap(), 200);
