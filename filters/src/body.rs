@@ -124,8 +124,28 @@ enum Rest {
     None,
     /// It was handed over to be sent.
     Spent,
-    Incoming(hyper::body::Incoming),
+    Incoming(ClientBody),
     Boxed(UnsyncBoxBody<Bytes, BodyError>),
+}
+
+/// The body of a client's request, from whichever codec reads it.
+pub enum ClientBody {
+    /// HTTP/2, by hyper.
+    Http2(hyper::body::Incoming),
+    /// HTTP/1, and all of it came with its head.
+    AtHand(AtHand),
+    /// HTTP/1, read while it is asked for.
+    Streams(UnsyncBoxBody<Bytes, BodyError>),
+}
+
+/// A body that is all here.
+pub struct AtHand {
+    /// Its bytes.
+    pub data: Bytes,
+    /// Come last.
+    pub trailers: Option<Box<HeaderMap>>,
+    /// It has no end that is still to be seen: its length was announced, or was read.
+    pub is_sized: bool,
 }
 
 /// Outcome of [`RequestBody::read_whole`].
@@ -173,9 +193,9 @@ impl RequestBody {
         }
     }
 
-    /// The body of a request that hyper received.
+    /// The body of a request that a client sends.
     #[must_use]
-    pub fn incoming(body: hyper::body::Incoming) -> Self {
+    pub fn incoming(body: ClientBody) -> Self {
         if body.is_end_stream() {
             return Self::empty();
         }
@@ -322,17 +342,70 @@ impl RequestBody {
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let next = match &mut self.rest {
             Rest::None | Rest::Spent => None,
-            Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| {
-                frame.map_err(|error| {
-                    BodyError::new(fault(&error), format_args!("client's body broke: {error}"))
-                })
-            }),
+            Rest::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)),
             Rest::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
         };
         if let (Some(upload), Rest::Incoming(body)) = (&self.upload, &self.rest) {
             upload.note(next.as_ref(), body.is_end_stream());
         }
         Poll::Ready(next)
+    }
+}
+
+impl ClientBody {
+    /// No body.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::AtHand(AtHand {
+            data: Bytes::new(),
+            trailers: None,
+            is_sized: true,
+        })
+    }
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut *self {
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(|error| {
+                BodyError::new(fault(&error), format_args!("client's body broke: {error}"))
+            }),
+            Self::AtHand(body) => Poll::Ready(body.next().map(Ok)),
+            Self::Streams(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Http2(body) => body.is_end_stream(),
+            Self::AtHand(body) => body.is_sized && body.data.is_empty() && body.trailers.is_none(),
+            Self::Streams(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http2(body) => body.size_hint(),
+            Self::AtHand(body) if body.is_sized => SizeHint::with_exact(body.data.len() as u64),
+            Self::AtHand(_) => SizeHint::default(),
+            Self::Streams(body) => body.size_hint(),
+        }
+    }
+}
+
+impl AtHand {
+    fn next(&mut self) -> Option<Frame<Bytes>> {
+        self.is_sized = true;
+        if !self.data.is_empty() {
+            return Some(Frame::data(std::mem::take(&mut self.data)));
+        }
+        self.trailers.take().map(|all| Frame::trailers(*all))
     }
 }
 

@@ -14,6 +14,7 @@ mod start_time;
 mod tests;
 
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
+pub(crate) use start_time::TimeFormat;
 
 use crate::tls::TlsFacts;
 use format::Template;

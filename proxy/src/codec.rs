@@ -1,7 +1,14 @@
 //! HTTP/1.1 and HTTP/2 on an accepted connection, until it ends or is drained.
 
+pub(crate) mod client;
+mod date;
 pub(crate) mod exchange;
-mod gate;
+mod h1;
+mod h1_body;
+mod h1_refusal;
+pub(crate) mod h1_request;
+mod h1_response;
+mod seldom;
 
 use crate::{
     drain::Drain,
@@ -9,14 +16,13 @@ use crate::{
     metrics::HttpStats,
     tls::Stream,
 };
-use gate::Gate;
-use http::{Request, Version};
-use hyper::{body::Incoming, service::service_fn};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
-};
+use client::Client;
+use http::Request;
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use outrigger_filters::body::ClientBody;
 use outrigger_xds::resource::listener::{Codec, HttpConnectionManager};
+use seldom::Seldom;
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
@@ -25,11 +31,13 @@ use std::{
         Arc,
         atomic::{AtomicU8, AtomicU32, Ordering::Relaxed},
     },
-    task::Poll,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
 
+/// How HTTP/2 begins (RFC 9113, 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// What one stalled upload may hold; also what a client may send ahead of a filter.
 const H2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 /// All uploads of a connection together.
@@ -51,51 +59,58 @@ pub(crate) async fn serve(
     drain: Drain,
 ) {
     let config = manager.config.load_full();
-    let builder = builder(&config.manager);
     let idle = config.manager.idle_timeout;
-    let enough = Enough::new(&config.manager);
+    let requests = Requests::new(&config.manager);
     drop(config);
-    let stats = manager.stats.clone();
+    let stats = &manager.stats;
     stats.downstream_cx_total.increment(1);
     let _active = Active::new(stats.clone());
-    let (gate_manager, gate_info) = (manager.clone(), info.clone());
-    let asked = AtomicU8::new(NOTHING_YET);
-    let (asked, enough) = (&asked, &enough);
-    let after = info.clone();
-    let service = service_fn(move |request: Request<Incoming>| {
-        let http2 = request.version() == Version::HTTP_2;
-        asked.store(if http2 { HTTP_2 } else { HTTP_1 }, Relaxed);
-        enough.request();
-        let (manager, info) = (manager.clone(), info.clone());
-        async move { Ok::<_, Infallible>(manager.handle(request, &info).await) }
-    });
-    let mut connection = pin!(builder.serve_connection_with_upgrades(
-        TokioIo::new(Gate::new(stream, gate_manager, gate_info)),
-        service
-    ));
-    let _forgets = Forgets(after.clone());
-    let mut ending = pin!(ends(&drain, asked, enough, &stats));
+    let _forgets = Forgets(info.clone());
+    let connection = speak(Client::new(stream), &manager, &info, &requests);
+    let cut = pin!(cut(&drain, &requests, &info, (stats, idle)));
+    let switched = tokio::select! {
+        biased;
+        switched = connection => switched,
+        () = Seldom::new(cut) => return,
+    };
+    if let Some((client, tunnel)) = switched.zip(info.afterwards.take()) {
+        tokio::select! {
+            () = tunnel(client) => {}
+            () = drain.over() => {}
+        }
+    }
+}
+
+/// Asks a connection to end, and completes when it is to be cut.
+async fn cut(
+    drain: &Drain,
+    requests: &Requests,
+    info: &ConnectionInfo,
+    (stats, idle): (&HttpStats, Duration),
+) {
+    let mut ending = pin!(ends(drain, requests, stats));
     let mut over = pin!(drain.over());
-    let mut drained = false;
-    // One timer for the whole connection, which looks at the clock when it fires: hyper's would be armed for each request.
+    let mut asked = false;
+    // One timer for the whole connection, which looks at the clock when it fires: it is not armed for each request.
     // HTTP/2 has it for who asks nothing at all.
     let mut silent = pin!(tokio::time::sleep(idle));
-    let outcome = loop {
+    loop {
         tokio::select! {
             biased;
-            outcome = connection.as_mut() => break outcome,
-            () = &mut ending, if !drained => {
-                drained = true;
-                connection.as_mut().graceful_shutdown();
-                if asked.load(Relaxed) == NOTHING_YET {
+            () = &mut ending, if !asked => {
+                asked = true;
+                if requests.spoken() == NOTHING_YET {
                     // Half a head, at most: the codec would wait for the rest of it.
                     return;
                 }
+                info.exchange.leave();
+                // The codec is to look at it.
+                tokio::task::yield_now().await;
             }
             () = &mut over => return,
             () = &mut silent, if !idle.is_zero() => {
-                let rests = asked.load(Relaxed) != HTTP_2;
-                let rest = after.exchange.rest().filter(|_| rests).unwrap_or_default();
+                let rests = requests.spoken() != HTTP_2;
+                let rest = info.exchange.rest().filter(|_| rests).unwrap_or_default();
                 if rest >= idle {
                     stats.downstream_cx_idle_timeout.increment(1);
                     return;
@@ -103,14 +118,102 @@ pub(crate) async fn serve(
                 silent.as_mut().reset(Instant::now() + idle - rest);
             }
         }
-    };
-    if let Err(error) = outcome {
-        count(&stats, error.as_ref());
-    } else if let Some(tunnel) = after.afterwards.take() {
-        tokio::select! {
-            () = tunnel => {}
-            () = &mut over => {}
+    }
+}
+
+/// Speaks what the client speaks, until that is over; the connection again, if it goes on as something else.
+async fn speak(
+    mut client: Client,
+    manager: &Arc<Manager>,
+    info: &Arc<ConnectionInfo>,
+    requests: &Requests,
+) -> Option<Client> {
+    let codec = manager.config.load().manager.codec;
+    let stats = &manager.stats;
+    match poll_fn(|cx| begins(&mut client, codec, cx)).await {
+        Some(Spoken::Http1) => match h1::serve(client, manager, info, requests).await {
+            h1::End::Switched(client) => return Some(client),
+            h1::End::Malformed => stats.downstream_cx_protocol_error.increment(1),
+            h1::End::Closed => {}
+        },
+        // Boxed, as there are few of them: most connections carry HTTP/1.
+        Some(Spoken::Http2) => Box::pin(http2(client, manager, info, requests)).await,
+        None => stats.downstream_cx_protocol_error.increment(1),
+    }
+    None
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spoken {
+    Http1,
+    Http2,
+}
+
+/// Which version the client begins with; `None` is one that this listener does not speak.
+fn begins(client: &mut Client, codec: Codec, cx: &mut Context<'_>) -> Poll<Option<Spoken>> {
+    loop {
+        if let Some(spoken) = judge(codec, &client.ahead) {
+            return Poll::Ready(spoken);
         }
+        // Whoever ends here said nothing, or half a preface: no request, in either version.
+        if !matches!(ready!(client.poll_ahead(cx)), Ok(1..)) {
+            return Poll::Ready(Some(Spoken::Http1));
+        }
+    }
+}
+
+/// What the first bytes say; `None` if that is nothing yet.
+fn judge(codec: Codec, bytes: &[u8]) -> Option<Option<Spoken>> {
+    let preface = match codec {
+        Codec::Auto => PREFACE,
+        // So much is no HTTP/1, whatever follows.
+        Codec::Http1 | Codec::Http2 => &PREFACE[..14],
+    };
+    let count = bytes.len().min(preface.len());
+    let spoken = if bytes[..count] != preface[..count] {
+        Spoken::Http1
+    } else if count == preface.len() {
+        Spoken::Http2
+    } else {
+        return None;
+    };
+    let allowed = match codec {
+        Codec::Auto => true,
+        Codec::Http1 => spoken == Spoken::Http1,
+        Codec::Http2 => spoken == Spoken::Http2,
+    };
+    Some(allowed.then_some(spoken))
+}
+
+/// HTTP/2 on a connection, by hyper.
+async fn http2(
+    client: Client,
+    manager: &Arc<Manager>,
+    info: &Arc<ConnectionInfo>,
+    requests: &Requests,
+) {
+    let builder = builder(&manager.config.load().manager);
+    let service = service_fn(|request: Request<Incoming>| {
+        requests.one(HTTP_2);
+        let (manager, info) = (manager.clone(), info.clone());
+        async move {
+            let request = request.map(ClientBody::Http2);
+            Ok::<_, Infallible>(manager.handle(request, &info).await)
+        }
+    });
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(client), service));
+    let mut told = false;
+    let outcome = poll_fn(|cx| {
+        if info.exchange.is_leaving() && !std::mem::replace(&mut told, true) {
+            connection.as_mut().graceful_shutdown();
+        }
+        connection.as_mut().poll(cx)
+    });
+    if let Err(error) = outcome.await {
+        if error.is_timeout() {
+            manager.stats.downstream_cx_idle_timeout.increment(1);
+        }
+        tracing::debug!(%error, "downstream connection ended");
     }
 }
 
@@ -125,52 +228,62 @@ impl Drop for Forgets {
 }
 
 /// Completes when a connection is to take no more requests: it is to leave, or has had its time or its requests.
-async fn ends(drain: &Drain, asked: &AtomicU8, enough: &Enough, stats: &HttpStats) {
+async fn ends(drain: &Drain, requests: &Requests, stats: &HttpStats) {
     tokio::select! {
         biased;
-        () = leave(drain, asked) => stats.downstream_cx_drain_close.increment(1),
-        () = enough.reached(stats) => {}
+        () = leave(drain, requests) => stats.downstream_cx_drain_close.increment(1),
+        () = requests.enough(stats) => {}
     }
 }
 
-fn count(stats: &HttpStats, error: &(dyn std::error::Error + Send + Sync + 'static)) {
-    let hypers = error.downcast_ref::<hyper::Error>();
-    if hypers.is_some_and(hyper::Error::is_parse) {
-        stats.downstream_cx_protocol_error.increment(1);
-    }
-    if hypers.is_some_and(hyper::Error::is_timeout) {
-        stats.downstream_cx_idle_timeout.increment(1);
-    }
-    tracing::debug!(%error, "downstream connection ended");
-}
-
-/// When a connection has had its time, or its requests.
-struct Enough {
+/// The requests of a connection, and when it has had its time, or enough of them.
+struct Requests {
+    /// Which version they come in.
+    spoken: AtomicU8,
+    /// The first came in HTTP/2.
+    http2: Notify,
     time: Duration,
-    requests: u32,
+    max: u32,
     had: AtomicU32,
     reached: Notify,
 }
 
-impl Enough {
+impl Requests {
     fn new(config: &HttpConnectionManager) -> Self {
         Self {
+            spoken: AtomicU8::new(NOTHING_YET),
+            http2: Notify::new(),
             time: config.max_connection_duration,
-            requests: config.max_requests_per_connection,
+            max: config.max_requests_per_connection,
             had: AtomicU32::new(0),
             reached: Notify::new(),
         }
     }
 
     /// One more.
-    fn request(&self) {
-        if self.requests != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.requests {
+    fn one(&self, version: u8) {
+        let before = self.spoken.swap(version, Relaxed);
+        if before == NOTHING_YET && version == HTTP_2 {
+            self.http2.notify_one();
+        }
+        if self.max != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.max {
             self.reached.notify_one();
         }
     }
 
-    async fn reached(&self, stats: &HttpStats) {
-        if self.requests == 0 && self.time.is_zero() {
+    fn spoken(&self) -> u8 {
+        self.spoken.load(Relaxed)
+    }
+
+    /// Completes when it is known to be HTTP/2.
+    async fn http2(&self) {
+        if self.spoken() != HTTP_2 {
+            self.http2.notified().await;
+        }
+    }
+
+    async fn enough(&self, stats: &HttpStats) {
+        if self.max == 0 && self.time.is_zero() {
             return std::future::pending().await;
         }
         let over = async {
@@ -188,18 +301,12 @@ impl Enough {
 
 /// Completes when a connection is to be told to end. Where only its listener is replaced or removed, HTTP/2 is told at
 /// once; HTTP/1 learns it from the next response, since closing an idle connection could cross with a request.
-async fn leave(drain: &Drain, asked: &AtomicU8) {
+async fn leave(drain: &Drain, requests: &Requests) {
     drain.begun().await;
-    let mut ending = pin!(drain.process_begun());
-    poll_fn(|context| {
-        let ends = ending.as_mut().poll(context).is_ready();
-        if ends || asked.load(Relaxed) == HTTP_2 {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
-    })
-    .await;
+    tokio::select! {
+        () = drain.process_begun() => {}
+        () = requests.http2() => {}
+    }
 }
 
 /// Counts a connection of this connection manager as open until dropped.
@@ -219,16 +326,9 @@ impl Drop for Active {
     }
 }
 
-fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder = match config.codec {
-        Codec::Auto => builder,
-        Codec::Http1 => builder.http1_only(),
-        Codec::Http2 => builder.http2_only(),
-    };
-    builder.http1().header_read_timeout(None);
+fn builder(config: &HttpConnectionManager) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
-        .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.h2_max_concurrent_streams)
         .max_header_list_size(config.max_request_headers_kb * 1024)
@@ -238,4 +338,29 @@ fn builder(config: &HttpConnectionManager) -> auto::Builder<TokioExecutor> {
         .keep_alive_interval(H2_PING_INTERVAL)
         .keep_alive_timeout(H2_PING_TIMEOUT);
     builder
+}
+
+#[cfg(test)]
+mod h1_tests;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_version_is_told_from_the_other_however_it_is_cut() {
+        let (h1, h2) = (Some(Spoken::Http1), Some(Spoken::Http2));
+        for (codec, begins, expected) in [
+            (Codec::Http2, &b"PRI * HTTP/2.0\r\n"[..], h2),
+            (Codec::Http2, b"POST / HTTP/1.1\r\n", None),
+            (Codec::Http1, b"POST / HTTP/1.1\r\n", h1),
+            (Codec::Http1, b"PRI * HTTP/2.0\r\n", None),
+            (Codec::Auto, b"POST / HTTP/1.1\r\n", h1),
+            (Codec::Auto, b"PRI * HTTP/2.0\r\n\r\nSMS", h1),
+            (Codec::Auto, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", h2),
+        ] {
+            let judged = (0..=begins.len()).find_map(|end| judge(codec, &begins[..end]));
+            assert_eq!(judged, Some(expected), "{codec:?}");
+            assert_eq!(judge(codec, b"PRI * HT"), None, "{codec:?}");
+        }
+    }
 }

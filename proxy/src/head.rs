@@ -1,8 +1,8 @@
 //! Judges a request's head: what no next hop could read differently from us goes on, everything else ends here.
 //!
-//! Statuses, texts and details are Envoy's. What hyper itself cannot parse never comes here: see `codec::gate`.
+//! Statuses, texts and details are Envoy's. What is no head at all never comes here: see `codec::h1_refusal`.
 
-use crate::{codec::exchange::Odd, headers::Seen, snapshot::HttpConfig};
+use crate::{codec::h1_request::Odd, headers::Seen, snapshot::HttpConfig};
 use http::{Method, StatusCode, Version, header, request::Parts};
 use outrigger_filters::error::{Error, Flag, Origin};
 
@@ -34,16 +34,12 @@ const METHODS: [&str; 24] = [
     "UNSUBSCRIBE",
 ];
 
-/// Whether the head may go on; `odd` is what the codec saw in its bytes.
+/// Whether the head may go on.
 ///
 /// # Errors
 /// The reply that refuses it.
-pub(crate) fn check(
-    parts: &Parts,
-    seen: &Seen,
-    config: &HttpConfig,
-    odd: Odd,
-) -> Result<(), Error> {
+pub(crate) fn check(parts: &Parts, seen: &Seen, config: &HttpConfig) -> Result<(), Error> {
+    let odd = parts.extensions.get::<Odd>().copied().unwrap_or_default();
     if parts.version < Version::HTTP_11 {
         return Err(client_error(
             StatusCode::UPGRADE_REQUIRED,

@@ -26,9 +26,9 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts,
 };
 use http_body::Body as _;
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::upgrade::OnUpgrade;
 use outrigger_filters::{
-    body::{RequestBody, ResponseBody, empty},
+    body::{ClientBody, RequestBody, ResponseBody, empty},
     error::{Error, Flag, Origin, Retry},
     filter::{Context, End, LogFields, Next},
     local_reply::{self, Shape},
@@ -41,7 +41,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 /// Serves the feed on an inbound listener.
 pub type FeedService =
-    Arc<dyn Fn(Request<Incoming>) -> BoxFuture<'static, Response<ResponseBody>> + Send + Sync>;
+    Arc<dyn Fn(Request<ClientBody>) -> BoxFuture<'static, Response<ResponseBody>> + Send + Sync>;
 
 /// Paths of the feed.
 const FEED_PREFIX: &str = "/outrigger.feed.v1.Feed/";
@@ -113,7 +113,7 @@ impl Manager {
     /// Handles one request.
     pub(crate) async fn handle(
         self: &Arc<Self>,
-        request: Request<Incoming>,
+        request: Request<ClientBody>,
         connection: &Arc<ConnectionInfo>,
     ) -> Response<ResponseBody> {
         let config = self.config.load_full();
@@ -174,7 +174,8 @@ impl Manager {
         connection: &ConnectionInfo,
     ) -> Result<(), Error> {
         let seen = Seen::of(&parts.headers);
-        head::check(parts, &seen, config, connection.exchange.begun())?;
+        connection.exchange.begin();
+        head::check(parts, &seen, config)?;
         let fields = &mut parts.headers;
         let asks = seen.upgrade && headers::asks_for_upgrade(fields);
         if edge::target(parts, &config.manager.edge, connection.local.port())? {
@@ -270,7 +271,7 @@ impl Manager {
     async fn run(
         &self,
         route: &BuiltRoute,
-        (mut parts, body): (Parts, Incoming),
+        (mut parts, body): (Parts, ClientBody),
         context: &mut Context,
         shape: Shape,
         record: &Record,
@@ -396,9 +397,9 @@ impl Manager {
         };
         record.head_sent = record.started.elapsed();
         record.route = context.route.clone();
-        if let Some((asked, upstream)) = switched {
+        if let Some((_, upstream)) = switched {
             let limits = tunnel::limits(limits.gap, flow::stream_end(&context));
-            tunnel::begin(asked, upstream, body, record, log, limits);
+            tunnel::begin(upstream, body, record, log, limits);
             return Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(empty()));
         }
         // The entry proxy speaks to the client; a peer must see the break itself.
@@ -582,7 +583,7 @@ fn forward(
 async fn unrouted(
     config: &HttpConfig,
     parts: Parts,
-    body: Incoming,
+    body: ClientBody,
     context: &mut Context,
 ) -> Result<Response<ResponseBody>, Error> {
     if config.unrouted.is_empty() {

@@ -17,6 +17,7 @@ pub mod engines;
 pub mod feed;
 pub mod fleet;
 pub mod flow;
+mod h1;
 mod head;
 pub mod headers;
 pub mod health;

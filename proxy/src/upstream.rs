@@ -2,12 +2,11 @@
 //!
 //! An HTTP/1 connection is driven inside the task of the request that uses it (no channel hop, no second task; when
 //! the client goes away the connection goes with it), by a codec of our own: `h1_request` writes, `h1_response` reads
-//! heads, `h1_decoder` bodies. HTTP/2 connections are shared by streams and have a task of
+//! heads, [`crate::h1`] has what clients' connections need too. HTTP/2 connections are shared by streams and have a task of
 //! their own. Pools are thread-local: a worker never waits for another.
 
 pub mod connect;
 pub mod h1;
-mod h1_decoder;
 mod h1_request;
 mod h1_response;
 pub mod h2;

@@ -10,6 +10,7 @@ mod breakers;
 mod clusters;
 mod config;
 mod connections;
+mod downstream_h1;
 mod drain;
 mod dynamic;
 mod dynamic_listeners;

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A compiled time format.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct TimeFormat(Vec<Piece>);
+pub(crate) struct TimeFormat(Vec<Piece>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Piece {
@@ -40,7 +40,7 @@ impl Default for TimeFormat {
 impl TimeFormat {
     /// # Errors
     /// Names the first conversion that is not known.
-    pub(super) fn compile(format: &str) -> Result<Self, String> {
+    pub(crate) fn compile(format: &str) -> Result<Self, String> {
         let mut pieces = Vec::new();
         let mut rest = format;
         while let Some(at) = rest.find('%') {
@@ -52,7 +52,7 @@ impl TimeFormat {
     }
 
     /// Appends `time`, which is shown as 1970 if it is before that.
-    pub(super) fn append(&self, time: SystemTime, out: &mut Vec<u8>) {
+    pub(crate) fn append(&self, time: SystemTime, out: &mut Vec<u8>) {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         let day = since.as_secs() / 86_400;
         let second = since.as_secs() % 86_400;

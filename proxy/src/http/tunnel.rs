@@ -5,13 +5,14 @@
 
 use super::record::Record;
 use crate::{
+    codec::client::Client,
     head,
     metrics::HttpStats,
     pump::{self, Limits, Passed},
     snapshot::HttpConfig,
 };
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderValue, StatusCode, header, request::Parts};
+use http::{HeaderValue, StatusCode, Version, header, request::Parts};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use outrigger_filters::{
@@ -25,9 +26,11 @@ use std::{
     time::Duration,
 };
 
-/// What a connection does after HTTP; taken once, when HTTP on it has ended.
+/// What a connection does after HTTP, given its client; taken once, when HTTP on it has ended.
 #[derive(Default)]
-pub(crate) struct Afterwards(Mutex<Option<BoxFuture<'static, ()>>>);
+pub(crate) struct Afterwards(Mutex<Option<Tunnel>>);
+
+type Tunnel = Box<dyn FnOnce(Client) -> BoxFuture<'static, ()> + Send>;
 
 impl std::fmt::Debug for Afterwards {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -36,31 +39,32 @@ impl std::fmt::Debug for Afterwards {
 }
 
 impl Afterwards {
-    pub(crate) fn take(&self) -> Option<BoxFuture<'static, ()>> {
+    pub(crate) fn take(&self) -> Option<Tunnel> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn set(&self, tunnel: BoxFuture<'static, ()>) {
+    fn set(&self, tunnel: Tunnel) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tunnel);
     }
 }
 
-/// The client's end of what a request asks for.
+/// What a request asks for.
 pub(super) struct Asked {
     pub(super) protocol: HeaderValue,
-    client: OnUpgrade,
 }
 
 /// What a request asks for.
 ///
 /// # Errors
 /// It may not, or cannot on this connection.
-pub(super) fn asked(parts: &mut Parts, config: &HttpConfig) -> Result<Asked, Error> {
+pub(super) fn asked(parts: &Parts, config: &HttpConfig) -> Result<Asked, Error> {
     let protocol = parts.headers.get(header::UPGRADE).cloned();
-    let allowed = protocol.filter(|protocol| config.may_upgrade(parts, protocol.as_bytes()));
-    match (allowed, parts.extensions.remove::<OnUpgrade>()) {
-        (Some(protocol), Some(client)) => Ok(Asked { protocol, client }),
-        _ => Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed")),
+    let allowed = protocol
+        .filter(|_| parts.version == Version::HTTP_11)
+        .filter(|protocol| config.may_upgrade(parts, protocol.as_bytes()));
+    match allowed {
+        Some(protocol) => Ok(Asked { protocol }),
+        None => Err(head::unflagged(StatusCode::FORBIDDEN, "upgrade_failed")),
     }
 }
 
@@ -84,7 +88,6 @@ pub(super) fn limits(idle: Option<Duration>, until: Option<std::time::Instant>) 
 
 /// Both ends have agreed: when their HTTP is over, their bytes are carried.
 pub(super) fn begin(
-    asked: Asked,
     upstream: OnUpgrade,
     held: ResponseBody,
     record: Record,
@@ -93,15 +96,12 @@ pub(super) fn begin(
 ) {
     let connection = record.connection.clone();
     let active = Active::new(record.stats.clone());
-    let tunnel = async move {
+    let tunnel = async move |client: Client| {
         let (_active, _held) = (active, held);
         let passed = Passed::default();
         let mut record = record;
-        let end = match tokio::try_join!(asked.client, upstream) {
-            Ok((client, upstream)) => {
-                let (client, upstream) = (TokioIo::new(client), TokioIo::new(upstream));
-                pump::run(client, upstream, limits, &passed).await
-            }
+        let end = match upstream.await {
+            Ok(upstream) => pump::run(client, TokioIo::new(upstream), limits, &passed).await,
             Err(error) => {
                 tracing::debug!(%error, "an upgrade did not come about");
                 pump::End::Broken
@@ -121,7 +121,9 @@ pub(super) fn begin(
             log,
         });
     };
-    connection.afterwards.set(tunnel.boxed());
+    connection
+        .afterwards
+        .set(Box::new(move |client| tunnel(client).boxed()));
 }
 
 /// Counts an upgraded connection until dropped.

@@ -6,13 +6,15 @@
 use super::{
     IDLE_CONNECTIONS_MAX, IDLE_MS_MAX,
     connect::{OpenConnection, connect},
-    h1_decoder::Decoder,
     h1_request::{Outgoing, SendError},
     h1_response::{self, RESPONSE_HEAD_BYTES_MAX},
     headers_within, is_spent,
     queue::{self, Queue, Slot},
 };
-use crate::{tls, worker};
+use crate::{
+    h1::{self, decoder::Decoder},
+    tls, worker,
+};
 use ahash::AHashMap;
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, response::Parts};
@@ -37,8 +39,6 @@ use tokio::{
     task::unconstrained,
 };
 
-/// Most bytes that are read, and handed on, at once. One buffer of this size per thread.
-const READ_BYTES_MAX: usize = 64 * 1024;
 /// A reused connection that ends this soon after a request was sent on it, with nothing received, had been closed by an
 /// upstream that had not seen the request. Later, the upstream may have begun to work on it.
 const STALE_MS_MAX: u64 = 100;
@@ -59,8 +59,6 @@ thread_local! {
     static IDLE: RefCell<Idle> = RefCell::default();
     /// By [`Secured`](outrigger_filters::endpoints::Secured): never mixed, not with plain ones either.
     static IDLE_TLS: RefCell<AHashMap<u64, Idle>> = RefCell::default();
-    /// What was just read, before it is handed on.
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES_MAX]);
 }
 
 fn with_idle<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Idle) -> T) -> T {
@@ -137,19 +135,6 @@ impl Conn {
             }
         });
         queue::freed(endpoint);
-    }
-
-    /// Reads once, and hands over what came (nothing is the end) while it is still in the thread's buffer.
-    fn poll_read<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        take: impl FnOnce(&mut [u8]) -> T,
-    ) -> Poll<io::Result<T>> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut read = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
-            Poll::Ready(Ok(take(read.filled_mut())))
-        })
     }
 }
 
@@ -301,9 +286,8 @@ impl Asking<'_> {
         }
         loop {
             let (came, method) = (&mut self.came, self.method);
-            let read = self
-                .conn
-                .poll_read(cx, |bytes| take_head(came, bytes, method));
+            let socket = &mut self.conn.socket;
+            let read = h1::poll_read(socket, cx, |bytes| take_head(came, bytes, method));
             let end = match ready!(read) {
                 Ok(Some(Ok(None))) => continue,
                 Ok(Some(Ok(Some(answer)))) => return Poll::Ready(Ok(answer)),
@@ -481,7 +465,7 @@ impl Incoming {
             return Poll::Ready(Some(Err(error)));
         }
         let body = &mut self.body;
-        let read = exchange.conn.poll_read(cx, |bytes| {
+        let read = h1::poll_read(&mut exchange.conn.socket, cx, |bytes| {
             if bytes.is_empty() {
                 return None;
             }

@@ -1,12 +1,13 @@
 //! A request on its way out over HTTP/1: its head serialised where it stands, its body as it comes.
 
+use crate::h1::{write_chunk_size, write_field};
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, Method, Request, header};
 use http_body::Body;
 use outrigger_filters::body::{BodyError, RequestBody};
 use std::{
     cell::Cell,
-    io::{self, IoSlice, Write},
+    io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -127,7 +128,7 @@ impl Outgoing {
             Ok(piece) => {
                 self.is_read = self.body.is_end_stream();
                 if self.chunked && !piece.is_empty() {
-                    self.write_front(format_args!("{:x}\r\n", piece.len()));
+                    write_chunk_size(&mut self.front, piece.len());
                     self.tail = if self.is_read {
                         b"\r\n0\r\n\r\n"
                     } else {
@@ -147,7 +148,7 @@ impl Outgoing {
         if !self.chunked {
             return;
         }
-        self.write_front(format_args!("0\r\n"));
+        self.front.extend_from_slice(b"0\r\n");
         for (name, value) in trailers.into_iter().flatten() {
             if !may_trail(name) {
                 continue;
@@ -155,12 +156,6 @@ impl Outgoing {
             write_field(&mut self.front, name.as_str(), value.as_bytes());
         }
         self.tail = b"\r\n";
-    }
-
-    fn write_front(&mut self, text: std::fmt::Arguments<'_>) {
-        self.front
-            .write_fmt(text)
-            .expect("invariant: a Vec takes everything");
     }
 
     fn advance(&mut self, mut sent: usize) {
@@ -244,13 +239,6 @@ fn write_length(out: &mut Vec<u8>, length: u64) {
         "content-length",
         itoa::Buffer::new().format(length).as_bytes(),
     );
-}
-
-fn write_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value);
-    out.extend_from_slice(b"\r\n");
 }
 
 /// A method that usually brings content says so when it brings none, as in Envoy.

@@ -1,6 +1,6 @@
 //! The head of an HTTP/1 response: from bytes to fields, and what it says of the body and the connection. No IO.
 
-use super::h1_decoder::Decoder;
+use crate::h1::{self, decoder::Decoder};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header,
@@ -189,16 +189,9 @@ fn is_chunked(headers: &HeaderMap) -> Result<bool, Garbage> {
 }
 
 fn keep_alive(parts: &Parts) -> bool {
-    let says = |word: &[u8]| {
-        let values = parts.headers.get_all(header::CONNECTION);
-        let mut words = values
-            .iter()
-            .flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-        words.any(|told| told.trim_ascii().eq_ignore_ascii_case(word))
-    };
     match parts.version {
-        Version::HTTP_10 => says(b"keep-alive"),
-        _ => !says(b"close"),
+        Version::HTTP_10 => h1::connection_says(&parts.headers, b"keep-alive"),
+        _ => !h1::connection_says(&parts.headers, b"close"),
     }
 }
 

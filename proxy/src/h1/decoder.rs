@@ -1,4 +1,4 @@
-//! Where the body of an HTTP/1 response is in the bytes that come, and where it ends (RFC 9112, 6 and 7.1). No IO.
+//! Where the body of an HTTP/1 message is in the bytes that come, and where it ends (RFC 9112, 6 and 7.1). No IO.
 //!
 //! Strict: what is not exactly the grammar ends the connection. A lenient reader next to another one is how responses
 //! are smuggled.
@@ -7,13 +7,13 @@ use http::HeaderMap;
 use http::header::{HeaderName, HeaderValue};
 
 /// Most bytes of a chunk's extensions and of one trailer section.
-pub(super) const CHUNK_EXTRA_BYTES_MAX: usize = 16 * 1024;
+pub(crate) const CHUNK_EXTRA_BYTES_MAX: usize = 16 * 1024;
 /// Most fields of a trailer section.
 const TRAILERS_MAX: usize = 100;
 
 /// What is left of a body.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Decoder {
+pub(crate) enum Decoder {
     /// Nothing.
     Done,
     /// So many bytes.
@@ -28,7 +28,7 @@ pub(super) enum Decoder {
 
 /// Where in a chunked body we are.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Chunked {
+pub(crate) struct Chunked {
     state: State,
     /// Of the size that is being read, or what is left of the chunk.
     size: u64,
@@ -60,33 +60,33 @@ struct Garbage;
 
 /// What [`Decoder::decode`] found.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Decoded {
+pub(crate) struct Decoded {
     /// Bytes of payload, now at the front.
-    pub(super) payload: usize,
+    pub(crate) payload: usize,
     /// Bytes that belong to this body. Less than were given only at its end.
-    pub(super) used: usize,
+    pub(crate) used: usize,
     /// Come last.
-    pub(super) trailers: Option<Box<HeaderMap>>,
+    pub(crate) trailers: Option<Box<HeaderMap>>,
 }
 
 impl Decoder {
     /// A chunked body from its beginning.
-    pub(super) fn chunked() -> Self {
+    pub(crate) fn chunked() -> Self {
         Self::Chunked(Chunked::default())
     }
 
     /// Whether all of it has come.
-    pub(super) fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         *self == Self::Done
     }
 
     /// Whether the end of the connection is a proper end.
-    pub(super) fn may_close(&self) -> bool {
+    pub(crate) fn may_close(&self) -> bool {
         matches!(self, Self::Done | Self::UntilClose)
     }
 
     /// Bytes that are still to come, if that is known.
-    pub(super) fn left(&self) -> Option<u64> {
+    pub(crate) fn left(&self) -> Option<u64> {
         match self {
             Self::Done => Some(0),
             Self::Length(left) => Some(*left),
@@ -95,7 +95,7 @@ impl Decoder {
     }
 
     /// Moves the payload among `bytes` to their front: all there is, or what stands before a break.
-    pub(super) fn decode(&mut self, bytes: &mut [u8]) -> Decoded {
+    pub(crate) fn decode(&mut self, bytes: &mut [u8]) -> Decoded {
         let mut decoded = Decoded::default();
         if self.try_decode(bytes, &mut decoded).is_err() {
             *self = Self::Broken;

@@ -1,0 +1,220 @@
+//! What is to be written next: text of ours (heads, what frames chunks) and between it payload that nobody copies.
+
+use bytes::{Buf, Bytes};
+use std::{
+    cell::Cell,
+    collections::VecDeque,
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tokio::io::AsyncWrite;
+
+/// Most pieces of payload that wait, to leave in one write.
+const PIECES_MAX: usize = 16;
+/// No further piece is taken while so much waits.
+const WAITING_BYTES_MAX: usize = 64 * 1024;
+/// Larger texts are not kept for the next message.
+const TEXT_BYTES_KEPT_MAX: usize = 16 * 1024;
+
+thread_local! {
+    /// For the next message of this thread.
+    static SPARE: Cell<Option<Outbox>> = const { Cell::new(None) };
+}
+
+/// See the module. One that has nothing to send owns nothing, if it was released.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    text: Vec<u8>,
+    /// Of the text.
+    sent: usize,
+    pieces: VecDeque<Piece>,
+    /// Bytes of all pieces.
+    payload: usize,
+}
+
+#[derive(Debug)]
+struct Piece {
+    /// Where it stands in the text.
+    at: usize,
+    data: Bytes,
+}
+
+impl Outbox {
+    /// Gives its buffers to whoever writes next on this thread; what was not sent is forgotten.
+    pub(crate) fn release(&mut self) {
+        let mut spare = std::mem::take(self);
+        if (1..=TEXT_BYTES_KEPT_MAX).contains(&spare.text.capacity()) {
+            spare.text.clear();
+            spare.pieces.clear();
+            (spare.sent, spare.payload) = (0, 0);
+            SPARE.set(Some(spare));
+        }
+    }
+
+    /// Text is appended here.
+    pub(crate) fn text(&mut self) -> &mut Vec<u8> {
+        if self.text.capacity() == 0 && self.is_empty() {
+            *self = SPARE.take().unwrap_or_default();
+        }
+        &mut self.text
+    }
+
+    /// Appends payload.
+    pub(crate) fn push(&mut self, data: Bytes) {
+        if !data.is_empty() {
+            self.payload += data.len();
+            let at = self.text.len();
+            self.pieces.push_back(Piece { at, data });
+        }
+    }
+
+    /// Whether more may be appended before some has left.
+    pub(crate) fn has_room(&self) -> bool {
+        self.pieces.len() < PIECES_MAX && self.payload < WAITING_BYTES_MAX
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pieces.is_empty() && self.sent == self.text.len()
+    }
+
+    /// Writes all there is, and sees it on its way.
+    pub(crate) fn poll_send<S: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut S,
+    ) -> Poll<io::Result<()>> {
+        while !self.is_empty() {
+            let sent = ready!(self.poll_write(cx, socket))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.advance(sent);
+        }
+        Pin::new(socket).poll_flush(cx)
+    }
+
+    fn poll_write<S: AsyncWrite + Unpin>(
+        &self,
+        cx: &mut Context<'_>,
+        socket: &mut S,
+    ) -> Poll<io::Result<usize>> {
+        let mut slices = [IoSlice::new(&[]); 2 * PIECES_MAX + 1];
+        let (mut count, mut from) = (0, self.sent);
+        for piece in &self.pieces {
+            if piece.at > from {
+                slices[count] = IoSlice::new(&self.text[from..piece.at]);
+                count += 1;
+            }
+            slices[count] = IoSlice::new(&piece.data);
+            count += 1;
+            from = piece.at;
+        }
+        if self.text.len() > from {
+            slices[count] = IoSlice::new(&self.text[from..]);
+            count += 1;
+        }
+        Pin::new(socket).poll_write_vectored(cx, &slices[..count])
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        while let Some(piece) = self.pieces.front_mut() {
+            let before = count.min(piece.at - self.sent);
+            self.sent += before;
+            count -= before;
+            let of_it = count.min(piece.data.len());
+            piece.data.advance(of_it);
+            self.payload -= of_it;
+            count -= of_it;
+            if piece.data.has_remaining() {
+                return;
+            }
+            self.pieces.pop_front();
+        }
+        self.sent += count;
+        if self.sent == self.text.len() {
+            self.text.clear();
+            self.sent = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    /// Takes so many bytes at a time.
+    struct Narrow(Vec<u8>, usize);
+
+    impl AsyncWrite for Narrow {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let count = bytes.len().min(self.1);
+            self.0.extend_from_slice(&bytes[..count]);
+            Poll::Ready(Ok(count))
+        }
+
+        fn poll_write_vectored(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            slices: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            let all: Vec<u8> = slices.iter().flat_map(|slice| slice.to_vec()).collect();
+            self.poll_write(cx, &all)
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn text_and_payload_leave_in_their_order_however_little_is_taken() {
+        for step in 1..30 {
+            let mut outbox = Outbox::default();
+            for (text, data) in [("head", "one"), ("", "two"), ("|", ""), ("-", "three")] {
+                outbox.text().extend_from_slice(text.as_bytes());
+                outbox.push(data.into());
+            }
+            outbox.text().extend_from_slice(b"tail");
+            let mut socket = Narrow(Vec::new(), step);
+            poll_fn(|cx| outbox.poll_send(cx, &mut socket))
+                .await
+                .unwrap();
+            assert_eq!(socket.0, b"headonetwo|-threetail", "by {step}");
+            assert!(outbox.is_empty() && outbox.has_room() && outbox.payload == 0);
+            outbox.release();
+            assert_eq!(outbox.text.capacity(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_takes_nothing_is_broken() {
+        let mut outbox = Outbox::default();
+        outbox.push("x".into());
+        let mut socket = Narrow(Vec::new(), 0);
+        let sent = poll_fn(|cx| outbox.poll_send(cx, &mut socket)).await;
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[test]
+    fn much_payload_waits_for_room() {
+        let mut outbox = Outbox::default();
+        outbox.push(vec![0; WAITING_BYTES_MAX].into());
+        assert!(!outbox.has_room());
+        let mut outbox = Outbox::default();
+        for _ in 0..PIECES_MAX {
+            assert!(outbox.has_room());
+            outbox.push("x".into());
+        }
+        assert!(!outbox.has_room());
+    }
+}
