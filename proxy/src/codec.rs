@@ -1,6 +1,7 @@
 //! HTTP/1.1 and HTTP/2 on an accepted connection, until it ends or is drained.
 
 pub(crate) mod client;
+mod coalesced;
 mod date;
 pub(crate) mod exchange;
 mod h1;
@@ -17,6 +18,7 @@ use crate::{
     tls::Stream,
 };
 use client::Client;
+use coalesced::Coalesced;
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -194,14 +196,16 @@ async fn http2(
 ) {
     let builder = builder(&manager.config.load().manager);
     let service = service_fn(|request: Request<Incoming>| {
-        requests.one(HTTP_2);
+        if requests.one(HTTP_2) {
+            info.exchange.leave();
+        }
         let (manager, info) = (manager.clone(), info.clone());
         async move {
             let request = request.map(ClientBody::Http2);
             Ok::<_, Infallible>(manager.handle(request, &info).await)
         }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(client), service));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(Coalesced(client)), service));
     let mut told = false;
     let outcome = poll_fn(|cx| {
         if info.exchange.is_leaving() && !std::mem::replace(&mut told, true) {
@@ -260,15 +264,17 @@ impl Requests {
         }
     }
 
-    /// One more.
-    fn one(&self, version: u8) {
+    /// One more; whether it is the last that is to be taken.
+    fn one(&self, version: u8) -> bool {
         let before = self.spoken.swap(version, Relaxed);
         if before == NOTHING_YET && version == HTTP_2 {
             self.http2.notify_one();
         }
-        if self.max != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.max {
+        let is_last = self.max != 0 && self.had.fetch_add(1, Relaxed) + 1 == self.max;
+        if is_last {
             self.reached.notify_one();
         }
+        is_last
     }
 
     fn spoken(&self) -> u8 {

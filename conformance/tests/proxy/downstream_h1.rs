@@ -4,7 +4,7 @@ use outrigger_conformance::harness::{PATIENCE, ProxyBuilder, TestProxy, Upstream
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     time::timeout,
 };
 
@@ -197,6 +197,78 @@ async fn a_large_upload_is_read_as_it_is_wanted_and_arrives_whole() {
         socket.until(&format!("3000000:{sum}")).await;
     }
     assert_eq!(server.exchanges().len(), 3);
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_before_its_upload_says_that_the_connection_ends() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(async move {
+        let (mut early, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"abc\r\n") {
+            early.read_buf(&mut head).await.unwrap();
+        }
+        let answer = "HTTP/1.1 413 Payload Too Large\r\ncontent-length: 2\r\n\r\nno";
+        early.write_all(answer.as_bytes()).await.unwrap();
+        early
+    });
+    let proxy = ProxyBuilder::new().server(address).start();
+    let mut socket = Socket::to(&proxy).await;
+    let begun =
+        "POST /v1/files HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n";
+    socket.say(begun).await;
+    let answer = socket.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    drop(server.await.unwrap());
+}
+
+#[tokio::test]
+async fn a_blank_line_after_a_request_hides_no_client_that_leaves() {
+    let server = Upstream::start(|mut conn, _| async move {
+        conn.begin_events().await;
+        conn.event("{}").await;
+        conn.gone().await;
+        None
+    })
+    .await;
+    let proxy = before(&server).await;
+    let mut socket = Socket::to(&proxy).await;
+    socket
+        .say("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\n\r\n{}\r\n")
+        .await;
+    socket.until("{}").await;
+    drop(socket);
+    let lines = proxy.log(1).await;
+    assert_eq!(lines[0]["response_flags"], "DC");
+}
+
+#[tokio::test]
+async fn the_last_request_of_a_connection_is_the_last_however_many_are_sent_ahead() {
+    let server = echo().await;
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(|bootstrap| {
+            for listener in &mut bootstrap.listeners {
+                for manager in listener.http_managers_mut() {
+                    manager.max_requests_per_connection = 2;
+                }
+            }
+        })
+        .start();
+    let mut socket = Socket::to(&proxy).await;
+    // Answered by the proxy, at once.
+    let ask = "GET /v1/models HTTP/1.1\r\nhost: h\r\ncontent-length: x\r\n\r\n";
+    let ask = ask.replace(
+        "content-length: x\r\n",
+        "x-outrigger-via: 1,2,3,4,5,6,7,8,9\r\n",
+    );
+    socket.say(ask.repeat(20)).await;
+    let answers = socket.rest().await;
+    assert_eq!(answers.matches("HTTP/1.1 508").count(), 2, "{answers}");
+    let last = answers.rsplit("HTTP/1.1 508").next().unwrap();
+    assert!(last.contains("connection: close"), "{answers}");
 }
 
 #[tokio::test]

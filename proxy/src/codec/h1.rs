@@ -61,7 +61,7 @@ pub(super) async fn serve(
             here: false,
         },
         upload: None,
-        interim: b"",
+        interim: None,
         answering: false,
         read_closed: false,
     };
@@ -74,7 +74,9 @@ pub(super) async fn serve(
                 break End::Malformed;
             }
         };
-        requests.one(HTTP_1);
+        if requests.one(HTTP_1) {
+            info.exchange.leave();
+        }
         let (request, asked) = connection.begin(came);
         match connection.exchange(request, asked).await {
             Ok(After::Next) => {}
@@ -122,8 +124,8 @@ struct Connection<'a> {
     half: HalfHead<'a>,
     /// The body of the request that runs, until all of it has come.
     upload: Option<Feeder>,
-    /// What is left to say before an answer.
-    interim: &'static [u8],
+    /// What is left to say before an answer; nothing left of it means that it is to be seen on its way.
+    interim: Option<&'static [u8]>,
     /// The answer has begun.
     answering: bool,
     /// Where the next request would begin is not known.
@@ -202,27 +204,47 @@ impl Connection<'_> {
         asked: Asked,
     ) -> Result<After, Gone> {
         let response = self.answer(request).await?;
-        let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-        let last = self.respond(response, asked).await?;
-        if switches && self.upload.is_none() {
+        poll_fn(|cx| {
+            self.abandon_if_unread(cx);
+            Poll::Ready(())
+        })
+        .await;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            // Where its body would end and the new protocol begin is not known.
+            if self.upload.is_some() || self.read_closed {
+                return Err(Gone);
+            }
+            self.respond(response, asked).await?;
             return Ok(After::Switch);
         }
-        if last || switches {
+        if self.respond(response, asked).await? {
             return Ok(After::Close);
         }
-        // Somebody may still read what the client sends.
-        poll_fn(|cx| {
-            while self.upload.is_some() {
-                ready!(self.poll_client(cx))?;
-            }
-            Poll::Ready(Ok::<_, Gone>(()))
-        })
-        .await?;
+        self.finish_upload().await?;
         Ok(if self.read_closed {
             After::Close
         } else {
             After::Next
         })
+    }
+
+    /// Somebody may still read what the client sends.
+    async fn finish_upload(&mut self) -> Result<(), Gone> {
+        poll_fn(|cx| {
+            while self.upload.is_some() {
+                ready!(self.poll_client(cx))?;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// An answer that came before all of its request says truly whether the connection goes on.
+    fn abandon_if_unread(&mut self, cx: &mut Context<'_>) {
+        let upload = self.upload.as_ref();
+        if upload.is_some_and(|upload| upload.demand(cx) == Demand::Dropped) {
+            self.abandon_upload(cx);
+        }
     }
 
     async fn answer(
@@ -281,8 +303,8 @@ impl Connection<'_> {
             Demand::Dropped => self.abandon_upload(cx),
             Demand::Piece => ready!(self.poll_piece(cx)),
             Demand::Word => {
-                if !self.answering && self.interim.is_empty() {
-                    self.interim = CONTINUE;
+                if !self.answering {
+                    self.interim.get_or_insert(CONTINUE);
                 }
                 ready!(self.poll_interim(cx))?;
                 if let Some(upload) = &self.upload {
@@ -295,17 +317,19 @@ impl Connection<'_> {
     }
 
     fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.interim.is_empty() {
+        let Some(words) = &mut self.interim else {
             return Poll::Ready(Ok(()));
-        }
-        while !self.interim.is_empty() {
-            let sent = ready!(Pin::new(&mut self.client).poll_write(cx, self.interim))?;
+        };
+        while !words.is_empty() {
+            let sent = ready!(Pin::new(&mut self.client).poll_write(cx, words))?;
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.interim = &self.interim[sent..];
+            *words = &words[sent..];
         }
-        Pin::new(&mut self.client).poll_flush(cx)
+        ready!(Pin::new(&mut self.client).poll_flush(cx))?;
+        self.interim = None;
+        Poll::Ready(Ok(()))
     }
 
     /// Reads on for whoever waits for the body.
@@ -346,14 +370,14 @@ impl Connection<'_> {
 
     /// Ready if the client has gone. What it sends instead is the beginning of its next request.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
-        if self.read_closed || !self.client.ahead.is_empty() {
-            return Poll::Pending;
+        while !self.read_closed && !h1_request::has_begun(&self.client.ahead) {
+            // Empty lines, if anything.
+            self.client.ahead = BytesMut::new();
+            if ready!(self.client.poll_ahead(cx))? == 0 {
+                return Poll::Ready(Err(Gone));
+            }
         }
-        match ready!(self.client.poll_ahead(cx)) {
-            Ok(0) => Poll::Ready(Err(Gone)),
-            Ok(_) => Poll::Pending,
-            Err(error) => Poll::Ready(Err(error.into())),
-        }
+        Poll::Pending
     }
 }
 

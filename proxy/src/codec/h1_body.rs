@@ -141,11 +141,13 @@ impl Feeder {
 impl Drop for Feeder {
     fn drop(&mut self) {
         let mut between = lock(&self.shared);
+        // No word will be said any more: whoever waits for the body is told what there is, or why not.
+        between.expects = false;
         if !between.over {
             between.over = true;
             between.frame = Some(Err(gone("the connection ended")));
-            between.serve(None);
         }
+        between.serve(None);
     }
 }
 
@@ -371,5 +373,20 @@ mod tests {
         let (body, feeder) = streaming(Decoder::Length(3), "one".into(), None, (true, false));
         drop(body);
         assert_eq!(feeder.demand(&cx), Demand::Dropped);
+    }
+
+    #[test]
+    fn a_reader_was_left_waiting_for_a_word_that_nobody_says_any_more() {
+        let reader = Arc::new(Woken::default());
+        let waker = reader.clone().into();
+        for (decoder, expected) in [(Decoder::Length(3), "DC"), (Decoder::Done, "one")] {
+            let mut cx = Context::from_waker(&waker);
+            let (mut body, feeder) = streaming(decoder, "one".into(), None, (false, true));
+            assert_eq!(next(&mut body, &mut cx), "");
+            let before = reader.times();
+            drop(feeder);
+            assert_eq!(reader.times(), before + 1);
+            assert_eq!(next(&mut body, &mut cx), expected);
+        }
     }
 }

@@ -212,7 +212,13 @@ fn write_head(out: &mut Vec<u8>, parts: &Parts, told: Told, asked: Asked) -> Hea
             header::CONTENT_LENGTH => {
                 let length = announced_length(value, told, asked);
                 if let Some(length) = length {
-                    h1::write_field(out, "content-length", value.as_bytes());
+                    let mut digits = itoa::Buffer::new();
+                    // Whatever the field says, the client is to know where the next answer begins.
+                    let told = match told {
+                        Told::Exactly(_) if !empty => digits.format(length).as_bytes(),
+                        _ => value.as_bytes(),
+                    };
+                    h1::write_field(out, "content-length", told);
                     head.framing = Framing::Length(length);
                     framed = true;
                 }

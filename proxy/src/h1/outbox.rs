@@ -31,6 +31,8 @@ pub(crate) struct Outbox {
     pieces: VecDeque<Piece>,
     /// Bytes of all pieces.
     payload: usize,
+    /// The socket took bytes that it has not seen on their way: TLS keeps them where the system takes no more.
+    unflushed: bool,
 }
 
 #[derive(Debug)]
@@ -47,7 +49,7 @@ impl Outbox {
         if (1..=TEXT_BYTES_KEPT_MAX).contains(&spare.text.capacity()) {
             spare.text.clear();
             spare.pieces.clear();
-            (spare.sent, spare.payload) = (0, 0);
+            (spare.sent, spare.payload, spare.unflushed) = (0, 0, false);
             SPARE.set(Some(spare));
         }
     }
@@ -74,7 +76,12 @@ impl Outbox {
         self.pieces.len() < PIECES_MAX && self.payload < WAITING_BYTES_MAX
     }
 
+    /// Whether all has left.
     pub(crate) fn is_empty(&self) -> bool {
+        self.is_written() && !self.unflushed
+    }
+
+    fn is_written(&self) -> bool {
         self.pieces.is_empty() && self.sent == self.text.len()
     }
 
@@ -84,14 +91,19 @@ impl Outbox {
         cx: &mut Context<'_>,
         socket: &mut S,
     ) -> Poll<io::Result<()>> {
-        while !self.is_empty() {
+        while !self.is_written() {
             let sent = ready!(self.poll_write(cx, socket))?;
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.advance(sent);
+            self.unflushed = true;
         }
-        Pin::new(socket).poll_flush(cx)
+        if self.unflushed {
+            ready!(Pin::new(socket).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_write<S: AsyncWrite + Unpin>(
@@ -127,13 +139,24 @@ impl Outbox {
             self.payload -= of_it;
             count -= of_it;
             if piece.data.has_remaining() {
-                return;
+                return self.forget_sent();
             }
             self.pieces.pop_front();
         }
         self.sent += count;
         if self.sent == self.text.len() {
             self.text.clear();
+            self.sent = 0;
+        }
+    }
+
+    /// A reader who is always behind never lets it run empty: what has left does not stay for that.
+    fn forget_sent(&mut self) {
+        if self.sent >= TEXT_BYTES_KEPT_MAX {
+            self.text.drain(..self.sent);
+            for piece in &mut self.pieces {
+                piece.at -= self.sent;
+            }
             self.sent = 0;
         }
     }
@@ -194,6 +217,68 @@ mod tests {
             outbox.release();
             assert_eq!(outbox.text.capacity(), 0);
         }
+    }
+
+    /// Takes all, and sees it on its way the second time it is asked to.
+    #[derive(Default)]
+    struct Late {
+        asked: bool,
+        flushed: bool,
+    }
+
+    impl AsyncWrite for Late {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.flushed = std::mem::replace(&mut self.asked, true);
+            if self.flushed {
+                Poll::Ready(Ok(()))
+            } else {
+                Poll::Pending
+            }
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn what_a_socket_keeps_for_itself_was_taken_for_sent() {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let (mut outbox, mut socket) = (Outbox::default(), Late::default());
+        outbox.push("event".into());
+        // Whoever sees it empty does not come back before there is more.
+        while !outbox.is_empty() {
+            let _ = outbox.poll_send(&mut cx, &mut socket);
+        }
+        assert!(socket.flushed);
+    }
+
+    #[test]
+    fn a_reader_who_is_always_behind_does_not_let_it_grow() {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let (mut outbox, mut socket) = (Outbox::default(), Narrow(Vec::new(), 9));
+        for _ in 0..10 * TEXT_BYTES_KEPT_MAX {
+            outbox.text().extend_from_slice(b"1\r\n");
+            outbox.push("x".into());
+            outbox.text().extend_from_slice(b"\r\n");
+            while !outbox.has_room() {
+                let Poll::Ready(Ok(sent)) = outbox.poll_write(&mut cx, &mut socket) else {
+                    panic!("it takes some");
+                };
+                outbox.advance(sent);
+            }
+        }
+        assert!(outbox.text.len() < 2 * TEXT_BYTES_KEPT_MAX);
+        let _ = outbox.poll_send(&mut cx, &mut socket);
+        assert_eq!(socket.0, b"1\r\nx\r\n".repeat(10 * TEXT_BYTES_KEPT_MAX));
     }
 
     #[tokio::test]
