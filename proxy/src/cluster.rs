@@ -225,12 +225,17 @@ impl Clusters {
             .values()
             .map(|entry| (entry, entry.view.load_full()))
             .collect();
-        self.checks
-            .configure(views.iter().map(|(entry, view)| Checked {
+        self.checks.configure(views.iter().map(|(entry, view)| {
+            Checked {
                 config: &entry.config,
                 view,
                 used: &entry.used,
-            }));
+                ejections: entry
+                    .detector
+                    .as_ref()
+                    .and_then(|detector| detector.ejections()),
+            }
+        }));
     }
 
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.

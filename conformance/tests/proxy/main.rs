@@ -20,6 +20,7 @@ mod envoy;
 mod failures;
 mod feeds;
 mod fleet;
+mod health;
 mod http_filters;
 mod limits;
 mod listeners;

@@ -785,6 +785,8 @@ async fn health_checks_shake_hands_as_requests_do() {
                 path: "/health".into(),
                 method: Method::GET,
                 expected: std::iter::once(200..201).collect(),
+                retriable: Vec::new(),
+                http2: false,
             }));
             fleet(bootstrap).tls = Some(tls);
         })

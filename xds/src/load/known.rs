@@ -80,10 +80,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.cluster.v3.OutlierDetection",
         &[
-            "enforcing_failure_percentage", "enforcing_failure_percentage_local_origin",
-            "enforcing_local_origin_success_rate", "failure_percentage_minimum_hosts",
-            "failure_percentage_request_volume", "failure_percentage_threshold", "max_ejection_time_jitter",
-            "monitors", "successful_active_health_check_uneject_host",
+            "monitors",
         ],
     ),
     (
@@ -100,15 +97,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "alt_port", "always_log_health_check_failures", "always_log_health_check_success",
             "custom_health_check", "event_log_path", "event_logger", "event_service",
-            "grpc_health_check", "tls_options", "transport_socket_match_criteria",
+            "tls_options", "transport_socket_match_criteria",
         ],
     ),
+    ("envoy.config.core.v3.HealthCheck.GrpcHealthCheck", &["initial_metadata"]),
     (
         "envoy.config.core.v3.HealthCheck.HttpHealthCheck",
         &[
-            "codec_client_type", "receive", "request_headers_to_add",
-            "request_headers_to_remove", "response_buffer_size", "retriable_statuses", "send",
-            "service_name_matcher",
+            "receive", "request_headers_to_add", "request_headers_to_remove",
+            "response_buffer_size", "send", "service_name_matcher",
         ],
     ),
     (

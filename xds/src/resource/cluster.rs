@@ -11,7 +11,7 @@ use super::{
     config_source::Eds,
     connection, discovery,
     endpoint::{Address, ClusterLoadAssignment},
-    health_check::HealthCheck,
+    health_check::{Checker, HealthCheck},
     lb_policy::{self, Given},
     lb_shown,
     outlier_detection::OutlierDetection,
@@ -137,6 +137,14 @@ impl TryFrom<wire::Cluster> for Cluster {
             problems.take_all("health_checks", wire.health_checks);
         if health_checks.len() > 1 {
             problems.add("health_checks", "at most one is supported");
+        }
+        let asks_by_grpc = |check: &HealthCheck| matches!(check.checker, Checker::Grpc { .. });
+        if protocol != UpstreamProtocol::Http2 && health_checks.iter().any(asks_by_grpc) {
+            // As in Envoy.
+            problems.add(
+                "health_checks[0].grpc_health_check",
+                "only in a cluster that speaks HTTP/2",
+            );
         }
         let outlier_detection = wire.outlier_detection.and_then(|detection| {
             problems.take("outlier_detection", OutlierDetection::try_from(detection))

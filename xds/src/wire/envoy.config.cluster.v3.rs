@@ -127,9 +127,33 @@ pub struct OutlierDetection {
     /// 100 unless said.
     #[prost(message, optional, tag = "14")]
     pub enforcing_consecutive_local_origin_failure: ::core::option::Option<u32>,
+    /// 100 unless said.
+    #[prost(message, optional, tag = "15")]
+    pub enforcing_local_origin_success_rate: ::core::option::Option<u32>,
+    /// Share of failures, in percent, that makes an outlier; 85 unless said.
+    #[prost(message, optional, tag = "16")]
+    pub failure_percentage_threshold: ::core::option::Option<u32>,
+    /// 0 unless said.
+    #[prost(message, optional, tag = "17")]
+    pub enforcing_failure_percentage: ::core::option::Option<u32>,
+    /// 0 unless said.
+    #[prost(message, optional, tag = "18")]
+    pub enforcing_failure_percentage_local_origin: ::core::option::Option<u32>,
+    /// With fewer that have volume, shares of failures are not looked at; 5 unless said.
+    #[prost(message, optional, tag = "19")]
+    pub failure_percentage_minimum_hosts: ::core::option::Option<u32>,
+    /// Requests in an interval for such a share; 50 unless said.
+    #[prost(message, optional, tag = "20")]
+    pub failure_percentage_request_volume: ::core::option::Option<u32>,
     /// Longest ejection; 300 s or base_ejection_time unless said.
     #[prost(message, optional, tag = "21")]
     pub max_ejection_time: ::core::option::Option<::prost_types::Duration>,
+    /// Most that is added to an ejection, at random; 0 unless said.
+    #[prost(message, optional, tag = "22")]
+    pub max_ejection_time_jitter: ::core::option::Option<::prost_types::Duration>,
+    /// A health check that passes ends an ejection; so unless said.
+    #[prost(message, optional, tag = "23")]
+    pub successful_active_health_check_uneject_host: ::core::option::Option<bool>,
     /// One may be ejected whatever max_ejection_percent says.
     #[prost(message, optional, tag = "25")]
     pub always_eject_one_host: ::core::option::Option<bool>,

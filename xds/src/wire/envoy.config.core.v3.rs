@@ -681,7 +681,7 @@ pub struct HealthCheck {
     /// As no_traffic_interval, of healthy endpoints.
     #[prost(message, optional, tag = "24")]
     pub no_traffic_healthy_interval: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9")]
+    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9, 11")]
     pub health_checker: ::core::option::Option<health_check::HealthChecker>,
 }
 /// Nested message and enum types in `HealthCheck`.
@@ -698,6 +698,17 @@ pub mod health_check {
         /// Well; 200 unless said.
         #[prost(message, repeated, tag = "9")]
         pub expected_statuses: ::prost::alloc::vec::Vec<
+            super::super::super::super::r#type::v3::Int64Range,
+        >,
+        /// HTTP/1.1 unless said.
+        #[prost(
+            enumeration = "super::super::super::super::r#type::v3::CodecClientType",
+            tag = "10"
+        )]
+        pub codec_client_type: i32,
+        /// Not well, but counted up to the threshold.
+        #[prost(message, repeated, tag = "12")]
+        pub retriable_statuses: ::prost::alloc::vec::Vec<
             super::super::super::super::r#type::v3::Int64Range,
         >,
         /// GET unless said.
@@ -727,6 +738,26 @@ pub mod health_check {
             "/envoy.config.core.v3.HealthCheck.TcpHealthCheck".into()
         }
     }
+    /// By gRPC's own service for it.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GrpcHealthCheck {
+        /// Whose health; that of the whole server unless said.
+        #[prost(string, tag = "1")]
+        pub service_name: ::prost::alloc::string::String,
+        /// `:authority`; the cluster's name unless said.
+        #[prost(string, tag = "2")]
+        pub authority: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for GrpcHealthCheck {
+        const NAME: &'static str = "GrpcHealthCheck";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.HealthCheck.GrpcHealthCheck".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.HealthCheck.GrpcHealthCheck".into()
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum HealthChecker {
         /// By an HTTP request.
@@ -735,6 +766,9 @@ pub mod health_check {
         /// By a connection.
         #[prost(message, tag = "9")]
         TcpHealthCheck(TcpHealthCheck),
+        /// By gRPC.
+        #[prost(message, tag = "11")]
+        GrpcHealthCheck(GrpcHealthCheck),
     }
 }
 impl ::prost::Name for HealthCheck {
