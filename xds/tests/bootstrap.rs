@@ -264,6 +264,7 @@ fn full_manager() -> HttpConnectionManager {
             filter("router", typed(ROUTER, json!({})), false),
         ],
         access_log: vec![AccessLog {
+            filter: None,
             sink: AccessLogSink::Stdout,
             format: AccessLogFormat::Json(serde_json::from_value(format).expect("an object")),
         }],
@@ -623,6 +624,7 @@ fn full() -> Bootstrap {
         admin: Some(Admin {
             address: socket("127.0.0.1", 9901),
             access_log: vec![AccessLog {
+                filter: None,
                 sink: file,
                 format: AccessLogFormat::Text(None),
             }],
@@ -722,14 +724,17 @@ fn stderr_and_text_formats_read_back_equal() {
     let text = AccessLogFormat::Text(Some("%REQ(:PATH)%\n".into()));
     manager(&mut plain).access_log = vec![
         AccessLog {
+            filter: None,
             sink: AccessLogSink::Stderr,
             format: text.clone(),
         },
         AccessLog {
+            filter: None,
             sink: AccessLogSink::File("/tmp/log".into()),
             format: text,
         },
         AccessLog {
+            filter: None,
             sink: AccessLogSink::Stdout,
             format: AccessLogFormat::Text(None),
         },

@@ -7,6 +7,7 @@
 
 mod balancing;
 mod breakers;
+mod client_cert;
 mod clusters;
 mod config;
 mod connections;
@@ -27,6 +28,7 @@ mod listeners;
 mod migration;
 mod migration_kill;
 mod migration_limits;
+mod own_answers;
 mod per_filter;
 mod pipes;
 mod protocol;

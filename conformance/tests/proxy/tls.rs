@@ -104,7 +104,7 @@ impl Ca {
         }
     }
 
-    fn validation(&self, names: Vec<NameMatch>) -> Validation {
+    pub(super) fn validation(&self, names: Vec<NameMatch>) -> Validation {
         Validation {
             trusted_ca: DataSource::Inline(self.pem.clone().into()),
             names,

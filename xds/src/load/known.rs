@@ -7,7 +7,13 @@
 // The long lists would be a page each, one name a line.
 #[rustfmt::skip]
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
-    ("envoy.config.accesslog.v3.AccessLog", &["filter"]),
+    (
+        "envoy.config.accesslog.v3.AccessLogFilter",
+        &[
+            "extension_filter", "grpc_status_filter", "log_type_filter", "metadata_filter",
+            "not_health_check_filter", "runtime_filter", "traceable_filter",
+        ],
+    ),
     (
         "envoy.config.bootstrap.v3.Admin",
         &["allow_paths", "ignore_global_conn_limit", "socket_options"],
@@ -137,10 +143,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.HttpProtocolOptions",
-        &[
-            "headers_with_underscores_action", "max_headers_count", "max_response_headers_kb",
-            "max_stream_duration",
-        ],
+        &["max_headers_count", "max_response_headers_kb"],
     ),
     ("envoy.config.core.v3.Metadata", &["typed_filter_metadata"]),
     ("envoy.config.core.v3.Node", &["listening_addresses"]),
@@ -342,10 +345,6 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
             "user_agent_name",
             "user_agent_version",
         ],
-    ),
-    (
-        "envoy.config.core.v3.SubstitutionFormatString",
-        &["content_type"],
     ),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",

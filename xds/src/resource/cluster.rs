@@ -251,11 +251,19 @@ fn protocol(
                 if let Some(common) = options.common_http_protocol_options.take() {
                     max_requests = common.max_requests_per_connection;
                     let place = format!("{place}.common_http_protocol_options");
-                    if common.idle_timeout.is_some() {
-                        problems.add(&place, "not supported yet: idle_timeout");
-                    }
-                    if common.max_connection_duration.is_some() {
-                        problems.add(&place, "not supported yet: max_connection_duration");
+                    let underscores = common.headers_with_underscores_action != 0;
+                    for (name, is_set) in [
+                        ("idle_timeout", common.idle_timeout.is_some()),
+                        (
+                            "max_connection_duration",
+                            common.max_connection_duration.is_some(),
+                        ),
+                        ("max_stream_duration", common.max_stream_duration.is_some()),
+                        ("headers_with_underscores_action", underscores),
+                    ] {
+                        if is_set {
+                            problems.add(&place, format!("not supported yet: {name}"));
+                        }
                     }
                 }
                 if let Some(explicit) = problems.take(&place, explicit(options)) {

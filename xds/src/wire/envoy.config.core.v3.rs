@@ -59,6 +59,26 @@ impl ::prost::Name for RuntimeDouble {
         "/envoy.config.core.v3.RuntimeDouble".into()
     }
 }
+/// A number that Envoy's runtime could change; here it stays.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RuntimeUInt32 {
+    /// It.
+    #[prost(uint32, tag = "2")]
+    pub default_value: u32,
+    /// Without effect.
+    #[prost(string, tag = "3")]
+    pub runtime_key: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RuntimeUInt32 {
+    const NAME: &'static str = "RuntimeUInt32";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.RuntimeUInt32".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.RuntimeUInt32".into()
+    }
+}
 /// A directory.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchedDirectory {
@@ -829,9 +849,61 @@ pub struct HttpProtocolOptions {
     /// A connection takes no new request after this; only from clients.
     #[prost(message, optional, tag = "3")]
     pub max_connection_duration: ::core::option::Option<::prost_types::Duration>,
+    /// A stream ends after this; only from clients.
+    #[prost(message, optional, tag = "4")]
+    pub max_stream_duration: ::core::option::Option<::prost_types::Duration>,
+    /// What becomes of headers with an underscore in their name; only from clients.
+    #[prost(
+        enumeration = "http_protocol_options::HeadersWithUnderscoresAction",
+        tag = "5"
+    )]
+    pub headers_with_underscores_action: i32,
     /// A connection closes after so many; 0 is no limit.
     #[prost(message, optional, tag = "6")]
     pub max_requests_per_connection: ::core::option::Option<u32>,
+}
+/// Nested message and enum types in `HttpProtocolOptions`.
+pub mod http_protocol_options {
+    /// What becomes of headers with an underscore in their name.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum HeadersWithUnderscoresAction {
+        Allow = 0,
+        RejectRequest = 1,
+        DropHeader = 2,
+    }
+    impl HeadersWithUnderscoresAction {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Allow => "ALLOW",
+                Self::RejectRequest => "REJECT_REQUEST",
+                Self::DropHeader => "DROP_HEADER",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "ALLOW" => Some(Self::Allow),
+                "REJECT_REQUEST" => Some(Self::RejectRequest),
+                "DROP_HEADER" => Some(Self::DropHeader),
+                _ => None,
+            }
+        }
+    }
 }
 impl ::prost::Name for HttpProtocolOptions {
     const NAME: &'static str = "HttpProtocolOptions";
@@ -933,6 +1005,9 @@ impl ::prost::Name for ProxyProtocolConfig {
 /// How a log line is composed.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SubstitutionFormatString {
+    /// Of a body.
+    #[prost(string, tag = "4")]
+    pub content_type: ::prost::alloc::string::String,
     #[prost(oneof = "substitution_format_string::Format", tags = "1, 2, 5")]
     pub format: ::core::option::Option<substitution_format_string::Format>,
 }
