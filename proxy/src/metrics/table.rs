@@ -265,6 +265,7 @@ pub const ROWS: &[Row] = &[
     counter("envoy_cluster_health_check_network_failure", CLUSTER, "Health checks without an answer."),
     gauge("envoy_cluster_health_check_healthy", CLUSTER, "Endpoints that health checks do not speak against."),
     gauge("envoy_cluster_health_check_degraded", CLUSTER, "Of these, degraded."),
+    counter("envoy_server_static_unknown_fields", NONE, "Fields of the bootstrap that nobody knows."),
     counter("envoy_http1_dropped_headers_with_underscores", NONE, "Headers of HTTP/1 requests taken off for an underscore in their name."),
     counter("envoy_http1_requests_rejected_with_underscores_in_headers", NONE, "HTTP/1 requests refused for one."),
     counter("envoy_http2_dropped_headers_with_underscores", NONE, "Headers of HTTP/2 requests taken off for an underscore in their name."),
