@@ -148,7 +148,7 @@ fn secured_engine(cluster: &Cluster) -> Option<String> {
     let is_near = |host: &str| host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
     let engine = endpoints
         .any(|endpoint| endpoint.duty() == Duty::Engine && !is_near(&endpoint.address.host));
-    (cluster.tls.is_some() && engine).then(|| {
+    (cluster.sockets().flatten().next().is_some() && engine).then(|| {
         let name = &cluster.name;
         format!(
             "cluster '{name}': transport_socket: not supported yet with endpoints of duty engine that are not on this machine"

@@ -32,6 +32,7 @@ pub mod route;
 pub mod route_action;
 pub mod secret;
 pub mod server_header;
+pub mod socket_match;
 pub mod tcp_proxy;
 pub mod tls;
 pub mod upgrade;

@@ -35,6 +35,7 @@ mod protocol;
 mod regression;
 mod reuse;
 mod routes;
+mod socket_matches;
 mod streams;
 mod support;
 mod tcp;

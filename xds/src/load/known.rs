@@ -72,7 +72,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "ignore_health_on_host_removal", "lrs_report_endpoint_metrics", "lrs_server",
             "original_dst_lb_config", "per_connection_buffer_limit_bytes", "preconnect_policy",
             "protocol_selection", "respect_dns_ttl", "track_timeout_budgets",
-            "transport_socket_matcher", "transport_socket_matches", "upstream_config",
+            "transport_socket_matcher", "upstream_config",
             "upstream_http_protocol_options", "use_tcp_for_dns_lookups", "wait_for_warm_on_init",
         ],
     ),

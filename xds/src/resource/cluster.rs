@@ -15,6 +15,7 @@ use super::{
     lb_policy::{self, Given},
     lb_shown,
     outlier_detection::OutlierDetection,
+    socket_match::SocketMatch,
     tls::{self, UpstreamTls},
 };
 use crate::{
@@ -54,6 +55,8 @@ pub struct Cluster {
     pub outlier_detection: Option<OutlierDetection>,
     /// What its transport socket says; none means plain text.
     pub tls: Option<UpstreamTls>,
+    /// Endpoints that are secured otherwise.
+    pub socket_matches: Vec<SocketMatch>,
     /// Of connections to its endpoints.
     pub connection: ConnectionOptions,
     /// `circuit_breakers`.
@@ -74,6 +77,7 @@ impl Default for Cluster {
             health_check: None,
             outlier_detection: None,
             tls: None,
+            socket_matches: Vec::new(),
             connection: ConnectionOptions::default(),
             circuit_breakers: CircuitBreakers::default(),
         }
@@ -151,7 +155,10 @@ impl TryFrom<wire::Cluster> for Cluster {
         });
         let tls = wire
             .transport_socket
-            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)));
+            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)))
+            .flatten();
+        let place = "transport_socket_matches";
+        let socket_matches = problems.take_all(place, wire.transport_socket_matches);
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
             problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
@@ -167,6 +174,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             outlier_detection,
             health_check: health_checks.into_iter().next(),
             tls,
+            socket_matches,
             connection,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
@@ -335,6 +343,7 @@ impl From<&Cluster> for wire::Cluster {
             load_assignment: plain.eds.is_none().then(|| (&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
+            transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),
             typed_extension_protocol_options: options,
             max_requests_per_connection: connection.max_requests,
             upstream_bind_config: connection.bind,

@@ -215,6 +215,11 @@ pub struct Cluster {
     pub transport_socket: ::core::option::Option<
         super::super::core::v3::TransportSocket,
     >,
+    /// The first whose metadata an endpoint has counts instead of transport_socket.
+    #[prost(message, repeated, tag = "43")]
+    pub transport_socket_matches: ::prost::alloc::vec::Vec<
+        cluster::TransportSocketMatch,
+    >,
     /// Of all policies.
     #[prost(message, optional, tag = "27")]
     pub common_lb_config: ::core::option::Option<cluster::CommonLbConfig>,
@@ -239,6 +244,31 @@ pub struct Cluster {
 }
 /// Nested message and enum types in `Cluster`.
 pub mod cluster {
+    /// How some endpoints are secured.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct TransportSocketMatch {
+        /// Free.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// What the endpoint's metadata has in `envoy.transport_socket_match`.
+        #[prost(message, optional, tag = "2")]
+        pub r#match: ::core::option::Option<::prost_types::Struct>,
+        /// How.
+        #[prost(message, optional, tag = "3")]
+        pub transport_socket: ::core::option::Option<
+            super::super::super::core::v3::TransportSocket,
+        >,
+    }
+    impl ::prost::Name for TransportSocketMatch {
+        const NAME: &'static str = "TransportSocketMatch";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.TransportSocketMatch".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.TransportSocketMatch".into()
+        }
+    }
     /// An extension that knows where endpoints are.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct CustomClusterType {
