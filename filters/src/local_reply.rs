@@ -82,7 +82,8 @@ pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
 pub fn set_body(response: &mut Response<ResponseBody>, shape: Shape, text: String) {
     let headers = response.headers_mut();
     if shape == Shape::Grpc {
-        set_grpc_message(headers, &text);
+        // As in Envoy, without the end of a line of JSON.
+        set_grpc_message(headers, text.trim_end());
     } else if text.is_empty() {
         headers.remove(header::CONTENT_TYPE);
         *response.body_mut() = empty();

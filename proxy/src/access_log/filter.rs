@@ -14,8 +14,8 @@ pub(crate) enum Filter {
     Header(usize),
     /// Any, if there are none.
     Flags(Vec<String>),
-    And(Vec<Filter>),
-    Or(Vec<Filter>),
+    And(Vec<Self>),
+    Or(Vec<Self>),
 }
 
 /// What a condition may look at.

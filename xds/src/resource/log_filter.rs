@@ -25,9 +25,9 @@ pub enum LogFilter {
     /// One of these flags is set; with none, any.
     Flags(Vec<String>),
     /// All of them.
-    And(Vec<LogFilter>),
+    And(Vec<Self>),
     /// One of them.
-    Or(Vec<LogFilter>),
+    Or(Vec<Self>),
 }
 
 /// How a number compares.
