@@ -20,7 +20,7 @@ use crate::{
     head,
     headers::{self, Seen},
     metrics::HttpStats,
-    route::{BuiltRoute, Target},
+    route::{BuiltRoute, Redirector, Target},
     snapshot::HttpConfig,
     tls::TlsFacts,
 };
@@ -311,11 +311,7 @@ impl Manager {
             Target::Redirect(redirector) => {
                 self.answer_here(route, &parts, context, record);
                 self.stats.rq_redirect.increment(1);
-                let mut response = Response::new(empty());
-                *response.status_mut() = redirector.status;
-                if let Some(location) = redirector.location(&parts) {
-                    response.headers_mut().insert(header::LOCATION, location);
-                }
+                let response = redirected(redirector, &parts);
                 let mut response =
                     Self::mapped(response, (shape, ""), record, &context.log, config);
                 context.edit_response(&mut response);
@@ -512,6 +508,15 @@ fn looped() -> Error {
         "loop_detected",
         "the request has been through this proxy before",
     )
+}
+
+fn redirected(redirector: &Redirector, parts: &Parts) -> Response<ResponseBody> {
+    let mut response = Response::new(empty());
+    *response.status_mut() = redirector.status;
+    if let Some(location) = redirector.location(parts) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
 }
 
 /// A request that no route is for: filters that see all may answer it, else nobody does.

@@ -659,6 +659,7 @@ fn full_cluster() -> Cluster {
         eds: None,
         connection: Default::default(),
         protocol: UpstreamProtocol::Http2,
+        socket_matches: Vec::new(),
         tls: None,
         circuit_breakers: CircuitBreakers {
             default: Thresholds {

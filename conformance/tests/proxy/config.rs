@@ -267,22 +267,6 @@ async fn a_wrong_command_line_is_told_and_nothing_starts() {
             "--body-bytes-max",
         ),
         (
-            vec!["-c", "x", "--restart-epoch", "1"],
-            2,
-            "--restart-epoch",
-        ),
-        (vec!["--config-yaml", "node: ["], 1, "--config-yaml"),
-        (
-            vec!["--config-yaml", "{}", "--engine", "http://a:1"],
-            2,
-            "--engine",
-        ),
-        (
-            vec!["--log-path", "/no/such/directory/log"],
-            1,
-            "/no/such/directory/log",
-        ),
-        (
             vec!["--engine-api-key-file", "/no/such/file"],
             1,
             "/no/such/file",
@@ -310,6 +294,32 @@ async fn a_wrong_command_line_is_told_and_nothing_starts() {
         "{}",
         ran.errors
     );
+}
+
+#[tokio::test]
+async fn a_wrong_command_line_of_envoys_is_told() {
+    for (arguments, code, says) in [
+        (
+            vec!["-c", "x", "--restart-epoch", "1"],
+            2,
+            "--restart-epoch",
+        ),
+        (vec!["--config-yaml", "node: ["], 1, "--config-yaml"),
+        (
+            vec!["--config-yaml", "{}", "--engine", "http://a:1"],
+            2,
+            "--engine",
+        ),
+        (
+            vec!["--log-path", "/no/such/directory/log"],
+            1,
+            "/no/such/directory/log",
+        ),
+    ] {
+        let ran = run(&[arguments.as_slice(), &["--mode", "validate"]].concat());
+        assert_eq!(ran.code, Some(code), "{arguments:?}: {}", ran.errors);
+        assert!(ran.errors.contains(says), "{arguments:?}: {}", ran.errors);
+    }
 }
 
 #[tokio::test]

@@ -137,19 +137,7 @@ impl TryFrom<wire::Cluster> for Cluster {
             max_requests: of_http.or(wire.max_requests_per_connection),
         };
         let connection = connection::read(&mut problems, given);
-        let health_checks: Vec<HealthCheck> =
-            problems.take_all("health_checks", wire.health_checks);
-        if health_checks.len() > 1 {
-            problems.add("health_checks", "at most one is supported");
-        }
-        let asks_by_grpc = |check: &HealthCheck| matches!(check.checker, Checker::Grpc { .. });
-        if protocol != UpstreamProtocol::Http2 && health_checks.iter().any(asks_by_grpc) {
-            // As in Envoy.
-            problems.add(
-                "health_checks[0].grpc_health_check",
-                "only in a cluster that speaks HTTP/2",
-            );
-        }
+        let health_check = health_check(&mut problems, wire.health_checks, protocol);
         let outlier_detection = wire.outlier_detection.and_then(|detection| {
             problems.take("outlier_detection", OutlierDetection::try_from(detection))
         });
@@ -172,13 +160,33 @@ impl TryFrom<wire::Cluster> for Cluster {
             eds,
             protocol,
             outlier_detection,
-            health_check: health_checks.into_iter().next(),
+            health_check,
             tls,
             socket_matches,
             connection,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
+}
+
+fn health_check(
+    problems: &mut ConfigErrors,
+    given: Vec<core::HealthCheck>,
+    protocol: UpstreamProtocol,
+) -> Option<HealthCheck> {
+    let checks: Vec<HealthCheck> = problems.take_all("health_checks", given);
+    if checks.len() > 1 {
+        problems.add("health_checks", "at most one is supported");
+    }
+    let asks_by_grpc = |check: &HealthCheck| matches!(check.checker, Checker::Grpc { .. });
+    if protocol != UpstreamProtocol::Http2 && checks.iter().any(asks_by_grpc) {
+        // As in Envoy.
+        problems.add(
+            "health_checks[0].grpc_health_check",
+            "only in a cluster that speaks HTTP/2",
+        );
+    }
+    checks.into_iter().next()
 }
 
 /// Where its endpoints come from, or which they are.

@@ -80,6 +80,60 @@ impl TryFrom<wire::OutlierDetection> for OutlierDetection {
     fn try_from(wire: wire::OutlierDetection) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
         check_percentages(&mut problems, &wire);
+        let times = Times::read(&mut problems, &wire);
+        let rule = |count: Option<u32>, enforcing: Option<u32>, default: u32| Rule {
+            count: count.unwrap_or(5),
+            enforcing: enforcing.unwrap_or(default),
+        };
+        problems.finish(Some(Self {
+            consecutive_5xx: rule(wire.consecutive_5xx, wire.enforcing_consecutive_5xx, 100),
+            consecutive_gateway_failure: rule(
+                wire.consecutive_gateway_failure,
+                wire.enforcing_consecutive_gateway_failure,
+                0,
+            ),
+            consecutive_local_origin_failure: rule(
+                wire.consecutive_local_origin_failure,
+                wire.enforcing_consecutive_local_origin_failure,
+                100,
+            ),
+            split_external_local_origin_errors: wire.split_external_local_origin_errors,
+            interval: times.interval,
+            base_ejection_time: times.base,
+            max_ejection_time: times.longest,
+            max_ejection_percent: wire.max_ejection_percent.unwrap_or(10),
+            always_eject_one_host: wire.always_eject_one_host.unwrap_or(false),
+            enforcing_success_rate: wire.enforcing_success_rate.unwrap_or(100),
+            success_rate_minimum_hosts: wire.success_rate_minimum_hosts.unwrap_or(5),
+            success_rate_request_volume: wire.success_rate_request_volume.unwrap_or(100),
+            success_rate_stdev_factor: wire.success_rate_stdev_factor.unwrap_or(1900),
+            enforcing_local_origin_success_rate: wire
+                .enforcing_local_origin_success_rate
+                .unwrap_or(100),
+            failure_percentage_threshold: wire.failure_percentage_threshold.unwrap_or(85),
+            enforcing_failure_percentage: wire.enforcing_failure_percentage.unwrap_or(0),
+            enforcing_failure_percentage_local_origin: wire
+                .enforcing_failure_percentage_local_origin
+                .unwrap_or(0),
+            failure_percentage_minimum_hosts: wire.failure_percentage_minimum_hosts.unwrap_or(5),
+            failure_percentage_request_volume: wire.failure_percentage_request_volume.unwrap_or(50),
+            max_ejection_time_jitter: times.jitter,
+            uneject_by_health_check: wire
+                .successful_active_health_check_uneject_host
+                .unwrap_or(true),
+        }))
+    }
+}
+
+struct Times {
+    interval: Duration,
+    base: Duration,
+    longest: Duration,
+    jitter: Duration,
+}
+
+impl Times {
+    fn read(problems: &mut ConfigErrors, wire: &wire::OutlierDetection) -> Self {
         let mut time = |place: &str, given: Option<prost_types::Duration>, default: Duration| {
             let read = given.and_then(|given| problems.take(place, duration(given)));
             let read = read.unwrap_or(default);
@@ -108,47 +162,12 @@ impl TryFrom<wire::OutlierDetection> for OutlierDetection {
         let jitter = wire.max_ejection_time_jitter;
         let jitter =
             jitter.and_then(|given| problems.take("max_ejection_time_jitter", duration(given)));
-        let rule = |count: Option<u32>, enforcing: Option<u32>, default: u32| Rule {
-            count: count.unwrap_or(5),
-            enforcing: enforcing.unwrap_or(default),
-        };
-        problems.finish(Some(Self {
-            consecutive_5xx: rule(wire.consecutive_5xx, wire.enforcing_consecutive_5xx, 100),
-            consecutive_gateway_failure: rule(
-                wire.consecutive_gateway_failure,
-                wire.enforcing_consecutive_gateway_failure,
-                0,
-            ),
-            consecutive_local_origin_failure: rule(
-                wire.consecutive_local_origin_failure,
-                wire.enforcing_consecutive_local_origin_failure,
-                100,
-            ),
-            split_external_local_origin_errors: wire.split_external_local_origin_errors,
+        Self {
             interval,
-            base_ejection_time: base,
-            max_ejection_time: longest,
-            max_ejection_percent: wire.max_ejection_percent.unwrap_or(10),
-            always_eject_one_host: wire.always_eject_one_host.unwrap_or(false),
-            enforcing_success_rate: wire.enforcing_success_rate.unwrap_or(100),
-            success_rate_minimum_hosts: wire.success_rate_minimum_hosts.unwrap_or(5),
-            success_rate_request_volume: wire.success_rate_request_volume.unwrap_or(100),
-            success_rate_stdev_factor: wire.success_rate_stdev_factor.unwrap_or(1900),
-            enforcing_local_origin_success_rate: wire
-                .enforcing_local_origin_success_rate
-                .unwrap_or(100),
-            failure_percentage_threshold: wire.failure_percentage_threshold.unwrap_or(85),
-            enforcing_failure_percentage: wire.enforcing_failure_percentage.unwrap_or(0),
-            enforcing_failure_percentage_local_origin: wire
-                .enforcing_failure_percentage_local_origin
-                .unwrap_or(0),
-            failure_percentage_minimum_hosts: wire.failure_percentage_minimum_hosts.unwrap_or(5),
-            failure_percentage_request_volume: wire.failure_percentage_request_volume.unwrap_or(50),
-            max_ejection_time_jitter: jitter.unwrap_or_default(),
-            uneject_by_health_check: wire
-                .successful_active_health_check_uneject_host
-                .unwrap_or(true),
-        }))
+            base,
+            longest,
+            jitter: jitter.unwrap_or_default(),
+        }
     }
 }
 
