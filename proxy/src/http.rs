@@ -299,9 +299,8 @@ impl Manager {
                 };
                 if context.log.details == chain::DIRECT_RESPONSE {
                     self.stats.rq_direct_response.increment(1);
-                    answer = answer.map(|response| {
-                        Self::mapped(response, (shape, text), record, &context.log, config)
-                    });
+                    let (said, log) = ((shape, text.as_str()), &context.log);
+                    answer = answer.map(|made| Self::mapped(made, said, record, log, config));
                 }
                 if let Ok(response) = &mut answer {
                     context.edit_response(response);
@@ -312,10 +311,10 @@ impl Manager {
                 self.answer_here(route, &parts, context, record);
                 self.stats.rq_redirect.increment(1);
                 let response = redirected(redirector, &parts);
-                let mut response =
-                    Self::mapped(response, (shape, ""), record, &context.log, config);
-                context.edit_response(&mut response);
-                Ok(response)
+                let said = (shape, "");
+                let mut made = Self::mapped(response, said, record, &context.log, config);
+                context.edit_response(&mut made);
+                Ok(made)
             }
             Target::Chain {
                 filters,
