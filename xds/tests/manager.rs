@@ -107,3 +107,15 @@ fn what_nobody_knows_is_refused_unless_it_is_asked_for() {
     let refused = [texts[0], ("{overload_manager: {}}", Syntax::Yaml)];
     assert!(bootstrap_over(&refused, Unknown::Counted).is_err());
 }
+
+#[test]
+fn grpc_checks_need_http2() {
+    let cluster = "{name: g, type: STATIC, load_assignment: {cluster_name: g}, health_checks: \
+        [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, grpc_health_check: {}}]}";
+    let text = format!("{{node: {{id: a}}, static_resources: {{clusters: [{cluster}]}}}}");
+    let error = bootstrap(&text, Syntax::Yaml).unwrap_err().to_string();
+    assert!(
+        error.contains("grpc_health_check: only in a cluster that speaks HTTP/2"),
+        "{error}"
+    );
+}

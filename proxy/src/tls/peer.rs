@@ -218,11 +218,10 @@ mod tests {
             (UTF8_STRING, b"#x\\<>;=", r"CN=\#x\\\<\>\;="),
             (UTF8_STRING, "é\n".as_bytes(), r"CN=\C3\A9\0A"),
             (T61_STRING, b"\xe9", r"CN=\C3\A9"),
-            (BMP_STRING, b"\0a\x20\xac", r"CN=a\E2\x82\xAC"),
+            (BMP_STRING, b"\0a\x20\xac", r"CN=a\E2\82\AC"),
             (0x04, b"ab", "CN=#04026162"),
         ] {
-            let want = want.replace("\\x82", "\\82");
-            assert_eq!(rfc2253(&cn(tag, text)).as_deref(), Some(&*want));
+            assert_eq!(rfc2253(&cn(tag, text)).as_deref(), Some(want));
         }
         let country = tlv(SET, &pair(&[0x55, 4, 6], PRINTABLE_STRING, b"DE"));
         let several = [
