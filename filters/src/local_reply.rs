@@ -78,6 +78,20 @@ pub fn respond(error: &Error, shape: Shape) -> Response<ResponseBody> {
     response
 }
 
+/// Gives a local reply another text, in its shape; the content type stays.
+pub fn set_body(response: &mut Response<ResponseBody>, shape: Shape, text: String) {
+    let headers = response.headers_mut();
+    if shape == Shape::Grpc {
+        // As in Envoy, without the end of a line of JSON.
+        set_grpc_message(headers, text.trim_end());
+    } else if text.is_empty() {
+        headers.remove(header::CONTENT_TYPE);
+        *response.body_mut() = empty();
+    } else {
+        *response.body_mut() = full(text);
+    }
+}
+
 /// A direct response of a route, shaped like an error if it is one and the route speaks OpenAI.
 #[must_use]
 pub fn direct(status: StatusCode, body: &str, shape: Shape) -> Response<ResponseBody> {
@@ -199,12 +213,16 @@ fn grpc(error: &Error) -> Response<ResponseBody> {
         HeaderValue::from_static("application/grpc"),
     );
     headers.insert("grpc-status", HeaderValue::from(code));
-    if !error.message.is_empty()
-        && let Ok(message) = HeaderValue::from_str(&percent_encode(&error.message))
+    set_grpc_message(headers, &error.message);
+    response
+}
+
+fn set_grpc_message(headers: &mut HeaderMap, text: &str) {
+    if let Ok(message) = HeaderValue::from_str(&percent_encode(text))
+        && !text.is_empty()
     {
         headers.insert("grpc-message", message);
     }
-    response
 }
 
 /// gRPC's percent-encoding of status messages (printable ASCII but `%` stays).

@@ -2,10 +2,11 @@
 //! configuration.
 //!
 //! Formatting happens on the request's thread, into a buffer that thread keeps; writing happens on the sink's own
-//! thread ([`sink`]), so that a full disk or a stuck pipe never holds up a request. Which requests are logged is not
-//! decided here: all are.
+//! thread ([`sink`]), so that a full disk or a stuck pipe never holds up a request. Which requests are logged, a
+//! [`Filter`] says.
 
 mod escape;
+mod filter;
 mod format;
 mod operator;
 mod sink;
@@ -13,14 +14,18 @@ mod start_time;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use filter::{Answer, Filter};
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
 pub(crate) use start_time::TimeFormat;
 
 use crate::tls::TlsFacts;
 use format::Template;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
-use outrigger_filters::filter::LogFields;
-use outrigger_xds::resource::listener::AccessLog;
+use outrigger_filters::{filter::LogFields, matching::HeaderMatcher};
+use outrigger_xds::resource::{
+    listener::{AccessLog, AccessLogFormat},
+    log_filter::LogFilter,
+};
 use serde_json::Value;
 use sink::Sink;
 use std::{
@@ -40,8 +45,14 @@ thread_local! {
 
 /// The access logs of one listener.
 pub struct AccessLogs {
-    logs: Vec<(Template, Arc<Sink>)>,
+    logs: Vec<Log>,
     headers: Headers,
+}
+
+struct Log {
+    filter: Option<Filter>,
+    template: Template,
+    sink: Arc<Sink>,
 }
 
 /// A time as `%START_TIME%` shows it: RFC 3339, with milliseconds.
@@ -57,6 +68,8 @@ pub fn rfc3339(time: SystemTime) -> String {
 struct Headers {
     request: Vec<Wanted>,
     response: Vec<HeaderName>,
+    /// Conditions on requests, looked at when they come.
+    conditions: Vec<HeaderMatcher>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -71,6 +84,8 @@ enum Wanted {
 pub struct Captured {
     request: Vec<Option<HeaderValue>>,
     response: Vec<Option<HeaderValue>>,
+    /// Which conditions hold.
+    conditions: Vec<bool>,
 }
 
 /// What the connection manager knows of a finished request.
@@ -122,6 +137,8 @@ pub struct Entry<'a> {
     pub itl_p99: Option<Duration>,
     /// What the filters left.
     pub log: &'a LogFields,
+    /// What our own answer says, where that is about to be formatted.
+    pub local_reply_body: &'a str,
 }
 
 impl AccessLogs {
@@ -136,10 +153,19 @@ impl AccessLogs {
         for (index, config) in configs.iter().enumerate() {
             let place = format!("access_log[{index}]");
             let template = Template::compile(&config.format, &mut headers, &place)?;
+            let filter = config.filter.as_ref();
+            let filter = filter.map(|filter| Filter::compile(filter, &mut headers));
+            let filter = filter
+                .transpose()
+                .map_err(|error| format!("{place}.filter: {error}"))?;
             let sink = sinks
                 .open(&config.sink)
                 .map_err(|error| format!("{place}: {error}"))?;
-            logs.push((template, sink));
+            logs.push(Log {
+                filter,
+                template,
+                sink,
+            });
         }
         Ok(Self { logs, headers })
     }
@@ -154,7 +180,7 @@ impl AccessLogs {
     /// (`x-forwarded-for`), as Envoy does.
     #[must_use]
     pub fn capture(&self, request: &http::request::Parts) -> Captured {
-        self.headers.capture(&request.uri, &request.headers)
+        self.headers.capture_with_conditions(request)
     }
 
     /// Keeps what the formats need of the response's headers.
@@ -162,13 +188,24 @@ impl AccessLogs {
         self.headers.capture_response(headers, captured);
     }
 
-    /// Writes the line (one per configured log). Never blocks: a full queue drops the line and counts it.
+    /// Writes the line (one per configured log that its filter lets pass). Never blocks: a full queue drops the line and counts it.
     pub fn write(&self, entry: &Entry<'_>, captured: &Captured) {
+        let answer = Answer {
+            code: entry.code,
+            duration: entry.duration,
+            flags: &entry.log.flags,
+            captured,
+        };
+        let passes = |log: &&Log| {
+            log.filter
+                .as_ref()
+                .is_none_or(|filter| filter.holds(&answer))
+        };
         LINE.with_borrow_mut(|line| {
-            for (template, sink) in &self.logs {
+            for log in self.logs.iter().filter(passes) {
                 line.clear();
-                template.render(entry, captured, line);
-                sink.push(line);
+                log.template.render(entry, captured, line);
+                log.sink.push(line);
             }
             if line.capacity() > LINE_BUFFER_BYTES_MAX {
                 *line = Vec::new();
@@ -196,6 +233,31 @@ impl Formats {
         Template::bare(text, &mut self.headers).map(ValueFormat)
     }
 
+    /// Compiles that of a body.
+    ///
+    /// # Errors
+    /// The place below `place` and what is wrong there.
+    pub(crate) fn body(
+        &mut self,
+        format: &AccessLogFormat,
+        place: &str,
+    ) -> Result<BodyTemplate, String> {
+        Template::compile(format, &mut self.headers, place).map(BodyTemplate)
+    }
+
+    /// Prepares a condition.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn condition(&mut self, filter: &LogFilter) -> Result<Filter, String> {
+        Filter::compile(filter, &mut self.headers)
+    }
+
+    /// Keeps what formats and conditions need of a request.
+    pub(crate) fn capture_with_conditions(&self, request: &http::request::Parts) -> Captured {
+        self.headers.capture_with_conditions(request)
+    }
+
     /// Keeps what the formats need of a request.
     #[must_use]
     pub fn capture(&self, uri: &Uri, headers: &HeaderMap) -> Captured {
@@ -205,6 +267,19 @@ impl Formats {
     /// Keeps what the formats need of a response.
     pub fn capture_response(&self, headers: &HeaderMap, captured: &mut Captured) {
         self.headers.capture_response(headers, captured);
+    }
+}
+
+/// What a body is made of; as a line of the log.
+#[derive(Debug)]
+pub(crate) struct BodyTemplate(Template);
+
+impl BodyTemplate {
+    /// The body.
+    pub(crate) fn render(&self, entry: &Entry<'_>, captured: &Captured) -> String {
+        let mut body = Vec::new();
+        self.0.render(entry, captured, &mut body);
+        String::from_utf8_lossy(&body).into_owned()
     }
 }
 
@@ -235,7 +310,18 @@ impl Headers {
         });
         Captured {
             request: wanted.collect(),
-            response: Vec::new(),
+            ..Captured::default()
+        }
+    }
+
+    fn capture_with_conditions(&self, request: &http::request::Parts) -> Captured {
+        let conditions = self.conditions.iter();
+        let conditions = conditions
+            .map(|condition| condition.matches(request))
+            .collect();
+        Captured {
+            conditions,
+            ..self.capture(&request.uri, &request.headers)
         }
     }
 

@@ -337,6 +337,7 @@ fn access_log(target: &str) -> Vec<AccessLog> {
         path => AccessLogSink::File(path.to_owned()),
     };
     vec![AccessLog {
+        filter: None,
         sink,
         format: AccessLogFormat::Json(access_log::default_json()),
     }]

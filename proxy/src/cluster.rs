@@ -48,12 +48,12 @@ pub struct Clusters {
     names: Arc<Names>,
 }
 
-/// How the endpoints of clusters are secured, by cluster.
-pub type Contexts = HashMap<String, Secured>;
+/// How the endpoints of clusters are secured, by cluster: as [`Cluster::sockets`] orders them; none is plain text.
+pub type Contexts = HashMap<String, Vec<Option<Secured>>>;
 
 struct Entry {
     config: Cluster,
-    tls: Option<Secured>,
+    sockets: Vec<Option<Secured>>,
     view: ArcSwap<ClusterView>,
     /// Accounts of the engines beside us, by index-free lookup at `reserve`.
     ledgers: ArcSwap<AHashMap<EngineId, Arc<Ledger>>>,
@@ -132,8 +132,8 @@ impl Clusters {
         self.names.configure(clusters);
         let entries = clusters.iter().map(|cluster| {
             let previous = before.get(cluster.name.as_str());
-            let tls = contexts.get(&cluster.name);
-            let same = |entry: &&Arc<Entry>| entry.config == *cluster && entry.tls.as_ref() == tls;
+            let sockets = contexts.get(&cluster.name).map_or(&[][..], Vec::as_slice);
+            let same = |entry: &&Arc<Entry>| entry.config == *cluster && entry.sockets == *sockets;
             if let Some(same) = previous.filter(same) {
                 return (Arc::from(cluster.name.as_str()), same.clone());
             }
@@ -148,7 +148,7 @@ impl Clusters {
                 |entry| entry.breakers.clone(),
             );
             breakers.set(&cluster.circuit_breakers);
-            let view = self.view_of(cluster, tls, &balancer, &breakers);
+            let view = self.view_of(cluster, sockets, &balancer, &breakers);
             let stats = ClusterStats::new(&cluster.name);
             let before = previous.and_then(|entry| entry.detector.as_deref());
             let detector = cluster
@@ -164,7 +164,7 @@ impl Clusters {
             let ledgers = self.ledgers_of(&view);
             let entry = Entry {
                 config: cluster.clone(),
-                tls: tls.cloned(),
+                sockets: sockets.to_vec(),
                 view: ArcSwap::from_pointee(view),
                 ledgers: ArcSwap::from_pointee(ledgers),
                 balancer,
@@ -190,8 +190,8 @@ impl Clusters {
     pub fn refresh(&self) {
         let building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in self.entries.load().values() {
-            let tls = entry.tls.as_ref();
-            let view = self.view_of(&entry.config, tls, &entry.balancer, &entry.breakers);
+            let sockets = &entry.sockets;
+            let view = self.view_of(&entry.config, sockets, &entry.balancer, &entry.breakers);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
             if let Some(detector) = &entry.detector {
                 detector.members(&view.endpoints);
@@ -225,12 +225,17 @@ impl Clusters {
             .values()
             .map(|entry| (entry, entry.view.load_full()))
             .collect();
-        self.checks
-            .configure(views.iter().map(|(entry, view)| Checked {
+        self.checks.configure(views.iter().map(|(entry, view)| {
+            Checked {
                 config: &entry.config,
                 view,
                 used: &entry.used,
-            }));
+                ejections: entry
+                    .detector
+                    .as_ref()
+                    .and_then(|detector| detector.ejections()),
+            }
+        }));
     }
 
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.
@@ -277,7 +282,7 @@ impl Clusters {
     fn view_of(
         &self,
         cluster: &Cluster,
-        tls: Option<&Secured>,
+        sockets: &[Option<Secured>],
         balancer: &Balancer,
         breakers: &Arc<Breakers>,
     ) -> ClusterView {
@@ -287,6 +292,7 @@ impl Clusters {
         for configured in &cluster.load_assignment.endpoints {
             let duty = configured.duty();
             let hash_key = hash_key(cluster, configured);
+            let tls = sockets.get(cluster.socket_of(configured));
             let mut way = Way {
                 address: &configured.address,
                 hostname: name_of(configured),
@@ -295,7 +301,7 @@ impl Clusters {
                 connection: &connection,
                 via: Via::Plain,
                 protocol: cluster.protocol,
-                tls,
+                tls: tls.and_then(Option::as_ref),
                 weight: configured.load_balancing_weight,
                 health_status: configured.health_status,
                 priority: cluster.load_assignment.locality(configured).priority,

@@ -16,7 +16,7 @@ use crate::{listener::Planned, tls::contexts::Contexts};
 use build::Builder;
 use files::Files;
 use model::{Kind, Model, Subscription};
-use outrigger_filters::{endpoints::Secured, services::Services};
+use outrigger_filters::services::Services;
 use outrigger_xds::{
     accepted::{Outcome, Scope, Update},
     load::{
@@ -32,7 +32,7 @@ use outrigger_xds::{
 };
 use stats::Event;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{Arc, Weak},
     time::{Duration, Instant, SystemTime},
@@ -50,7 +50,7 @@ pub struct Plan {
     /// All clusters, with their endpoints.
     pub clusters: Vec<Cluster>,
     /// How their endpoints are secured, by cluster.
-    pub contexts: HashMap<String, Secured>,
+    pub contexts: crate::cluster::Contexts,
     /// All listeners, with their routes.
     pub listeners: Vec<Planned>,
     /// How many listeners still wait.
@@ -384,12 +384,13 @@ impl Discovery {
                 None => {
                     self.warming_clusters.insert(name.clone());
                     let before = self.clusters.get(name).cloned();
-                    (before, self.contexts.clients().get(name).cloned())
+                    let sockets = self.contexts.clients().get(name).cloned();
+                    (before, sockets.unwrap_or_default())
                 }
             };
             if let Some(in_effect) = in_effect {
                 next.insert(name.clone(), in_effect);
-                secured.extend(context.map(|context| (name.clone(), context)));
+                secured.insert(name.clone(), context);
             }
         }
         let before = std::mem::replace(&mut self.clusters, next);

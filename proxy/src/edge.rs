@@ -2,12 +2,12 @@
 
 use crate::headers::{FORWARDED_FOR, Seen};
 use http::{
-    HeaderMap, HeaderValue, Method, Uri, header,
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header,
     request::Parts,
     uri::{Authority, PathAndQuery},
 };
 use outrigger_filters::error::Error;
-use outrigger_xds::resource::edge::{Edge, EscapedSlashes, StripPort};
+use outrigger_xds::resource::edge::{Edge, EscapedSlashes, StripPort, Underscores};
 use std::net::IpAddr;
 
 /// Changes path and host; true if something was changed.
@@ -55,7 +55,7 @@ fn path(parts: &mut Parts, edge: &Edge) -> Result<bool, Error> {
 }
 
 fn refused() -> Error {
-    crate::head::unflagged(http::StatusCode::BAD_REQUEST, "path_normalization_failed")
+    crate::head::unflagged(StatusCode::BAD_REQUEST, "path_normalization_failed")
 }
 
 /// Whether two hexadecimal digits follow each percent sign.
@@ -184,6 +184,62 @@ fn strip_dot(host: &mut String) {
     if host[..end].ends_with('.') {
         host.remove(end - 1);
     }
+}
+
+/// Refuses headers with an underscore in their name, or takes them off.
+///
+/// # Errors
+/// There is one, and there must be none.
+pub(crate) fn underscores(parts: &mut Parts, edge: &Edge) -> Result<(), Error> {
+    if edge.underscores == Underscores::Allow {
+        return Ok(());
+    }
+    let names = parts.headers.keys();
+    let odd: Vec<HeaderName> = names
+        .filter(|name| name.as_str().contains('_'))
+        .cloned()
+        .collect();
+    if odd.is_empty() {
+        return Ok(());
+    }
+    let is_http2 = parts.version == Version::HTTP_2;
+    if edge.underscores == Underscores::Reject {
+        let (counter, details) = if is_http2 {
+            (
+                "envoy_http2_requests_rejected_with_underscores_in_headers",
+                "http2.unexpected_underscore",
+            )
+        } else {
+            (
+                "envoy_http1_requests_rejected_with_underscores_in_headers",
+                "http1.unexpected_underscore",
+            )
+        };
+        metrics::counter!(counter).increment(1);
+        return Err(crate::head::client_error(
+            StatusCode::BAD_REQUEST,
+            details,
+            "Bad Request",
+        ));
+    }
+    let counter = if is_http2 {
+        "envoy_http2_dropped_headers_with_underscores"
+    } else {
+        "envoy_http1_dropped_headers_with_underscores"
+    };
+    for name in odd {
+        let lines = parts.headers.get_all(&name).iter().count();
+        metrics::counter!(counter).increment(lines as u64);
+        parts.headers.remove(name);
+    }
+    Ok(())
+}
+
+/// Whether `x-forwarded-for` tells of one address and no more.
+pub(crate) fn is_single(headers: &HeaderMap) -> bool {
+    let mut lines = headers.get_all(FORWARDED_FOR).iter();
+    let first = lines.next();
+    first.is_some_and(|line| !line.as_bytes().contains(&b',')) && lines.next().is_none()
 }
 
 /// The client as the nearest `hops` proxies before us tell it: so many addresses from the end of `x-forwarded-for`.

@@ -9,6 +9,8 @@ use std::net::IpAddr;
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// Says that a request comes from inside.
+pub(crate) const INTERNAL: HeaderName = HeaderName::from_static("x-envoy-internal");
 const EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 pub(crate) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
@@ -138,17 +140,17 @@ const COMMANDS: [&str; 12] = [
     "x-envoy-upstream-rq-timeout-ms",
 ];
 /// What only a proxy further inside may say.
-const FROM_INSIDE: [&str; 6] = [
+const FROM_INSIDE: [&str; 5] = [
     "x-envoy-decorator-operation",
     "x-envoy-downstream-service-cluster",
     "x-envoy-downstream-service-node",
-    "x-envoy-internal",
     "x-envoy-original-host",
     "x-envoy-original-path",
 ];
 
-/// Takes Envoy's own headers off a client's request.
+/// Takes Envoy's own headers off a client's request. That it comes from inside is for us to say.
 pub(crate) fn strip_envoy(headers: &mut HeaderMap, at_edge: bool) {
+    headers.remove(INTERNAL);
     for name in COMMANDS {
         headers.remove(name);
     }

@@ -4,7 +4,9 @@
 //! not asked: their own proxy or agent does that.
 
 mod ask;
+mod grpc;
 
+use crate::outlier::Ejections;
 use ahash::AHashMap;
 use ask::Asker;
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Host, Secured, Via};
@@ -39,6 +41,7 @@ struct Running {
     connection: Arc<ConnectionOptions>,
     tls: Option<Secured>,
     host: Arc<Host>,
+    ejections: Option<Arc<Ejections>>,
     task: AbortHandle,
 }
 
@@ -56,6 +59,8 @@ pub struct Checked<'a> {
     pub view: &'a ClusterView,
     /// Whether it ever got a request.
     pub used: &'a Arc<AtomicBool>,
+    /// Its outlier detection's, if a check that passes ends them.
+    pub ejections: Option<&'a Arc<Ejections>>,
 }
 
 impl Checks {
@@ -76,6 +81,8 @@ impl Checks {
                         && known.tls == endpoint.tls
                         && known.connection == endpoint.connection
                         && Arc::ptr_eq(&known.host, &endpoint.host)
+                        && known.ejections.as_ref().map(Arc::as_ptr)
+                            == checked.ejections.map(Arc::as_ptr)
                 });
                 let check = known.unwrap_or_else(|| start(config, &checked, endpoint));
                 running.insert(key, check);
@@ -113,6 +120,7 @@ fn start(config: &HealthCheck, checked: &Checked<'_>, endpoint: &Endpoint) -> Ru
         cluster: checked.config.name.clone(),
         address: address.clone(),
         host: host.clone(),
+        ejections: checked.ejections.cloned(),
         used: checked.used.clone(),
         failures: 0,
         successes: 0,
@@ -123,6 +131,7 @@ fn start(config: &HealthCheck, checked: &Checked<'_>, endpoint: &Endpoint) -> Ru
         tls: tls.cloned(),
         connection: endpoint.connection.clone(),
         host: host.clone(),
+        ejections: checked.ejections.cloned(),
         task: tokio::spawn(check.run()).abort_handle(),
     }
 }
@@ -135,6 +144,8 @@ enum Found {
     },
     /// It answered, and said no.
     Refused,
+    /// It answered something that is no verdict.
+    Doubtful,
     /// No answer.
     Unreachable,
     /// Not in time.
@@ -155,6 +166,7 @@ struct Check {
     cluster: String,
     address: Address,
     host: Arc<Host>,
+    ejections: Option<Arc<Ejections>>,
     used: Arc<AtomicBool>,
     failures: u32,
     successes: u32,
@@ -171,6 +183,7 @@ impl Check {
                 Found::TimedOut
             });
             let change = self.take(found);
+            self.pardon(found);
             match found {
                 Found::Well { .. } => self.count("envoy_cluster_health_check_success"),
                 _ => self.count("envoy_cluster_health_check_failure"),
@@ -216,6 +229,14 @@ impl Check {
         host.since_ms
             .store(outrigger_filters::endpoints::clock_ms(), Relaxed);
         Change::Healthy
+    }
+
+    /// As in Envoy, who passes a check is not taken for an outlier any longer.
+    fn pardon(&self, found: Found) {
+        let is_well = matches!(found, Found::Well { .. }) && !self.host.has(Host::FAILED_ACTIVE_HC);
+        if let Some(ejections) = self.ejections.as_ref().filter(|_| is_well) {
+            ejections.end(&self.host);
+        }
     }
 
     /// Until the next check.
@@ -274,6 +295,7 @@ mod tests {
             cluster: "c".into(),
             address: Address::default(),
             host,
+            ejections: None,
             used: Arc::new(AtomicBool::new(true)),
             failures: 0,
             successes: 0,
@@ -301,6 +323,16 @@ mod tests {
         assert_eq!(check.take(WELL), Change::None, "successes are in a row");
         assert_eq!(check.take(WELL), Change::Healthy);
         assert_eq!(check.take(Found::Refused), Change::Unhealthy, "at once");
+    }
+
+    #[test]
+    fn an_answer_that_is_no_verdict_counts_up_to_the_threshold() {
+        let mut check = check();
+        assert_eq!(check.take(WELL), Change::Healthy);
+        for _ in 0..2 {
+            assert_eq!(check.take(Found::Doubtful), Change::None);
+        }
+        assert_eq!(check.take(Found::Doubtful), Change::Unhealthy);
     }
 
     #[test]

@@ -3,8 +3,12 @@
 //! Order: pin the configuration, judge the head, ids and forwarding headers, route, run the chain, wrap the response
 //! so that its end writes the access log. Errors become local replies here and nowhere else.
 
+mod forward;
 mod record;
+mod replies;
 pub(crate) mod tunnel;
+
+pub(crate) use replies::LocalReplies;
 
 use crate::{
     access_log::AccessLogs,
@@ -16,7 +20,7 @@ use crate::{
     head,
     headers::{self, Seen},
     metrics::HttpStats,
-    route::{BuiltRoute, Target},
+    route::{BuiltRoute, Redirector, Target},
     snapshot::HttpConfig,
     tls::TlsFacts,
 };
@@ -29,7 +33,7 @@ use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use outrigger_filters::{
     body::{ClientBody, RequestBody, ResponseBody, empty},
-    error::{Error, Flag, Origin, Retry},
+    error::{Error, Flag, Origin},
     filter::{Context, End, LogFields, Next},
     local_reply::{self, Shape},
     router::attempt,
@@ -134,33 +138,36 @@ impl Manager {
             attempt: 1,
             ..Context::default()
         };
-        let (response, shape, limits) =
-            match self.prepare(&mut parts, &mut record, &mut context, &config, connection) {
-                Err(error) => {
-                    // Refused, but still in the form that clients of this route read.
-                    let openai = config.route(&parts).is_some_and(|route| route.openai);
-                    (
-                        Err(error),
-                        Shape::of(&record.path, &parts.headers, openai),
-                        FlowLimits::default(),
-                    )
+        let prepared = self.prepare(&mut parts, &mut record, &mut context, &config, connection);
+        record.captured = record.logs.capture(&parts);
+        if let Some(replies) = &config.local_replies {
+            record.replied = replies.capture(&parts);
+        }
+        let (response, shape, limits) = match prepared {
+            Err(error) => {
+                // Refused, but still in the form that clients of this route read.
+                let openai = config.route(&parts).is_some_and(|route| route.openai);
+                (
+                    Err(error),
+                    Shape::of(&record.path, &parts.headers, openai),
+                    FlowLimits::default(),
+                )
+            }
+            Ok(()) => match config.route(&parts) {
+                None => {
+                    let shape = Shape::of(&record.path, &parts.headers, false);
+                    let response = unrouted(&config, parts, body, &mut context).await;
+                    (response, shape, FlowLimits::default())
                 }
-                Ok(()) => match config.route(&parts) {
-                    None => {
-                        let shape = Shape::of(&record.path, &parts.headers, false);
-                        let response = unrouted(&config, parts, body, &mut context).await;
-                        (response, shape, FlowLimits::default())
-                    }
-                    Some(route) => {
-                        let shape = Shape::of(&record.path, &parts.headers, route.openai);
-                        record.captured = record.logs.capture(&parts);
-                        let response = self
-                            .run(route, (parts, body), &mut context, shape, &record)
-                            .await;
-                        (response, shape, flow::limits(&config, &context))
-                    }
-                },
-            };
+                Some(route) => {
+                    let shape = Shape::of(&record.path, &parts.headers, route.openai);
+                    let response = self
+                        .run(&config, route, (parts, body), &mut context, shape, &record)
+                        .await;
+                    (response, shape, flow::limits(&config, &context))
+                }
+            },
+        };
         self.finish(response, record, context, shape, limits, &config)
     }
 
@@ -173,8 +180,9 @@ impl Manager {
         config: &HttpConfig,
         connection: &ConnectionInfo,
     ) -> Result<(), Error> {
-        let seen = Seen::of(&parts.headers);
         connection.exchange.begin();
+        edge::underscores(parts, &config.manager.edge)?;
+        let seen = Seen::of(&parts.headers);
         head::check(parts, &seen, config)?;
         let fields = &mut parts.headers;
         let asks = seen.upgrade && headers::asks_for_upgrade(fields);
@@ -220,12 +228,9 @@ impl Manager {
         if seen.debug {
             fields.remove(headers::DEBUG);
         }
-        if seen.client_cert {
-            // SANITIZE: whoever sends it claims to speak for somebody else's certificate.
-            fields.remove(headers::FORWARDED_CLIENT_CERT);
-        }
-        self.identify(fields, &seen, record, config);
-        forward(fields, &seen, record, config, connection);
+        let source = forward::Source::of(fields, &seen, config, connection);
+        self.identify(fields, &seen, record, config, source.at_edge);
+        forward::tell(fields, &seen, source, record, config, connection);
         context.connection = Some((record.remote, connection.local));
         context.request_id = record.request_id.clone();
         Ok(())
@@ -238,9 +243,9 @@ impl Manager {
         seen: &Seen,
         record: &mut Record,
         config: &HttpConfig,
+        at_edge: bool,
     ) {
         let manager = &config.manager;
-        let at_edge = manager.use_remote_address && !config.inbound;
         let keep = manager.preserve_external_request_id || !at_edge;
         let known = (seen.request_id && keep)
             .then(|| fields.get(headers::REQUEST_ID)?.to_str().ok())
@@ -270,6 +275,7 @@ impl Manager {
 
     async fn run(
         &self,
+        config: &HttpConfig,
         route: &BuiltRoute,
         (mut parts, body): (Parts, ClientBody),
         context: &mut Context,
@@ -293,6 +299,8 @@ impl Manager {
                 };
                 if context.log.details == chain::DIRECT_RESPONSE {
                     self.stats.rq_direct_response.increment(1);
+                    let (said, log) = ((shape, text.as_str()), &context.log);
+                    answer = answer.map(|made| Self::mapped(made, said, record, log, config));
                 }
                 if let Ok(response) = &mut answer {
                     context.edit_response(response);
@@ -302,13 +310,11 @@ impl Manager {
             Target::Redirect(redirector) => {
                 self.answer_here(route, &parts, context, record);
                 self.stats.rq_redirect.increment(1);
-                let mut response = Response::new(empty());
-                *response.status_mut() = redirector.status;
-                if let Some(location) = redirector.location(&parts) {
-                    response.headers_mut().insert(header::LOCATION, location);
-                }
-                context.edit_response(&mut response);
-                Ok(response)
+                let response = redirected(redirector, &parts);
+                let said = (shape, "");
+                let mut made = Self::mapped(response, said, record, &context.log, config);
+                context.edit_response(&mut made);
+                Ok(made)
             }
             Target::Chain {
                 filters,
@@ -371,7 +377,7 @@ impl Manager {
             Ok(response) => response,
             Err(error) => {
                 close |= head::ends_connection(&error) || record.method == Method::CONNECT;
-                let mut response = self.local_reply(&error, shape, &mut log, inbound);
+                let mut response = self.local_reply(error, shape, &record, &mut log, config);
                 std::mem::swap(&mut context.log, &mut log);
                 context.edit_response(&mut response);
                 std::mem::swap(&mut context.log, &mut log);
@@ -449,40 +455,6 @@ impl Manager {
         }
         Some((record.asked.take()?, parts.extensions.remove()?))
     }
-
-    fn local_reply(
-        &self,
-        error: &Error,
-        shape: Shape,
-        log: &mut LogFields,
-        inbound: bool,
-    ) -> Response<ResponseBody> {
-        if error.flag != Flag::Unflagged {
-            log.flags.push(error.flag);
-        }
-        log.details = error.details.to_string();
-        tracing::debug!(%error, "local reply");
-        if error.flag == Flag::NoRouteFound {
-            self.stats.no_route.increment(1);
-        }
-        if error.flag == Flag::NoClusterFound {
-            self.stats.no_cluster.increment(1);
-        }
-        let mut response = local_reply::respond(error, shape);
-        if inbound {
-            let retry = match error.retry {
-                Retry::No => None,
-                Retry::NothingSent => Some("nothing-sent"),
-                Retry::NothingReceived => Some("nothing-received"),
-            };
-            if let Some(retry) = retry {
-                response
-                    .headers_mut()
-                    .insert(attempt::RETRY_HEADER, HeaderValue::from_static(retry));
-            }
-        }
-        response
-    }
 }
 
 impl Manager {
@@ -537,46 +509,13 @@ fn looped() -> Error {
     )
 }
 
-/// Who the client is and how it came, as the next hop is told.
-fn forward(
-    fields: &mut HeaderMap,
-    seen: &Seen,
-    record: &mut Record,
-    config: &HttpConfig,
-    connection: &ConnectionInfo,
-) {
-    let at_edge = config.manager.use_remote_address && !config.inbound;
-    if seen.envoy && !config.inbound {
-        headers::strip_envoy(fields, at_edge);
+fn redirected(redirector: &Redirector, parts: &Parts) -> Response<ResponseBody> {
+    let mut response = Response::new(empty());
+    *response.status_mut() = redirector.status;
+    if let Some(location) = redirector.location(parts) {
+        response.headers_mut().insert(header::LOCATION, location);
     }
-    let edge = &config.manager.edge;
-    // Whoever appends its own client counts from there, whoever does not believes one address more.
-    let hops = edge.trusted_hops + u32::from(!at_edge);
-    let told = (!config.inbound)
-        .then(|| edge::told_client(fields, seen, hops))
-        .flatten();
-    if let Some(client) = told {
-        record.remote = SocketAddr::new(client, 0);
-    }
-    if at_edge {
-        if !edge.skip_xff_append {
-            headers::append_forwarded_for(fields, seen, &connection.address);
-        }
-        let told = told.map(headers::address);
-        headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
-        if edge.append_x_forwarded_port {
-            headers::forwarded_port(fields, connection.local.port());
-        }
-    }
-    // Proxies before us that are believed say it.
-    if at_edge && edge.trusted_hops == 0 || !seen.forwarded_proto {
-        let scheme = if connection.tls.is_some() {
-            "https"
-        } else {
-            "http"
-        };
-        fields.insert(headers::FORWARDED_PROTO, HeaderValue::from_static(scheme));
-    }
+    response
 }
 
 /// A request that no route is for: filters that see all may answer it, else nobody does.

@@ -1,5 +1,9 @@
 //! The command line: what was typed, and what it means as resources.
 
+mod envoy;
+
+pub use envoy::{DrainStrategy, EnvoyFlags};
+
 use clap::Parser;
 use outrigger_xds::{report::Role, resource::endpoint::Address};
 use std::{path::PathBuf, time::Duration};
@@ -8,13 +12,26 @@ use std::{path::PathBuf, time::Duration};
 pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
 /// Longer, and clients would see it.
 pub const STREAM_GATHER_US_MAX: u64 = 1000;
+/// Flags that say what a bootstrap says.
+pub(crate) const OF_A_FILE: [&str; 10] = [
+    "engine",
+    "peer",
+    "listen",
+    "inbound",
+    "admin",
+    "policy",
+    "access_log",
+    "body_bytes_max",
+    "tls_cert",
+    "peer_tls_cert",
+];
 
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "outrigger-proxy", version, about, long_about = None)]
 pub struct Options {
     /// Envoy v3 bootstrap, YAML or JSON
-    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = ["engine", "peer", "listen", "inbound", "admin", "policy", "access_log", "body_bytes_max", "tls_cert", "peer_tls_cert"])]
+    #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = OF_A_FILE)]
     pub config_path: Option<PathBuf>,
     /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both
     #[arg(long, value_name = "URL[;role=R]")]
@@ -91,6 +108,9 @@ pub struct Options {
     /// Tokens in a canonical KV block of the index
     #[arg(long, value_name = "N", default_value_t = outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT)]
     pub block_tokens: usize,
+    /// Envoy's further flags.
+    #[command(flatten)]
+    pub envoy: EnvoyFlags,
 }
 
 /// `--policy`.

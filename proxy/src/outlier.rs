@@ -4,7 +4,7 @@
 //! and then (who comes back, success rates) a task per cluster does on the main runtime.
 
 use outrigger_filters::{
-    endpoints::{Endpoint, Host, Record, clock_ms},
+    endpoints::{Endpoint, Host, Outcomes, Record, clock_ms},
     error::Flag,
 };
 use outrigger_xds::resource::outlier_detection::{OutlierDetection, Rule};
@@ -24,33 +24,101 @@ enum Kind {
     Gateway,
     LocalOrigin,
     SuccessRate,
+    LocalOriginSuccessRate,
+    FailurePercentage,
+    LocalOriginFailurePercentage,
 }
 
 impl Kind {
-    fn detected(self) -> &'static str {
+    /// Found, and ejected.
+    fn counters(self) -> (&'static str, &'static str) {
         match self {
-            Self::Any5xx => "envoy_cluster_outlier_detection_ejections_detected_consecutive_5xx",
-            Self::Gateway => {
-                "envoy_cluster_outlier_detection_ejections_detected_consecutive_gateway_failure"
-            }
-            Self::LocalOrigin => {
-                "envoy_cluster_outlier_detection_ejections_detected_consecutive_local_origin_failure"
-            }
-            Self::SuccessRate => "envoy_cluster_outlier_detection_ejections_detected_success_rate",
+            Self::Any5xx => (
+                "envoy_cluster_outlier_detection_ejections_detected_consecutive_5xx",
+                "envoy_cluster_outlier_detection_ejections_enforced_consecutive_5xx",
+            ),
+            Self::Gateway => (
+                "envoy_cluster_outlier_detection_ejections_detected_consecutive_gateway_failure",
+                "envoy_cluster_outlier_detection_ejections_enforced_consecutive_gateway_failure",
+            ),
+            Self::LocalOrigin => (
+                "envoy_cluster_outlier_detection_ejections_detected_consecutive_local_origin_failure",
+                "envoy_cluster_outlier_detection_ejections_enforced_consecutive_local_origin_failure",
+            ),
+            Self::SuccessRate => (
+                "envoy_cluster_outlier_detection_ejections_detected_success_rate",
+                "envoy_cluster_outlier_detection_ejections_enforced_success_rate",
+            ),
+            Self::LocalOriginSuccessRate => (
+                "envoy_cluster_outlier_detection_ejections_detected_local_origin_success_rate",
+                "envoy_cluster_outlier_detection_ejections_enforced_local_origin_success_rate",
+            ),
+            Self::FailurePercentage => (
+                "envoy_cluster_outlier_detection_ejections_detected_failure_percentage",
+                "envoy_cluster_outlier_detection_ejections_enforced_failure_percentage",
+            ),
+            Self::LocalOriginFailurePercentage => (
+                "envoy_cluster_outlier_detection_ejections_detected_local_origin_failure_percentage",
+                "envoy_cluster_outlier_detection_ejections_enforced_local_origin_failure_percentage",
+            ),
+        }
+    }
+}
+
+/// Who of a cluster is ejected; outlives a push.
+#[derive(Debug)]
+pub struct Ejections {
+    cluster: String,
+    active: AtomicU32,
+}
+
+impl Ejections {
+    fn new(cluster: &str) -> Self {
+        Self {
+            cluster: cluster.to_owned(),
+            active: AtomicU32::new(0),
         }
     }
 
-    fn enforced(self) -> &'static str {
-        match self {
-            Self::Any5xx => "envoy_cluster_outlier_detection_ejections_enforced_consecutive_5xx",
-            Self::Gateway => {
-                "envoy_cluster_outlier_detection_ejections_enforced_consecutive_gateway_failure"
-            }
-            Self::LocalOrigin => {
-                "envoy_cluster_outlier_detection_ejections_enforced_consecutive_local_origin_failure"
-            }
-            Self::SuccessRate => "envoy_cluster_outlier_detection_ejections_enforced_success_rate",
+    /// So many are.
+    fn set(&self, active: u32) {
+        self.active.store(active, Relaxed);
+        self.show();
+    }
+
+    /// False if it is ejected already.
+    fn begin(&self, host: &Host) -> bool {
+        // Of two requests at once, one ejects.
+        if !host.set(Host::FAILED_OUTLIER_CHECK, true) {
+            return false;
         }
+        self.active.fetch_add(1, Relaxed);
+        self.show();
+        true
+    }
+
+    /// It is well again, and what failed in a row is forgotten.
+    pub fn end(&self, host: &Host) {
+        let Record {
+            failures,
+            gateway_failures,
+            local_failures,
+            ..
+        } = &host.record;
+        if !host.set(Host::FAILED_OUTLIER_CHECK, false) {
+            return;
+        }
+        for counted in [failures, gateway_failures, local_failures] {
+            counted.store(0, Relaxed);
+        }
+        let less = |active: u32| Some(active.saturating_sub(1));
+        let _ = self.active.fetch_update(Relaxed, Relaxed, less);
+        self.show();
+    }
+
+    fn show(&self) {
+        metrics::gauge!("envoy_cluster_outlier_detection_ejections_active", "envoy_cluster_name" => self.cluster.clone())
+            .set(f64::from(self.active.load(Relaxed)));
     }
 }
 
@@ -61,7 +129,7 @@ pub struct Detector {
     cluster: String,
     /// Endpoints of the cluster.
     hosts: AtomicU32,
-    ejected: AtomicU32,
+    ejections: Arc<Ejections>,
     /// When to look next, on [`clock_ms`]'s clock.
     next_ms: Arc<AtomicU64>,
 }
@@ -72,11 +140,12 @@ impl Detector {
     pub fn new(config: &OutlierDetection, cluster: &str, previous: Option<&Self>) -> Self {
         let same = previous.filter(|previous| previous.config.interval == config.interval);
         let next = || Arc::new(AtomicU64::new(clock_ms() + millis(config.interval)));
+        let ejections = previous.map(|previous| previous.ejections.clone());
         Self {
             config: config.clone(),
             cluster: cluster.to_owned(),
             hosts: AtomicU32::new(0),
-            ejected: AtomicU32::new(0),
+            ejections: ejections.unwrap_or_else(|| Arc::new(Ejections::new(cluster))),
             next_ms: same.map_or_else(next, |same| same.next_ms.clone()),
         }
     }
@@ -87,8 +156,13 @@ impl Detector {
             .iter()
             .filter(|endpoint| is_ejected(&endpoint.host));
         self.hosts.store(endpoints.len() as u32, Relaxed);
-        self.ejected.store(ejected.count() as u32, Relaxed);
-        self.show();
+        self.ejections.set(ejected.count() as u32);
+    }
+
+    /// What health checks that pass may end.
+    #[must_use]
+    pub fn ejections(&self) -> Option<&Arc<Ejections>> {
+        (self.config.uneject_by_health_check).then_some(&self.ejections)
     }
 
     /// Until the next look.
@@ -102,6 +176,7 @@ impl Detector {
         let record = &endpoint.host.record;
         if self.config.split_external_local_origin_errors {
             record.local_failures.store(0, Relaxed);
+            record.local.count(true);
         }
         self.code(endpoint, status);
     }
@@ -120,6 +195,7 @@ impl Detector {
             self.code(endpoint, code);
             return;
         }
+        endpoint.host.record.local.count(false);
         let failures = &endpoint.host.record.local_failures;
         let rule = self.config.consecutive_local_origin_failure;
         self.row(endpoint, failures, rule, Kind::LocalOrigin);
@@ -127,9 +203,9 @@ impl Detector {
 
     fn code(&self, endpoint: &Endpoint, code: u16) {
         let record = &endpoint.host.record;
-        record.requests.fetch_add(1, Relaxed);
-        if !(500..600).contains(&code) {
-            record.successes.fetch_add(1, Relaxed);
+        let is_failure = (500..600).contains(&code);
+        record.answered.count(!is_failure);
+        if !is_failure {
             record.failures.store(0, Relaxed);
             record.gateway_failures.store(0, Relaxed);
             return;
@@ -161,27 +237,33 @@ impl Detector {
         if is_ejected(&endpoint.host) {
             return;
         }
-        self.count(kind.detected());
+        let (detected, enforced) = kind.counters();
+        self.count(detected);
         if rand::rng().random_range(0..100) >= enforcing {
             return;
         }
-        let (active, hosts) = (self.ejected.load(Relaxed), self.hosts.load(Relaxed));
+        let (active, hosts) = (
+            self.ejections.active.load(Relaxed),
+            self.hosts.load(Relaxed),
+        );
         let first = active == 0 && self.config.always_eject_one_host;
         let share = f64::from(active) * 100.0 / f64::from(hosts.max(1));
         if !first && share >= f64::from(self.config.max_ejection_percent) {
             self.count("envoy_cluster_outlier_detection_ejections_overflow");
             return;
         }
-        // Of two requests at once, one ejects.
-        if !endpoint.host.set(Host::FAILED_OUTLIER_CHECK, true) {
+        if !self.ejections.begin(&endpoint.host) {
             return;
         }
         let record = &endpoint.host.record;
         record.ejected_ms.store(clock_ms(), Relaxed);
         record.ejections.fetch_add(1, Relaxed);
-        self.ejected.fetch_add(1, Relaxed);
-        self.show();
-        self.count(kind.enforced());
+        let jitter = self
+            .config
+            .max_ejection_time_jitter
+            .mul_f64(rand::rng().random());
+        record.jitter_ms.store(millis(jitter), Relaxed);
+        self.count(enforced);
         self.count("envoy_cluster_outlier_detection_ejections_enforced_total");
         tracing::info!(cluster = self.cluster, endpoint = %endpoint.id, ?kind, "ejected");
     }
@@ -194,16 +276,34 @@ impl Detector {
             self.pardon(endpoint);
         }
         self.members(endpoints);
-        self.compare(endpoints);
+        let config = &self.config;
+        let answered = Judged {
+            outcomes: |record| &record.answered,
+            rate: (Kind::SuccessRate, config.enforcing_success_rate),
+            percentage: (Kind::FailurePercentage, config.enforcing_failure_percentage),
+        };
+        self.compare(endpoints, &answered);
+        let reached = Judged {
+            outcomes: |record| &record.local,
+            rate: (
+                Kind::LocalOriginSuccessRate,
+                config.enforcing_local_origin_success_rate,
+            ),
+            percentage: (
+                Kind::LocalOriginFailurePercentage,
+                config.enforcing_failure_percentage_local_origin,
+            ),
+        };
+        if config.split_external_local_origin_errors {
+            self.compare(endpoints, &reached);
+        }
     }
 
     fn pardon(&self, endpoint: &Endpoint) {
         let Record {
             ejected_ms,
             ejections,
-            failures,
-            gateway_failures,
-            local_failures,
+            jitter_ms,
             ..
         } = &endpoint.host.record;
         let times = ejections.load(Relaxed);
@@ -214,54 +314,81 @@ impl Detector {
         }
         let config = &self.config;
         let time = (config.base_ejection_time.saturating_mul(times)).min(config.max_ejection_time);
-        if clock_ms() < ejected_ms.load(Relaxed) + millis(time) {
+        if clock_ms() < ejected_ms.load(Relaxed) + millis(time) + jitter_ms.load(Relaxed) {
             return;
         }
-        for counted in [failures, gateway_failures, local_failures] {
-            counted.store(0, Relaxed);
-        }
-        endpoint.host.set(Host::FAILED_OUTLIER_CHECK, false);
+        self.ejections.end(&endpoint.host);
         tracing::info!(cluster = self.cluster, endpoint = %endpoint.id, "back after its ejection");
     }
 
-    /// Ejects those whose success rate is far below the mean.
-    fn compare(&self, endpoints: &[Arc<Endpoint>]) {
+    /// Ejects those whose success rate is far below the mean, and those that fail too often.
+    fn compare(&self, endpoints: &[Arc<Endpoint>], judged: &Judged) {
         let config = &self.config;
-        let rates: Vec<(&Arc<Endpoint>, f64)> = endpoints
+        let taken: Vec<Taken<'_>> = endpoints
             .iter()
             .filter_map(|endpoint| {
-                let record = &endpoint.host.record;
-                let requests = record.requests.swap(0, Relaxed);
-                let successes = record.successes.swap(0, Relaxed);
-                let volume = u64::from(config.success_rate_request_volume).max(1);
-                (requests >= volume).then(|| (endpoint, successes as f64 * 100.0 / requests as f64))
+                let (requests, rate) = (judged.outcomes)(&endpoint.host.record).take()?;
+                (!is_ejected(&endpoint.host)).then_some(Taken {
+                    endpoint,
+                    requests,
+                    rate,
+                })
             })
             .collect();
-        if rates.is_empty() || rates.len() < config.success_rate_minimum_hosts as usize {
-            return;
+        let with = |volume: u32| {
+            let taken = taken.iter();
+            let enough = taken.filter(|taken| taken.requests >= u64::from(volume));
+            enough.collect::<Vec<_>>()
+        };
+        let compared = with(config.success_rate_request_volume);
+        if compared.len() >= config.success_rate_minimum_hosts as usize {
+            let factor = f64::from(config.success_rate_stdev_factor) / 1000.0;
+            let least = least_rate(&compared, factor);
+            let (kind, enforcing) = judged.rate;
+            for outlier in compared.iter().filter(|taken| taken.rate < least) {
+                self.found(outlier.endpoint, kind, enforcing);
+            }
         }
-        let count = rates.len() as f64;
-        let mean = rates.iter().map(|(_, rate)| rate).sum::<f64>() / count;
-        let variance = rates
-            .iter()
-            .map(|(_, rate)| (rate - mean).powi(2))
-            .sum::<f64>()
-            / count;
-        let factor = f64::from(config.success_rate_stdev_factor) / 1000.0;
-        let least = mean - variance.sqrt() * factor;
-        for (endpoint, _) in rates.iter().filter(|(_, rate)| *rate < least) {
-            self.found(endpoint, Kind::SuccessRate, config.enforcing_success_rate);
+        let looked_at = with(config.failure_percentage_request_volume);
+        if looked_at.len() >= config.failure_percentage_minimum_hosts as usize {
+            let threshold = f64::from(config.failure_percentage_threshold);
+            let (kind, enforcing) = judged.percentage;
+            for outlier in looked_at
+                .iter()
+                .filter(|taken| 100.0 - taken.rate >= threshold)
+            {
+                self.found(outlier.endpoint, kind, enforcing);
+            }
         }
     }
 
     fn count(&self, name: &'static str) {
         metrics::counter!(name, "envoy_cluster_name" => self.cluster.clone()).increment(1);
     }
+}
 
-    fn show(&self) {
-        metrics::gauge!("envoy_cluster_outlier_detection_ejections_active", "envoy_cluster_name" => self.cluster.clone())
-            .set(f64::from(self.ejected.load(Relaxed)));
-    }
+/// Which outcomes are compared, and what a bad one is called and how often, in percent, it ejects.
+struct Judged {
+    outcomes: fn(&Record) -> &Outcomes,
+    rate: (Kind, u32),
+    percentage: (Kind, u32),
+}
+
+/// An endpoint's outcomes in an interval.
+struct Taken<'a> {
+    endpoint: &'a Endpoint,
+    requests: u64,
+    /// Of successes, in percent.
+    rate: f64,
+}
+
+/// `factor` standard deviations below the mean; `taken` may be empty.
+fn least_rate(taken: &[&Taken<'_>], factor: f64) -> f64 {
+    let count = taken.len().max(1) as f64;
+    let mean = taken.iter().map(|taken| taken.rate).sum::<f64>() / count;
+    let squares = taken.iter().map(|taken| (taken.rate - mean).powi(2));
+    let variance = squares.sum::<f64>() / count;
+    mean - variance.sqrt() * factor
 }
 
 fn is_ejected(host: &Host) -> bool {
@@ -292,6 +419,14 @@ mod tests {
             success_rate_minimum_hosts: 3,
             success_rate_request_volume: 10,
             success_rate_stdev_factor: 1000,
+            enforcing_local_origin_success_rate: 100,
+            failure_percentage_threshold: 60,
+            enforcing_failure_percentage: 0,
+            enforcing_failure_percentage_local_origin: 0,
+            failure_percentage_minimum_hosts: 2,
+            failure_percentage_request_volume: 20,
+            max_ejection_time_jitter: Duration::ZERO,
+            uneject_by_health_check: true,
         }
     }
 
@@ -412,14 +547,77 @@ mod tests {
         }
     }
 
+    fn outcomes(of: &Outcomes, well: u64, bad: u64) {
+        (0..well).for_each(|_| of.count(true));
+        (0..bad).for_each(|_| of.count(false));
+    }
+
+    #[test]
+    fn who_fails_too_often_is_ejected_however_the_others_fare() {
+        let percentage = OutlierDetection {
+            enforcing_success_rate: 0,
+            enforcing_failure_percentage: 100,
+            max_ejection_percent: 100,
+            ..config()
+        };
+        let (detector, endpoints) = case(&percentage, 4);
+        let look = |of: [(u64, u64); 4]| {
+            for (endpoint, (well, bad)) in endpoints.iter().zip(of) {
+                outcomes(&endpoint.host.record.answered, well, bad);
+            }
+            detector.look(&endpoints);
+        };
+        look([(0, 19), (0, 19), (20, 0), (0, 19)]);
+        assert!(ejected(&endpoints).is_empty(), "one has the volume");
+        look([(41, 59), (40, 60), (0, 100), (0, 19)]);
+        assert_eq!(ejected(&endpoints), [1, 2]);
+    }
+
+    #[test]
+    fn rates_at_which_endpoints_are_reached_count_where_they_are_apart() {
+        for (split, wanted) in [(true, vec![1]), (false, vec![])] {
+            let config = OutlierDetection {
+                split_external_local_origin_errors: split,
+                ..config()
+            };
+            let (detector, endpoints) = case(&config, 4);
+            for (at, endpoint) in endpoints.iter().enumerate() {
+                let bad = if at == 1 { 50 } else { 0 };
+                outcomes(&endpoint.host.record.local, 50, bad);
+            }
+            detector.look(&endpoints);
+            assert_eq!(ejected(&endpoints), wanted, "{split}");
+        }
+    }
+
+    #[test]
+    fn an_ejection_lasts_longer_by_its_jitter() {
+        let jittery = OutlierDetection {
+            base_ejection_time: Duration::from_millis(1),
+            max_ejection_time: Duration::from_millis(1),
+            max_ejection_time_jitter: Duration::from_secs(3600),
+            ..config()
+        };
+        let (detector, endpoints) = case(&jittery, 1);
+        (0..3).for_each(|_| detector.status(&endpoints[0], 500));
+        let jitter = &endpoints[0].host.record.jitter_ms;
+        assert!(jitter.load(Relaxed) < 3_600_000);
+        jitter.store(1_000_000, Relaxed);
+        std::thread::sleep(Duration::from_millis(5));
+        detector.look(&endpoints);
+        assert_eq!(ejected(&endpoints), [0]);
+        jitter.store(0, Relaxed);
+        detector.look(&endpoints);
+        assert!(ejected(&endpoints).is_empty());
+    }
+
     #[test]
     fn a_success_rate_far_below_the_others_ejects() {
         let (detector, endpoints) = case(&config(), 4);
         let send = |volume: u64, bad: u64| {
             for (at, endpoint) in endpoints.iter().enumerate() {
                 let well = if at == 2 { volume - bad } else { volume };
-                endpoint.host.record.requests.store(volume, Relaxed);
-                endpoint.host.record.successes.store(well, Relaxed);
+                outcomes(&endpoint.host.record.answered, well, volume - well);
             }
             detector.look(&endpoints);
         };

@@ -25,7 +25,7 @@ use outrigger_filters::{
 };
 use outrigger_xds::{
     block_hash::BLOCK_TOKENS_DEFAULT,
-    load::{self, Syntax},
+    load::{self, Syntax, Unknown},
     resource::bootstrap::Bootstrap,
 };
 use std::{ffi::OsString, process::ExitCode, sync::Arc, thread, time::Duration};
@@ -41,8 +41,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let served = admin::logging::init_tracing(&options.log_level, LogFormat::Text)
-        .map_err(|error| vec![format!("--log-level: {error}")])
+    if options.envoy.hot_restart_version {
+        println!("disabled");
+        return ExitCode::SUCCESS;
+    }
+    let path = options.envoy.log_path.as_deref();
+    let served = admin::logging::init_tracing(&options.log_level, LogFormat::Text, path)
+        .map_err(|error| vec![format!("the log: {error}")])
         .and_then(|log| serve(&options, log));
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,31 +61,54 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
-    let Some(path) = &options.config_path else {
+    if options.config_path.is_none() && options.envoy.config_yaml.is_none() {
         let bootstrap = bootstrap::from_options(options)?;
         // The same checks as a file's.
         return load::bootstrap_from_value(load::bootstrap_to_json(&bootstrap))
             .map_err(|errors| vec![errors.to_string()]);
-    };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| vec![format!("{}: {error}", path.display())])?;
-    let syntax = if path
-        .extension()
-        .is_some_and(|extension| extension == "json")
-    {
-        Syntax::Json
-    } else {
-        Syntax::Yaml
-    };
-    let mut read = load::bootstrap(&text, syntax)
-        .map_err(|errors| vec![format!("{}:\n{errors}", path.display())])?;
+    }
+    let mut read = written(options)?;
     if let Some(node) = &options.node_id {
         read.node.id.clone_from(node);
+    }
+    if let Some(cluster) = &options.envoy.service_cluster {
+        read.node.cluster.clone_from(cluster);
     }
     if read.node.id.is_empty() {
         read.node.id = options.node();
     }
     Ok(read)
+}
+
+/// The bootstrap of `-c`, with that of `--config-yaml` over it.
+fn written(options: &Options) -> Result<Bootstrap, Vec<String>> {
+    let mut named = Vec::new();
+    let mut texts = Vec::new();
+    if let Some(path) = &options.config_path {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| vec![format!("{}: {error}", path.display())])?;
+        let is_json = path
+            .extension()
+            .is_some_and(|extension| extension == "json");
+        let syntax = if is_json { Syntax::Json } else { Syntax::Yaml };
+        named.push(path.display().to_string());
+        texts.push((text, syntax));
+    }
+    if let Some(text) = &options.envoy.config_yaml {
+        named.push("--config-yaml".to_owned());
+        texts.push((text.clone(), Syntax::Yaml));
+    }
+    let unknown = if options.envoy.allow_unknown_static_fields {
+        Unknown::Counted
+    } else {
+        Unknown::Refused
+    };
+    let texts: Vec<(&str, Syntax)> = texts
+        .iter()
+        .map(|(text, syntax)| (&**text, *syntax))
+        .collect();
+    load::bootstrap_over(&texts, unknown)
+        .map_err(|errors| vec![format!("{}:\n{errors}", named.join(", "))])
 }
 
 fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
@@ -107,6 +135,11 @@ fn watcher(options: &Options) -> Result<Watcher, Vec<String>> {
 }
 
 fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
+    // Before anything is counted.
+    crate::metrics::install();
+    for flag in options.envoy.without_effect() {
+        tracing::warn!(flag, "a flag of Envoy's that has no effect here");
+    }
     let bootstrap = resources(options)?;
     if options.mode == Mode::Validate {
         return validate(&bootstrap, options);
@@ -127,6 +160,12 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
         "mode": "Serve",
         "drain_time": format!("{}s", options.drain_time_s),
         "service_node": bootstrap.node.id,
+        "service_cluster": bootstrap.node.cluster,
+        "config_yaml": options.envoy.config_yaml,
+        "log_level": options.log_level,
+        "log_path": options.envoy.log_path,
+        "allow_unknown_static_fields": options.envoy.allow_unknown_static_fields,
+        "disable_hot_restart": true,
         "engine": options.engine,
         "peer": options.peer,
     });

@@ -11,6 +11,7 @@ mod rewrite;
 pub use build::{BuiltRoute, Scope, Target, build};
 pub use choice::{ByName, Choice, Destination, Known};
 pub use domains::Domains;
+pub(crate) use edits::Level;
 pub use edits::{Applied, Edits, Facts};
 pub use matcher::Matcher;
 pub use outrigger_filters::matching::authority;

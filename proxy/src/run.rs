@@ -345,11 +345,13 @@ fn with_contexts(
     contexts: &Contexts,
 ) -> Vec<(Address, Option<Secured>)> {
     let of = |peer: &Address| {
-        let mut naming = clusters.iter().filter(|cluster| {
+        clusters.iter().find_map(|cluster| {
             let mut endpoints = cluster.load_assignment.endpoints.iter();
-            endpoints.any(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)
-        });
-        naming.find_map(|cluster| contexts.get(&cluster.name).cloned())
+            let named = endpoints
+                .find(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)?;
+            let sockets = contexts.get(&cluster.name)?;
+            sockets.get(cluster.socket_of(named))?.clone()
+        })
     };
     peers
         .into_iter()

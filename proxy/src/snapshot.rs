@@ -3,6 +3,7 @@
 use crate::{
     chain::{Chains, NoRoute},
     cluster::engine_id,
+    http::LocalReplies,
     route::{self, BuiltRoute, Domains, Scope},
 };
 use http::request::Parts;
@@ -27,6 +28,8 @@ pub struct HttpConfig {
     pub inbound: bool,
     /// What requests without a route pass; may be empty.
     pub unrouted: Chain,
+    /// What becomes of our own answers.
+    pub(crate) local_replies: Option<LocalReplies>,
     /// Our `server`.
     pub server: http::HeaderValue,
     domains: Domains,
@@ -77,8 +80,13 @@ impl HttpConfig {
             }
             hosts.push(routes);
         }
+        let local_replies = LocalReplies::new(&manager.local_replies).unwrap_or_else(|error| {
+            errors.push(error);
+            None
+        });
         if errors.is_empty() {
             Ok(Self {
+                local_replies,
                 server: http::HeaderValue::from_str(&manager.server_name)
                     .map_err(|_| vec!["server_name: no header value".to_owned()])?,
                 manager: manager.clone(),
@@ -140,7 +148,7 @@ fn secured_engine(cluster: &Cluster) -> Option<String> {
     let is_near = |host: &str| host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
     let engine = endpoints
         .any(|endpoint| endpoint.duty() == Duty::Engine && !is_near(&endpoint.address.host));
-    (cluster.tls.is_some() && engine).then(|| {
+    (cluster.sockets().flatten().next().is_some() && engine).then(|| {
         let name = &cluster.name;
         format!(
             "cluster '{name}': transport_socket: not supported yet with endpoints of duty engine that are not on this machine"

@@ -213,6 +213,7 @@ impl TcpProxy {
             ttft: None,
             itl_p99: None,
             log,
+            local_reply_body: "",
         };
         self.logs.write(&entry, &Captured::default());
     }

@@ -7,9 +7,12 @@ mod certificate;
 pub(crate) mod client;
 pub(crate) mod contexts;
 mod material;
+mod peer;
 mod pem;
 pub(crate) mod server;
 mod verify;
+
+pub use peer::Peer;
 
 use crate::socket::Socket;
 use outrigger_xds::resource::{secret::SecretContent, tls::TlsParams};
@@ -194,4 +197,8 @@ pub struct TlsFacts {
     pub peer_uri_sans: String,
     /// DNS names of the peer's certificate, comma separated; may be empty.
     pub peer_dns_sans: String,
+    /// The peer's certificate, if it showed one.
+    pub peer: Option<Peer>,
+    /// URI names of the certificate that it was shown.
+    pub local_uri_sans: Arc<[String]>,
 }

@@ -12,6 +12,7 @@ mod known_cluster;
 mod known_discovery;
 mod known_listener;
 mod known_tls;
+mod merge;
 mod strict;
 mod walk;
 
@@ -33,6 +34,35 @@ pub enum Syntax {
     Json,
 }
 
+/// What becomes of fields of a bootstrap that nobody knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Unknown {
+    /// They are problems.
+    #[default]
+    Refused,
+    /// They are logged and counted.
+    Counted,
+}
+
+/// A bootstrap as written in several texts, each laid over those before, checked and understood.
+///
+/// # Errors
+/// All problems of the texts, each with its place.
+pub fn bootstrap_over(
+    texts: &[(&str, Syntax)],
+    unknown: Unknown,
+) -> Result<Bootstrap, ConfigErrors> {
+    let mut all = Value::Null;
+    for (text, syntax) in texts {
+        merge::merge(&mut all, strict::parse(text, *syntax)?);
+    }
+    let walk = match unknown {
+        Unknown::Refused => walk::Walk::default(),
+        Unknown::Counted => walk::Walk::tolerant(),
+    };
+    understood(walk, all)
+}
+
 /// A bootstrap as written, checked and understood.
 ///
 /// # Errors
@@ -45,10 +75,13 @@ pub fn bootstrap(text: &str, syntax: Syntax) -> Result<Bootstrap, ConfigErrors> 
 ///
 /// # Errors
 /// All problems of the value, each with its place.
-pub fn bootstrap_from_value(mut value: Value) -> Result<Bootstrap, ConfigErrors> {
+pub fn bootstrap_from_value(value: Value) -> Result<Bootstrap, ConfigErrors> {
+    understood(walk::Walk::default(), value)
+}
+
+fn understood(mut walk: walk::Walk, mut value: Value) -> Result<Bootstrap, ConfigErrors> {
     let descriptor =
         protobuf::descriptor(&Wire::full_name()).expect("invariant: Bootstrap is transcribed");
-    let mut walk = walk::Walk::default();
     if !walk.message(&descriptor, &mut value, "") {
         return Err(walk.errors);
     }
@@ -68,7 +101,12 @@ fn judge<T>(
     }
     for place in &walk.unknown {
         tracing::warn!(%place, "a field of the configuration that nobody knows");
-        metrics::counter!("envoy_server_dynamic_unknown_fields").increment(1);
+        let counter = if walk.dynamic {
+            "envoy_server_dynamic_unknown_fields"
+        } else {
+            "envoy_server_static_unknown_fields"
+        };
+        metrics::counter!(counter).increment(1);
     }
     let mut errors = walk.errors;
     match meaning {

@@ -178,8 +178,8 @@ static_resources:
   - name: engines
     connect_timeout: 0.5s
     type: STRICT_DNS
-    outlier_detection: {consecutive_5xx: 7, base_ejection_time: 400s, split_external_local_origin_errors: true}
-    health_checks: [{timeout: 1s, interval: 2s, interval_jitter: 0.5s, unhealthy_threshold: 3, healthy_threshold: 2, reuse_connection: false, unhealthy_edge_interval: 4s, http_health_check: {path: /health, method: HEAD, expected_statuses: [{start: 200, end: 300}]}}]
+    outlier_detection: {consecutive_5xx: 7, base_ejection_time: 400s, split_external_local_origin_errors: true, failure_percentage_threshold: 70, max_ejection_time_jitter: 2s, successful_active_health_check_uneject_host: false}
+    health_checks: [{timeout: 1s, interval: 2s, interval_jitter: 0.5s, unhealthy_threshold: 3, healthy_threshold: 2, reuse_connection: false, unhealthy_edge_interval: 4s, http_health_check: {path: /health, method: HEAD, expected_statuses: [{start: 200, end: 300}], retriable_statuses: [{start: 503, end: 504}], codec_client_type: HTTP2}}]
     common_lb_config: {healthy_panic_threshold: {value: 25}, locality_weighted_lb_config: {}}
     least_request_lb_config: {choice_count: 3, active_request_bias: {default_value: 1.5, runtime_key: x}}
     lb_policy: LEAST_REQUEST
@@ -264,6 +264,7 @@ fn full_manager() -> HttpConnectionManager {
             filter("router", typed(ROUTER, json!({})), false),
         ],
         access_log: vec![AccessLog {
+            filter: None,
             sink: AccessLogSink::Stdout,
             format: AccessLogFormat::Json(serde_json::from_value(format).expect("an object")),
         }],
@@ -547,6 +548,14 @@ fn outlier_detection() -> OutlierDetection {
         success_rate_minimum_hosts: 5,
         success_rate_request_volume: 100,
         success_rate_stdev_factor: 1900,
+        enforcing_local_origin_success_rate: 100,
+        failure_percentage_threshold: 70,
+        enforcing_failure_percentage: 0,
+        enforcing_failure_percentage_local_origin: 0,
+        failure_percentage_minimum_hosts: 5,
+        failure_percentage_request_volume: 50,
+        max_ejection_time_jitter: Duration::from_secs(2),
+        uneject_by_health_check: false,
     }
 }
 
@@ -571,6 +580,8 @@ fn health_check() -> HealthCheck {
             path: "/health".into(),
             method: http::Method::HEAD,
             expected: std::iter::once(200..300).collect(),
+            retriable: std::iter::once(503..504).collect(),
+            http2: true,
         },
     }
 }
@@ -613,6 +624,7 @@ fn full() -> Bootstrap {
         admin: Some(Admin {
             address: socket("127.0.0.1", 9901),
             access_log: vec![AccessLog {
+                filter: None,
                 sink: file,
                 format: AccessLogFormat::Text(None),
             }],
@@ -647,6 +659,7 @@ fn full_cluster() -> Cluster {
         eds: None,
         connection: Default::default(),
         protocol: UpstreamProtocol::Http2,
+        socket_matches: Vec::new(),
         tls: None,
         circuit_breakers: CircuitBreakers {
             default: Thresholds {
@@ -712,14 +725,17 @@ fn stderr_and_text_formats_read_back_equal() {
     let text = AccessLogFormat::Text(Some("%REQ(:PATH)%\n".into()));
     manager(&mut plain).access_log = vec![
         AccessLog {
+            filter: None,
             sink: AccessLogSink::Stderr,
             format: text.clone(),
         },
         AccessLog {
+            filter: None,
             sink: AccessLogSink::File("/tmp/log".into()),
             format: text,
         },
         AccessLog {
+            filter: None,
             sink: AccessLogSink::Stdout,
             format: AccessLogFormat::Text(None),
         },

@@ -39,10 +39,10 @@ class Proxy:
     def __init__(self, name, argv, directory, config, upstream, closed):
         self.name, self.directory, self.child = name, directory, None
         os.makedirs(directory, exist_ok=True)
-        self.main, self.edge, self.admin = free_ports(3)
+        self.main, self.edge, self.mapped, self.admin = free_ports(4)
         with open(os.path.join(CONFIG, config)) as template:
             text = string.Template(template.read()).substitute(
-                main=self.main, edge=self.edge, admin=self.admin, server=upstream.port, closed=closed,
+                main=self.main, edge=self.edge, mapped=self.mapped, admin=self.admin, server=upstream.port, closed=closed,
                 access_log=LOG, http_filters=FILTERS)
         with open(os.path.join(directory, "config.yaml"), "w") as file:
             file.write(text)

@@ -238,6 +238,8 @@ async fn endpoints_that_fail_their_http_checks_get_nothing_until_they_pass_again
             path: "/health".into(),
             method: Method::GET,
             expected: std::iter::once(200..205).collect(),
+            retriable: Vec::new(),
+            http2: false,
         }));
     });
     for at in 0..2 {
@@ -332,6 +334,14 @@ async fn an_endpoint_whose_requests_fail_gets_none_for_a_while() {
         success_rate_minimum_hosts: 5,
         success_rate_request_volume: 100,
         success_rate_stdev_factor: 1900,
+        enforcing_local_origin_success_rate: 100,
+        failure_percentage_threshold: 85,
+        enforcing_failure_percentage: 0,
+        enforcing_failure_percentage_local_origin: 0,
+        failure_percentage_minimum_hosts: 5,
+        failure_percentage_request_volume: 50,
+        max_ejection_time_jitter: Duration::ZERO,
+        uneject_by_health_check: true,
     };
     let mut quick = detection.clone();
     quick.base_ejection_time = TICK;

@@ -297,6 +297,88 @@ async fn a_wrong_command_line_is_told_and_nothing_starts() {
 }
 
 #[tokio::test]
+async fn a_wrong_command_line_of_envoys_is_told() {
+    for (arguments, code, says) in [
+        (
+            vec!["-c", "x", "--restart-epoch", "1"],
+            2,
+            "--restart-epoch",
+        ),
+        (vec!["--config-yaml", "node: ["], 1, "--config-yaml"),
+        (
+            vec!["--config-yaml", "{}", "--engine", "http://a:1"],
+            2,
+            "--engine",
+        ),
+        (
+            vec!["--log-path", "/no/such/directory/log"],
+            1,
+            "/no/such/directory/log",
+        ),
+    ] {
+        let ran = run(&[arguments.as_slice(), &["--mode", "validate"]].concat());
+        assert_eq!(ran.code, Some(code), "{arguments:?}: {}", ran.errors);
+        assert!(ran.errors.contains(says), "{arguments:?}: {}", ran.errors);
+    }
+}
+
+#[tokio::test]
+async fn envoys_command_line_starts_it() {
+    let ran = run(&["--disable-hot-restart", "--hot-restart-version"]);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), "disabled\n"));
+    let server = Upstream::named("plain").await;
+    let text = bootstrap(server.address, "no_such_field: 1");
+    let path = write("envoy.yaml", &text);
+    let path = path.to_str().unwrap();
+    assert_eq!(run(&["-c", path, "--mode", "validate"]).code, Some(1));
+    let log = scratch("own.log");
+    let over = "{node: {id: over}, static_resources: {clusters: [{name: further, type: STATIC, loadAssignment: {cluster_name: further}}]}}";
+    let flags = [
+        "--config-yaml",
+        over,
+        "--service-cluster",
+        "group",
+        "--allow-unknown-static-fields",
+        "--log-path",
+        log.to_str().unwrap(),
+        "-l",
+        "warning",
+        "--component-log-level",
+        "misc:error",
+        "--drain-strategy",
+        "immediate",
+        "--disable-hot-restart",
+    ];
+    let process = Process::with_config(PROGRAM, path, &flags).await;
+    let outbound = process.listener("outbound").await;
+    assert_eq!(
+        Client::get(outbound, "/x").await.json()["served_by"],
+        "plain"
+    );
+    let dump = Client::get(process.admin, "/config_dump").await.json();
+    let bootstrap = &dump["configs"][0]["bootstrap"];
+    assert_eq!(
+        bootstrap["node"],
+        serde_json::json!({"id": "over", "cluster": "group"})
+    );
+    let clusters = bootstrap["static_resources"]["clusters"]
+        .as_array()
+        .unwrap();
+    let names: Vec<_> = clusters.iter().map(|cluster| &cluster["name"]).collect();
+    assert_eq!(names, ["plain", "further"]);
+    let stats = Client::get(process.admin, "/stats/prometheus").await.text();
+    assert!(
+        stats.contains("envoy_server_static_unknown_fields 1"),
+        "{stats}"
+    );
+    let told = std::fs::read_to_string(&log).unwrap();
+    assert!(told.contains("no_such_field"), "{told}");
+    assert!(told.contains("--component-log-level"), "{told}");
+    assert!(!told.contains("--drain-strategy"), "{told}");
+    assert_eq!(process.errors(), "");
+}
+
+#[tokio::test]
 async fn a_bootstrap_with_a_plain_cluster_serves() {
     let server = Upstream::named("plain").await;
     let path = write("plain.yaml", &bootstrap(server.address, ""));

@@ -104,7 +104,7 @@ impl Ca {
         }
     }
 
-    fn validation(&self, names: Vec<NameMatch>) -> Validation {
+    pub(super) fn validation(&self, names: Vec<NameMatch>) -> Validation {
         Validation {
             trusted_ca: DataSource::Inline(self.pem.clone().into()),
             names,
@@ -541,7 +541,7 @@ async fn a_client_that_asked_nothing_was_never_closed_by_the_idle_timeout() {
 /// What a server of TLS saw of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SeenBy {
-    sni: Option<String>,
+    pub(super) sni: Option<String>,
     pub(super) alpn: Option<String>,
     pub(super) client: Option<CertificateDer<'static>>,
 }
@@ -603,7 +603,7 @@ pub(super) fn fleet(bootstrap: &mut Bootstrap) -> &mut Cluster {
     all.find(|cluster| cluster.name == FLEET).unwrap()
 }
 
-fn dns(name: &str) -> NameMatch {
+pub(super) fn dns(name: &str) -> NameMatch {
     NameMatch {
         kind: NameKind::Dns,
         pattern: NamePattern::Exact(name.into()),
@@ -785,6 +785,8 @@ async fn health_checks_shake_hands_as_requests_do() {
                 path: "/health".into(),
                 method: Method::GET,
                 expected: std::iter::once(200..201).collect(),
+                retriable: Vec::new(),
+                http2: false,
             }));
             fleet(bootstrap).tls = Some(tls);
         })

@@ -59,6 +59,8 @@ pub(super) enum Operator {
     CompletionTokens,
     Model,
     RoutingDecision,
+    /// What our own answer says, where it is formatted.
+    LocalReplyBody,
     /// Something this proxy has none of (filter state, certificates' subjects): always missing, as in an Envoy without it.
     Absent,
 }
@@ -284,6 +286,7 @@ impl Operator {
             "COMPLETION_TOKENS" => Self::CompletionTokens,
             "MODEL" => Self::Model,
             "ROUTING_DECISION" => Self::RoutingDecision,
+            "LOCAL_REPLY_BODY" => Self::LocalReplyBody,
             _ => return None,
         })
     }
@@ -352,6 +355,7 @@ impl Operator {
                 .routing_decision
                 .as_deref()
                 .map_or(Value::Missing, Value::Object),
+            Self::LocalReplyBody => Value::Bytes(entry.local_reply_body.as_bytes()),
             Self::Absent => Value::Missing,
         }
     }

@@ -49,6 +49,7 @@ fn full_entry(log: &LogFields) -> Entry<'_> {
         ttft: Some(Duration::from_micros(41_250)),
         itl_p99: Some(Duration::from_millis(12)),
         log,
+        local_reply_body: "",
     }
 }
 
@@ -378,6 +379,7 @@ fn wrong_formats_are_refused_by_name_and_place() {
 fn only_named_headers_are_kept() {
     let sinks = Sinks::default();
     let config = |format: &str| AccessLog {
+        filter: None,
         sink: AccessLogSink::Stderr,
         format: AccessLogFormat::Text(Some(format.to_owned())),
     };
@@ -411,7 +413,15 @@ fn nanoseconds_per_line() {
         let directory = std::env::temp_dir().join(format!("outrigger-line-{}", std::process::id()));
         let sink = AccessLogSink::File(directory.to_string_lossy().into_owned());
         let sinks = Sinks::default();
-        let logs = AccessLogs::new(&[AccessLog { sink, format }], &sinks).unwrap();
+        let logs = AccessLogs::new(
+            &[AccessLog {
+                filter: None,
+                sink,
+                format,
+            }],
+            &sinks,
+        )
+        .unwrap();
         let parts = request();
         let (rounds, lines) = (100, 1_000);
         let mut spent = Duration::ZERO;

@@ -1,8 +1,9 @@
 //! Where this process's own log goes and how its level changes while it runs. Not the access log.
 
-use std::{fmt, io};
+use std::{fmt, fs::File, io, path::Path, sync::Mutex};
 use tracing_subscriber::{
-    EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
+    EnvFilter, Registry, fmt::writer::BoxMakeWriter, layer::SubscriberExt, reload,
+    util::SubscriberInitExt,
 };
 
 /// Shape of a line.
@@ -27,14 +28,27 @@ impl fmt::Debug for LogHandle {
     }
 }
 
-/// Starts the log of this process, on standard error. `level` is a level or a list of `target=level`, as in
+/// Starts the log of this process, on standard error or at the end of a file. `level` is a level or a list of `target=level`, as in
 /// `info,h2=warn`; Envoy's names of levels are understood.
 ///
 /// # Errors
-/// A level that is not one, or a log that was started before.
-pub fn init_tracing(level: &str, format: LogFormat) -> Result<LogHandle, String> {
+/// A level that is not one, a file that cannot be written, or a log that was started before.
+pub fn init_tracing(
+    level: &str,
+    format: LogFormat,
+    path: Option<&Path>,
+) -> Result<LogHandle, String> {
     let (filter, handle) = reload::Layer::new(parse(level)?);
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let writer = match path {
+        None => BoxMakeWriter::new(io::stderr),
+        Some(path) => {
+            let file = File::options().append(true).create(true).open(path);
+            let file = file.map_err(|error| format!("{}: {error}", path.display()))?;
+            BoxMakeWriter::new(Mutex::new(file))
+        }
+    };
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines = lines.with_ansi(path.is_none());
     let started = match format {
         LogFormat::Text => tracing_subscriber::registry()
             .with(filter)
@@ -144,8 +158,8 @@ mod tests {
 
     #[test]
     fn a_second_log_is_refused() {
-        let first = init_tracing("error", LogFormat::Json);
-        let second = init_tracing("error", LogFormat::Text);
+        let first = init_tracing("error", LogFormat::Json, None);
+        let second = init_tracing("error", LogFormat::Text, None);
         assert!(first.is_err() || second.is_err());
         assert!(second.unwrap_err().contains("started already"));
     }

@@ -328,7 +328,8 @@ fn access_log(network: &Network) -> &[AccessLog] {
 fn check_context(model: &Model, contexts: &Contexts, cluster: &Cluster) -> Result<(), String> {
     let named = |error| format!("cluster '{}': {error}", cluster.name);
     exists(cluster.eds.as_ref().map(|eds| &eds.source)).map_err(named)?;
-    let secrets = cluster.tls.iter().flat_map(|tls| tls.common.secrets());
+    let sockets = cluster.sockets().flatten();
+    let secrets = sockets.flat_map(|tls| tls.common.secrets());
     check_secrets(model, secrets).map_err(named)?;
     contexts
         .client(cluster, &|config| model.secret(config))

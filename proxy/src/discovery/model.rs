@@ -150,7 +150,8 @@ impl Model {
                     &cluster.name,
                 );
             }
-            for secret in cluster.tls.iter().flat_map(|tls| tls.common.secrets()) {
+            let sockets = cluster.sockets().flatten();
+            for secret in sockets.flat_map(|tls| tls.common.secrets()) {
                 if let Some(source) = &secret.source {
                     ask(Kind::Secrets, source, &secret.name, &secret.name);
                 }
@@ -280,9 +281,9 @@ impl Model {
                 None => return None,
             }
         }
-        let secured = cluster.tls.as_ref();
-        secured
-            .is_none_or(|tls| self.has_secrets(&tls.common))
+        let mut sockets = cluster.sockets().flatten();
+        sockets
+            .all(|tls| self.has_secrets(&tls.common))
             .then_some(complete)
     }
 

@@ -1,12 +1,15 @@
 //! One question to one endpoint.
 
-use super::Found;
+use super::{Found, grpc};
 use crate::{tls::Stream, upstream};
 use bytes::Bytes;
-use http::{Request, header};
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
+use http::{Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{
     cluster::{ConnectionOptions, UpstreamProtocol},
@@ -29,7 +32,36 @@ pub(super) struct Asker {
     tls: Option<Secured>,
     options: Arc<ConnectionOptions>,
     reuse: bool,
-    connection: Option<SendRequest<Empty<Bytes>>>,
+    connection: Option<Connection>,
+}
+
+/// One that takes requests.
+enum Connection {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    Http2(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Connection {
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Http1(sender) => sender.is_closed(),
+            Self::Http2(sender) => sender.is_closed(),
+        }
+    }
+
+    async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+        match self {
+            // It may be about to be: the end of the last answer is a task's to see.
+            Self::Http1(sender) => {
+                sender.ready().await?;
+                sender.send_request(request).await
+            }
+            Self::Http2(sender) => {
+                sender.ready().await?;
+                sender.send_request(request).await
+            }
+        }
+    }
 }
 
 impl Asker {
@@ -40,12 +72,14 @@ impl Asker {
         options: &Arc<ConnectionOptions>,
     ) -> Self {
         let host = match &config.checker {
-            Checker::Http { host, .. } if !host.is_empty() => host.clone(),
-            _ => cluster.to_owned(),
+            Checker::Http { host, .. } => host,
+            Checker::Grpc { authority, .. } => authority,
+            Checker::Tcp => "",
         };
+        let host = if host.is_empty() { cluster } else { host };
         Self {
             checker: config.checker.clone(),
-            host,
+            host: host.to_owned(),
             address: address.clone(),
             tls: tls.cloned(),
             options: options.clone(),
@@ -72,62 +106,107 @@ impl Asker {
             .filter(|connection| !connection.is_closed());
         if let Some(kept) = kept {
             // The endpoint may have closed it while nobody looked: that says nothing about its health.
-            if let Some(found) = self.ask_http(kept).await {
+            if let Some(found) = self.ask_on(kept).await {
                 return found;
             }
         }
         let Some(fresh) = self.connect().await else {
             return Found::Unreachable;
         };
-        self.ask_http(fresh).await.unwrap_or(Found::Unreachable)
+        self.ask_on(fresh).await.unwrap_or(Found::Unreachable)
+    }
+
+    fn protocol(&self) -> UpstreamProtocol {
+        match self.checker {
+            Checker::Grpc { .. } | Checker::Http { http2: true, .. } => UpstreamProtocol::Http2,
+            Checker::Tcp | Checker::Http { .. } => UpstreamProtocol::Http1,
+        }
     }
 
     async fn open(&self) -> std::io::Result<Stream> {
-        let tls = self.tls.as_ref();
-        let protocol = Some(UpstreamProtocol::Http1);
+        let (tls, protocol) = (self.tls.as_ref(), Some(self.protocol()));
         upstream::connect::open(&self.address, tls, protocol, &self.options).await
     }
 
-    async fn connect(&self) -> Option<SendRequest<Empty<Bytes>>> {
-        let socket = self.open().await.ok()?;
-        let (sender, connection) = handshake(TokioIo::new(socket)).await.ok()?;
-        // It ends when the sender is dropped.
+    /// The connection ends when its sender is dropped.
+    async fn connect(&self) -> Option<Connection> {
+        let socket = TokioIo::new(self.open().await.ok()?);
+        if self.protocol() == UpstreamProtocol::Http2 {
+            let (sender, connection) = http2::handshake(TokioExecutor::new(), socket).await.ok()?;
+            tokio::spawn(connection);
+            return Some(Connection::Http2(sender));
+        }
+        let (sender, connection) = http1::handshake(socket).await.ok()?;
         tokio::spawn(connection);
-        Some(sender)
+        Some(Connection::Http1(sender))
     }
 
     /// `None` is no answer.
-    async fn ask_http(&mut self, mut sender: SendRequest<Empty<Bytes>>) -> Option<Found> {
-        let Checker::Http {
-            path,
-            method,
-            expected,
-            ..
-        } = &self.checker
-        else {
-            return None;
+    async fn ask_on(&mut self, mut connection: Connection) -> Option<Found> {
+        let answer = connection.send(self.question()?).await.ok()?;
+        let (head, body) = answer.into_parts();
+        let whole = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+        let is_whole = whole.is_ok();
+        let found = match &self.checker {
+            Checker::Grpc { .. } => {
+                let whole = whole.ok()?;
+                let trailers = whole.trailers().cloned();
+                grpc::found(&head, trailers.as_ref(), &whole.to_bytes())
+            }
+            checker => judge(
+                checker,
+                head.status,
+                head.headers.contains_key(DEGRADED_HEADER),
+            ),
+        };
+        if is_whole && self.reuse {
+            self.connection = Some(connection);
+        }
+        Some(found)
+    }
+
+    /// `None` where the checker asks nothing.
+    fn question(&self) -> Option<Request<Full<Bytes>>> {
+        let (method, path) = match &self.checker {
+            Checker::Http { path, method, .. } => (method, path.as_str()),
+            Checker::Grpc { .. } => (&http::Method::POST, grpc::PATH),
+            Checker::Tcp => return None,
         };
         let request = Request::builder()
             .method(method)
-            .uri(path)
-            .header(header::HOST, &self.host)
-            .header(header::USER_AGENT, USER_AGENT)
-            .body(Empty::new())
-            .ok()?;
-        let answer = sender.send_request(request).await.ok()?;
-        let status = answer.status().as_u16();
-        let degraded = answer.headers().contains_key(DEGRADED_HEADER);
-        let well = expected.iter().any(|range| range.contains(&status));
-        let whole = Limited::new(answer.into_body(), ANSWER_BYTES_MAX)
-            .collect()
-            .await;
-        if whole.is_ok() && self.reuse {
-            self.connection = Some(sender);
-        }
-        Some(if well {
-            Found::Well { degraded }
+            .header(header::USER_AGENT, USER_AGENT);
+        let request = if self.protocol() == UpstreamProtocol::Http2 {
+            let scheme = if self.tls.is_some() { "https" } else { "http" };
+            request.uri(format!("{scheme}://{}{path}", self.host))
         } else {
-            Found::Refused
-        })
+            request.uri(path).header(header::HOST, &self.host)
+        };
+        let request = match &self.checker {
+            Checker::Grpc { service, .. } => request
+                .header(header::CONTENT_TYPE, grpc::CONTENT_TYPE)
+                .header(header::TE, "trailers")
+                .body(Full::new(grpc::question(service))),
+            _ => request.body(Full::default()),
+        };
+        request.ok()
+    }
+}
+
+fn judge(checker: &Checker, status: StatusCode, degraded: bool) -> Found {
+    let Checker::Http {
+        expected,
+        retriable,
+        ..
+    } = checker
+    else {
+        return Found::Refused;
+    };
+    let status = status.as_u16();
+    if expected.iter().any(|range| range.contains(&status)) {
+        Found::Well { degraded }
+    } else if retriable.iter().any(|range| range.contains(&status)) {
+        Found::Doubtful
+    } else {
+        Found::Refused
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Record {
     pub(super) logs: Arc<AccessLogs>,
     pub(super) stats: Arc<HttpStats>,
     pub(super) captured: Captured,
+    /// What `local_reply_config` needs of it.
+    pub(super) replied: Captured,
     pub(super) start: SystemTime,
     pub(super) started: Instant,
     pub(super) head_sent: Duration,
@@ -56,6 +58,7 @@ impl Record {
             logs: manager.logs.load_full(),
             stats: manager.stats.clone(),
             captured: Captured::default(),
+            replied: Captured::default(),
             start: SystemTime::now(),
             started: Instant::now(),
             head_sent: Duration::ZERO,
@@ -140,8 +143,20 @@ impl Record {
             return;
         }
         let entry = Entry {
-            start: self.start,
             duration,
+            bytes_sent: summary.bytes,
+            ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
+            itl_p99: summary.gap_p99,
+            ..self.entry(&summary.log)
+        };
+        self.logs.write(&entry, &self.captured);
+    }
+
+    /// What formats say of it so far.
+    pub(super) fn entry<'a>(&'a self, log: &'a LogFields) -> Entry<'a> {
+        Entry {
+            start: self.start,
+            duration: self.started.elapsed(),
             request_duration: None,
             response_duration: Some(self.head_sent),
             method: &self.method,
@@ -150,7 +165,7 @@ impl Record {
             protocol: Some(self.protocol),
             code: self.code,
             bytes_received: self.bytes_received,
-            bytes_sent: summary.bytes,
+            bytes_sent: 0,
             downstream_remote: self.remote,
             downstream_direct_remote: self.connection.direct_remote,
             downstream_local: self.connection.local,
@@ -160,11 +175,11 @@ impl Record {
             trace_id: &self.trace_id,
             route_name: &self.route.name,
             virtual_host: &self.route.virtual_host,
-            ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
-            itl_p99: summary.gap_p99,
-            log: &summary.log,
-        };
-        self.logs.write(&entry, &self.captured);
+            ttft: None,
+            itl_p99: None,
+            log,
+            local_reply_body: "",
+        }
     }
 }
 

@@ -201,6 +201,7 @@ impl Builder<'_> {
             idle_timeout: action.and_then(|action| action.idle_timeout),
             max_stream_duration: action
                 .and_then(|action| action.max_stream_duration)
+                .or(Some(self.scope.manager.max_stream_duration))
                 .filter(|limit| !limit.is_zero()),
             retry_policy: self.policy.clone(),
             priority: action.map(|action| action.priority).unwrap_or_default(),

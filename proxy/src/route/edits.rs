@@ -46,8 +46,9 @@ pub(super) enum HostEdit {
     Header(HeaderName),
 }
 
+/// Changes that are made together.
 #[derive(Debug)]
-struct Level {
+pub(crate) struct Level {
     remove: Vec<HeaderName>,
     add: Vec<Add>,
     /// Whether some value has to be computed.
@@ -110,7 +111,10 @@ impl Edits {
 
 impl Level {
     /// `None` if there is nothing to do.
-    fn new(mutations: &Mutations, formats: &mut Formats) -> Result<Option<Self>, String> {
+    pub(crate) fn new(
+        mutations: &Mutations,
+        formats: &mut Formats,
+    ) -> Result<Option<Self>, String> {
         let name = |name: &String| {
             HeaderName::try_from(name.as_str()).map_err(|_| format!("'{name}' is no header name"))
         };
@@ -156,7 +160,7 @@ impl Level {
         }
     }
 
-    fn add(&self, headers: &mut HeaderMap, value: impl Fn(&ValueFormat) -> Vec<u8>) {
+    pub(crate) fn add(&self, headers: &mut HeaderMap, value: impl Fn(&ValueFormat) -> Vec<u8>) {
         let mut append = Vec::new();
         let mut overwrite = Vec::new();
         for add in &self.add {
@@ -255,6 +259,7 @@ impl Facts {
             ttft: None,
             itl_p99: None,
             log,
+            local_reply_body: "",
         }
     }
 }

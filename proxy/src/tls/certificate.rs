@@ -66,7 +66,7 @@ impl Certificate {
 }
 
 /// One element of DER: its tag, its content, and what comes after it.
-fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+pub(super) fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&tag, rest) = der.split_first()?;
     let (&first, rest) = rest.split_first()?;
     let (length, rest) = if first < 0x80 {
@@ -82,7 +82,7 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((tag, rest.get(..length)?, &rest[length..]))
 }
 
-fn expect(wanted: u8, der: &[u8]) -> Option<(&[u8], &[u8])> {
+pub(super) fn expect(wanted: u8, der: &[u8]) -> Option<(&[u8], &[u8])> {
     let (tag, content, rest) = element(der)?;
     (tag == wanted).then_some((content, rest))
 }
@@ -104,6 +104,20 @@ fn validity(der: &[u8]) -> Option<(&[u8], SystemTime, SystemTime)> {
     // A leading zero only keeps the number positive.
     let serial = number.strip_prefix(&[0]).filter(|rest| !rest.is_empty());
     Some((serial.unwrap_or(number), before, time(tag, after)?))
+}
+
+/// The content of its subject (RFC 5280, 4.1).
+pub(super) fn name(der: &[u8]) -> Option<&[u8]> {
+    let (certificate, _) = expect(SEQUENCE, der)?;
+    let (mut body, _) = expect(SEQUENCE, certificate)?;
+    if let Some((_, rest)) = expect(EXPLICIT_0, body) {
+        body = rest;
+    }
+    let (_serial, body) = expect(INTEGER, body)?;
+    let (_signature, body) = expect(SEQUENCE, body)?;
+    let (_issuer, body) = expect(SEQUENCE, body)?;
+    let (_validity, body) = expect(SEQUENCE, body)?;
+    expect(SEQUENCE, body).map(|(subject, _)| subject)
 }
 
 /// `YYMMDDHHMMSSZ` or `YYYYMMDDHHMMSSZ`.

@@ -3,7 +3,7 @@
 
 use super::{certificate::Certificate, client::Client, material::Find, server::Server};
 use outrigger_filters::endpoints::Secured;
-use outrigger_xds::resource::{cluster::Cluster, filter_chain::FilterChain};
+use outrigger_xds::resource::{cluster::Cluster, filter_chain::FilterChain, tls::UpstreamTls};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,8 +17,11 @@ pub(crate) type Servers = BTreeMap<String, Vec<Arc<Server>>>;
 #[derive(Default, Clone)]
 pub(crate) struct Contexts {
     servers: Servers,
-    clients: BTreeMap<String, Secured>,
+    clients: BTreeMap<String, Sockets>,
 }
+
+/// How the endpoints of a cluster are secured: as [`Cluster::sockets`] orders them; none is plain text.
+pub(crate) type Sockets = Vec<Option<Secured>>;
 
 impl Contexts {
     /// How connections of a chain begin: a context that its listener has in use if it says the same, else a new one.
@@ -44,31 +47,30 @@ impl Contexts {
         Ok(Some(Arc::new(server)))
     }
 
-    /// How connections to a cluster are secured: the context in use if it says the same, and with it its connections,
-    /// else a new one.
+    /// How connections to a cluster are secured: for each of its sockets the context in use if it says the same, and
+    /// with it its connections, else a new one.
     ///
     /// # Errors
     /// What is wrong with it, its files or its secrets.
-    pub(crate) fn client(
-        &self,
-        cluster: &Cluster,
-        find: Find<'_>,
-    ) -> Result<Option<Secured>, String> {
-        let Some(tls) = &cluster.tls else {
-            return Ok(None);
-        };
-        let same = |secured: &&Secured| Client::of(secured).is_some_and(|client| client.is(tls));
-        if let Some(known) = self.clients.get(&cluster.name).filter(same) {
-            return Ok(Some(known.clone()));
-        }
+    pub(crate) fn client(&self, cluster: &Cluster, find: Find<'_>) -> Result<Sockets, String> {
         let name = &cluster.name;
-        let client = Client::new(tls, find)
-            .map_err(|error| format!("cluster '{name}': transport_socket: {error}"))?;
-        Ok(Some(client.secured()))
+        let known = self.clients.get(name);
+        let secured = |tls: &UpstreamTls| {
+            let mut known = known.into_iter().flatten().flatten();
+            let same = known
+                .find(|secured| Client::of(secured).is_some_and(|client| client.is(tls)))
+                .cloned();
+            same.map_or_else(|| Client::new(tls, find).map(Client::secured), Ok)
+        };
+        cluster
+            .sockets()
+            .map(|tls| tls.map(secured).transpose())
+            .collect::<Result<_, _>>()
+            .map_err(|error| format!("cluster '{name}': transport_socket: {error}"))
     }
 
     /// How the endpoints of clusters are secured, by cluster.
-    pub(crate) fn clients(&self) -> &BTreeMap<String, Secured> {
+    pub(crate) fn clients(&self) -> &BTreeMap<String, Sockets> {
         &self.clients
     }
 
@@ -78,7 +80,7 @@ impl Contexts {
     }
 
     /// These are in use from now on, by cluster.
-    pub(crate) fn keep_clients(&mut self, clients: BTreeMap<String, Secured>) {
+    pub(crate) fn keep_clients(&mut self, clients: BTreeMap<String, Sockets>) {
         self.clients = clients;
     }
 
@@ -89,8 +91,8 @@ impl Contexts {
                 count("listener", name, server.renew(find));
             }
         }
-        for (name, secured) in &self.clients {
-            if let Some(client) = Client::of(secured) {
+        for (name, sockets) in &self.clients {
+            for client in sockets.iter().flatten().filter_map(Client::of) {
                 count("cluster", name, client.renew(find));
             }
         }
@@ -103,7 +105,8 @@ impl Contexts {
             .values()
             .flatten()
             .map(|server| server.material().files());
-        let clients = self.clients.values().filter_map(Client::of);
+        let clients = self.clients.values().flatten().flatten();
+        let clients = clients.filter_map(Client::of);
         let clients = clients.map(|client| client.material().files());
         servers.chain(clients).flatten().collect()
     }
@@ -124,7 +127,8 @@ impl Contexts {
     fn all(&self) -> Vec<(Vec<Certificate>, Vec<Certificate>)> {
         let servers = self.servers.values().flatten();
         let servers = servers.map(|server| server.material().certificates());
-        let clients = self.clients.values().filter_map(Client::of);
+        let clients = self.clients.values().flatten().flatten();
+        let clients = clients.filter_map(Client::of);
         let clients = clients.map(|client| client.material().certificates());
         servers.chain(clients).collect()
     }

@@ -1,7 +1,7 @@
 //! TLS towards clients and peers that connect to us.
 
 use super::{
-    Stream, TlsFacts,
+    Peer, Stream, TlsFacts,
     material::{Find, Material, is_not_ready, not_ready},
     pem, provider,
     verify::NamedClient,
@@ -35,6 +35,7 @@ pub(crate) struct Server {
 struct Built {
     with_alpn: Arc<ServerConfig>,
     without_alpn: Arc<ServerConfig>,
+    certificates: Arc<Certificates>,
 }
 
 impl Server {
@@ -99,8 +100,11 @@ impl Server {
         stats: &ListenerStats,
     ) -> io::Result<(Stream, TlsFacts)> {
         match self.shake(socket).await {
-            Ok(stream) => {
-                let facts = facts(stream.get_ref().1);
+            Ok((stream, local_uri_sans)) => {
+                let facts = TlsFacts {
+                    local_uri_sans,
+                    ..facts(stream.get_ref().1)
+                };
                 stats.ssl_handshake.increment(1);
                 if stream.get_ref().1.peer_certificates().is_none() {
                     stats.ssl_no_certificate.increment(1);
@@ -114,7 +118,11 @@ impl Server {
         }
     }
 
-    async fn shake(&self, socket: Socket) -> io::Result<tokio_rustls::server::TlsStream<Socket>> {
+    /// The connection, and the URI names of the certificate that the client saw.
+    async fn shake(
+        &self,
+        socket: Socket,
+    ) -> io::Result<(tokio_rustls::server::TlsStream<Socket>, Arc<[String]>)> {
         let begun = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
         let Some(built) = self.built.load_full() else {
             return Err(not_ready());
@@ -129,7 +137,9 @@ impl Server {
         } else {
             &built.without_alpn
         };
-        begun.into_stream(config.clone()).await
+        let shown = built.certificates.fitting(&hello);
+        let uris = shown.map_or_else(Arc::default, |shown| shown.uris.clone());
+        Ok((begun.into_stream(config.clone()).await?, uris))
     }
 }
 
@@ -158,8 +168,8 @@ impl Built {
                 }))
             }
         };
-        let certificates = Certificates::read(common, &provider)?;
-        let mut config = builder.with_cert_resolver(Arc::new(certificates));
+        let certificates = Arc::new(Certificates::read(common, &provider)?);
+        let mut config = builder.with_cert_resolver(certificates.clone());
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         let without_alpn = Arc::new(config.clone());
@@ -171,13 +181,24 @@ impl Built {
         Ok(Self {
             with_alpn: Arc::new(config),
             without_alpn,
+            certificates,
         })
     }
 }
 
-/// All certificates of a context, each with the DNS names it is for.
+/// All certificates of a context.
 #[derive(Debug)]
-struct Certificates(Vec<(Vec<String>, Arc<CertifiedKey>)>);
+struct Certificates(Vec<Shown>);
+
+/// One of them.
+#[derive(Debug)]
+struct Shown {
+    /// DNS names it is for.
+    names: Vec<String>,
+    /// Its URI names.
+    uris: Arc<[String]>,
+    pair: Arc<CertifiedKey>,
+}
 
 impl Certificates {
     fn read(common: &CommonTls, provider: &CryptoProvider) -> Result<Self, String> {
@@ -188,37 +209,41 @@ impl Certificates {
                 .map_err(|error| format!("certificate_chain: {error}"))?;
             let names = parsed.valid_dns_names().map(str::to_ascii_lowercase);
             let names = names.collect();
-            Ok::<_, String>((names, pair))
+            let uris = parsed.valid_uri_names().map(str::to_owned).collect();
+            Ok::<_, String>(Shown { names, uris, pair })
         };
         let certificates = &common.certificates;
         Ok(Self(
             certificates.iter().map(read).collect::<Result<_, _>>()?,
         ))
     }
-}
 
-impl ResolvesServerCert for Certificates {
     /// Envoy's order: the exact name, then `*.` and the rest of it, then any; each only if the client can check its
     /// signature.
-    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+    fn fitting(&self, hello: &ClientHello<'_>) -> Option<&Shown> {
         let wanted = hello.server_name().map(str::to_ascii_lowercase);
         let wanted = wanted.as_deref();
         let wildcard = wanted
             .and_then(|name| name.split_once('.'))
             .map(|(_, rest)| format!("*.{rest}"));
-        let usable = |pair: &CertifiedKey| pair.key.choose_scheme(hello.signature_schemes());
+        let usable = |shown: &&Shown| {
+            let key = &shown.pair.key;
+            key.choose_scheme(hello.signature_schemes()).is_some()
+        };
         let named = |name: Option<&str>| {
             let name = name?;
-            let mut fitting = self.0.iter().filter(|(names, pair)| {
-                names.iter().any(|known| known == name) && usable(pair).is_some()
-            });
-            fitting.next()
+            let is_for = |shown: &&Shown| shown.names.iter().any(|known| known == name);
+            self.0.iter().filter(is_for).find(usable)
         };
-        let any = || self.0.iter().find(|(_, pair)| usable(pair).is_some());
-        let (_, pair) = named(wanted)
+        named(wanted)
             .or_else(|| named(wildcard.as_deref()))
-            .or_else(any)?;
-        Some(pair.clone())
+            .or_else(|| self.0.iter().find(usable))
+    }
+}
+
+impl ResolvesServerCert for Certificates {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.fitting(&hello)?.pair.clone())
     }
 }
 
@@ -229,6 +254,7 @@ fn facts(connection: &ServerConnection) -> TlsFacts {
             _ => "TLSv1.3",
         },
         server_name: connection.server_name().unwrap_or_default().to_owned(),
+        peer: Peer::of(connection.peer_certificates()),
         ..TlsFacts::default()
     };
     let leaf = connection.peer_certificates().and_then(<[_]>::first);

@@ -7,7 +7,13 @@
 // The long lists would be a page each, one name a line.
 #[rustfmt::skip]
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
-    ("envoy.config.accesslog.v3.AccessLog", &["filter"]),
+    (
+        "envoy.config.accesslog.v3.AccessLogFilter",
+        &[
+            "extension_filter", "grpc_status_filter", "log_type_filter", "metadata_filter",
+            "not_health_check_filter", "runtime_filter", "traceable_filter",
+        ],
+    ),
     (
         "envoy.config.bootstrap.v3.Admin",
         &["allow_paths", "ignore_global_conn_limit", "socket_options"],
@@ -66,7 +72,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "ignore_health_on_host_removal", "lrs_report_endpoint_metrics", "lrs_server",
             "original_dst_lb_config", "per_connection_buffer_limit_bytes", "preconnect_policy",
             "protocol_selection", "respect_dns_ttl", "track_timeout_budgets",
-            "transport_socket_matcher", "transport_socket_matches", "upstream_config",
+            "transport_socket_matcher", "upstream_config",
             "upstream_http_protocol_options", "use_tcp_for_dns_lookups", "wait_for_warm_on_init",
         ],
     ),
@@ -80,10 +86,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.cluster.v3.OutlierDetection",
         &[
-            "enforcing_failure_percentage", "enforcing_failure_percentage_local_origin",
-            "enforcing_local_origin_success_rate", "failure_percentage_minimum_hosts",
-            "failure_percentage_request_volume", "failure_percentage_threshold", "max_ejection_time_jitter",
-            "monitors", "successful_active_health_check_uneject_host",
+            "monitors",
         ],
     ),
     (
@@ -100,15 +103,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "alt_port", "always_log_health_check_failures", "always_log_health_check_success",
             "custom_health_check", "event_log_path", "event_logger", "event_service",
-            "grpc_health_check", "tls_options", "transport_socket_match_criteria",
+            "tls_options", "transport_socket_match_criteria",
         ],
     ),
+    ("envoy.config.core.v3.HealthCheck.GrpcHealthCheck", &["initial_metadata"]),
     (
         "envoy.config.core.v3.HealthCheck.HttpHealthCheck",
         &[
-            "codec_client_type", "receive", "request_headers_to_add",
-            "request_headers_to_remove", "response_buffer_size", "retriable_statuses", "send",
-            "service_name_matcher",
+            "receive", "request_headers_to_add", "request_headers_to_remove",
+            "response_buffer_size", "send", "service_name_matcher",
         ],
     ),
     (
@@ -140,10 +143,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.HttpProtocolOptions",
-        &[
-            "headers_with_underscores_action", "max_headers_count", "max_response_headers_kb",
-            "max_stream_duration",
-        ],
+        &["max_headers_count", "max_response_headers_kb"],
     ),
     ("envoy.config.core.v3.Metadata", &["typed_filter_metadata"]),
     ("envoy.config.core.v3.Node", &["listening_addresses"]),
@@ -345,10 +345,6 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
             "user_agent_name",
             "user_agent_version",
         ],
-    ),
-    (
-        "envoy.config.core.v3.SubstitutionFormatString",
-        &["content_type"],
     ),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",

@@ -36,6 +36,8 @@ pub(super) struct Walk {
     pub(super) ignored: Vec<String>,
     /// Whether what nobody knows is no error: as in Envoy, in configuration that comes while we run.
     pub(super) dynamic: bool,
+    /// The same of a bootstrap, if it is asked for.
+    tolerant: bool,
     /// Places of fields that nobody knows.
     pub(super) unknown: Vec<String>,
     /// What is inside may be of a type that nobody knows.
@@ -47,6 +49,14 @@ impl Walk {
     pub(super) fn dynamic() -> Self {
         Self {
             dynamic: true,
+            ..Self::default()
+        }
+    }
+
+    /// Of a bootstrap that may hold what nobody knows.
+    pub(super) fn tolerant() -> Self {
+        Self {
+            tolerant: true,
             ..Self::default()
         }
     }
@@ -176,7 +186,7 @@ impl Walk {
             known_tls::IGNORED,
         ]) {
             self.ignored.push(join(place, &name));
-        } else if self.dynamic {
+        } else if self.dynamic || self.tolerant {
             self.unknown.push(join(place, key));
         } else {
             self.errors.add(place, format!("no such field: '{key}'"));
@@ -431,7 +441,7 @@ fn any_of_nothing() -> Value {
 }
 
 /// `maxRequestHeadersKb` to `max_request_headers_kb`.
-fn snake_case(key: &str) -> String {
+pub(super) fn snake_case(key: &str) -> String {
     let mut name = String::with_capacity(key.len() + 4);
     for letter in key.chars() {
         if letter.is_ascii_uppercase() {

@@ -1,6 +1,6 @@
 //! `envoy.config.accesslog.v3.AccessLog`: where requests and connections are logged, and how a line looks.
 
-use super::tls;
+use super::{log_filter::LogFilter, tls};
 use crate::{
     problems::ConfigErrors,
     protobuf::{pack, struct_from_json, struct_to_json, unpack},
@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 /// Where an access log goes and how it looks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AccessLog {
+    /// What is logged; all if there is none.
+    pub filter: Option<LogFilter>,
     /// Where.
     pub sink: AccessLogSink,
     /// How.
@@ -50,8 +52,11 @@ impl TryFrom<log::AccessLog> for AccessLog {
             return Err(ConfigErrors::one("", "required: typed_config"));
         };
         let mut problems = ConfigErrors::default();
+        let filter = wire
+            .filter
+            .and_then(|filter| problems.take("filter", LogFilter::try_from(filter)));
         let log = problems.take("typed_config", logger(&any));
-        problems.finish(log)
+        problems.finish(log.map(|log| Self { filter, ..log }))
     }
 }
 
@@ -86,6 +91,7 @@ fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
         ));
     };
     Ok(AccessLog {
+        filter: None,
         sink,
         format: log_format(format)?,
     })
@@ -94,10 +100,19 @@ fn logger(any: &Any) -> Result<AccessLog, ConfigErrors> {
 fn log_format(
     wire: Option<core::SubstitutionFormatString>,
 ) -> Result<AccessLogFormat, ConfigErrors> {
-    use core::{data_source::Specifier, substitution_format_string::Format};
     let Some(wire) = wire else {
         return Ok(AccessLogFormat::Text(None));
     };
+    let mut problems = ConfigErrors::default();
+    let format = problems.take("log_format", format_string(wire));
+    problems.finish(format)
+}
+
+/// A format that is given.
+pub(super) fn format_string(
+    wire: core::SubstitutionFormatString,
+) -> Result<AccessLogFormat, ConfigErrors> {
+    use core::{data_source::Specifier, substitution_format_string::Format};
     match wire.format {
         Some(Format::TextFormat(text)) => Ok(AccessLogFormat::Text(Some(text))),
         Some(Format::TextFormatSource(core::DataSource {
@@ -108,13 +123,13 @@ fn log_format(
             specifier: Some(other),
             ..
         })) => Err(ConfigErrors::one(
-            "log_format.text_format_source",
+            "text_format_source",
             tls::not_inline(&other),
         )),
         Some(Format::TextFormatSource(core::DataSource {
             specifier: None, ..
         })) => Err(ConfigErrors::one(
-            "log_format.text_format_source",
+            "text_format_source",
             "required: inline_string",
         )),
         Some(Format::JsonFormat(fields)) => match struct_to_json(fields) {
@@ -122,7 +137,7 @@ fn log_format(
             _ => Ok(AccessLogFormat::Json(BTreeMap::new())),
         },
         None => Err(ConfigErrors::one(
-            "log_format",
+            "",
             "required: json_format or text_format_source",
         )),
     }
@@ -160,12 +175,13 @@ impl From<&AccessLog> for log::AccessLog {
         };
         Self {
             name: name.into(),
+            filter: plain.filter.as_ref().map(Into::into),
             config_type: Some(log::access_log::ConfigType::TypedConfig(any)),
         }
     }
 }
 
-fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
+pub(super) fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString> {
     use core::{data_source::Specifier, substitution_format_string::Format};
     let format = match plain {
         AccessLogFormat::Text(None) => return None,
@@ -179,5 +195,6 @@ fn wire_format(plain: &AccessLogFormat) -> Option<core::SubstitutionFormatString
     };
     Some(core::SubstitutionFormatString {
         format: Some(format),
+        content_type: String::new(),
     })
 }

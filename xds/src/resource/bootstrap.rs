@@ -203,6 +203,7 @@ impl TryFrom<wire::Admin> for Admin {
         let path = wire.access_log_path;
         if !path.is_empty() {
             access_log.push(AccessLog {
+                filter: None,
                 sink: AccessLogSink::File(path),
                 format: AccessLogFormat::Text(None),
             });

@@ -11,10 +11,11 @@ use super::{
     config_source::Eds,
     connection, discovery,
     endpoint::{Address, ClusterLoadAssignment},
-    health_check::HealthCheck,
+    health_check::{Checker, HealthCheck},
     lb_policy::{self, Given},
     lb_shown,
     outlier_detection::OutlierDetection,
+    socket_match::SocketMatch,
     tls::{self, UpstreamTls},
 };
 use crate::{
@@ -54,6 +55,8 @@ pub struct Cluster {
     pub outlier_detection: Option<OutlierDetection>,
     /// What its transport socket says; none means plain text.
     pub tls: Option<UpstreamTls>,
+    /// Endpoints that are secured otherwise.
+    pub socket_matches: Vec<SocketMatch>,
     /// Of connections to its endpoints.
     pub connection: ConnectionOptions,
     /// `circuit_breakers`.
@@ -74,6 +77,7 @@ impl Default for Cluster {
             health_check: None,
             outlier_detection: None,
             tls: None,
+            socket_matches: Vec::new(),
             connection: ConnectionOptions::default(),
             circuit_breakers: CircuitBreakers::default(),
         }
@@ -133,17 +137,16 @@ impl TryFrom<wire::Cluster> for Cluster {
             max_requests: of_http.or(wire.max_requests_per_connection),
         };
         let connection = connection::read(&mut problems, given);
-        let health_checks: Vec<HealthCheck> =
-            problems.take_all("health_checks", wire.health_checks);
-        if health_checks.len() > 1 {
-            problems.add("health_checks", "at most one is supported");
-        }
+        let health_check = health_check(&mut problems, wire.health_checks, protocol);
         let outlier_detection = wire.outlier_detection.and_then(|detection| {
             problems.take("outlier_detection", OutlierDetection::try_from(detection))
         });
         let tls = wire
             .transport_socket
-            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)));
+            .and_then(|socket| problems.take("transport_socket", tls::upstream(socket)))
+            .flatten();
+        let place = "transport_socket_matches";
+        let socket_matches = problems.take_all(place, wire.transport_socket_matches);
         let breakers = wire.circuit_breakers.unwrap_or_default();
         let circuit_breakers =
             problems.take("circuit_breakers", CircuitBreakers::try_from(breakers));
@@ -157,12 +160,33 @@ impl TryFrom<wire::Cluster> for Cluster {
             eds,
             protocol,
             outlier_detection,
-            health_check: health_checks.into_iter().next(),
+            health_check,
             tls,
+            socket_matches,
             connection,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
     }
+}
+
+fn health_check(
+    problems: &mut ConfigErrors,
+    given: Vec<core::HealthCheck>,
+    protocol: UpstreamProtocol,
+) -> Option<HealthCheck> {
+    let checks: Vec<HealthCheck> = problems.take_all("health_checks", given);
+    if checks.len() > 1 {
+        problems.add("health_checks", "at most one is supported");
+    }
+    let asks_by_grpc = |check: &HealthCheck| matches!(check.checker, Checker::Grpc { .. });
+    if protocol != UpstreamProtocol::Http2 && checks.iter().any(asks_by_grpc) {
+        // As in Envoy.
+        problems.add(
+            "health_checks[0].grpc_health_check",
+            "only in a cluster that speaks HTTP/2",
+        );
+    }
+    checks.into_iter().next()
 }
 
 /// Where its endpoints come from, or which they are.
@@ -243,11 +267,19 @@ fn protocol(
                 if let Some(common) = options.common_http_protocol_options.take() {
                     max_requests = common.max_requests_per_connection;
                     let place = format!("{place}.common_http_protocol_options");
-                    if common.idle_timeout.is_some() {
-                        problems.add(&place, "not supported yet: idle_timeout");
-                    }
-                    if common.max_connection_duration.is_some() {
-                        problems.add(&place, "not supported yet: max_connection_duration");
+                    let underscores = common.headers_with_underscores_action != 0;
+                    for (name, is_set) in [
+                        ("idle_timeout", common.idle_timeout.is_some()),
+                        (
+                            "max_connection_duration",
+                            common.max_connection_duration.is_some(),
+                        ),
+                        ("max_stream_duration", common.max_stream_duration.is_some()),
+                        ("headers_with_underscores_action", underscores),
+                    ] {
+                        if is_set {
+                            problems.add(&place, format!("not supported yet: {name}"));
+                        }
                     }
                 }
                 if let Some(explicit) = problems.take(&place, explicit(options)) {
@@ -319,6 +351,7 @@ impl From<&Cluster> for wire::Cluster {
             load_assignment: plain.eds.is_none().then(|| (&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
+            transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),
             typed_extension_protocol_options: options,
             max_requests_per_connection: connection.max_requests,
             upstream_bind_config: connection.bind,

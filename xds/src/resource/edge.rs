@@ -1,10 +1,16 @@
 //! What a connection manager does to requests at its edge: paths, hosts and addresses made what they mean.
 
+use super::{cidr::CidrRange, client_cert::ClientCert};
 use crate::{
     problems::ConfigErrors,
-    wire::envoy::extensions::filters::network::http_connection_manager::v3 as hcm,
+    wire::envoy::{
+        config::core::v3::http_protocol_options::HeadersWithUnderscoresAction,
+        extensions::filters::network::http_connection_manager::v3 as hcm,
+    },
 };
-use hcm::http_connection_manager::{PathWithEscapedSlashesAction as Action, StripPortMode};
+use hcm::http_connection_manager::{
+    InternalAddressConfig, PathWithEscapedSlashesAction as Action, StripPortMode,
+};
 
 /// All of it; nothing is changed by default.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -27,6 +33,24 @@ pub struct Edge {
     pub append_x_forwarded_port: bool,
     /// `always_set_request_id_in_response`.
     pub always_set_request_id: bool,
+    /// Whose requests come from inside (`internal_address_config.cidr_ranges`).
+    pub internal_addresses: Vec<CidrRange>,
+    /// What becomes of `x-forwarded-client-cert`.
+    pub client_cert: ClientCert,
+    /// `headers_with_underscores_action`.
+    pub underscores: Underscores,
+}
+
+/// What becomes of headers with an underscore in their name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Underscores {
+    /// They stay.
+    #[default]
+    Allow,
+    /// The request is refused.
+    Reject,
+    /// They are taken off.
+    Drop,
 }
 
 /// `path_with_escaped_slashes_action`.
@@ -55,6 +79,17 @@ pub enum StripPort {
 
 impl Edge {
     pub(super) fn read(problems: &mut ConfigErrors, wire: &hcm::HttpConnectionManager) -> Self {
+        let internal = wire.internal_address_config.clone().unwrap_or_default();
+        if internal.unix_sockets {
+            problems.add(
+                "internal_address_config.unix_sockets",
+                "not supported yet: no listener has a Unix domain socket",
+            );
+        }
+        let place = "internal_address_config.cidr_ranges";
+        let internal_addresses = problems.take_all(place, internal.cidr_ranges);
+        let common = wire.common_http_protocol_options.as_ref();
+        let underscores = common.map(|common| common.headers_with_underscores_action());
         let escaped_slashes = match wire.path_with_escaped_slashes_action() {
             Action::ImplementationSpecificDefault | Action::KeepUnchanged => EscapedSlashes::Keep,
             Action::RejectRequest => EscapedSlashes::Reject,
@@ -89,6 +124,13 @@ impl Edge {
             skip_xff_append: wire.skip_xff_append,
             append_x_forwarded_port: wire.append_x_forwarded_port,
             always_set_request_id: wire.always_set_request_id_in_response,
+            internal_addresses,
+            client_cert: ClientCert::read(wire),
+            underscores: match underscores.unwrap_or_default() {
+                HeadersWithUnderscoresAction::Allow => Underscores::Allow,
+                HeadersWithUnderscoresAction::RejectRequest => Underscores::Reject,
+                HeadersWithUnderscoresAction::DropHeader => Underscores::Drop,
+            },
         }
     }
 
@@ -109,5 +151,18 @@ impl Edge {
         wire.skip_xff_append = self.skip_xff_append;
         wire.append_x_forwarded_port = self.append_x_forwarded_port;
         wire.always_set_request_id_in_response = self.always_set_request_id;
+        let ranges = &self.internal_addresses;
+        wire.internal_address_config = (!ranges.is_empty()).then(|| InternalAddressConfig {
+            unix_sockets: false,
+            cidr_ranges: ranges.iter().map(Into::into).collect(),
+        });
+        self.client_cert.write(wire);
+        if let Some(common) = &mut wire.common_http_protocol_options {
+            common.set_headers_with_underscores_action(match self.underscores {
+                Underscores::Allow => HeadersWithUnderscoresAction::Allow,
+                Underscores::Reject => HeadersWithUnderscoresAction::RejectRequest,
+                Underscores::Drop => HeadersWithUnderscoresAction::DropHeader,
+            });
+        }
     }
 }

@@ -3,12 +3,15 @@
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
-    wire::envoy::{config::core::v3 as wire, r#type::v3::Int64Range},
+    wire::envoy::{
+        config::core::v3 as wire,
+        r#type::v3::{CodecClientType, Int64Range},
+    },
 };
 use std::{ops::Range, time::Duration};
 use wire::{
     RequestMethod,
-    health_check::{HealthChecker, HttpHealthCheck, TcpHealthCheck},
+    health_check::{GrpcHealthCheck, HealthChecker, HttpHealthCheck, TcpHealthCheck},
 };
 
 /// How endpoints are asked for their health.
@@ -57,9 +60,20 @@ pub enum Checker {
         method: http::Method,
         /// Statuses that are well.
         expected: Vec<Range<u16>>,
+        /// Statuses that are not, but are no verdict either: the threshold decides.
+        retriable: Vec<Range<u16>>,
+        /// HTTP/2 instead of HTTP/1.1.
+        http2: bool,
     },
     /// A connection.
     Tcp,
+    /// A call of `grpc.health.v1.Health/Check`.
+    Grpc {
+        /// Whose health; empty is that of the server.
+        service: String,
+        /// `:authority`; empty is the cluster's name.
+        authority: String,
+    },
 }
 
 const NO_TRAFFIC_INTERVAL: Duration = Duration::from_secs(60);
@@ -124,13 +138,35 @@ impl TryFrom<wire::HealthCheck> for HealthCheck {
 fn checker(problems: &mut ConfigErrors, given: Option<HealthChecker>) -> Option<Checker> {
     let http = match given {
         None => {
-            problems.add("", "required: http_health_check or tcp_health_check");
+            problems.add(
+                "",
+                "required: http_health_check, tcp_health_check or grpc_health_check",
+            );
             return None;
         }
         Some(HealthChecker::TcpHealthCheck(_)) => return Some(Checker::Tcp),
+        Some(HealthChecker::GrpcHealthCheck(grpc)) => {
+            check_authority(problems, "grpc_health_check.authority", &grpc.authority);
+            return Some(Checker::Grpc {
+                service: grpc.service_name,
+                authority: grpc.authority,
+            });
+        }
         Some(HealthChecker::HttpHealthCheck(http)) => http,
     };
     let place = "http_health_check";
+    check_authority(problems, "http_health_check.host", &http.host);
+    let http2 = match http.codec_client_type() {
+        CodecClientType::Http1 => false,
+        CodecClientType::Http2 => true,
+        CodecClientType::Http3 => {
+            problems.add(
+                format!("{place}.codec_client_type"),
+                "not supported yet: HTTP3",
+            );
+            false
+        }
+    };
     let method = match http.method() {
         RequestMethod::MethodUnspecified => http::Method::GET,
         RequestMethod::Connect => {
@@ -143,30 +179,50 @@ fn checker(problems: &mut ConfigErrors, given: Option<HealthChecker>) -> Option<
     if !path.is_empty() && path.parse::<http::uri::PathAndQuery>().is_err() {
         problems.add(format!("{place}.path"), "not a path");
     }
-    if http::HeaderValue::from_str(&http.host).is_err() {
-        problems.add(format!("{place}.host"), "cannot be a header value");
-    }
-    let mut expected = Vec::new();
-    for (index, range) in http.expected_statuses.into_iter().enumerate() {
-        match (u16::try_from(range.start), u16::try_from(range.end)) {
-            (Ok(start), Ok(end)) if start >= 100 && start < end && end <= 600 => {
-                expected.push(start..end);
-            }
-            _ => problems.add(
-                format!("{place}.expected_statuses[{index}]"),
-                "must lie within 100 and 600 and not be empty",
-            ),
-        }
-    }
+    let place = format!("{place}.expected_statuses");
+    let mut expected = statuses(problems, &place, http.expected_statuses);
     if expected.is_empty() {
         expected.push(200..201);
     }
+    let place = "http_health_check.retriable_statuses";
     Some(Checker::Http {
         host: http.host,
         path,
         method,
         expected,
+        retriable: statuses(problems, place, http.retriable_statuses),
+        http2,
     })
+}
+
+fn check_authority(problems: &mut ConfigErrors, place: &str, given: &str) {
+    if !given.is_empty() && given.parse::<http::uri::Authority>().is_err() {
+        problems.add(place, "not an authority");
+    }
+}
+
+fn statuses(problems: &mut ConfigErrors, place: &str, given: Vec<Int64Range>) -> Vec<Range<u16>> {
+    let mut read = Vec::new();
+    for (index, range) in given.into_iter().enumerate() {
+        match (u16::try_from(range.start), u16::try_from(range.end)) {
+            (Ok(start), Ok(end)) if start >= 100 && start < end && end <= 600 => {
+                read.push(start..end);
+            }
+            _ => problems.add(
+                format!("{place}[{index}]"),
+                "must lie within 100 and 600 and not be empty",
+            ),
+        }
+    }
+    read
+}
+
+fn ranges(statuses: &[Range<u16>]) -> Vec<Int64Range> {
+    let ranges = statuses.iter().map(|range| Int64Range {
+        start: range.start.into(),
+        end: range.end.into(),
+    });
+    ranges.collect()
 }
 
 impl From<&HealthCheck> for wire::HealthCheck {
@@ -175,24 +231,33 @@ impl From<&HealthCheck> for wire::HealthCheck {
         let some = |given: Duration| (!given.is_zero()).then(|| to_duration(given));
         let checker = match &plain.checker {
             Checker::Tcp => HealthChecker::TcpHealthCheck(TcpHealthCheck {}),
+            Checker::Grpc { service, authority } => {
+                HealthChecker::GrpcHealthCheck(GrpcHealthCheck {
+                    service_name: service.clone(),
+                    authority: authority.clone(),
+                })
+            }
             Checker::Http {
                 host,
                 path,
                 method,
                 expected,
+                retriable,
+                http2,
             } => HealthChecker::HttpHealthCheck(HttpHealthCheck {
                 host: host.clone(),
                 path: path.clone(),
                 method: RequestMethod::from_str_name(method.as_str())
                     .unwrap_or_default()
                     .into(),
-                expected_statuses: expected
-                    .iter()
-                    .map(|range| Int64Range {
-                        start: range.start.into(),
-                        end: range.end.into(),
-                    })
-                    .collect(),
+                expected_statuses: ranges(expected),
+                retriable_statuses: ranges(retriable),
+                codec_client_type: if *http2 {
+                    CodecClientType::Http2
+                } else {
+                    CodecClientType::Http1
+                }
+                .into(),
             }),
         };
         Self {

@@ -6,6 +6,7 @@ use super::{
     endpoint::Address,
     filter_chain::{FilterChain, Network, check_matches},
     listener_filter::{Kind, ListenerFilter},
+    local_reply::LocalReplyConfig,
     route::{RouteConfiguration, TypedConfig},
     server_header::{self, ServerHeader},
     upgrade::Upgrade,
@@ -159,8 +160,12 @@ pub struct HttpConnectionManager {
     pub max_connection_duration: Duration,
     /// A connection takes no more requests than this; zero is off (default).
     pub max_requests_per_connection: u32,
+    /// A request and its response are over after this; zero is off (default).
+    pub max_stream_duration: Duration,
     /// What becomes of paths, hosts and addresses.
     pub edge: Edge,
+    /// What its own answers look like.
+    pub local_replies: LocalReplyConfig,
     /// Concurrent h2 streams per connection; keeps one worker from running hot. Default 100.
     pub h2_max_concurrent_streams: u32,
 }
@@ -187,7 +192,9 @@ impl Default for HttpConnectionManager {
             max_request_headers_kb: 60,
             max_connection_duration: Duration::ZERO,
             max_requests_per_connection: 0,
+            max_stream_duration: Duration::ZERO,
             edge: Edge::default(),
+            local_replies: LocalReplyConfig::default(),
             h2_max_concurrent_streams: 100,
         }
     }
@@ -299,8 +306,11 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
     fn try_from(mut wire: hcm::HttpConnectionManager) -> Result<Self, ConfigErrors> {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
         let mut problems = ConfigErrors::default();
-        let limits = limits(&mut problems, &mut wire);
         let edge = Edge::read(&mut problems, &wire);
+        let limits = limits(&mut problems, &mut wire);
+        let local_replies = wire.local_reply_config.take();
+        let local_replies = local_replies
+            .and_then(|replies| problems.take("local_reply_config", replies.try_into()));
         let codec = match wire.codec_type() {
             CodecType::Auto => Codec::Auto,
             CodecType::Http1 => Codec::Http1,
@@ -344,6 +354,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 access_log,
                 upgrades,
                 edge,
+                local_replies: local_replies.unwrap_or_default(),
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
                 server_name,
@@ -370,6 +381,11 @@ fn limits(
             "common_http_protocol_options.max_connection_duration",
             common.max_connection_duration,
             &mut limits.max_connection_duration,
+        ),
+        (
+            "common_http_protocol_options.max_stream_duration",
+            common.max_stream_duration,
+            &mut limits.max_stream_duration,
         ),
         (
             "common_http_protocol_options.idle_timeout",
@@ -520,6 +536,9 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
                 idle_timeout: Some(to_duration(plain.idle_timeout)),
                 max_connection_duration: (!plain.max_connection_duration.is_zero())
                     .then(|| to_duration(plain.max_connection_duration)),
+                max_stream_duration: (!plain.max_stream_duration.is_zero())
+                    .then(|| to_duration(plain.max_stream_duration)),
+                headers_with_underscores_action: 0,
                 max_requests_per_connection: (plain.max_requests_per_connection != 0)
                     .then_some(plain.max_requests_per_connection),
             }),
@@ -537,6 +556,8 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             preserve_external_request_id: plain.preserve_external_request_id,
             server_name: plain.server_name.clone(),
             server_header_transformation: plain.server_header.to_wire(),
+            local_reply_config: (!plain.local_replies.is_empty())
+                .then(|| (&plain.local_replies).into()),
             ..Self::default()
         };
         plain.edge.write(&mut wire);

@@ -36,6 +36,22 @@ pub struct OutlierDetection {
     pub success_rate_request_volume: u32,
     /// Thousandths of a standard deviation below the mean.
     pub success_rate_stdev_factor: u32,
+    /// As `enforcing_success_rate`, of the rate at which it is reached, where that is counted apart.
+    pub enforcing_local_origin_success_rate: u32,
+    /// Share of failures, in percent, that makes an outlier.
+    pub failure_percentage_threshold: u32,
+    /// How often, in percent, it ejects.
+    pub enforcing_failure_percentage: u32,
+    /// The same of failures to reach it, where they are counted apart.
+    pub enforcing_failure_percentage_local_origin: u32,
+    /// With fewer that have volume, shares of failures are not looked at.
+    pub failure_percentage_minimum_hosts: u32,
+    /// Requests in an interval for such a share.
+    pub failure_percentage_request_volume: u32,
+    /// Most that is added to an ejection, at random.
+    pub max_ejection_time_jitter: Duration,
+    /// A health check that passes ends an ejection.
+    pub uneject_by_health_check: bool,
 }
 
 /// Failures in a row.
@@ -45,6 +61,13 @@ pub struct Rule {
     pub count: u32,
     /// In so many percent of the cases it is ejected.
     pub enforcing: u32,
+}
+
+impl Default for OutlierDetection {
+    fn default() -> Self {
+        Self::try_from(wire::OutlierDetection::default())
+            .expect("invariant: nothing said is nothing wrong")
+    }
 }
 
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -57,6 +80,60 @@ impl TryFrom<wire::OutlierDetection> for OutlierDetection {
     fn try_from(wire: wire::OutlierDetection) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
         check_percentages(&mut problems, &wire);
+        let times = Times::read(&mut problems, &wire);
+        let rule = |count: Option<u32>, enforcing: Option<u32>, default: u32| Rule {
+            count: count.unwrap_or(5),
+            enforcing: enforcing.unwrap_or(default),
+        };
+        problems.finish(Some(Self {
+            consecutive_5xx: rule(wire.consecutive_5xx, wire.enforcing_consecutive_5xx, 100),
+            consecutive_gateway_failure: rule(
+                wire.consecutive_gateway_failure,
+                wire.enforcing_consecutive_gateway_failure,
+                0,
+            ),
+            consecutive_local_origin_failure: rule(
+                wire.consecutive_local_origin_failure,
+                wire.enforcing_consecutive_local_origin_failure,
+                100,
+            ),
+            split_external_local_origin_errors: wire.split_external_local_origin_errors,
+            interval: times.interval,
+            base_ejection_time: times.base,
+            max_ejection_time: times.longest,
+            max_ejection_percent: wire.max_ejection_percent.unwrap_or(10),
+            always_eject_one_host: wire.always_eject_one_host.unwrap_or(false),
+            enforcing_success_rate: wire.enforcing_success_rate.unwrap_or(100),
+            success_rate_minimum_hosts: wire.success_rate_minimum_hosts.unwrap_or(5),
+            success_rate_request_volume: wire.success_rate_request_volume.unwrap_or(100),
+            success_rate_stdev_factor: wire.success_rate_stdev_factor.unwrap_or(1900),
+            enforcing_local_origin_success_rate: wire
+                .enforcing_local_origin_success_rate
+                .unwrap_or(100),
+            failure_percentage_threshold: wire.failure_percentage_threshold.unwrap_or(85),
+            enforcing_failure_percentage: wire.enforcing_failure_percentage.unwrap_or(0),
+            enforcing_failure_percentage_local_origin: wire
+                .enforcing_failure_percentage_local_origin
+                .unwrap_or(0),
+            failure_percentage_minimum_hosts: wire.failure_percentage_minimum_hosts.unwrap_or(5),
+            failure_percentage_request_volume: wire.failure_percentage_request_volume.unwrap_or(50),
+            max_ejection_time_jitter: times.jitter,
+            uneject_by_health_check: wire
+                .successful_active_health_check_uneject_host
+                .unwrap_or(true),
+        }))
+    }
+}
+
+struct Times {
+    interval: Duration,
+    base: Duration,
+    longest: Duration,
+    jitter: Duration,
+}
+
+impl Times {
+    fn read(problems: &mut ConfigErrors, wire: &wire::OutlierDetection) -> Self {
         let mut time = |place: &str, given: Option<prost_types::Duration>, default: Duration| {
             let read = given.and_then(|given| problems.take(place, duration(given)));
             let read = read.unwrap_or(default);
@@ -82,33 +159,15 @@ impl TryFrom<wire::OutlierDetection> for OutlierDetection {
                 "must not be less than base_ejection_time",
             );
         }
-        let rule = |count: Option<u32>, enforcing: Option<u32>, default: u32| Rule {
-            count: count.unwrap_or(5),
-            enforcing: enforcing.unwrap_or(default),
-        };
-        problems.finish(Some(Self {
-            consecutive_5xx: rule(wire.consecutive_5xx, wire.enforcing_consecutive_5xx, 100),
-            consecutive_gateway_failure: rule(
-                wire.consecutive_gateway_failure,
-                wire.enforcing_consecutive_gateway_failure,
-                0,
-            ),
-            consecutive_local_origin_failure: rule(
-                wire.consecutive_local_origin_failure,
-                wire.enforcing_consecutive_local_origin_failure,
-                100,
-            ),
-            split_external_local_origin_errors: wire.split_external_local_origin_errors,
+        let jitter = wire.max_ejection_time_jitter;
+        let jitter =
+            jitter.and_then(|given| problems.take("max_ejection_time_jitter", duration(given)));
+        Self {
             interval,
-            base_ejection_time: base,
-            max_ejection_time: longest,
-            max_ejection_percent: wire.max_ejection_percent.unwrap_or(10),
-            always_eject_one_host: wire.always_eject_one_host.unwrap_or(false),
-            enforcing_success_rate: wire.enforcing_success_rate.unwrap_or(100),
-            success_rate_minimum_hosts: wire.success_rate_minimum_hosts.unwrap_or(5),
-            success_rate_request_volume: wire.success_rate_request_volume.unwrap_or(100),
-            success_rate_stdev_factor: wire.success_rate_stdev_factor.unwrap_or(1900),
-        }))
+            base,
+            longest,
+            jitter: jitter.unwrap_or_default(),
+        }
     }
 }
 
@@ -117,6 +176,22 @@ fn check_percentages(problems: &mut ConfigErrors, wire: &wire::OutlierDetection)
         ("max_ejection_percent", wire.max_ejection_percent),
         ("enforcing_consecutive_5xx", wire.enforcing_consecutive_5xx),
         ("enforcing_success_rate", wire.enforcing_success_rate),
+        (
+            "enforcing_local_origin_success_rate",
+            wire.enforcing_local_origin_success_rate,
+        ),
+        (
+            "failure_percentage_threshold",
+            wire.failure_percentage_threshold,
+        ),
+        (
+            "enforcing_failure_percentage",
+            wire.enforcing_failure_percentage,
+        ),
+        (
+            "enforcing_failure_percentage_local_origin",
+            wire.enforcing_failure_percentage_local_origin,
+        ),
         (
             "enforcing_consecutive_gateway_failure",
             wire.enforcing_consecutive_gateway_failure,
@@ -155,6 +230,16 @@ impl From<&OutlierDetection> for wire::OutlierDetection {
             success_rate_minimum_hosts: Some(plain.success_rate_minimum_hosts),
             success_rate_request_volume: Some(plain.success_rate_request_volume),
             success_rate_stdev_factor: Some(plain.success_rate_stdev_factor),
+            enforcing_local_origin_success_rate: Some(plain.enforcing_local_origin_success_rate),
+            failure_percentage_threshold: Some(plain.failure_percentage_threshold),
+            enforcing_failure_percentage: Some(plain.enforcing_failure_percentage),
+            enforcing_failure_percentage_local_origin: Some(
+                plain.enforcing_failure_percentage_local_origin,
+            ),
+            failure_percentage_minimum_hosts: Some(plain.failure_percentage_minimum_hosts),
+            failure_percentage_request_volume: Some(plain.failure_percentage_request_volume),
+            max_ejection_time_jitter: Some(to_duration(plain.max_ejection_time_jitter)),
+            successful_active_health_check_uneject_host: Some(plain.uneject_by_health_check),
         }
     }
 }

@@ -7,8 +7,10 @@ use crate::{
     problems::ConfigErrors,
     protobuf::{pack, unpack},
     wire::envoy::{
-        config::core::v3 as core, extensions::transport_sockets::tls::v3 as wire,
-        r#type::matcher::v3::StringMatcher, r#type::matcher::v3::string_matcher::MatchPattern,
+        config::core::v3 as core,
+        extensions::transport_sockets::{raw_buffer::v3::RawBuffer, tls::v3 as wire},
+        r#type::matcher::v3::StringMatcher,
+        r#type::matcher::v3::string_matcher::MatchPattern,
     },
 };
 use core::data_source::Specifier;
@@ -168,14 +170,32 @@ pub(crate) fn downstream(socket: core::TransportSocket) -> Result<DownstreamTls,
     problems.finish(context)
 }
 
-/// The transport socket of a cluster.
-pub(crate) fn upstream(socket: core::TransportSocket) -> Result<UpstreamTls, ConfigErrors> {
+/// Plain text.
+pub(super) fn plain() -> core::TransportSocket {
+    core::TransportSocket {
+        name: "envoy.transport_sockets.raw_buffer".into(),
+        config_type: Some(core::transport_socket::ConfigType::TypedConfig(pack(
+            &RawBuffer {},
+        ))),
+    }
+}
+
+/// The transport socket of a cluster; none is plain text.
+pub(crate) fn upstream(socket: core::TransportSocket) -> Result<Option<UpstreamTls>, ConfigErrors> {
     let mut problems = ConfigErrors::default();
+    if let Some(core::transport_socket::ConfigType::TypedConfig(any)) = &socket.config_type
+        && problems
+            .take("typed_config", unpack::<RawBuffer>(any))
+            .flatten()
+            .is_some()
+    {
+        return Ok(None);
+    }
     let context = problems.take(
         "typed_config",
         typed::<wire::UpstreamTlsContext>(socket).and_then(UpstreamTls::try_from),
     );
-    problems.finish(context)
+    problems.finish(context.map(Some))
 }
 
 fn typed<M: prost::Message + prost::Name + Default>(

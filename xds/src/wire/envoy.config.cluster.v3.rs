@@ -127,9 +127,33 @@ pub struct OutlierDetection {
     /// 100 unless said.
     #[prost(message, optional, tag = "14")]
     pub enforcing_consecutive_local_origin_failure: ::core::option::Option<u32>,
+    /// 100 unless said.
+    #[prost(message, optional, tag = "15")]
+    pub enforcing_local_origin_success_rate: ::core::option::Option<u32>,
+    /// Share of failures, in percent, that makes an outlier; 85 unless said.
+    #[prost(message, optional, tag = "16")]
+    pub failure_percentage_threshold: ::core::option::Option<u32>,
+    /// 0 unless said.
+    #[prost(message, optional, tag = "17")]
+    pub enforcing_failure_percentage: ::core::option::Option<u32>,
+    /// 0 unless said.
+    #[prost(message, optional, tag = "18")]
+    pub enforcing_failure_percentage_local_origin: ::core::option::Option<u32>,
+    /// With fewer that have volume, shares of failures are not looked at; 5 unless said.
+    #[prost(message, optional, tag = "19")]
+    pub failure_percentage_minimum_hosts: ::core::option::Option<u32>,
+    /// Requests in an interval for such a share; 50 unless said.
+    #[prost(message, optional, tag = "20")]
+    pub failure_percentage_request_volume: ::core::option::Option<u32>,
     /// Longest ejection; 300 s or base_ejection_time unless said.
     #[prost(message, optional, tag = "21")]
     pub max_ejection_time: ::core::option::Option<::prost_types::Duration>,
+    /// Most that is added to an ejection, at random; 0 unless said.
+    #[prost(message, optional, tag = "22")]
+    pub max_ejection_time_jitter: ::core::option::Option<::prost_types::Duration>,
+    /// A health check that passes ends an ejection; so unless said.
+    #[prost(message, optional, tag = "23")]
+    pub successful_active_health_check_uneject_host: ::core::option::Option<bool>,
     /// One may be ejected whatever max_ejection_percent says.
     #[prost(message, optional, tag = "25")]
     pub always_eject_one_host: ::core::option::Option<bool>,
@@ -191,6 +215,11 @@ pub struct Cluster {
     pub transport_socket: ::core::option::Option<
         super::super::core::v3::TransportSocket,
     >,
+    /// The first whose metadata an endpoint has counts instead of transport_socket.
+    #[prost(message, repeated, tag = "43")]
+    pub transport_socket_matches: ::prost::alloc::vec::Vec<
+        cluster::TransportSocketMatch,
+    >,
     /// Of all policies.
     #[prost(message, optional, tag = "27")]
     pub common_lb_config: ::core::option::Option<cluster::CommonLbConfig>,
@@ -215,6 +244,31 @@ pub struct Cluster {
 }
 /// Nested message and enum types in `Cluster`.
 pub mod cluster {
+    /// How some endpoints are secured.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct TransportSocketMatch {
+        /// Free.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// What the endpoint's metadata has in `envoy.transport_socket_match`.
+        #[prost(message, optional, tag = "2")]
+        pub r#match: ::core::option::Option<::prost_types::Struct>,
+        /// How.
+        #[prost(message, optional, tag = "3")]
+        pub transport_socket: ::core::option::Option<
+            super::super::super::core::v3::TransportSocket,
+        >,
+    }
+    impl ::prost::Name for TransportSocketMatch {
+        const NAME: &'static str = "TransportSocketMatch";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.TransportSocketMatch".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.TransportSocketMatch".into()
+        }
+    }
     /// An extension that knows where endpoints are.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct CustomClusterType {

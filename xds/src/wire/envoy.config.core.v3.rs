@@ -59,6 +59,26 @@ impl ::prost::Name for RuntimeDouble {
         "/envoy.config.core.v3.RuntimeDouble".into()
     }
 }
+/// A number that Envoy's runtime could change; here it stays.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RuntimeUInt32 {
+    /// It.
+    #[prost(uint32, tag = "2")]
+    pub default_value: u32,
+    /// Without effect.
+    #[prost(string, tag = "3")]
+    pub runtime_key: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RuntimeUInt32 {
+    const NAME: &'static str = "RuntimeUInt32";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.RuntimeUInt32".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.RuntimeUInt32".into()
+    }
+}
 /// A directory.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchedDirectory {
@@ -681,7 +701,7 @@ pub struct HealthCheck {
     /// As no_traffic_interval, of healthy endpoints.
     #[prost(message, optional, tag = "24")]
     pub no_traffic_healthy_interval: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9")]
+    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9, 11")]
     pub health_checker: ::core::option::Option<health_check::HealthChecker>,
 }
 /// Nested message and enum types in `HealthCheck`.
@@ -698,6 +718,17 @@ pub mod health_check {
         /// Well; 200 unless said.
         #[prost(message, repeated, tag = "9")]
         pub expected_statuses: ::prost::alloc::vec::Vec<
+            super::super::super::super::r#type::v3::Int64Range,
+        >,
+        /// HTTP/1.1 unless said.
+        #[prost(
+            enumeration = "super::super::super::super::r#type::v3::CodecClientType",
+            tag = "10"
+        )]
+        pub codec_client_type: i32,
+        /// Not well, but counted up to the threshold.
+        #[prost(message, repeated, tag = "12")]
+        pub retriable_statuses: ::prost::alloc::vec::Vec<
             super::super::super::super::r#type::v3::Int64Range,
         >,
         /// GET unless said.
@@ -727,6 +758,26 @@ pub mod health_check {
             "/envoy.config.core.v3.HealthCheck.TcpHealthCheck".into()
         }
     }
+    /// By gRPC's own service for it.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GrpcHealthCheck {
+        /// Whose health; that of the whole server unless said.
+        #[prost(string, tag = "1")]
+        pub service_name: ::prost::alloc::string::String,
+        /// `:authority`; the cluster's name unless said.
+        #[prost(string, tag = "2")]
+        pub authority: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for GrpcHealthCheck {
+        const NAME: &'static str = "GrpcHealthCheck";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.HealthCheck.GrpcHealthCheck".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.HealthCheck.GrpcHealthCheck".into()
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum HealthChecker {
         /// By an HTTP request.
@@ -735,6 +786,9 @@ pub mod health_check {
         /// By a connection.
         #[prost(message, tag = "9")]
         TcpHealthCheck(TcpHealthCheck),
+        /// By gRPC.
+        #[prost(message, tag = "11")]
+        GrpcHealthCheck(GrpcHealthCheck),
     }
 }
 impl ::prost::Name for HealthCheck {
@@ -795,9 +849,61 @@ pub struct HttpProtocolOptions {
     /// A connection takes no new request after this; only from clients.
     #[prost(message, optional, tag = "3")]
     pub max_connection_duration: ::core::option::Option<::prost_types::Duration>,
+    /// A stream ends after this; only from clients.
+    #[prost(message, optional, tag = "4")]
+    pub max_stream_duration: ::core::option::Option<::prost_types::Duration>,
+    /// What becomes of headers with an underscore in their name; only from clients.
+    #[prost(
+        enumeration = "http_protocol_options::HeadersWithUnderscoresAction",
+        tag = "5"
+    )]
+    pub headers_with_underscores_action: i32,
     /// A connection closes after so many; 0 is no limit.
     #[prost(message, optional, tag = "6")]
     pub max_requests_per_connection: ::core::option::Option<u32>,
+}
+/// Nested message and enum types in `HttpProtocolOptions`.
+pub mod http_protocol_options {
+    /// What becomes of headers with an underscore in their name.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum HeadersWithUnderscoresAction {
+        Allow = 0,
+        RejectRequest = 1,
+        DropHeader = 2,
+    }
+    impl HeadersWithUnderscoresAction {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Allow => "ALLOW",
+                Self::RejectRequest => "REJECT_REQUEST",
+                Self::DropHeader => "DROP_HEADER",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "ALLOW" => Some(Self::Allow),
+                "REJECT_REQUEST" => Some(Self::RejectRequest),
+                "DROP_HEADER" => Some(Self::DropHeader),
+                _ => None,
+            }
+        }
+    }
 }
 impl ::prost::Name for HttpProtocolOptions {
     const NAME: &'static str = "HttpProtocolOptions";
@@ -899,6 +1005,9 @@ impl ::prost::Name for ProxyProtocolConfig {
 /// How a log line is composed.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SubstitutionFormatString {
+    /// Of a body.
+    #[prost(string, tag = "4")]
+    pub content_type: ::prost::alloc::string::String,
     #[prost(oneof = "substitution_format_string::Format", tags = "1, 2, 5")]
     pub format: ::core::option::Option<substitution_format_string::Format>,
 }

@@ -11,6 +11,11 @@ pub struct HttpConnectionManager {
     /// In order; the router is last.
     #[prost(message, repeated, tag = "5")]
     pub http_filters: ::prost::alloc::vec::Vec<HttpFilter>,
+    /// HTTP/1; nothing of it is read.
+    #[prost(message, optional, tag = "8")]
+    pub http_protocol_options: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::Http1ProtocolOptions,
+    >,
     /// Stream limit.
     #[prost(message, optional, tag = "9")]
     pub http2_protocol_options: ::core::option::Option<
@@ -33,6 +38,17 @@ pub struct HttpConnectionManager {
     /// True unless said.
     #[prost(message, optional, tag = "15")]
     pub generate_request_id: ::core::option::Option<bool>,
+    /// What becomes of x-forwarded-client-cert; it is taken off unless said.
+    #[prost(
+        enumeration = "http_connection_manager::ForwardClientCertDetails",
+        tag = "16"
+    )]
+    pub forward_client_cert_details: i32,
+    /// What it tells where it is ours.
+    #[prost(message, optional, tag = "17")]
+    pub set_current_client_cert_details: ::core::option::Option<
+        http_connection_manager::SetCurrentClientCertDetails,
+    >,
     /// So many proxies before us are believed.
     #[prost(uint32, tag = "19")]
     pub xff_num_trusted_hops: u32,
@@ -47,6 +63,11 @@ pub struct HttpConnectionManager {
     /// No byte either way; 5 min unless said, 0 is off.
     #[prost(message, optional, tag = "24")]
     pub stream_idle_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// Whose requests come from inside; nobody's unless said.
+    #[prost(message, optional, tag = "25")]
+    pub internal_address_config: ::core::option::Option<
+        http_connection_manager::InternalAddressConfig,
+    >,
     /// Until the whole request is here; off unless said.
     #[prost(message, optional, tag = "28")]
     pub request_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -76,6 +97,9 @@ pub struct HttpConnectionManager {
     /// Responses carry x-request-id.
     #[prost(bool, tag = "37")]
     pub always_set_request_id_in_response: bool,
+    /// What answers of our own look like.
+    #[prost(message, optional, tag = "38")]
+    pub local_reply_config: ::core::option::Option<LocalReplyConfig>,
     /// The port that we listen on is taken off a host.
     #[prost(bool, tag = "39")]
     pub strip_matching_host_port: bool,
@@ -98,6 +122,61 @@ pub struct HttpConnectionManager {
 }
 /// Nested message and enum types in `HttpConnectionManager`.
 pub mod http_connection_manager {
+    /// Whose requests come from inside.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct InternalAddressConfig {
+        /// Those over Unix domain sockets.
+        #[prost(bool, tag = "1")]
+        pub unix_sockets: bool,
+        /// Those of these addresses.
+        #[prost(message, repeated, tag = "2")]
+        pub cidr_ranges: ::prost::alloc::vec::Vec<
+            super::super::super::super::super::super::config::core::v3::CidrRange,
+        >,
+    }
+    impl ::prost::Name for InternalAddressConfig {
+        const NAME: &'static str = "InternalAddressConfig";
+        const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig"
+                .into()
+        }
+    }
+    /// What is told of a client's certificate.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct SetCurrentClientCertDetails {
+        /// Its subject.
+        #[prost(message, optional, tag = "1")]
+        pub subject: ::core::option::Option<bool>,
+        /// All of it.
+        #[prost(bool, tag = "3")]
+        pub cert: bool,
+        /// Its DNS names.
+        #[prost(bool, tag = "4")]
+        pub dns: bool,
+        /// Its URI names.
+        #[prost(bool, tag = "5")]
+        pub uri: bool,
+        /// All of it, and of those that vouch for it.
+        #[prost(bool, tag = "6")]
+        pub chain: bool,
+    }
+    impl ::prost::Name for SetCurrentClientCertDetails {
+        const NAME: &'static str = "SetCurrentClientCertDetails";
+        const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails"
+                .into()
+        }
+    }
     /// What a connection may become.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct UpgradeConfig {
@@ -203,6 +282,52 @@ pub mod http_connection_manager {
             }
         }
     }
+    /// What becomes of `x-forwarded-client-cert`.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum ForwardClientCertDetails {
+        Sanitize = 0,
+        ForwardOnly = 1,
+        AppendForward = 2,
+        SanitizeSet = 3,
+        AlwaysForwardOnly = 4,
+    }
+    impl ForwardClientCertDetails {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Sanitize => "SANITIZE",
+                Self::ForwardOnly => "FORWARD_ONLY",
+                Self::AppendForward => "APPEND_FORWARD",
+                Self::SanitizeSet => "SANITIZE_SET",
+                Self::AlwaysForwardOnly => "ALWAYS_FORWARD_ONLY",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "SANITIZE" => Some(Self::Sanitize),
+                "FORWARD_ONLY" => Some(Self::ForwardOnly),
+                "APPEND_FORWARD" => Some(Self::AppendForward),
+                "SANITIZE_SET" => Some(Self::SanitizeSet),
+                "ALWAYS_FORWARD_ONLY" => Some(Self::AlwaysForwardOnly),
+                _ => None,
+            }
+        }
+    }
     /// What becomes of escaped slashes in a path.
     #[derive(
         Clone,
@@ -278,6 +403,69 @@ impl ::prost::Name for HttpConnectionManager {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+            .into()
+    }
+}
+/// What answers of our own look like.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LocalReplyConfig {
+    /// The first that fits counts.
+    #[prost(message, repeated, tag = "1")]
+    pub mappers: ::prost::alloc::vec::Vec<ResponseMapper>,
+    /// Of all bodies, unless a mapper has its own.
+    #[prost(message, optional, tag = "2")]
+    pub body_format: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::SubstitutionFormatString,
+    >,
+}
+impl ::prost::Name for LocalReplyConfig {
+    const NAME: &'static str = "LocalReplyConfig";
+    const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.filters.network.http_connection_manager.v3.LocalReplyConfig"
+            .into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.filters.network.http_connection_manager.v3.LocalReplyConfig"
+            .into()
+    }
+}
+/// Changes to some of them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResponseMapper {
+    /// To which.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<
+        super::super::super::super::super::config::accesslog::v3::AccessLogFilter,
+    >,
+    /// Instead of theirs.
+    #[prost(message, optional, tag = "2")]
+    pub status_code: ::core::option::Option<u32>,
+    /// Instead of theirs.
+    #[prost(message, optional, tag = "3")]
+    pub body: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::DataSource,
+    >,
+    /// Of the body.
+    #[prost(message, optional, tag = "4")]
+    pub body_format_override: ::core::option::Option<
+        super::super::super::super::super::config::core::v3::SubstitutionFormatString,
+    >,
+    /// To be added.
+    #[prost(message, repeated, tag = "5")]
+    pub headers_to_add: ::prost::alloc::vec::Vec<
+        super::super::super::super::super::config::core::v3::HeaderValueOption,
+    >,
+}
+impl ::prost::Name for ResponseMapper {
+    const NAME: &'static str = "ResponseMapper";
+    const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.extensions.filters.network.http_connection_manager.v3.ResponseMapper"
+            .into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.extensions.filters.network.http_connection_manager.v3.ResponseMapper"
             .into()
     }
 }

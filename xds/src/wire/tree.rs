@@ -205,6 +205,11 @@ pub mod envoy {
             }
         }
         pub mod transport_sockets {
+            pub mod raw_buffer {
+                pub mod v3 {
+                    include!("envoy.extensions.transport_sockets.raw_buffer.v3.rs");
+                }
+            }
             pub mod tls {
                 pub mod v3 {
                     include!("envoy.extensions.transport_sockets.tls.v3.rs");

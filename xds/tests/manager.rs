@@ -1,0 +1,121 @@
+//! What connection managers say of their own answers and of their clients, and clusters of their sockets: read, and shown
+//! again as it was read.
+
+use outrigger_xds::{
+    load::{Syntax, Unknown, bootstrap, bootstrap_from_value, bootstrap_over, bootstrap_to_json},
+    resource::{
+        client_cert::{ClientCert, Forward},
+        edge::Underscores,
+        listener::AccessLogFormat,
+        log_filter::{How, LogFilter},
+    },
+};
+use std::time::Duration;
+
+const TEXT: &str = r#"
+node: {id: a}
+static_resources:
+  listeners:
+  - name: l
+    address: {socket_address: {address: 127.0.0.1, port_value: 0}}
+    filter_chains:
+    - filters:
+      - name: http
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: h
+          http_protocol_options: {}
+          common_http_protocol_options: {max_stream_duration: 7s, headers_with_underscores_action: DROP_HEADER}
+          internal_address_config: {cidr_ranges: [{address_prefix: 10.0.0.0, prefix_len: 8}]}
+          forward_client_cert_details: APPEND_FORWARD
+          set_current_client_cert_details: {subject: true, uri: true, chain: true}
+          local_reply_config:
+            mappers:
+            - filter:
+                or_filter:
+                  filters:
+                  - status_code_filter: {comparison: {op: GE, value: {default_value: 500, runtime_key: k}}}
+                  - and_filter:
+                      filters:
+                      - duration_filter: {comparison: {op: LE, value: {default_value: 9, runtime_key: k}}}
+                      - header_filter: {header: {name: x-a, present_match: true}}
+                  - response_flag_filter: {flags: [UH, NR]}
+              status_code: 418
+              body: {inline_string: text}
+              body_format_override: {text_format_source: {inline_string: "%LOCAL_REPLY_BODY%"}, content_type: text/html}
+              headers_to_add: [{header: {key: x-b, value: "1"}}]
+            body_format: {json_format: {says: "%LOCAL_REPLY_BODY%"}}
+          access_log:
+          - name: log
+            filter: {status_code_filter: {comparison: {op: NE, value: {default_value: 200, runtime_key: k}}}}
+            typed_config: {"@type": type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog}
+          route_config: {}
+          http_filters: [{name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}]
+  clusters:
+  - name: c
+    type: STATIC
+    load_assignment: {cluster_name: c}
+    transport_socket_matches:
+    - name: plain
+      match: {mode: off, level: 2}
+      transport_socket: {name: raw, typed_config: {"@type": type.googleapis.com/envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer}}
+"#;
+
+#[test]
+fn what_is_said_is_read_and_shown_again() {
+    let read = bootstrap(TEXT, Syntax::Yaml).unwrap();
+    let http = read.listeners[0].http_managers().next().unwrap();
+    assert_eq!(http.max_stream_duration, Duration::from_secs(7));
+    assert_eq!(http.edge.underscores, Underscores::Drop);
+    let ranges = &http.edge.internal_addresses;
+    assert!(ranges[0].contains("10.9.9.9".parse().unwrap()));
+    let wanted = ClientCert {
+        forward: Forward::AppendForward,
+        subject: true,
+        uri: true,
+        chain: true,
+        ..ClientCert::default()
+    };
+    assert_eq!(http.edge.client_cert, wanted);
+    let mapper = &http.local_replies.mappers[0];
+    assert_eq!(mapper.status.unwrap(), 418);
+    assert_eq!(mapper.body.as_deref(), Some("text"));
+    let format = mapper.body_format.as_ref().unwrap();
+    assert_eq!(format.content_type, "text/html");
+    let all = http.local_replies.body_format.as_ref().unwrap();
+    assert_eq!(all.content_type, "application/json");
+    assert!(matches!(all.format, AccessLogFormat::Json(_)));
+    let Some(LogFilter::Status(comparison)) = &http.access_log[0].filter else {
+        panic!("{:?}", http.access_log[0])
+    };
+    assert_eq!((comparison.how, comparison.value), (How::NotEqual, 200));
+    assert!(comparison.holds(404) && !comparison.holds(200));
+    let matched = &read.clusters[0].socket_matches[0];
+    assert_eq!((matched.wanted.len(), &matched.tls), (2, &None));
+    let again = bootstrap_from_value(bootstrap_to_json(&read)).unwrap();
+    assert_eq!(again, read);
+}
+
+#[test]
+fn what_nobody_knows_is_refused_unless_it_is_asked_for() {
+    let texts = [(TEXT, Syntax::Yaml), ("{node: {bogus: 1}}", Syntax::Yaml)];
+    let error = bootstrap_over(&texts, Unknown::Refused).unwrap_err();
+    assert_eq!(error.problems().len(), 1, "{error}");
+    let read = bootstrap_over(&texts, Unknown::Counted).unwrap();
+    assert_eq!(read, bootstrap(TEXT, Syntax::Yaml).unwrap());
+    // What Envoy has and we do not is never counted only.
+    let refused = [texts[0], ("{overload_manager: {}}", Syntax::Yaml)];
+    assert!(bootstrap_over(&refused, Unknown::Counted).is_err());
+}
+
+#[test]
+fn grpc_checks_need_http2() {
+    let cluster = "{name: g, type: STATIC, load_assignment: {cluster_name: g}, health_checks: \
+        [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, grpc_health_check: {}}]}";
+    let text = format!("{{node: {{id: a}}, static_resources: {{clusters: [{cluster}]}}}}");
+    let error = bootstrap(&text, Syntax::Yaml).unwrap_err().to_string();
+    assert!(
+        error.contains("grpc_health_check: only in a cluster that speaks HTTP/2"),
+        "{error}"
+    );
+}
