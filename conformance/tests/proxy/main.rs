@@ -10,6 +10,8 @@ mod breakers;
 mod clusters;
 mod config;
 mod connections;
+mod disaggregation;
+mod disaggregation_failures;
 mod downstream_h1;
 mod drain;
 mod dynamic;

@@ -59,6 +59,7 @@ pub(super) enum Operator {
     CompletionTokens,
     Model,
     RoutingDecision,
+    Disaggregation,
     /// Something this proxy has none of (filter state, certificates' subjects): always missing, as in an Envoy without it.
     Absent,
 }
@@ -284,6 +285,7 @@ impl Operator {
             "COMPLETION_TOKENS" => Self::CompletionTokens,
             "MODEL" => Self::Model,
             "ROUTING_DECISION" => Self::RoutingDecision,
+            "DISAGGREGATION" => Self::Disaggregation,
             _ => return None,
         })
     }
@@ -350,6 +352,10 @@ impl Operator {
             Self::Model => text(log.model.as_deref().unwrap_or_default()),
             Self::RoutingDecision => log
                 .routing_decision
+                .as_deref()
+                .map_or(Value::Missing, Value::Object),
+            Self::Disaggregation => log
+                .disaggregation
                 .as_deref()
                 .map_or(Value::Missing, Value::Object),
             Self::Absent => Value::Missing,
