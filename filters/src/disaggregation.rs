@@ -183,7 +183,7 @@ impl Disaggregation {
 struct Failure {
     leg: &'static str,
     reason: &'static str,
-    error: Option<Error>,
+    error: Option<Box<Error>>,
     /// The engine that failed, to be passed over.
     at: Option<EngineId>,
 }
@@ -214,7 +214,7 @@ impl Split<'_> {
         if let Some(error) = failure.error
             && client(&error)
         {
-            return Err(error);
+            return Err(*error);
         }
         self.whole(request, context, failure.at).await
     }
@@ -268,7 +268,7 @@ impl Split<'_> {
         let reservation = reserved.map_err(|error| Failure {
             leg: "decode",
             reason: "no_place",
-            error: Some(error),
+            error: Some(Box::new(error)),
             at: None,
         })?;
         Ok(Place {
@@ -304,7 +304,7 @@ impl Split<'_> {
         };
         let response = answer
             .map_err(|_| failed("timeout", None))?
-            .map_err(|error| failed("failed", Some(error)))?;
+            .map_err(|error| failed("failed", Some(Box::new(error))))?;
         if !response.status().is_success() {
             return Err(failed("refused", None));
         }
@@ -363,7 +363,7 @@ impl Split<'_> {
             Err(error) => Err(Failure {
                 leg: "decode",
                 reason: "failed",
-                error: Some(error),
+                error: Some(Box::new(error)),
                 at,
             }),
         }

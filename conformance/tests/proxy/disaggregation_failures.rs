@@ -128,6 +128,25 @@ async fn a_decode_engine_that_refuses_or_breaks_is_done_without() {
 }
 
 #[tokio::test]
+async fn a_decode_engine_that_was_not_reached_is_replaced() {
+    let fleet = Fleet::of(1, 2, always(json!({}))).await;
+    let mut asked = 0;
+    while fleet.proxy.metric("outrigger_retries_total", "fleet").await == 0.0 {
+        asked += 1;
+        assert!(asked < 50, "the engine that refuses is never chosen");
+        // Connections that are open stay so: nobody takes it for dead.
+        fleet.decode[0].fault(Fault {
+            for_ms: 500,
+            ..Fault::new(FaultKind::Refuse)
+        });
+        let got = fallback(&fleet, &chat(asked, &json!({"max_tokens": 4}))).await;
+        assert_eq!(got, Value::Null, "the other one takes the blocks");
+    }
+    assert_eq!(fleet.pulled(), asked);
+    fleet.idle().await;
+}
+
+#[tokio::test]
 async fn params_that_nobody_gives_are_done_without() {
     let prefill = engine(config());
     let relay = relay(prefill.http_addr, |conn, body| async move {
