@@ -6,7 +6,7 @@
 //!
 //! What no recording shows is refused with 501:
 //!
-//! - media, beam search, LoRA, suffixes, KV transfer, embeddings, `derender`, sleeping and pausing;
+//! - media, beam search, LoRA, suffixes, KV transfer unless the engine has it (`nixl`), embeddings, `derender`, sleeping and pausing;
 //! - of tools: calls in a conversation's history, tools of `/v1/messages` and `/v1/responses`;
 //! - of structured output: everything but `response_format` of chat; JSON schemas with other keywords than those in
 //!   `schema` get 400;
@@ -35,6 +35,7 @@ mod json_error;
 mod messages;
 mod metrics_page;
 mod model;
+mod nixl;
 mod rendered;
 mod responses;
 mod routes;
@@ -58,6 +59,7 @@ use tokio::task::JoinSet;
 
 pub use config::{Config, Events};
 pub use fault::{Fault, FaultKind};
+pub use nixl::Nixl;
 pub use template::{CHAT_TEMPLATE, Ending, Message, render};
 pub use tokenizer::{TOKENIZER_JSON, Tokenizer};
 
@@ -131,6 +133,13 @@ impl SimEngine {
     /// Arms a fault, as `POST /sim/fault` does.
     pub fn fault(&self, fault: Fault) {
         self.engine.fault(fault);
+    }
+
+    /// Requests whose blocks wait for another engine, those whose blocks were fetched, and those nobody came for in time.
+    pub fn transfers(&self) -> (usize, usize, usize) {
+        let scheduler = self.engine.scheduler();
+        let held = &scheduler.held;
+        (held.count(), held.pulled, held.expired)
     }
 
     /// Requests that wait and that run, and the share of KV blocks in use.
@@ -216,6 +225,7 @@ struct Sockets {
     events_addr: Option<SocketAddr>,
     replay: Option<TcpListener>,
     replay_addr: Option<SocketAddr>,
+    nixl: Option<TcpListener>,
 }
 
 impl Sockets {
@@ -240,6 +250,7 @@ impl Sockets {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = sources;
         Ok(Self {
+            nixl: nixl::bind(&engine).await?,
             engine,
             http,
             http_addr,
@@ -257,6 +268,7 @@ impl Sockets {
             http_addr,
             events,
             replay,
+            nixl,
             ..
         } = self;
         let publish = serve_subscribers(&engine, events);
@@ -268,6 +280,7 @@ impl Sockets {
             () = accept(&engine, http, http_addr) => {}
             () = publish => {}
             () = answer_replays => {}
+            () = nixl::serve(&engine, nixl) => {}
         }
     }
 }

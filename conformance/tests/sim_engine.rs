@@ -13,6 +13,8 @@ mod forms;
 mod json;
 #[path = "sim_engine/model_files.rs"]
 mod model_files;
+#[path = "sim_engine/nixl.rs"]
+mod nixl;
 #[path = "sim_engine/recordings.rs"]
 mod recordings;
 #[path = "sim_engine/zmtp.rs"]

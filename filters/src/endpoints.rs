@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
-    report::{EngineId, EngineState, Load},
+    report::{EngineId, EngineState, Load, Role},
     resource::{
         cluster::{ConnectionOptions, LbPolicy, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
@@ -77,6 +77,43 @@ impl ClusterView {
                 alive.retain(|endpoint| endpoint.level() == level);
                 return;
             }
+        }
+    }
+}
+
+/// Which part of a request's work an endpoint is asked for, where engines have roles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Part {
+    /// Nobody looked at roles: any endpoint will do.
+    #[default]
+    Any,
+    /// All of it. Engines for prefill alone do it where there is nobody else.
+    Whole,
+    /// Prefill.
+    Prefill,
+    /// All tokens, from blocks that were computed elsewhere.
+    Decode,
+}
+
+impl Part {
+    /// Whether an engine of this role is meant for it.
+    #[must_use]
+    pub fn suits(self, role: Role) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Whole => role != Role::Prefill,
+            Self::Prefill => role == Role::Prefill,
+            Self::Decode => role == Role::Decode,
+        }
+    }
+
+    /// Takes out the endpoints that are not meant for it.
+    pub fn keep_suited(self, endpoints: &mut Vec<Arc<Endpoint>>) {
+        let suits = |endpoint: &Arc<Endpoint>| self.suits(endpoint.role());
+        match self {
+            Self::Any => {}
+            Self::Whole if !endpoints.iter().any(suits) => {}
+            Self::Whole | Self::Prefill | Self::Decode => endpoints.retain(suits),
         }
     }
 }
@@ -361,6 +398,12 @@ impl Endpoint {
             })
     }
 
+    /// What it is used for.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.live.load().state.role
+    }
+
     /// Whether configuration or the admin took it out.
     fn is_draining(&self) -> bool {
         self.health_status == HealthStatus::Draining || self.stats.leaving.load(Relaxed)
@@ -422,13 +465,21 @@ pub struct Want {
 }
 
 /// A request counted against an endpoint until dropped.
-pub trait Reservation: Send {
+pub trait Reservation: Send + Sync {
     /// The first byte of the response came: prefill is over.
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
     /// It ended, whole or for this reason; dropping without it counts as cancelled.
     fn finish(&mut self, broken: Option<Flag>);
+}
+
+/// A place at an endpoint that waits for its request.
+pub struct Place {
+    /// Whose.
+    pub endpoint: EngineId,
+    /// It is counted there as the request would be.
+    pub reservation: Box<dyn Reservation>,
 }
 
 /// The fleet.

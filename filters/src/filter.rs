@@ -2,7 +2,7 @@
 
 use crate::{
     body::{RequestBody, ResponseBody, Upload, UploadState},
-    endpoints::{Endpoint, clock_ms},
+    endpoints::{Endpoint, Part, Place, clock_ms},
     error::Error,
     openai::OpenAiRequest,
     router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
@@ -184,6 +184,10 @@ pub struct Context {
     pub upgrade: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
+    /// What of the request is asked for.
+    pub part: Part,
+    /// Held for the coming attempt, which takes it if it goes there.
+    pub place: Option<Place>,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
     /// Engines that broke with this request before its response began.
@@ -222,6 +226,8 @@ impl Context {
             debug: self.debug,
             upgrade: self.upgrade,
             attempt: self.attempt + 1,
+            part: self.part,
+            place: None,
             avoid: self.avoid.clone(),
             deaths: self.deaths,
             deaths_max: self.deaths_max,
@@ -301,6 +307,8 @@ pub struct LogFields {
     pub model: Option<Arc<str>>,
     /// `%ROUTING_DECISION%`: policy, inputs, the winner and the runner-up, as one JSON object.
     pub routing_decision: Option<Arc<str>>,
+    /// `%DISAGGREGATION%`: whether it was split into prefill and decode, why, and where, as one JSON object.
+    pub disaggregation: Option<Arc<str>>,
     /// `%PREFIX_HIT_TOKENS%`: predicted for the endpoint that served it.
     pub hit_tokens_predicted: Option<u64>,
     /// What the engine itself said (`cached_tokens`).

@@ -9,6 +9,7 @@ pub mod body;
 pub mod breakers;
 mod bucket;
 pub mod cors;
+pub mod disaggregation;
 pub mod endpoints;
 pub mod engine_api;
 mod envoy;

@@ -20,6 +20,7 @@ use crate::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Method, Request, header};
 use observe::{Models, Observer};
+pub(crate) use scan::members;
 use serde::Deserialize;
 use std::{
     ops::Range,
@@ -191,6 +192,9 @@ pub struct OpenAiRequest {
     pub spans: Spans,
     /// What changes its tokens.
     pub flags: PromptFlags,
+    /// It asks for something that ties prompt and tokens to one engine (`echo`, `prompt_logprobs`, beam search,
+    /// `kv_transfer_params` of its own, …).
+    pub one_engine: bool,
     /// Limits that the connection manager and `router` enforce.
     pub limits: StreamLimits,
 }

@@ -1,8 +1,8 @@
 //! Which filters there are, by type URL. One line a filter.
 
 use crate::{
-    cors, engine_api, fault, filter::HttpFilter, header_mutation, health_check, kv_routing,
-    local_ratelimit, migration, openai, router, services::Services, token_ratelimit,
+    cors, disaggregation, engine_api, fault, filter::HttpFilter, header_mutation, health_check,
+    kv_routing, local_ratelimit, migration, openai, router, services::Services, token_ratelimit,
 };
 use outrigger_xds::resource::route::TypedConfig;
 use serde::de::DeserializeOwned;
@@ -64,6 +64,14 @@ pub const FILTERS: &[Registration] = &[
     Registration {
         after: Some(openai::TYPE_URL),
         ..Registration::new("migration", &[migration::TYPE_URL], migration::factory)
+    },
+    Registration {
+        after: Some(openai::TYPE_URL),
+        ..Registration::new(
+            "disaggregation",
+            &[disaggregation::TYPE_URL],
+            disaggregation::factory,
+        )
     },
     Registration {
         after: Some(openai::TYPE_URL),

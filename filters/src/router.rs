@@ -14,7 +14,7 @@ pub mod retry;
 use crate::{
     body::{RequestBody, ResponseBody},
     breakers::{Held, Kind},
-    endpoints::{ClusterView, Endpoint, Level, Via, Want},
+    endpoints::{ClusterView, Endpoint, Level, Part, Via, Want},
     error::{Error, Flag, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
@@ -228,10 +228,11 @@ impl<'a> Walk<'a> {
                 Ok(None)
             };
         }
-        let ranked = context
-            .ranked
-            .iter()
-            .filter(|ranked| !self.has_tried(&ranked.endpoint) && ranked.endpoint.is_alive());
+        let part = context.part;
+        let ranked = context.ranked.iter().filter(|ranked| {
+            let endpoint = &ranked.endpoint;
+            !self.has_tried(endpoint) && endpoint.is_alive() && part.suits(endpoint.role())
+        });
         let fresh = ranked
             .clone()
             .find(|ranked| !ranked.endpoint.is_inhibited() && !avoided(&ranked.endpoint, context));
@@ -250,6 +251,7 @@ impl<'a> Walk<'a> {
             let model = openai.and_then(|openai| openai.model.as_deref());
             candidates = self.view.candidates(model);
             candidates.retain(|endpoint| !self.has_tried(endpoint));
+            part.keep_suited(&mut candidates);
             chosen = endpoints.choose(self.view, &candidates, hash);
         }
         match chosen {
@@ -281,6 +283,7 @@ impl<'a> Walk<'a> {
                 && !endpoint.is_inhibited()
                 && !avoided(endpoint, context)
                 && (!home || endpoint.via == Via::Local)
+                && context.part.suits(endpoint.role())
                 && !self.has_tried(endpoint)
         };
         let mut fit = Vec::with_capacity(self.view.endpoints.len());
@@ -296,6 +299,7 @@ impl<'a> Walk<'a> {
         // As Envoy does, where somebody asked for retries by name.
         let again = context.route.retry_policy.is_some() && !rest.iter().any(untried);
         rest.retain(|endpoint| again || untried(endpoint));
+        context.part.keep_suited(&mut rest);
         if rest.iter().any(|endpoint| !endpoint.is_inhibited()) {
             rest.retain(|endpoint| !endpoint.is_inhibited());
         }
@@ -469,8 +473,16 @@ fn exhausted(mut error: Error, tried: usize, context: &mut Context) -> Error {
 pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
     Want {
         prompt_tokens: context.prompt.tokens,
-        hit_tokens: target.hit_tokens.unwrap_or(0),
+        hit_tokens: hit_tokens(context, target).unwrap_or(0),
         blocks: context.prompt.blocks.clone(),
         priority: context.route.priority,
+    }
+}
+
+/// Prompt tokens that the endpoint need not compute: all, where another one did.
+fn hit_tokens(context: &Context, target: &Ranked) -> Option<u64> {
+    match context.part {
+        Part::Decode => Some(context.prompt.tokens),
+        Part::Any | Part::Whole | Part::Prefill => target.hit_tokens,
     }
 }

@@ -391,6 +391,7 @@ pub fn default_json() -> BTreeMap<String, Value> {
         ),
         ("migrations", "%MIGRATIONS%"),
         ("routing_decision", "%ROUTING_DECISION%"),
+        ("disaggregation", "%DISAGGREGATION%"),
         ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
         ("user_agent", "%REQ(USER-AGENT)%"),
         ("route", "%ROUTE_NAME%"),

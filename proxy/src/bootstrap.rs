@@ -215,6 +215,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
             disabled: false,
         });
     }
+    filters.push(ours("disaggregation", json!({"decision_header": true})));
     filters.push(router_filter());
     let http = HttpConnectionManager {
         stat_prefix: OUTBOUND.into(),

@@ -11,10 +11,21 @@ use serde_json::{Map, Value};
 use super::engine::Engine;
 use super::http::{Request, Response};
 use super::json_error::first_error;
+use super::nixl::Transfer;
 use super::scheduler::{Finish, Sampling};
 
 /// `system_fingerprint` of every answer.
-pub(crate) const FINGERPRINT: &str = "vllm-0.32.0-cb1cbac5";
+const FINGERPRINT: &str = "vllm-0.32.0-cb1cbac5";
+/// The same of a server with NIXL: it stands for the server's settings.
+const FINGERPRINT_NIXL: &str = "vllm-0.32.0-fa892e0b";
+
+/// `system_fingerprint`.
+pub(crate) fn fingerprint(engine: &Engine) -> &'static str {
+    match engine.config.nixl {
+        Some(_) => FINGERPRINT_NIXL,
+        None => FINGERPRINT,
+    }
+}
 
 /// A JSON object as a request body.
 pub(crate) type Fields = Map<String, Value>;
@@ -290,6 +301,7 @@ pub(crate) fn read_sampling(
         logprobs: None,
         given: None,
         skip_cache: false,
+        transfer: Transfer::None,
     })
 }
 

@@ -6,15 +6,16 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::api::{
-    self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
-    Usage, reasons, to_json,
+    self, ApiError, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally, Usage, reasons,
+    to_json,
 };
-use super::completions::{ENTRANCE, given_prompt};
+use super::completions::{ENTRANCE, given_prompt, held};
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::forms::{self, Call, Form, ToolCall, ToolDelta};
 use super::http::{Piece, Request, Response};
 use super::model::Choice;
+use super::nixl::{self, Params};
 use super::rendered::{render_id, rendered};
 use super::scheduler::{Output, Sampling};
 use super::template::{Ending, Message, render};
@@ -33,7 +34,7 @@ struct Completion<'a> {
     prompt_logprobs: Option<()>,
     prompt_token_ids: Option<&'a [u32]>,
     prompt_text: Option<()>,
-    kv_transfer_params: Option<()>,
+    kv_transfer_params: Option<Params>,
     ec_transfer_params: Option<()>,
     metrics: Option<()>,
 }
@@ -256,8 +257,9 @@ pub(crate) async fn completions(
     let fields = api::read_fields(request)?;
     let mut asked = read(engine, &fields)?;
     let form = forms::read(request)?;
-    let sequences = sequences(engine, &mut asked, &form)?;
     let flight = Flight::begin(engine, request, &fields, "chatcmpl")?;
+    asked.sampling.transfer = nixl::transfer(engine, &fields).await?;
+    let sequences = sequences(engine, &mut asked, &form)?;
     let generation = engine.generate(sequences, api::text(&fields, "cache_salt"));
     let mut feed = Feed::new(engine, generation, flight);
     let created = unix_s() as u64;
@@ -307,12 +309,12 @@ fn whole(
             .map(|outputs| full_choice(engine, asked, outputs))
             .collect(),
         service_tier: None,
-        system_fingerprint: FINGERPRINT,
+        system_fingerprint: api::fingerprint(engine),
         usage: tally.usage(engine, true),
         prompt_logprobs: None,
         prompt_token_ids: asked.return_token_ids.then_some(&asked.prompt[..]),
         prompt_text: None,
-        kv_transfer_params: None,
+        kv_transfer_params: held(engine, id, outputs, asked.prompt.len()),
         ec_transfer_params: None,
         metrics: None,
     })
@@ -424,7 +426,7 @@ impl ChatWriter {
             model: &self.engine.config.model,
             choices,
             usage,
-            system_fingerprint: parts.fingerprint.then_some(FINGERPRINT),
+            system_fingerprint: parts.fingerprint.then(|| api::fingerprint(&self.engine)),
             prompt,
         };
         events.push_back(Piece::Data(format!("data: {}\n\n", to_json(&chunk))));

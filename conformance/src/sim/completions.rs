@@ -7,13 +7,14 @@ use serde::ser::SerializeMap;
 use serde_json::Value;
 
 use super::api::{
-    self, ApiError, FINGERPRINT, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally,
-    Usage, reasons, to_json,
+    self, ApiError, Fields, Flight, StopReason, StreamOptions, StreamUsage, Tally, Usage, reasons,
+    to_json,
 };
 use super::echo::{Place, prompt_places};
 use super::engine::{Engine, unix_s};
 use super::feed::{DONE, Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
+use super::nixl::{self, Params};
 use super::rendered::{render_id, rendered};
 use super::scheduler::{Output, Sampling};
 use super::tokenizer::Tokenizer;
@@ -33,7 +34,7 @@ struct Completion<'a> {
     service_tier: Option<()>,
     system_fingerprint: &'static str,
     usage: Usage,
-    kv_transfer_params: Option<()>,
+    kv_transfer_params: Option<Params>,
     ec_transfer_params: Option<()>,
     metrics: Option<()>,
 }
@@ -121,7 +122,8 @@ fn read_prompts(engine: &Engine, fields: &Fields) -> Result<Vec<Vec<u32>>, ApiEr
 pub(crate) fn given_prompt(engine: &Engine, fields: &Fields) -> Result<Option<Vec<u32>>, ApiError> {
     let given = fields.get(ENTRANCE);
     let ids = given.and_then(|given| api::token_ids(given.get("prompt_token_ids")?));
-    if given.is_some_and(|given| !given.is_null()) && ids.is_none() {
+    let other = given.is_some_and(|given| !given.is_null()) && ids.is_none();
+    if other && engine.config.nixl.is_none() {
         return Err(ApiError::not_implemented("KV transfer"));
     }
     let ids = ids.filter(|_| engine.config.chat_token_prompts);
@@ -161,7 +163,11 @@ struct Asked {
 fn read(engine: &Engine, fields: &Fields) -> Result<Asked, ApiError> {
     let prompts = read_prompts(engine, fields)?;
     api::check_model(engine, fields)?;
-    api::check_simulated(fields, &["echo"])?;
+    let takes = match engine.config.nixl {
+        Some(_) => &["echo", ENTRANCE][..],
+        None => &["echo"],
+    };
+    api::check_simulated(fields, takes)?;
     let echo = read_echo(fields)?;
     let wanted = api::integer(fields, "max_tokens")?.unwrap_or(MAX_TOKENS_DEFAULT);
     let logprobs = api::integer(fields, "logprobs")?;
@@ -221,8 +227,12 @@ pub(crate) async fn completions(
     request: &Request,
 ) -> Result<Response, Response> {
     let fields = api::read_fields(request)?;
-    let asked = read(engine, &fields)?;
+    let mut asked = read(engine, &fields)?;
     let flight = Flight::begin(engine, request, &fields, "cmpl")?;
+    let transfer = nixl::transfer(engine, &fields).await?;
+    for sampling in &mut asked.sampling {
+        sampling.transfer = transfer.clone();
+    }
     let each = asked.prompts.iter().zip(&asked.sampling);
     let sequences = each
         .flat_map(|(prompt, sampling)| vec![(prompt.clone(), sampling.clone()); asked.n])
@@ -273,12 +283,30 @@ fn whole(
             .map(|outputs| full_choice(engine, asked, outputs))
             .collect(),
         service_tier: None,
-        system_fingerprint: FINGERPRINT,
+        system_fingerprint: api::fingerprint(engine),
         usage: asked.tally(made, cached_tokens).usage(engine, false),
-        kv_transfer_params: None,
+        kv_transfer_params: held(engine, &format!("{id}-0"), outputs, asked.prompts[0].len()),
         ec_transfer_params: None,
         metrics: None,
     })
+}
+
+/// What is told of blocks that were kept for another engine.
+pub(crate) fn held(
+    engine: &Engine,
+    id: &str,
+    outputs: &[Vec<Output>],
+    prompt_tokens: usize,
+) -> Option<Params> {
+    let last = outputs.first()?.last()?;
+    let held = last.held.as_ref()?;
+    Some(Params::of(
+        engine,
+        id,
+        held,
+        prompt_tokens,
+        last.cached_tokens,
+    ))
 }
 
 fn full_choice<'a>(engine: &Engine, asked: &'a Asked, outputs: &[Output]) -> FullChoice<'a> {
@@ -393,7 +421,7 @@ impl CompletionWriter {
             model: &self.engine.config.model,
             choices,
             usage,
-            system_fingerprint: fingerprint.then_some(FINGERPRINT),
+            system_fingerprint: fingerprint.then(|| api::fingerprint(&self.engine)),
         };
         events.push_back(Piece::Data(format!("data: {}\n\n", to_json(&chunk))));
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Parser;
 
 use super::fault::Fault;
+use super::nixl::Nixl;
 
 /// Where KV events go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub struct Config {
     pub server_load_tracking: bool,
     /// Chat takes prompts of tokens (`kv_transfer_params.prompt_token_ids`), as newer engines do.
     pub chat_token_prompts: bool,
+    /// `--kv-transfer-config` with the NIXL connector: blocks go from engine to engine.
+    pub nixl: Option<Nixl>,
     /// Faults armed from the start.
     pub faults: Vec<Fault>,
     /// Whether a `die` fault ends the process (exit code 137) or this engine alone.
@@ -89,6 +92,7 @@ impl Default for Config {
             dev_mode: false,
             server_load_tracking: false,
             chat_token_prompts: true,
+            nixl: None,
             faults: Vec::new(),
             die_exits_process: false,
         }
@@ -191,6 +195,9 @@ pub(crate) struct Flags {
     /// Serve the development endpoints
     #[arg(long)]
     dev_mode: bool,
+    /// Hand KV blocks over to other engines, and fetch theirs
+    #[arg(long)]
+    nixl: bool,
     /// Count running requests in /load
     #[arg(long)]
     enable_server_load_tracking: bool,
@@ -227,6 +234,7 @@ impl From<Flags> for Config {
             dev_mode: flags.dev_mode,
             server_load_tracking: flags.enable_server_load_tracking,
             chat_token_prompts: true,
+            nixl: flags.nixl.then(Nixl::default),
             faults: flags.fault,
             die_exits_process: true,
         }

@@ -1,6 +1,6 @@
 //! Answers "when does what happen in the engine": the step loop over the scheduler, and what handlers may ask of it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -52,6 +52,7 @@ pub(crate) struct Engine {
     core_died: Notify,
     next_id: AtomicU64,
     id_salt: u64,
+    nixl_port: AtomicU16,
 }
 
 impl Engine {
@@ -83,6 +84,7 @@ impl Engine {
             core_died: Notify::new(),
             next_id: AtomicU64::new(1),
             id_salt: mix(config.seed ^ (id_salt << 32)),
+            nixl_port: AtomicU16::new(0),
             config,
         }
     }
@@ -94,6 +96,15 @@ impl Engine {
     /// External ids of the generation requests being answered.
     pub(crate) fn in_flight(&self) -> MutexGuard<'_, Vec<String>> {
         lock(&self.in_flight)
+    }
+
+    /// Where other engines fetch blocks.
+    pub(crate) fn nixl_port(&self) -> u16 {
+        self.nixl_port.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_nixl_port(&self, port: u16) {
+        self.nixl_port.store(port, Ordering::Relaxed);
     }
 
     fn number(&self) -> u64 {

@@ -6,6 +6,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
+use super::nixl::Transfer;
+use super::scheduler::Sampling;
+
 const TEMPLATE: &str = include_str!("../../fixtures/http-vllm-0.32.0/get_metrics.body");
 /// Bounds of `http_request_duration_seconds`, in seconds.
 const HANDLER_BOUNDS: [f64; 3] = [0.1, 0.5, 1.0];
@@ -89,6 +92,38 @@ impl Metrics {
             values,
             handlers: BTreeMap::new(),
         }
+    }
+
+    /// A request was admitted: tokens of its prompt and those found in the cache, and how long it had waited.
+    pub(crate) fn admitted(
+        &mut self,
+        sampling: &Sampling,
+        (prompt, cached): (f64, f64),
+        waited_s: f64,
+    ) {
+        if !sampling.skip_cache {
+            self.add("vllm:prefix_cache_queries_total", prompt);
+            self.add("vllm:prefix_cache_hits_total", cached);
+        }
+        self.add("vllm:prompt_tokens_total", prompt);
+        self.add("vllm:prompt_tokens_cached_total", cached);
+        self.add(
+            r#"vllm:prompt_tokens_by_source_total{source="local_cache_hit"}"#,
+            cached,
+        );
+        let source = match sampling.transfer {
+            Transfer::Pulled(_) => "external_kv_transfer",
+            Transfer::None | Transfer::Hold => "local_compute",
+        };
+        self.add(
+            &format!(r#"vllm:prompt_tokens_by_source_total{{source="{source}"}}"#),
+            prompt - cached,
+        );
+        self.add(
+            r#"vllm:prompt_tokens_cached_by_source_total{source="device"}"#,
+            cached,
+        );
+        self.observe("vllm:request_queue_time_seconds", waited_s);
     }
 
     /// Adds one observation to a histogram; `family` must be on the recorded page.

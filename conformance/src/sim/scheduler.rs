@@ -15,6 +15,7 @@ use super::config::Config;
 use super::events::Event;
 use super::metrics_page::Metrics;
 use super::model::{Choice, History, Model, mix};
+use super::nixl::{Held, Transfer};
 use super::tokenizer::{Detokenizer, EOS, Tokenizer};
 
 /// Why a generation ended.
@@ -47,6 +48,8 @@ pub(crate) struct Sampling {
     pub(crate) given: Option<Arc<[u32]>>,
     /// Compute the whole prompt: who asks for figures of its tokens cannot have them from the cache.
     pub(crate) skip_cache: bool,
+    /// What it has to do with another engine.
+    pub(crate) transfer: Transfer,
 }
 
 impl Sampling {
@@ -71,6 +74,8 @@ pub(crate) struct Output {
     pub(crate) finish: Option<Finish>,
     /// Prompt tokens found in the cache.
     pub(crate) cached_tokens: usize,
+    /// With the last token: the blocks kept for another engine, under this number.
+    pub(crate) held: Option<(u64, Vec<BlockId>)>,
 }
 
 /// A sequence to generate.
@@ -124,6 +129,7 @@ pub(crate) struct Scheduler {
     pool: BlockPool,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    pub(crate) held: Held,
     pub(crate) metrics: Metrics,
 }
 
@@ -140,6 +146,7 @@ impl Scheduler {
             pool: BlockPool::new(config.kv_blocks),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            held: Held::default(),
             metrics: Metrics::new(started_s),
             config: config.clone(),
         }
@@ -148,7 +155,10 @@ impl Scheduler {
     /// Queues a sequence.
     pub(crate) fn add(&mut self, new: NewSequence) {
         self.waiting.push_back(Sequence {
-            history: History::of(&new.prompt),
+            history: match &new.sampling.transfer {
+                Transfer::Pulled(tokens) => History::of(tokens),
+                Transfer::None | Transfer::Hold => History::of(&new.prompt),
+            },
             salt: new.sampling.salt(self.config.seed ^ new.id, new.index),
             detokenizer: Detokenizer::behind(&self.tokenizer, &new.prompt),
             tokens: new.prompt.clone(),
@@ -186,6 +196,11 @@ impl Scheduler {
         for sequence in std::mem::take(&mut self.running) {
             self.pool.release(&sequence.blocks);
         }
+    }
+
+    /// Gives back blocks that were kept for another engine.
+    pub(crate) fn free(&mut self, blocks: &[BlockId]) {
+        self.pool.release(blocks);
     }
 
     /// Requests that wait, run, and the share of blocks in use.
@@ -285,8 +300,12 @@ impl Scheduler {
         extend_hashes(sequence, reusable, size);
         let hit = self.pool.find_prefix(&sequence.hashes[..reusable]);
         let cached = hit.len() * size;
-        let count = (total - cached).min(budget);
-        let needed = (cached + count).div_ceil(size) - hit.len();
+        let computed = match sequence.new.sampling.transfer {
+            Transfer::Pulled(_) => total - 1,
+            Transfer::None | Transfer::Hold => cached,
+        };
+        let count = (total - computed).min(budget);
+        let needed = (computed + count).div_ceil(size) - hit.len();
         if self.pool.free_beside(&hit) < needed {
             return None;
         }
@@ -299,7 +318,7 @@ impl Scheduler {
                 .allocate(needed)
                 .expect("invariant: room was checked"),
         );
-        sequence.computed = cached;
+        sequence.computed = computed;
         if sequence.admitted.is_none() {
             self.count_admission(&mut sequence, cached);
         }
@@ -311,28 +330,9 @@ impl Scheduler {
         let now = Instant::now();
         sequence.cached_tokens = cached;
         sequence.admitted = Some(now);
-        let (prompt, cached) = (sequence.new.prompt.len() as f64, cached as f64);
-        let metrics = &mut self.metrics;
-        if !sequence.new.sampling.skip_cache {
-            metrics.add("vllm:prefix_cache_queries_total", prompt);
-            metrics.add("vllm:prefix_cache_hits_total", cached);
-        }
-        metrics.add("vllm:prompt_tokens_total", prompt);
-        metrics.add("vllm:prompt_tokens_cached_total", cached);
-        metrics.add(
-            r#"vllm:prompt_tokens_by_source_total{source="local_cache_hit"}"#,
-            cached,
-        );
-        metrics.add(
-            r#"vllm:prompt_tokens_by_source_total{source="local_compute"}"#,
-            prompt - cached,
-        );
-        metrics.add(
-            r#"vllm:prompt_tokens_cached_by_source_total{source="device"}"#,
-            cached,
-        );
-        metrics.observe(
-            "vllm:request_queue_time_seconds",
+        self.metrics.admitted(
+            &sequence.new.sampling,
+            (sequence.new.prompt.len() as f64, cached as f64),
             (now - sequence.arrived).as_secs_f64(),
         );
     }
@@ -364,18 +364,27 @@ impl Scheduler {
                 .is_some_and(|(_, output)| output.finish.is_some())
             {
                 let sequence = self.running.remove(at);
-                self.pool.release(&sequence.blocks);
-                self.count_end(
-                    &sequence,
-                    outputs
-                        .last()
-                        .and_then(|(_, output)| output.finish.as_ref()),
-                );
+                if let Some((_, output)) = outputs.last_mut() {
+                    self.let_go(&sequence, output);
+                    self.count_end(&sequence, output.finish.as_ref());
+                }
             }
         }
         self.metrics
             .observe("vllm:iteration_tokens_total", tokens as f64);
         (outputs, std::mem::take(&mut self.pool.events))
+    }
+
+    /// Frees the blocks of a sequence, or keeps them for the engine that goes on.
+    fn let_go(&mut self, sequence: &Sequence, output: &mut Output) {
+        match (&self.config.nixl, &sequence.new.sampling.transfer) {
+            (Some(nixl), Transfer::Hold) => {
+                let (id, blocks) = (sequence.new.id, sequence.blocks.clone());
+                (self.held).keep(id, &blocks, &sequence.new.prompt, nixl.lease);
+                output.held = Some((id, blocks));
+            }
+            _ => self.pool.release(&sequence.blocks),
+        }
     }
 
     fn generate(&mut self, at: usize) -> Output {
@@ -417,6 +426,7 @@ impl Scheduler {
             text,
             finish,
             cached_tokens: sequence.cached_tokens,
+            held: None,
         }
     }
 

@@ -11,6 +11,8 @@ mod client_cert;
 mod clusters;
 mod config;
 mod connections;
+mod disaggregation;
+mod disaggregation_failures;
 mod downstream_h1;
 mod drain;
 mod dynamic;

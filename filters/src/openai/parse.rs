@@ -93,6 +93,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
             add_special_tokens: fields.add_special_tokens,
             opaque: fields.opaque(),
         },
+        one_engine: fields.one_engine,
         limits,
     })
 }
@@ -138,6 +139,7 @@ struct Fields<'a> {
     truncate: bool,
     previous: bool,
     kv_transfer_params: bool,
+    one_engine: bool,
 }
 
 impl<'a> Fields<'a> {
@@ -245,7 +247,18 @@ impl<'a> Fields<'a> {
             "add_special_tokens" => self.add_special_tokens = lenient(raw),
             "truncate_prompt_tokens" => self.truncate |= is_set(raw),
             "previous_response_id" => self.previous |= is_set(raw),
-            "kv_transfer_params" => self.kv_transfer_params |= raw.contains("prompt_token_ids"),
+            "kv_transfer_params" => {
+                self.kv_transfer_params |= raw.contains("prompt_token_ids");
+                self.one_engine |= is_set(raw);
+            }
+            "best_of" => self.one_engine |= is_set(raw) && raw != "1",
+            "echo"
+            | "suffix"
+            | "prompt_logprobs"
+            | "use_beam_search"
+            | "ec_transfer_params"
+            | "bootstrap_room"
+            | "disaggregated_params" => self.one_engine |= is_set(raw),
             _ => {}
         }
     }

@@ -7,7 +7,7 @@ use memchr::memchr2;
 use std::borrow::Cow;
 
 /// Calls `member` with each key and raw value of the object that `text` is, in order. `None` if it is no object.
-pub(super) fn members<'a>(text: &'a str, mut member: impl FnMut(&str, &'a str)) -> Option<()> {
+pub(crate) fn members<'a>(text: &'a str, mut member: impl FnMut(&str, &'a str)) -> Option<()> {
     let bytes = text.as_bytes();
     let mut at = skip_blank(bytes, 0);
     if *bytes.get(at)? != b'{' {

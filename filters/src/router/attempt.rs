@@ -1,6 +1,6 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{host, leg::Leg, retry::Rules, want};
+use super::{hit_tokens, host, leg::Leg, retry::Rules, want};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
@@ -149,15 +149,10 @@ impl<'a> Attempt<'a> {
         context: &mut Context,
     ) -> Outcome {
         let endpoint = &self.target.endpoint;
-        let mut reservation =
-            match self
-                .services
-                .endpoints
-                .reserve(self.view, endpoint, &want(context, self.target))
-            {
-                Ok(reservation) => reservation,
-                Err(error) => return Outcome::Failed(error),
-            };
+        let mut reservation = match self.reserve(context) {
+            Ok(reservation) => reservation,
+            Err(error) => return Outcome::Failed(error),
+        };
         let before = self.address(request, context);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
@@ -191,6 +186,17 @@ impl<'a> Attempt<'a> {
                 Outcome::Failed(self.failed(error, reservation))
             }
         }
+    }
+
+    /// The place that was held at this endpoint, or one of its own. A place that was held elsewhere is given up.
+    fn reserve(&self, context: &mut Context) -> Result<Box<dyn Reservation>, Error> {
+        let endpoint = &self.target.endpoint;
+        let held = context.place.take();
+        if let Some(place) = held.filter(|place| place.endpoint == endpoint.id) {
+            return Ok(place.reservation);
+        }
+        let want = want(context, self.target);
+        self.services.endpoints.reserve(self.view, endpoint, &want)
     }
 
     /// Takes off what only this attempt's endpoint was to be told.
@@ -307,7 +313,7 @@ impl<'a> Attempt<'a> {
             PROMPT_TOKENS_HEADER,
             HeaderValue::from(context.prompt.tokens),
         );
-        if let Some(hit_tokens) = self.target.hit_tokens {
+        if let Some(hit_tokens) = hit_tokens(context, self.target) {
             headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(hit_tokens));
         }
         let told = &context.prompt.blocks[..context.prompt.blocks.len().min(TOLD_BLOCKS_MAX)];

@@ -61,6 +61,7 @@ pub(super) enum Operator {
     RoutingDecision,
     /// What our own answer says, where it is formatted.
     LocalReplyBody,
+    Disaggregation,
     /// Something this proxy has none of (filter state, certificates' subjects): always missing, as in an Envoy without it.
     Absent,
 }
@@ -287,6 +288,7 @@ impl Operator {
             "MODEL" => Self::Model,
             "ROUTING_DECISION" => Self::RoutingDecision,
             "LOCAL_REPLY_BODY" => Self::LocalReplyBody,
+            "DISAGGREGATION" => Self::Disaggregation,
             _ => return None,
         })
     }
@@ -356,6 +358,10 @@ impl Operator {
                 .as_deref()
                 .map_or(Value::Missing, Value::Object),
             Self::LocalReplyBody => Value::Bytes(entry.local_reply_body.as_bytes()),
+            Self::Disaggregation => log
+                .disaggregation
+                .as_deref()
+                .map_or(Value::Missing, Value::Object),
             Self::Absent => Value::Missing,
         }
     }

@@ -321,7 +321,7 @@ fn the_stand_alone_format() {
     assert_eq!(line["response_code_details"], "via_upstream");
     assert_eq!(line["routing_decision"]["policy"], "kv");
     assert_eq!(line["prefix_hit_tokens_confirmed"], 95);
-    assert_eq!(line.as_object().unwrap().len(), 26);
+    assert_eq!(line.as_object().unwrap().len(), 27);
 
     let log = LogFields::default();
     let line = json_line(

@@ -1,0 +1,475 @@
+//! The `disaggregation` filter: prefill at one engine, tokens from another.
+//!
+//! What it answers: whether a request is split, where its prefill runs, what goes from one leg to the other, and what
+//! becomes of the request, and of the blocks, when a leg fails or the client leaves. What it does not do: rank engines
+//! (`kv_routing` has done so), or move streams (`migration` calls it again, and it decides anew). Whatever goes wrong
+//! before the first byte, the request is served whole, once.
+
+mod loan;
+mod nixl;
+mod record;
+mod repair;
+mod rule;
+
+use crate::{
+    body::{RequestBody, ResponseBody},
+    endpoints::{ClusterView, Endpoint, Part, Place, Want},
+    error::{Error, Origin},
+    filter::{Context, Handled, HttpFilter, Next, Ranked},
+    registry,
+    services::Services,
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header};
+use loan::Loan;
+use outrigger_xds::report::EngineId;
+use record::Record;
+pub use rule::Mode;
+use rule::{Pace, Rule};
+use serde::Deserialize;
+use std::{sync::Arc, time::Duration};
+
+/// Our own type.
+pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.disaggregation.v1.Config";
+
+/// Tells a client that asked for it whether and why its request was split.
+pub const DISAGGREGATION_HEADER: HeaderName = HeaderName::from_static("x-outrigger-disaggregation");
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Configuration of the filter.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// When requests are split. Default: by the thresholds.
+    pub mode: Mode,
+    /// Prompt tokens that are not cached where the request would be served whole. Default 256.
+    pub uncached_tokens_min: u64,
+    /// …or the time that their prefill is predicted to take; 0 is off, which is the default.
+    pub uncached_ms_min: u64,
+    /// What prefill is taken to do until some was seen. Default 8,000.
+    pub prefill_tokens_per_s: f64,
+    /// A prefill leg that takes longer is given up. Default 120 s.
+    pub prefill_timeout_ms: u64,
+    /// Whether both legs should be, or have to be, in one locality. Default: no matter.
+    pub locality: Locality,
+    /// Allow `x-outrigger-disaggregation` on responses to requests that ask for debugging. Default off.
+    pub decision_header: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Threshold,
+            uncached_tokens_min: 256,
+            uncached_ms_min: 0,
+            prefill_tokens_per_s: 8_000.0,
+            prefill_timeout_ms: 120_000,
+            locality: Locality::Any,
+            decision_header: false,
+        }
+    }
+}
+
+/// How near the legs have to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Locality {
+    /// No matter.
+    #[default]
+    Any,
+    /// In one locality, if there is an engine for prefill.
+    Preferred,
+    /// In one locality, or not split.
+    Required,
+}
+
+/// The filter.
+pub struct Disaggregation {
+    services: Services,
+    config: Config,
+    pace: Pace,
+}
+
+/// The registry's constructor.
+///
+/// # Errors
+/// The configuration is wrong; the error names the field.
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
+    let config: Config = registry::parse(value)?;
+    if !(config.prefill_tokens_per_s.is_finite() && config.prefill_tokens_per_s > 0.0) {
+        return Err("prefill_tokens_per_s: must be above 0".into());
+    }
+    if config.prefill_timeout_ms == 0 {
+        return Err("prefill_timeout_ms: must be at least 1".into());
+    }
+    Ok(Arc::new(Disaggregation {
+        services: services.clone(),
+        pace: Pace::new(config.prefill_tokens_per_s),
+        config,
+    }))
+}
+
+impl HttpFilter for Disaggregation {
+    fn handle<'a>(
+        &'a self,
+        request: Request<RequestBody>,
+        context: &'a mut Context,
+        next: Next<'a>,
+    ) -> Handled<'a> {
+        let Some(view) = self.view_with_roles(context) else {
+            return next.run(request, context);
+        };
+        // Moved as a pointer from here on: it is large, and every future on its way would hold a copy.
+        let request = Box::new(request);
+        Box::pin(async move {
+            let rule = Rule {
+                config: &self.config,
+                pace: &self.pace,
+                view: &view,
+            };
+            let (split, mut record) = rule.decide(&request, context);
+            context.part = Part::Whole;
+            let answer = match split {
+                false => next.run(*request, context).await,
+                true => {
+                    let mut split = Split {
+                        filter: self,
+                        view: &view,
+                        next,
+                        record: &mut record,
+                    };
+                    split.run(request, context).await
+                }
+            };
+            record.count();
+            context.log.disaggregation = record.text();
+            answer.map(|response| self.explain(response, context))
+        })
+    }
+}
+
+impl Disaggregation {
+    /// The cluster of a generation, if its engines have roles.
+    fn view_with_roles(&self, context: &Context) -> Option<Arc<ClusterView>> {
+        let openai = context.openai.as_ref()?;
+        if context.route.inbound || !openai.is_generation() {
+            return None;
+        }
+        let view = self.services.endpoints.view(&context.route.cluster)?;
+        let has_role = |part: Part| {
+            let suits = |endpoint: &Arc<Endpoint>| part.suits(endpoint.role());
+            view.endpoints.iter().any(suits)
+        };
+        (has_role(Part::Prefill) || has_role(Part::Decode)).then_some(view)
+    }
+
+    fn explain(
+        &self,
+        mut response: Response<ResponseBody>,
+        context: &Context,
+    ) -> Response<ResponseBody> {
+        let told = context.log.disaggregation.as_deref();
+        let told = told.filter(|_| self.config.decision_header && context.debug);
+        if let Some(value) = told.and_then(|text| HeaderValue::from_str(text).ok()) {
+            response.headers_mut().insert(DISAGGREGATION_HEADER, value);
+        }
+        response
+    }
+}
+
+/// Why a leg came to nothing.
+struct Failure {
+    leg: &'static str,
+    reason: &'static str,
+    error: Option<Box<Error>>,
+    /// The engine that failed, to be passed over.
+    at: Option<EngineId>,
+}
+
+/// One request on its way through two engines.
+struct Split<'a> {
+    filter: &'a Disaggregation,
+    view: &'a ClusterView,
+    next: Next<'a>,
+    record: &'a mut Record,
+}
+
+impl Split<'_> {
+    async fn run(
+        &mut self,
+        request: Box<Request<RequestBody>>,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let head = Head::of(&request);
+        let failure = match self.legs(&head, context).await {
+            Ok(response) => return Ok(response),
+            Err(failure) => failure,
+        };
+        self.record.fall_back(failure.leg, failure.reason);
+        // Who breaks engines is not sent to one more; who called us knows what to do with it.
+        let poison = context.deaths_max > 0 && context.deaths >= context.deaths_max;
+        let client = |error: &Error| poison || error.origin == Origin::Downstream;
+        if let Some(error) = failure.error
+            && client(&error)
+        {
+            return Err(*error);
+        }
+        self.whole(request, context, failure.at).await
+    }
+
+    async fn legs(
+        &mut self,
+        head: &Head,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Failure> {
+        let decode = self
+            .choose(Part::Decode, context)
+            .ok_or_else(|| none("decode"))?;
+        let place = self.hold(&decode, context)?;
+        let loan = self.prefill(head, &decode, context).await?;
+        self.decode(loan, (decode, place), context).await
+    }
+
+    /// The engine that the ranking, or the cluster's policy, likes best for this part.
+    fn choose(&self, part: Part, context: &Context) -> Option<Ranked> {
+        let usable = |ranked: &&Ranked| {
+            let endpoint = &ranked.endpoint;
+            part.suits(endpoint.role()) && endpoint.is_alive()
+        };
+        let mut ranked = context.ranked.iter().filter(usable);
+        let fresh = ranked
+            .clone()
+            .find(|ranked| !ranked.endpoint.is_inhibited());
+        if let Some(ranked) = fresh.or_else(|| ranked.next()) {
+            return Some(ranked.clone());
+        }
+        let openai = context.openai.as_deref();
+        let mut candidates = self
+            .view
+            .candidates(openai.and_then(|openai| openai.model.as_deref()));
+        part.keep_suited(&mut candidates);
+        let endpoints = &self.filter.services.endpoints;
+        let index = endpoints.choose(self.view, &candidates, None)?;
+        Some(crate::router::attempt::target(candidates[index].clone()))
+    }
+
+    /// A place at the engine that will decode, before anything is computed for it.
+    fn hold(&self, decode: &Ranked, context: &Context) -> Result<Place, Failure> {
+        let want = Want {
+            prompt_tokens: context.prompt.tokens,
+            hit_tokens: context.prompt.tokens,
+            blocks: context.prompt.blocks.clone(),
+            priority: context.route.priority,
+        };
+        let endpoint = &decode.endpoint;
+        let reserved = (self.filter.services.endpoints).reserve(self.view, endpoint, &want);
+        let reservation = reserved.map_err(|error| Failure {
+            leg: "decode",
+            reason: "no_place",
+            error: Some(Box::new(error)),
+            at: None,
+        })?;
+        Ok(Place {
+            endpoint: endpoint.id.clone(),
+            reservation,
+        })
+    }
+
+    /// Has the prompt computed. From the answer on its blocks wait for whoever holds the loan.
+    async fn prefill(
+        &mut self,
+        head: &Head,
+        decode: &Ranked,
+        context: &mut Context,
+    ) -> Result<Loan, Failure> {
+        let mut leg = leg(context, Part::Prefill, "p");
+        leg.ranked = near(&context.ranked, decode, self.filter.config.locality);
+        if self.filter.config.locality == Locality::Required && leg.ranked.is_empty() {
+            return Err(none("prefill"));
+        }
+        let body = nixl::prefill(head).ok_or_else(|| none("body"))?;
+        let request = head.request(RequestBody::joined(body.0, body.1), &leg.request_id);
+        let limit = Duration::from_millis(self.filter.config.prefill_timeout_ms);
+        let begun = std::time::Instant::now();
+        let answer = tokio::time::timeout(limit, self.next.run(request, &mut leg)).await;
+        context.deaths = leg.deaths;
+        let at = leg.log.upstream_host.clone();
+        let failed = |reason, error| Failure {
+            leg: "prefill",
+            reason,
+            error,
+            at: at.clone(),
+        };
+        let response = answer
+            .map_err(|_| failed("timeout", None))?
+            .map_err(|error| failed("failed", Some(Box::new(error))))?;
+        if !response.status().is_success() {
+            return Err(failed("refused", None));
+        }
+        let mut loan = Loan::new(
+            self.next.keep(),
+            head.clone(),
+            context,
+            response.into_body(),
+        );
+        let read = tokio::time::timeout(limit, loan.read()).await;
+        let read = read.unwrap_or(Err("timeout"));
+        read.map_err(|reason| failed(reason, None))?;
+        let uncached = context.prompt.tokens.saturating_sub(loan.cached());
+        self.filter.pace.learn(uncached, begun.elapsed());
+        self.record.prefilled(at, begun.elapsed());
+        context.log.hit_tokens_predicted = leg.log.hit_tokens_predicted;
+        Ok(loan)
+    }
+
+    /// Has the tokens generated, from the blocks on loan. They can be taken once.
+    async fn decode(
+        &mut self,
+        loan: Loan,
+        (decode, place): (Ranked, Place),
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Failure> {
+        let predicted = context.log.hit_tokens_predicted;
+        let mut leg = leg(context, Part::Decode, "");
+        leg.log = context.log.clone();
+        leg.ranked = std::iter::once(decode)
+            .chain(context.ranked.iter().cloned())
+            .collect();
+        leg.place = Some(place);
+        let request = loan.decode(&leg.request_id).ok_or_else(|| none("body"))?;
+        let answer = self.next.run(request, &mut leg).await;
+        context.deaths = leg.deaths;
+        let at = leg.log.upstream_host.clone();
+        match answer {
+            Ok(response) if response.status().is_success() => {
+                let ranked = std::mem::take(&mut context.ranked);
+                let id = context.request_id.clone();
+                context.adopt(leg);
+                // Places in the ranking mean something to who made it.
+                context.ranked = ranked;
+                context.request_id = id;
+                context.log.hit_tokens_predicted = predicted;
+                self.record.decoded(at);
+                Ok(repair::usage(response, loan.cached()))
+            }
+            Ok(_) => Err(Failure {
+                leg: "decode",
+                reason: "refused",
+                error: None,
+                at,
+            }),
+            Err(error) => Err(Failure {
+                leg: "decode",
+                reason: "failed",
+                error: Some(Box::new(error)),
+                at,
+            }),
+        }
+    }
+
+    /// All of it at one engine, as if nobody had thought of splitting it.
+    async fn whole(
+        &self,
+        mut request: Box<Request<RequestBody>>,
+        context: &mut Context,
+        failed: Option<EngineId>,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let id = context.request_id.clone();
+        let avoid = context.avoid.clone();
+        context.avoid = failed.or(context.avoid.take());
+        if !id.is_empty() {
+            // An engine refuses an id that may still run.
+            context.request_id = format!("{id}-w").into();
+            put_id(request.headers_mut(), &context.request_id);
+        }
+        let answer = self.next.run(*request, context).await;
+        context.request_id = id;
+        context.avoid = avoid;
+        answer
+    }
+}
+
+fn none(reason: &'static str) -> Failure {
+    Failure {
+        leg: reason,
+        reason: "none",
+        error: None,
+        at: None,
+    }
+}
+
+/// A context for one leg.
+fn leg(context: &Context, part: Part, suffix: &str) -> Context {
+    let mut leg = context.fork();
+    leg.part = part;
+    if !suffix.is_empty() && !leg.request_id.is_empty() {
+        leg.request_id = format!("{}-{suffix}", context.request_id).into();
+    }
+    leg
+}
+
+/// The ranking for prefill: who is where the tokens will be generated comes first, or alone.
+fn near(ranked: &[Ranked], decode: &Ranked, locality: Locality) -> Vec<Ranked> {
+    let is_near = |ranked: &&Ranked| ranked.endpoint.locality == decode.endpoint.locality;
+    let prefill = ranked
+        .iter()
+        .filter(|ranked| Part::Prefill.suits(ranked.endpoint.role()));
+    match locality {
+        Locality::Any => prefill.cloned().collect(),
+        Locality::Required => prefill.filter(is_near).cloned().collect(),
+        Locality::Preferred => {
+            let (mut near, far): (Vec<_>, Vec<_>) = prefill.partition(is_near);
+            near.extend(far);
+            near.into_iter().cloned().collect()
+        }
+    }
+}
+
+fn put_id(headers: &mut HeaderMap, id: &str) {
+    if let Ok(id) = HeaderValue::from_str(id)
+        && !id.is_empty()
+    {
+        headers.insert(REQUEST_ID_HEADER, id);
+    }
+}
+
+/// A request as it came: what both legs are made of.
+#[derive(Clone)]
+struct Head {
+    method: Method,
+    uri: Uri,
+    version: Version,
+    headers: HeaderMap,
+    /// Whole, in two pieces.
+    body: (bytes::Bytes, bytes::Bytes),
+}
+
+impl Head {
+    fn of(request: &Request<RequestBody>) -> Self {
+        Self {
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            version: request.version(),
+            headers: request.headers().clone(),
+            body: request.body().parts().unwrap_or_default(),
+        }
+    }
+
+    /// The request with another body and id.
+    fn request(&self, body: RequestBody, id: &str) -> Request<RequestBody> {
+        let length = http_body::Body::size_hint(&body).lower();
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        *request.version_mut() = self.version;
+        let headers = request.headers_mut();
+        headers.clone_from(&self.headers);
+        if headers.contains_key(header::CONTENT_LENGTH) {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        put_id(headers, id);
+        request
+    }
+}

@@ -1,0 +1,219 @@
+//! Blocks that wait at the engine of the prefill leg: taken once, by the decode leg of the same request, or given back.
+//!
+//! An engine does not check for which prompt blocks were computed: whoever takes them a second time, or for another
+//! prompt, gets wrong text with status 200. So what names them cannot be cloned, and its body can be sent once. If the
+//! client leaves before they were taken, they are taken by a leg that nobody waits for, since only that frees them
+//! before their lease ends. Once the decode leg's body was touched nothing is sent again: that engine frees them.
+
+use super::{Head, leg, nixl};
+use crate::{
+    body::{BodyError, RequestBody, ResponseBody},
+    endpoints::Part,
+    filter::{Chain, Context, Next},
+};
+use bytes::{Bytes, BytesMut};
+use http::Request;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    task::{Context as Task, Poll},
+    time::Duration,
+};
+
+/// A longer answer of a prefill leg is not read.
+pub(super) const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// Blocks being given back at once, in the whole process.
+pub(super) const RELEASES_MAX: usize = 256;
+/// Giving them back is given up after this.
+pub(super) const RELEASE_SECONDS_MAX: u64 = 10;
+
+static RELEASES: AtomicUsize = AtomicUsize::new(0);
+
+/// Blocks on loan, from the head of the prefill leg's answer on.
+pub(super) struct Loan(Option<Terms>);
+
+struct Terms {
+    chain: Chain,
+    head: Head,
+    template: Context,
+    /// The answer, until it was read.
+    body: Option<ResponseBody>,
+    read: BytesMut,
+    answer: Option<nixl::Answer>,
+    /// Whether the decode leg's body was touched.
+    taken: Arc<AtomicBool>,
+}
+
+impl Loan {
+    pub(super) fn new(chain: Chain, head: Head, context: &Context, body: ResponseBody) -> Self {
+        let mut template = leg(context, Part::Decode, "f");
+        template.ranked.clone_from(&context.ranked);
+        Self(Some(Terms {
+            chain,
+            head,
+            template,
+            body: Some(body),
+            read: BytesMut::new(),
+            answer: None,
+            taken: Arc::default(),
+        }))
+    }
+
+    /// Reads the prefill leg's answer.
+    pub(super) async fn read(&mut self) -> Result<(), &'static str> {
+        let terms = self.0.as_mut().ok_or("no_params")?;
+        terms.read().await
+    }
+
+    /// Prompt tokens that needed no computing.
+    pub(super) fn cached(&self) -> u64 {
+        let answer = self.0.as_ref().and_then(|terms| terms.answer.as_ref());
+        answer.map_or(0, |answer| answer.cached)
+    }
+
+    /// The decode leg, which takes the blocks as soon as its body is sent.
+    pub(super) fn decode(&self, id: &str) -> Option<Request<RequestBody>> {
+        let terms = self.0.as_ref()?;
+        let answer = terms.answer.as_ref()?;
+        let parts = nixl::decode(&terms.head, &answer.params)?;
+        Some(terms.head.request(terms.once(parts), id))
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let Some(terms) = self.0.take() else {
+            return;
+        };
+        let open = terms.body.is_some() || terms.answer.is_some();
+        if !open || terms.taken.load(Relaxed) {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let counted = Counted::new();
+        runtime.spawn(async move {
+            let outcome = match counted {
+                None => "too_many",
+                Some(_) => {
+                    let limit = Duration::from_secs(RELEASE_SECONDS_MAX);
+                    let released = tokio::time::timeout(limit, terms.release()).await;
+                    released.unwrap_or("timeout")
+                }
+            };
+            metrics::counter!("outrigger_disaggregation_releases_total", "outcome" => outcome)
+                .increment(1);
+        });
+    }
+}
+
+impl Terms {
+    async fn read(&mut self) -> Result<(), &'static str> {
+        while let Some(body) = &mut self.body {
+            match body.frame().await {
+                Some(Ok(frame)) => {
+                    let data = frame.into_data().unwrap_or_default();
+                    self.read.extend_from_slice(&data);
+                    if self.read.len() > ANSWER_BYTES_MAX {
+                        self.body = None;
+                        return Err("answer_too_long");
+                    }
+                }
+                Some(Err(_)) => {
+                    self.body = None;
+                    return Err("failed");
+                }
+                None => self.body = None,
+            }
+        }
+        if self.answer.is_none() {
+            let read = std::mem::take(&mut self.read).freeze();
+            self.answer = nixl::answer(&read);
+        }
+        self.answer.as_ref().map(|_| ()).ok_or("no_params")
+    }
+
+    fn once(&self, (first, more): (Bytes, Bytes)) -> RequestBody {
+        let body = Once {
+            pieces: [first, more],
+            taken: self.taken.clone(),
+        };
+        RequestBody::boxed(body.boxed_unsync())
+    }
+
+    /// Takes the blocks for nobody.
+    async fn release(mut self) -> &'static str {
+        if self.read().await.is_err() {
+            return "nothing";
+        }
+        let answer = self.answer.take();
+        let parts = answer.and_then(|answer| nixl::release(&self.head, &answer.params));
+        let Some(parts) = parts else {
+            return "nothing";
+        };
+        let body = self.once(parts);
+        let mut context = std::mem::take(&mut self.template);
+        let request = self.head.request(body, &context.request_id);
+        match Next::new(&self.chain).run(request, &mut context).await {
+            Ok(response) if response.status().is_success() => {
+                match response.into_body().collect().await {
+                    Ok(_) => "released",
+                    Err(_) => "failed",
+                }
+            }
+            Ok(_) => "refused",
+            Err(_) => "failed",
+        }
+    }
+}
+
+/// Counts one release until dropped.
+struct Counted;
+
+impl Counted {
+    fn new() -> Option<Self> {
+        let counted = Self;
+        // Whoever finds too many takes itself off again at once, by being dropped.
+        (RELEASES.fetch_add(1, Relaxed) < RELEASES_MAX).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        RELEASES.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A body that cannot be sent twice, and says when it was touched.
+struct Once {
+    pieces: [Bytes; 2],
+    taken: Arc<AtomicBool>,
+}
+
+impl Body for Once {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _cx: &mut Task<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.taken.store(true, Relaxed);
+        let piece = self.pieces.iter_mut().find(|piece| !piece.is_empty());
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(std::mem::take(piece)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.pieces.iter().all(Bytes::is_empty)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.pieces.iter().map(Bytes::len).sum::<usize>() as u64)
+    }
+}
