@@ -40,6 +40,7 @@ mod responses;
 mod routes;
 mod scheduler;
 mod schema;
+mod stored;
 mod template;
 mod tokenizer;
 mod zmtp;

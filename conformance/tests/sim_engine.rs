@@ -15,5 +15,7 @@ mod json;
 mod model_files;
 #[path = "sim_engine/recordings.rs"]
 mod recordings;
+#[path = "sim_engine/stored.rs"]
+mod stored;
 #[path = "sim_engine/zmtp.rs"]
 mod zmtp;

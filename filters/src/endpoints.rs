@@ -43,6 +43,8 @@ pub struct ClusterView {
     pub override_host: Arc<[HeaderName]>,
     /// How much of it may be in use.
     pub breakers: Arc<Breakers>,
+    /// A peer is configured that has not told of any engine.
+    pub silent_peer: bool,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }

@@ -184,6 +184,10 @@ pub struct Context {
     pub upgrade: bool,
     /// Which attempt this is, from 1.
     pub attempt: u32,
+    /// Nobody else can answer it: what it is about is there alone.
+    pub only: Option<Arc<Endpoint>>,
+    /// The response that it creates is to tell its engine by its id.
+    pub tells_owner: bool,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
     /// Engines that broke with this request before its response began.
@@ -222,6 +226,8 @@ impl Context {
             debug: self.debug,
             upgrade: self.upgrade,
             attempt: self.attempt + 1,
+            only: self.only.clone(),
+            tells_owner: self.tells_owner,
             avoid: self.avoid.clone(),
             deaths: self.deaths,
             deaths_max: self.deaths_max,
@@ -238,7 +244,7 @@ impl Context {
     #[must_use]
     pub fn total_timeout(&self) -> Option<Duration> {
         match &self.openai {
-            Some(openai) if openai.is_generation() => openai.limits.total_timeout,
+            Some(openai) if openai.may_stream_tokens() => openai.limits.total_timeout,
             _ => self.route.timeout,
         }
     }

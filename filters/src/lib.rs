@@ -28,5 +28,6 @@ pub mod registry;
 pub mod router;
 pub mod services;
 pub mod sse;
+pub mod stored_responses;
 pub mod token_ratelimit;
 pub mod tokens;

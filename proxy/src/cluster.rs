@@ -289,6 +289,7 @@ impl Clusters {
         let name: Arc<str> = cluster.name.as_str().into();
         let connection = Arc::new(cluster.connection.clone());
         let mut endpoints = Vec::new();
+        let mut silent_peer = false;
         for configured in &cluster.load_assignment.endpoints {
             let duty = configured.duty();
             let hash_key = hash_key(cluster, configured);
@@ -312,7 +313,9 @@ impl Clusters {
                 way.via = Via::Peer;
                 way.protocol = UpstreamProtocol::Http2;
                 // A peer that is no good is none of its engines' fault, but there is no other way to them.
-                endpoints.extend(self.fleet.behind(&way));
+                let behind = self.fleet.behind(&way);
+                silent_peer |= behind.is_empty();
+                endpoints.extend(behind);
                 continue;
             }
             if duty == Duty::Engine {
@@ -337,6 +340,7 @@ impl Clusters {
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
             even: balancer.is_even(&endpoints),
+            silent_peer,
             endpoints,
             name,
         }

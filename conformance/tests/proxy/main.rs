@@ -37,6 +37,7 @@ mod regression;
 mod reuse;
 mod routes;
 mod socket_matches;
+mod stored_responses;
 mod streams;
 mod support;
 mod tcp;

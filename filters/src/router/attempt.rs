@@ -9,6 +9,7 @@ use crate::{
     local_reply,
     services::Services,
     sse,
+    stored_responses::owner,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
 use bytes::{Bytes, BytesMut};
@@ -216,7 +217,7 @@ impl<'a> Attempt<'a> {
 
     fn options(&self, context: &Context) -> SendOptions {
         let headers_timeout = match &context.openai {
-            Some(openai) if openai.is_generation() => openai.limits.headers_timeout,
+            Some(openai) if openai.may_stream_tokens() => openai.limits.headers_timeout,
             _ => None,
         };
         // The whole exchange has one limit, however many attempts it takes.
@@ -236,6 +237,9 @@ impl<'a> Attempt<'a> {
     /// Headers that belong to this attempt alone.
     fn address(&self, request: &mut Request<RequestBody>, context: &Context) -> Before {
         let mut before = Before::default();
+        if let Some(openai) = context.openai.as_deref().filter(|_| context.tells_owner) {
+            owner::tell(request, openai, &self.target.endpoint);
+        }
         let headers = request.headers_mut();
         let generation = context
             .openai

@@ -51,6 +51,7 @@ impl Endpoints for View {
                 name: cluster.into(),
                 lb_policy: LbPolicy::default(),
                 connect_timeout: Duration::from_secs(5),
+                silent_peer: false,
                 even: true,
                 override_host: Arc::default(),
                 breakers: Arc::default(),

@@ -362,6 +362,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_openai_unparsed_total", &["api"], "Request bodies that could not be parsed; they went on as they came."),
     counter("outrigger_tokens_total", &["kind", "model"], "Tokens, prompt and completion, as engines reported them."),
     counter("outrigger_tenant_tokens_total", &["kind", "model", "source", "tenant"], "Tokens by tenant, told by engines or estimated."),
+    counter("outrigger_stored_responses_total", &["outcome"], "Requests for a stored response, by how its engine was found: owner, owner_unavailable, owner_gone, found, unknown, unanswered."),
     counter("outrigger_token_ratelimit_total", &["limit", "outcome"], "Requests within a token rate limit, or over it: of requests, or of tokens."),
     gauge("outrigger_token_ratelimit_keys", NONE, "Keys that have buckets."),
     counter("outrigger_token_ratelimit_keys_evicted_total", NONE, "Keys forgotten because there were too many; their limits began anew."),
