@@ -5,9 +5,9 @@ use crate::{
     breakers::Breakers,
     error::{Error, Flag},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
-use http::{HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load},
@@ -104,6 +104,8 @@ pub struct Host {
     pub turn: AtomicU64,
     /// What outlier detection counts.
     pub record: Record,
+    /// What its load reports earn it.
+    pub reported: Reported,
     /// Since when it is there, or well again, on [`clock_ms`]'s clock.
     pub since_ms: AtomicU64,
 }
@@ -151,6 +153,19 @@ impl Outcomes {
         let successes = self.successes.swap(0, Relaxed);
         (requests > 0).then(|| (requests, successes as f64 * 100.0 / requests as f64))
     }
+}
+
+/// The weight that an endpoint's load reports earn it. Times are on [`clock_ms`]'s clock; 0 is never.
+#[derive(Debug, Default)]
+pub struct Reported {
+    /// By the last report; the bits of a number.
+    pub latest: AtomicU64,
+    /// As it is used now.
+    pub weight: AtomicU64,
+    /// Since when reports come.
+    pub since_ms: AtomicU64,
+    /// When the last one came.
+    pub at_ms: AtomicU64,
 }
 
 impl Host {
@@ -304,6 +319,8 @@ pub struct EndpointStats {
     pub connections_active: AtomicU64,
     /// Prompt tokens of requests in flight here whose first token has not come, less predicted hits.
     pub prefill_tokens: AtomicU64,
+    /// How busy it is, as a header for whoever sent a request; made when its feed tells, if it is beside us.
+    pub report: ArcSwapOption<HeaderValue>,
     /// Its name as a header, made when it is first told.
     pub id_header: OnceLock<Option<HeaderValue>>,
     /// The admin wants it to be left: nothing new goes there, and what can move moves.
@@ -429,6 +446,8 @@ pub trait Reservation: Send {
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
+    /// A load report came, in headers or trailers.
+    fn report(&mut self, headers: &HeaderMap);
     /// It ended, whole or for this reason; dropping without it counts as cancelled.
     fn finish(&mut self, broken: Option<Flag>);
 }

@@ -9,6 +9,7 @@ pub mod hash;
 pub mod host;
 pub mod leg;
 pub mod mirror;
+pub mod report;
 pub mod retry;
 
 use crate::{

@@ -4,22 +4,23 @@ mod counts;
 
 use crate::{
     dns::{self, Names},
-    fleet::{Fleet, Way},
+    fleet::{self, Fleet, Way},
     health::{Checked, Checks},
-    lb::Balancer,
+    lb::{Balancer, Weights},
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
 };
 use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
-use http::{HeaderName, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use outrigger_filters::{
     breakers::{Breakers, Held, Kind},
     endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
     error::{Error, Flag},
 };
 use outrigger_xds::{
+    orca::LoadReport,
     report::EngineId,
     resource::{
         cluster::{Cluster, Discovery, UpstreamProtocol},
@@ -453,6 +454,7 @@ impl Endpoints for Clusters {
             endpoint: endpoint.clone(),
             stats: entry.stats.clone(),
             detector: entry.detector.clone(),
+            weights: entry.balancer.weights(),
             judged: false,
             entered,
             prefill,
@@ -488,6 +490,8 @@ struct Leg {
     endpoint: Arc<Endpoint>,
     stats: Arc<ClusterStats>,
     detector: Option<Arc<Detector>>,
+    /// Who takes its load reports.
+    weights: Option<Arc<Weights>>,
     /// Whether outlier detection knows its status.
     judged: bool,
     entered: Option<Entered>,
@@ -525,6 +529,29 @@ impl Reservation for Leg {
 
     fn status(&mut self, status: StatusCode) {
         self.status = Some(status);
+    }
+
+    fn report(&mut self, headers: &HeaderMap) {
+        // Of an engine with a feed, the feed tells more, and sooner.
+        let untold = self.endpoint.via == Via::Plain;
+        if !untold && self.weights.is_none() {
+            return;
+        }
+        match LoadReport::read(headers) {
+            Some(Ok(report)) => {
+                if let Some(weights) = &self.weights {
+                    weights.take(&self.endpoint, &report);
+                }
+                if untold {
+                    fleet::reported(&self.endpoint, &report);
+                }
+            }
+            Some(Err(error)) => {
+                tracing::debug!(endpoint = %self.endpoint.id, %error, "a load report was not taken");
+                self.stats.orca_refused.increment(1);
+            }
+            None => {}
+        }
     }
 
     fn finish(&mut self, broken: Option<Flag>) {

@@ -30,6 +30,7 @@ mod migration;
 mod migration_kill;
 mod migration_limits;
 mod own_answers;
+mod orca;
 mod per_filter;
 mod pipes;
 mod protocol;

@@ -1,6 +1,12 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{host, leg::Leg, retry::Rules, want};
+use super::{
+    host,
+    leg::Leg,
+    report::{self, Audience},
+    retry::Rules,
+    want,
+};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
@@ -160,6 +166,7 @@ impl<'a> Attempt<'a> {
                 Err(error) => return Outcome::Failed(error),
             };
         let before = self.address(request, context);
+        let audience = Audience::of(request.headers(), context.route.inbound);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -182,6 +189,7 @@ impl<'a> Attempt<'a> {
                 } else {
                     Ok(None)
                 };
+                let response = (response, audience);
                 self.judge(response, peeked, reservation, started, context)
             }
             Err(mut error) => {
@@ -340,9 +348,9 @@ impl<'a> Attempt<'a> {
 
     fn judge(
         &self,
-        response: Response<ResponseBody>,
+        (response, audience): (Response<ResponseBody>, Audience),
         peeked: Result<Option<Frame<Bytes>>, Error>,
-        reservation: Box<dyn Reservation>,
+        mut reservation: Box<dyn Reservation>,
         started: Instant,
         context: &Context,
     ) -> Outcome {
@@ -353,6 +361,8 @@ impl<'a> Attempt<'a> {
         let (mut parts, body) = response.into_parts();
         let unwanted = self.rules.unwanted(parts.status, &parts.headers);
         parts.headers.remove(RETRY_HEADER);
+        report::take(&mut parts.headers, &mut *reservation, audience);
+        report::tell(&mut parts.headers, &self.target.endpoint, audience);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
         let leg = Leg::new(
@@ -361,6 +371,7 @@ impl<'a> Attempt<'a> {
             self.target.endpoint.clone(),
             reservation,
             success,
+            audience,
         );
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {

@@ -1,5 +1,6 @@
 //! The body of a response, tied to the reservation that made room for it.
 
+use super::report::{self, Audience};
 use crate::{
     body::{BodyError, ResponseBody, is_over},
     endpoints::{Endpoint, Reservation},
@@ -21,6 +22,8 @@ pub struct Leg {
     reservation: Option<Box<dyn Reservation>>,
     /// Whether its status was a success.
     success: bool,
+    /// Who sees load reports.
+    audience: Audience,
 }
 
 impl Leg {
@@ -32,6 +35,7 @@ impl Leg {
         endpoint: Arc<Endpoint>,
         reservation: Box<dyn Reservation>,
         success: bool,
+        audience: Audience,
     ) -> Self {
         Self {
             peeked,
@@ -39,6 +43,19 @@ impl Leg {
             endpoint,
             reservation: Some(reservation),
             success,
+            audience,
+        }
+    }
+
+    /// Takes in the load report that trailers may bring.
+    fn trailers(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        match (frame.into_trailers(), &mut self.reservation) {
+            (Ok(mut trailers), Some(reservation)) => {
+                report::take(&mut trailers, &mut **reservation, self.audience);
+                Frame::trailers(trailers)
+            }
+            (Ok(trailers), None) => Frame::trailers(trailers),
+            (Err(other), _) => other,
         }
     }
 
@@ -70,7 +87,13 @@ impl Body for Leg {
             }
             return Poll::Ready(Some(Ok(frame)));
         }
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if frame
+            .as_ref()
+            .is_some_and(|frame| frame.as_ref().is_ok_and(Frame::is_trailers))
+        {
+            frame = frame.map(|frame| frame.map(|frame| self.trailers(frame)));
+        }
         match &frame {
             Some(Ok(frame)) => {
                 if let Some(reservation) = &mut self.reservation {

@@ -83,6 +83,8 @@ impl Endpoints for View {
 struct Free;
 
 impl Reservation for Free {
+    fn report(&mut self, _headers: &http::HeaderMap) {}
+
     fn first_byte(&mut self) {}
     fn status(&mut self, _status: StatusCode) {}
     fn finish(&mut self, _broken: Option<Flag>) {}

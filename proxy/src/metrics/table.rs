@@ -375,6 +375,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_kv_event_histories_total", &["engine", "reason"], "How often the history of an engine's KV events was asked for or begun anew."),
     counter("outrigger_engine_answers_too_long_total", NONE, "Answers of engines to our own questions that were too long to read."),
     counter("outrigger_config_fields_ignored", NONE, "Fields of a configuration that were accepted and have no effect."),
+    counter("outrigger_orca_reports_refused_total", CLUSTER, "Load reports of endpoints that could not be read."),
     counter("outrigger_routing_total", &["how"], "Requests routed, by how their endpoint was chosen."),
     counter("outrigger_routing_fallback_total", &["reason"], "Requests routed with less than exact tokens, by reason."),
     counter("outrigger_kv_guesses_evictions_total", NONE, "Predicted KV blocks forgotten because too many were kept."),
