@@ -4,6 +4,7 @@ use crate::{
     body::{RequestBody, ResponseBody},
     breakers::Breakers,
     error::{Error, Flag},
+    samples::Samples,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
@@ -129,6 +130,10 @@ pub struct Record {
     pub ejections: AtomicU32,
     /// What this ejection takes longer by chance.
     pub jitter_ms: AtomicU64,
+    /// Times to first token in this interval, where somebody compares them.
+    pub first_tokens: Samples,
+    /// Times between tokens.
+    pub later_tokens: Samples,
 }
 
 /// Requests of an interval.
@@ -446,6 +451,18 @@ pub trait Reservation: Send {
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
+    /// Whether it wants to know how long tokens take.
+    fn watches_tokens(&self) -> bool {
+        false
+    }
+    /// The first token of a stream came after so long; so many tokens of the prompt had to be computed before.
+    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        let _ = (took, uncached_tokens);
+    }
+    /// A later token was waited for so long.
+    fn later_token(&mut self, waited: Duration) {
+        let _ = waited;
+    }
     /// A load report came, in headers or trailers.
     fn report(&mut self, headers: &HeaderMap);
     /// It ended, whole or for this reason; dropping without it counts as cancelled.

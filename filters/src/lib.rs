@@ -26,6 +26,7 @@ pub mod migration;
 pub mod openai;
 pub mod registry;
 pub mod router;
+pub mod samples;
 pub mod services;
 pub mod sse;
 pub mod stored_responses;

@@ -34,7 +34,7 @@ use std::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::watch;
 
@@ -529,6 +529,23 @@ impl Reservation for Leg {
 
     fn status(&mut self, status: StatusCode) {
         self.status = Some(status);
+    }
+
+    fn watches_tokens(&self) -> bool {
+        let detector = self.detector.as_ref();
+        detector.is_some_and(|detector| detector.watches_tokens())
+    }
+
+    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        if let Some(detector) = &self.detector {
+            detector.first_token(&self.endpoint, took, uncached_tokens);
+        }
+    }
+
+    fn later_token(&mut self, waited: Duration) {
+        if let Some(detector) = &self.detector {
+            detector.later_token(&self.endpoint, waited);
+        }
     }
 
     fn report(&mut self, headers: &HeaderMap) {

@@ -556,6 +556,7 @@ fn outlier_detection() -> OutlierDetection {
         failure_percentage_request_volume: 50,
         max_ejection_time_jitter: Duration::from_secs(2),
         uneject_by_health_check: false,
+        latency: None,
     }
 }
 

@@ -365,6 +365,11 @@ impl<'a> Attempt<'a> {
         report::tell(&mut parts.headers, &self.target.endpoint, audience);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
+        let begun = matches!(&peeked, Some(frame) if frame.is_data());
+        let watches = begun && reservation.watches_tokens();
+        if watches {
+            reservation.first_token(started.elapsed(), self.uncached_tokens(context));
+        }
         let leg = Leg::new(
             peeked,
             body,
@@ -373,12 +378,21 @@ impl<'a> Attempt<'a> {
             success,
             audience,
         );
+        let leg = if watches { leg.watching() } else { leg };
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {
             Outcome::Unwanted(response)
         } else {
             Outcome::Response(response)
         }
+    }
+
+    /// Prompt tokens that the endpoint had to compute, as far as anybody knows.
+    fn uncached_tokens(&self, context: &Context) -> u64 {
+        let told = context.prompt.tokens;
+        let openai = context.openai.as_ref().filter(|_| told == 0);
+        let tokens = openai.map_or(told, |openai| openai.estimated_prompt_tokens());
+        tokens.saturating_sub(self.target.hit_tokens.unwrap_or(0))
     }
 
     /// Waits for the first event of a stream, while another engine can still take over unnoticed.

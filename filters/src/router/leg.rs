@@ -12,6 +12,7 @@ use std::{
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 /// A response body whose end ends its reservation. It may begin with a frame that was already taken out to look at.
@@ -24,6 +25,42 @@ pub struct Leg {
     success: bool,
     /// Who sees load reports.
     audience: Audience,
+    /// How long tokens are waited for, if somebody wants to know.
+    waits: Option<Waits>,
+}
+
+/// So many waits are told as one.
+const WAITS_TOLD: u32 = 16;
+
+/// The waits for the upstream: while a client is slow, nobody waits, and nothing is held against the endpoint.
+#[derive(Debug, Default)]
+struct Waits {
+    since: Option<Instant>,
+    sum: Duration,
+    count: u32,
+}
+
+impl Waits {
+    /// A look at the body; gives the mean of some waits now and then.
+    fn look(&mut self, ready: bool) -> Option<Duration> {
+        if !ready {
+            self.since.get_or_insert_with(Instant::now);
+            return None;
+        }
+        self.sum += self.since.take()?.elapsed();
+        self.count += 1;
+        if self.count < WAITS_TOLD {
+            return None;
+        }
+        self.tell()
+    }
+
+    /// The mean of those not told yet.
+    fn tell(&mut self) -> Option<Duration> {
+        let mean = self.sum.checked_div(self.count)?;
+        (self.sum, self.count) = (Duration::ZERO, 0);
+        Some(mean)
+    }
 }
 
 impl Leg {
@@ -44,6 +81,20 @@ impl Leg {
             reservation: Some(reservation),
             success,
             audience,
+            waits: None,
+        }
+    }
+
+    /// The body is a stream of tokens, whose first is there: waits for the others are told.
+    #[must_use]
+    pub fn watching(mut self) -> Self {
+        self.waits = Some(Waits::default());
+        self
+    }
+
+    fn later_token(&mut self, waited: Option<Duration>) {
+        if let (Some(waited), Some(reservation)) = (waited, &mut self.reservation) {
+            reservation.later_token(waited);
         }
     }
 
@@ -87,7 +138,16 @@ impl Body for Leg {
             }
             return Poll::Ready(Some(Ok(frame)));
         }
-        let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Some(waits) = &mut self.waits {
+            let waited = match &polled {
+                Poll::Pending => waits.look(false),
+                Poll::Ready(Some(Ok(frame))) if frame.is_data() => waits.look(true),
+                Poll::Ready(_) => waits.tell(),
+            };
+            self.later_token(waited);
+        }
+        let mut frame = ready!(polled);
         if frame
             .as_ref()
             .is_some_and(|frame| frame.as_ref().is_ok_and(Frame::is_trailers))
