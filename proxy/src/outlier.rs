@@ -674,7 +674,8 @@ mod tests {
             ..config()
         };
         let millis = Duration::from_millis;
-        let cases: [(&str, usize, &[(u64, u64, u64)], &[usize]); 8] = [
+        type Spec<'a> = &'a [(u64, u64, u64)];
+        let cases: [(&str, usize, Spec<'_>, &[usize]); 8] = [
             (
                 "alike",
                 10,
