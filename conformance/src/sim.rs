@@ -11,7 +11,7 @@
 //! - of structured output: everything but `response_format` of chat; JSON schemas with other keywords than those in
 //!   `schema` get 400;
 //! - of figures for prompts: `prompt_logprobs`, and `echo` in a stream or without an answer;
-//! - of `/v1/responses`: stored ones, reasoning, text formats, input other than text; `render` for any of these forms.
+//! - of `/v1/responses`: reasoning, text formats, input other than text; `render` for any of these forms.
 //!
 //! Two things are answered without a recording: the end of a complete tool call (those recorded are cut short; here it
 //! is `tool_calls`), and a whole `/v1/messages`. Also not simulated: a call by a model that may choose (`auto`: it never
@@ -41,6 +41,7 @@ mod responses;
 mod routes;
 mod scheduler;
 mod schema;
+mod stored;
 mod template;
 mod tokenizer;
 mod zmtp;

@@ -17,5 +17,7 @@ mod model_files;
 mod nixl;
 #[path = "sim_engine/recordings.rs"]
 mod recordings;
+#[path = "sim_engine/stored.rs"]
+mod stored;
 #[path = "sim_engine/zmtp.rs"]
 mod zmtp;

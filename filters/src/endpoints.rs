@@ -4,10 +4,11 @@ use crate::{
     body::{RequestBody, ResponseBody},
     breakers::Breakers,
     error::{Error, Flag},
+    samples::Samples,
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
-use http::{HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load, Role},
@@ -43,6 +44,8 @@ pub struct ClusterView {
     pub override_host: Arc<[HeaderName]>,
     /// How much of it may be in use.
     pub breakers: Arc<Breakers>,
+    /// A peer is configured that has not told of any engine.
+    pub silent_peer: bool,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }
@@ -139,6 +142,8 @@ pub struct Host {
     pub turn: AtomicU64,
     /// What outlier detection counts.
     pub record: Record,
+    /// What its load reports earn it.
+    pub reported: Reported,
     /// Since when it is there, or well again, on [`clock_ms`]'s clock.
     pub since_ms: AtomicU64,
 }
@@ -162,6 +167,10 @@ pub struct Record {
     pub ejections: AtomicU32,
     /// What this ejection takes longer by chance.
     pub jitter_ms: AtomicU64,
+    /// Times to first token in this interval, where somebody compares them.
+    pub first_tokens: Samples,
+    /// Times between tokens.
+    pub later_tokens: Samples,
 }
 
 /// Requests of an interval.
@@ -186,6 +195,19 @@ impl Outcomes {
         let successes = self.successes.swap(0, Relaxed);
         (requests > 0).then(|| (requests, successes as f64 * 100.0 / requests as f64))
     }
+}
+
+/// The weight that an endpoint's load reports earn it. Times are on [`clock_ms`]'s clock; 0 is never.
+#[derive(Debug, Default)]
+pub struct Reported {
+    /// By the last report; the bits of a number.
+    pub latest: AtomicU64,
+    /// As it is used now.
+    pub weight: AtomicU64,
+    /// Since when reports come.
+    pub since_ms: AtomicU64,
+    /// When the last one came.
+    pub at_ms: AtomicU64,
 }
 
 impl Host {
@@ -339,6 +361,8 @@ pub struct EndpointStats {
     pub connections_active: AtomicU64,
     /// Prompt tokens of requests in flight here whose first token has not come, less predicted hits.
     pub prefill_tokens: AtomicU64,
+    /// How busy it is, as a header for whoever sent a request; made when its feed tells, if it is beside us.
+    pub report: ArcSwapOption<HeaderValue>,
     /// Its name as a header, made when it is first told.
     pub id_header: OnceLock<Option<HeaderValue>>,
     /// The admin wants it to be left: nothing new goes there, and what can move moves.
@@ -470,6 +494,20 @@ pub trait Reservation: Send + Sync {
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
+    /// Whether it wants to know how long tokens take.
+    fn watches_tokens(&self) -> bool {
+        false
+    }
+    /// The first token of a stream came after so long; so many tokens of the prompt had to be computed before.
+    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        let _ = (took, uncached_tokens);
+    }
+    /// A later token was waited for so long.
+    fn later_token(&mut self, waited: Duration) {
+        let _ = waited;
+    }
+    /// A load report came, in headers or trailers.
+    fn report(&mut self, headers: &HeaderMap);
     /// It ended, whole or for this reason; dropping without it counts as cancelled.
     fn finish(&mut self, broken: Option<Flag>);
 }

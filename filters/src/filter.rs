@@ -188,6 +188,10 @@ pub struct Context {
     pub part: Part,
     /// Held for the coming attempt, which takes it if it goes there.
     pub place: Option<Place>,
+    /// Nobody else can answer it: what it is about is there alone.
+    pub only: Option<Arc<Endpoint>>,
+    /// The response that it creates is to tell its engine by its id.
+    pub tells_owner: bool,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
     /// Engines that broke with this request before its response began.
@@ -228,6 +232,8 @@ impl Context {
             attempt: self.attempt + 1,
             part: self.part,
             place: None,
+            only: self.only.clone(),
+            tells_owner: self.tells_owner,
             avoid: self.avoid.clone(),
             deaths: self.deaths,
             deaths_max: self.deaths_max,
@@ -244,7 +250,7 @@ impl Context {
     #[must_use]
     pub fn total_timeout(&self) -> Option<Duration> {
         match &self.openai {
-            Some(openai) if openai.is_generation() => openai.limits.total_timeout,
+            Some(openai) if openai.may_stream_tokens() => openai.limits.total_timeout,
             _ => self.route.timeout,
         }
     }

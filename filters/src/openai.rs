@@ -56,6 +56,8 @@ pub enum Api {
     Embeddings,
     /// `/v1/models` and below.
     Models,
+    /// `/v1/responses/ID` and below: a response that was stored.
+    StoredResponse,
     /// Anything else.
     #[default]
     Other,
@@ -75,6 +77,7 @@ impl Api {
             Self::Tokenize => "tokenize",
             Self::Embeddings => "embeddings",
             Self::Models => "models",
+            Self::StoredResponse => "stored_response",
             Self::Other => "other",
         }
     }
@@ -182,6 +185,10 @@ pub struct OpenAiRequest {
     pub max_tokens: Option<u64>,
     /// `cache_salt`: a KV name space of its own.
     pub cache_salt: Option<Arc<str>>,
+    /// The stored response that this one goes on from.
+    pub previous_response_id: Option<Arc<str>>,
+    /// The client chose the id that its response will have (`request_id`).
+    pub names_itself: bool,
     /// The bytes that are forwarded, if they were read.
     pub body: Option<Bytes>,
     /// They were not, because there are too many.
@@ -225,6 +232,12 @@ impl OpenAiRequest {
             self.api,
             Api::Chat | Api::Completions | Api::Messages | Api::Responses | Api::Generate
         )
+    }
+
+    /// Whether its answer may be a stream of tokens, to which `limits` apply: a generation, or a stored one told again.
+    #[must_use]
+    pub fn may_stream_tokens(&self) -> bool {
+        self.is_generation() || self.api == Api::StoredResponse
     }
 
     /// Prompt tokens by the length of the prompt alone.
@@ -422,6 +435,11 @@ fn tenant(headers: &HeaderMap, name: &HeaderName) -> Option<Arc<str>> {
         _ => value,
     };
     Some(bare).filter(|bare| !bare.is_empty()).map(Into::into)
+}
+
+/// The id of the stored response that a path is about.
+pub(crate) fn stored_response(path: &str) -> Option<&str> {
+    parse::stored_response(path)
 }
 
 /// JSON that is not compressed. vLLM and SGLang also read JSON without a content type, but only as bytes.

@@ -2,7 +2,8 @@
 
 use crate::{
     cors, disaggregation, engine_api, fault, filter::HttpFilter, header_mutation, health_check,
-    kv_routing, local_ratelimit, migration, openai, router, services::Services, token_ratelimit,
+    kv_routing, local_ratelimit, migration, openai, router, services::Services, stored_responses,
+    token_ratelimit,
 };
 use outrigger_xds::resource::route::TypedConfig;
 use serde::de::DeserializeOwned;
@@ -61,6 +62,14 @@ pub const FILTERS: &[Registration] = &[
     Registration::new("engine_api", &[engine_api::TYPE_URL], engine_api::factory),
     Registration::new("openai", &[openai::TYPE_URL], openai::factory),
     Registration::new("kv_routing", &[kv_routing::TYPE_URL], kv_routing::factory),
+    Registration {
+        after: Some(openai::TYPE_URL),
+        ..Registration::new(
+            "stored_responses",
+            &[stored_responses::TYPE_URL],
+            stored_responses::factory,
+        )
+    },
     Registration {
         after: Some(openai::TYPE_URL),
         ..Registration::new("migration", &[migration::TYPE_URL], migration::factory)

@@ -9,6 +9,7 @@ pub mod hash;
 pub mod host;
 pub mod leg;
 pub mod mirror;
+pub mod report;
 pub mod retry;
 
 use crate::{
@@ -228,6 +229,9 @@ impl<'a> Walk<'a> {
                 Ok(None)
             };
         }
+        if let Some(only) = &context.only {
+            return self.only(only);
+        }
         let part = context.part;
         let ranked = context.ranked.iter().filter(|ranked| {
             let endpoint = &ranked.endpoint;
@@ -355,6 +359,17 @@ impl<'a> Walk<'a> {
                 Err(error)
             }
         }
+    }
+
+    /// The endpoint that alone can answer, once.
+    fn only(&self, endpoint: &Arc<Endpoint>) -> Result<Option<Ranked>, Error> {
+        if self.has_tried(endpoint) {
+            return Ok(None);
+        }
+        if !endpoint.is_alive() {
+            return Err(Error::no_healthy_upstream());
+        }
+        Ok(Some(attempt::target(endpoint.clone())))
     }
 
     /// Whether another attempt may help, is left, and is within the budget.

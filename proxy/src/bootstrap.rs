@@ -203,6 +203,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
             disabled: false,
         },
     ];
+    filters.push(ours("stored_responses", json!({})));
     filters.push(ours("migration", json!({})));
     if options.policy == Policy::Kv {
         filters.push(HttpFilter {

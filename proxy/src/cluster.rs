@@ -4,22 +4,23 @@ mod counts;
 
 use crate::{
     dns::{self, Names},
-    fleet::{Fleet, Way},
+    fleet::{self, Fleet, Way},
     health::{Checked, Checks},
-    lb::Balancer,
+    lb::{Balancer, Weights},
     ledger::{Entered, Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
 };
 use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
-use http::{HeaderName, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use outrigger_filters::{
     breakers::{Breakers, Held, Kind},
     endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
     error::{Error, Flag},
 };
 use outrigger_xds::{
+    orca::LoadReport,
     report::EngineId,
     resource::{
         cluster::{Cluster, Discovery, UpstreamProtocol},
@@ -33,7 +34,7 @@ use std::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::watch;
 
@@ -289,6 +290,7 @@ impl Clusters {
         let name: Arc<str> = cluster.name.as_str().into();
         let connection = Arc::new(cluster.connection.clone());
         let mut endpoints = Vec::new();
+        let mut silent_peer = false;
         for configured in &cluster.load_assignment.endpoints {
             let duty = configured.duty();
             let hash_key = hash_key(cluster, configured);
@@ -312,7 +314,9 @@ impl Clusters {
                 way.via = Via::Peer;
                 way.protocol = UpstreamProtocol::Http2;
                 // A peer that is no good is none of its engines' fault, but there is no other way to them.
-                endpoints.extend(self.fleet.behind(&way));
+                let behind = self.fleet.behind(&way);
+                silent_peer |= behind.is_empty();
+                endpoints.extend(behind);
                 continue;
             }
             if duty == Duty::Engine {
@@ -337,6 +341,7 @@ impl Clusters {
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
             even: balancer.is_even(&endpoints),
+            silent_peer,
             endpoints,
             name,
         }
@@ -449,6 +454,7 @@ impl Endpoints for Clusters {
             endpoint: endpoint.clone(),
             stats: entry.stats.clone(),
             detector: entry.detector.clone(),
+            weights: entry.balancer.weights(),
             judged: false,
             entered,
             prefill,
@@ -484,6 +490,8 @@ struct Leg {
     endpoint: Arc<Endpoint>,
     stats: Arc<ClusterStats>,
     detector: Option<Arc<Detector>>,
+    /// Who takes its load reports.
+    weights: Option<Arc<Weights>>,
     /// Whether outlier detection knows its status.
     judged: bool,
     entered: Option<Entered>,
@@ -521,6 +529,46 @@ impl Reservation for Leg {
 
     fn status(&mut self, status: StatusCode) {
         self.status = Some(status);
+    }
+
+    fn watches_tokens(&self) -> bool {
+        let detector = self.detector.as_ref();
+        detector.is_some_and(|detector| detector.watches_tokens())
+    }
+
+    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        if let Some(detector) = &self.detector {
+            detector.first_token(&self.endpoint, took, uncached_tokens);
+        }
+    }
+
+    fn later_token(&mut self, waited: Duration) {
+        if let Some(detector) = &self.detector {
+            detector.later_token(&self.endpoint, waited);
+        }
+    }
+
+    fn report(&mut self, headers: &HeaderMap) {
+        // Of an engine with a feed, the feed tells more, and sooner.
+        let untold = self.endpoint.via == Via::Plain;
+        if !untold && self.weights.is_none() {
+            return;
+        }
+        match LoadReport::read(headers) {
+            Some(Ok(report)) => {
+                if let Some(weights) = &self.weights {
+                    weights.take(&self.endpoint, &report);
+                }
+                if untold {
+                    fleet::reported(&self.endpoint, &report);
+                }
+            }
+            Some(Err(error)) => {
+                tracing::debug!(endpoint = %self.endpoint.id, %error, "a load report was not taken");
+                self.stats.orca_refused.increment(1);
+            }
+            None => {}
+        }
     }
 
     fn finish(&mut self, broken: Option<Flag>) {

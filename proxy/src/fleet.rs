@@ -3,6 +3,8 @@
 //! Feeds write here, from the main runtime; requests read endpoints through views. An endpoint keeps its identity
 //! (its `Arc`, its counters, its slot in the KV index) for as long as its name is known.
 
+mod report;
+
 use ahash::{AHashMap, AHashSet};
 use outrigger_filters::{
     breakers::Breakers,
@@ -11,7 +13,8 @@ use outrigger_filters::{
 };
 use outrigger_xds::{
     feed::{Continuity, FeedBody, FeedMessage},
-    report::{EngineId, EngineState, Health, KvSnapshot},
+    orca::LoadReport,
+    report::{EngineId, EngineState, Health, KvSnapshot, Load},
     resource::{
         cluster::{ConnectionOptions, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
@@ -19,7 +22,7 @@ use outrigger_xds::{
 };
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::watch;
 
@@ -40,6 +43,8 @@ struct Known {
     heard: Continuity,
     /// Its blocks have another size than ours and are not indexed.
     unfit: bool,
+    /// What its load report says, if it is beside us.
+    rates: report::Rates,
 }
 
 impl Known {
@@ -50,6 +55,7 @@ impl Known {
             epoch: 0,
             heard: Continuity::default(),
             unfit: false,
+            rates: report::Rates::default(),
         }
     }
 
@@ -312,12 +318,10 @@ impl Fleet {
         match message.body {
             FeedBody::State(state) => self.take_state(endpoint, state),
             FeedBody::Load(load) => {
-                let known = endpoint.live.load_full();
-                endpoint.live.store(Arc::new(Live {
-                    load,
-                    load_at: Instant::now(),
-                    ..(*known).clone()
-                }));
+                if entry.source == Source::Local {
+                    report::renew(endpoint, &load, &mut entry.rates);
+                }
+                take_load(endpoint, load);
             }
             FeedBody::Snapshot(snapshot) => {
                 let unfit = self.is_unfit(&snapshot);
@@ -422,6 +426,36 @@ fn new_host() -> Arc<Host> {
     let host = Host::default();
     host.since_ms.store(clock_ms(), Relaxed);
     Arc::new(host)
+}
+
+fn take_load(endpoint: &Endpoint, load: Load) {
+    let known = endpoint.live.load_full();
+    endpoint.live.store(Arc::new(Live {
+        load,
+        load_at: Instant::now(),
+        ..(*known).clone()
+    }));
+}
+
+/// A load report of an endpoint that no feed tells of: all that routing can know of its load.
+pub fn reported(endpoint: &Endpoint, told: &LoadReport) {
+    let named = |name: &str| told.named_metrics.get(name).copied();
+    let running = named("num_requests_running");
+    let waiting = named("num_requests_waiting");
+    let kv_usage = named("kv_cache_usage_perc");
+    if running.or(waiting).or(kv_usage).is_none() {
+        return;
+    }
+    // Numbers of a stranger: what is no count becomes one.
+    let count = |number: Option<f64>| number.unwrap_or(0.0) as u64;
+    let load = Load {
+        running: count(running),
+        waiting: count(waiting),
+        kv_usage: kv_usage.unwrap_or(0.0).clamp(0.0, 1.0),
+        engine_age: Some(Duration::ZERO),
+        ..Load::default()
+    };
+    take_load(endpoint, load);
 }
 
 fn count_events(endpoint: &Endpoint, seq: u64) {

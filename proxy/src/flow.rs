@@ -45,7 +45,7 @@ impl FlowLimits {
 pub(crate) fn limits(config: &HttpConfig, context: &Request) -> FlowLimits {
     let mut generation = false;
     let gap = match &context.openai {
-        Some(openai) if openai.is_generation() => {
+        Some(openai) if openai.may_stream_tokens() => {
             generation = true;
             openai
                 .limits

@@ -8,6 +8,7 @@ mod least_request;
 mod levels;
 mod locality;
 mod random;
+mod reported;
 mod round_robin;
 mod slow_start;
 
@@ -17,6 +18,7 @@ use outrigger_xds::resource::{
     cluster::{Balancing, Cluster, LbPolicy},
     endpoint::{HealthStatus, Locality},
 };
+pub use reported::Weights;
 use std::sync::Arc;
 
 /// `overprovisioning_factor` unless configured.
@@ -33,6 +35,8 @@ pub struct Balancer {
     judged: bool,
     turns: Arc<round_robin::Turns>,
     tables: ArcSwap<hashed::Tables>,
+    /// By load reports, where they count.
+    weights: Option<Arc<Weights>>,
 }
 
 /// Which endpoint, and whether health was ignored to find it.
@@ -61,7 +65,15 @@ impl Balancer {
             judged: cluster.health_check.is_some() || cluster.outlier_detection.is_some(),
             turns: previous.map_or_else(Default::default, |previous| previous.turns.clone()),
             tables: ArcSwap::default(),
+            weights: (cluster.lb_policy == LbPolicy::ClientSideWeightedRoundRobin)
+                .then(|| Arc::new(Weights::new(&cluster.balancing.reports))),
         }
+    }
+
+    /// Who takes load reports, if they count.
+    #[must_use]
+    pub fn weights(&self) -> Option<Arc<Weights>> {
+        self.weights.clone()
     }
 
     /// Members have changed.
@@ -79,6 +91,7 @@ impl Balancer {
         !self.judged
             && !self.config.locality_weighted
             && !self.policy.hashes()
+            && self.weights.is_none()
             && self.config.slow_start.is_none()
             && endpoints.iter().all(|endpoint| {
                 endpoint.weight == endpoints[0].weight
@@ -123,6 +136,9 @@ impl Balancer {
                 self.overprovisioning,
             );
         }
+        if let Some(weights) = &self.weights {
+            weights.renew(&view.endpoints);
+        }
         let endpoints: Vec<&Endpoint> = fit.iter().map(|&at| &*candidates[at]).collect();
         let at = match hash {
             Some(hash) => self
@@ -151,8 +167,10 @@ impl Balancer {
             LbPolicy::RoundRobin => self.turns.next(count),
             LbPolicy::Random => random::even(count),
             LbPolicy::LeastRequest => self.least(count, |at| &candidates[at]),
-            // Never even: their tables decide.
-            LbPolicy::RingHash | LbPolicy::Maglev => random::even(count),
+            // Never even: their tables decide, or reports.
+            LbPolicy::RingHash | LbPolicy::Maglev | LbPolicy::ClientSideWeightedRoundRobin => {
+                random::even(count)
+            }
         })
     }
 
@@ -175,6 +193,9 @@ impl Balancer {
                     least_request::weight(endpoint, bias) * self.share(endpoint)
                 })
             }
+            LbPolicy::ClientSideWeightedRoundRobin => self.turns.weighted(endpoints, |endpoint| {
+                reported::used(endpoint) * self.share(endpoint)
+            }),
             // Tables decide, and have them all.
             LbPolicy::RingHash | LbPolicy::Maglev => return None,
         })

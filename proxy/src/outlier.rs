@@ -3,6 +3,8 @@
 //! Requests count into the endpoint's [`Host`], with atomics; the one that fills a row ejects. What is to be done now
 //! and then (who comes back, success rates) a task per cluster does on the main runtime.
 
+mod latency;
+
 use outrigger_filters::{
     endpoints::{Endpoint, Host, Outcomes, Record, clock_ms},
     error::Flag,
@@ -27,6 +29,10 @@ enum Kind {
     LocalOriginSuccessRate,
     FailurePercentage,
     LocalOriginFailurePercentage,
+    /// Late first tokens.
+    Ttft,
+    /// Late tokens after them.
+    Itl,
 }
 
 impl Kind {
@@ -60,6 +66,14 @@ impl Kind {
             Self::LocalOriginFailurePercentage => (
                 "envoy_cluster_outlier_detection_ejections_detected_local_origin_failure_percentage",
                 "envoy_cluster_outlier_detection_ejections_enforced_local_origin_failure_percentage",
+            ),
+            Self::Ttft => (
+                "envoy_cluster_outlier_detection_ejections_detected_ttft",
+                "envoy_cluster_outlier_detection_ejections_enforced_ttft",
+            ),
+            Self::Itl => (
+                "envoy_cluster_outlier_detection_ejections_detected_itl",
+                "envoy_cluster_outlier_detection_ejections_enforced_itl",
             ),
         }
     }
@@ -297,6 +311,40 @@ impl Detector {
         if config.split_external_local_origin_errors {
             self.compare(endpoints, &reached);
         }
+        self.compare_latency(endpoints);
+    }
+
+    /// Whether it is to be told how long tokens take.
+    #[must_use]
+    pub fn watches_tokens(&self) -> bool {
+        self.config.latency.is_some()
+    }
+
+    /// A stream's first token came.
+    pub fn first_token(&self, endpoint: &Endpoint, took: Duration, uncached_tokens: u64) {
+        if let Some(config) = &self.config.latency {
+            latency::first_token(config, endpoint, took, uncached_tokens);
+        }
+    }
+
+    /// A later token came.
+    pub fn later_token(&self, endpoint: &Endpoint, waited: Duration) {
+        endpoint.host.record.later_tokens.note(waited);
+    }
+
+    /// Ejects those that are slow, but never the last one: a slow answer is better than none.
+    fn compare_latency(&self, endpoints: &[Arc<Endpoint>]) {
+        let Some(config) = &self.config.latency else {
+            return;
+        };
+        for (endpoint, kind) in latency::slow(config, endpoints) {
+            if self.hosts.load(Relaxed) <= self.ejections.active.load(Relaxed) + 1 {
+                self.count(kind.counters().0);
+                self.count("envoy_cluster_outlier_detection_ejections_overflow");
+                continue;
+            }
+            self.found(endpoint, kind, config.enforcing);
+        }
     }
 
     fn pardon(&self, endpoint: &Endpoint) {
@@ -402,6 +450,7 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outrigger_xds::resource::latency_monitor::LatencyMonitor;
 
     fn config() -> OutlierDetection {
         let rule = |count, enforcing| Rule { count, enforcing };
@@ -427,6 +476,7 @@ mod tests {
             failure_percentage_request_volume: 20,
             max_ejection_time_jitter: Duration::ZERO,
             uneject_by_health_check: true,
+            latency: None,
         }
     }
 
@@ -609,6 +659,87 @@ mod tests {
         jitter.store(0, Relaxed);
         detector.look(&endpoints);
         assert!(ejected(&endpoints).is_empty());
+    }
+
+    #[test]
+    fn an_endpoint_far_slower_than_its_cluster_is_ejected_and_never_the_last_one() {
+        let latency = LatencyMonitor {
+            request_volume: 10,
+            ttft_floor_ms: 200,
+            ..LatencyMonitor::default()
+        };
+        let config = OutlierDetection {
+            latency: Some(latency),
+            max_ejection_percent: 100,
+            ..config()
+        };
+        let millis = Duration::from_millis;
+        type Spec<'a> = &'a [(u64, u64, u64)];
+        let cases: [(&str, usize, Spec<'_>, &[usize]); 8] = [
+            (
+                "alike",
+                10,
+                &[(300, 100, 20), (310, 100, 22), (320, 100, 25)],
+                &[],
+            ),
+            (
+                "late first tokens",
+                10,
+                &[(300, 100, 20), (310, 100, 22), (2_000, 100, 25)],
+                &[2],
+            ),
+            (
+                "a long prompt is no failure",
+                10,
+                &[(300, 100, 20), (310, 100, 22), (2_000, 4_096, 25)],
+                &[],
+            ),
+            (
+                "a floor for first tokens",
+                10,
+                &[(10, 100, 20), (10, 100, 22), (150, 100, 25)],
+                &[],
+            ),
+            (
+                "late later tokens",
+                10,
+                &[(300, 100, 20), (310, 100, 80), (310, 100, 22)],
+                &[1],
+            ),
+            (
+                "a floor for later tokens",
+                10,
+                &[(300, 100, 5), (310, 100, 40), (310, 100, 6)],
+                &[],
+            ),
+            (
+                "too few samples",
+                9,
+                &[(300, 100, 20), (310, 100, 22), (9_000, 100, 900)],
+                &[],
+            ),
+            ("one of two", 10, &[(300, 100, 20), (9_000, 100, 900)], &[1]),
+        ];
+        for (name, count, spec, wanted) in cases {
+            let (detector, endpoints) = case(&config, spec.len());
+            for (endpoint, (ttft, tokens, itl)) in endpoints.iter().zip(spec) {
+                for _ in 0..count {
+                    detector.first_token(endpoint, millis(*ttft), *tokens);
+                    detector.later_token(endpoint, millis(*itl));
+                }
+            }
+            detector.look(&endpoints);
+            assert_eq!(ejected(&endpoints), wanted, "{name}");
+        }
+        // One of the two is out already.
+        let (detector, endpoints) = case(&config, 2);
+        (0..3).for_each(|_| detector.status(&endpoints[0], 500));
+        for _ in 0..10 {
+            detector.first_token(&endpoints[0], millis(10), 1);
+            detector.first_token(&endpoints[1], millis(9_000), 1);
+        }
+        detector.look(&endpoints);
+        assert_eq!(ejected(&endpoints), [0]);
     }
 
     #[test]

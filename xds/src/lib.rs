@@ -11,6 +11,7 @@ pub mod accepted;
 pub mod block_hash;
 pub mod feed;
 pub mod load;
+pub mod orca;
 pub mod problems;
 mod protobuf;
 pub mod report;

@@ -18,6 +18,7 @@ pub mod filter_chain;
 pub mod hash_policy;
 pub mod header_mutation;
 pub mod health_check;
+pub mod latency_monitor;
 mod lb_policy;
 mod lb_shown;
 pub mod listener;

@@ -5,14 +5,15 @@ use outrigger_xds::{
     resource::{
         bootstrap::{Admin, Bootstrap, Node},
         cluster::{
-            Balancing, CircuitBreakers, Cluster, Discovery, Dns, LbPolicy, RetryLimit, Thresholds,
-            UpstreamProtocol,
+            Balancing, CircuitBreakers, Cluster, Discovery, Dns, LbPolicy, Reports, RetryLimit,
+            Thresholds, UpstreamProtocol,
         },
         endpoint::{Address, ClusterLoadAssignment, Duty, HealthStatus, LbEndpoint, Locality},
         filter_chain::FilterChain,
         hash_policy::{HashCookie, HashPolicy, HashSource},
         header_mutation::{AppendAction, HeaderMutations, HeaderToAdd, Mutations},
         health_check::{Checker, HealthCheck},
+        latency_monitor::LatencyMonitor,
         listener::{
             AccessLog, AccessLogFormat, AccessLogSink, Codec, HttpConnectionManager, HttpFilter,
             Listener,
@@ -556,6 +557,7 @@ fn outlier_detection() -> OutlierDetection {
         failure_percentage_request_volume: 50,
         max_ejection_time_jitter: Duration::from_secs(2),
         uneject_by_health_check: false,
+        latency: None,
     }
 }
 
@@ -717,6 +719,36 @@ fn what_is_shown_reads_back_equal() {
             "{text}"
         );
     }
+}
+
+#[test]
+fn weights_by_reports_and_late_tokens_read_back_equal() {
+    let mut plain = full();
+    let cluster = &mut plain.clusters[0];
+    cluster.lb_policy = LbPolicy::ClientSideWeightedRoundRobin;
+    cluster.balancing = Balancing {
+        reports: Reports {
+            blackout: Duration::from_secs(2),
+            expiration: Duration::from_secs(60),
+            update: Duration::from_millis(500),
+            error_penalty: 2.5,
+            metrics: vec!["named_metrics.a".into()],
+        },
+        ..Balancing::default()
+    };
+    cluster.outlier_detection = Some(OutlierDetection {
+        latency: Some(LatencyMonitor {
+            ttft_factor: 2.0,
+            itl_factor: 2.5,
+            enforcing: 50,
+            ..LatencyMonitor::default()
+        }),
+        ..outlier_detection()
+    });
+    assert_eq!(
+        bootstrap_from_value(bootstrap_to_json(&plain)).unwrap_or_else(|errors| panic!("{errors}")),
+        plain
+    );
 }
 
 #[test]

@@ -59,6 +59,8 @@ pub struct Config {
     pub dev_mode: bool,
     /// `--enable-server-load-tracking`: `/load` counts.
     pub server_load_tracking: bool,
+    /// `VLLM_ENABLE_RESPONSES_API_STORE=1`: responses are kept.
+    pub responses_store: bool,
     /// Chat takes prompts of tokens (`kv_transfer_params.prompt_token_ids`), as newer engines do.
     pub chat_token_prompts: bool,
     /// `--kv-transfer-config` with the NIXL connector: blocks go from engine to engine.
@@ -91,6 +93,7 @@ impl Default for Config {
             scale_out: false,
             dev_mode: false,
             server_load_tracking: false,
+            responses_store: false,
             chat_token_prompts: true,
             nixl: None,
             faults: Vec::new(),
@@ -201,6 +204,9 @@ pub(crate) struct Flags {
     /// Count running requests in /load
     #[arg(long)]
     enable_server_load_tracking: bool,
+    /// Keep responses, as VLLM_ENABLE_RESPONSES_API_STORE=1 does
+    #[arg(long)]
+    enable_responses_store: bool,
     /// A fault armed from the start, as JSON: {"kind":"die","after_tokens":8}
     #[arg(long, value_parser = |text: &str| serde_json::from_str::<Fault>(text).map_err(|error| error.to_string()))]
     fault: Vec<Fault>,
@@ -233,6 +239,7 @@ impl From<Flags> for Config {
             scale_out: flags.enable_scale_out,
             dev_mode: flags.dev_mode,
             server_load_tracking: flags.enable_server_load_tracking,
+            responses_store: flags.enable_responses_store,
             chat_token_prompts: true,
             nixl: flags.nixl.then(Nixl::default),
             faults: flags.fault,

@@ -12,6 +12,7 @@ use super::events::encode_batch;
 use super::fault::{Fault, FaultKind, Faults};
 use super::model::{Model, mix};
 use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
+use super::stored::Store;
 use super::tokenizer::Tokenizer;
 use super::zmtp::Publisher;
 
@@ -37,6 +38,8 @@ pub(crate) struct Engine {
     pub(crate) model: Arc<Model>,
     pub(crate) publisher: Publisher,
     pub(crate) faults: Faults,
+    /// Stored responses.
+    pub(crate) responses: Store,
     /// External ids of generation requests in flight.
     in_flight: Mutex<Vec<String>>,
     /// What `/kv_event_sources` says; set once sockets are bound.
@@ -64,6 +67,7 @@ impl Engine {
         Self {
             publisher: Publisher::new(&config.topic),
             faults,
+            responses: Store::default(),
             in_flight: Mutex::default(),
             event_sources: Mutex::new("{}".to_owned()),
             scheduler: Mutex::new(Scheduler::new(

@@ -1,6 +1,6 @@
 //! Answers `/v1/responses`: one answer of text, whole or streamed, as the two recordings show it.
 //!
-//! Nothing is stored, so that no response can be fetched, cancelled or gone on from. Items other than messages, tools,
+//! What becomes of a response that is stored is in [`super::stored`]. Items other than messages, tools,
 //! reasoning and text formats are refused with 501.
 
 use std::sync::Arc;
@@ -13,15 +13,14 @@ use super::engine::{Engine, unix_s};
 use super::feed::{Events, Feed, Writer};
 use super::http::{Piece, Request, Response};
 use super::scheduler::{Finish, Output, Sampling};
+use super::stored::{self, Running, Stored};
 use super::template::{Ending, Message, render};
 
 /// Fields whose effect on an answer is not recorded.
 const REFUSED: &[&str] = &[
-    "background",
     "include",
     "max_tool_calls",
     "previous_input_messages",
-    "previous_response_id",
     "prompt",
     "reasoning",
     "text",
@@ -46,7 +45,7 @@ struct Whole<'a> {
     background: bool,
     max_output_tokens: usize,
     max_tool_calls: Option<()>,
-    previous_response_id: Option<()>,
+    previous_response_id: Option<&'a str>,
     prompt: Option<()>,
     reasoning: Option<()>,
     service_tier: &'a str,
@@ -138,10 +137,24 @@ struct Event<'a> {
     r#type: &'static str,
 }
 
+/// How far a response is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Queued,
+    Begun,
+    Cancelled,
+    Failed,
+    Done,
+}
+
 /// A request, read and checked, and what became of it so far.
 struct Answer {
     engine: Arc<Engine>,
     fields: Fields,
+    /// What it answers.
+    conversation: Vec<Message>,
+    /// Whether it is kept.
+    stored: bool,
     sampling: Sampling,
     id: String,
     message_id: String,
@@ -151,7 +164,7 @@ struct Answer {
     finish: Option<Finish>,
 }
 
-fn read_input(fields: &Fields) -> Result<Vec<Message>, ApiError> {
+fn read_input(engine: &Engine, fields: &Fields) -> Result<Vec<Message>, ApiError> {
     let message = |role: &str, content: &str| Message {
         role: role.to_owned(),
         content: content.to_owned(),
@@ -159,6 +172,11 @@ fn read_input(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     let mut messages = Vec::new();
     if let Some(instructions) = api::text(fields, "instructions") {
         messages.push(message("system", instructions));
+    }
+    if let Some(previous) = api::text(fields, "previous_response_id") {
+        let conversation = engine.responses.conversation(previous)?;
+        let instructed = |message: &Message| message.role == "system";
+        messages.extend(conversation.into_iter().filter(|old| !instructed(old)));
     }
     match fields.get("input") {
         None => return Err(ApiError::missing("input", fields)),
@@ -196,9 +214,13 @@ fn read_item(item: &Value) -> Option<String> {
 }
 
 /// The tokens of the prompt, and how to go on.
-fn read(engine: &Engine, fields: &Fields) -> Result<(Vec<u32>, Sampling), ApiError> {
-    let messages = read_input(fields)?;
+fn read(engine: &Engine, fields: &Fields) -> Result<(Vec<Message>, Vec<u32>, Sampling), ApiError> {
+    if !fields.contains_key("input") {
+        return Err(ApiError::missing("input", fields));
+    }
     api::check_model(engine, fields)?;
+    check_store(engine, fields)?;
+    let messages = read_input(engine, fields)?;
     api::check_simulated(fields, &[])?;
     for name in REFUSED {
         let given = fields.get(*name).unwrap_or(&Value::Null);
@@ -213,7 +235,22 @@ fn read(engine: &Engine, fields: &Fields) -> Result<(Vec<u32>, Sampling), ApiErr
     let prompt = engine.tokenizer.encode(&prompt);
     let wanted = api::integer(fields, "max_output_tokens")?;
     let sampling = api::read_sampling(engine, fields, wanted, prompt.len())?;
-    Ok((prompt, sampling))
+    Ok((messages, prompt, sampling))
+}
+
+fn check_store(engine: &Engine, fields: &Fields) -> Result<(), ApiError> {
+    if !api::flag(fields, "background") {
+        return Ok(());
+    }
+    if !api::flag_or(fields, "store", true) {
+        let message = "background can only be used when `store` is true";
+        return Err(ApiError::value(message, "background", true));
+    }
+    if !engine.config.responses_store {
+        let message = "This vLLM engine does not support `store=True` and therefore does not support the background mode. To enable these features, set the environment variable `VLLM_ENABLE_RESPONSES_API_STORE=1` when launching the vLLM server.";
+        return Err(stored::refusal(400, message, "background"));
+    }
+    Ok(())
 }
 
 /// `POST /v1/responses`.
@@ -222,12 +259,15 @@ pub(crate) async fn responses(
     request: &Request,
 ) -> Result<Response, Response> {
     let fields = api::read_fields(request)?;
-    let (prompt, sampling) = read(engine, &fields)?;
+    let (conversation, prompt, sampling) = read(engine, &fields)?;
     let flight = Flight::begin(engine, request, &fields, "resp")?;
+    let id = api::text(&fields, "request_id");
     let mut answer = Answer {
         engine: Arc::clone(engine),
+        conversation,
+        stored: engine.config.responses_store && api::flag_or(&fields, "store", true),
         sampling: sampling.clone(),
-        id: format!("resp_{}", flight.id.trim_start_matches("resp-")),
+        id: id.map_or_else(|| format!("resp_{}", engine.made_up_id()), str::to_owned),
         message_id: format!("msg_{}", engine.made_up_id()),
         created_at: unix_s() as u64,
         tally: Tally {
@@ -241,18 +281,60 @@ pub(crate) async fn responses(
     let salt = api::text(&answer.fields, "cache_salt");
     let generation = engine.generate(vec![(prompt, sampling)], salt);
     let mut feed = Feed::new(engine, generation, flight);
+    if api::flag(&answer.fields, "background") {
+        return Ok(in_background(answer, feed));
+    }
     if api::flag(&answer.fields, "stream") {
-        let writer = ResponseWriter {
-            answer,
-            number: 0,
-            item: false,
-        };
-        return Ok(Response::events(feed.into_stream(writer)));
+        return Ok(Response::events(
+            feed.into_stream(ResponseWriter::new(answer)),
+        ));
     }
     for output in feed.collect(1).await?.remove(0) {
         answer.take(output);
     }
-    Ok(Response::json(200, to_json(&answer.whole(true))))
+    answer.keep(Stage::Done);
+    Ok(Response::json(200, to_json(&answer.whole(Stage::Done))))
+}
+
+/// Goes on without its client, who gets the stream of it, or that it is queued.
+fn in_background(answer: Answer, feed: Feed) -> Response {
+    let engine = Arc::clone(&answer.engine);
+    let id = answer.id.clone();
+    engine.responses.begin(&id, || {
+        let json = to_json(&answer.whole(Stage::Queued));
+        let cancelled = to_json(&answer.whole(Stage::Cancelled));
+        let conversation = answer.conversation.clone();
+        let (task, log, response) = if api::flag(&answer.fields, "stream") {
+            let (task, log) = stored::record(feed.into_stream(ResponseWriter::new(answer)));
+            let response = Response::events(stored::told_again(log.clone(), 0));
+            (task, Some(log), response)
+        } else {
+            let task = tokio::spawn(finish(answer, feed)).abort_handle();
+            (task, None, Response::json(200, json.clone()))
+        };
+        let running = Some(Running { cancelled, task });
+        let stored = Stored {
+            json,
+            conversation,
+            running,
+            log,
+        };
+        (stored, response)
+    })
+}
+
+/// Generates all of it, and keeps it.
+async fn finish(mut answer: Answer, mut feed: Feed) {
+    let stage = match feed.collect(1).await {
+        Ok(mut outputs) => {
+            for output in outputs.remove(0) {
+                answer.take(output);
+            }
+            Stage::Done
+        }
+        Err(_) => Stage::Failed,
+    };
+    answer.keep(stage);
 }
 
 impl Answer {
@@ -263,6 +345,20 @@ impl Answer {
         self.text.push_str(&output.text);
         self.finish = output.finish;
         output.text
+    }
+
+    /// Keeps it, if it is to be kept.
+    fn keep(&self, stage: Stage) {
+        if !self.stored {
+            return;
+        }
+        let mut conversation = self.conversation.clone();
+        conversation.push(Message {
+            role: "assistant".to_owned(),
+            content: self.text.clone(),
+        });
+        let json = to_json(&self.whole(stage));
+        self.engine.responses.finish(&self.id, json, conversation);
     }
 
     fn part(&self) -> Part<'_> {
@@ -306,8 +402,9 @@ impl Answer {
         }
     }
 
-    fn whole(&self, done: bool) -> Whole<'_> {
+    fn whole(&self, stage: Stage) -> Whole<'_> {
         let fields = &self.fields;
+        let done = stage == Stage::Done;
         let number = |name: &str, or: f64| fields.get(name).and_then(Value::as_f64).unwrap_or(or);
         let cut = done && self.finish == Some(Finish::Length);
         Whole {
@@ -326,17 +423,20 @@ impl Answer {
             tool_choice: "none",
             tools: [],
             top_p: number("top_p", 1.0),
-            background: false,
+            background: api::flag(fields, "background"),
             max_output_tokens: self.sampling.max_tokens,
             max_tool_calls: None,
-            previous_response_id: None,
+            previous_response_id: api::text(fields, "previous_response_id"),
             prompt: None,
             reasoning: None,
             service_tier: api::text(fields, "service_tier").unwrap_or("auto"),
-            status: match (done, cut) {
-                (false, _) => "in_progress",
-                (true, true) => "incomplete",
-                (true, false) => "completed",
+            status: match stage {
+                Stage::Queued => "queued",
+                Stage::Begun => "in_progress",
+                Stage::Cancelled => "cancelled",
+                Stage::Failed => "failed",
+                Stage::Done if cut => "incomplete",
+                Stage::Done => "completed",
             },
             text: None,
             top_logprobs: None,
@@ -362,6 +462,14 @@ struct ResponseWriter {
 }
 
 impl ResponseWriter {
+    fn new(answer: Answer) -> Self {
+        Self {
+            answer,
+            number: 0,
+            item: false,
+        }
+    }
+
     fn push<'a>(
         &'a self,
         number: usize,
@@ -397,9 +505,9 @@ impl ResponseWriter {
         }
     }
 
-    fn of_response(&self, done: bool) -> Event<'_> {
+    fn of_response(&self, stage: Stage) -> Event<'_> {
         Event {
-            response: Some(self.answer.whole(done)),
+            response: Some(self.answer.whole(stage)),
             ..Event::default()
         }
     }
@@ -424,7 +532,7 @@ impl ResponseWriter {
 impl Writer for ResponseWriter {
     fn begin(&mut self, events: &mut Events) {
         for name in ["response.created", "response.in_progress"] {
-            self.number = self.push(self.number, name, self.of_response(false), events);
+            self.number = self.push(self.number, name, self.of_response(Stage::Begun), events);
         }
     }
 
@@ -458,7 +566,8 @@ impl Writer for ResponseWriter {
         let number = self.push(number, "response.content_part.done", part, events);
         let item = self.of_item(true);
         let number = self.push(number, "response.output_item.done", item, events);
-        let response = self.of_response(true);
+        let response = self.of_response(Stage::Done);
         self.number = self.push(number, "response.completed", response, events);
+        self.answer.keep(Stage::Done);
     }
 }

@@ -13,7 +13,7 @@ use super::fault::Fault;
 use super::http::{Body, Request, Response};
 use super::metrics_page::PageNames;
 use super::template::render;
-use super::{chat, completions, generate, messages, responses};
+use super::{chat, completions, generate, messages, responses, stored};
 
 const VERSION: &str = "0.32.0";
 /// Recorded `/server_info`, whose model and sizes are replaced.
@@ -137,8 +137,7 @@ fn refuse_stranger(engine: &Engine, request: &Request) -> Option<Response> {
 
 async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
     if request.path.starts_with("/v1/responses/") && request.path != "/v1/responses/render" {
-        // By id: to be fetched, or with `/cancel` behind it.
-        return Err(ApiError::not_implemented("stored responses").into());
+        return stored::answer(engine, request);
     }
     let route = ROUTES
         .iter()

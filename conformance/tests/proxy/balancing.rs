@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 const LB: &str = "type.googleapis.com/envoy.extensions.load_balancing_policies";
 
 /// A route with `action` to the cluster `c`, which has `fields` and these servers.
-fn read(action: &str, fields: &str, servers: &[Upstream]) -> Result<Bootstrap, String> {
+pub(crate) fn read(action: &str, fields: &str, servers: &[Upstream]) -> Result<Bootstrap, String> {
     let fields = format!("{}\n    {fields}", assignment(servers));
     read_all(action, &fields)
 }
@@ -62,7 +62,7 @@ static_resources:
     load::bootstrap(&text, Syntax::Yaml).map_err(|errors| errors.to_string())
 }
 
-fn proxy(action: &str, fields: &str, servers: &[Upstream]) -> TestProxy {
+pub(crate) fn proxy(action: &str, fields: &str, servers: &[Upstream]) -> TestProxy {
     started(read(action, fields, servers).unwrap_or_else(|errors| panic!("{errors}")))
 }
 

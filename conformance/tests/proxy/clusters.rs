@@ -342,6 +342,7 @@ async fn an_endpoint_whose_requests_fail_gets_none_for_a_while() {
         failure_percentage_request_volume: 50,
         max_ejection_time_jitter: Duration::ZERO,
         uneject_by_health_check: true,
+        latency: None,
     };
     let mut quick = detection.clone();
     quick.base_ejection_time = TICK;

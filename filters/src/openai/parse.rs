@@ -29,6 +29,7 @@ pub(super) fn api(path: &str) -> Api {
         | "/v1/classify" | "/score" | "/v1/score" | "/rerank" | "/v1/rerank" | "/v2/rerank"
         | "/encode" => Api::Embeddings,
         _ if path == "/v1/models" || path.starts_with("/v1/models/") => Api::Models,
+        _ if stored_response(path).is_some() => Api::StoredResponse,
         _ if path.starts_with("/v1/")
             && (path.ends_with("/render") || path.ends_with("/derender")) =>
         {
@@ -38,9 +39,17 @@ pub(super) fn api(path: &str) -> Api {
     }
 }
 
+/// The id of the response that a path is about: `/v1/responses/ID`, with `/cancel` or the like behind it.
+pub(super) fn stored_response(path: &str) -> Option<&str> {
+    let below = path.strip_prefix("/v1/responses/")?;
+    let id = below.split('/').next().unwrap_or_default();
+    // Questions about a response that is yet to be made.
+    (!matches!(id, "" | "render" | "input_tokens" | "compact")).then_some(id)
+}
+
 /// Whether a body of this API is worth reading: it may name a model.
 pub(super) fn names_a_model(api: Api) -> bool {
-    !matches!(api, Api::Models | Api::Other)
+    !matches!(api, Api::Models | Api::StoredResponse | Api::Other)
 }
 
 /// Reads a body; `None` if it is not what the API expects.
@@ -69,6 +78,8 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
         n: fields.n.unwrap_or(1).max(1),
         max_tokens: fields.max_tokens(),
         cache_salt: fields.cache_salt.as_ref().map(|salt| salt.as_ref().into()),
+        previous_response_id: fields.previous.as_ref().map(|id| id.as_ref().into()),
+        names_itself: fields.request_id,
         too_large: false,
         body: Some(body.clone()),
         prompt: if fields.media(api) {
@@ -137,7 +148,8 @@ struct Fields<'a> {
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
     truncate: bool,
-    previous: bool,
+    previous: Option<Cow<'a, str>>,
+    request_id: bool,
     kv_transfer_params: bool,
     one_engine: bool,
 }
@@ -150,7 +162,7 @@ impl<'a> Fields<'a> {
             Api::Responses => self.input,
             Api::Generate => self.ids.or(self.text),
             Api::Render | Api::Tokenize => self.messages.or(self.prompt),
-            Api::Embeddings | Api::Models | Api::Other => None,
+            Api::Embeddings | Api::Models | Api::StoredResponse | Api::Other => None,
         };
         raw.filter(|raw| *raw != "null")
     }
@@ -173,7 +185,7 @@ impl<'a> Fields<'a> {
     }
 
     fn opaque(&self) -> bool {
-        self.truncate || self.previous || self.kv_transfer_params
+        self.truncate || self.previous.is_some() || self.kv_transfer_params
     }
 }
 
@@ -246,7 +258,8 @@ impl<'a> Fields<'a> {
             "continue_final_message" => self.continue_final_message = lenient(raw),
             "add_special_tokens" => self.add_special_tokens = lenient(raw),
             "truncate_prompt_tokens" => self.truncate |= is_set(raw),
-            "previous_response_id" => self.previous |= is_set(raw),
+            "previous_response_id" => self.previous = lenient::<Text<'a>>(raw).map(|text| text.0),
+            "request_id" => self.request_id = true,
             "kv_transfer_params" => {
                 self.kv_transfer_params |= raw.contains("prompt_token_ids");
                 self.one_engine |= is_set(raw);
@@ -344,7 +357,10 @@ mod tests {
             ("/v1/messages", Api::Messages),
             ("/v1/messages/count_tokens", Api::Tokenize),
             ("/v1/responses", Api::Responses),
-            ("/v1/responses/resp_1", Api::Other),
+            ("/v1/responses/resp_1", Api::StoredResponse),
+            ("/v1/responses/resp_1/cancel", Api::StoredResponse),
+            ("/v1/responses/render", Api::Render),
+            ("/v1/responses/input_tokens", Api::Other),
             ("/inference/v1/generate", Api::Generate),
             ("/generate", Api::Generate),
             ("/v1/chat/completions/render", Api::Render),

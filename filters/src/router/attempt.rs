@@ -1,6 +1,12 @@
 //! One attempt: reserve, send, look at the first stream event, judge.
 
-use super::{hit_tokens, host, leg::Leg, retry::Rules, want};
+use super::{
+    hit_tokens, host,
+    leg::Leg,
+    report::{self, Audience},
+    retry::Rules,
+    want,
+};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
@@ -9,6 +15,7 @@ use crate::{
     local_reply,
     services::Services,
     sse,
+    stored_responses::owner,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
 use bytes::{Bytes, BytesMut};
@@ -154,6 +161,7 @@ impl<'a> Attempt<'a> {
             Err(error) => return Outcome::Failed(error),
         };
         let before = self.address(request, context);
+        let audience = Audience::of(request.headers(), context.route.inbound);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
         endpoint.stats.total.fetch_add(1, Relaxed);
@@ -176,6 +184,7 @@ impl<'a> Attempt<'a> {
                 } else {
                     Ok(None)
                 };
+                let response = (response, audience);
                 self.judge(response, peeked, reservation, started, context)
             }
             Err(mut error) => {
@@ -222,7 +231,7 @@ impl<'a> Attempt<'a> {
 
     fn options(&self, context: &Context) -> SendOptions {
         let headers_timeout = match &context.openai {
-            Some(openai) if openai.is_generation() => openai.limits.headers_timeout,
+            Some(openai) if openai.may_stream_tokens() => openai.limits.headers_timeout,
             _ => None,
         };
         // The whole exchange has one limit, however many attempts it takes.
@@ -242,6 +251,9 @@ impl<'a> Attempt<'a> {
     /// Headers that belong to this attempt alone.
     fn address(&self, request: &mut Request<RequestBody>, context: &Context) -> Before {
         let mut before = Before::default();
+        if let Some(openai) = context.openai.as_deref().filter(|_| context.tells_owner) {
+            owner::tell(request, openai, &self.target.endpoint);
+        }
         let headers = request.headers_mut();
         let generation = context
             .openai
@@ -342,9 +354,9 @@ impl<'a> Attempt<'a> {
 
     fn judge(
         &self,
-        response: Response<ResponseBody>,
+        (response, audience): (Response<ResponseBody>, Audience),
         peeked: Result<Option<Frame<Bytes>>, Error>,
-        reservation: Box<dyn Reservation>,
+        mut reservation: Box<dyn Reservation>,
         started: Instant,
         context: &Context,
     ) -> Outcome {
@@ -355,21 +367,38 @@ impl<'a> Attempt<'a> {
         let (mut parts, body) = response.into_parts();
         let unwanted = self.rules.unwanted(parts.status, &parts.headers);
         parts.headers.remove(RETRY_HEADER);
+        report::take(&mut parts.headers, &mut *reservation, audience);
+        report::tell(&mut parts.headers, &self.target.endpoint, audience);
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
+        let begun = matches!(&peeked, Some(frame) if frame.is_data());
+        let watches = begun && reservation.watches_tokens();
+        if watches {
+            reservation.first_token(started.elapsed(), self.uncached_tokens(context));
+        }
         let leg = Leg::new(
             peeked,
             body,
             self.target.endpoint.clone(),
             reservation,
             success,
+            audience,
         );
+        let leg = if watches { leg.watching() } else { leg };
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {
             Outcome::Unwanted(response)
         } else {
             Outcome::Response(response)
         }
+    }
+
+    /// Prompt tokens that the endpoint had to compute, as far as anybody knows.
+    fn uncached_tokens(&self, context: &Context) -> u64 {
+        let told = context.prompt.tokens;
+        let openai = context.openai.as_ref().filter(|_| told == 0);
+        let tokens = openai.map_or(told, |openai| openai.estimated_prompt_tokens());
+        tokens.saturating_sub(self.target.hit_tokens.unwrap_or(0))
     }
 
     /// Waits for the first event of a stream, while another engine can still take over unnoticed.

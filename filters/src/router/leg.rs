@@ -1,5 +1,6 @@
 //! The body of a response, tied to the reservation that made room for it.
 
+use super::report::{self, Audience};
 use crate::{
     body::{BodyError, ResponseBody, is_over},
     endpoints::{Endpoint, Reservation},
@@ -11,6 +12,7 @@ use std::{
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 /// A response body whose end ends its reservation. It may begin with a frame that was already taken out to look at.
@@ -21,6 +23,44 @@ pub struct Leg {
     reservation: Option<Box<dyn Reservation>>,
     /// Whether its status was a success.
     success: bool,
+    /// Who sees load reports.
+    audience: Audience,
+    /// How long tokens are waited for, if somebody wants to know.
+    waits: Option<Waits>,
+}
+
+/// So many waits are told as one.
+const WAITS_TOLD: u32 = 16;
+
+/// The waits for the upstream: while a client is slow, nobody waits, and nothing is held against the endpoint.
+#[derive(Debug, Default)]
+struct Waits {
+    since: Option<Instant>,
+    sum: Duration,
+    count: u32,
+}
+
+impl Waits {
+    /// A look at the body; gives the mean of some waits now and then.
+    fn look(&mut self, ready: bool) -> Option<Duration> {
+        if !ready {
+            self.since.get_or_insert_with(Instant::now);
+            return None;
+        }
+        self.sum += self.since.take()?.elapsed();
+        self.count += 1;
+        if self.count < WAITS_TOLD {
+            return None;
+        }
+        self.tell()
+    }
+
+    /// The mean of those not told yet.
+    fn tell(&mut self) -> Option<Duration> {
+        let mean = self.sum.checked_div(self.count)?;
+        (self.sum, self.count) = (Duration::ZERO, 0);
+        Some(mean)
+    }
 }
 
 impl Leg {
@@ -32,6 +72,7 @@ impl Leg {
         endpoint: Arc<Endpoint>,
         reservation: Box<dyn Reservation>,
         success: bool,
+        audience: Audience,
     ) -> Self {
         Self {
             peeked,
@@ -39,6 +80,33 @@ impl Leg {
             endpoint,
             reservation: Some(reservation),
             success,
+            audience,
+            waits: None,
+        }
+    }
+
+    /// The body is a stream of tokens, whose first is there: waits for the others are told.
+    #[must_use]
+    pub fn watching(mut self) -> Self {
+        self.waits = Some(Waits::default());
+        self
+    }
+
+    fn later_token(&mut self, waited: Option<Duration>) {
+        if let (Some(waited), Some(reservation)) = (waited, &mut self.reservation) {
+            reservation.later_token(waited);
+        }
+    }
+
+    /// Takes in the load report that trailers may bring.
+    fn trailers(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        match (frame.into_trailers(), &mut self.reservation) {
+            (Ok(mut trailers), Some(reservation)) => {
+                report::take(&mut trailers, &mut **reservation, self.audience);
+                Frame::trailers(trailers)
+            }
+            (Ok(trailers), None) => Frame::trailers(trailers),
+            (Err(other), _) => other,
         }
     }
 
@@ -70,7 +138,22 @@ impl Body for Leg {
             }
             return Poll::Ready(Some(Ok(frame)));
         }
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Some(waits) = &mut self.waits {
+            let waited = match &polled {
+                Poll::Pending => waits.look(false),
+                Poll::Ready(Some(Ok(frame))) if frame.is_data() => waits.look(true),
+                Poll::Ready(_) => waits.tell(),
+            };
+            self.later_token(waited);
+        }
+        let mut frame = ready!(polled);
+        if frame
+            .as_ref()
+            .is_some_and(|frame| frame.as_ref().is_ok_and(Frame::is_trailers))
+        {
+            frame = frame.map(|frame| frame.map(|frame| self.trailers(frame)));
+        }
         match &frame {
             Some(Ok(frame)) => {
                 if let Some(reservation) = &mut self.reservation {

@@ -51,6 +51,7 @@ impl Endpoints for View {
                 name: cluster.into(),
                 lb_policy: LbPolicy::default(),
                 connect_timeout: Duration::from_secs(5),
+                silent_peer: false,
                 even: true,
                 override_host: Arc::default(),
                 breakers: Arc::default(),
@@ -82,6 +83,8 @@ impl Endpoints for View {
 struct Free;
 
 impl Reservation for Free {
+    fn report(&mut self, _headers: &http::HeaderMap) {}
+
     fn first_byte(&mut self) {}
     fn status(&mut self, _status: StatusCode) {}
     fn finish(&mut self, _broken: Option<Flag>) {}

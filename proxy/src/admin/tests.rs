@@ -111,6 +111,7 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         name: "engines".into(),
         lb_policy: LbPolicy::RoundRobin,
         connect_timeout: Duration::from_secs(5),
+        silent_peer: false,
         even: true,
         override_host: Arc::default(),
         breakers: Arc::default(),

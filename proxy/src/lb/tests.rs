@@ -56,6 +56,7 @@ impl Case {
             name: "c".into(),
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
+            silent_peer: false,
             even: balancer.is_even(&endpoints),
             override_host: Arc::default(),
             breakers: Arc::default(),

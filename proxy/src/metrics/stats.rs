@@ -302,6 +302,8 @@ pub struct ClusterStats {
     pub upstream_rq_pending_active: Gauge,
     /// Cancelled by the client.
     pub upstream_rq_cancelled: Counter,
+    /// Load reports that could not be read.
+    pub orca_refused: Counter,
     /// Reset by the upstream.
     pub upstream_rq_rx_reset: Counter,
     /// Reset by us.
@@ -364,6 +366,7 @@ impl ClusterStats {
             upstream_rq_pending_overflow: counter("envoy_cluster_upstream_rq_pending_overflow"),
             upstream_rq_pending_active: gauge("envoy_cluster_upstream_rq_pending_active"),
             upstream_rq_cancelled: counter("envoy_cluster_upstream_rq_cancelled"),
+            orca_refused: counter("outrigger_orca_reports_refused_total"),
             upstream_rq_rx_reset: counter("envoy_cluster_upstream_rq_rx_reset"),
             upstream_rq_tx_reset: counter("envoy_cluster_upstream_rq_tx_reset"),
             upstream_cx_total: counter("envoy_cluster_upstream_cx_total"),

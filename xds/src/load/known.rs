@@ -84,12 +84,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "envoy.config.cluster.v3.OutlierDetection",
-        &[
-            "monitors",
-        ],
-    ),
-    (
         "envoy.config.common.mutation_rules.v3.HeaderMutation",
         &["remove_on_match"],
     ),

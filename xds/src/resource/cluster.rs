@@ -4,7 +4,7 @@ pub use super::{
     circuit_breakers::{CircuitBreakers, RetryLimit, Thresholds},
     connection::{ConnectionOptions, TcpKeepalive},
     discovery::{Discovery, Dns, LookupFamily},
-    lb_policy::{Balancing, LbPolicy, SlowStart},
+    lb_policy::{Balancing, LbPolicy, Reports, SlowStart},
 };
 
 use super::{

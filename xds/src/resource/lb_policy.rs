@@ -9,9 +9,10 @@ use crate::{
     },
 };
 use policies::{
-    common::v3 as common, least_request::v3 as least_request, maglev::v3 as maglev,
-    override_host::v3 as override_host, random::v3 as random, ring_hash::v3 as ring_hash,
-    round_robin::v3 as round_robin, wrr_locality::v3 as wrr_locality,
+    client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin, common::v3 as common,
+    least_request::v3 as least_request, maglev::v3 as maglev, override_host::v3 as override_host,
+    random::v3 as random, ring_hash::v3 as ring_hash, round_robin::v3 as round_robin,
+    wrr_locality::v3 as wrr_locality,
 };
 use prost::{Message, Name};
 use prost_types::Any;
@@ -24,6 +25,8 @@ const RING_SIZE_MAX: u64 = 8 << 20;
 const TABLE_SIZE: u64 = 65_537;
 /// Most entries of a Maglev table, as in Envoy.
 const TABLE_SIZE_MAX: u64 = 5_000_011;
+/// Weights by load reports change no oftener, as in Envoy.
+const WEIGHT_UPDATE_MIN: Duration = Duration::from_millis(100);
 /// Policies within policies, at most.
 const DEPTH_MAX: usize = 8;
 
@@ -41,6 +44,8 @@ pub enum LbPolicy {
     RingHash,
     /// By hash, in a table.
     Maglev,
+    /// By weights that endpoints earn with their load reports.
+    ClientSideWeightedRoundRobin,
 }
 
 impl LbPolicy {
@@ -63,6 +68,9 @@ impl LbPolicy {
             Self::Random => wire::cluster::LbPolicy::Random,
             Self::RingHash => wire::cluster::LbPolicy::RingHash,
             Self::Maglev => wire::cluster::LbPolicy::Maglev,
+            Self::ClientSideWeightedRoundRobin => {
+                wire::cluster::LbPolicy::LoadBalancingPolicyConfig
+            }
         }
     }
 }
@@ -90,6 +98,8 @@ pub struct Balancing {
     pub use_hostname_for_hashing: bool,
     /// Request headers that may name endpoints, before the policy is asked.
     pub override_host: Vec<String>,
+    /// How load reports become weights.
+    pub reports: Reports,
 }
 
 impl Default for Balancing {
@@ -105,6 +115,34 @@ impl Default for Balancing {
             table_size: TABLE_SIZE,
             use_hostname_for_hashing: false,
             override_host: Vec::new(),
+            reports: Reports::default(),
+        }
+    }
+}
+
+/// How the load reports of an endpoint become its weight.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reports {
+    /// They must come for so long before they count.
+    pub blackout: Duration,
+    /// They no longer count when none came for so long.
+    pub expiration: Duration,
+    /// How often weights change.
+    pub update: Duration,
+    /// How much a share of failures adds to the utilization.
+    pub error_penalty: f64,
+    /// Looked at where no utilization of the application is reported.
+    pub metrics: Vec<String>,
+}
+
+impl Default for Reports {
+    fn default() -> Self {
+        Self {
+            blackout: Duration::from_secs(10),
+            expiration: Duration::from_secs(180),
+            update: Duration::from_secs(1),
+            error_penalty: 1.0,
+            metrics: Vec::new(),
         }
     }
 }
@@ -368,7 +406,51 @@ impl Reader<'_> {
             self.balancing.locality_weighted |= config.locality_weighted_lb_config.is_some();
             return Ok(Some(LbPolicy::Maglev));
         }
+        if let Some(config) = self.unpacked::<ClientSideWeightedRoundRobin>(place, any) {
+            self.reports(place, config);
+            return Ok(Some(LbPolicy::ClientSideWeightedRoundRobin));
+        }
         self.around(place, any, depth)
+    }
+
+    fn reports(&mut self, place: &str, config: ClientSideWeightedRoundRobin) {
+        if config.enable_oob_load_report == Some(true) {
+            let place = format!("{place}.enable_oob_load_report");
+            self.problems
+                .add(place, "not supported yet: reports on a stream of their own");
+        }
+        let defaults = Reports::default();
+        let mut time = |field: &str, given: Option<prost_types::Duration>, default| {
+            let place = format!("{place}.{field}");
+            given
+                .and_then(|given| self.problems.take(&place, duration(given)))
+                .unwrap_or(default)
+        };
+        let update = time(
+            "weight_update_period",
+            config.weight_update_period,
+            defaults.update,
+        );
+        let penalty = config.error_utilization_penalty;
+        let reports = Reports {
+            blackout: time("blackout_period", config.blackout_period, defaults.blackout),
+            expiration: time(
+                "weight_expiration_period",
+                config.weight_expiration_period,
+                defaults.expiration,
+            ),
+            update: update.max(WEIGHT_UPDATE_MIN),
+            error_penalty: penalty.map_or(defaults.error_penalty, f64::from),
+            metrics: config.metric_names_for_computing_utilization,
+        };
+        if !reports.error_penalty.is_finite() || reports.error_penalty < 0.0 {
+            self.problems.add(
+                format!("{place}.error_utilization_penalty"),
+                format!("must be at least 0, is {}", reports.error_penalty),
+            );
+        }
+        self.balancing.reports = reports;
+        self.slow_start(place, config.slow_start_config.map(same_slow_start));
     }
 
     /// A policy that has another inside.

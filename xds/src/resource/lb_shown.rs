@@ -10,9 +10,9 @@ use crate::{
     },
 };
 use policies::{
-    common::v3 as common, least_request::v3 as least_request, maglev::v3 as maglev,
-    override_host::v3 as override_host, random::v3 as random, ring_hash::v3 as ring_hash,
-    round_robin::v3 as round_robin,
+    client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin, common::v3 as common,
+    least_request::v3 as least_request, maglev::v3 as maglev, override_host::v3 as override_host,
+    random::v3 as random, ring_hash::v3 as ring_hash, round_robin::v3 as round_robin,
 };
 use prost_types::Any;
 use wire::cluster::{
@@ -49,7 +49,9 @@ pub(super) fn show(policy: LbPolicy, plain: &Balancing) -> Shown {
     let is_common = plain.locality_weighted
         || plain.use_hostname_for_hashing
         || plain.healthy_panic_threshold != defaults.healthy_panic_threshold;
-    let is_typed = plain.full_scan || !plain.override_host.is_empty();
+    let is_typed = plain.full_scan
+        || !plain.override_host.is_empty()
+        || policy == LbPolicy::ClientSideWeightedRoundRobin;
     Shown {
         policy: if is_typed {
             wire::cluster::LbPolicy::LoadBalancingPolicyConfig
@@ -70,7 +72,7 @@ fn show_of_policy(policy: LbPolicy, plain: &Balancing, defaults: &Balancing) -> 
     use wire::cluster as of;
     let size = |size: u64, default: u64| (size != default).then_some(size);
     match policy {
-        LbPolicy::Random => None,
+        LbPolicy::Random | LbPolicy::ClientSideWeightedRoundRobin => None,
         LbPolicy::RoundRobin => {
             let slow_start_config = show_slow_start(plain);
             slow_start_config.as_ref()?;
@@ -160,6 +162,18 @@ fn show_typed(policy: LbPolicy, plain: &Balancing) -> wire::LoadBalancingPolicy 
             table_size: Some(plain.table_size),
             ..maglev::Maglev::default()
         }),
+        LbPolicy::ClientSideWeightedRoundRobin => {
+            let reports = &plain.reports;
+            pack(&ClientSideWeightedRoundRobin {
+                blackout_period: Some(to_duration(reports.blackout)),
+                weight_expiration_period: Some(to_duration(reports.expiration)),
+                weight_update_period: Some(to_duration(reports.update)),
+                error_utilization_penalty: Some(reports.error_penalty as f32),
+                metric_names_for_computing_utilization: reports.metrics.clone(),
+                slow_start_config: slow_start(),
+                ..ClientSideWeightedRoundRobin::default()
+            })
+        }
     };
     let list = one_policy(inner);
     if plain.override_host.is_empty() {

@@ -1,14 +1,15 @@
 //! `envoy.config.cluster.v3.OutlierDetection`.
 
+use super::latency_monitor::LatencyMonitor;
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
-    wire::envoy::config::cluster::v3 as wire,
+    wire::envoy::config::{cluster::v3 as wire, core::v3 as core},
 };
 use std::time::Duration;
 
 /// When an endpoint gets no requests because those it had failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct OutlierDetection {
     /// Any 5xx in a row.
     pub consecutive_5xx: Rule,
@@ -52,6 +53,8 @@ pub struct OutlierDetection {
     pub max_ejection_time_jitter: Duration,
     /// A health check that passes ends an ejection.
     pub uneject_by_health_check: bool,
+    /// Late tokens, too, make an outlier.
+    pub latency: Option<LatencyMonitor>,
 }
 
 /// Failures in a row.
@@ -85,7 +88,9 @@ impl TryFrom<wire::OutlierDetection> for OutlierDetection {
             count: count.unwrap_or(5),
             enforcing: enforcing.unwrap_or(default),
         };
+        let latency = monitors(&mut problems, wire.monitors);
         problems.finish(Some(Self {
+            latency,
             consecutive_5xx: rule(wire.consecutive_5xx, wire.enforcing_consecutive_5xx, 100),
             consecutive_gateway_failure: rule(
                 wire.consecutive_gateway_failure,
@@ -171,6 +176,27 @@ impl Times {
     }
 }
 
+/// The only monitor that is known here, once at most.
+fn monitors(
+    problems: &mut ConfigErrors,
+    wire: Vec<core::TypedExtensionConfig>,
+) -> Option<LatencyMonitor> {
+    let mut found = None;
+    for (index, monitor) in wire.into_iter().enumerate() {
+        let place = format!("monitors[{index}].typed_config");
+        let Some(any) = monitor.typed_config else {
+            problems.add(place, "required");
+            continue;
+        };
+        if found.is_some() {
+            problems.add(place, "given twice");
+            continue;
+        }
+        found = problems.take(&place, LatencyMonitor::read(any));
+    }
+    found
+}
+
 fn check_percentages(problems: &mut ConfigErrors, wire: &wire::OutlierDetection) {
     for (place, percent) in [
         ("max_ejection_percent", wire.max_ejection_percent),
@@ -240,6 +266,14 @@ impl From<&OutlierDetection> for wire::OutlierDetection {
             failure_percentage_request_volume: Some(plain.failure_percentage_request_volume),
             max_ejection_time_jitter: Some(to_duration(plain.max_ejection_time_jitter)),
             successful_active_health_check_uneject_host: Some(plain.uneject_by_health_check),
+            monitors: plain
+                .latency
+                .iter()
+                .map(|latency| core::TypedExtensionConfig {
+                    name: "latency".to_owned(),
+                    typed_config: Some(latency.show()),
+                })
+                .collect(),
         }
     }
 }

@@ -83,7 +83,7 @@ impl ::prost::Name for CircuitBreakers {
     }
 }
 /// When an endpoint gets no requests because those it had failed.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OutlierDetection {
     /// In a row; 5 unless said.
     #[prost(message, optional, tag = "1")]
@@ -154,6 +154,9 @@ pub struct OutlierDetection {
     /// A health check that passes ends an ejection; so unless said.
     #[prost(message, optional, tag = "23")]
     pub successful_active_health_check_uneject_host: ::core::option::Option<bool>,
+    /// What else makes an outlier.
+    #[prost(message, repeated, tag = "24")]
+    pub monitors: ::prost::alloc::vec::Vec<super::super::core::v3::TypedExtensionConfig>,
     /// One may be ejected whatever max_ejection_percent says.
     #[prost(message, optional, tag = "25")]
     pub always_eject_one_host: ::core::option::Option<bool>,

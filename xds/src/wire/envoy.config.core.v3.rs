@@ -380,6 +380,26 @@ impl RequestMethod {
         }
     }
 }
+/// A named, typed extension.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TypedExtensionConfig {
+    /// For people and lookups by name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Its configuration; the type decides which extension it is.
+    #[prost(message, optional, tag = "2")]
+    pub typed_config: ::core::option::Option<::prost_types::Any>,
+}
+impl ::prost::Name for TypedExtensionConfig {
+    const NAME: &'static str = "TypedExtensionConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TypedExtensionConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TypedExtensionConfig".into()
+    }
+}
 /// Somewhere to listen or connect.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Address {
@@ -637,26 +657,6 @@ impl ApiVersion {
             "V3" => Some(Self::V3),
             _ => None,
         }
-    }
-}
-/// A named, typed extension.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct TypedExtensionConfig {
-    /// For people and lookups by name.
-    #[prost(string, tag = "1")]
-    pub name: ::prost::alloc::string::String,
-    /// Its configuration; the type decides which extension it is.
-    #[prost(message, optional, tag = "2")]
-    pub typed_config: ::core::option::Option<::prost_types::Any>,
-}
-impl ::prost::Name for TypedExtensionConfig {
-    const NAME: &'static str = "TypedExtensionConfig";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.TypedExtensionConfig".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.TypedExtensionConfig".into()
     }
 }
 /// How endpoints are asked for their health.

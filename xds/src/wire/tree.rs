@@ -154,6 +154,11 @@ pub mod envoy {
             }
         }
         pub mod load_balancing_policies {
+            pub mod client_side_weighted_round_robin {
+                pub mod v3 {
+                    include!("envoy.extensions.load_balancing_policies.client_side_weighted_round_robin.v3.rs");
+                }
+            }
             pub mod common {
                 pub mod v3 {
                     include!("envoy.extensions.load_balancing_policies.common.v3.rs");
@@ -257,6 +262,13 @@ pub mod udpa {
     }
 }
 pub mod xds {
+    pub mod data {
+        pub mod orca {
+            pub mod v3 {
+                include!("xds.data.orca.v3.rs");
+            }
+        }
+    }
     pub mod r#type {
         pub mod v3 {
             include!("xds.r#type.v3.rs");
