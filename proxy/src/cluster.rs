@@ -1,26 +1,27 @@
 //! Clusters: configured by name, their endpoints taken from the fleet, one chosen by the cluster's policy.
 
 mod counts;
+mod leg;
 
 use crate::{
     dns::{self, Names},
-    fleet::{self, Fleet, Way},
+    fleet::{Fleet, Way},
     health::{Checked, Checks},
-    lb::{Balancer, Weights},
-    ledger::{Entered, Ledger, Ledgers},
+    lb::Balancer,
+    ledger::{Ledger, Ledgers},
     metrics::ClusterStats,
     outlier::Detector,
 };
 use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
-use http::{HeaderMap, HeaderName, StatusCode};
+use http::HeaderName;
+use leg::Leg;
 use outrigger_filters::{
-    breakers::{Breakers, Held, Kind},
+    breakers::{Breakers, Kind},
     endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
-    error::{Error, Flag},
+    error::Error,
 };
 use outrigger_xds::{
-    orca::LoadReport,
     report::EngineId,
     resource::{
         cluster::{Cluster, Discovery, UpstreamProtocol},
@@ -34,7 +35,7 @@ use std::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 use tokio::sync::watch;
 
@@ -481,126 +482,6 @@ async fn look(entry: Weak<Entry>) {
             && let Some(detector) = &entry.detector
         {
             detector.look(&entry.view.load().endpoints);
-        }
-    }
-}
-
-/// One request on one endpoint.
-struct Leg {
-    endpoint: Arc<Endpoint>,
-    stats: Arc<ClusterStats>,
-    detector: Option<Arc<Detector>>,
-    /// Who takes its load reports.
-    weights: Option<Arc<Weights>>,
-    /// Whether outlier detection knows its status.
-    judged: bool,
-    entered: Option<Entered>,
-    prefill: u64,
-    begun: Instant,
-    status: Option<StatusCode>,
-    finished: bool,
-    _held: Held,
-}
-
-impl Leg {
-    /// Not as soon as the status is there: it may be that of the proxy beside the engine.
-    fn judge(&mut self) {
-        if let (Some(detector), Some(status), false) = (&self.detector, self.status, self.judged) {
-            self.judged = true;
-            detector.status(&self.endpoint, status.as_u16());
-        }
-    }
-}
-
-impl Reservation for Leg {
-    fn first_byte(&mut self) {
-        self.judge();
-        let prefill = std::mem::take(&mut self.prefill);
-        if prefill > 0 {
-            self.endpoint
-                .stats
-                .prefill_tokens
-                .fetch_sub(prefill, Relaxed);
-        }
-        if let Some(entered) = &mut self.entered {
-            entered.first_byte();
-        }
-    }
-
-    fn status(&mut self, status: StatusCode) {
-        self.status = Some(status);
-    }
-
-    fn watches_tokens(&self) -> bool {
-        let detector = self.detector.as_ref();
-        detector.is_some_and(|detector| detector.watches_tokens())
-    }
-
-    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
-        if let Some(detector) = &self.detector {
-            detector.first_token(&self.endpoint, took, uncached_tokens);
-        }
-    }
-
-    fn later_token(&mut self, waited: Duration) {
-        if let Some(detector) = &self.detector {
-            detector.later_token(&self.endpoint, waited);
-        }
-    }
-
-    fn report(&mut self, headers: &HeaderMap) {
-        // Of an engine with a feed, the feed tells more, and sooner.
-        let untold = self.endpoint.via == Via::Plain;
-        if !untold && self.weights.is_none() {
-            return;
-        }
-        match LoadReport::read(headers) {
-            Some(Ok(report)) => {
-                if let Some(weights) = &self.weights {
-                    weights.take(&self.endpoint, &report);
-                }
-                if untold {
-                    fleet::reported(&self.endpoint, &report);
-                }
-            }
-            Some(Err(error)) => {
-                tracing::debug!(endpoint = %self.endpoint.id, %error, "a load report was not taken");
-                self.stats.orca_refused.increment(1);
-            }
-            None => {}
-        }
-    }
-
-    fn finish(&mut self, broken: Option<Flag>) {
-        self.finished = true;
-        match (&self.detector, broken) {
-            (Some(detector), Some(flag)) => detector.broken(&self.endpoint, flag),
-            _ => self.judge(),
-        }
-        match broken {
-            Some(Flag::UpstreamRequestTimeout) => {
-                self.stats.upstream_rq_timeout.increment(1);
-                self.stats.upstream_rq_tx_reset.increment(1);
-            }
-            Some(Flag::UpstreamRemoteReset) => self.stats.upstream_rq_rx_reset.increment(1),
-            _ => {}
-        }
-        // No answer counts as Envoy's local reply.
-        let status = self.status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-        self.stats.completed(status.as_u16(), self.begun.elapsed());
-    }
-}
-
-impl Drop for Leg {
-    fn drop(&mut self) {
-        // One that was cancelled says nothing about its endpoint.
-        self.judged = true;
-        self.first_byte();
-        self.endpoint.stats.active.fetch_sub(1, Relaxed);
-        self.stats.upstream_rq_active.decrement(1.0);
-        if !self.finished {
-            self.stats.upstream_rq_cancelled.increment(1);
-            self.stats.upstream_rq_tx_reset.increment(1);
         }
     }
 }

@@ -214,11 +214,11 @@ pub(crate) fn asks_for_upgrade(headers: &mut HeaderMap) -> bool {
     true
 }
 
-/// Tells the upstream on which port the client came, unless somebody before us did.
-pub(crate) fn forwarded_port(headers: &mut HeaderMap, port: u16) {
-    headers
-        .entry(FORWARDED_PORT)
-        .or_insert_with(|| HeaderValue::from(port));
+/// Tells the upstream on which port the client came, unless somebody before us who is believed did.
+pub(crate) fn forwarded_port(headers: &mut HeaderMap, port: u16, believed: bool) {
+    if !believed || !headers.contains_key(FORWARDED_PORT) {
+        headers.insert(FORWARDED_PORT, HeaderValue::from(port));
+    }
 }
 
 /// A random UUID (version 4).

@@ -353,15 +353,9 @@ impl Operator {
             Self::PromptTokens => log.prompt_tokens.map_or(Value::Missing, Value::Uint),
             Self::CompletionTokens => log.completion_tokens.map_or(Value::Missing, Value::Uint),
             Self::Model => text(log.model.as_deref().unwrap_or_default()),
-            Self::RoutingDecision => log
-                .routing_decision
-                .as_deref()
-                .map_or(Value::Missing, Value::Object),
+            Self::RoutingDecision => object(log.routing_decision.as_deref()),
             Self::LocalReplyBody => Value::Bytes(entry.local_reply_body.as_bytes()),
-            Self::Disaggregation => log
-                .disaggregation
-                .as_deref()
-                .map_or(Value::Missing, Value::Object),
+            Self::Disaggregation => object(log.disaggregation.as_deref()),
             Self::Absent => Value::Missing,
         }
     }
@@ -386,6 +380,10 @@ impl Moment {
             Self::ResponseEnd => Some(entry.duration),
         }
     }
+}
+
+fn object(json: Option<&str>) -> Value<'_> {
+    json.map_or(Value::Missing, Value::Object)
 }
 
 fn text(text: &str) -> Value<'_> {

@@ -28,9 +28,16 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt},
+    time::Sleep,
+};
 
+/// A client that has ended its side may only have nothing more to say: so long it may still get its answer. Whoever has
+/// left looks the same, and what runs for it is not to run on.
+const HALF_CLOSED_GRACE: Duration = Duration::from_millis(50);
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// How HTTP on a connection ended.
@@ -62,6 +69,7 @@ pub(super) async fn serve(
         },
         upload: None,
         interim: None,
+        leaves: None,
         answering: false,
         read_closed: false,
     };
@@ -126,6 +134,8 @@ struct Connection<'a> {
     upload: Option<Feeder>,
     /// What is left to say before an answer; nothing left of it means that it is to be seen on its way.
     interim: Option<&'static [u8]>,
+    /// The client has ended its side: when that means that it has gone.
+    leaves: Option<Pin<Box<Sleep>>>,
     /// The answer has begun.
     answering: bool,
     /// Where the next request would begin is not known.
@@ -373,9 +383,12 @@ impl Connection<'_> {
         while !self.read_closed && !h1_request::has_begun(&self.client.ahead) {
             // Empty lines, if anything.
             self.client.ahead = BytesMut::new();
-            if ready!(self.client.poll_ahead(cx))? == 0 {
-                return Poll::Ready(Err(Gone));
+            if self.leaves.is_none() && ready!(self.client.poll_ahead(cx))? > 0 {
+                continue;
             }
+            let after = || Box::pin(tokio::time::sleep(HALF_CLOSED_GRACE));
+            ready!(self.leaves.get_or_insert_with(after).as_mut().poll(cx));
+            return Poll::Ready(Err(Gone));
         }
         Poll::Pending
     }

@@ -3,7 +3,7 @@
 use super::{Found, grpc};
 use crate::{tls::Stream, upstream};
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
+use http::{Request, Response, StatusCode, Uri, header, uri::Authority};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     body::Incoming,
@@ -165,6 +165,14 @@ impl Asker {
         Some(found)
     }
 
+    /// Of HTTP/2. Names of clusters need not be authorities (`outbound|80||a`, `route/a`), and our HTTP/2 sends no others.
+    fn authority(&self) -> String {
+        match self.host.parse::<Authority>() {
+            Ok(_) => self.host.clone(),
+            Err(_) => self.address.to_string(),
+        }
+    }
+
     /// `None` where the checker asks nothing.
     fn question(&self) -> Option<Request<Full<Bytes>>> {
         let (method, path) = match &self.checker {
@@ -177,7 +185,8 @@ impl Asker {
             .header(header::USER_AGENT, USER_AGENT);
         let request = if self.protocol() == UpstreamProtocol::Http2 {
             let scheme = if self.tls.is_some() { "https" } else { "http" };
-            request.uri(format!("{scheme}://{}{path}", self.host))
+            let target = Uri::builder().scheme(scheme).authority(self.authority());
+            request.uri(target.path_and_query(path).build().ok()?)
         } else {
             request.uri(path).header(header::HOST, &self.host)
         };

@@ -84,7 +84,7 @@ pub(super) fn tell(
         headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
     }
     if appends && edge.append_x_forwarded_port {
-        headers::forwarded_port(fields, connection.local.port());
+        headers::forwarded_port(fields, connection.local.port(), edge.trusted_hops > 0);
     }
     // Proxies before us that are believed say it.
     if appends && edge.trusted_hops == 0 || !seen.forwarded_proto {
@@ -115,11 +115,17 @@ fn client_cert(fields: &mut HeaderMap, seen: &Seen, config: &ClientCert, tls: Op
     };
     if config.forward == Forward::AppendForward && seen.client_cert {
         let before = fields.get_all(headers::FORWARDED_CLIENT_CERT).iter();
-        let before: Vec<&[u8]> = before.map(HeaderValue::as_bytes).collect();
-        value = [before.join(&b","[..]), value].join(&b","[..]);
+        // `connection` may have named it, and then it is gone by now.
+        let all: Vec<&[u8]> = before
+            .map(HeaderValue::as_bytes)
+            .chain([&value[..]])
+            .collect();
+        value = all.join(&b","[..]);
     }
-    if let Ok(value) = HeaderValue::from_bytes(&value) {
-        fields.insert(headers::FORWARDED_CLIENT_CERT, value);
+    match HeaderValue::from_bytes(&value) {
+        Ok(value) => drop(fields.insert(headers::FORWARDED_CLIENT_CERT, value)),
+        // A name in the certificate cannot stand in a header: nothing is told of the client, least of all by itself.
+        Err(_) => drop(fields.remove(headers::FORWARDED_CLIENT_CERT)),
     }
 }
 

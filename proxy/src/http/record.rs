@@ -143,20 +143,23 @@ impl Record {
             return;
         }
         let entry = Entry {
-            duration,
             bytes_sent: summary.bytes,
             ttft: summary.first_byte.map(|at| at.duration_since(self.started)),
             itl_p99: summary.gap_p99,
-            ..self.entry(&summary.log)
+            ..self.entry_after(duration, &summary.log)
         };
         self.logs.write(&entry, &self.captured);
     }
 
     /// What formats say of it so far.
     pub(super) fn entry<'a>(&'a self, log: &'a LogFields) -> Entry<'a> {
+        self.entry_after(self.started.elapsed(), log)
+    }
+
+    fn entry_after<'a>(&'a self, duration: Duration, log: &'a LogFields) -> Entry<'a> {
         Entry {
             start: self.start,
-            duration: self.started.elapsed(),
+            duration,
             request_duration: None,
             response_duration: Some(self.head_sent),
             method: &self.method,

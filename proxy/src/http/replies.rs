@@ -251,6 +251,11 @@ impl Manager {
         let Some(replies) = &config.local_replies else {
             return response;
         };
+        // What a route answers by itself is plain HTTP, whoever asks.
+        let shape = match shape {
+            Shape::Grpc => Shape::Envoy,
+            shape => shape,
+        };
         let verdict = replies.judge(response.status(), record, log);
         let status = verdict.status().unwrap_or(response.status());
         let (shape, text) = (verdict.shape(shape), verdict.body().unwrap_or(text));

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[command(next_help_heading = "As Envoy")]
 pub struct EnvoyFlags {
     /// Bootstrap in YAML, laid over that of the file
-    #[arg(long, value_name = "YAML", conflicts_with_all = super::OF_A_FILE)]
+    #[arg(long, value_name = "YAML", allow_hyphen_values = true, conflicts_with_all = super::OF_A_FILE)]
     pub config_yaml: Option<String>,
     /// Name of the group that this proxy belongs to; overrides the bootstrap's
     #[arg(long, value_name = "NAME")]

@@ -1,0 +1,134 @@
+//! One request on one endpoint: what it counts, and what it tells those who judge endpoints.
+
+use crate::{fleet, lb::Weights, ledger::Entered, metrics::ClusterStats, outlier::Detector};
+use http::{HeaderMap, StatusCode};
+use outrigger_filters::{
+    breakers::Held,
+    endpoints::{Endpoint, Reservation, Via},
+    error::Flag,
+};
+use outrigger_xds::orca::LoadReport;
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+/// See the module.
+pub(super) struct Leg {
+    pub(super) endpoint: Arc<Endpoint>,
+    pub(super) stats: Arc<ClusterStats>,
+    pub(super) detector: Option<Arc<Detector>>,
+    /// Who takes its load reports.
+    pub(super) weights: Option<Arc<Weights>>,
+    /// Whether outlier detection knows its status.
+    pub(super) judged: bool,
+    pub(super) entered: Option<Entered>,
+    pub(super) prefill: u64,
+    pub(super) begun: Instant,
+    pub(super) status: Option<StatusCode>,
+    pub(super) finished: bool,
+    pub(super) _held: Held,
+}
+
+impl Leg {
+    /// Not as soon as the status is there: it may be that of the proxy beside the engine.
+    fn judge(&mut self) {
+        if let (Some(detector), Some(status), false) = (&self.detector, self.status, self.judged) {
+            self.judged = true;
+            detector.status(&self.endpoint, status.as_u16());
+        }
+    }
+}
+
+impl Reservation for Leg {
+    fn first_byte(&mut self) {
+        self.judge();
+        let prefill = std::mem::take(&mut self.prefill);
+        if prefill > 0 {
+            self.endpoint
+                .stats
+                .prefill_tokens
+                .fetch_sub(prefill, Relaxed);
+        }
+        if let Some(entered) = &mut self.entered {
+            entered.first_byte();
+        }
+    }
+
+    fn status(&mut self, status: StatusCode) {
+        self.status = Some(status);
+    }
+
+    fn watches_tokens(&self) -> bool {
+        let detector = self.detector.as_ref();
+        detector.is_some_and(|detector| detector.watches_tokens())
+    }
+
+    fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        if let Some(detector) = &self.detector {
+            detector.first_token(&self.endpoint, took, uncached_tokens);
+        }
+    }
+
+    fn later_token(&mut self, waited: Duration) {
+        if let Some(detector) = &self.detector {
+            detector.later_token(&self.endpoint, waited);
+        }
+    }
+
+    fn report(&mut self, headers: &HeaderMap) {
+        // Of an engine with a feed, the feed tells more, and sooner.
+        let untold = self.endpoint.via == Via::Plain;
+        if !untold && self.weights.is_none() {
+            return;
+        }
+        match LoadReport::read(headers) {
+            Some(Ok(report)) => {
+                if let Some(weights) = &self.weights {
+                    weights.take(&self.endpoint, &report);
+                }
+                if untold {
+                    fleet::reported(&self.endpoint, &report);
+                }
+            }
+            Some(Err(error)) => {
+                tracing::debug!(endpoint = %self.endpoint.id, %error, "a load report was not taken");
+                self.stats.orca_refused.increment(1);
+            }
+            None => {}
+        }
+    }
+
+    fn finish(&mut self, broken: Option<Flag>) {
+        self.finished = true;
+        match (&self.detector, broken) {
+            (Some(detector), Some(flag)) => detector.broken(&self.endpoint, flag),
+            _ => self.judge(),
+        }
+        match broken {
+            Some(Flag::UpstreamRequestTimeout) => {
+                self.stats.upstream_rq_timeout.increment(1);
+                self.stats.upstream_rq_tx_reset.increment(1);
+            }
+            Some(Flag::UpstreamRemoteReset) => self.stats.upstream_rq_rx_reset.increment(1),
+            _ => {}
+        }
+        // No answer counts as Envoy's local reply.
+        let status = self.status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+        self.stats.completed(status.as_u16(), self.begun.elapsed());
+    }
+}
+
+impl Drop for Leg {
+    fn drop(&mut self) {
+        // One that was cancelled says nothing about its endpoint.
+        self.judged = true;
+        self.first_byte();
+        self.endpoint.stats.active.fetch_sub(1, Relaxed);
+        self.stats.upstream_rq_active.decrement(1.0);
+        if !self.finished {
+            self.stats.upstream_rq_cancelled.increment(1);
+            self.stats.upstream_rq_tx_reset.increment(1);
+        }
+    }
+}
