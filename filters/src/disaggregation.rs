@@ -14,7 +14,7 @@ mod rule;
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Want},
-    error::{Error, Origin},
+    error::{Error, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
     services::Services,
@@ -366,12 +366,18 @@ impl Split<'_> {
                 error: None,
                 at,
             }),
-            Err(error) => Err(Failure {
-                leg: "decode",
-                reason: "failed",
-                error: Some(Box::new(error)),
-                at,
-            }),
+            Err(error) => {
+                // A stale connection may have taken all of it.
+                if error.retry == Retry::NothingSent && !error.stale {
+                    loan.not_sent();
+                }
+                Err(Failure {
+                    leg: "decode",
+                    reason: "failed",
+                    error: Some(Box::new(error)),
+                    at,
+                })
+            }
         }
     }
 
