@@ -7,6 +7,7 @@
 
 mod loan;
 mod nixl;
+mod pull;
 mod record;
 mod repair;
 mod rule;
@@ -348,37 +349,40 @@ impl Split<'_> {
         let answer = self.next.run(request, &mut leg).await;
         context.deaths = leg.deaths;
         let at = leg.log.upstream_host.clone();
-        match answer {
-            Ok(response) if response.status().is_success() => {
-                let ranked = std::mem::take(&mut context.ranked);
-                let id = context.request_id.clone();
-                context.adopt(leg);
-                // Places in the ranking mean something to who made it.
-                context.ranked = ranked;
-                context.request_id = id;
-                context.log.hit_tokens_predicted = predicted;
-                self.record.decoded(at);
-                Ok(repair::usage(response, loan.cached()))
-            }
-            Ok(_) => Err(Failure {
-                leg: "decode",
-                reason: "refused",
-                error: None,
-                at,
-            }),
+        let failed = |reason, error| Failure {
+            leg: "decode",
+            reason,
+            error,
+            at: at.clone(),
+        };
+        let response = match answer {
+            Ok(response) => response,
             Err(error) => {
                 // A stale connection may have taken all of it.
                 if error.retry == Retry::NothingSent && !error.stale {
                     loan.not_sent();
                 }
-                Err(Failure {
-                    leg: "decode",
-                    reason: "failed",
-                    error: Some(Box::new(error)),
-                    at,
-                })
+                return Err(failed("failed", Some(Box::new(error))));
             }
+        };
+        if !response.status().is_success() {
+            return Err(failed("refused", None));
         }
+        let response = Box::pin(pull::begun(response)).await;
+        let response = response.map_err(|reason| {
+            // It broke before its first token, which may be due to the request.
+            context.deaths += u32::from(reason == "failed");
+            failed(reason, None)
+        })?;
+        let ranked = std::mem::take(&mut context.ranked);
+        let id = context.request_id.clone();
+        context.adopt(leg);
+        // Places in the ranking mean something to who made it.
+        context.ranked = ranked;
+        context.request_id = id;
+        context.log.hit_tokens_predicted = predicted;
+        self.record.decoded(at);
+        Ok(repair::usage(response, loan.cached()))
     }
 
     /// All of it at one engine, as if nobody had thought of splitting it.
