@@ -7,6 +7,7 @@
 
 mod loan;
 mod nixl;
+mod pull;
 mod record;
 mod repair;
 mod rule;
@@ -14,14 +15,14 @@ mod rule;
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Want},
-    error::{Error, Origin},
+    error::{Error, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
     services::Services,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header};
 use loan::Loan;
-use outrigger_xds::report::EngineId;
+use outrigger_xds::report::{EngineId, Role};
 use record::Record;
 pub use rule::Mode;
 use rule::{Pace, Rule};
@@ -158,11 +159,8 @@ impl Disaggregation {
             return None;
         }
         let view = self.services.endpoints.view(&context.route.cluster)?;
-        let has_role = |part: Part| {
-            let suits = |endpoint: &Arc<Endpoint>| part.suits(endpoint.role());
-            view.endpoints.iter().any(suits)
-        };
-        (has_role(Part::Prefill) || has_role(Part::Decode)).then_some(view)
+        let has_role = |endpoint: &Arc<Endpoint>| endpoint.role() != Role::Both;
+        view.endpoints.iter().any(has_role).then_some(view)
     }
 
     fn explain(
@@ -216,7 +214,9 @@ impl Split<'_> {
         {
             return Err(*error);
         }
-        self.whole(request, context, failure.at).await
+        // Who failed at prefill is not asked for tokens anyway, unless nobody else is there.
+        let failed = failure.at.filter(|_| failure.leg == "decode");
+        self.whole(request, context, failed).await
     }
 
     async fn legs(
@@ -238,11 +238,13 @@ impl Split<'_> {
             let endpoint = &ranked.endpoint;
             part.suits(endpoint.role()) && endpoint.is_alive()
         };
+        let avoided = |endpoint: &Endpoint| context.avoid.as_ref() == Some(&endpoint.id);
         let mut ranked = context.ranked.iter().filter(usable);
-        let fresh = ranked
+        let mut others = ranked.clone().filter(|ranked| !avoided(&ranked.endpoint));
+        let fresh = others
             .clone()
             .find(|ranked| !ranked.endpoint.is_inhibited());
-        if let Some(ranked) = fresh.or_else(|| ranked.next()) {
+        if let Some(ranked) = fresh.or_else(|| others.next()).or_else(|| ranked.next()) {
             return Some(ranked.clone());
         }
         let openai = context.openai.as_deref();
@@ -250,6 +252,9 @@ impl Split<'_> {
             .view
             .candidates(openai.and_then(|openai| openai.model.as_deref()));
         part.keep_suited(&mut candidates);
+        if candidates.iter().any(|endpoint| !avoided(endpoint)) {
+            candidates.retain(|endpoint| !avoided(endpoint));
+        }
         let endpoints = &self.filter.services.endpoints;
         let index = endpoints.choose(self.view, &candidates, None)?;
         Some(crate::router::attempt::target(candidates[index].clone()))
@@ -290,7 +295,9 @@ impl Split<'_> {
             return Err(none("prefill"));
         }
         let body = nixl::prefill(head).ok_or_else(|| none("body"))?;
-        let request = head.request(RequestBody::joined(body.0, body.1), &leg.request_id);
+        let mut request = head.request(RequestBody::joined(body.0, body.1), &leg.request_id);
+        // We read the answer ourselves, and as plain text.
+        request.headers_mut().remove(header::ACCEPT_ENCODING);
         let limit = Duration::from_millis(self.filter.config.prefill_timeout_ms);
         let begun = std::time::Instant::now();
         let answer = tokio::time::timeout(limit, self.next.run(request, &mut leg)).await;
@@ -342,31 +349,40 @@ impl Split<'_> {
         let answer = self.next.run(request, &mut leg).await;
         context.deaths = leg.deaths;
         let at = leg.log.upstream_host.clone();
-        match answer {
-            Ok(response) if response.status().is_success() => {
-                let ranked = std::mem::take(&mut context.ranked);
-                let id = context.request_id.clone();
-                context.adopt(leg);
-                // Places in the ranking mean something to who made it.
-                context.ranked = ranked;
-                context.request_id = id;
-                context.log.hit_tokens_predicted = predicted;
-                self.record.decoded(at);
-                Ok(repair::usage(response, loan.cached()))
+        let failed = |reason, error| Failure {
+            leg: "decode",
+            reason,
+            error,
+            at: at.clone(),
+        };
+        let response = match answer {
+            Ok(response) => response,
+            Err(error) => {
+                // A stale connection may have taken all of it.
+                if error.retry == Retry::NothingSent && !error.stale {
+                    loan.not_sent();
+                }
+                return Err(failed("failed", Some(Box::new(error))));
             }
-            Ok(_) => Err(Failure {
-                leg: "decode",
-                reason: "refused",
-                error: None,
-                at,
-            }),
-            Err(error) => Err(Failure {
-                leg: "decode",
-                reason: "failed",
-                error: Some(Box::new(error)),
-                at,
-            }),
+        };
+        if !response.status().is_success() {
+            return Err(failed("refused", None));
         }
+        let response = Box::pin(pull::begun(response)).await;
+        let response = response.map_err(|reason| {
+            // It broke before its first token, which may be due to the request.
+            context.deaths += u32::from(reason == "failed");
+            failed(reason, None)
+        })?;
+        let ranked = std::mem::take(&mut context.ranked);
+        let id = context.request_id.clone();
+        context.adopt(leg);
+        // Places in the ranking mean something to who made it.
+        context.ranked = ranked;
+        context.request_id = id;
+        context.log.hit_tokens_predicted = predicted;
+        self.record.decoded(at);
+        Ok(repair::usage(response, loan.cached()))
     }
 
     /// All of it at one engine, as if nobody had thought of splitting it.

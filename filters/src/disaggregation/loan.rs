@@ -3,12 +3,14 @@
 //! An engine does not check for which prompt blocks were computed: whoever takes them a second time, or for another
 //! prompt, gets wrong text with status 200. So what names them cannot be cloned, and its body can be sent once. If the
 //! client leaves before they were taken, they are taken by a leg that nobody waits for, since only that frees them
-//! before their lease ends. Once the decode leg's body was touched nothing is sent again: that engine frees them.
+//! before their lease ends. Once the decode leg's body was touched nothing is sent again, for that engine frees them, unless
+//! it is known that it reached no engine.
 
 use super::{Head, leg, nixl};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::Part,
+    error::Flag,
     filter::{Chain, Context, Next},
 };
 use bytes::{Bytes, BytesMut};
@@ -19,7 +21,10 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicU8, AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
     },
     task::{Context as Task, Poll},
     time::Duration,
@@ -34,6 +39,28 @@ pub(super) const RELEASE_SECONDS_MAX: u64 = 10;
 
 static RELEASES: AtomicUsize = AtomicUsize::new(0);
 
+/// Nobody took the blocks.
+const FREE: u8 = 0;
+/// The body of a decode leg was touched: its engine may take them.
+const SENT: u8 = 1;
+/// They are being given back.
+const RELEASED: u8 = 2;
+
+/// Who has the blocks: whoever finds them free, and nobody after that.
+#[derive(Debug, Default)]
+struct Taken(AtomicU8);
+
+impl Taken {
+    /// Whether they went from one state to the other here and now.
+    fn turn(&self, from: u8, to: u8) -> bool {
+        self.0.compare_exchange(from, to, AcqRel, Acquire).is_ok()
+    }
+
+    fn is(&self, state: u8) -> bool {
+        self.0.load(Acquire) == state
+    }
+}
+
 /// Blocks on loan, from the head of the prefill leg's answer on.
 pub(super) struct Loan(Option<Terms>);
 
@@ -45,8 +72,8 @@ struct Terms {
     body: Option<ResponseBody>,
     read: BytesMut,
     answer: Option<nixl::Answer>,
-    /// Whether the decode leg's body was touched.
-    taken: Arc<AtomicBool>,
+    /// Who has the blocks.
+    taken: Arc<Taken>,
 }
 
 impl Loan {
@@ -81,7 +108,15 @@ impl Loan {
         let terms = self.0.as_ref()?;
         let answer = terms.answer.as_ref()?;
         let parts = nixl::decode(&terms.head, &answer.params)?;
-        Some(terms.head.request(terms.once(parts), id))
+        let body = once(parts, terms.taken.clone());
+        Some(terms.head.request(body, id))
+    }
+
+    /// The decode leg failed before any engine had its request, although its body was touched.
+    pub(super) fn not_sent(&self) {
+        if let Some(terms) = &self.0 {
+            terms.taken.turn(SENT, FREE);
+        }
     }
 }
 
@@ -91,7 +126,7 @@ impl Drop for Loan {
             return;
         };
         let open = terms.body.is_some() || terms.answer.is_some();
-        if !open || terms.taken.load(Relaxed) {
+        if !open || !terms.taken.turn(FREE, RELEASED) {
             return;
         }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
@@ -139,14 +174,6 @@ impl Terms {
         self.answer.as_ref().map(|_| ()).ok_or("no_params")
     }
 
-    fn once(&self, (first, more): (Bytes, Bytes)) -> RequestBody {
-        let body = Once {
-            pieces: [first, more],
-            taken: self.taken.clone(),
-        };
-        RequestBody::boxed(body.boxed_unsync())
-    }
-
     /// Takes the blocks for nobody.
     async fn release(mut self) -> &'static str {
         if self.read().await.is_err() {
@@ -157,7 +184,8 @@ impl Terms {
         let Some(parts) = parts else {
             return "nothing";
         };
-        let body = self.once(parts);
+        // Of its own: the other leg's says that they are no longer free.
+        let body = once(parts, Arc::default());
         let mut context = std::mem::take(&mut self.template);
         let request = self.head.request(body, &context.request_id);
         match Next::new(&self.chain).run(request, &mut context).await {
@@ -171,6 +199,15 @@ impl Terms {
             Err(_) => "failed",
         }
     }
+}
+
+fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
+    let body = Once {
+        pieces: [first, more],
+        taken,
+        touched: false,
+    };
+    RequestBody::boxed(body.boxed_unsync())
 }
 
 /// Counts one release until dropped.
@@ -193,7 +230,8 @@ impl Drop for Counted {
 /// A body that cannot be sent twice, and says when it was touched.
 struct Once {
     pieces: [Bytes; 2],
-    taken: Arc<AtomicBool>,
+    taken: Arc<Taken>,
+    touched: bool,
 }
 
 impl Body for Once {
@@ -204,7 +242,16 @@ impl Body for Once {
         mut self: Pin<&mut Self>,
         _cx: &mut Task<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        self.taken.store(true, Relaxed);
+        // Once touched it goes on while nobody gave them up: a connection that failed may still hold it.
+        let ours = match self.touched {
+            true => self.taken.is(SENT),
+            false => self.taken.turn(FREE, SENT),
+        };
+        if !ours {
+            let error = BodyError::new(Flag::LocalReset, "its blocks were given back");
+            return Poll::Ready(Some(Err(error)));
+        }
+        self.touched = true;
         let piece = self.pieces.iter_mut().find(|piece| !piece.is_empty());
         Poll::Ready(piece.map(|piece| Ok(Frame::data(std::mem::take(piece)))))
     }
@@ -215,5 +262,30 @@ impl Body for Once {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.pieces.iter().map(Bytes::len).sum::<usize>() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(taken: &Arc<Taken>) -> Once {
+        Once {
+            pieces: [Bytes::from_static(b"a"), Bytes::from_static(b"b")],
+            taken: taken.clone(),
+            touched: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn blocks_are_sent_or_given_back_but_not_both() {
+        let taken = Arc::new(Taken::default());
+        let mut sent = body(&taken);
+        assert!(sent.frame().await.unwrap().is_ok());
+        assert!(!taken.turn(FREE, RELEASED), "an engine may have them");
+        assert!(body(&taken).frame().await.unwrap().is_err(), "a second leg");
+        assert!(taken.turn(SENT, FREE) && taken.turn(FREE, RELEASED));
+        assert!(sent.frame().await.unwrap().is_err(), "a late connection");
+        assert!(body(&taken).frame().await.unwrap().is_err());
     }
 }

@@ -159,6 +159,8 @@ fn of_request(openai: &OpenAiRequest) -> Option<&'static str> {
         _ if openai.one_engine || body.starts_with(b"{\"kv_transfer_params\"") => {
             Some("one_engine")
         }
+        // What `truncate_prompt_tokens` leaves of a prompt depends on `max_tokens`, of which the legs have two.
+        _ if openai.flags.opaque => Some("opaque"),
         Prompt::Messages | Prompt::Text | Prompt::TokenIds => None,
     }
 }
@@ -171,5 +173,25 @@ fn prompt_tokens(context: &Context) -> u64 {
     match context.prompt.tokens {
         0 => estimated(),
         known => known,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    #[test]
+    fn prompts_that_the_engine_cuts_stay_whole() {
+        let mut openai = OpenAiRequest {
+            api: Api::Completions,
+            model: Some("m".into()),
+            prompt: Prompt::Text,
+            body: Some(Bytes::from_static(b"{}")),
+            ..OpenAiRequest::default()
+        };
+        assert_eq!(of_request(&openai), None);
+        openai.flags.opaque = true;
+        assert_eq!(of_request(&openai), Some("opaque"));
     }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Reservation, SendOptions, Via},
+    endpoints::{ClusterView, Endpoint, Part, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
     filter::{AutoHost, Context, Ranked},
     local_reply,
@@ -398,7 +398,12 @@ impl<'a> Attempt<'a> {
         let told = context.prompt.tokens;
         let openai = context.openai.as_ref().filter(|_| told == 0);
         let tokens = openai.map_or(told, |openai| openai.estimated_prompt_tokens());
-        tokens.saturating_sub(self.target.hit_tokens.unwrap_or(0))
+        // The blocks of a decode leg were computed elsewhere.
+        let hits = match context.part {
+            Part::Decode => tokens,
+            _ => self.target.hit_tokens.unwrap_or(0),
+        };
+        tokens.saturating_sub(hits)
     }
 
     /// Waits for the first event of a stream, while another engine can still take over unnoticed.
