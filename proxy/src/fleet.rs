@@ -437,17 +437,23 @@ fn take_load(endpoint: &Endpoint, load: Load) {
     }));
 }
 
+/// No engine runs or queues more requests than this.
+const REPORTED_MAX: f64 = 1e6;
+
 /// A load report of an endpoint that no feed tells of: all that routing can know of its load.
 pub fn reported(endpoint: &Endpoint, told: &LoadReport) {
-    let named = |name: &str| told.named_metrics.get(name).copied();
+    let named = |name: &str| {
+        let value = told.named_metrics.get(name).copied();
+        value.filter(|value| value.is_finite())
+    };
     let running = named("num_requests_running");
     let waiting = named("num_requests_waiting");
     let kv_usage = named("kv_cache_usage_perc");
     if running.or(waiting).or(kv_usage).is_none() {
         return;
     }
-    // Numbers of a stranger: what is no count becomes one.
-    let count = |number: Option<f64>| number.unwrap_or(0.0) as u64;
+    // Numbers of a stranger: what is no count becomes one, and sums of counts stay in range.
+    let count = |number: Option<f64>| number.unwrap_or(0.0).clamp(0.0, REPORTED_MAX) as u64;
     let load = Load {
         running: count(running),
         waiting: count(waiting),
