@@ -44,7 +44,7 @@ pub struct ClusterView {
     pub override_host: Arc<[HeaderName]>,
     /// How much of it may be in use.
     pub breakers: Arc<Breakers>,
-    /// A peer is configured that has not told of any engine.
+    /// A peer is configured whose feed was not heard yet.
     pub silent_peer: bool,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
@@ -61,16 +61,16 @@ impl ClusterView {
             .filter(|endpoint| endpoint.is_alive())
             .cloned()
             .collect();
+        // The model first: an engine that is ejected, but has it, can do more than one that is well and has not.
+        if let Some(model) = model
+            && alive.iter().any(|endpoint| endpoint.serves(model))
+        {
+            alive.retain(|endpoint| endpoint.serves(model));
+        }
         if !self.even {
             self.keep_preferred(&mut alive);
         }
-        let Some(model) = model else { return alive };
-        let serving: Vec<_> = alive
-            .iter()
-            .filter(|endpoint| endpoint.serves(model))
-            .cloned()
-            .collect();
-        if serving.is_empty() { alive } else { serving }
+        alive
     }
 
     /// Takes out those that a health check, outlier detection or configuration speaks against, as long as others are left.

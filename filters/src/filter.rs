@@ -192,6 +192,8 @@ pub struct Context {
     pub only: Option<Arc<Endpoint>>,
     /// The response that it creates is to tell its engine by its id.
     pub tells_owner: bool,
+    /// The same request was sent before, to be answered by another: mirrors and counts of requests have it already.
+    pub again: bool,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
     /// Engines that broke with this request before its response began.
@@ -234,6 +236,7 @@ impl Context {
             place: None,
             only: self.only.clone(),
             tells_owner: self.tells_owner,
+            again: self.again,
             avoid: self.avoid.clone(),
             deaths: self.deaths,
             deaths_max: self.deaths_max,

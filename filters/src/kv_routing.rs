@@ -122,11 +122,11 @@ impl HttpFilter for KvRouting {
             let mut flight = None;
             match decided {
                 Ok((how, begun)) => {
-                    metrics::counter!("outrigger_routing_total", "how" => how).increment(1);
+                    count(how, context);
                     flight = begun;
                 }
                 Err(reason) => {
-                    metrics::counter!("outrigger_routing_total", "how" => "load").increment(1);
+                    count("load", context);
                     metrics::counter!("outrigger_routing_fallback_total", "reason" => reason)
                         .increment(1);
                 }
@@ -140,6 +140,13 @@ impl HttpFilter for KvRouting {
             self.explain(response.headers_mut(), context);
             Ok(response)
         })
+    }
+}
+
+/// How a request was routed; one that is sent again was counted.
+fn count(how: &'static str, context: &Context) {
+    if !context.again {
+        metrics::counter!("outrigger_routing_total", "how" => how).increment(1);
     }
 }
 

@@ -80,7 +80,7 @@ impl HttpFilter for Router {
             if let Some(heads) = &context.heads {
                 heads.request(&mut request, &context.log);
             }
-            if !context.route.mirrors.is_empty() {
+            if !context.again && !context.route.mirrors.is_empty() {
                 mirror::send(&self.services, &request, context);
             }
             let mut walk = Walk::new(self, &view, context, &request);

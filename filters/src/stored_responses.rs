@@ -100,11 +100,12 @@ impl HttpFilter for StoredResponses {
                     next.run(request, context).await
                 }
                 Owner::Here(_) | Owner::Silent => Err(unavailable(&id)),
-                Owner::Gone => Err(gone(&id)),
-                Owner::Untold => {
+                // Marks may be of a fleet under other names: somebody may hold it all the same.
+                owner @ (Owner::Gone | Owner::Untold) => {
+                    let gone = matches!(owner, Owner::Gone).then_some(&*id);
                     let model = openai.model.as_deref();
                     let candidates = self.candidates(&view, model);
-                    search(candidates, request, context, next).await
+                    search(candidates, gone, request, context, next).await
                 }
             }
         })
@@ -156,10 +157,11 @@ impl StoredResponses {
     }
 }
 
-/// Asks one after the other until one knows the response. If none does, the last one's own words go to the client; but if
-/// one of them could not be asked, nobody can say that it does not exist.
+/// Asks one after the other until one knows the response. If none does, the words of the one that knew most go to the
+/// client, or that its owner is `gone`; but if one of them could not answer, nobody can say that it does not exist.
 async fn search(
     candidates: Vec<Arc<Endpoint>>,
+    gone: Option<&str>,
     mut request: Request<RequestBody>,
     context: &mut Context,
     next: Next<'_>,
@@ -169,31 +171,45 @@ async fn search(
     if matches!(whole, ReadOutcome::TooLarge) || candidates.is_empty() {
         return next.run(request, context).await;
     }
-    let mut denied = None;
+    let mut denied: Option<(Response<ResponseBody>, Context)> = None;
     let mut failed = None;
-    for endpoint in candidates {
+    for (number, endpoint) in candidates.into_iter().enumerate() {
         let mut attempt = context.fork();
         attempt.attempt = context.attempt;
         attempt.log = context.log.clone();
         attempt.only = Some(endpoint);
-        match next.run(again(&request), &mut attempt).await {
-            Ok(response) if is_unknown(response.status()) => denied = Some((response, attempt)),
-            Ok(response) => {
+        attempt.again |= number > 0;
+        let response = match next.run(again(&request), &mut attempt).await {
+            Ok(response) => response,
+            Err(error) => {
+                failed = Some((Err(error), attempt));
+                continue;
+            }
+        };
+        match Verdict::of(response.status()) {
+            Verdict::Found => {
                 count("found");
                 context.adopt(attempt);
                 return Ok(response);
             }
-            Err(error) => failed = Some((error, attempt)),
+            Verdict::Failed => failed = Some((Ok(response), attempt)),
+            // Who refuses what is asked of a response has it, maybe; who has not got it says nothing of it.
+            Verdict::Denied if is_known(denied.as_ref()) => {}
+            Verdict::Denied => denied = Some((response, attempt)),
         }
     }
-    if let Some((error, attempt)) = failed {
+    if let Some((outcome, attempt)) = failed {
         count("unanswered");
         context.adopt(attempt);
-        return Err(error);
+        return outcome;
     }
-    count("unknown");
+    let is_unknown = !is_known(denied.as_ref());
     let (response, attempt) = denied.ok_or_else(Error::no_healthy_upstream)?;
     context.adopt(attempt);
+    if let Some(id) = gone.filter(|_| is_unknown) {
+        return Err(owner_gone(id));
+    }
+    count("unknown");
     Ok(response)
 }
 
@@ -216,12 +232,36 @@ fn again(request: &Request<RequestBody>) -> Request<RequestBody> {
     copy
 }
 
-/// An engine that has not got the response, or has no such endpoint.
-fn is_unknown(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED
-    )
+/// What the status of one that was asked says.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Found,
+    /// It could not tell.
+    Failed,
+    /// It has not got the response, has no such endpoint, or will not do what is asked.
+    Denied,
+}
+
+impl Verdict {
+    fn of(status: StatusCode) -> Self {
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            return Self::Failed;
+        }
+        if status.is_client_error() {
+            return Self::Denied;
+        }
+        Self::Found
+    }
+}
+
+/// Whether it was denied in other words than that it is not there.
+fn is_known(denied: Option<&(Response<ResponseBody>, Context)>) -> bool {
+    denied.is_some_and(|(response, _)| {
+        !matches!(
+            response.status(),
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED
+        )
+    })
 }
 
 fn count(outcome: &'static str) {
@@ -243,7 +283,7 @@ fn unavailable(id: &str) -> Error {
 }
 
 /// Its engine is no part of the fleet any more, and what it held is lost.
-fn gone(id: &str) -> Error {
+fn owner_gone(id: &str) -> Error {
     count("owner_gone");
     Error::new(
         Origin::Downstream,
@@ -252,4 +292,29 @@ fn gone(id: &str) -> Error {
         "response_owner_gone",
         format!("Response with id '{id}' not found: the engine that held it has left the fleet."),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_answer_ends_a_search() {
+        for (status, verdict) in [
+            (200, Verdict::Found),
+            (202, Verdict::Found),
+            (304, Verdict::Found),
+            (400, Verdict::Denied),
+            (401, Verdict::Denied),
+            (404, Verdict::Denied),
+            (405, Verdict::Denied),
+            (429, Verdict::Failed),
+            (500, Verdict::Failed),
+            (501, Verdict::Failed),
+            (503, Verdict::Failed),
+        ] {
+            let told = Verdict::of(StatusCode::from_u16(status).unwrap());
+            assert_eq!(told, verdict, "{status}");
+        }
+    }
 }

@@ -316,7 +316,7 @@ impl Clusters {
                 way.protocol = UpstreamProtocol::Http2;
                 // A peer that is no good is none of its engines' fault, but there is no other way to them.
                 let behind = self.fleet.behind(&way);
-                silent_peer |= behind.is_empty();
+                silent_peer |= behind.is_empty() && !self.fleet.has_told(way.address);
                 endpoints.extend(behind);
                 continue;
             }

@@ -120,6 +120,8 @@ pub struct Fleet {
     /// Tokens in a canonical block of the index.
     block_tokens: usize,
     known: Mutex<AHashMap<EngineId, Known>>,
+    /// Peers whose feeds told all they had at least once, be it nothing.
+    told: Mutex<AHashSet<Address>>,
     /// Counts changes of membership; views are rebuilt when it moves.
     changed: watch::Sender<u64>,
 }
@@ -132,12 +134,23 @@ impl Fleet {
             index,
             block_tokens,
             known: Mutex::default(),
+            told: Mutex::default(),
             changed: watch::Sender::new(0),
         })
     }
 
     fn known(&self) -> MutexGuard<'_, AHashMap<EngineId, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn told(&self) -> MutexGuard<'_, AHashSet<Address>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a peer's feed was heard: that no engine is known behind it means that it has none.
+    #[must_use]
+    pub fn has_told(&self, peer: &Address) -> bool {
+        self.told().contains(peer)
     }
 
     /// Moves when membership changes.
@@ -412,12 +425,18 @@ impl Fleet {
         if gone > 0 {
             tracing::info!(?source, gone, "engines are no longer told of");
         }
+        if let Source::Peer(peer) = source
+            && self.told().insert(peer.clone())
+        {
+            self.changed.send_modify(|count| *count += 1);
+        }
     }
 
     /// A peer was taken out of the configuration: its engines are no longer known.
     pub fn dismiss(&self, peer: &Address) {
         let source = Source::Peer(peer.clone());
         self.retain(|_, known| known.source != source);
+        self.told().remove(peer);
     }
 }
 
@@ -437,17 +456,23 @@ fn take_load(endpoint: &Endpoint, load: Load) {
     }));
 }
 
+/// No engine runs or queues more requests than this.
+const REPORTED_MAX: f64 = 1e6;
+
 /// A load report of an endpoint that no feed tells of: all that routing can know of its load.
 pub fn reported(endpoint: &Endpoint, told: &LoadReport) {
-    let named = |name: &str| told.named_metrics.get(name).copied();
+    let named = |name: &str| {
+        let value = told.named_metrics.get(name).copied();
+        value.filter(|value| value.is_finite())
+    };
     let running = named("num_requests_running");
     let waiting = named("num_requests_waiting");
     let kv_usage = named("kv_cache_usage_perc");
     if running.or(waiting).or(kv_usage).is_none() {
         return;
     }
-    // Numbers of a stranger: what is no count becomes one.
-    let count = |number: Option<f64>| number.unwrap_or(0.0) as u64;
+    // Numbers of a stranger: what is no count becomes one, and sums of counts stay in range.
+    let count = |number: Option<f64>| number.unwrap_or(0.0).clamp(0.0, REPORTED_MAX) as u64;
     let load = Load {
         running: count(running),
         waiting: count(waiting),
@@ -581,7 +606,12 @@ mod tests {
         };
         assert!(fleet.apply(&peer(1), healthy("moves")));
         assert!(fleet.apply(&peer(2), healthy("moves")), "a conflict");
+        let Source::Peer(first) = peer(1) else {
+            unreachable!()
+        };
+        assert!(!fleet.has_told(&first));
         fleet.retain_named(&peer(1), &named(&[]));
+        assert!(fleet.has_told(&first));
         let load = message("moves", FeedBody::Load(Default::default()));
         assert!(!fleet.apply(&peer(2), load), "its state is not known");
         assert!(fleet.apply(&peer(2), healthy("moves")));

@@ -332,13 +332,17 @@ impl Detector {
         endpoint.host.record.later_tokens.note(waited);
     }
 
-    /// Ejects those that are slow, but never the last one: a slow answer is better than none.
+    /// Ejects those that are slow, but never the last one that serves its models: a slow answer is better than none.
     fn compare_latency(&self, endpoints: &[Arc<Endpoint>]) {
         let Some(config) = &self.config.latency else {
             return;
         };
         for (endpoint, kind) in latency::slow(config, endpoints) {
-            if self.hosts.load(Relaxed) <= self.ejections.active.load(Relaxed) + 1 {
+            // Its first tokens came late, too.
+            if is_ejected(&endpoint.host) {
+                continue;
+            }
+            if !latency::has_stand_in(endpoint, endpoints) {
                 self.count(kind.counters().0);
                 self.count("envoy_cluster_outlier_detection_ejections_overflow");
                 continue;
@@ -450,6 +454,7 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outrigger_xds::report::{EngineState, Model};
     use outrigger_xds::resource::latency_monitor::LatencyMonitor;
 
     fn config() -> OutlierDetection {
@@ -740,6 +745,46 @@ mod tests {
         }
         detector.look(&endpoints);
         assert_eq!(ejected(&endpoints), [0]);
+    }
+
+    #[test]
+    fn latencies_are_compared_among_endpoints_that_serve_the_same_models() {
+        let config = OutlierDetection {
+            latency: Some(LatencyMonitor {
+                request_volume: 10,
+                ..LatencyMonitor::default()
+            }),
+            max_ejection_percent: 100,
+            ..config()
+        };
+        // Two small ones, one of them slow, and a large one that is slower than both.
+        let spec = [
+            ("small", 20, false),
+            ("small", 2_000, false),
+            ("large", 9_000, false),
+        ];
+        let alone = [("a", 20, false), ("b", 9_000, false), ("b", 20, true)];
+        for (spec, wanted) in [(spec, vec![1]), (alone, vec![2])] {
+            let (detector, endpoints) = case(&config, spec.len());
+            for (endpoint, (model, waited, out)) in endpoints.iter().zip(spec) {
+                let mut live = (**endpoint.live.load()).clone();
+                let model = Model {
+                    id: model.into(),
+                    ..Model::default()
+                };
+                live.state = Arc::new(EngineState {
+                    models: vec![model],
+                    ..EngineState::default()
+                });
+                endpoint.live.store(Arc::new(live));
+                for _ in 0..10 {
+                    detector.later_token(endpoint, Duration::from_millis(waited));
+                }
+                (0..if out { 3 } else { 0 }).for_each(|_| detector.status(endpoint, 500));
+            }
+            detector.look(&endpoints);
+            assert_eq!(ejected(&endpoints), wanted);
+        }
     }
 
     #[test]

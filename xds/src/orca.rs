@@ -133,7 +133,7 @@ impl LoadReport {
             .decode(base64.trim_ascii())
             .map_err(|error| unreadable(&error))?;
         let wire = OrcaLoadReport::decode(&bytes[..]).map_err(|error| unreadable(&error))?;
-        Ok(Self {
+        let report = Self {
             cpu_utilization: wire.cpu_utilization,
             mem_utilization: wire.mem_utilization,
             application_utilization: wire.application_utilization,
@@ -142,7 +142,25 @@ impl LoadReport {
             named_metrics: wire.named_metrics,
             utilization: wire.utilization,
             request_cost: wire.request_cost,
-        })
+        };
+        if !report.is_finite() {
+            return Err(ReportError::Metric("not finite".into()));
+        }
+        Ok(report)
+    }
+
+    /// Text is checked as it is read, and JSON knows finite numbers only.
+    fn is_finite(&self) -> bool {
+        let fields = [
+            self.cpu_utilization,
+            self.mem_utilization,
+            self.application_utilization,
+            self.rps_fractional,
+            self.eps,
+        ];
+        let maps = [&self.named_metrics, &self.utilization, &self.request_cost];
+        let named = maps.into_iter().flat_map(BTreeMap::values);
+        fields.iter().chain(named).all(|value| value.is_finite())
     }
 
     /// Where the metric of this name stands.
@@ -300,6 +318,24 @@ mod tests {
         }
         let long = format!("TEXT {}eps=1", " ".repeat(REPORT_BYTES_MAX));
         assert_eq!(read(HEADER, &long), Err(ReportError::TooLong));
+    }
+
+    #[test]
+    fn binary_numbers_that_are_not_finite_are_refused() {
+        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let named = OrcaLoadReport {
+                named_metrics: BTreeMap::from([("a".to_owned(), value)]),
+                ..OrcaLoadReport::default()
+            };
+            let field = OrcaLoadReport {
+                eps: value,
+                ..OrcaLoadReport::default()
+            };
+            for wire in [named, field] {
+                let base64 = BASE64.encode(wire.encode_to_vec());
+                assert!(read(BINARY_HEADER, &base64).is_err(), "{value}");
+            }
+        }
     }
 
     #[test]

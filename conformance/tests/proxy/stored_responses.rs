@@ -321,7 +321,7 @@ async fn an_owner_that_is_dead_or_gone_is_named_and_nobody_stands_in() {
                 .contains("left the fleet")
         );
         assert_eq!(error["code"], 404);
-        assert_eq!(reply.header(ENDPOINT), "", "nobody was asked");
+        assert_eq!(reply.header(ENDPOINT), "", "no engine's own words");
     }
     let port = fleet.engines[0].http_addr.port();
     fleet.engines[0].stop();

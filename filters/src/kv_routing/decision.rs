@@ -367,7 +367,7 @@ impl Decider<'_> {
 fn counted_by_engine(live: &Live) -> u64 {
     match live.load.engine_age {
         Some(age) if age + live.load_at.elapsed() <= FIGURES_AGE_MAX => {
-            live.load.running + live.load.waiting
+            live.load.running.saturating_add(live.load.waiting)
         }
         _ => 0,
     }

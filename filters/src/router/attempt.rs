@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Flag, Retry},
     filter::{AutoHost, Context, Ranked},
     local_reply,
+    openai::Api,
     services::Services,
     sse,
     stored_responses::owner,
@@ -372,7 +373,7 @@ impl<'a> Attempt<'a> {
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
         let begun = matches!(&peeked, Some(frame) if frame.is_data());
-        let watches = begun && reservation.watches_tokens();
+        let watches = begun && tells_tokens(context) && reservation.watches_tokens();
         if watches {
             reservation.first_token(started.elapsed(), self.uncached_tokens(context));
         }
@@ -458,6 +459,13 @@ impl<'a> Attempt<'a> {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }
+}
+
+/// Whether a stream's events are tokens. The first of a response comes before any, so that its prefill would count as a wait
+/// between tokens.
+fn tells_tokens(context: &Context) -> bool {
+    let api = context.openai.as_ref().map(|openai| openai.api);
+    !matches!(api, Some(Api::Responses | Api::StoredResponse))
 }
 
 /// A stream that has begun well, and whose first event may still say otherwise.

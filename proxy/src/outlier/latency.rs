@@ -1,12 +1,15 @@
-//! Which endpoints are slow: their streams' medians of an interval, beside those of their cluster.
+//! Which endpoints are slow: their streams' medians of an interval, beside those of endpoints that serve the same models.
 //!
 //! A time to first token is held against an endpoint as if the prompt had been short: what is not cached has to be computed,
 //! and takes its time everywhere.
 
 use super::Kind;
-use outrigger_filters::{endpoints::Endpoint, samples::Samples};
+use outrigger_filters::{
+    endpoints::{Endpoint, Level},
+    samples::Samples,
+};
 use outrigger_xds::resource::latency_monitor::LatencyMonitor;
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// A stream's first token came.
 pub(super) fn first_token(
@@ -19,7 +22,7 @@ pub(super) fn first_token(
     endpoint.host.record.first_tokens.note(took.div_f64(longer));
 }
 
-/// Takes the interval's samples, and gives who is slow.
+/// Takes the interval's samples, and gives who is slow; endpoints are compared with those that serve the same models.
 pub(super) fn slow<'a>(
     config: &LatencyMonitor,
     endpoints: &'a [Arc<Endpoint>],
@@ -28,38 +31,77 @@ pub(super) fn slow<'a>(
     let later = |endpoint: &'a Arc<Endpoint>| &endpoint.host.record.later_tokens;
     let firsts = medians(config, endpoints, first);
     let laters = medians(config, endpoints, later);
-    let ttft = above(config.ttft_factor, config.ttft_floor_ms, firsts);
-    let itl = above(config.itl_factor, config.itl_floor_ms, laters);
+    let ttft = above(config, config.ttft_factor, config.ttft_floor_ms, firsts);
+    let itl = above(config, config.itl_factor, config.itl_floor_ms, laters);
     let ttft = ttft.into_iter().map(|endpoint| (endpoint, Kind::Ttft));
     let itl = itl.into_iter().map(|endpoint| (endpoint, Kind::Itl));
     ttft.chain(itl).collect()
 }
 
-type Medians<'a> = Vec<(&'a Arc<Endpoint>, Duration)>;
+/// Whether another endpoint than this one gets requests for all that it serves.
+pub(super) fn has_stand_in(endpoint: &Arc<Endpoint>, endpoints: &[Arc<Endpoint>]) -> bool {
+    let models = models(endpoint);
+    endpoints.iter().any(|other| {
+        !Arc::ptr_eq(other, endpoint) && is_used(other) && self::models(other) == models
+    })
+}
 
-/// Of those that have volume; of none if they are too few.
+/// Whether it gets requests: not ejected, and there.
+fn is_used(endpoint: &Endpoint) -> bool {
+    matches!(endpoint.level(), Level::Healthy | Level::Degraded)
+}
+
+/// The names of what it serves, in order; none if nobody told.
+fn models(endpoint: &Endpoint) -> Vec<String> {
+    let state = &endpoint.live.load().state;
+    // Adapters come and go, and do not make it another engine.
+    let bases = state.models.iter().filter(|model| model.parent.is_none());
+    let mut names: Vec<String> = bases.map(|model| model.id.clone()).collect();
+    names.sort_unstable();
+    names
+}
+
+type Medians<'a> = BTreeMap<Vec<String>, Vec<(&'a Arc<Endpoint>, Duration)>>;
+
+/// Of those that are used now and have volume, by what they serve. Samples of the others are taken, too, and forgotten.
 fn medians<'a>(
     config: &LatencyMonitor,
     endpoints: &'a [Arc<Endpoint>],
     samples: impl Fn(&'a Arc<Endpoint>) -> &'a Samples,
 ) -> Medians<'a> {
     let volume = u64::from(config.request_volume).max(1);
-    let medians: Medians<'a> = endpoints
-        .iter()
-        .filter_map(|endpoint| {
-            let (count, median) = samples(endpoint).take();
-            (count >= volume).then_some((endpoint, median))
-        })
-        .collect();
-    if medians.len() < config.minimum_hosts as usize {
-        return Vec::new();
+    let mut medians = Medians::new();
+    for endpoint in endpoints {
+        let (count, median) = samples(endpoint).take();
+        if count >= volume && is_used(endpoint) {
+            let group = medians.entry(models(endpoint)).or_default();
+            group.push((endpoint, median));
+        }
     }
     medians
 }
 
-/// Those whose median is so many times the cluster's, and above the floor. Of an even number of endpoints the faster one of
-/// the middle speaks for the cluster, so that of two one can be found slow.
-fn above(factor: f64, floor_ms: u64, medians: Medians<'_>) -> Vec<&Arc<Endpoint>> {
+/// Those that are slow beside their group. A group that is too small tells nothing.
+fn above<'a>(
+    config: &LatencyMonitor,
+    factor: f64,
+    floor_ms: u64,
+    medians: Medians<'a>,
+) -> Vec<&'a Arc<Endpoint>> {
+    let groups = medians.into_values();
+    groups
+        .filter(|group| group.len() >= config.minimum_hosts as usize)
+        .flat_map(|group| above_middle(factor, floor_ms, group))
+        .collect()
+}
+
+/// Those whose median is so many times the group's, and above the floor. Of an even number of endpoints the faster one of
+/// the middle speaks for the group, so that of two one can be found slow.
+fn above_middle(
+    factor: f64,
+    floor_ms: u64,
+    medians: Vec<(&Arc<Endpoint>, Duration)>,
+) -> Vec<&Arc<Endpoint>> {
     let mut sorted: Vec<Duration> = medians.iter().map(|(_, median)| *median).collect();
     sorted.sort_unstable();
     let Some(middle) = sorted.get(sorted.len().saturating_sub(1) / 2) else {
