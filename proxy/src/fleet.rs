@@ -571,6 +571,24 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_a_load_report_are_bounded() {
+        let endpoint = Endpoint::default();
+        let numbers = [
+            ("num_requests_running", 1e30),
+            ("num_requests_waiting", -1.0),
+            ("kv_cache_usage_perc", f64::NAN),
+        ];
+        let told = LoadReport {
+            named_metrics: numbers.map(|(name, value)| (name.to_owned(), value)).into(),
+            ..LoadReport::default()
+        };
+        reported(&endpoint, &told);
+        let load = &endpoint.live.load().load;
+        assert_eq!((load.running, load.waiting), (1_000_000, 0));
+        assert_eq!(load.kv_usage.to_bits(), 0);
+    }
+
+    #[test]
     fn what_is_known_of_an_engine_is_one_however_clusters_use_it() {
         let (fleet, _index) = fleet();
         let light = configure(&fleet, "e", 1);
