@@ -63,4 +63,4 @@ add("headers", "expect something else",
 add("headers", "two requests in one write", lambda b: b.send(b.head("GET /ok?1 HTTP/1.1") + b.head("GET /ok?2 HTTP/1.1"), count=2), 2)
 add("headers", "client half-closes", lambda b: b.send(b.head("GET /ok HTTP/1.1"), half_close=True))
 add("headers", "blank line before the request", lambda b: b.send(b"\r\n" + b.head("GET /ok HTTP/1.1")))
-add("headers", "blank line after the body", lambda b: b.send(b.head("POST /s/echo HTTP/1.1", "content-length: 5") + b"hello\r\n"))
+add("headers", "field name in capitals", lambda b: b.send(b.head("POST /s/echo HTTP/1.1", "CONTENT-LENGTH: 5", "X-SHOUTED: yes") + b"hello"))
