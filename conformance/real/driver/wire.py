@@ -32,6 +32,7 @@ MODEL_FIELDS = ("id", "object", "owned_by", "root", "parent", "max_model_len")
 
 ID = re.compile(rb'("(?:id|request_id|item_id|response_id|call_id)":\s*")([^"]*)"')
 RANDOM = re.compile(rb"[0-9a-f][0-9a-f-]{7,}")
+OWNED = re.compile(rb"resp_[0-9a-f]{16}_(?=[0-9a-f]{32}\b)")  # a stored response tells its engine by its id (ADR 17)
 TIME = re.compile(rb'("(?:created|created_at|completed_at)":\s*)[0-9.]+')
 # What a stream hands out in pieces: text is joined, lists are appended; of anything else the last value counts.
 TEXT = {"content", "text", "delta", "arguments", "reasoning", "reasoning_content", "thinking", "partial_json"}
@@ -39,7 +40,7 @@ TEXT = {"content", "text", "delta", "arguments", "reasoning", "reasoning_content
 
 def masked(body):
     """Ids (their random part) and times replaced."""
-    body = ID.sub(lambda m: m[1] + RANDOM.sub(b"#", m[2]) + b'"', body)
+    body = ID.sub(lambda m: m[1] + RANDOM.sub(b"#", OWNED.sub(b"resp_", m[2])) + b'"', body)
     return TIME.sub(rb"\g<1>0", body)
 
 
