@@ -354,6 +354,19 @@ mod tests {
     }
 
     #[test]
+    fn the_port_that_a_client_tells_is_not_believed() {
+        for (believed, told) in [(false, "80"), (true, "443")] {
+            let mut headers = HeaderMap::new();
+            headers.insert(FORWARDED_PORT, HeaderValue::from_static("443"));
+            forwarded_port(&mut headers, 80, believed);
+            assert_eq!(headers[FORWARDED_PORT], told);
+        }
+        let mut headers = HeaderMap::new();
+        forwarded_port(&mut headers, 80, true);
+        assert_eq!(headers[FORWARDED_PORT], "80", "nobody told one");
+    }
+
+    #[test]
     fn a_loop_is_seen() {
         let mut headers = HeaderMap::new();
         assert!(append_via(&mut headers, "a"));

@@ -261,8 +261,8 @@ impl Detector {
             self.hosts.load(Relaxed),
         );
         let first = active == 0 && self.config.always_eject_one_host;
-        let share = f64::from(active) * 100.0 / f64::from(hosts.max(1));
-        if !first && share >= f64::from(self.config.max_ejection_percent) {
+        let share = f64::from(active + 1) * 100.0 / f64::from(hosts.max(1));
+        if !first && share > f64::from(self.config.max_ejection_percent) {
             self.count("envoy_cluster_outlier_detection_ejections_overflow");
             return;
         }
@@ -539,6 +539,12 @@ mod tests {
             detector.status(endpoint, 503);
         }
         assert_eq!(ejected(&endpoints), [0, 1]);
+        // One of two is more than that.
+        let (detector, endpoints) = case(&config(), 2);
+        for _ in 0..3 {
+            detector.status(&endpoints[0], 500);
+        }
+        assert!(ejected(&endpoints).is_empty());
         let none = OutlierDetection {
             max_ejection_percent: 0,
             ..config()
@@ -650,6 +656,7 @@ mod tests {
         let jittery = OutlierDetection {
             base_ejection_time: Duration::from_millis(1),
             max_ejection_time: Duration::from_millis(1),
+            max_ejection_percent: 100,
             max_ejection_time_jitter: Duration::from_secs(3600),
             ..config()
         };

@@ -345,6 +345,18 @@ async fn a_client_that_ends_its_side_is_one_that_left() {
 }
 
 #[tokio::test]
+async fn a_client_that_ends_its_side_with_its_request_gets_a_quick_answer() {
+    let server = echo().await;
+    let proxy = before(&server).await;
+    let mut socket = Socket::to(&proxy).await;
+    socket.say("GET /a HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    socket.stream.shutdown().await.unwrap();
+    let answer = socket.rest().await;
+    assert!(answer.ends_with("</a:>"), "{answer}");
+    assert_eq!(proxy.only_log().await["response_flags"], "-");
+}
+
+#[tokio::test]
 async fn half_a_head_is_logged_and_blank_lines_are_not() {
     let server = echo().await;
     let proxy = before(&server).await;

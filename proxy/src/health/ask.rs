@@ -219,3 +219,50 @@ fn judge(checker: &Checker, status: StatusCode, degraded: bool) -> Found {
         Found::Refused
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checks_by_grpc() -> HealthCheck {
+        let second = std::time::Duration::from_secs(1);
+        HealthCheck {
+            timeout: second,
+            interval: second,
+            interval_jitter: second,
+            interval_jitter_percent: 0,
+            initial_jitter: second,
+            unhealthy_threshold: 1,
+            healthy_threshold: 1,
+            reuse_connection: true,
+            no_traffic_interval: second,
+            no_traffic_healthy_interval: second,
+            unhealthy_interval: second,
+            unhealthy_edge_interval: second,
+            healthy_edge_interval: second,
+            checker: Checker::Grpc {
+                service: String::new(),
+                authority: String::new(),
+            },
+        }
+    }
+
+    #[test]
+    fn http2_asks_for_the_whole_path_whatever_the_cluster_is_called() {
+        for (cluster, authority) in [
+            ("engines", "engines"),
+            ("outbound|8000||svc.ns.svc.cluster.local", "127.0.0.1:80"),
+            ("httproute/ns/x/rule/0", "127.0.0.1:80"),
+        ] {
+            let config = checks_by_grpc();
+            let address = Address {
+                host: "127.0.0.1".into(),
+                port: 80,
+            };
+            let asker = Asker::new(&config, cluster, (&address, None), &Arc::default());
+            let target = asker.question().unwrap().into_parts().0.uri;
+            assert_eq!(target.authority().unwrap(), authority, "{cluster}");
+            assert_eq!(target.path(), grpc::PATH, "{cluster}");
+        }
+    }
+}

@@ -155,3 +155,41 @@ fn element(config: &ClientCert, tls: &TlsFacts) -> Option<Vec<u8>> {
     }
     Some(pairs.join(";").into_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::Peer;
+
+    /// What is told of a client whose certificate has this URI name, and that claims to be somebody else.
+    fn told(forward: Forward, uri: &str) -> Option<String> {
+        let mut fields = HeaderMap::new();
+        fields.insert(
+            headers::FORWARDED_CLIENT_CERT,
+            HeaderValue::from_static("Hash=forged"),
+        );
+        let seen = Seen::of(&fields);
+        let config = ClientCert {
+            forward,
+            uri: true,
+            ..ClientCert::default()
+        };
+        let tls = TlsFacts {
+            peer: Some(Peer::default()),
+            peer_uri_sans: uri.into(),
+            ..TlsFacts::default()
+        };
+        client_cert(&mut fields, &seen, &config, Some(&tls));
+        let value = fields.get(headers::FORWARDED_CLIENT_CERT)?;
+        Some(value.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn a_name_that_no_header_can_hold_let_the_clients_own_words_through() {
+        for forward in [Forward::SanitizeSet, Forward::AppendForward] {
+            let fine = told(forward, "spiffe://a").unwrap();
+            assert!(fine.ends_with(";URI=spiffe://a"), "{fine}");
+            assert_eq!(told(forward, "spiffe://a\nb"), None, "{forward:?}");
+        }
+    }
+}
