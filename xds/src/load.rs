@@ -54,7 +54,7 @@ pub fn bootstrap_over(
 ) -> Result<Bootstrap, ConfigErrors> {
     let mut all = Value::Null;
     for (text, syntax) in texts {
-        merge::merge(&mut all, strict::parse(text, *syntax)?);
+        merge::merge(&message(), &mut all, strict::parse(text, *syntax)?);
     }
     let walk = match unknown {
         Unknown::Refused => walk::Walk::default(),
@@ -79,9 +79,12 @@ pub fn bootstrap_from_value(value: Value) -> Result<Bootstrap, ConfigErrors> {
     understood(walk::Walk::default(), value)
 }
 
+fn message() -> prost_reflect::MessageDescriptor {
+    protobuf::descriptor(&Wire::full_name()).expect("invariant: Bootstrap is transcribed")
+}
+
 fn understood(mut walk: walk::Walk, mut value: Value) -> Result<Bootstrap, ConfigErrors> {
-    let descriptor =
-        protobuf::descriptor(&Wire::full_name()).expect("invariant: Bootstrap is transcribed");
+    let descriptor = message();
     if !walk.message(&descriptor, &mut value, "") {
         return Err(walk.errors);
     }

@@ -25,7 +25,7 @@ use outrigger_filters::{
 use std::{
     future::{Future, poll_fn},
     io,
-    pin::{Pin, pin},
+    pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -261,7 +261,8 @@ impl Connection<'_> {
         &mut self,
         request: Request<ClientBody>,
     ) -> Result<Response<ResponseBody>, Gone> {
-        let mut handler = pin!(self.manager.handle(request, self.info));
+        // On the heap for as long as it runs: within the connection it would take its room while the answer streams.
+        let mut handler = Box::pin(self.manager.handle(request, self.info));
         poll_fn(|cx| self.poll_beside(cx, |_, cx| handler.as_mut().poll(cx))).await
     }
 

@@ -421,7 +421,7 @@ fn may_be_unknown(name: &str, fields: &Map<String, Value>, outer: bool) -> bool 
         || (name == TypedExtensionConfig::full_name() && outer)
 }
 
-fn field_by_key(message: &MessageDescriptor, key: &str) -> Option<FieldDescriptor> {
+pub(super) fn field_by_key(message: &MessageDescriptor, key: &str) -> Option<FieldDescriptor> {
     message
         .get_field_by_name(key)
         .or_else(|| message.get_field_by_json_name(key))
