@@ -29,6 +29,7 @@ pub mod registry;
 pub mod router;
 pub mod samples;
 pub mod services;
+pub mod spare;
 pub mod sse;
 pub mod stored_responses;
 pub mod token_ratelimit;

@@ -20,6 +20,7 @@ use crate::{
     filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
     services::Services,
+    spare,
 };
 use attempt::{Attempt, Outcome};
 use http::{Request, Response, StatusCode, header};
@@ -91,6 +92,7 @@ impl HttpFilter for Router {
                 walk.set_cookies(response);
                 context.edit_response(response);
             }
+            spare::release_headers(std::mem::take(request.headers_mut()));
             outcome
         })
     }

@@ -5,7 +5,7 @@ pub(crate) mod outbox;
 
 use http::{HeaderMap, header};
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -14,29 +14,12 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 /// Most bytes that are read, and handed on, at once. One buffer of this size per thread.
 const READ_BYTES_MAX: usize = 64 * 1024;
-/// A map with more room is not kept for the next head.
-const HEADERS_KEPT_MAX: usize = 64;
+/// Room that a head finds at once: most need no more, and an allocator gives away no more as cheaply.
+pub(crate) const HEAD_BYTES: usize = 1000;
 
 thread_local! {
-    static HEADERS: Cell<Option<HeaderMap>> = const { Cell::new(None) };
     /// What was just read, before it is handed on.
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES_MAX]);
-}
-
-/// An empty map with room for so many fields.
-pub(crate) fn new_headers(fields: usize) -> HeaderMap {
-    match HEADERS.take() {
-        Some(spare) if spare.capacity() >= fields => spare,
-        _ => HeaderMap::with_capacity(fields),
-    }
-}
-
-/// Keeps the room of a map for the next head that this thread reads.
-pub(crate) fn release_headers(mut headers: HeaderMap) {
-    if headers.capacity() <= HEADERS_KEPT_MAX {
-        headers.clear();
-        HEADERS.set(Some(headers));
-    }
 }
 
 /// Reads once, and hands over what came (nothing is the end) while it is still in the thread's buffer.

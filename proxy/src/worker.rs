@@ -3,12 +3,16 @@
 //! A worker that does nothing but relay events of streams finds fewer of them at each look at its sockets the faster it
 //! is, and pays for each look. It lets them [gather](Pace) for a moment then. Neither a lone event waits nor what an
 //! engine's step brings for all its streams at once: it takes many looks in quick succession.
+//!
+//! Waking who waits for our bytes is the dearest part of a write, and who has read them sleeps again. Of the requests and
+//! answers that become ready in one [turn](Turn), all but the first [leave](FirstWrite) at its end, one right after the
+//! other: most find their reader awake.
 
 use crate::{listeners::Share, upstream};
 use std::{
     cell::Cell,
     num::NonZero,
-    thread,
+    task, thread,
     time::{Duration, Instant},
 };
 use tokio::{
@@ -27,6 +31,56 @@ const TIMER_SLACK_NS: NonZero<u64> = NonZero::new(1000).expect("invariant: not z
 
 thread_local! {
     static PACE: Pace = const { Pace::new() };
+}
+
+thread_local! {
+    static TURN: Turn = const { Turn::new() };
+}
+
+/// What a worker does between two looks at its sockets: it runs each task that is ready.
+struct Turn {
+    /// On other threads nothing waits.
+    is_worker: Cell<bool>,
+    /// Begun in this turn.
+    writes: Cell<u32>,
+}
+
+impl Turn {
+    const fn new() -> Self {
+        Self {
+            is_worker: Cell::new(false),
+            writes: Cell::new(0),
+        }
+    }
+
+    /// Another write; whether it waits for the tasks that are ready before it.
+    fn write(&self) -> bool {
+        let before = self.writes.replace(self.writes.get().saturating_add(1));
+        self.is_worker.get() && before > 0
+    }
+
+    /// How many writes waited.
+    fn end(&self) -> u32 {
+        self.is_worker.set(true);
+        self.writes.take().saturating_sub(1)
+    }
+}
+
+/// The first write of a request or an answer.
+#[derive(Debug, Default)]
+pub(crate) struct FirstWrite {
+    asked: bool,
+}
+
+impl FirstWrite {
+    /// Ready when it may be written, and ever after. Else its task is ready again, behind all that are ready now.
+    pub(crate) fn poll(&mut self, cx: &task::Context<'_>) -> task::Poll<()> {
+        if !std::mem::replace(&mut self.asked, true) && TURN.with(Turn::write) {
+            cx.waker().wake_by_ref();
+            return task::Poll::Pending;
+        }
+        task::Poll::Ready(())
+    }
 }
 
 /// How fast a worker's looks at its sockets follow each other.
@@ -91,15 +145,15 @@ pub(crate) fn start(
 fn runtime(gather: Duration) -> std::io::Result<runtime::Runtime> {
     let mut builder = runtime::Builder::new_current_thread();
     builder.enable_all();
-    if !gather.is_zero() {
-        let gathered = metrics::counter!("outrigger_worker_gathers_total");
-        builder.on_thread_park(move || {
-            if PACE.with(|pace| pace.look(Instant::now())) {
-                thread::sleep(gather);
-                gathered.increment(1);
-            }
-        });
-    }
+    let gathered = metrics::counter!("outrigger_worker_gathers_total");
+    let held = metrics::counter!("outrigger_worker_held_writes_total");
+    builder.on_thread_park(move || {
+        held.increment(TURN.with(Turn::end).into());
+        if !gather.is_zero() && PACE.with(|pace| pace.look(Instant::now())) {
+            thread::sleep(gather);
+            gathered.increment(1);
+        }
+    });
     builder.build()
 }
 
@@ -117,6 +171,54 @@ async fn work(mut shares: mpsc::UnboundedReceiver<Share>, mut stopped: watch::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{
+        future::poll_fn,
+        sync::{Arc, Mutex},
+    };
+    use tokio::sync::Notify;
+
+    /// What tasks that become ready at once do, in its order: `+` is work of one, `w` a write.
+    fn turn_of(tasks: usize) -> String {
+        let (done, ready) = (Arc::new(Mutex::new(String::new())), Arc::new(Notify::new()));
+        let log = done.clone();
+        runtime(Duration::ZERO).unwrap().block_on(async move {
+            let serve = |_| {
+                let (log, ready) = (log.clone(), ready.clone());
+                tokio::spawn(async move {
+                    ready.notified().await;
+                    log.lock().unwrap().push('+');
+                    let mut first = FirstWrite::default();
+                    for _ in 0..2 {
+                        poll_fn(|cx| first.poll(cx)).await;
+                        log.lock().unwrap().push('w');
+                    }
+                })
+            };
+            let served: Vec<_> = (0..tasks).map(serve).collect();
+            // All wait, and the thread has looked at its sockets.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            ready.notify_waiters();
+            for task in served {
+                task.await.unwrap();
+            }
+        });
+        let log = done.lock().unwrap();
+        log.clone()
+    }
+
+    #[test]
+    fn all_but_the_first_message_of_a_turn_begin_to_leave_at_its_end() {
+        assert_eq!(turn_of(1), "+ww");
+        assert_eq!(turn_of(4), "+ww+++wwwwww");
+    }
+
+    #[test]
+    fn writes_do_not_wait_on_threads_that_are_no_workers() {
+        let cx = task::Context::from_waker(task::Waker::noop());
+        for _ in 0..2 {
+            assert!(FirstWrite::default().poll(&cx).is_ready());
+        }
+    }
 
     /// After how many looks, each `gap` after the one before, events gather for the first time.
     fn waits_after(gap: Duration, relayed: impl Fn(u32) -> bool) -> Option<u32> {

@@ -164,8 +164,9 @@ impl Stage<'_> {
         let mut routes = table("table", action);
         routes["virtual_hosts"][0]["name"] = json!(version);
         let routes = typed("envoy.config.route.v3.RouteConfiguration", routes);
-        files.respond("rds.yaml", &version, &[routes]);
+        // As a control plane does: a route to a cluster that nobody told of yet is answered 503.
         files.respond("cds.yaml", &version, &[backend]);
+        files.respond("rds.yaml", &version, &[routes]);
         // At the same place: in place, by a new manager, under another name.
         let rds = json!({ "config_source": files.config_source("rds.yaml"), "route_config_name": "table" });
         let name = format!("edge{}", round / 4);

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version, header, request::Parts,
 };
+use outrigger_filters::spare;
 use std::mem::MaybeUninit;
 
 /// Largest head that is read; `max_request_headers_kb` is the limit of those that go on.
@@ -120,7 +121,7 @@ impl Reader {
     fn new(version: Version, fields: usize) -> Self {
         Self {
             version,
-            headers: h1::new_headers(fields + HEADERS_ADDED),
+            headers: spare::headers(fields + HEADERS_ADDED),
             length: None,
             lengths: 0,
             coding: None,

@@ -1,13 +1,16 @@
 //! An answer on its way out over HTTP/1: its head, and its body as it comes.
 
 use super::date;
-use crate::h1::{self, outbox::Outbox};
+use crate::{
+    h1::{self, outbox::Outbox},
+    worker::FirstWrite,
+};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version, header, response::Parts,
 };
 use http_body::Body;
-use outrigger_filters::body::ResponseBody;
+use outrigger_filters::{body::ResponseBody, spare};
 use std::{
     io,
     pin::Pin,
@@ -39,6 +42,7 @@ enum Framing {
 /// An answer that is not written whole yet.
 pub(super) struct Outgoing {
     outbox: Outbox,
+    first: FirstWrite,
     /// What is to be read of it.
     body: Option<ResponseBody>,
     framing: Framing,
@@ -67,9 +71,10 @@ impl Outgoing {
         } else {
             Vec::new()
         };
-        h1::release_headers(parts.headers);
+        spare::release_headers(parts.headers);
         Self {
             outbox,
+            first: FirstWrite::default(),
             // A body that is not to be seen is not read.
             body: body.filter(|_| framing != Framing::Length(0)),
             framing,
@@ -99,6 +104,7 @@ impl Outgoing {
                 self.outbox.release();
                 return Poll::Pending;
             }
+            ready!(self.first.poll(cx));
             ready!(self.outbox.poll_send(cx, socket))?;
             if self.broken {
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));

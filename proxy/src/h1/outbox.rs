@@ -1,8 +1,9 @@
 //! What is to be written next: text of ours (heads, what frames chunks) and between it payload that nobody copies.
 
+use super::HEAD_BYTES;
 use bytes::{Buf, Bytes};
+use outrigger_filters::spare::Shelf;
 use std::{
-    cell::Cell,
     collections::VecDeque,
     io::{self, IoSlice},
     pin::Pin,
@@ -15,11 +16,11 @@ const PIECES_MAX: usize = 16;
 /// No further piece is taken while so much waits.
 const WAITING_BYTES_MAX: usize = 64 * 1024;
 /// Larger texts are not kept for the next message.
-const TEXT_BYTES_KEPT_MAX: usize = 16 * 1024;
+const TEXT_BYTES_KEPT_MAX: usize = 4 * 1024;
 
 thread_local! {
-    /// For the next message of this thread.
-    static SPARE: Cell<Option<Outbox>> = const { Cell::new(None) };
+    /// For the next messages of this thread.
+    static SPARE: Shelf<Outbox> = const { Shelf::new() };
 }
 
 /// See the module. One that has nothing to send owns nothing, if it was released.
@@ -50,14 +51,15 @@ impl Outbox {
             spare.text.clear();
             spare.pieces.clear();
             (spare.sent, spare.payload, spare.unflushed) = (0, 0, false);
-            SPARE.set(Some(spare));
+            SPARE.with(|kept| kept.keep(spare));
         }
     }
 
     /// Text is appended here.
     pub(crate) fn text(&mut self) -> &mut Vec<u8> {
         if self.text.capacity() == 0 && self.is_empty() {
-            *self = SPARE.take().unwrap_or_default();
+            *self = SPARE.with(Shelf::take).unwrap_or_default();
+            self.text.reserve(HEAD_BYTES);
         }
         &mut self.text
     }

@@ -66,7 +66,7 @@ impl Record {
             path: parts
                 .uri
                 .path_and_query()
-                .map_or_else(String::new, ToString::to_string),
+                .map_or_else(String::new, |path| path.as_str().to_owned()),
             authority: route::authority(&parts.uri, &parts.headers).to_owned(),
             protocol: parts.version,
             code: 0,
@@ -85,7 +85,7 @@ impl Record {
     /// Path or host are not what the client sent.
     pub(super) fn retarget(&mut self, parts: &Parts) {
         let path = parts.uri.path_and_query();
-        self.path = path.map_or_else(String::new, ToString::to_string);
+        self.path = path.map_or_else(String::new, |path| path.as_str().to_owned());
         route::authority(&parts.uri, &parts.headers).clone_into(&mut self.authority);
     }
 

@@ -420,6 +420,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_config_not_shown", NONE, "Parts of a configuration that could not be shown as JSON."),
     counter("outrigger_config_updates_total", NONE, "Configurations applied."),
     counter("outrigger_stream_timeouts_total", &["kind"], "Streams ended by a timeout, by response flag."),
+    counter("outrigger_worker_held_writes_total", NONE, "Requests and answers that waited until all tasks that were ready had run, to leave together."),
     counter("outrigger_worker_gathers_total", NONE, "Moments in which a busy worker let events of streams gather."),
     counter("outrigger_upstream_stale_connections_total", NONE, "Pooled connections that the upstream had closed; replaced unnoticed."),
 ];

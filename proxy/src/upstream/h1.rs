@@ -28,7 +28,7 @@ use outrigger_filters::{
 use outrigger_xds::resource::endpoint::Address;
 use std::{
     cell::RefCell,
-    future::poll_fn,
+    future::{Future, poll_fn},
     io,
     pin::Pin,
     sync::Arc,
@@ -213,44 +213,46 @@ fn closed_while_idle(error: &Error, sent_ms: u64) -> bool {
         )
 }
 
-async fn exchange(
+/// No `async fn`: its future would have room for the connection twice, as it is given and within `Asking`.
+fn exchange<'a>(
     conn: Conn,
-    endpoint: &Arc<Endpoint>,
-    request: &mut Request<RequestBody>,
+    endpoint: &'a Arc<Endpoint>,
+    request: &'a mut Request<RequestBody>,
     options: SendOptions,
-) -> Result<Response<ResponseBody>, Failed> {
+) -> impl Future<Output = Result<Response<ResponseBody>, Failed>> + Send + 'a {
     let body = request.body_mut().hand_over();
     let upload = body.upload();
-    let outgoing = Outgoing::new(request, body);
     let mut asking = Asking {
         conn,
-        outgoing: Some(outgoing),
+        outgoing: Some(Outgoing::new(request, body)),
         unsent: None,
         came: Vec::new(),
-        method: request.method(),
+        method: request.method().clone(),
     };
-    let answer = headers_within(
-        options.headers_timeout,
-        upload.as_ref(),
-        Error::upstream_timeout,
-        poll_fn(|cx| asking.poll_answer(cx)),
-    )
-    .await;
-    match answer.and_then(std::convert::identity) {
-        Ok((parts, lead)) => Ok(asking.respond(parts, lead, endpoint)),
-        Err(error) => {
-            let heard = !asking.came.is_empty();
-            let untouched = asking.outgoing.filter(|outgoing| !outgoing.has_begun());
-            if let Some(outgoing) = untouched {
-                *request.body_mut() = outgoing.into_body();
+    async move {
+        let answer = headers_within(
+            options.headers_timeout,
+            upload.as_ref(),
+            Error::upstream_timeout,
+            poll_fn(|cx| asking.poll_answer(cx)),
+        )
+        .await;
+        match answer.and_then(std::convert::identity) {
+            Ok((parts, lead)) => Ok(asking.respond(parts, lead, endpoint)),
+            Err(error) => {
+                let heard = !asking.came.is_empty();
+                let untouched = asking.outgoing.filter(|outgoing| !outgoing.has_begun());
+                if let Some(outgoing) = untouched {
+                    *request.body_mut() = outgoing.into_body();
+                }
+                Err(Failed { error, heard })
             }
-            Err(Failed { error, heard })
         }
     }
 }
 
 /// An exchange before its response's head.
-struct Asking<'a> {
+struct Asking {
     conn: Conn,
     /// What is left to send.
     outgoing: Option<Outgoing>,
@@ -258,7 +260,7 @@ struct Asking<'a> {
     unsent: Option<io::Error>,
     /// Of a head that did not come in one piece.
     came: Vec<u8>,
-    method: &'a Method,
+    method: Method,
 }
 
 /// What came with a head, and what is to come.
@@ -272,7 +274,7 @@ struct Lead {
 
 type Answer = Result<(Parts, Lead), Error>;
 
-impl Asking<'_> {
+impl Asking {
     fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<Answer> {
         if let Some(outgoing) = &mut self.outgoing
             && self.unsent.is_none()
@@ -285,7 +287,7 @@ impl Asking<'_> {
             }
         }
         loop {
-            let (came, method) = (&mut self.came, self.method);
+            let (came, method) = (&mut self.came, &self.method);
             let socket = &mut self.conn.socket;
             let read = h1::poll_read(socket, cx, |bytes| take_head(came, bytes, method));
             let end = match ready!(read) {
@@ -580,7 +582,7 @@ impl Body for Incoming {
 mod tests {
     use super::*;
     use outrigger_xds::resource::route_action::Priority;
-    use std::{future::Future, pin::pin, time::Duration};
+    use std::{pin::pin, time::Duration};
 
     #[tokio::test]
     async fn a_closed_connection_is_seen_by_a_task_that_has_done_its_share() {

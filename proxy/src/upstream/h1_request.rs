@@ -1,12 +1,17 @@
 //! A request on its way out over HTTP/1: its head serialised where it stands, its body as it comes.
 
-use crate::h1::{write_chunk_size, write_field};
+use crate::{
+    h1::{HEAD_BYTES, write_chunk_size, write_field},
+    worker::FirstWrite,
+};
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, Method, Request, header};
 use http_body::Body;
-use outrigger_filters::body::{BodyError, RequestBody};
+use outrigger_filters::{
+    body::{BodyError, RequestBody},
+    spare::Shelf,
+};
 use std::{
-    cell::Cell,
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
@@ -14,12 +19,12 @@ use std::{
 use tokio::io::AsyncWrite;
 
 thread_local! {
-    /// For the next head: nearly always one write takes all of it.
-    static FRONT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// For the next heads: nearly always one write takes all of it.
+    static FRONT: Shelf<Vec<u8>> = const { Shelf::new() };
 }
 
 /// Larger buffers are not kept for the next head.
-const FRONT_BYTES_KEPT_MAX: usize = 16 * 1024;
+const FRONT_BYTES_KEPT_MAX: usize = 4 * 1024;
 
 /// What kept a request from being sent.
 #[derive(Debug)]
@@ -39,6 +44,7 @@ pub(super) struct Outgoing {
     piece: Bytes,
     /// What stands after it.
     tail: &'static [u8],
+    first: FirstWrite,
     body: RequestBody,
     /// No more of the body is to be asked for.
     is_read: bool,
@@ -49,8 +55,8 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Of this head; nothing is written yet.
     pub(super) fn new(head: &Request<RequestBody>, body: RequestBody) -> Self {
-        let mut front = FRONT.take();
-        front.clear();
+        let mut front = FRONT.with(Shelf::take).unwrap_or_default();
+        front.reserve(HEAD_BYTES);
         // Trailers have no place after a body of a told length.
         let length = body.size_hint().exact().filter(|_| !body.has_trailers());
         write_head(&mut front, head, length);
@@ -59,6 +65,7 @@ impl Outgoing {
             front_sent: 0,
             piece: Bytes::new(),
             tail: b"",
+            first: FirstWrite::default(),
             is_read: length == Some(0) && body.is_end_stream(),
             body,
             chunked: length.is_none(),
@@ -103,6 +110,7 @@ impl Outgoing {
                     (false, false) => continue,
                 };
             }
+            ready!(self.first.poll(cx));
             let slices = [
                 IoSlice::new(&self.front[self.front_sent..]),
                 IoSlice::new(&self.piece),
@@ -175,7 +183,8 @@ impl Outgoing {
 impl Drop for Outgoing {
     fn drop(&mut self) {
         if self.front.capacity() <= FRONT_BYTES_KEPT_MAX {
-            FRONT.set(std::mem::take(&mut self.front));
+            self.front.clear();
+            FRONT.with(|kept| kept.keep(std::mem::take(&mut self.front)));
         }
     }
 }

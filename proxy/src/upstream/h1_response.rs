@@ -6,6 +6,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header,
     response::Parts,
 };
+use outrigger_filters::spare;
 use std::mem::MaybeUninit;
 
 /// Largest head of a response, those of interim responses before it included (Envoy's `max_response_headers_kb`).
@@ -83,7 +84,7 @@ fn read_one(bytes: &[u8]) -> Result<Option<(Parts, usize)>, Garbage> {
     // One copy of the head; its values are parts of it.
     let head = Bytes::copy_from_slice(&bytes[..used]);
     let base = bytes.as_ptr() as usize;
-    let mut headers = HeaderMap::with_capacity(found.headers.len() + HEADERS_ADDED);
+    let mut headers = spare::headers(found.headers.len() + HEADERS_ADDED);
     for field in found.headers.iter() {
         let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| Garbage)?;
         let start = field.value.as_ptr() as usize - base;
