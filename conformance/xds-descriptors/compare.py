@@ -10,7 +10,8 @@ import sys
 
 from google.protobuf import descriptor_pb2, descriptor_pool
 
-OURS_ALONE = ("outrigger/", "google/protobuf/")
+# OTLP is newer here than in the package, which calls scopes by their first name.
+OURS_ALONE = ("outrigger/", "google/protobuf/", "opentelemetry/")
 
 
 def label(field):

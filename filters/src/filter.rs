@@ -7,6 +7,7 @@ use crate::{
     openai::OpenAiRequest,
     router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
     sse::Event,
+    trace::Trace,
 };
 use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
@@ -210,6 +211,8 @@ pub struct Context {
     pub heads: Option<Arc<dyn Heads>>,
     /// The response's head is as the route wants it.
     pub response_edited: bool,
+    /// If it is traced.
+    pub trace: Option<Arc<Trace>>,
     /// For filters outside this crate.
     pub extensions: http::Extensions,
 }
@@ -245,6 +248,7 @@ impl Context {
             log: LogFields::default(),
             heads: self.heads.clone(),
             response_edited: false,
+            trace: self.trace.clone(),
             extensions: self.extensions.clone(),
         }
     }

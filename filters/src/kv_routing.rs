@@ -9,6 +9,7 @@
 mod cost;
 mod decision;
 mod sent;
+mod span;
 
 use crate::{
     body::RequestBody,
@@ -120,6 +121,10 @@ impl HttpFilter for KvRouting {
                 .decide(&openai, request.headers(), context, started)
                 .await;
             let mut flight = None;
+            let known = decided
+                .as_ref()
+                .map_or_else(|reason| *reason, |(how, _)| how);
+            span::tell(context, known, self.config.block_tokens, started);
             match decided {
                 Ok((how, begun)) => {
                     count(how, context);

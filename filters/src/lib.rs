@@ -34,3 +34,4 @@ pub mod sse;
 pub mod stored_responses;
 pub mod token_ratelimit;
 pub mod tokens;
+pub mod trace;

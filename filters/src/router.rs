@@ -11,6 +11,7 @@ pub mod leg;
 pub mod mirror;
 pub mod report;
 pub mod retry;
+mod span;
 
 use crate::{
     body::{RequestBody, ResponseBody},

@@ -7,7 +7,7 @@ use crate::{
 use outrigger_filters::{kv_routing, openai, router};
 use outrigger_xds::resource::{
     bootstrap::{Admin, Bootstrap, Node},
-    cluster::{Cluster, LbPolicy},
+    cluster::{Cluster, Discovery, Dns, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
     filter_chain::FilterChain,
     header_mutation::HeaderMutations,
@@ -18,6 +18,7 @@ use outrigger_xds::resource::{
     route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
     server_header::ServerHeader,
     tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
+    tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
     upgrade::Upgrade,
 };
 use serde_json::{Value, json};
@@ -31,6 +32,8 @@ pub const INBOUND: &str = "inbound";
 pub const FLEET: &str = "fleet";
 /// Cluster of the engines beside us.
 pub const LOCAL: &str = "local";
+/// Cluster of the collector that traces go to.
+pub const COLLECTOR: &str = "otlp_collector";
 
 /// Turns flags into resources.
 ///
@@ -57,6 +60,11 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
                 .ok()
         })
         .collect();
+    let collector = options.otlp_endpoint.as_deref().map(options::collector);
+    let collector = collector.transpose().unwrap_or_else(|error| {
+        errors.push(error);
+        None
+    });
     let (Some(outbound), Some(inbound), Some(admin), true) =
         (outbound, inbound, admin, errors.is_empty())
     else {
@@ -72,6 +80,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .cloned()
         .chain(peers.iter().map(peer_endpoint))
         .collect();
+    let collector = collector.map(|(address, _)| collector_cluster(&address));
     Ok(Bootstrap {
         node: Node {
             id: node,
@@ -85,7 +94,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             outbound_listener(options, outbound),
             inbound_listener(options, inbound),
         ],
-        clusters: vec![
+        clusters: [
             Cluster {
                 tls: peers_tls(options).map(|common| UpstreamTls {
                     common,
@@ -94,8 +103,52 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
                 ..cluster(FLEET, options.policy, fleet)
             },
             cluster(LOCAL, options.policy, local),
-        ],
+        ]
+        .into_iter()
+        .chain(collector)
+        .collect(),
         ..Bootstrap::default()
+    })
+}
+
+/// `--otlp-endpoint`: a name is looked up as long as we run.
+fn collector_cluster(address: &Address) -> Cluster {
+    let discovery = match address.host.parse::<std::net::IpAddr>() {
+        Ok(_) => Discovery::Static,
+        Err(_) => Discovery::Dns(Dns::default()),
+    };
+    let endpoint = LbEndpoint {
+        metadata: BTreeMap::new(),
+        ..endpoint(address, Value::Null)
+    };
+    Cluster {
+        discovery,
+        ..cluster(COLLECTOR, Policy::RoundRobin, vec![endpoint])
+    }
+}
+
+/// `--otlp-endpoint`, `--otlp-sampling`.
+fn tracing(options: &Options) -> Option<Tracing> {
+    let url = options.otlp_endpoint.as_ref()?;
+    let (_, has_path) = options::collector(url).ok()?;
+    let transport = if has_path {
+        Transport::Http { uri: url.clone() }
+    } else {
+        Transport::Grpc {
+            authority: String::new(),
+        }
+    };
+    Some(Tracing {
+        provider: Some(OpenTelemetry {
+            service_name: "outrigger".into(),
+            cluster: COLLECTOR.into(),
+            timeout: EXPORT_TIMEOUT_DEFAULT,
+            headers: Vec::new(),
+            transport,
+        }),
+        random_sampling: options.otlp_sampling,
+        spawn_upstream_span: true,
+        ..Tracing::default()
     })
 }
 
@@ -226,6 +279,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
         access_log: access_log(&options.access_log),
         http_filters: filters,
         route_config: everything_to(FLEET),
+        tracing: tracing(options),
         stream_idle_timeout: Duration::ZERO,
         upgrades: vec![websocket()],
         ..HttpConnectionManager::default()
@@ -236,6 +290,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
 
 fn inbound_listener(options: &Options, address: Address) -> Listener {
     let http = HttpConnectionManager {
+        tracing: tracing(options),
         stat_prefix: INBOUND.into(),
         preserve_external_request_id: true,
         server_header: ServerHeader::AppendIfAbsent,

@@ -12,7 +12,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use crate::{listener::Planned, tls::contexts::Contexts};
+use crate::{access_log::Sinks, listener::Planned, tls::contexts::Contexts, trace::Exporters};
 use build::Builder;
 use files::Files;
 use model::{Kind, Model, Subscription};
@@ -104,9 +104,13 @@ impl Lingering {
 impl Discovery {
     /// Nothing is configured.
     #[must_use]
-    pub fn new(services: Services, sinks: Arc<crate::access_log::Sinks>) -> Self {
+    pub fn new(services: Services, sinks: Arc<Sinks>, exporters: Arc<Exporters>) -> Self {
         Self {
-            builder: Builder { services, sinks },
+            builder: Builder {
+                services,
+                sinks,
+                exporters,
+            },
             model: Model::default(),
             files: Files::default(),
             contexts: Contexts::default(),

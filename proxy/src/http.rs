@@ -6,6 +6,7 @@
 mod forward;
 mod record;
 mod replies;
+mod span;
 pub(crate) mod tunnel;
 
 pub(crate) use replies::LocalReplies;
@@ -139,6 +140,10 @@ impl Manager {
             ..Context::default()
         };
         let prepared = self.prepare(&mut parts, &mut record, &mut context, &config, connection);
+        if let (Ok(()), Some(tracer)) = (&prepared, &config.tracer) {
+            let node = &self.owner.node;
+            span::begin(tracer, &mut parts, &mut record, &mut context, node);
+        }
         record.captured = record.logs.capture(&parts);
         if let Some(replies) = &config.local_replies {
             record.replied = replies.capture(&parts);
@@ -263,7 +268,9 @@ impl Manager {
             .traceparent
             .then(|| fields.get(headers::TRACEPARENT)?.to_str().ok())
             .flatten();
-        record.trace_id = match known.map(headers::trace_id).filter(|id| !id.is_empty()) {
+        let known = known.map(headers::trace_id).filter(|id| !id.is_empty());
+        record.joins_trace = known.is_some();
+        record.trace_id = match known {
             Some(id) => id.into(),
             None => {
                 let parent = headers::new_traceparent();

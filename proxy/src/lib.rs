@@ -37,6 +37,7 @@ pub mod snapshot;
 mod socket;
 mod tcp_proxy;
 pub mod tls;
+pub mod trace;
 pub mod upstream;
 mod worker;
 

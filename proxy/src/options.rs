@@ -13,7 +13,7 @@ pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
 /// Longer, and clients would see it.
 pub const STREAM_GATHER_US_MAX: u64 = 1000;
 /// Flags that say what a bootstrap says.
-pub(crate) const OF_A_FILE: [&str; 10] = [
+pub(crate) const OF_A_FILE: [&str; 11] = [
     "engine",
     "peer",
     "listen",
@@ -24,6 +24,7 @@ pub(crate) const OF_A_FILE: [&str; 10] = [
     "body_bytes_max",
     "tls_cert",
     "peer_tls_cert",
+    "otlp_endpoint",
 ];
 
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
@@ -93,6 +94,12 @@ pub struct Options {
     /// Where the JSON access log goes: `-` is standard output, `none` is nowhere
     #[arg(long, value_name = "FILE", default_value = "-")]
     pub access_log: String,
+    /// A collector for traces: http://HOST:PORT is OTLP over gRPC, http://HOST:PORT/v1/traces OTLP over HTTP
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// With `--otlp-endpoint`, per cent of the requests that are traced where nobody before us decided
+    #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
+    pub otlp_sampling: f64,
     /// Log level of the proxy itself (to standard error)
     #[arg(short = 'l', long, default_value = "info")]
     pub log_level: String,
@@ -225,6 +232,22 @@ pub fn url(text: &str, flag: &str) -> Result<Address, String> {
     })
 }
 
+/// Reads the URL of a collector: where it is, and whether a path is asked for there.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn collector(text: &str) -> Result<(Address, bool), String> {
+    let uri: http::Uri = text
+        .parse()
+        .map_err(|error| format!("--otlp-endpoint {text}: {error}"))?;
+    let has_path = !matches!(uri.path(), "" | "/");
+    let base = match uri.scheme_str().zip(uri.authority()) {
+        Some((scheme, authority)) => format!("{scheme}://{authority}"),
+        None => text.to_owned(),
+    };
+    Ok((url(&base, "--otlp-endpoint")?, has_path))
+}
+
 /// Reads `HOST:PORT` to listen on; `:PORT` is all interfaces.
 ///
 /// # Errors
@@ -264,6 +287,14 @@ mod tests {
             let error = engine(text).unwrap_err();
             assert!(error.contains(reason), "{text}: {error}");
         }
+        let (address, has_path) = collector("http://otel:4318/v1/traces").unwrap();
+        assert_eq!(
+            (address.to_string().as_str(), has_path),
+            ("otel:4318", true)
+        );
+        assert!(!collector("http://[::1]:4317").unwrap().1);
+        assert!(collector("https://otel:4317").unwrap_err().contains("TLS"));
+        assert!(collector("otel:4317").is_err());
         assert_eq!(listen(":80", "--listen").unwrap().host, "0.0.0.0");
         assert!(listen("80", "--listen").is_err());
     }

@@ -225,7 +225,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(usize, usize), Vec<String>> {
         node_cluster: bootstrap.node.cluster.as_str().into(),
         stat_prefix: Arc::default(),
     };
-    let mut discovery = Discovery::new(services, Arc::default());
+    let mut discovery = Discovery::new(services, Arc::default(), Arc::default());
     discovery.write(bootstrap.clone())?;
     discovery.look(std::time::Instant::now());
     let problems = discovery.problems();

@@ -15,6 +15,7 @@ use crate::{
     http::Owner,
     ledger::Ledgers,
     listeners::{Common, Listeners, Share},
+    trace::Exporters,
     upstream::Pools,
     worker,
 };
@@ -54,6 +55,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long the end waits for the admin's last answers.
 const ADMIN_FAREWELL: Duration = Duration::from_secs(1);
+/// How long the end waits for a collector to take the last spans.
+const SPANS_FAREWELL: Duration = Duration::from_secs(2);
 /// How often a drain looks whether anything still runs.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
@@ -102,6 +105,7 @@ struct Shared {
     /// Whether the first configuration was complete once.
     initialized: AtomicBool,
     sinks: Arc<Sinks>,
+    exporters: Arc<Exporters>,
     bootstrap: ArcSwap<Bootstrap>,
     runtime: runtime::Handle,
     drain: Drain,
@@ -242,6 +246,7 @@ impl Proxy {
             let _ = worker.join();
         }
         self.shared.sinks.flush(Duration::from_secs(1));
+        self.shared.exporters.flush(SPANS_FAREWELL);
         // Whoever asked for the end by the admin is to get its answer.
         let _ = self.admin_ended.recv_timeout(ADMIN_FAREWELL);
         if let Some(main) = self.main.take() {
@@ -290,7 +295,8 @@ fn assemble(
         stat_prefix: Arc::default(),
     };
     let sinks = Arc::new(Sinks::default());
-    let mut discovery = Discovery::new(services.clone(), sinks.clone());
+    let exporters = Arc::new(Exporters::default());
+    let mut discovery = Discovery::new(services.clone(), sinks.clone(), exporters.clone());
     discovery.write(bootstrap)?;
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
@@ -310,6 +316,7 @@ fn assemble(
         carried: ArcSwapOption::empty(),
         initialized: AtomicBool::new(false),
         sinks,
+        exporters,
         bootstrap: ArcSwap::from_pointee(Bootstrap::default()),
         runtime: runtime.clone(),
         drain: drain.clone(),

@@ -5,6 +5,7 @@ use crate::{
     cluster::engine_id,
     http::LocalReplies,
     route::{self, BuiltRoute, Domains, Scope},
+    trace::{Exporters, Tracer},
 };
 use http::request::Parts;
 use outrigger_filters::{filter::Chain, services::Services};
@@ -28,6 +29,8 @@ pub struct HttpConfig {
     pub inbound: bool,
     /// What requests without a route pass; may be empty.
     pub unrouted: Chain,
+    /// Which requests are traced, if any.
+    pub(crate) tracer: Option<Tracer>,
     /// What becomes of our own answers.
     pub(crate) local_replies: Option<LocalReplies>,
     /// Our `server`.
@@ -46,6 +49,7 @@ impl HttpConfig {
         direction: TrafficDirection,
         clusters: &HashMap<String, Cluster>,
         services: &Services,
+        exporters: &Exporters,
     ) -> Result<Self, Vec<String>> {
         let inbound = direction == TrafficDirection::Inbound;
         let mut errors = Vec::new();
@@ -86,6 +90,7 @@ impl HttpConfig {
         });
         if errors.is_empty() {
             Ok(Self {
+                tracer: Tracer::new(manager, direction, &services, exporters),
                 local_replies,
                 server: http::HeaderValue::from_str(&manager.server_name)
                     .map_err(|_| vec!["server_name: no header value".to_owned()])?,
@@ -163,6 +168,7 @@ fn secured_engine(cluster: &Cluster) -> Option<String> {
 pub fn build(
     bootstrap: &Bootstrap,
     services: &Services,
+    exporters: &Exporters,
 ) -> Result<HashMap<String, Vec<Arc<HttpConfig>>>, Vec<String>> {
     let clusters: HashMap<String, Cluster> = bootstrap
         .clusters
@@ -179,7 +185,7 @@ pub fn build(
         let mut of_listener = Vec::new();
         for manager in listener.http_managers() {
             let direction = listener.traffic_direction;
-            match HttpConfig::build(manager, direction, &clusters, services) {
+            match HttpConfig::build(manager, direction, &clusters, services, exporters) {
                 Ok(http) => of_listener.push(Arc::new(http)),
                 Err(found) => errors.extend(
                     found

@@ -11,6 +11,7 @@ mod h1_request;
 mod h1_response;
 pub mod h2;
 mod h2_error;
+pub(crate) mod own;
 mod queue;
 mod upgrade;
 

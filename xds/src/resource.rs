@@ -36,6 +36,7 @@ pub mod server_header;
 pub mod socket_match;
 pub mod tcp_proxy;
 pub mod tls;
+pub mod tracing;
 pub mod upgrade;
 
 /// The number of an `envoy.type.v3.StatusCode`.

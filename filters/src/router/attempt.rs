@@ -5,7 +5,7 @@ use super::{
     leg::Leg,
     report::{self, Audience},
     retry::Rules,
-    want,
+    span, want,
 };
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
@@ -17,6 +17,7 @@ use crate::{
     services::Services,
     sse,
     stored_responses::owner,
+    trace::Step,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
 use bytes::{Bytes, BytesMut};
@@ -157,6 +158,19 @@ impl<'a> Attempt<'a> {
         context: &mut Context,
     ) -> Outcome {
         let endpoint = &self.target.endpoint;
+        let mut step = span::begin(context, endpoint, request.headers_mut(), self.number);
+        let outcome = self.send(request, context, &mut step).await;
+        span::failed(step, &outcome);
+        outcome
+    }
+
+    async fn send(
+        &self,
+        request: &mut Request<RequestBody>,
+        context: &mut Context,
+        step: &mut Option<Step>,
+    ) -> Outcome {
+        let endpoint = &self.target.endpoint;
         let mut reservation = match self.reserve(context) {
             Ok(reservation) => reservation,
             Err(error) => return Outcome::Failed(error),
@@ -185,7 +199,8 @@ impl<'a> Attempt<'a> {
                 } else {
                     Ok(None)
                 };
-                let response = (response, audience);
+                span::answered(step, &response);
+                let response = (response, audience, step);
                 self.judge(response, peeked, reservation, started, context)
             }
             Err(mut error) => {
@@ -355,7 +370,7 @@ impl<'a> Attempt<'a> {
 
     fn judge(
         &self,
-        (response, audience): (Response<ResponseBody>, Audience),
+        (response, audience, step): (Response<ResponseBody>, Audience, &mut Option<Step>),
         peeked: Result<Option<Frame<Bytes>>, Error>,
         mut reservation: Box<dyn Reservation>,
         started: Instant,
@@ -386,6 +401,7 @@ impl<'a> Attempt<'a> {
             audience,
         );
         let leg = if watches { leg.watching() } else { leg };
+        let leg = leg.traced(step.take());
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {
             Outcome::Unwanted(response)

@@ -5,6 +5,7 @@ use crate::{
     body::{BodyError, ResponseBody, is_over},
     endpoints::{Endpoint, Reservation},
     error::Flag,
+    trace::Step,
 };
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -27,6 +28,8 @@ pub struct Leg {
     audience: Audience,
     /// How long tokens are waited for, if somebody wants to know.
     waits: Option<Waits>,
+    /// What is told of this attempt, if its request is traced.
+    step: Option<Step>,
 }
 
 /// So many waits are told as one.
@@ -82,7 +85,15 @@ impl Leg {
             success,
             audience,
             waits: None,
+            step: None,
         }
+    }
+
+    /// The attempt is over when this is.
+    #[must_use]
+    pub fn traced(mut self, step: Option<Step>) -> Self {
+        self.step = step;
+        self
     }
 
     /// The body is a stream of tokens, whose first is there: waits for the others are told.
@@ -111,6 +122,10 @@ impl Leg {
     }
 
     fn finish(&mut self, broken: Option<Flag>) {
+        if let (Some(mut step), Some(flag)) = (self.step.take(), broken) {
+            step.tell("outrigger.broken", flag.as_str());
+            step.fail();
+        }
         if let Some(mut reservation) = self.reservation.take() {
             let stats = &self.endpoint.stats;
             if self.success && broken.is_none() {

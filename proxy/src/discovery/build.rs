@@ -7,6 +7,7 @@ use crate::{
     snapshot::{self, Addresses, HttpConfig},
     tcp_proxy::TcpProxy,
     tls::{contexts::Contexts, server::Server},
+    trace::Exporters,
 };
 use outrigger_filters::services::Services;
 use outrigger_xds::{
@@ -33,6 +34,7 @@ use std::{
 pub(super) struct Builder {
     pub(super) services: Services,
     pub(super) sinks: Arc<Sinks>,
+    pub(super) exporters: Arc<Exporters>,
 }
 
 /// Judges resources of one type.
@@ -96,7 +98,7 @@ impl Builder {
         for listener in &written.listeners {
             keep(self.check_socket(model, contexts, listener));
         }
-        if let Err(found) = snapshot::build(written, &self.services) {
+        if let Err(found) = snapshot::build(written, &self.services, &self.exporters) {
             errors.extend(found);
         }
         errors
@@ -261,9 +263,15 @@ impl Builder {
         clusters: &HashMap<String, Cluster>,
     ) -> Result<Arc<HttpConfig>, String> {
         let direction = listener.traffic_direction;
-        HttpConfig::build(manager, direction, clusters, &self.services)
-            .map(Arc::new)
-            .map_err(|errors| errors.join("\n"))
+        HttpConfig::build(
+            manager,
+            direction,
+            clusters,
+            &self.services,
+            &self.exporters,
+        )
+        .map(Arc::new)
+        .map_err(|errors| errors.join("\n"))
     }
 
     /// A complete listener as it is to run; what `known` is of it stays the same object.

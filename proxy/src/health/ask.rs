@@ -1,15 +1,13 @@
 //! One question to one endpoint.
 
 use super::{Found, grpc};
-use crate::{tls::Stream, upstream};
-use bytes::Bytes;
-use http::{Request, Response, StatusCode, Uri, header, uri::Authority};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
+use crate::{
+    tls::Stream,
+    upstream::{self, own::Connection},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use bytes::Bytes;
+use http::{Request, StatusCode, Uri, header, uri::Authority};
+use http_body_util::{BodyExt, Full, Limited};
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{
     cluster::{ConnectionOptions, UpstreamProtocol},
@@ -33,35 +31,6 @@ pub(super) struct Asker {
     options: Arc<ConnectionOptions>,
     reuse: bool,
     connection: Option<Connection>,
-}
-
-/// One that takes requests.
-enum Connection {
-    Http1(http1::SendRequest<Full<Bytes>>),
-    Http2(http2::SendRequest<Full<Bytes>>),
-}
-
-impl Connection {
-    fn is_closed(&self) -> bool {
-        match self {
-            Self::Http1(sender) => sender.is_closed(),
-            Self::Http2(sender) => sender.is_closed(),
-        }
-    }
-
-    async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
-        match self {
-            // It may be about to be: the end of the last answer is a task's to see.
-            Self::Http1(sender) => {
-                sender.ready().await?;
-                sender.send_request(request).await
-            }
-            Self::Http2(sender) => {
-                sender.ready().await?;
-                sender.send_request(request).await
-            }
-        }
-    }
 }
 
 impl Asker {
@@ -130,15 +99,8 @@ impl Asker {
 
     /// The connection ends when its sender is dropped.
     async fn connect(&self) -> Option<Connection> {
-        let socket = TokioIo::new(self.open().await.ok()?);
-        if self.protocol() == UpstreamProtocol::Http2 {
-            let (sender, connection) = http2::handshake(TokioExecutor::new(), socket).await.ok()?;
-            tokio::spawn(connection);
-            return Some(Connection::Http2(sender));
-        }
-        let (sender, connection) = http1::handshake(socket).await.ok()?;
-        tokio::spawn(connection);
-        Some(Connection::Http1(sender))
+        let socket = self.open().await.ok()?;
+        Connection::over(socket, self.protocol()).await.ok()
     }
 
     /// `None` is no answer.

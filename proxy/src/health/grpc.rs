@@ -1,14 +1,13 @@
 //! The messages of `grpc.health.v1.Health/Check`, and what an answer means. No IO.
 
 use super::Found;
+use crate::upstream::own;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header, response::Parts};
 
 pub(super) const PATH: &str = "/grpc.health.v1.Health/Check";
 pub(super) const CONTENT_TYPE: &str = "application/grpc";
 
-/// gRPC's frame before a message: compressed or not, and its length.
-const PREFIX_BYTES: usize = 5;
 /// `ServingStatus.SERVING`.
 const SERVING: u64 = 1;
 
@@ -20,11 +19,7 @@ pub(super) fn question(service: &str) -> Bytes {
         put_varint(&mut message, service.len() as u64);
         message.put_slice(service.as_bytes());
     }
-    let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());
-    framed.put_u8(0);
-    framed.put_u32(message.len() as u32);
-    framed.put(message);
-    framed.freeze()
+    own::grpc_frame(&message)
 }
 
 /// Well is only who says so in so many words: as in Envoy, any other answer is a refusal.
@@ -46,11 +41,7 @@ pub(super) fn found(head: &Parts, trailers: Option<&HeaderMap>, body: &[u8]) -> 
 
 /// Field 1 of the one `HealthCheckResponse` that a body is; `None` if it is anything else.
 fn serving_status(body: &[u8]) -> Option<u64> {
-    let (prefix, mut message) = body.split_at_checked(PREFIX_BYTES)?;
-    let length = u32::from_be_bytes(prefix[1..].try_into().ok()?);
-    if prefix[0] != 0 || length as usize != message.len() {
-        return None;
-    }
+    let mut message = own::grpc_message(body)?;
     let mut status = 0;
     while !message.is_empty() {
         let tag = take_varint(&mut message)?;

@@ -1,6 +1,6 @@
 //! What one request leaves behind: its line in the access log, its metrics, and what formats say of it meanwhile.
 
-use super::{ConnectionInfo, Manager, tunnel::Asked};
+use super::{ConnectionInfo, Manager, span, tunnel::Asked};
 use crate::{
     access_log::{AccessLogs, Captured, Entry},
     metrics::HttpStats,
@@ -11,6 +11,7 @@ use outrigger_filters::{
     error::Flag,
     filter::{End, Heads, LogFields, RouteFacts},
     sse::Summary,
+    trace::Step,
 };
 use std::{
     net::SocketAddr,
@@ -43,6 +44,10 @@ pub(super) struct Record {
     pub(super) asked: Option<Asked>,
     pub(super) request_id: Arc<str>,
     pub(super) trace_id: Arc<str>,
+    /// Whoever sent it told of a trace.
+    pub(super) joins_trace: bool,
+    /// Its span, if it is traced.
+    pub(super) step: Option<Step>,
     pub(super) route: Arc<RouteFacts>,
     pub(super) ended: bool,
 }
@@ -77,6 +82,8 @@ impl Record {
             asked: None,
             request_id: Arc::default(),
             trace_id: Arc::default(),
+            joins_trace: false,
+            step: None,
             route: Arc::default(),
             ended: false,
         }
@@ -129,7 +136,10 @@ impl Record {
         self.close(&summary);
     }
 
-    fn close(&self, summary: &Summary) {
+    fn close(&mut self, summary: &Summary) {
+        if let Some(step) = self.step.take() {
+            span::end(step, self, summary);
+        }
         let duration = self.started.elapsed();
         self.stats.downstream_rq_active.decrement(1.0);
         self.stats.completed(self.code, duration);

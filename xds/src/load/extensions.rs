@@ -2,6 +2,14 @@
 
 /// Type URLs (without prefix) of Envoy extensions that users write and we do not have.
 pub(super) const NOT_SUPPORTED: &[&str] = &[
+    "envoy.config.trace.v3.DatadogConfig",
+    "envoy.config.trace.v3.DynamicOtConfig",
+    "envoy.config.trace.v3.LightstepConfig",
+    "envoy.config.trace.v3.OpenCensusConfig",
+    "envoy.config.trace.v3.SkyWalkingConfig",
+    "envoy.config.trace.v3.TraceServiceConfig",
+    "envoy.config.trace.v3.XRayConfig",
+    "envoy.config.trace.v3.ZipkinConfig",
     "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
     "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
     "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig",

@@ -5,6 +5,11 @@
 #[rustfmt::skip]
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ("envoy.config.core.v3.Address", &["envoy_internal_address"]),
+    ("envoy.config.core.v3.GrpcService", &["google_grpc", "retry_policy"]),
+    (
+        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
+        &["max_receive_message_length", "retry_policy", "skip_envoy_headers"],
+    ),
     ("envoy.config.core.v3.ProxyProtocolConfig", &["added_tlvs", "pass_through_tlvs"]),
     (
         "envoy.config.core.v3.SocketAddress",
@@ -25,6 +30,11 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "socket_options", "transparent", "udp_listener_config",
         ],
     ),
+    (
+        "envoy.config.trace.v3.OpenTelemetryConfig",
+        &["max_cache_size", "resource_detectors", "sampler"],
+    ),
+    ("envoy.type.tracing.v3.CustomTag", &["metadata", "value"]),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig", &["connect_config"]),
     ("envoy.config.listener.v3.ListenerFilter", &["config_discovery"]),
     (
@@ -49,8 +59,12 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "request_id_extension", "scheme_header_transformation", "scoped_routes",
             "stream_error_on_invalid_http_message",
             "stream_flush_timeout",
-            "tracing", "via",
+            "via",
         ],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        &["operation", "upstream_operation", "verbose"],
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",

@@ -9,6 +9,7 @@ use super::{
     local_reply::LocalReplyConfig,
     route::{RouteConfiguration, TypedConfig},
     server_header::{self, ServerHeader},
+    tracing::Tracing,
     upgrade::Upgrade,
 };
 use crate::{
@@ -166,6 +167,8 @@ pub struct HttpConnectionManager {
     pub edge: Edge,
     /// What its own answers look like.
     pub local_replies: LocalReplyConfig,
+    /// Which requests are traced.
+    pub tracing: Option<Tracing>,
     /// Concurrent h2 streams per connection; keeps one worker from running hot. Default 100.
     pub h2_max_concurrent_streams: u32,
 }
@@ -195,6 +198,7 @@ impl Default for HttpConnectionManager {
             max_stream_duration: Duration::ZERO,
             edge: Edge::default(),
             local_replies: LocalReplyConfig::default(),
+            tracing: None,
             h2_max_concurrent_streams: 100,
         }
     }
@@ -343,6 +347,8 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
         }
         let access_log = problems.take_all("access_log", wire.access_log);
         let upgrades = problems.take_all("upgrade_configs", wire.upgrade_configs);
+        let tracing = wire.tracing;
+        let tracing = tracing.and_then(|given| problems.take("tracing", given.try_into()));
         let stat_prefix = problems.not_empty("stat_prefix", wire.stat_prefix);
         problems.finish(route_config.map(|route_config| {
             Self {
@@ -354,6 +360,7 @@ impl TryFrom<hcm::HttpConnectionManager> for HttpConnectionManager {
                 access_log,
                 upgrades,
                 edge,
+                tracing,
                 local_replies: local_replies.unwrap_or_default(),
                 use_remote_address: wire.use_remote_address.unwrap_or(limits.use_remote_address),
                 preserve_external_request_id: wire.preserve_external_request_id,
@@ -558,6 +565,7 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             server_header_transformation: plain.server_header.to_wire(),
             local_reply_config: (!plain.local_replies.is_empty())
                 .then(|| (&plain.local_replies).into()),
+            tracing: plain.tracing.as_ref().map(Into::into),
             ..Self::default()
         };
         plain.edge.write(&mut wire);

@@ -840,6 +840,107 @@ impl HealthStatus {
         }
     }
 }
+/// A service that we call by gRPC.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GrpcService {
+    /// Of one call.
+    #[prost(message, optional, tag = "3")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    /// Headers of each call.
+    #[prost(message, repeated, tag = "5")]
+    pub initial_metadata: ::prost::alloc::vec::Vec<HeaderValue>,
+    #[prost(oneof = "grpc_service::TargetSpecifier", tags = "1")]
+    pub target_specifier: ::core::option::Option<grpc_service::TargetSpecifier>,
+}
+/// Nested message and enum types in `GrpcService`.
+pub mod grpc_service {
+    /// By our own client.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct EnvoyGrpc {
+        /// Where.
+        #[prost(string, tag = "1")]
+        pub cluster_name: ::prost::alloc::string::String,
+        /// `:authority`; the cluster's name unless said.
+        #[prost(string, tag = "2")]
+        pub authority: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for EnvoyGrpc {
+        const NAME: &'static str = "EnvoyGrpc";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.GrpcService.EnvoyGrpc".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.GrpcService.EnvoyGrpc".into()
+        }
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum TargetSpecifier {
+        #[prost(message, tag = "1")]
+        EnvoyGrpc(EnvoyGrpc),
+    }
+}
+impl ::prost::Name for GrpcService {
+    const NAME: &'static str = "GrpcService";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.GrpcService".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.GrpcService".into()
+    }
+}
+/// Where we ask by HTTP.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HttpUri {
+    /// Whole, with scheme and host.
+    #[prost(string, tag = "1")]
+    pub uri: ::prost::alloc::string::String,
+    /// Of one request.
+    #[prost(message, optional, tag = "3")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    #[prost(oneof = "http_uri::HttpUpstreamType", tags = "2")]
+    pub http_upstream_type: ::core::option::Option<http_uri::HttpUpstreamType>,
+}
+/// Nested message and enum types in `HttpUri`.
+pub mod http_uri {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum HttpUpstreamType {
+        /// Where it is sent.
+        #[prost(string, tag = "2")]
+        Cluster(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for HttpUri {
+    const NAME: &'static str = "HttpUri";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HttpUri".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HttpUri".into()
+    }
+}
+/// A service that we ask by HTTP.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HttpService {
+    /// Where.
+    #[prost(message, optional, tag = "1")]
+    pub http_uri: ::core::option::Option<HttpUri>,
+    /// Headers of each request.
+    #[prost(message, repeated, tag = "2")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<HeaderValueOption>,
+}
+impl ::prost::Name for HttpService {
+    const NAME: &'static str = "HttpService";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HttpService".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HttpService".into()
+    }
+}
 /// Options of both HTTP versions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpProtocolOptions {

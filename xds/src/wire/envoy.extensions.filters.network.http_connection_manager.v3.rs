@@ -11,6 +11,9 @@ pub struct HttpConnectionManager {
     /// In order; the router is last.
     #[prost(message, repeated, tag = "5")]
     pub http_filters: ::prost::alloc::vec::Vec<HttpFilter>,
+    /// Which requests are traced; none unless said.
+    #[prost(message, optional, tag = "7")]
+    pub tracing: ::core::option::Option<http_connection_manager::Tracing>,
     /// HTTP/1; nothing of it is read.
     #[prost(message, optional, tag = "8")]
     pub http_protocol_options: ::core::option::Option<
@@ -174,6 +177,53 @@ pub mod http_connection_manager {
         }
         fn type_url() -> ::prost::alloc::string::String {
             "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails"
+                .into()
+        }
+    }
+    /// Which requests are traced, and what spans say.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct Tracing {
+        /// Of those whose client asks for it; all unless said.
+        #[prost(message, optional, tag = "3")]
+        pub client_sampling: ::core::option::Option<
+            super::super::super::super::super::super::r#type::v3::Percent,
+        >,
+        /// Of those that nobody asked for; all unless said.
+        #[prost(message, optional, tag = "4")]
+        pub random_sampling: ::core::option::Option<
+            super::super::super::super::super::super::r#type::v3::Percent,
+        >,
+        /// Of all that would be; all unless said.
+        #[prost(message, optional, tag = "5")]
+        pub overall_sampling: ::core::option::Option<
+            super::super::super::super::super::super::r#type::v3::Percent,
+        >,
+        /// Of a path; 256 unless said.
+        #[prost(message, optional, tag = "7")]
+        pub max_path_tag_length: ::core::option::Option<u32>,
+        /// Attributes of all spans.
+        #[prost(message, repeated, tag = "8")]
+        pub custom_tags: ::prost::alloc::vec::Vec<
+            super::super::super::super::super::super::r#type::tracing::v3::CustomTag,
+        >,
+        /// Who takes them.
+        #[prost(message, optional, tag = "9")]
+        pub provider: ::core::option::Option<
+            super::super::super::super::super::super::config::trace::v3::tracing::Http,
+        >,
+        /// Each attempt has a span of its own.
+        #[prost(message, optional, tag = "10")]
+        pub spawn_upstream_span: ::core::option::Option<bool>,
+    }
+    impl ::prost::Name for Tracing {
+        const NAME: &'static str = "Tracing";
+        const PACKAGE: &'static str = "envoy.extensions.filters.network.http_connection_manager.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing"
                 .into()
         }
     }

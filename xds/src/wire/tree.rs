@@ -43,6 +43,11 @@ pub mod envoy {
                 include!("envoy.config.route.v3.rs");
             }
         }
+        pub mod trace {
+            pub mod v3 {
+                include!("envoy.config.trace.v3.rs");
+            }
+        }
     }
     pub mod extensions {
         pub mod access_loggers {
@@ -235,6 +240,11 @@ pub mod envoy {
                 include!("envoy.r#type.matcher.v3.rs");
             }
         }
+        pub mod tracing {
+            pub mod v3 {
+                include!("envoy.r#type.tracing.v3.rs");
+            }
+        }
         pub mod v3 {
             include!("envoy.r#type.v3.rs");
         }
@@ -243,6 +253,32 @@ pub mod envoy {
         pub mod discovery {
             pub mod v3 {
                 include!("envoy.service.discovery.v3.rs");
+            }
+        }
+    }
+}
+pub mod opentelemetry {
+    pub mod proto {
+        pub mod collector {
+            pub mod trace {
+                pub mod v1 {
+                    include!("opentelemetry.proto.collector.trace.v1.rs");
+                }
+            }
+        }
+        pub mod common {
+            pub mod v1 {
+                include!("opentelemetry.proto.common.v1.rs");
+            }
+        }
+        pub mod resource {
+            pub mod v1 {
+                include!("opentelemetry.proto.resource.v1.rs");
+            }
+        }
+        pub mod trace {
+            pub mod v1 {
+                include!("opentelemetry.proto.trace.v1.rs");
             }
         }
     }

@@ -1,0 +1,220 @@
+//! A traced request as filters see it: steps that they begin, and that are told to a collector when they are over.
+//!
+//! Whether a request is traced, and how spans travel, is the connection manager's. A request that is not traced has no
+//! [`Trace`], and pays for nothing here.
+
+use crate::error::Flag;
+use http::HeaderValue;
+use outrigger_xds::otlp::{Attribute, Kind, Span, SpanId, TraceId, Value};
+use rand::RngCore;
+use std::{
+    borrow::Cow,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+/// Takes spans that are over. Never waits: what it cannot take is lost, and counted.
+pub trait Sink: Send + Sync {
+    /// One of them.
+    fn take(&self, span: Span);
+}
+
+/// What all spans of a request at this proxy share.
+pub struct Trace {
+    /// The trace that it belongs to.
+    pub id: TraceId,
+    /// The span of the request itself.
+    pub server: SpanId,
+    /// `tracestate` as it came; may be empty.
+    pub state: Arc<str>,
+    /// Attributes of all spans.
+    pub tags: Vec<Attribute>,
+    /// Each attempt has a span of its own.
+    pub per_attempt: bool,
+    /// Who takes them.
+    pub sink: Arc<dyn Sink>,
+}
+
+impl Trace {
+    /// Begins a step of the request.
+    #[must_use]
+    pub fn child(self: &Arc<Self>, name: impl Into<Cow<'static, str>>, kind: Kind) -> Step {
+        let now = SystemTime::now();
+        Step {
+            span: Box::new(Span {
+                trace_id: self.id,
+                id: new_span_id(),
+                parent: Some(self.server),
+                state: self.state.clone(),
+                name: name.into(),
+                kind,
+                start: now,
+                end: now,
+                attributes: self.tags.clone(),
+                failed: false,
+            }),
+            sink: self.sink.clone(),
+        }
+    }
+}
+
+/// A step that goes on until this is dropped.
+pub struct Step {
+    span: Box<Span>,
+    sink: Arc<dyn Sink>,
+}
+
+impl Step {
+    /// Goes on with a span that somebody else began.
+    #[must_use]
+    pub fn of(span: Span, sink: Arc<dyn Sink>) -> Self {
+        Self {
+            span: Box::new(span),
+            sink,
+        }
+    }
+
+    /// It began a while ago.
+    pub fn began(&mut self, at: Instant) {
+        let now = SystemTime::now();
+        self.span.start = now.checked_sub(at.elapsed()).unwrap_or(now);
+    }
+
+    /// Tells something of it.
+    pub fn tell(&mut self, name: &'static str, value: impl Into<Value>) {
+        self.span.attributes.push((name.into(), value.into()));
+    }
+
+    /// Tells it if it is known.
+    pub fn tell_some(&mut self, name: &'static str, value: Option<impl Into<Value>>) {
+        if let Some(value) = value {
+            self.tell(name, value);
+        }
+    }
+
+    /// It failed: Envoy's tag, and OTLP's status.
+    pub fn fail(&mut self) {
+        self.span.failed = true;
+        self.tell("error", "true");
+    }
+
+    /// How it was answered, in Envoy's tags; 0 is not at all.
+    pub fn answered(&mut self, code: u16, flags: &[Flag]) {
+        self.tell("http.status_code", code.to_string());
+        self.tell("response_flags", short(flags));
+        if code == 0 || code >= 500 {
+            self.fail();
+        }
+    }
+
+    /// What says upstream that it belongs to this step.
+    #[must_use]
+    pub fn traceparent(&self) -> HeaderValue {
+        traceparent(&self.span.trace_id, &self.span.id)
+    }
+
+    /// Its name, if it turns out to be another.
+    pub fn rename(&mut self, name: impl Into<Cow<'static, str>>) {
+        self.span.name = name.into();
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        let nothing = Span {
+            attributes: Vec::new(),
+            state: self.span.state.clone(),
+            name: Cow::Borrowed(""),
+            ..*self.span
+        };
+        let mut span = std::mem::replace(&mut *self.span, nothing);
+        span.end = SystemTime::now();
+        self.sink.take(span);
+    }
+}
+
+/// Envoy's short form of flags.
+fn short(flags: &[Flag]) -> Value {
+    match flags {
+        [] => "-".into(),
+        [only] => only.as_str().into(),
+        several => {
+            let names: Vec<_> = several.iter().map(|flag| flag.as_str()).collect();
+            names.join(",").into()
+        }
+    }
+}
+
+/// An id that no other span has.
+#[must_use]
+pub fn new_span_id() -> SpanId {
+    let mut id = SpanId::default();
+    rand::rng().fill_bytes(&mut id);
+    id
+}
+
+/// W3C trace context of a span that is sampled.
+#[must_use]
+pub fn traceparent(trace: &TraceId, span: &SpanId) -> HeaderValue {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-01";
+    let trace = trace
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| (3 + 2 * at, byte));
+    let span = span
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| (36 + 2 * at, byte));
+    for (at, byte) in trace.chain(span) {
+        text[at] = DIGITS[usize::from(byte >> 4)];
+        text[at + 1] = DIGITS[usize::from(byte & 15)];
+    }
+    HeaderValue::from_bytes(&text).expect("invariant: digits and dashes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<Span>>);
+
+    impl Sink for Kept {
+        fn take(&self, span: Span) {
+            self.0.lock().unwrap().push(span);
+        }
+    }
+
+    #[test]
+    fn a_step_is_told_once_when_it_is_over() {
+        let kept = Arc::new(Kept::default());
+        let trace = Arc::new(Trace {
+            id: [0xab; 16],
+            server: [1; 8],
+            state: "k=v".into(),
+            tags: vec![("zone".into(), "a".into())],
+            per_attempt: true,
+            sink: kept.clone(),
+        });
+        let mut step = trace.child("router", Kind::Client);
+        step.answered(
+            503,
+            &[Flag::UpstreamConnectionFailure, Flag::UpstreamOverflow],
+        );
+        let told = step.traceparent().to_str().unwrap().to_owned();
+        assert!(kept.0.lock().unwrap().is_empty(), "it goes on");
+        drop(step);
+        let spans = kept.0.lock().unwrap();
+        let [span] = &spans[..] else {
+            panic!("{spans:?}")
+        };
+        assert_eq!((span.parent, span.failed), (Some([1; 8]), true));
+        assert_eq!((&*span.name, &*span.state), ("router", "k=v"));
+        let id: String = span.id.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(told, format!("00-{}-{id}-01", "ab".repeat(16)));
+        let flags = ("response_flags".into(), "UF,UO".to_owned().into());
+        assert!(span.attributes.contains(&flags), "{span:?}");
+    }
+}

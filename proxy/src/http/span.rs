@@ -1,0 +1,161 @@
+//! The span of a request at this proxy, in Envoy's tags, and what goes upstream of it.
+
+use super::record::Record;
+use crate::{
+    headers,
+    trace::{Reason, Tracer, mark},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
+use outrigger_filters::{
+    filter::Context,
+    sse::Summary,
+    trace::{Step, Trace, new_span_id, traceparent},
+};
+use outrigger_xds::{
+    otlp::{Kind, Span, SpanId},
+    resource::listener::TrafficDirection,
+};
+use std::{borrow::Cow, sync::Arc};
+
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+const CLIENT_TRACE_ID: &str = "x-client-trace-id";
+const DOWNSTREAM_CLUSTER: &str = "x-envoy-downstream-service-cluster";
+
+/// Begins it, if the request is traced: because the one that sent it traces it, or else as the connection manager says.
+pub(super) fn begin(
+    tracer: &Tracer,
+    parts: &mut Parts,
+    record: &mut Record,
+    context: &mut Context,
+    node: &Arc<str>,
+) {
+    let reason = tracer.decide(&parts.headers, &record.request_id);
+    if let Some(marked) = mark(&record.request_id, reason)
+        && let Ok(value) = HeaderValue::from_str(&marked)
+    {
+        parts.headers.insert(headers::REQUEST_ID, value);
+        record.request_id = marked.into();
+        context.request_id = record.request_id.clone();
+    }
+    let told = record.joins_trace.then(|| parent(&parts.headers)).flatten();
+    let traced = told.map_or(reason != Reason::NotTraceable, |(_, sampled)| sampled);
+    let id = u128::from_str_radix(&record.trace_id, 16);
+    let (true, Ok(id)) = (traced, id) else {
+        return;
+    };
+    let trace = Arc::new(Trace {
+        id: id.to_be_bytes(),
+        server: new_span_id(),
+        state: text(&parts.headers, TRACESTATE.as_str())
+            .unwrap_or_default()
+            .into(),
+        tags: tracer.tags(&parts.headers),
+        per_attempt: tracer.per_attempt,
+        sink: tracer.sink(),
+    });
+    let upstream = traceparent(&trace.id, &trace.server);
+    parts.headers.insert(headers::TRACEPARENT, upstream);
+    let span = Span {
+        trace_id: trace.id,
+        id: trace.server,
+        parent: told.map(|(parent, _)| parent),
+        state: trace.state.clone(),
+        name: name(tracer, record),
+        kind: kind(tracer),
+        start: record.start,
+        end: record.start,
+        attributes: trace.tags.clone(),
+        failed: false,
+    };
+    let mut step = Step::of(span, trace.sink.clone());
+    tell_request(&mut step, &parts.headers, record, tracer.path_bytes_max);
+    step.tell("node_id", node.clone());
+    record.step = Some(step);
+    context.trace = Some(trace);
+}
+
+/// The span that the sender made for it, and whether it is sampled.
+fn parent(fields: &HeaderMap) -> Option<(SpanId, bool)> {
+    let told = text(fields, headers::TRACEPARENT.as_str())?;
+    let id = u64::from_str_radix(told.get(36..52)?, 16).ok()?;
+    let flags = u8::from_str_radix(told.get(53..55)?, 16).ok()?;
+    Some((id.to_be_bytes(), flags & 1 == 1))
+}
+
+fn text<'a>(fields: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    fields.get(name)?.to_str().ok()
+}
+
+fn name(tracer: &Tracer, record: &Record) -> Cow<'static, str> {
+    match tracer.direction {
+        TrafficDirection::Inbound => "ingress".into(),
+        TrafficDirection::Outbound => format!("egress {}", record.authority).into(),
+    }
+}
+
+/// As in Envoy: without spans of attempts this one stands for them, too.
+fn kind(tracer: &Tracer) -> Kind {
+    match tracer.direction {
+        TrafficDirection::Outbound if !tracer.per_attempt => Kind::Client,
+        _ => Kind::Server,
+    }
+}
+
+fn tell_request(step: &mut Step, fields: &HeaderMap, record: &Record, path_bytes_max: usize) {
+    let or_dash = |name| text(fields, name).unwrap_or("-").to_owned();
+    step.tell("component", "proxy");
+    step.tell("guid:x-request-id", record.request_id.clone());
+    let scheme = text(fields, headers::FORWARDED_PROTO.as_str()).unwrap_or("http");
+    let (host, path) = (&record.authority, cut(&record.path, path_bytes_max));
+    step.tell("http.url", format!("{scheme}://{host}{path}"));
+    step.tell("http.method", record.method.as_str().to_owned());
+    step.tell("downstream_cluster", or_dash(DOWNSTREAM_CLUSTER));
+    step.tell("user_agent", or_dash(header::USER_AGENT.as_str()));
+    step.tell("http.protocol", protocol(record.protocol));
+    let peer = record.connection.direct_remote.ip();
+    step.tell("peer.address", peer.to_canonical().to_string());
+    let asked = text(fields, CLIENT_TRACE_ID).map(ToOwned::to_owned);
+    step.tell_some("guid:x-client-trace-id", asked);
+}
+
+/// The beginning of a text, in whole characters.
+fn cut(text: &str, bytes_max: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes_max)]
+}
+
+fn protocol(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_2 => "HTTP/2",
+        Version::HTTP_10 => "HTTP/1.0",
+        _ => "HTTP/1.1",
+    }
+}
+
+/// Tells what became of the request, and that it is over.
+pub(super) fn end(mut step: Step, record: &Record, summary: &Summary) {
+    let log = &summary.log;
+    step.tell("request_size", record.bytes_received.to_string());
+    step.tell("response_size", summary.bytes.to_string());
+    if !log.upstream_cluster.is_empty() {
+        step.tell("upstream_cluster", log.upstream_cluster.clone());
+        step.tell("upstream_cluster.name", log.upstream_cluster.clone());
+    }
+    step.answered(record.code, &log.flags);
+    if let Some(host) = &log.upstream_host {
+        step.tell("outrigger.endpoint", host.0.clone());
+    }
+    let Some(model) = &log.model else {
+        return;
+    };
+    step.tell("gen_ai.request.model", model.clone());
+    step.tell_some("gen_ai.usage.input_tokens", log.prompt_tokens);
+    step.tell_some("gen_ai.usage.output_tokens", log.completion_tokens);
+    step.tell_some("outrigger.hit_tokens.predicted", log.hit_tokens_predicted);
+    step.tell_some("outrigger.hit_tokens.confirmed", log.hit_tokens_confirmed);
+    if log.migrations > 0 {
+        step.tell("outrigger.migrations", u64::from(log.migrations));
+    }
+    let first = summary.first_byte;
+    let ttft = first.map(|at| at.duration_since(record.started).as_secs_f64());
+    step.tell_some("gen_ai.response.time_to_first_chunk", ttft);
+}
