@@ -51,6 +51,8 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .iter()
         .filter_map(|peer| keep(options::url(peer, "--peer")))
         .collect();
+    let collector = options.otlp_endpoint.as_deref();
+    let collector = collector.and_then(|url| keep(options::collector(url).map(|(at, _)| at)));
     let engines: Vec<_> = options
         .engine
         .iter()
@@ -60,11 +62,6 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
                 .ok()
         })
         .collect();
-    let collector = options.otlp_endpoint.as_deref().map(options::collector);
-    let collector = collector.transpose().unwrap_or_else(|error| {
-        errors.push(error);
-        None
-    });
     let (Some(outbound), Some(inbound), Some(admin), true) =
         (outbound, inbound, admin, errors.is_empty())
     else {
@@ -80,7 +77,6 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .cloned()
         .chain(peers.iter().map(peer_endpoint))
         .collect();
-    let collector = collector.map(|(address, _)| collector_cluster(&address));
     Ok(Bootstrap {
         node: Node {
             id: node,
@@ -105,7 +101,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             cluster(LOCAL, options.policy, local),
         ]
         .into_iter()
-        .chain(collector)
+        .chain(collector.as_ref().map(collector_cluster))
         .collect(),
         ..Bootstrap::default()
     })

@@ -176,6 +176,9 @@ impl Body for Leg {
                 }
                 if frame.is_trailers() {
                     self.finish(None);
+                } else if self.inner.is_end_stream() {
+                    // Nobody may ask for more.
+                    self.step = None;
                 }
             }
             Some(Err(error)) => {

@@ -34,6 +34,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.trace.v3.OpenTelemetryConfig",
         &["max_cache_size", "resource_detectors", "sampler"],
     ),
+    ("envoy.config.trace.v3.Tracing", &["http"]),
     ("envoy.type.tracing.v3.CustomTag", &["metadata", "value"]),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig", &["connect_config"]),
     ("envoy.config.listener.v3.ListenerFilter", &["config_discovery"]),

@@ -360,3 +360,94 @@ impl From<&CustomTag> for tag::CustomTag {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protobuf::{plain, to_json};
+    use serde_json::{Value, json};
+
+    fn read(value: Value) -> Result<Tracing, ConfigErrors> {
+        plain::<hcm::Tracing, Tracing>(&value)
+    }
+
+    fn provider(config: Value) -> Value {
+        let mut config = config;
+        config["@type"] = "type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig".into();
+        json!({"name": "envoy.tracers.opentelemetry", "typed_config": config})
+    }
+
+    #[test]
+    fn what_is_read_is_shown_and_read_again() {
+        let by_grpc = provider(json!({
+            "service_name": "s",
+            "grpc_service": {
+                "envoy_grpc": {"cluster_name": "c", "authority": "a"},
+                "timeout": "0.500s",
+                "initial_metadata": [{"key": "k", "value": "v"}],
+            },
+        }));
+        let by_http = provider(json!({
+            "http_service": {
+                "http_uri": {"uri": "http://otel:4318/v1/traces", "cluster": "c", "timeout": "1s"},
+                "request_headers_to_add": [{"header": {"key": "k", "value": "v"}}],
+            },
+        }));
+        for provider in [by_grpc, by_http] {
+            let tracing = read(json!({
+                "provider": provider,
+                "client_sampling": {"value": 1.0},
+                "random_sampling": {"value": 0.25},
+                "overall_sampling": {"value": 50.0},
+                "max_path_tag_length": 64,
+                "custom_tags": [
+                    {"tag": "a", "literal": {"value": "x"}},
+                    {"tag": "b", "environment": {"name": "E", "default_value": "d"}},
+                    {"tag": "c", "request_header": {"name": "X-A"}},
+                ],
+                "spawn_upstream_span": true,
+            }))
+            .unwrap();
+            assert_eq!(tracing.random_sampling, 0.25);
+            let header = TagValue::RequestHeader("x-a".into(), String::new());
+            assert_eq!(tracing.custom_tags[2].value, header);
+            let shown = to_json(&hcm::Tracing::from(&tracing));
+            assert_eq!(read(shown).unwrap(), tracing);
+        }
+        assert_eq!(read(json!({})).unwrap(), Tracing::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        let cases = [
+            (
+                json!({"random_sampling": {"value": 101}}),
+                "random_sampling: must be between",
+            ),
+            (
+                json!({"custom_tags": [{"tag": "a"}]}),
+                "custom_tags[0]: required",
+            ),
+            (
+                json!({"provider": {"name": "x"}}),
+                "provider: required: typed_config",
+            ),
+            (
+                json!({"provider": provider(json!({}))}),
+                "provider.typed_config: required: one of",
+            ),
+            (
+                json!({"provider": provider(json!({"grpc_service": {"envoy_grpc": {}}}))}),
+                "provider.typed_config.grpc_service.envoy_grpc.cluster_name: must not be empty",
+            ),
+            (
+                json!({"provider": provider(json!({"http_service": {"http_uri": {"uri": "/v1", "cluster": "c"}}}))}),
+                "http_uri.uri: must have a scheme and a host",
+            ),
+        ];
+        for (value, expected) in cases {
+            let error = read(value.clone()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{value}: {error}");
+        }
+    }
+}
