@@ -35,8 +35,8 @@ fn tracing_of(bootstrap: &mut Bootstrap) -> &mut outrigger_xds::resource::tracin
     outbound.tracing.as_mut().unwrap()
 }
 
-fn get(headers: &[(&'static str, &str)]) -> Request<outrigger_conformance::harness::AnyBody> {
-    let mut request = request(Method::GET, "/some/path?q=1", "");
+fn chat(headers: &[(&'static str, &str)]) -> Request<outrigger_conformance::harness::AnyBody> {
+    let mut request = request(Method::POST, CHAT, CHAT_BODY);
     for (name, value) in headers {
         request.headers_mut().insert(*name, value.parse().unwrap());
     }
@@ -45,7 +45,7 @@ fn get(headers: &[(&'static str, &str)]) -> Request<outrigger_conformance::harne
 
 async fn ask(proxy: &TestProxy, headers: &[(&'static str, &str)]) {
     let mut client = proxy.client(Version::H1).await;
-    assert_eq!(client.send(get(headers)).await.status, 200);
+    assert_eq!(client.send(chat(headers)).await.status, 200);
 }
 
 async fn free() -> SocketAddr {
@@ -173,7 +173,7 @@ async fn spans_say_what_envoys_say() {
         .edit(|bootstrap| {
             use outrigger_xds::resource::tracing::{CustomTag, TagValue};
             let tracing = tracing_of(bootstrap);
-            tracing.max_path_tag_length = 7;
+            tracing.max_path_tag_length = 8;
             let header = |name: &str| TagValue::RequestHeader(name.into(), "none".into());
             tracing.custom_tags = [
                 ("zone", TagValue::Literal("z1".into())),
@@ -206,8 +206,8 @@ async fn spans_say_what_envoys_say() {
     let log = proxy.only_log().await;
     for (tag, value) in [
         ("component", "proxy"),
-        ("http.method", "GET"),
-        ("http.url", "http://api/some/p"),
+        ("http.method", "POST"),
+        ("http.url", "http://api/v1/chat"),
         ("http.protocol", "HTTP/1.1"),
         ("http.status_code", "200"),
         ("response_flags", "-"),
@@ -216,7 +216,7 @@ async fn spans_say_what_envoys_say() {
         ("upstream_cluster", "fleet"),
         ("upstream_cluster.name", "fleet"),
         ("peer.address", "127.0.0.1"),
-        ("request_size", "0"),
+        ("request_size", &CHAT_BODY.len().to_string()),
         ("response_size", "2"),
         ("node_id", &proxy.bootstrap.node.id),
         ("guid:x-request-id", log["request_id"].as_str().unwrap()),
@@ -375,7 +375,7 @@ async fn the_last_spans_are_told_before_the_process_ends() {
     let outbound = process.listener("outbound").await;
     let mut client = outrigger_conformance::harness::Client::connect(outbound, Version::H1).await;
     // Whatever is answered, by the engine or for it.
-    client.send(get(&[])).await;
+    client.send(chat(&[])).await;
     process.signal("TERM");
     let ended = process.ended(Duration::from_secs(10)).await.unwrap();
     assert!(ended.success(), "{ended:?}");
