@@ -164,36 +164,39 @@ async fn who_sent_it_decides_and_what_is_not_sampled_passes_as_it_came() {
     assert_eq!(headers["host"], collector.address.to_string());
 }
 
+/// A short path, and tags of each kind.
+fn add_tags(bootstrap: &mut Bootstrap) {
+    use outrigger_xds::resource::tracing::{CustomTag, TagValue};
+    let tracing = tracing_of(bootstrap);
+    tracing.max_path_tag_length = 8;
+    let header = |name: &str| TagValue::RequestHeader(name.into(), "none".into());
+    tracing.custom_tags = [
+        ("zone", TagValue::Literal("z1".into())),
+        ("tenant", header("x-tenant")),
+        ("other", header("x-other")),
+        (
+            "home",
+            TagValue::Environment("OUTRIGGER_NOT_SET".into(), "d".into()),
+        ),
+        (
+            "nothing",
+            TagValue::Environment("OUTRIGGER_NOT_SET".into(), String::new()),
+        ),
+    ]
+    .map(|(tag, value)| CustomTag {
+        tag: tag.into(),
+        value,
+    })
+    .into();
+}
+
 #[tokio::test]
 async fn spans_say_what_envoys_say() {
     let collector = Collector::start(Manner::Takes).await;
     let engine = answering().await;
     let proxy = traced(&collector.grpc())
         .server(engine.address)
-        .edit(|bootstrap| {
-            use outrigger_xds::resource::tracing::{CustomTag, TagValue};
-            let tracing = tracing_of(bootstrap);
-            tracing.max_path_tag_length = 8;
-            let header = |name: &str| TagValue::RequestHeader(name.into(), "none".into());
-            tracing.custom_tags = [
-                ("zone", TagValue::Literal("z1".into())),
-                ("tenant", header("x-tenant")),
-                ("other", header("x-other")),
-                (
-                    "home",
-                    TagValue::Environment("OUTRIGGER_NOT_SET".into(), "d".into()),
-                ),
-                (
-                    "nothing",
-                    TagValue::Environment("OUTRIGGER_NOT_SET".into(), String::new()),
-                ),
-            ]
-            .map(|(tag, value)| CustomTag {
-                tag: tag.into(),
-                value,
-            })
-            .into();
-        })
+        .edit(add_tags)
         .start();
     ask(
         &proxy,
