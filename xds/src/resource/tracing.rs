@@ -367,8 +367,8 @@ mod tests {
     use crate::protobuf::{plain, to_json};
     use serde_json::{Value, json};
 
-    fn read(value: Value) -> Result<Tracing, ConfigErrors> {
-        plain::<hcm::Tracing, Tracing>(&value)
+    fn read(value: &Value) -> Result<Tracing, ConfigErrors> {
+        plain::<hcm::Tracing, Tracing>(value)
     }
 
     fn provider(config: Value) -> Value {
@@ -394,7 +394,7 @@ mod tests {
             },
         }));
         for provider in [by_grpc, by_http] {
-            let tracing = read(json!({
+            let tracing = read(&json!({
                 "provider": provider,
                 "client_sampling": {"value": 1.0},
                 "random_sampling": {"value": 0.25},
@@ -412,9 +412,9 @@ mod tests {
             let header = TagValue::RequestHeader("x-a".into(), String::new());
             assert_eq!(tracing.custom_tags[2].value, header);
             let shown = to_json(&hcm::Tracing::from(&tracing));
-            assert_eq!(read(shown).unwrap(), tracing);
+            assert_eq!(read(&shown).unwrap(), tracing);
         }
-        assert_eq!(read(json!({})).unwrap(), Tracing::default());
+        assert_eq!(read(&json!({})).unwrap(), Tracing::default());
     }
 
     #[test]
@@ -446,7 +446,7 @@ mod tests {
             ),
         ];
         for (value, expected) in cases {
-            let error = read(value.clone()).unwrap_err().to_string();
+            let error = read(&value).unwrap_err().to_string();
             assert!(error.contains(expected), "{value}: {error}");
         }
     }
