@@ -86,7 +86,7 @@ pub struct ConnectionInfo {
     pub direct_remote: SocketAddr,
     /// Our side, or where the connection was sent before it was redirected to us.
     pub local: SocketAddr,
-    /// The latter.
+    /// Whether `local` is the latter.
     pub redirected: bool,
     /// Unique in this process.
     pub id: u64,
@@ -467,7 +467,7 @@ impl Manager {
 }
 
 /// Details of a head that did not come in time.
-pub(crate) const REQUEST_HEADER_TIMEOUT: &str = "request_header_timeout";
+pub(crate) const HEAD_LATE: &str = "request_header_timeout";
 
 impl Manager {
     /// Tells log and metrics of a request that never came here: the codec refused it, or it ended within its head.
@@ -491,7 +491,7 @@ impl Manager {
             ..LogFields::default()
         };
         log.flags.extend(flag);
-        if details == REQUEST_HEADER_TIMEOUT {
+        if details == HEAD_LATE {
             self.stats.downstream_rq_header_timeout.increment(1);
         }
         record.end(Summary {

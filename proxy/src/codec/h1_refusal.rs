@@ -1,7 +1,7 @@
 //! What a client is told whose bytes are no request, in Envoy's words.
 
 use super::{date, h1_request::Fault};
-use crate::http::{ConnectionInfo, Manager, REQUEST_HEADER_TIMEOUT};
+use crate::http::{ConnectionInfo, Manager, HEAD_LATE};
 use bytes::Bytes;
 use outrigger_filters::error::Flag;
 use outrigger_xds::resource::server_header::ServerHeader;
@@ -97,7 +97,7 @@ fn verdict(head: &[u8], fault: Fault) -> Verdict {
         return Verdict {
             status: 408,
             text: "Request Timeout",
-            details: REQUEST_HEADER_TIMEOUT,
+            details: HEAD_LATE,
         };
     }
     if fault == Fault::TooLarge {
