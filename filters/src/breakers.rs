@@ -26,6 +26,8 @@ pub struct Breakers {
 pub struct Breaker {
     /// Open connections.
     pub connections: Resource,
+    /// Most connections to one endpoint.
+    connections_per_host_max: AtomicU64,
     /// Requests that wait for a connection.
     pub pending: Resource,
     /// Requests in flight, those that wait for a connection among them.
@@ -101,6 +103,9 @@ impl Breaker {
         for (resource, max) in limits {
             resource.max.store(max.into(), Relaxed);
         }
+        let per_host = thresholds.max_connections_per_host;
+        self.connections_per_host_max
+            .store(per_host.map_or(u64::MAX, Into::into), Relaxed);
         match thresholds.retries {
             RetryLimit::Count(count) => {
                 self.retries.max.store(count.into(), Relaxed);
@@ -117,6 +122,12 @@ impl Breaker {
         }
         self.track_remaining
             .store(thresholds.track_remaining, Relaxed);
+    }
+
+    /// Most connections to one endpoint.
+    #[must_use]
+    pub fn connections_per_host_max(&self) -> u64 {
+        self.connections_per_host_max.load(Relaxed)
     }
 
     /// Most retries at once, now.

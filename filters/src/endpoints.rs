@@ -13,7 +13,7 @@ use outrigger_xds::{
     block_hash::BlockHash,
     report::{EngineId, EngineState, Load, Role},
     resource::{
-        cluster::{ConnectionOptions, LbPolicy, UpstreamProtocol},
+        cluster::{ConnectionOptions, LbPolicy, OriginalDst, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
         route_action::Priority,
     },
@@ -21,6 +21,7 @@ use outrigger_xds::{
 use std::{
     any::Any,
     fmt,
+    net::SocketAddr,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -46,6 +47,8 @@ pub struct ClusterView {
     pub breakers: Arc<Breakers>,
     /// A peer is configured whose feed was not heard yet.
     pub silent_peer: bool,
+    /// A request goes where it was meant to, and nothing is chosen: there are no endpoints to choose from.
+    pub original_dst: Option<Arc<OriginalDst>>,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }
@@ -144,6 +147,8 @@ pub struct Host {
     pub record: Record,
     /// What its load reports earn it.
     pub reported: Reported,
+    /// Connections that are open, or about to be.
+    pub connections: AtomicU64,
     /// Since when it is there, or well again, on [`clock_ms`]'s clock.
     pub since_ms: AtomicU64,
 }
@@ -533,6 +538,12 @@ pub trait Endpoints: Send + Sync {
         candidates: &[Arc<Endpoint>],
         hash: Option<u64>,
     ) -> Option<usize>;
+
+    /// The endpoint at an address, in a cluster of type `ORIGINAL_DST`; `None` if it is no such cluster, or has too many.
+    fn original(&self, view: &ClusterView, address: SocketAddr) -> Option<Arc<Endpoint>> {
+        let _ = (view, address);
+        None
+    }
 
     /// Counts a leg against an endpoint. The endpoint beside us is told at once; one behind a peer learns it from the
     /// request itself, and its proxy may refuse.

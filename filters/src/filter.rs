@@ -165,6 +165,8 @@ pub struct Context {
     pub request_id: Arc<str>,
     /// The connection it came on: the client's address, and ours.
     pub connection: Option<(SocketAddr, SocketAddr)>,
+    /// Where that connection was sent before it was redirected to us.
+    pub original_dst: Option<SocketAddr>,
     /// When its head came.
     pub received: Option<Instant>,
     /// Tells how far its body is, if it was not all here with the head.
@@ -225,6 +227,7 @@ impl Context {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
             connection: self.connection,
+            original_dst: self.original_dst,
             received: self.received,
             upload: self.upload.clone(),
             openai: self.openai.clone(),

@@ -9,6 +9,7 @@ pub mod hash;
 pub mod host;
 pub mod leg;
 pub mod mirror;
+mod original;
 pub mod report;
 pub mod retry;
 mod span;
@@ -27,7 +28,7 @@ use attempt::{Attempt, Outcome};
 use http::{Request, Response, StatusCode, header};
 use retry::Rules;
 use serde::Deserialize;
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Envoy's router.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
@@ -129,6 +130,8 @@ struct Walk<'a> {
     hash: hash::Hash,
     /// Endpoints that the request names, best first.
     named: Vec<String>,
+    /// Where it was meant to go, if its cluster is for that.
+    original: Option<SocketAddr>,
 }
 
 impl<'a> Walk<'a> {
@@ -158,6 +161,10 @@ impl<'a> Walk<'a> {
                 .map(|hashes| hashes.of(request, context.connection))
                 .unwrap_or_default(),
             named: named_hosts(view, request),
+            original: view
+                .original_dst
+                .as_ref()
+                .and_then(|config| original::destination(config, view, request.headers(), context)),
         }
     }
 
@@ -234,6 +241,9 @@ impl<'a> Walk<'a> {
         }
         if let Some(only) = &context.only {
             return self.only(only);
+        }
+        if self.view.original_dst.is_some() {
+            return self.original(context);
         }
         let part = context.part;
         let ranked = context.ranked.iter().filter(|ranked| {
@@ -362,6 +372,20 @@ impl<'a> Walk<'a> {
                 Err(error)
             }
         }
+    }
+
+    /// Where it was meant to go; once, unless somebody asked for retries by name.
+    fn original(&self, context: &Context) -> Result<Option<Ranked>, Error> {
+        if !self.tried.is_empty() && context.route.retry_policy.is_none() {
+            return Ok(None);
+        }
+        let endpoints = &self.router.services.endpoints;
+        let endpoint = self
+            .original
+            .and_then(|address| endpoints.original(self.view, address))
+            .filter(|endpoint| endpoint.is_alive());
+        let endpoint = endpoint.ok_or_else(Error::no_healthy_upstream)?;
+        Ok(Some(attempt::target(endpoint)))
     }
 
     /// The endpoint that alone can answer, once.

@@ -18,7 +18,7 @@ pub(crate) use filter::{Answer, Filter};
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
 pub(crate) use start_time::TimeFormat;
 
-use crate::tls::TlsFacts;
+use crate::{headers::FORWARDED_PROTO, tls::TlsFacts};
 use format::Template;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 use outrigger_filters::{filter::LogFields, matching::HeaderMatcher};
@@ -305,7 +305,13 @@ impl Headers {
             Wanted::Header(name) => headers.get(name).cloned(),
             Wanted::Scheme => match uri.scheme_str() {
                 Some(scheme) => HeaderValue::from_str(scheme).ok(),
-                None => Some(HeaderValue::from_static("http")),
+                // Whoever wrote it was to be believed, be it ourselves.
+                None => Some(HeaderValue::from_static(
+                    match headers.get(FORWARDED_PROTO).map(HeaderValue::as_bytes) {
+                        Some(b"https") => "https",
+                        _ => "http",
+                    },
+                )),
             },
         });
         Captured {

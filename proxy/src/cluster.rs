@@ -2,6 +2,7 @@
 
 mod counts;
 mod leg;
+mod original;
 
 use crate::{
     dns::{self, Names},
@@ -16,6 +17,7 @@ use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
 use http::HeaderName;
 use leg::Leg;
+use original::Originals;
 use outrigger_filters::{
     breakers::{Breakers, Kind},
     endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
@@ -24,13 +26,13 @@ use outrigger_filters::{
 use outrigger_xds::{
     report::EngineId,
     resource::{
-        cluster::{Cluster, Discovery, UpstreamProtocol},
+        cluster::{Cluster, Discovery, OriginalDst, UpstreamProtocol},
         endpoint::{Address, Duty, LbEndpoint, METADATA_NAMESPACE},
     },
 };
 use std::{
     collections::HashMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -65,6 +67,46 @@ struct Entry {
     breakers: Arc<Breakers>,
     /// Whether it ever got a request.
     used: Arc<AtomicBool>,
+    /// Of type `ORIGINAL_DST`.
+    originals: Option<Originals>,
+}
+
+impl Entry {
+    /// Its view, with endpoints that requests made.
+    fn shown(&self) -> Arc<ClusterView> {
+        let view = self.view.load_full();
+        let Some(originals) = &self.originals else {
+            return view;
+        };
+        Arc::new(ClusterView {
+            endpoints: originals.endpoints(),
+            ..ClusterView::clone(&view)
+        })
+    }
+
+    /// What is done now and then, for as long as this configuration of the cluster is in use.
+    fn watch(self: &Arc<Self>) {
+        if self.detector.is_some() {
+            tokio::spawn(look(Arc::downgrade(self)));
+        }
+        if self.originals.is_some() {
+            tokio::spawn(original::clean_up(Arc::downgrade(self)));
+        }
+    }
+}
+
+fn originals(cluster: &Cluster) -> Option<Originals> {
+    match &cluster.discovery {
+        Discovery::OriginalDst(config) => Some(Originals::new(config, &cluster.connection)),
+        _ => None,
+    }
+}
+
+fn original_dst(cluster: &Cluster) -> Option<Arc<OriginalDst>> {
+    match &cluster.discovery {
+        Discovery::OriginalDst(config) => Some(Arc::new(config.clone())),
+        _ => None,
+    }
 }
 
 /// Its name: given, or that of its address.
@@ -174,11 +216,10 @@ impl Clusters {
                 detector,
                 used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
+                originals: originals(cluster),
             };
             let entry = Arc::new(entry);
-            if entry.detector.is_some() {
-                tokio::spawn(look(Arc::downgrade(&entry)));
-            }
+            entry.watch();
             (Arc::from(cluster.name.as_str()), entry)
         });
         self.entries.store(Arc::new(entries.collect()));
@@ -243,7 +284,7 @@ impl Clusters {
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.
     pub fn count_members(&self) {
         for entry in self.entries.load().values() {
-            let view = entry.view.load();
+            let view = entry.shown();
             let healthy = view
                 .endpoints
                 .iter()
@@ -275,7 +316,7 @@ impl Clusters {
             .entries
             .load()
             .values()
-            .map(|entry| entry.view.load_full())
+            .map(|entry| entry.shown())
             .collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
@@ -343,6 +384,7 @@ impl Clusters {
             connect_timeout: cluster.connect_timeout,
             even: balancer.is_even(&endpoints),
             silent_peer,
+            original_dst: original_dst(cluster),
             endpoints,
             name,
         }
@@ -425,6 +467,11 @@ impl Endpoints for Clusters {
         Some(chosen.index)
     }
 
+    fn original(&self, view: &ClusterView, address: SocketAddr) -> Option<Arc<Endpoint>> {
+        let entry = self.entry(&view.name)?;
+        entry.originals.as_ref()?.at(address, &entry)
+    }
+
     fn reserve(
         &self,
         view: &ClusterView,
@@ -481,7 +528,7 @@ async fn look(entry: Weak<Entry>) {
         if let Some(entry) = entry.upgrade()
             && let Some(detector) = &entry.detector
         {
-            detector.look(&entry.view.load().endpoints);
+            detector.look(&entry.shown().endpoints);
         }
     }
 }

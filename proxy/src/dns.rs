@@ -19,6 +19,9 @@ use tokio::{
     task::AbortHandle,
 };
 
+/// How long an answer is good for. The system's resolver does not say; Envoy assumes the same where it asks that one.
+const TTL: Duration = Duration::from_secs(60);
+
 /// All addresses of a name; it may block.
 pub type Lookup = Arc<dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync>;
 
@@ -174,7 +177,10 @@ impl Names {
 /// Until the next lookup; after failures it doubles, by chance, as in Envoy.
 fn pause(config: &Dns, failures: u32) -> Duration {
     let Some((base, max)) = config.failure_refresh_rate.filter(|_| failures > 0) else {
-        return config.refresh_rate;
+        return match config.respect_ttl && failures == 0 {
+            true => TTL,
+            false => config.refresh_rate,
+        };
     };
     let bound = base.saturating_mul(1 << failures.min(16)).min(max);
     bound
@@ -316,6 +322,12 @@ mod tests {
             ..Dns::default()
         };
         assert_eq!(pause(&config, 0), Duration::from_secs(5));
+        let respects = Dns {
+            respect_ttl: true,
+            ..Dns::default()
+        };
+        assert_eq!(pause(&respects, 0), TTL);
+        assert_eq!(pause(&respects, 1), Duration::from_secs(5));
         for failures in [1, 2, 5, 40] {
             let longest = (0..200).map(|_| pause(&config, failures)).max().unwrap();
             let bound =

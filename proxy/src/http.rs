@@ -87,6 +87,8 @@ pub struct ConnectionInfo {
     pub direct_remote: SocketAddr,
     /// Our side, or where the connection was sent before it was redirected to us.
     pub local: SocketAddr,
+    /// Whether `local` is the latter.
+    pub redirected: bool,
     /// Unique in this process.
     pub id: u64,
     /// If it is TLS.
@@ -106,11 +108,17 @@ impl ConnectionInfo {
             address: headers::address(remote.ip()),
             direct_remote: remote,
             local,
+            redirected: false,
             id,
             tls,
             exchange: Exchange::default(),
             afterwards: tunnel::Afterwards::default(),
         }
+    }
+
+    /// Where it was sent before it was redirected to us.
+    pub(crate) fn original_dst(&self) -> Option<SocketAddr> {
+        self.redirected.then_some(self.local)
     }
 }
 
@@ -135,6 +143,7 @@ impl Manager {
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
             connection: Some((connection.remote, connection.local)),
+            original_dst: connection.original_dst(),
             received: Some(record.started),
             attempt: 1,
             ..Context::default()
@@ -464,12 +473,15 @@ impl Manager {
     }
 }
 
+/// Details of a head that did not come in time.
+pub(crate) const HEAD_LATE: &str = "request_header_timeout";
+
 impl Manager {
     /// Tells log and metrics of a request that never came here: the codec refused it, or it ended within its head.
     pub(crate) fn refused(
         &self,
         connection: &Arc<ConnectionInfo>,
-        (code, flag): (u16, Flag),
+        (code, flag): (u16, Option<Flag>),
         details: &'static str,
         bytes: usize,
     ) {
@@ -485,7 +497,10 @@ impl Manager {
             details: details.into(),
             ..LogFields::default()
         };
-        log.flags.push(flag);
+        log.flags.extend(flag);
+        if details == HEAD_LATE {
+            self.stats.downstream_rq_header_timeout.increment(1);
+        }
         record.end(Summary {
             end: End::Complete,
             bytes: bytes as u64,

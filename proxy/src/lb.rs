@@ -167,10 +167,11 @@ impl Balancer {
             LbPolicy::RoundRobin => self.turns.next(count),
             LbPolicy::Random => random::even(count),
             LbPolicy::LeastRequest => self.least(count, |at| &candidates[at]),
-            // Never even: their tables decide, or reports.
-            LbPolicy::RingHash | LbPolicy::Maglev | LbPolicy::ClientSideWeightedRoundRobin => {
-                random::even(count)
-            }
+            // Never even: their tables decide, or reports. Nor is any to be chosen where the request has said.
+            LbPolicy::RingHash
+            | LbPolicy::Maglev
+            | LbPolicy::ClientSideWeightedRoundRobin
+            | LbPolicy::ClusterProvided => random::even(count),
         })
     }
 
@@ -196,8 +197,8 @@ impl Balancer {
             LbPolicy::ClientSideWeightedRoundRobin => self.turns.weighted(endpoints, |endpoint| {
                 reported::used(endpoint) * self.share(endpoint)
             }),
-            // Tables decide, and have them all.
-            LbPolicy::RingHash | LbPolicy::Maglev => return None,
+            // Tables decide, and have them all; or the request.
+            LbPolicy::RingHash | LbPolicy::Maglev | LbPolicy::ClusterProvided => return None,
         })
     }
 

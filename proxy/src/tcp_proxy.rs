@@ -67,7 +67,7 @@ impl TcpProxy {
         let (start, started) = (SystemTime::now(), Instant::now());
         self.stats.downstream_cx_total.increment(1);
         let (mut log, passed) = (LogFields::default(), Passed::default());
-        if let Some(upstream) = self.open(&mut log).await {
+        if let Some(upstream) = self.open(info, &mut log).await {
             tokio::select! {
                 () = self.carry(client, upstream, started, &passed) => {}
                 () = over => {}
@@ -99,7 +99,7 @@ impl TcpProxy {
     }
 
     /// A connection to an endpoint; what became of that is in `log`.
-    async fn open(&self, log: &mut LogFields) -> Option<Upstream> {
+    async fn open(&self, info: &ConnectionInfo, log: &mut LogFields) -> Option<Upstream> {
         let cluster = self.cluster();
         log.upstream_cluster = cluster.into();
         let Some(view) = self.endpoints.view(cluster) else {
@@ -109,7 +109,7 @@ impl TcpProxy {
         };
         let mut failed: Vec<Arc<Endpoint>> = Vec::new();
         for attempt in 1..=self.config.max_connect_attempts {
-            let Some(endpoint) = self.choose(&view, &failed) else {
+            let Some(endpoint) = self.choose(&view, &failed, info) else {
                 if attempt == 1 {
                     log.flags.push(Flag::NoHealthyUpstream);
                 }
@@ -148,7 +148,16 @@ impl TcpProxy {
     }
 
     /// One that has not failed, if there is one.
-    fn choose(&self, view: &ClusterView, failed: &[Arc<Endpoint>]) -> Option<Arc<Endpoint>> {
+    fn choose(
+        &self,
+        view: &ClusterView,
+        failed: &[Arc<Endpoint>],
+        info: &ConnectionInfo,
+    ) -> Option<Arc<Endpoint>> {
+        if let Some(config) = &view.original_dst {
+            let meant = config.at(info.original_dst()?);
+            return self.endpoints.original(view, meant);
+        }
         let mut all = view.candidates(None);
         // Behind a peer there is no socket of an engine.
         all.retain(|endpoint| endpoint.via != Via::Peer);

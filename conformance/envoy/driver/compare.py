@@ -35,6 +35,8 @@ def value_of(name, value):
         # Envoy writes the machine's own address where a client on loopback came from.
         kept, comma, _ = value.rpartition(",")
         return f"{kept}{comma}an address"
+    if name == "x-envoy-original-dst-host":
+        return "an address"  # each proxy has an upstream of its own
     if name == "x-envoy-expected-rq-timeout-ms":
         return f"about {round(int(value), -3)}"  # further attempts have what is left
     if name == "x-envoy-upstream-service-time":

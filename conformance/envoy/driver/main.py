@@ -16,7 +16,7 @@ import traceback
 import compare
 import h2spec
 import processes
-from cases import CASES, Bench, downgraded, draining, failing, golden, headers, malformed, mapped, routing  # noqa: F401 (they register)
+from cases import CASES, Bench, downgraded, draining, failing, golden, headers, malformed, mapped, original, routing  # noqa: F401 (they register)
 from upstream import Upstream
 
 HERE = os.path.dirname(os.path.abspath(__file__))

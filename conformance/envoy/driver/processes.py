@@ -40,6 +40,7 @@ class Proxy:
         self.name, self.directory, self.child = name, directory, None
         os.makedirs(directory, exist_ok=True)
         self.main, self.edge, self.mapped, self.admin = free_ports(4)
+        self.server, self.closed = upstream.port, closed
         with open(os.path.join(CONFIG, config)) as template:
             text = string.Template(template.read()).substitute(
                 main=self.main, edge=self.edge, mapped=self.mapped, admin=self.admin, server=upstream.port, closed=closed,

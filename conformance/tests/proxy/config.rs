@@ -9,7 +9,7 @@ use outrigger_conformance::{
 };
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -184,6 +184,13 @@ static_resources:
         - endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}
 "#
     )
+}
+
+#[test]
+fn what_pilot_agent_writes_around_its_resources_is_valid() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pilot-agent/bootstrap.json");
+    let ran = run(&["-c", path.to_str().unwrap(), "--mode", "validate"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.errors);
 }
 
 #[tokio::test]

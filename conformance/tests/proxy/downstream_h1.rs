@@ -1,6 +1,8 @@
 //! HTTP/1 from clients, however it comes: what the codec takes, in which pieces, and what it does when a client leaves.
 
-use outrigger_conformance::harness::{PATIENCE, ProxyBuilder, TestProxy, Upstream, eventually};
+use outrigger_conformance::harness::{
+    OneChain, PATIENCE, ProxyBuilder, TestProxy, Upstream, eventually,
+};
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -417,4 +419,43 @@ async fn an_answer_is_the_same_for_whoever_reads_slowly() {
         "{}",
         body.len()
     );
+}
+
+#[tokio::test]
+async fn a_head_that_does_not_come_in_time_is_answered_for() {
+    let server = echo().await;
+    let proxy = ProxyBuilder::new()
+        .server(server.address)
+        .edit(|bootstrap| {
+            for listener in &mut bootstrap.listeners {
+                listener.http().request_headers_timeout = Duration::from_millis(200);
+            }
+        })
+        .start();
+    let mut socket = Socket::to(&proxy).await;
+    // Nothing is late before it begins, and what is whole is not: the upstream may take its time.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    socket.say("POST /a HTTP/1.1\r\nhost: h\r\n").await;
+    socket.say("content-length: 1\r\n\r\n").await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    socket.say("b").await;
+    socket.until("</a:b>").await;
+    socket.say("GET /c HTTP/1.1\r\nhost: h\r\n").await;
+    let answer = socket.rest().await;
+    assert!(
+        answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"),
+        "{answer}"
+    );
+    assert!(
+        answer.ends_with("connection: close\r\n\r\nrequest header timeout"),
+        "{answer}"
+    );
+    let log = proxy.log(2).await;
+    assert_eq!(log[1]["response_flags"], "-", "{log:?}");
+    assert_eq!(
+        log[1]["response_code_details"], "request_header_timeout",
+        "{log:?}"
+    );
+    let late = "envoy_http_downstream_rq_header_timeout";
+    assert_eq!(proxy.metric(late, "").await, 1.0);
 }

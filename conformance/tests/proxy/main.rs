@@ -33,6 +33,7 @@ mod migration;
 mod migration_kill;
 mod migration_limits;
 mod orca;
+mod original_dst;
 mod own_answers;
 mod per_filter;
 mod pipes;

@@ -61,7 +61,7 @@ impl Drop for Case {
 }
 
 /// An address where nobody listens, kept from others by a socket that is only bound.
-fn refused() -> (SocketAddr, TcpSocket) {
+pub(super) fn refused() -> (SocketAddr, TcpSocket) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     (socket.local_addr().unwrap(), socket)

@@ -256,6 +256,7 @@ fn tls_log(bootstrap: &mut Bootstrap) {
         ("sni", "%REQUESTED_SERVER_NAME%"),
         ("uri", "%DOWNSTREAM_PEER_URI_SAN%"),
         ("dns", "%DOWNSTREAM_PEER_DNS_SAN%"),
+        ("scheme", "%REQ(:SCHEME)%"),
     ];
     let fields: BTreeMap<_, _> = fields
         .map(|(name, operator)| (name.to_owned(), operator.into()))
@@ -291,9 +292,14 @@ async fn clients_are_served_over_tls_by_the_protocol_they_agree_on() {
         );
         assert_eq!(answer.body, "proto=https xfcc=", "{offered:?}");
     }
-    let line = &proxy.log(1).await[0];
+    let lines = proxy.log(4).await;
+    let line = &lines[0];
     assert_eq!(line["version"], "TLSv1.3");
     assert_eq!(line["sni"], "proxy.test");
+    assert!(
+        lines.iter().all(|line| line["scheme"] == "https"),
+        "{lines:?}"
+    );
     assert!(line["uri"].is_null() || line["uri"] == "-", "{line}");
     let handshakes = proxy.metric("envoy_listener_ssl_handshake", "").await;
     assert!(handshakes >= 4.0);

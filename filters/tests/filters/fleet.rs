@@ -52,6 +52,7 @@ impl Endpoints for View {
                 lb_policy: LbPolicy::default(),
                 connect_timeout: Duration::from_secs(5),
                 silent_peer: false,
+                original_dst: None,
                 even: true,
                 override_host: Arc::default(),
                 breakers: Arc::default(),

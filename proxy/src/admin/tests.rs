@@ -112,6 +112,7 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         lb_policy: LbPolicy::RoundRobin,
         connect_timeout: Duration::from_secs(5),
         silent_peer: false,
+        original_dst: None,
         even: true,
         override_host: Arc::default(),
         breakers: Arc::default(),

@@ -66,6 +66,7 @@ pub(super) async fn serve(
             manager,
             info,
             here: false,
+            limit: None,
         },
         upload: None,
         interim: None,
@@ -158,13 +159,14 @@ impl Connection<'_> {
             let read = h1::poll_read(&mut self.client.stream, cx, |bytes| {
                 (!bytes.is_empty()).then(|| take(ahead, bytes))
             });
-            match ready!(read) {
-                Ok(Some(more)) => found = more,
-                Ok(None) | Err(_) => return Poll::Ready(None),
+            match read {
+                Poll::Pending => return self.half.poll_late(cx).map(|()| Some(Err(Fault::Late))),
+                Poll::Ready(Ok(Some(more))) => found = more,
+                Poll::Ready(Ok(None) | Err(_)) => return Poll::Ready(None),
             }
             self.half.here = h1_request::has_begun(ahead);
         }
-        self.half.here = false;
+        self.half.is_over();
         Poll::Ready(found.transpose())
     }
 
@@ -400,12 +402,41 @@ struct HalfHead<'a> {
     manager: &'a Arc<Manager>,
     info: &'a Arc<ConnectionInfo>,
     here: bool,
+    /// When it is late, if that was asked for.
+    limit: Option<Pin<Box<Sleep>>>,
+}
+
+impl HalfHead<'_> {
+    /// Ready when it is late.
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.here {
+            return Poll::Pending;
+        }
+        if self.limit.is_none() {
+            let limit = self.manager.config.load().manager.request_headers_timeout;
+            if limit.is_zero() {
+                return Poll::Pending;
+            }
+            self.limit = Some(Box::pin(tokio::time::sleep(limit)));
+        }
+        if let Some(limit) = &mut self.limit {
+            ready!(limit.as_mut().poll(cx));
+        }
+        self.is_over();
+        Poll::Ready(())
+    }
+
+    /// It is whole, or nobody waits for the rest of it.
+    fn is_over(&mut self) {
+        self.here = false;
+        self.limit = None;
+    }
 }
 
 impl Drop for HalfHead<'_> {
     fn drop(&mut self) {
         if self.here {
-            let gone = (0, Flag::DownstreamConnectionTermination);
+            let gone = (0, Some(Flag::DownstreamConnectionTermination));
             self.manager
                 .refused(self.info, gone, "downstream_remote_disconnect", 0);
         }

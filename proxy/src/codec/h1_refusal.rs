@@ -1,7 +1,7 @@
 //! What a client is told whose bytes are no request, in Envoy's words.
 
 use super::{date, h1_request::Fault};
-use crate::http::{ConnectionInfo, Manager};
+use crate::http::{ConnectionInfo, HEAD_LATE, Manager};
 use bytes::Bytes;
 use outrigger_filters::error::Flag;
 use outrigger_xds::resource::server_header::ServerHeader;
@@ -30,12 +30,20 @@ pub(super) fn answer(
         ServerHeader::PassThrough => String::new(),
         _ => format!("server: {}\r\n", config.manager.server_name),
     };
-    let flag = Flag::DownstreamProtocolError;
-    manager.refused(info, (status, flag), details, text.len());
+    // As in Envoy being late is against no protocol.
+    let (flag, error, body) = match fault {
+        Fault::Late => (None, "", "request header timeout"),
+        Fault::Malformed | Fault::TooLarge => (
+            Some(Flag::DownstreamProtocolError),
+            "x-outrigger-error: DPE\r\n",
+            text,
+        ),
+    };
+    manager.refused(info, (status, flag), details, body.len());
     format!(
         "HTTP/1.1 {status} {text}\r\ncontent-length: {}\r\ncontent-type: text/plain\r\n\
-         x-outrigger-error: DPE\r\n{}{server}connection: close\r\n\r\n{text}",
-        text.len(),
+         {error}{}{server}connection: close\r\n\r\n{body}",
+        body.len(),
         String::from_utf8_lossy(&date),
     )
     .into()
@@ -85,6 +93,13 @@ fn verdict(head: &[u8], fault: Fault) -> Verdict {
     let Some(line) = lines(head).find(|line| !line.is_empty()) else {
         return bad("http1.codec_error");
     };
+    if fault == Fault::Late {
+        return Verdict {
+            status: 408,
+            text: "Request Timeout",
+            details: HEAD_LATE,
+        };
+    }
     if fault == Fault::TooLarge {
         return Verdict {
             status: 431,

@@ -39,6 +39,8 @@ pub(super) enum Fault {
     Malformed,
     /// It, its target, or the number of its fields.
     TooLarge,
+    /// It did not come in time.
+    Late,
 }
 
 /// A head that was read.

@@ -57,6 +57,7 @@ impl Case {
             lb_policy: cluster.lb_policy,
             connect_timeout: cluster.connect_timeout,
             silent_peer: false,
+            original_dst: None,
             even: balancer.is_even(&endpoints),
             override_host: Arc::default(),
             breakers: Arc::default(),

@@ -203,6 +203,7 @@ impl Chain {
         let direct_remote = seen.direct_remote;
         let mut info = ConnectionInfo::new(seen.remote, seen.local, id, tls.map(Arc::new));
         info.direct_remote = direct_remote;
+        info.redirected = seen.redirected;
         match &self.serves {
             Serves::Http(manager) => {
                 codec::serve(stream, manager.clone(), Arc::new(info), drain.clone()).await;

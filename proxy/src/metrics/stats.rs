@@ -210,6 +210,8 @@ pub struct HttpStats {
     pub downstream_rq_rx_reset: Counter,
     /// Nothing came from upstream for too long.
     pub downstream_rq_idle_timeout: Counter,
+    /// Requests whose head did not come in time.
+    pub downstream_rq_header_timeout: Counter,
     /// No route matched.
     pub no_route: Counter,
     /// The route's cluster does not exist.
@@ -253,6 +255,7 @@ impl HttpStats {
             downstream_rq_http2_total: counter("envoy_http_downstream_rq_http2_total"),
             downstream_rq_rx_reset: counter("envoy_http_downstream_rq_rx_reset"),
             downstream_rq_idle_timeout: counter("envoy_http_downstream_rq_idle_timeout"),
+            downstream_rq_header_timeout: counter("envoy_http_downstream_rq_header_timeout"),
             no_route: counter("envoy_http_no_route"),
             no_cluster: counter("envoy_http_no_cluster"),
             rq_direct_response: counter("envoy_http_rq_direct_response"),

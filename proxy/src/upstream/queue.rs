@@ -7,13 +7,13 @@
 use ahash::AHashMap;
 use outrigger_filters::{
     breakers::{Held, Kind},
-    endpoints::{Endpoint, SendOptions},
+    endpoints::{Endpoint, Host, SendOptions},
     error::Error,
 };
 use outrigger_xds::resource::{endpoint::Address, route_action::Priority};
 use std::{
     cell::{Cell, RefCell},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
@@ -49,6 +49,26 @@ pub(super) struct Slot {
     /// It is of this worker's pool, so that it may come free for the next request.
     pooled: bool,
     _held: Held,
+    _at_host: AtHost,
+}
+
+/// A connection counted against its endpoint until dropped.
+#[derive(Debug)]
+struct AtHost(Arc<Host>);
+
+impl AtHost {
+    /// Also whether it is within the endpoint's limit.
+    fn count(endpoint: &Endpoint, priority: Priority) -> (Self, bool) {
+        let max = endpoint.breakers.of(priority).connections_per_host_max();
+        let before = endpoint.host.connections.fetch_add(1, Relaxed);
+        (Self(endpoint.host.clone()), before < max)
+    }
+}
+
+impl Drop for AtHost {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Slot {
@@ -58,14 +78,17 @@ impl Slot {
         let none_here =
             || POOLS.with_borrow(|pools| pools.get(&key).is_none_or(|pool| pool.open == 0));
         let breakers = &endpoint.breakers;
-        let held = breakers
-            .try_hold(priority, Kind::Connection)
+        let (at_host, within) = AtHost::count(endpoint, priority);
+        let held = within
+            .then(|| breakers.try_hold(priority, Kind::Connection))
+            .flatten()
             .or_else(|| none_here().then(|| breakers.hold(priority, Kind::Connection)))?;
         POOLS.with_borrow_mut(|pools| pools.entry(key.clone()).or_default().open += 1);
         Some(Self {
             key,
             pooled: true,
             _held: held,
+            _at_host: at_host,
         })
     }
 }
@@ -76,11 +99,16 @@ impl Slot {
 /// # Errors
 /// There may be no more.
 pub(super) fn room(endpoint: &Endpoint, priority: Priority) -> Result<Slot, Error> {
-    match endpoint.breakers.try_hold(priority, Kind::Connection) {
+    let (at_host, within) = AtHost::count(endpoint, priority);
+    let held = within
+        .then(|| endpoint.breakers.try_hold(priority, Kind::Connection))
+        .flatten();
+    match held {
         Some(held) => Ok(Slot {
             key: key(endpoint),
             pooled: false,
             _held: held,
+            _at_host: at_host,
         }),
         None => {
             count_overflow(endpoint);
@@ -262,6 +290,31 @@ mod tests {
         let endpoint = endpoint(0);
         assert!(room(&endpoint, Priority::Default).is_err());
         assert!(Slot::take(&endpoint, Priority::Default).is_some());
+    }
+
+    #[test]
+    fn an_endpoint_has_a_limit_of_its_own() {
+        let mut limits = CircuitBreakers::default();
+        limits.default.max_connections_per_host = Some(1);
+        let breakers = Arc::new(Breakers::new("c".into(), &limits));
+        let endpoint = |port| Endpoint {
+            address: Address {
+                host: "127.0.0.1".into(),
+                port,
+            },
+            breakers: breakers.clone(),
+            ..Endpoint::default()
+        };
+        let (a, b) = (endpoint(1), endpoint(2));
+        let first = Slot::take(&a, Priority::Default).unwrap();
+        assert!(Slot::take(&a, Priority::Default).is_none());
+        assert!(room(&a, Priority::Default).is_err());
+        assert!(room(&a, Priority::High).is_ok(), "it has no such limit");
+        let other = room(&b, Priority::Default).unwrap();
+        assert!(room(&b, Priority::Default).is_err());
+        drop((first, other));
+        assert!(room(&a, Priority::Default).is_ok(), "given back");
+        assert!(room(&b, Priority::Default).is_ok(), "given back");
     }
 
     #[tokio::test]

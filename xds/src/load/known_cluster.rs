@@ -3,6 +3,10 @@
 /// Fields by message that a configuration may not carry yet.
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
+        "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig",
+        &["metadata_key"],
+    ),
+    (
         "envoy.config.cluster.v3.UpstreamConnectionOptions",
         &[
             "happy_eyeballs_config",
@@ -25,7 +29,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.clusters.dns.v3.DnsCluster",
-        &["dns_jitter", "respect_dns_ttl"],
+        &["dns_jitter"],
     ),
     (
         "envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig",

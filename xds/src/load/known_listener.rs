@@ -23,9 +23,9 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.listener.v3.Listener",
         &[
-            "access_log", "additional_addresses", "api_listener", "bypass_overload_manager",
+            "access_log", "additional_addresses", "api_listener",
             "connection_balance_config", "deprecated_v1", "drain_type", "fcds_config", "filter_chain_matcher",
-            "freebind", "ignore_global_conn_limit", "internal_listener",
+            "freebind", "internal_listener",
             "max_connections_to_accept_per_socket_event", "per_connection_buffer_limit_bytes", "reuse_port",
             "socket_options", "transparent", "udp_listener_config",
         ],
@@ -56,7 +56,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "http1_safe_max_connection_duration", "http3_protocol_options",
             "original_ip_detection_extensions", "path_normalization_options",
             "proxy_100_continue",
-            "represent_ipv4_remote_address_as_ipv4_mapped_ipv6", "request_headers_timeout",
+            "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
             "request_id_extension", "scheme_header_transformation", "scoped_routes",
             "stream_error_on_invalid_http_message",
             "stream_flush_timeout",
@@ -91,7 +91,13 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
 #[rustfmt::skip]
 pub(super) const IGNORED: &[(&str, &[&str])] = &[
     ("envoy.config.listener.v3.FilterChain", &["metadata"]),
-    ("envoy.config.listener.v3.Listener", &["enable_mptcp", "metadata", "tcp_fast_open_queue_length"]),
+    (
+        "envoy.config.listener.v3.Listener",
+        &[
+            "bypass_overload_manager", "enable_mptcp", "ignore_global_conn_limit", "metadata",
+            "tcp_fast_open_queue_length",
+        ],
+    ),
     (
         "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
         &["enable_ja3_fingerprinting", "enable_ja4_fingerprinting"],

@@ -25,6 +25,16 @@ use serde_json::{Map, Value, json};
 /// Seconds in the longest `google.protobuf.Duration`, about 10,000 years.
 const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
 
+/// Fields that are transcribed to be judged, and have no effect.
+const NO_EFFECT: [(&str, &str); 3] = [
+    (
+        "envoy.config.bootstrap.v3.Bootstrap",
+        "bootstrap_extensions",
+    ),
+    ("envoy.config.bootstrap.v3.RuntimeLayer", "admin_layer"),
+    ("envoy.config.bootstrap.v3.RuntimeLayer", "static_layer"),
+];
+
 /// What a walk found.
 #[derive(Default)]
 pub(super) struct Walk {
@@ -122,6 +132,9 @@ impl Walk {
             let here = join(place, field.name());
             let twice = self.twice(&field, &seen, &here, place);
             seen.push(field.clone());
+            if NO_EFFECT.contains(&(message.full_name(), field.name())) {
+                self.ignored.push(here.clone());
+            }
             if twice || !self.field(&field, &mut fields[&key], &here) {
                 fields.remove(&key);
                 self.removed.push(here);

@@ -6,14 +6,26 @@ use super::{
     endpoint::Address,
     filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
-    route::{Action, RouteConfiguration},
+    route::{Action, RouteConfiguration, TypedConfig},
     secret::Secret,
 };
 use crate::{
     problems::ConfigErrors,
+    protobuf::type_name,
     wire::envoy::config::{bootstrap::v3 as wire, core::v3 as core},
 };
+use prost_types::value::Kind;
 use std::collections::HashSet;
+use wire::runtime_layer::LayerSpecifier;
+
+/// Extensions of a process that have no effect.
+const EXTENSIONS: [&str; 2] = [
+    "envoy.extensions.bootstrap.internal_listener.v3.InternalListener",
+    "istio.workload.BootstrapExtension",
+];
+
+/// A limit that is none.
+const UNLIMITED: f64 = i32::MAX as f64;
 
 /// Everything a process starts with.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -82,6 +94,10 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             .map(|secret| secret.name.clone())
             .collect();
         let secrets = problems.take_all("static_resources.secrets", resources.secrets);
+        if let Some(runtime) = wire.layered_runtime {
+            check_runtime(&mut problems, &runtime);
+        }
+        check_extensions(&mut problems, wire.bootstrap_extensions);
         let dynamic = wire.dynamic_resources.unwrap_or_default();
         let lds = dynamic
             .lds_config
@@ -112,6 +128,44 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             lds,
             cds,
         }))
+    }
+}
+
+/// Switches of Envoy's own workings are none of ours. Any other key may stand in a route, and would count there.
+fn check_runtime(problems: &mut ConfigErrors, runtime: &wire::LayeredRuntime) {
+    for (index, layer) in runtime.layers.iter().enumerate() {
+        let Some(LayerSpecifier::StaticLayer(layer)) = &layer.layer_specifier else {
+            continue;
+        };
+        let is_own = |key: &str| ["envoy.", "re2."].iter().any(|own| key.starts_with(own));
+        let unlimited = |value: &Kind| match value {
+            Kind::NumberValue(max) => *max >= UNLIMITED,
+            Kind::StringValue(max) => max.parse().is_ok_and(|max: f64| max >= UNLIMITED),
+            _ => false,
+        };
+        for (key, value) in &layer.fields {
+            let no_limit = key == "overload.global_downstream_max_connections"
+                && value.kind.as_ref().is_some_and(unlimited);
+            if !is_own(key) && !no_limit {
+                let place = format!("layered_runtime.layers[{index}].static_layer");
+                problems.add(place, format!("not supported yet: {key}"));
+            }
+        }
+    }
+}
+
+/// Those that may be there are of no use without what is refused elsewhere.
+fn check_extensions(problems: &mut ConfigErrors, extensions: Vec<core::TypedExtensionConfig>) {
+    for (index, extension) in extensions.into_iter().enumerate() {
+        let place = format!("bootstrap_extensions[{index}].typed_config");
+        let given = extension.typed_config.unwrap_or_default();
+        let Some(config) = problems.take(&place, TypedConfig::try_from(given)) else {
+            continue;
+        };
+        let of = config.type_url;
+        if !EXTENSIONS.contains(&type_name(&of)) {
+            problems.add(place, format!("not supported yet: {of}"));
+        }
     }
 }
 
@@ -240,6 +294,7 @@ impl From<&Bootstrap> for wire::Bootstrap {
             static_resources: Some(resources),
             dynamic_resources: (plain.lds.is_some() || plain.cds.is_some()).then_some(dynamic),
             admin,
+            ..Self::default()
         }
     }
 }

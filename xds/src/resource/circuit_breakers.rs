@@ -35,6 +35,8 @@ impl CircuitBreakers {
 pub struct Thresholds {
     /// Open connections.
     pub max_connections: u32,
+    /// Open connections to one endpoint (`per_host_thresholds`).
+    pub max_connections_per_host: Option<u32>,
     /// Requests that wait for a connection.
     pub max_pending_requests: u32,
     /// Requests in flight.
@@ -72,6 +74,7 @@ impl Default for Thresholds {
     fn default() -> Self {
         Self {
             max_connections: 65_536,
+            max_connections_per_host: None,
             max_pending_requests: 65_536,
             max_requests: 65_536,
             retries: RetryLimit::default(),
@@ -98,10 +101,28 @@ impl TryFrom<wire::CircuitBreakers> for CircuitBreakers {
                 *of = thresholds;
             }
         }
-        problems.finish(Some(Self {
+        let mut all = Self {
             default: default.unwrap_or_default(),
             high: high.unwrap_or_default(),
-        }))
+        };
+        for (index, wire) in wire.per_host_thresholds.iter().enumerate() {
+            let of = match wire.priority() {
+                core::RoutingPriority::Default => &mut all.default,
+                core::RoutingPriority::High => &mut all.high,
+            };
+            let of = &mut of.max_connections_per_host;
+            *of = of.or(wire.max_connections);
+            let only = WireThresholds {
+                priority: wire.priority,
+                max_connections: wire.max_connections,
+                ..WireThresholds::default()
+            };
+            if *wire != only {
+                let message = "only max_connections may be set, beside priority";
+                problems.add(format!("per_host_thresholds[{index}]"), message);
+            }
+        }
+        problems.finish(Some(all))
     }
 }
 
@@ -120,6 +141,7 @@ impl TryFrom<WireThresholds> for Thresholds {
         };
         problems.finish(Some(Self {
             max_connections: wire.max_connections.unwrap_or(defaults.max_connections),
+            max_connections_per_host: None,
             max_pending_requests: wire
                 .max_pending_requests
                 .unwrap_or(defaults.max_pending_requests),
@@ -148,7 +170,21 @@ impl From<&CircuitBreakers> for wire::CircuitBreakers {
         if plain.high != Thresholds::default() {
             thresholds.push(show(&plain.high, core::RoutingPriority::High));
         }
-        Self { thresholds }
+        let priorities = [
+            (&plain.default, core::RoutingPriority::Default),
+            (&plain.high, core::RoutingPriority::High),
+        ];
+        let per_host = priorities.into_iter().filter_map(|(plain, priority)| {
+            Some(WireThresholds {
+                priority: priority.into(),
+                max_connections: Some(plain.max_connections_per_host?),
+                ..WireThresholds::default()
+            })
+        });
+        Self {
+            thresholds,
+            per_host_thresholds: per_host.collect(),
+        }
     }
 }
 

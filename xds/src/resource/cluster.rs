@@ -3,7 +3,7 @@
 pub use super::{
     circuit_breakers::{CircuitBreakers, RetryLimit, Thresholds},
     connection::{ConnectionOptions, TcpKeepalive},
-    discovery::{Discovery, Dns, LookupFamily},
+    discovery::{Discovery, Dns, LookupFamily, OriginalDst},
     lb_policy::{Balancing, LbPolicy, Reports, SlowStart},
 };
 
@@ -29,6 +29,7 @@ use crate::{
 use prost::Name;
 use prost_types::Any;
 use std::{collections::BTreeMap, time::Duration};
+use wire::cluster::LbConfig;
 
 /// A group of endpoints that serve the same thing.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,7 +100,7 @@ impl TryFrom<wire::Cluster> for Cluster {
 
     fn try_from(wire: wire::Cluster) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
-        let family = wire.dns_lookup_family();
+        let discovery = discovery::read(&mut problems, of_discovery(&wire));
         let given = Given {
             policy: wire.lb_policy(),
             common: wire.common_lb_config,
@@ -109,13 +110,8 @@ impl TryFrom<wire::Cluster> for Cluster {
         let (lb_policy, balancing) = lb_policy::read(&mut problems, given);
         let name = problems.not_empty("name", wire.name);
         let connect_timeout = connect_timeout(&mut problems, wire.connect_timeout);
-        let given = discovery::Given {
-            family,
-            of: wire.cluster_discovery_type,
-            refresh_rate: wire.dns_refresh_rate,
-            failure_refresh_rate: wire.dns_failure_refresh_rate,
-        };
-        let discovery = discovery::read(&mut problems, given);
+        let is_checked = !wire.health_checks.is_empty();
+        check_original(&mut problems, discovery.as_ref(), lb_policy, is_checked);
         let (eds, load_assignment) = endpoints(
             &mut problems,
             discovery.as_ref(),
@@ -169,6 +165,48 @@ impl TryFrom<wire::Cluster> for Cluster {
     }
 }
 
+fn of_discovery(wire: &wire::Cluster) -> discovery::Given {
+    discovery::Given {
+        family: wire.dns_lookup_family(),
+        of: wire.cluster_discovery_type.clone(),
+        refresh_rate: wire.dns_refresh_rate,
+        failure_refresh_rate: wire.dns_failure_refresh_rate,
+        respect_ttl: wire.respect_dns_ttl,
+        original_dst: match &wire.lb_config {
+            Some(LbConfig::OriginalDstLbConfig(config)) => Some(config.clone()),
+            _ => None,
+        },
+        cleanup_interval: wire.cleanup_interval,
+    }
+}
+
+/// As in Envoy the type goes with its policy.
+fn check_original(
+    problems: &mut ConfigErrors,
+    discovery: Option<&Discovery>,
+    policy: LbPolicy,
+    is_checked: bool,
+) {
+    let is_original = matches!(discovery, Some(Discovery::OriginalDst(_)));
+    if is_original && is_checked {
+        let message = "not supported yet: in a cluster of type ORIGINAL_DST";
+        problems.add("health_checks", message);
+    }
+    let is_provided = policy == LbPolicy::ClusterProvided;
+    if is_original && !is_provided {
+        let message = format!(
+            "LB policy {} is not valid for the cluster type ORIGINAL_DST, only CLUSTER_PROVIDED is",
+            policy.as_str()
+        );
+        problems.add("lb_policy", message);
+    } else if is_provided && !is_original && discovery.is_some() {
+        problems.add(
+            "lb_policy",
+            "CLUSTER_PROVIDED: only in a cluster of type ORIGINAL_DST",
+        );
+    }
+}
+
 fn health_check(
     problems: &mut ConfigErrors,
     given: Vec<core::HealthCheck>,
@@ -208,6 +246,15 @@ fn endpoints(
     }
     if config.is_some() {
         problems.add("eds_cluster_config", "only in a cluster of type EDS");
+    }
+    if matches!(discovery, Some(Discovery::OriginalDst(_))) {
+        if assignment.is_some() {
+            problems.add(
+                "load_assignment",
+                "ORIGINAL_DST clusters must have no load assignment configured",
+            );
+        }
+        return (None, Some(ClusterLoadAssignment::default()));
     }
     if assignment.is_none() && discovery.is_some() {
         problems.add("load_assignment", "required");
@@ -334,21 +381,25 @@ impl From<&Cluster> for wire::Cluster {
         };
         let connection = connection::show(&plain.connection);
         let shown = lb_shown::show(plain.lb_policy, &plain.balancing);
+        let of_policy = discovery.original_dst.map(LbConfig::OriginalDstLbConfig);
+        let is_written = !matches!(plain.discovery, Discovery::Eds | Discovery::OriginalDst(_));
         Self {
             name: plain.name.clone(),
             cluster_discovery_type: discovery.of,
             dns_refresh_rate: discovery.refresh_rate,
             dns_failure_refresh_rate: discovery.failure_refresh_rate,
+            respect_dns_ttl: discovery.respect_ttl,
             dns_lookup_family: discovery.family.into(),
             connect_timeout: Some(to_duration(plain.connect_timeout)),
             lb_policy: shown.policy.into(),
             common_lb_config: shown.common,
-            lb_config: shown.of_policy,
+            lb_config: of_policy.or(shown.of_policy),
+            cleanup_interval: discovery.cleanup_interval,
             load_balancing_policy: shown.typed,
             outlier_detection: plain.outlier_detection.as_ref().map(Into::into),
             health_checks: plain.health_check.iter().map(Into::into).collect(),
             eds_cluster_config: plain.eds.as_ref().map(Into::into),
-            load_assignment: plain.eds.is_none().then(|| (&plain.load_assignment).into()),
+            load_assignment: is_written.then(|| (&plain.load_assignment).into()),
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
             transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),

@@ -17,7 +17,7 @@ const PIPE_BYTES_MAX: usize = 107;
 /// A socket address whose host may still be a name; or a Unix domain socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Address {
-    /// IP address or host name; or the path of a Unix domain socket, which begins with `/`, or with `@` if its name is
+    /// IP address or host name; or the path of a Unix domain socket, which has a `/`, or begins with `@` if its name is
     /// abstract.
     pub host: String,
     /// Port; 0 lets the system choose (listeners only). A Unix domain socket has none.
@@ -28,7 +28,7 @@ impl Address {
     /// Whether it is a Unix domain socket.
     #[must_use]
     pub fn is_pipe(&self) -> bool {
-        self.host.starts_with(['/', '@'])
+        self.host.starts_with('@') || self.host.contains('/')
     }
 
     /// Whether its host is a name, which has to be looked up.
@@ -189,7 +189,7 @@ fn pipe(path: String) -> Result<Address, ConfigErrors> {
         port: 0,
     };
     let message = if !address.is_pipe() {
-        "must be an absolute path, or begin with '@'".to_owned()
+        "must be a path with a '/', or begin with '@'".to_owned()
     } else if address.host.len() > PIPE_BYTES_MAX {
         format!("must have at most {PIPE_BYTES_MAX} bytes")
     } else {

@@ -46,6 +46,8 @@ pub enum LbPolicy {
     Maglev,
     /// By weights that endpoints earn with their load reports.
     ClientSideWeightedRoundRobin,
+    /// There is but one: where the request was meant to go.
+    ClusterProvided,
 }
 
 impl LbPolicy {
@@ -68,6 +70,7 @@ impl LbPolicy {
             Self::Random => wire::cluster::LbPolicy::Random,
             Self::RingHash => wire::cluster::LbPolicy::RingHash,
             Self::Maglev => wire::cluster::LbPolicy::Maglev,
+            Self::ClusterProvided => wire::cluster::LbPolicy::ClusterProvided,
             Self::ClientSideWeightedRoundRobin => {
                 wire::cluster::LbPolicy::LoadBalancingPolicyConfig
             }
@@ -205,11 +208,7 @@ impl Reader<'_> {
                 self.problems.add("load_balancing_policy", "required");
                 None
             }
-            Wire::ClusterProvided => {
-                let message = format!("not supported yet: {}", policy.as_str_name());
-                self.problems.add("lb_policy", message);
-                None
-            }
+            Wire::ClusterProvided => Some(LbPolicy::ClusterProvided),
         }
     }
 
@@ -246,6 +245,8 @@ impl Reader<'_> {
                 self.ring(place, config.minimum_ring_size, config.maximum_ring_size);
             }
             LbConfig::MaglevLbConfig(config) => self.table("maglev_lb_config", config.table_size),
+            // Read with the cluster's type.
+            LbConfig::OriginalDstLbConfig(_) => {}
         }
     }
 

@@ -72,7 +72,9 @@ fn show_of_policy(policy: LbPolicy, plain: &Balancing, defaults: &Balancing) -> 
     use wire::cluster as of;
     let size = |size: u64, default: u64| (size != default).then_some(size);
     match policy {
-        LbPolicy::Random | LbPolicy::ClientSideWeightedRoundRobin => None,
+        LbPolicy::Random | LbPolicy::ClientSideWeightedRoundRobin | LbPolicy::ClusterProvided => {
+            None
+        }
         LbPolicy::RoundRobin => {
             let slow_start_config = show_slow_start(plain);
             slow_start_config.as_ref()?;
@@ -153,6 +155,8 @@ fn show_typed(policy: LbPolicy, plain: &Balancing) -> wire::LoadBalancingPolicy 
             ..least_request::LeastRequest::default()
         }),
         LbPolicy::Random => pack(&random::Random::default()),
+        // Shown as `lb_policy`: nothing that only a typed policy can say goes with it.
+        LbPolicy::ClusterProvided => Any::default(),
         LbPolicy::RingHash => pack(&ring_hash::RingHash {
             minimum_ring_size: Some(plain.ring_size.0),
             maximum_ring_size: Some(plain.ring_size.1),

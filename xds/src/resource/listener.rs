@@ -151,6 +151,8 @@ pub struct HttpConnectionManager {
     pub stream_idle_timeout: Duration,
     /// Whole request must have arrived; zero is off (default).
     pub request_timeout: Duration,
+    /// A whole head must have come so long after its first byte; zero is off (default).
+    pub request_headers_timeout: Duration,
     /// Idle connection closes; zero is off. Default 1 h.
     pub idle_timeout: Duration,
     /// Between the announcement of a drain and its end. Default 5 s.
@@ -190,6 +192,7 @@ impl Default for HttpConnectionManager {
             upgrades: Vec::new(),
             stream_idle_timeout: Duration::from_secs(300),
             request_timeout: Duration::ZERO,
+            request_headers_timeout: Duration::ZERO,
             idle_timeout: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(5),
             max_request_headers_kb: 60,
@@ -410,6 +413,11 @@ fn limits(
             &mut limits.request_timeout,
         ),
         (
+            "request_headers_timeout",
+            wire.request_headers_timeout,
+            &mut limits.request_headers_timeout,
+        ),
+        (
             "drain_timeout",
             wire.drain_timeout,
             &mut limits.drain_timeout,
@@ -420,11 +428,8 @@ fn limits(
             *limit = given;
         }
     }
-    if let Some(streams) = wire
-        .http2_protocol_options
-        .take()
-        .and_then(|options| options.max_concurrent_streams)
-    {
+    let of_h2 = wire.http2_protocol_options.take();
+    if let Some(streams) = of_h2.and_then(|options| options.max_concurrent_streams) {
         limits.h2_max_concurrent_streams = streams;
         if !(1..=i32::MAX.unsigned_abs()).contains(&streams) {
             problems.add(
@@ -556,6 +561,7 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
             upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             stream_idle_timeout: Some(to_duration(plain.stream_idle_timeout)),
             request_timeout: Some(to_duration(plain.request_timeout)),
+            request_headers_timeout: Some(to_duration(plain.request_headers_timeout)),
             drain_timeout: Some(to_duration(plain.drain_timeout)),
             access_log: plain.access_log.iter().map(Into::into).collect(),
             use_remote_address: Some(plain.use_remote_address),

@@ -14,6 +14,14 @@ pub struct Bootstrap {
     /// The operator's interface; none if unset.
     #[prost(message, optional, tag = "12")]
     pub admin: ::core::option::Option<Admin>,
+    /// Switches of the process.
+    #[prost(message, optional, tag = "17")]
+    pub layered_runtime: ::core::option::Option<LayeredRuntime>,
+    /// Parts of the process that nothing else configures.
+    #[prost(message, repeated, tag = "21")]
+    pub bootstrap_extensions: ::prost::alloc::vec::Vec<
+        super::super::core::v3::TypedExtensionConfig,
+    >,
 }
 /// Nested message and enum types in `Bootstrap`.
 pub mod bootstrap {
@@ -79,6 +87,67 @@ impl ::prost::Name for Bootstrap {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.bootstrap.v3.Bootstrap".into()
+    }
+}
+/// Switches of the process.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LayeredRuntime {
+    /// The last that has a key counts.
+    #[prost(message, repeated, tag = "1")]
+    pub layers: ::prost::alloc::vec::Vec<RuntimeLayer>,
+}
+impl ::prost::Name for LayeredRuntime {
+    const NAME: &'static str = "LayeredRuntime";
+    const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.bootstrap.v3.LayeredRuntime".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.bootstrap.v3.LayeredRuntime".into()
+    }
+}
+/// Some of them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RuntimeLayer {
+    /// Unique.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(oneof = "runtime_layer::LayerSpecifier", tags = "2, 4")]
+    pub layer_specifier: ::core::option::Option<runtime_layer::LayerSpecifier>,
+}
+/// Nested message and enum types in `RuntimeLayer`.
+pub mod runtime_layer {
+    /// Those that the admin sets.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct AdminLayer {}
+    impl ::prost::Name for AdminLayer {
+        const NAME: &'static str = "AdminLayer";
+        const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.bootstrap.v3.RuntimeLayer.AdminLayer".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.bootstrap.v3.RuntimeLayer.AdminLayer".into()
+        }
+    }
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum LayerSpecifier {
+        /// By key.
+        #[prost(message, tag = "2")]
+        StaticLayer(::prost_types::Struct),
+        /// Those that the admin sets.
+        #[prost(message, tag = "4")]
+        AdminLayer(AdminLayer),
+    }
+}
+impl ::prost::Name for RuntimeLayer {
+    const NAME: &'static str = "RuntimeLayer";
+    const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.bootstrap.v3.RuntimeLayer".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.bootstrap.v3.RuntimeLayer".into()
     }
 }
 /// The admin interface.

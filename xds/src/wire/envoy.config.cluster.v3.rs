@@ -5,6 +5,9 @@ pub struct CircuitBreakers {
     /// By priority.
     #[prost(message, repeated, tag = "1")]
     pub thresholds: ::prost::alloc::vec::Vec<circuit_breakers::Thresholds>,
+    /// By priority, of each endpoint; only max_connections.
+    #[prost(message, repeated, tag = "2")]
+    pub per_host_thresholds: ::prost::alloc::vec::Vec<circuit_breakers::Thresholds>,
 }
 /// Nested message and enum types in `CircuitBreakers`.
 pub mod circuit_breakers {
@@ -189,6 +192,9 @@ pub struct Cluster {
     /// Between lookups that fail.
     #[prost(message, optional, tag = "44")]
     pub dns_failure_refresh_rate: ::core::option::Option<cluster::RefreshRate>,
+    /// Between lookups it is the time that an answer is good for.
+    #[prost(bool, tag = "39")]
+    pub respect_dns_ttl: bool,
     /// 5 s unless said.
     #[prost(message, optional, tag = "4")]
     pub connect_timeout: ::core::option::Option<::prost_types::Duration>,
@@ -204,6 +210,9 @@ pub struct Cluster {
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// Of type ORIGINAL_DST: endpoints that nobody used for so long go; 5 s unless said.
+    #[prost(message, optional, tag = "20")]
+    pub cleanup_interval: ::core::option::Option<::prost_types::Duration>,
     /// Where connections come from.
     #[prost(message, optional, tag = "21")]
     pub upstream_bind_config: ::core::option::Option<super::super::core::v3::BindConfig>,
@@ -242,7 +251,7 @@ pub struct Cluster {
     >,
     #[prost(oneof = "cluster::ClusterDiscoveryType", tags = "2, 38")]
     pub cluster_discovery_type: ::core::option::Option<cluster::ClusterDiscoveryType>,
-    #[prost(oneof = "cluster::LbConfig", tags = "37, 23, 52, 56")]
+    #[prost(oneof = "cluster::LbConfig", tags = "37, 23, 34, 52, 56")]
     pub lb_config: ::core::option::Option<cluster::LbConfig>,
 }
 /// Nested message and enum types in `Cluster`.
@@ -483,6 +492,29 @@ pub mod cluster {
             "/envoy.config.cluster.v3.Cluster.MaglevLbConfig".into()
         }
     }
+    /// Of type ORIGINAL_DST.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct OriginalDstLbConfig {
+        /// A request header may say where to.
+        #[prost(bool, tag = "1")]
+        pub use_http_header: bool,
+        /// Which; x-envoy-original-dst-host unless said.
+        #[prost(string, tag = "2")]
+        pub http_header_name: ::prost::alloc::string::String,
+        /// Instead of the port that was found.
+        #[prost(message, optional, tag = "3")]
+        pub upstream_port_override: ::core::option::Option<u32>,
+    }
+    impl ::prost::Name for OriginalDstLbConfig {
+        const NAME: &'static str = "OriginalDstLbConfig";
+        const PACKAGE: &'static str = "envoy.config.cluster.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.cluster.v3.Cluster.OriginalDstLbConfig".into()
+        }
+    }
     /// Of all policies.
     #[derive(Clone, Copy, PartialEq, ::prost::Message)]
     pub struct CommonLbConfig {
@@ -715,6 +747,9 @@ pub mod cluster {
         /// Of RING_HASH.
         #[prost(message, tag = "23")]
         RingHashLbConfig(RingHashLbConfig),
+        /// Of type ORIGINAL_DST.
+        #[prost(message, tag = "34")]
+        OriginalDstLbConfig(OriginalDstLbConfig),
         /// Of MAGLEV.
         #[prost(message, tag = "52")]
         MaglevLbConfig(MaglevLbConfig),

@@ -8,6 +8,9 @@ pub struct DnsCluster {
     /// Between lookups that fail.
     #[prost(message, optional, tag = "4")]
     pub dns_failure_refresh_rate: ::core::option::Option<dns_cluster::RefreshRate>,
+    /// Between lookups it is the time that an answer is good for.
+    #[prost(bool, tag = "5")]
+    pub respect_dns_ttl: bool,
     /// Which addresses of a name count.
     #[prost(enumeration = "super::super::common::dns::v3::DnsLookupFamily", tag = "8")]
     pub dns_lookup_family: i32,

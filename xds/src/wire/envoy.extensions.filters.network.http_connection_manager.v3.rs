@@ -74,6 +74,9 @@ pub struct HttpConnectionManager {
     /// Until the whole request is here; off unless said.
     #[prost(message, optional, tag = "28")]
     pub request_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// From the first byte of a head to its last; off unless said.
+    #[prost(message, optional, tag = "41")]
+    pub request_headers_timeout: ::core::option::Option<::prost_types::Duration>,
     /// 60 unless said.
     #[prost(message, optional, tag = "29")]
     pub max_request_headers_kb: ::core::option::Option<u32>,

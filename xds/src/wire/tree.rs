@@ -62,6 +62,13 @@ pub mod envoy {
                 }
             }
         }
+        pub mod bootstrap {
+            pub mod internal_listener {
+                pub mod v3 {
+                    include!("envoy.extensions.bootstrap.internal_listener.v3.rs");
+                }
+            }
+        }
         pub mod clusters {
             pub mod common {
                 pub mod dns {

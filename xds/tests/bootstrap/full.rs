@@ -79,6 +79,7 @@ static_resources:
           codec_type: 1
           stream_idle_timeout: 0s
           request_timeout: 0.25s
+          request_headers_timeout: 3s
           use_remote_address: true
           generate_request_id: false
           max_request_headers_kb: 96
@@ -183,6 +184,7 @@ static_resources:
         explicit_http_config: {http2_protocol_options: {}}
     circuit_breakers:
       thresholds: [{max_connections: 10, retry_budget: {budget_percent: {value: 12.5}}}]
+      per_host_thresholds: [{max_connections: 4}]
     load_assignment:
       cluster_name: engines
       endpoints:
@@ -269,6 +271,7 @@ fn full_manager() -> HttpConnectionManager {
         generate_request_id: false,
         stream_idle_timeout: Duration::ZERO,
         request_timeout: Duration::from_millis(250),
+        request_headers_timeout: Duration::from_secs(3),
         idle_timeout: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(5),
         max_request_headers_kb: 96,
@@ -659,6 +662,7 @@ fn full_cluster() -> Cluster {
         circuit_breakers: CircuitBreakers {
             default: Thresholds {
                 max_connections: 10,
+                max_connections_per_host: Some(4),
                 retries: RetryLimit::Budget {
                     percent: 12.5,
                     min_concurrency: 3,
