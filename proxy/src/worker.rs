@@ -37,7 +37,7 @@ thread_local! {
     static TURN: Turn = const { Turn::new() };
 }
 
-/// What a worker does between two looks at its sockets: it runs each task that is ready.
+/// What a worker does until nothing is ready: it runs each task that is, and looks at its sockets after every 61.
 struct Turn {
     /// On other threads nothing waits.
     is_worker: Cell<bool>,
@@ -66,6 +66,13 @@ impl Turn {
     }
 }
 
+/// As if a worker had written in this turn already.
+#[cfg(test)]
+pub(crate) fn begin_busy_turn() {
+    TURN.with(|turn| turn.is_worker.set(true));
+    TURN.with(Turn::write);
+}
+
 /// The first write of a request or an answer.
 #[derive(Debug, Default)]
 pub(crate) struct FirstWrite {
@@ -73,6 +80,9 @@ pub(crate) struct FirstWrite {
 }
 
 impl FirstWrite {
+    /// One that waits for nothing.
+    pub(crate) const AT_ONCE: Self = Self { asked: true };
+
     /// Ready when it may be written, and ever after. Else its task is ready again, behind all that are ready now.
     pub(crate) fn poll(&mut self, cx: &task::Context<'_>) -> task::Poll<()> {
         if !std::mem::replace(&mut self.asked, true) && TURN.with(Turn::write) {

@@ -277,6 +277,10 @@ impl Connection<'_> {
         asked.keep_alive &= !self.read_closed && !self.info.exchange.is_leaving();
         self.answering = true;
         let mut outgoing = Outgoing::new(response, asked);
+        if self.leaves.is_some() {
+            // It is taken for gone any moment.
+            outgoing.hurry();
+        }
         let sent = poll_fn(|cx| {
             self.poll_beside(cx, |this, cx| {
                 ready!(this.poll_interim(cx))?;

@@ -84,6 +84,11 @@ impl Outgoing {
         }
     }
 
+    /// Its first write waits for no others.
+    pub(super) fn hurry(&mut self) {
+        self.first = FirstWrite::AT_ONCE;
+    }
+
     /// Whether the connection ends with it.
     pub(super) fn is_last(&self) -> bool {
         self.last || self.framing == Framing::UntilClose

@@ -89,6 +89,8 @@ impl Outgoing {
         cx: &mut Context<'_>,
         socket: &mut S,
     ) -> Poll<Result<(), SendError>> {
+        // Before its body is touched: until then it can be sent elsewhere as if nothing had been.
+        ready!(self.first.poll(cx));
         loop {
             let mut waits = false;
             if !self.is_read && self.piece.is_empty() && self.tail.is_empty() {
@@ -110,7 +112,6 @@ impl Outgoing {
                     (false, false) => continue,
                 };
             }
-            ready!(self.first.poll(cx));
             let slices = [
                 IoSlice::new(&self.front[self.front_sent..]),
                 IoSlice::new(&self.piece),
@@ -261,6 +262,7 @@ pub(super) fn usually_has_content(method: &Method) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker;
     use http_body::Frame;
     use http_body_util::{BodyExt, StreamBody};
     use std::future::poll_fn;
@@ -286,6 +288,22 @@ mod tests {
             .await
             .unwrap();
         String::from_utf8(wire).unwrap()
+    }
+
+    #[test]
+    fn while_it_waits_for_the_end_of_the_turn_nothing_of_it_was_sent() {
+        worker::begin_busy_turn();
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let frames = futures_util::stream::iter([Ok(Frame::data(Bytes::from("hello")))]);
+        let body = RequestBody::boxed(StreamBody::new(frames).boxed_unsync());
+        let mut request = Request::post("/x").body(body).unwrap();
+        let body = request.body_mut().hand_over();
+        let (mut outgoing, mut wire) = (Outgoing::new(&request, body), Vec::new());
+        assert!(outgoing.poll_send(&mut cx, &mut wire).is_pending());
+        assert!(!outgoing.has_begun() && wire.is_empty());
+        let mut outgoing = Outgoing::new(&request, outgoing.into_body());
+        while !matches!(outgoing.poll_send(&mut cx, &mut wire), Poll::Ready(Ok(()))) {}
+        assert!(wire.ends_with(b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n"));
     }
 
     #[tokio::test]
