@@ -46,7 +46,7 @@ fn every_metric_of_the_sources_has_a_row_and_every_row_a_use() {
     let labels: BTreeSet<_> = ROWS.iter().flat_map(|row| row.labels).copied().collect();
     // Names of crates (targets of logs) and of Envoy's configuration, not of metrics.
     let others = Regex::new(
-        "^(outrigger_(proxy|filters|xds|gpu_agent|agent|control_plane)|envoy_internal_address)$",
+        "^(outrigger_(proxy|filters|xds|gpu_agent|agent|control_plane)|envoy_grpc|envoy_internal_address)$",
     )
     .unwrap();
     let mut unused: BTreeSet<_> = ROWS.iter().map(|row| row.name).collect();
