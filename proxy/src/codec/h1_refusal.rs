@@ -1,7 +1,7 @@
 //! What a client is told whose bytes are no request, in Envoy's words.
 
 use super::{date, h1_request::Fault};
-use crate::http::{ConnectionInfo, Manager, HEAD_LATE};
+use crate::http::{ConnectionInfo, HEAD_LATE, Manager};
 use bytes::Bytes;
 use outrigger_filters::error::Flag;
 use outrigger_xds::resource::server_header::ServerHeader;

@@ -147,7 +147,7 @@ pub(super) fn read(problems: &mut ConfigErrors, given: Given) -> Option<Discover
             let config = given.original_dst.unwrap_or_default();
             Some(Discovery::OriginalDst(original_dst(
                 problems,
-                config,
+                &config,
                 given.cleanup_interval,
             )))
         }
@@ -160,7 +160,7 @@ pub(super) fn read(problems: &mut ConfigErrors, given: Given) -> Option<Discover
 
 fn original_dst(
     problems: &mut ConfigErrors,
-    config: wire::cluster::OriginalDstLbConfig,
+    config: &wire::cluster::OriginalDstLbConfig,
     cleanup: Option<Wire>,
 ) -> OriginalDst {
     let name = match config.http_header_name.to_ascii_lowercase() {
