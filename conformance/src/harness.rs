@@ -117,6 +117,8 @@ impl ProxyBuilder {
             ..Self::default()
         }
         .flag("--policy", "round_robin")
+        // Cases count what reaches an engine.
+        .flag("--canary", "off")
     }
 
     /// A command-line flag. One given twice counts as given last.

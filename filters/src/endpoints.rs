@@ -405,7 +405,7 @@ impl Endpoint {
             return true;
         }
         let live = self.live.load();
-        live.heard && live.state.health == Health::Healthy
+        live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
     }
 
     /// Alive, and serving `model` if one is named: both answers from one look.
@@ -421,7 +421,7 @@ impl Endpoint {
         let live = self.live.load();
         let models = &live.state.models;
         live.heard
-            && live.state.health == Health::Healthy
+            && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
             && model.is_none_or(|model| {
                 models.is_empty() || models.iter().any(|known| known.id == model)
             })
@@ -441,13 +441,13 @@ impl Endpoint {
     /// What is known of its health, all in all.
     #[must_use]
     pub fn level(&self) -> Level {
+        use outrigger_xds::report::Health;
         if !self.is_alive() {
             return Level::Out;
         }
-        if self
-            .host
-            .has(Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK)
-        {
+        let told = self.live.load().state.health;
+        let failed = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
+        if told == Health::Unhealthy || self.host.has(failed) {
             return Level::Unhealthy;
         }
         match self.health_status {
@@ -510,6 +510,14 @@ pub trait Reservation: Send + Sync {
     /// A later token was waited for so long.
     fn later_token(&mut self, waited: Duration) {
         let _ = waited;
+    }
+    /// Whether it wants to know what streams bring.
+    fn watches_streams(&self) -> bool {
+        false
+    }
+    /// A piece of a stream of events came; an engine reports its own failure in one, too.
+    fn stream_piece(&mut self, is_failure: bool) {
+        let _ = is_failure;
     }
     /// A load report came, in headers or trailers.
     fn report(&mut self, headers: &HeaderMap);

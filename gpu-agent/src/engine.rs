@@ -191,7 +191,7 @@ async fn watch(
                 Some(Seen::Unauthorized(what)) => reasons.denied = format!("{what}: the API key is missing or wrong"),
                 Some(Seen::Figures(figures)) => {
                     if let (Some(running), Some(waiting)) = (figures.running, figures.waiting) {
-                        cell.set_load(running, waiting, figures.kv_usage.unwrap_or(0.0));
+                        cell.set_load((running, waiting), &figures);
                     }
                     // The engine allots its blocks after it has begun to answer.
                     if let Some(blocks) = figures.kv_blocks {

@@ -7,6 +7,7 @@
 use crate::engine::{self, EngineConfig};
 use crate::event::EventBatch;
 use crate::lineage::{Lineage, LineageCounts};
+use crate::load::Figures;
 use futures_util::stream::unfold;
 use outrigger_xds::feed::{FeedBody, FeedMessage, FeedSource, FeedStream};
 use outrigger_xds::report::{EngineId, EngineState, Health, KvChange, KvSnapshot, Load};
@@ -321,12 +322,13 @@ impl Cell {
     }
 
     /// Tells the engine's own figures; the rest of the load is the proxy's.
-    pub(crate) fn set_load(&self, running: u64, waiting: u64, kv_usage: f64) {
+    pub(crate) fn set_load(&self, (running, waiting): (u64, u64), figures: &Figures) {
         let mut known = lock(&self.known);
         known.load = Load {
             running,
             waiting,
-            kv_usage,
+            kv_usage: figures.kv_usage.unwrap_or(0.0),
+            engine_tokens: figures.tokens,
             ..Load::default()
         };
         known.load_at = Some(Instant::now());

@@ -25,6 +25,8 @@ pub struct Figures {
     pub kv_tokens: Option<u64>,
     /// Data-parallel ranks that report.
     pub ranks: u32,
+    /// Tokens of prompts and of generations so far, all ranks.
+    pub tokens: Option<u64>,
     /// When the process began, seconds since the epoch: another value is another process.
     pub process_start: Option<f64>,
 }
@@ -35,10 +37,12 @@ enum Figure {
     Waiting,
     KvUsage,
     KvTokens,
+    PromptTokens,
+    GeneratedTokens,
 }
 
 /// Metric names, by engine (vLLM up to 0.9 said `gpu_cache_usage_perc`).
-const NAMES: [(&str, EngineKind, Figure); 10] = [
+const NAMES: [(&str, EngineKind, Figure); 14] = [
     (
         "vllm:num_requests_running",
         EngineKind::Vllm,
@@ -60,6 +64,16 @@ const NAMES: [(&str, EngineKind, Figure); 10] = [
         Figure::KvUsage,
     ),
     (
+        "vllm:prompt_tokens_total",
+        EngineKind::Vllm,
+        Figure::PromptTokens,
+    ),
+    (
+        "vllm:generation_tokens_total",
+        EngineKind::Vllm,
+        Figure::GeneratedTokens,
+    ),
+    (
         "sglang:num_running_reqs",
         EngineKind::Sglang,
         Figure::Running,
@@ -70,6 +84,16 @@ const NAMES: [(&str, EngineKind, Figure); 10] = [
         "sglang:max_total_num_tokens",
         EngineKind::Sglang,
         Figure::KvTokens,
+    ),
+    (
+        "sglang:prompt_tokens_total",
+        EngineKind::Sglang,
+        Figure::PromptTokens,
+    ),
+    (
+        "sglang:generation_tokens_total",
+        EngineKind::Sglang,
+        Figure::GeneratedTokens,
     ),
     (
         "trtllm_num_requests_running",
@@ -91,7 +115,7 @@ type PerRank = BTreeMap<String, f64>;
 #[must_use]
 pub fn parse(page: &str) -> Figures {
     let mut figures = Figures::default();
-    let mut found: [PerRank; 4] = Default::default();
+    let mut found: [PerRank; 6] = Default::default();
     let mut blocks = PerRank::new();
     for line in page.lines() {
         let Some((name, labels, value)) = sample(line) else {
@@ -117,6 +141,13 @@ pub fn parse(page: &str) -> Figures {
     figures.waiting = sum(&found[Figure::Waiting as usize]);
     figures.kv_tokens = sum(&found[Figure::KvTokens as usize]);
     figures.kv_blocks = sum(&blocks);
+    let (prompt, generated) = (
+        sum(&found[Figure::PromptTokens as usize]),
+        sum(&found[Figure::GeneratedTokens as usize]),
+    );
+    figures.tokens = prompt
+        .zip(generated)
+        .map(|(prompt, generated)| prompt + generated);
     let usage = &found[Figure::KvUsage as usize];
     #[expect(clippy::cast_precision_loss, reason = "a handful of ranks")]
     let mean = usage.values().sum::<f64>() / usage.len().max(1) as f64;

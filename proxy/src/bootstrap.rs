@@ -2,15 +2,17 @@
 
 use crate::{
     access_log,
-    options::{self, Options, Policy},
+    options::{self, Options, Policy, Switch},
 };
 use outrigger_filters::{kv_routing, openai, router};
 use outrigger_xds::resource::{
     bootstrap::{Admin, Bootstrap, Node},
+    canary::Canary,
     cluster::{Cluster, Discovery, Dns, LbPolicy},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
     filter_chain::FilterChain,
     header_mutation::HeaderMutations,
+    health_check::{Checker, HealthCheck},
     listener::{
         AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
         TrafficDirection,
@@ -98,7 +100,10 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
                 }),
                 ..cluster(FLEET, options.policy, fleet)
             },
-            cluster(LOCAL, options.policy, local),
+            Cluster {
+                health_check: (options.canary == Switch::On).then(canary),
+                ..cluster(LOCAL, options.policy, local)
+            },
         ]
         .into_iter()
         .chain(collector.as_ref().map(collector_cluster))
@@ -236,6 +241,28 @@ fn cluster(name: &str, policy: Policy, endpoints: Vec<LbEndpoint>) -> Cluster {
             ..ClusterLoadAssignment::default()
         },
         ..Cluster::default()
+    }
+}
+
+/// What is asked of the engines beside us.
+#[must_use]
+pub fn canary() -> HealthCheck {
+    let seconds = Duration::from_secs;
+    HealthCheck {
+        timeout: seconds(3),
+        interval: seconds(5),
+        interval_jitter: Duration::ZERO,
+        interval_jitter_percent: 0,
+        initial_jitter: Duration::ZERO,
+        unhealthy_threshold: 3,
+        healthy_threshold: 2,
+        reuse_connection: true,
+        no_traffic_interval: seconds(60),
+        no_traffic_healthy_interval: seconds(60),
+        unhealthy_interval: seconds(1),
+        unhealthy_edge_interval: seconds(1),
+        healthy_edge_interval: seconds(5),
+        checker: Checker::Canary(Canary::default()),
     }
 }
 

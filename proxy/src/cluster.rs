@@ -5,6 +5,7 @@ mod leg;
 mod original;
 
 use crate::{
+    canary::{Canaries, Watched},
     dns::{self, Names},
     fleet::{Fleet, Way},
     health::{Checked, Checks},
@@ -15,7 +16,7 @@ use crate::{
 };
 use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 use leg::Leg;
 use original::Originals;
 use outrigger_filters::{
@@ -28,6 +29,7 @@ use outrigger_xds::{
     resource::{
         cluster::{Cluster, Discovery, OriginalDst, UpstreamProtocol},
         endpoint::{Address, Duty, LbEndpoint, METADATA_NAMESPACE},
+        health_check::Checker,
     },
 };
 use std::{
@@ -49,6 +51,7 @@ pub struct Clusters {
     /// Held while views are built: one made of clusters that are being replaced would bring back what they named.
     building: Mutex<()>,
     checks: Checks,
+    canaries: Canaries,
     names: Arc<Names>,
 }
 
@@ -159,8 +162,14 @@ impl Clusters {
             ledgers,
             building: Mutex::default(),
             checks: Checks::default(),
+            canaries: Canaries::default(),
             names: Names::new(dns::system()),
         })
+    }
+
+    /// What engines want to see of those who ask them.
+    pub fn authorize(&self, bearer: Option<HeaderValue>) {
+        self.canaries.authorize(bearer);
     }
 
     /// Moves when names of endpoints mean something else; views are rebuilt then.
@@ -279,6 +288,22 @@ impl Clusters {
                     .and_then(|detector| detector.ejections()),
             }
         }));
+        let watched = views.iter().flat_map(|(entry, view)| {
+            let check = entry.config.health_check.as_ref();
+            let check = check.filter(|check| matches!(check.checker, Checker::Canary(_)));
+            let local = view
+                .endpoints
+                .iter()
+                .filter(|known| known.via == Via::Local);
+            local.filter_map(move |endpoint| {
+                Some(Watched {
+                    check: check?,
+                    endpoint,
+                    ledger: self.ledgers.open(&endpoint.id),
+                })
+            })
+        });
+        self.canaries.configure(&self.fleet, watched);
     }
 
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.

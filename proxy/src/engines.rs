@@ -123,6 +123,19 @@ impl Watcher {
         }
     }
 
+    /// What engines want to see of those who ask them, if they want a key.
+    #[must_use]
+    pub fn bearer(&self) -> Option<http::HeaderValue> {
+        #[cfg(feature = "standalone")]
+        {
+            self.embedded.as_ref()?.api_key.as_ref()?.bearer()
+        }
+        #[cfg(not(feature = "standalone"))]
+        {
+            None
+        }
+    }
+
     /// Watches exactly these engines; one that stays is not disturbed.
     pub fn configure(&self, engines: &BTreeMap<EngineId, ConfiguredEngine>) {
         #[cfg(feature = "standalone")]

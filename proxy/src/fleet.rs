@@ -153,6 +153,17 @@ impl Fleet {
         self.told().contains(peer)
     }
 
+    /// What is known of all other engines that are heard of.
+    #[must_use]
+    pub fn others(&self, id: &EngineId) -> Vec<Arc<EngineState>> {
+        let known = self.known();
+        let others = known.iter().filter(|(other, _)| *other != id);
+        let live = others.map(|(_, known)| known.endpoint().live.load_full());
+        live.filter(|live| live.heard)
+            .map(|live| live.state.clone())
+            .collect()
+    }
+
     /// Moves when membership changes.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<u64> {
@@ -329,7 +340,7 @@ impl Fleet {
         };
         let endpoint = &entry.variants[0];
         match message.body {
-            FeedBody::State(state) => self.take_state(endpoint, state),
+            FeedBody::State(state) => self.take_state(&entry.variants, state),
             FeedBody::Load(load) => {
                 if entry.source == Source::Local {
                     report::renew(endpoint, &load, &mut entry.rates);
@@ -376,7 +387,8 @@ impl Fleet {
         snapshot.block_tokens != 0 && snapshot.block_tokens as usize != self.block_tokens
     }
 
-    fn take_state(&self, endpoint: &Endpoint, state: EngineState) {
+    fn take_state(&self, variants: &[Arc<Endpoint>], state: EngineState) {
+        let endpoint = &variants[0];
         let known = endpoint.live.load_full();
         if *known.state != state {
             tracing::info!(engine = %endpoint.id, health = state.health.as_str(), kind = state.kind.as_str(),
@@ -392,11 +404,21 @@ impl Fleet {
         {
             endpoint.stats.inhibited_until_ms.store(0, Relaxed);
         }
+        let was_unhealthy = known.state.health == Health::Unhealthy;
+        let is_unhealthy = state.health == Health::Unhealthy;
         endpoint.live.store(Arc::new(Live {
             state: Arc::new(state),
             heard: true,
             ..(*known).clone()
         }));
+        if was_unhealthy != is_unhealthy {
+            // Back after a while: where policies start slowly, they do.
+            for variant in variants {
+                variant.host.since_ms.store(clock_ms(), Relaxed);
+            }
+            // Its clusters are no longer even, or are again.
+            self.changed.send_modify(|count| *count += 1);
+        }
     }
 
     fn forget(&self, endpoint: &Endpoint) {
@@ -611,6 +633,31 @@ mod tests {
         fleet.retain_configured(&named(&["e"]));
         assert_eq!(fleet.known()[&"e".into()].variants.len(), 1);
         assert!(configure(&fleet, "e", 1).is_alive());
+    }
+
+    #[test]
+    fn an_unhealthy_engine_is_there_where_nobody_else_is_and_its_views_are_built_anew() {
+        use outrigger_filters::endpoints::Level;
+        let (fleet, _index) = fleet();
+        let endpoint = configure(&fleet, "e", 1);
+        let changed = fleet.watch();
+        let told = |health: Health| {
+            let state = EngineState {
+                health,
+                ..EngineState::default()
+            };
+            message("e", FeedBody::State(state))
+        };
+        for (health, level) in [
+            (Health::Unhealthy, Level::Unhealthy),
+            (Health::Healthy, Level::Healthy),
+        ] {
+            let before = *changed.borrow();
+            assert!(fleet.apply(&Source::Local, told(health)));
+            assert!(endpoint.is_alive() && endpoint.fits(None));
+            assert_eq!(endpoint.level(), level);
+            assert_ne!(*changed.borrow(), before);
+        }
     }
 
     #[test]

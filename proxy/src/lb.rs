@@ -14,9 +14,12 @@ mod slow_start;
 
 use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::{ClusterView, Endpoint, Level};
-use outrigger_xds::resource::{
-    cluster::{Balancing, Cluster, LbPolicy},
-    endpoint::{HealthStatus, Locality},
+use outrigger_xds::{
+    report::Health,
+    resource::{
+        cluster::{Balancing, Cluster, LbPolicy},
+        endpoint::{HealthStatus, Locality},
+    },
 };
 pub use reported::Weights;
 use std::sync::Arc;
@@ -97,6 +100,7 @@ impl Balancer {
                 endpoint.weight == endpoints[0].weight
                     && endpoint.priority == 0
                     && endpoint.health_status == HealthStatus::Healthy
+                    && endpoint.live.load().state.health != Health::Unhealthy
             })
     }
 

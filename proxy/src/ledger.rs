@@ -3,7 +3,9 @@
 //! Requests and prefill tokens are plain atomics. Distinct prompt blocks need a table, which one task owns; requests
 //! tell it through a queue, so that no request waits for another.
 
+use crate::canary::{Traffic, Verdict};
 use ahash::AHashMap;
+use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::Want;
 use outrigger_xds::{
     block_hash::BlockHash,
@@ -27,6 +29,10 @@ pub struct Ledger {
     changes: mpsc::Sender<Change>,
     /// The admin wants the engine to be left; peers are told.
     leaving: AtomicBool,
+    /// What its requests prove of it.
+    pub traffic: Traffic,
+    /// Whether it does its work; peers are told.
+    verdict: ArcSwap<Verdict>,
 }
 
 #[derive(Debug)]
@@ -47,6 +53,8 @@ impl Ledger {
             blocks,
             changes,
             leaving: AtomicBool::new(false),
+            traffic: Traffic::default(),
+            verdict: ArcSwap::default(),
         })
     }
 
@@ -81,6 +89,19 @@ impl Ledger {
         self.leaving.load(Relaxed)
     }
 
+    /// Takes in what its canary says.
+    pub fn tell(&self, verdict: Verdict) {
+        if **self.verdict.load() != verdict {
+            self.verdict.store(Arc::new(verdict));
+        }
+    }
+
+    /// See [`Self::tell`].
+    #[must_use]
+    pub fn verdict(&self) -> Arc<Verdict> {
+        self.verdict.load_full()
+    }
+
     /// Its part of a load report.
     pub fn fill(&self, load: &mut Load) {
         load.active_requests = self.requests.load(Relaxed);
@@ -98,6 +119,12 @@ pub struct Entered {
 }
 
 impl Entered {
+    /// What its engine's requests prove.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.ledger.traffic
+    }
+
     /// Prefill is over.
     pub fn first_byte(&mut self) {
         let prefill = std::mem::take(&mut self.prefill);

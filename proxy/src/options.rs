@@ -13,13 +13,14 @@ pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
 /// Longer, and clients would see it.
 pub const STREAM_GATHER_US_MAX: u64 = 1000;
 /// Flags that say what a bootstrap says.
-pub(crate) const OF_A_FILE: [&str; 11] = [
+pub(crate) const OF_A_FILE: [&str; 12] = [
     "engine",
     "peer",
     "listen",
     "inbound",
     "admin",
     "policy",
+    "canary",
     "access_log",
     "body_bytes_max",
     "tls_cert",
@@ -73,6 +74,9 @@ pub struct Options {
     /// How an engine is chosen for a generation
     #[arg(long, value_enum, default_value_t = Policy::Kv)]
     pub policy: Policy,
+    /// Whether engines beside this proxy are asked for a token when no request proves that they work
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub canary: Switch,
     /// File with the key that engines want as a bearer token from those who poll them
     #[arg(long, value_name = "FILE")]
     pub engine_api_key_file: Option<PathBuf>,
@@ -133,6 +137,15 @@ pub enum Policy {
     LeastRequest,
     /// Any.
     Random,
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// `--mode`.

@@ -282,6 +282,7 @@ fn assemble(
     let fleet = Fleet::new(index.clone(), block_tokens);
     let ledgers = Arc::new(Ledgers::default());
     let clusters = Clusters::new(fleet.clone(), ledgers.clone());
+    clusters.authorize(watcher.bearer());
     let services = Services {
         endpoints: clusters.clone(),
         upstream: Arc::new(Pools),

@@ -95,6 +95,8 @@ pub enum Health {
     Unknown,
     /// Serving.
     Healthy,
+    /// Answers, but does not do its work well: gets requests only where nobody else can take them.
+    Unhealthy,
     /// Answers, but must get no new requests.
     Draining,
     /// Does not answer, or says it is dead.
@@ -108,6 +110,7 @@ impl Health {
         match self {
             Self::Unknown => "unknown",
             Self::Healthy => "healthy",
+            Self::Unhealthy => "unhealthy",
             Self::Draining => "draining",
             Self::Dead => "dead",
         }
@@ -137,6 +140,19 @@ pub struct EngineState {
     pub dp_size: u32,
     /// Whether its KV events reach us: without them a prefix index knows nothing of it.
     pub kv_events: bool,
+    /// What it says to the fixed prompt, if it was asked.
+    pub golden: Option<GoldenAnswer>,
+}
+
+/// What an engine says to a prompt that all engines of its cohort answer alike.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct GoldenAnswer {
+    /// Who is to answer alike.
+    pub cohort: String,
+    /// The answer, token by token.
+    pub tokens: Vec<String>,
+    /// So many of them, from the first, are clear: no other token came near.
+    pub clear: usize,
 }
 
 /// How busy an engine is, told by the proxy beside it.
@@ -156,6 +172,8 @@ pub struct Load {
     pub kv_usage: f64,
     /// Age of the engine's own figures when this was told; `None` if there are none.
     pub engine_age: Option<Duration>,
+    /// The engine's own figure: tokens computed and generated so far; `None` if it does not say.
+    pub engine_tokens: Option<u64>,
 }
 
 /// Where a block lies.

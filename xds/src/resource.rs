@@ -5,6 +5,7 @@
 
 mod access_log;
 pub mod bootstrap;
+pub mod canary;
 pub mod cidr;
 mod circuit_breakers;
 pub mod client_cert;

@@ -4,8 +4,10 @@
 use outrigger_xds::{
     load::{Syntax, Unknown, bootstrap, bootstrap_from_value, bootstrap_over, bootstrap_to_json},
     resource::{
+        canary::Enforcing,
         client_cert::{ClientCert, Forward},
         edge::Underscores,
+        health_check::Checker,
         listener::AccessLogFormat,
         log_filter::{How, LogFilter},
     },
@@ -118,4 +120,35 @@ fn grpc_checks_need_http2() {
         error.contains("grpc_health_check: only in a cluster that speaks HTTP/2"),
         "{error}"
     );
+}
+
+#[test]
+fn a_canary_is_read_and_shown_as_it_was() {
+    let text = r#"
+static_resources:
+  clusters:
+  - name: c
+    load_assignment: {cluster_name: c}
+    health_checks:
+    - timeout: 3s
+      interval: 5s
+      unhealthy_threshold: 3
+      healthy_threshold: 2
+      custom_health_check:
+        name: outrigger.health_checkers.canary
+        typed_config:
+          "@type": type.googleapis.com/xds.type.v3.TypedStruct
+          type_url: type.googleapis.com/outrigger.health_checkers.canary.v1.Config
+          value: {prefill_tokens_per_s: 900, golden: {enforcing: report, expected: " 10"}}
+"#;
+    let read = bootstrap(text, Syntax::Yaml).unwrap();
+    let check = read.clusters[0].health_check.clone().unwrap();
+    let Checker::Canary(canary) = &check.checker else {
+        panic!("{check:?}")
+    };
+    assert_eq!(canary.prefill_tokens_per_s, 900);
+    assert_eq!(canary.golden.enforcing, Enforcing::Report);
+    assert_eq!(canary.golden.max_tokens, 8, "the rest is the default");
+    let shown = bootstrap_to_json(&read);
+    assert_eq!(bootstrap_from_value(shown).unwrap(), read);
 }

@@ -43,6 +43,7 @@ impl Process {
             ("--access-log", "none"),
             ("--concurrency", "1"),
             ("--policy", "round_robin"),
+            ("--canary", "off"),
         ] {
             if !flags.contains(&name) {
                 all.extend([name, value]);

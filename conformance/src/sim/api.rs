@@ -302,6 +302,7 @@ pub(crate) fn read_sampling(
         given: None,
         skip_cache: false,
         transfer: Transfer::None,
+        wrong: false,
     })
 }
 

@@ -128,6 +128,7 @@ Faults, by --fault or POST /sim/fault (GET lists, DELETE disarms):
   stall          this stream falls silent for for_ms (0: for ever)
   slow           each further token of this stream is for_ms late
   freeze         the whole engine makes no step for for_ms; HTTP still answers
+  wrong_answer   greedy answers are those of another model
   http_500       generation requests are answered 500
   refuse         no connection is accepted for for_ms
   lose_events    count batches of KV events reach the replay buffer only

@@ -137,8 +137,10 @@ impl Engine {
             .sum::<usize>()
             .max(1);
         let (to, from) = mpsc::channel(capacity);
+        let wrong = self.faults.take_wrong_answer();
         let mut scheduler = self.scheduler();
-        let add = |(index, (prompt, sampling)): (usize, (Vec<u32>, Sampling))| {
+        let add = |(index, (prompt, mut sampling)): (usize, (Vec<u32>, Sampling))| {
+            sampling.wrong = wrong;
             let id = self.number();
             let cache_salt = cache_salt.map(str::to_owned);
             scheduler.add(NewSequence {
@@ -240,6 +242,7 @@ impl Engine {
             | FaultKind::Garbage
             | FaultKind::InBandError
             | FaultKind::Truncate
+            | FaultKind::WrongAnswer
             | FaultKind::Http500 => self.faults.arm(fault),
         }
     }

@@ -35,6 +35,8 @@ pub enum FaultKind {
     LoseEvents,
     /// No connection is accepted for `for_ms`.
     Refuse,
+    /// Greedy answers are those of another model.
+    WrongAnswer,
     /// Generation requests are answered 500 at once.
     #[serde(rename = "http_500")]
     Http500,
@@ -104,10 +106,17 @@ impl Faults {
             .is_some()
     }
 
+    /// Whether this request is answered by another model.
+    pub(crate) fn take_wrong_answer(&self) -> bool {
+        self.take(|fault| fault.kind == FaultKind::WrongAnswer)
+            .is_some()
+    }
+
     /// The fault that strikes a stream which has delivered `tokens`; each stream takes a kind once.
     pub(crate) fn take_for_stream(&self, tokens: u64, taken: &[FaultKind]) -> Option<Fault> {
+        let of_requests = [FaultKind::Http500, FaultKind::WrongAnswer];
         let strikes =
-            |fault: &Fault| fault.kind != FaultKind::Http500 && fault.after_tokens <= tokens;
+            |fault: &Fault| !of_requests.contains(&fault.kind) && fault.after_tokens <= tokens;
         self.take(|fault| strikes(fault) && !taken.contains(&fault.kind))
     }
 

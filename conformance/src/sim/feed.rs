@@ -76,7 +76,10 @@ impl Feed {
                 }
                 FaultKind::Freeze => self.engine.freeze(fault),
                 FaultKind::CoreDies => self.engine.core_dies(fault),
-                FaultKind::LoseEvents | FaultKind::Refuse | FaultKind::Http500 => {
+                FaultKind::LoseEvents
+                | FaultKind::Refuse
+                | FaultKind::WrongAnswer
+                | FaultKind::Http500 => {
                     self.engine.fault(fault);
                 }
             }

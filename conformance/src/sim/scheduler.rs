@@ -18,6 +18,9 @@ use super::model::{Choice, History, Model, mix};
 use super::nixl::{Held, Transfer};
 use super::tokenizer::{Detokenizer, EOS, Tokenizer};
 
+/// Makes a greedy answer that of another model.
+const WRONG_SALT: u64 = 0x77_72_6f_6e_67;
+
 /// Why a generation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
@@ -50,6 +53,8 @@ pub(crate) struct Sampling {
     pub(crate) skip_cache: bool,
     /// What it has to do with another engine.
     pub(crate) transfer: Transfer,
+    /// Another model answers.
+    pub(crate) wrong: bool,
 }
 
 impl Sampling {
@@ -57,6 +62,8 @@ impl Sampling {
     pub(crate) fn salt(&self, default_seed: u64, index: usize) -> u64 {
         if self.temperature > 0.0 {
             mix(mix(self.seed.unwrap_or(default_seed)) ^ index as u64) | 1
+        } else if self.wrong {
+            WRONG_SALT
         } else {
             0
         }

@@ -7,6 +7,7 @@
 
 mod balancing;
 mod breakers;
+mod canary;
 mod client_cert;
 mod clusters;
 mod collector;

@@ -491,7 +491,7 @@ fn condition(endpoint: &Endpoint) -> Condition {
         || endpoint.stats.leaving.load(Relaxed)
         || health == Health::Draining;
     let ejected = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
-    if told || endpoint.host.has(ejected) {
+    if told || health == Health::Unhealthy || endpoint.host.has(ejected) {
         Condition::Leaving
     } else if health == Health::Dead {
         Condition::Dead

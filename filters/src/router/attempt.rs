@@ -392,6 +392,9 @@ impl<'a> Attempt<'a> {
         if watches {
             reservation.first_token(started.elapsed(), self.uncached_tokens(context));
         }
+        let is_watched = reservation.watches_streams()
+            && parts.status == StatusCode::OK
+            && sse::is_event_stream(&parts.headers);
         let leg = Leg::new(
             peeked,
             body,
@@ -401,6 +404,7 @@ impl<'a> Attempt<'a> {
             audience,
         );
         let leg = if watches { leg.watching() } else { leg };
+        let leg = if is_watched { leg.watched() } else { leg };
         let leg = leg.traced(step.take());
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {

@@ -5,6 +5,7 @@ use crate::{
     body::{BodyError, ResponseBody, is_over},
     endpoints::{Endpoint, Reservation},
     error::Flag,
+    sse,
     trace::Step,
 };
 use bytes::Bytes;
@@ -30,6 +31,8 @@ pub struct Leg {
     waits: Option<Waits>,
     /// What is told of this attempt, if its request is traced.
     step: Option<Step>,
+    /// Whether somebody wants to know what comes.
+    watched: bool,
 }
 
 /// So many waits are told as one.
@@ -86,6 +89,7 @@ impl Leg {
             audience,
             waits: None,
             step: None,
+            watched: false,
         }
     }
 
@@ -96,11 +100,31 @@ impl Leg {
         self
     }
 
+    /// The body is a stream of events, and the reservation wants to know that they come.
+    #[must_use]
+    pub fn watched(mut self) -> Self {
+        self.watched = true;
+        self
+    }
+
     /// The body is a stream of tokens, whose first is there: waits for the others are told.
     #[must_use]
     pub fn watching(mut self) -> Self {
         self.waits = Some(Waits::default());
         self
+    }
+
+    /// A frame came.
+    fn piece(&mut self, frame: &Frame<Bytes>) {
+        let Some(reservation) = &mut self.reservation else {
+            return;
+        };
+        reservation.first_byte();
+        if self.watched
+            && let Some(raw) = frame.data_ref()
+        {
+            reservation.stream_piece(reports_failure(raw));
+        }
     }
 
     fn later_token(&mut self, waited: Option<Duration>) {
@@ -139,6 +163,20 @@ impl Leg {
     }
 }
 
+/// Whether one of these events is the engine's report of its own failure. One that is cut into pieces is not seen.
+fn reports_failure(mut raw: &[u8]) -> bool {
+    loop {
+        let event = sse::Event { raw };
+        if event.is_error() {
+            return !event.blames_request();
+        }
+        match sse::event_length(raw) {
+            Some(length) if length < raw.len() => raw = &raw[length..],
+            _ => return false,
+        }
+    }
+}
+
 impl Body for Leg {
     type Data = Bytes;
     type Error = BodyError;
@@ -148,9 +186,7 @@ impl Body for Leg {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if let Some(frame) = self.peeked.take() {
-            if let Some(reservation) = &mut self.reservation {
-                reservation.first_byte();
-            }
+            self.piece(&frame);
             return Poll::Ready(Some(Ok(frame)));
         }
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
@@ -171,9 +207,7 @@ impl Body for Leg {
         }
         match &frame {
             Some(Ok(frame)) => {
-                if let Some(reservation) = &mut self.reservation {
-                    reservation.first_byte();
-                }
+                self.piece(frame);
                 if frame.is_trailers() {
                     self.finish(None);
                 } else if self.inner.is_end_stream() {
@@ -214,5 +248,28 @@ impl Drop for Leg {
         if self.reservation.is_some() && self.peeked.is_none() && is_over(&self.inner) {
             self.finish(None);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_of_failure_is_found_behind_other_events_and_one_that_blames_the_request_is_none() {
+        let token = r#"data: {"choices":[{"text":"{\"error\": 1}"}]}"#;
+        let failure = r#"data: {"error":{"code":500}}"#;
+        let blame = r#"data: {"error":{"code":400}}"#;
+        for (events, expected) in [
+            (vec![token], false),
+            (vec![token, token], false),
+            (vec![failure, "data: [DONE]"], true),
+            (vec![token, failure, "data: [DONE]"], true),
+            (vec![token, blame], false),
+        ] {
+            let raw = events.join("\n\n") + "\n\n";
+            assert_eq!(reports_failure(raw.as_bytes()), expected, "{raw}");
+        }
+        assert!(!reports_failure(b""));
     }
 }

@@ -51,7 +51,7 @@ fn health_flags(endpoint: &Endpoint) -> Vec<&'static str> {
     if endpoint.via != Via::Plain {
         match live.state.health {
             Health::Healthy => {}
-            Health::Dead => flags.push("/failed_active_hc"),
+            Health::Dead | Health::Unhealthy => flags.push("/failed_active_hc"),
             Health::Draining => flags.push("/eds_status_draining"),
             Health::Unknown => flags.push("/pending_active_hc"),
         }

@@ -87,6 +87,9 @@ static ENDPOINTS: &[Endpoint] = &[
         Reply::text(help())
     }),
     get("/listeners", "print listener info", listeners),
+    get("/live", "return 200: the process can answer", |_, _| {
+        Reply::text("LIVE\n")
+    }),
     post("/logging", "query/change logging levels", logging),
     get("/memory", "print current allocation/heap usage", |_, _| {
         memory()

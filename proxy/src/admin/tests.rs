@@ -204,6 +204,7 @@ async fn plain_paths_and_their_headers() {
     let admin = start(Limits::default()).await;
     for (path, expect) in [
         ("/listeners", "outbound::127.0.0.1:10000\n"),
+        ("/live", "LIVE\n"),
         ("/ready", "LIVE\n"),
         ("/help", "admin commands are:\n  /: Admin home page\n"),
         ("/stats?filter=%5Eserver.live", "server.live: 1\n"),
@@ -397,6 +398,8 @@ async fn health_check_and_states_turn_ready() {
         admin.state.store(number, Relaxed);
         let ready = admin.ask("GET", "/ready").await;
         assert_eq!((ready.status(), ready.body.as_str()), (503, name));
+        // Another question.
+        assert_eq!(admin.ask("GET", "/live").await.status(), 200);
     }
 }
 

@@ -5,14 +5,20 @@ use outrigger_filters::{
     breakers::{Breaker, Breakers},
     endpoints::{ClusterView, EndpointStats, Host},
 };
-use outrigger_xds::resource::{cluster::UpstreamProtocol, route_action::Priority};
+use outrigger_xds::{
+    report::Health,
+    resource::{cluster::UpstreamProtocol, route_action::Priority},
+};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Endpoints by what health checks found.
 pub(super) fn checked(view: &ClusterView) {
     let passed = || {
         let endpoints = view.endpoints.iter();
-        endpoints.filter(|endpoint| !endpoint.host.has(Host::FAILED_ACTIVE_HC))
+        endpoints.filter(|endpoint| {
+            let told = endpoint.live.load().state.health;
+            told != Health::Unhealthy && !endpoint.host.has(Host::FAILED_ACTIVE_HC)
+        })
     };
     let degraded = passed().filter(|endpoint| endpoint.host.has(Host::DEGRADED_ACTIVE_HC));
     for (name, count) in [

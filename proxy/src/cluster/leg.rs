@@ -38,11 +38,8 @@ impl Leg {
             detector.status(&self.endpoint, status.as_u16());
         }
     }
-}
 
-impl Reservation for Leg {
-    fn first_byte(&mut self) {
-        self.judge();
+    fn end_prefill(&mut self) {
         let prefill = std::mem::take(&mut self.prefill);
         if prefill > 0 {
             self.endpoint
@@ -55,8 +52,54 @@ impl Reservation for Leg {
         }
     }
 
+    /// Tells the canary of the engine beside us.
+    fn accuse(&self) {
+        if let Some(entered) = &self.entered {
+            entered.traffic().failed();
+        }
+    }
+}
+
+/// Statuses that are the engine's fault: not those of what it cannot do at all.
+fn is_failure(status: StatusCode) -> bool {
+    status.is_server_error() && !matches!(status.as_u16(), 501 | 505)
+}
+
+/// Breaks that are the engine's fault.
+fn blames_engine(flag: Flag) -> bool {
+    matches!(
+        flag,
+        Flag::UpstreamConnectionFailure
+            | Flag::UpstreamConnectionTermination
+            | Flag::UpstreamRemoteReset
+            | Flag::UpstreamProtocolError
+            | Flag::UpstreamRequestTimeout
+    )
+}
+
+impl Reservation for Leg {
+    fn first_byte(&mut self) {
+        self.judge();
+        self.end_prefill();
+    }
+
     fn status(&mut self, status: StatusCode) {
         self.status = Some(status);
+        if is_failure(status) {
+            self.accuse();
+        }
+    }
+
+    fn watches_streams(&self) -> bool {
+        self.entered.is_some()
+    }
+
+    fn stream_piece(&mut self, is_failure: bool) {
+        match &self.entered {
+            Some(_) if is_failure => self.accuse(),
+            Some(entered) => entered.traffic().piece(),
+            None => {}
+        }
     }
 
     fn watches_tokens(&self) -> bool {
@@ -101,6 +144,9 @@ impl Reservation for Leg {
 
     fn finish(&mut self, broken: Option<Flag>) {
         self.finished = true;
+        if broken.is_some_and(blames_engine) {
+            self.accuse();
+        }
         match (&self.detector, broken) {
             (Some(detector), Some(flag)) => detector.broken(&self.endpoint, flag),
             _ => self.judge(),
@@ -123,7 +169,7 @@ impl Drop for Leg {
     fn drop(&mut self) {
         // One that was cancelled says nothing about its endpoint.
         self.judged = true;
-        self.first_byte();
+        self.end_prefill();
         self.endpoint.stats.active.fetch_sub(1, Relaxed);
         self.stats.upstream_rq_active.decrement(1.0);
         if !self.finished {

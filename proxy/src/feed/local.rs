@@ -1,7 +1,10 @@
 //! What we tell peers of the engines beside us: what the adapters say, with our own account of load put in, and which
 //! of them is to be left.
 
-use crate::ledger::{Ledger, Ledgers};
+use crate::{
+    canary::Verdict,
+    ledger::{Ledger, Ledgers},
+};
 use ahash::{AHashMap, AHashSet};
 use futures_util::{StreamExt, stream};
 use outrigger_xds::{
@@ -105,6 +108,8 @@ struct Told {
     /// As its engine is, and whether it was told that it is to be left.
     state: Option<EngineState>,
     left: bool,
+    /// What was told of its canary.
+    verdict: Arc<Verdict>,
     load: Load,
     /// When `load` was told.
     at: Instant,
@@ -113,11 +118,20 @@ struct Told {
 }
 
 impl Told {
-    /// An engine that is to be left drains, as far as others are told.
+    /// An engine that is to be left drains, as far as others are told, and its canary is believed.
     fn color(&self, state: &mut EngineState) {
-        if self.left && state.health == Health::Healthy {
+        self.verdict.color(state);
+        if self.left && matches!(state.health, Health::Healthy | Health::Unhealthy) {
             state.health = Health::Draining;
         }
+    }
+
+    /// Whether what is to be told of its state is another now.
+    fn has_news(&mut self) -> bool {
+        let (left, verdict) = (self.ledger.is_left(), self.ledger.verdict());
+        let is_news = self.left != left || !Arc::ptr_eq(&self.verdict, &verdict);
+        (self.left, self.verdict) = (left, verdict);
+        is_news
     }
 }
 
@@ -155,6 +169,7 @@ impl Telling {
                 ledger: ledgers.open(&message.engine),
                 state: None,
                 left: false,
+                verdict: Arc::default(),
                 load: Load::default(),
                 at: Instant::now(),
                 epoch: message.epoch,
@@ -168,7 +183,7 @@ impl Telling {
         }
         if let FeedBody::State(state) = &mut message.body {
             told.state = Some(state.clone());
-            told.left = told.ledger.is_left();
+            told.has_news();
             told.color(state);
         }
         message
@@ -216,10 +231,9 @@ impl Telling {
     /// Queues a load message for every engine whose account changed since it was last told.
     fn collect(&mut self) {
         for (engine, told) in &mut self.told {
-            if told.left != told.ledger.is_left()
+            if told.has_news()
                 && let Some(mut state) = told.state.clone()
             {
-                told.left = !told.left;
                 told.color(&mut state);
                 self.queue.push_back(FeedMessage {
                     engine: engine.clone(),
@@ -370,6 +384,35 @@ mod tests {
             panic!("a state")
         };
         assert_eq!(told.health, Health::Draining, "whatever its adapter says");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_is_told_with_its_evidence_until_it_is_another() {
+        let (local, ledgers, senders) = feed(1);
+        local.configure(beside(&["e"]));
+        let mut heard = local.subscribe();
+        let well = EngineState {
+            health: Health::Healthy,
+            reason: "no events".into(),
+            ..EngineState::default()
+        };
+        let well = message("e", FeedBody::State(well));
+        senders[0].send(well.clone()).unwrap();
+        assert_eq!(next(&mut heard).await, Some(well.clone()));
+        let ledger = ledgers.open(&"e".into());
+        ledger.tell(Verdict {
+            unhealthy: Some("no token".into()),
+            ..Verdict::default()
+        });
+        let FeedBody::State(told) = next(&mut heard).await.unwrap().body else {
+            panic!("a state")
+        };
+        assert_eq!(told.health, Health::Unhealthy);
+        assert_eq!(told.reason, "no events; no token");
+        ledger.tell(ledger.verdict().as_ref().clone());
+        assert_eq!(next(&mut heard).await, None, "nothing new");
+        ledger.tell(Verdict::default());
+        assert_eq!(next(&mut heard).await, Some(well));
     }
 
     #[tokio::test(start_paused = true)]

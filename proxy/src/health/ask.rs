@@ -2,6 +2,7 @@
 
 use super::{Found, grpc};
 use crate::{
+    canary::{Asked, Prober},
     tls::Stream,
     upstream::{self, own::Connection},
 };
@@ -9,10 +10,13 @@ use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header, uri::Authority};
 use http_body_util::{BodyExt, Full, Limited};
 use outrigger_filters::endpoints::Secured;
-use outrigger_xds::resource::{
-    cluster::{ConnectionOptions, UpstreamProtocol},
-    endpoint::Address,
-    health_check::{Checker, HealthCheck},
+use outrigger_xds::{
+    report::EngineState,
+    resource::{
+        cluster::{ConnectionOptions, UpstreamProtocol},
+        endpoint::Address,
+        health_check::{Checker, HealthCheck},
+    },
 };
 use std::sync::Arc;
 
@@ -31,6 +35,9 @@ pub(super) struct Asker {
     options: Arc<ConnectionOptions>,
     reuse: bool,
     connection: Option<Connection>,
+    /// For canaries.
+    prober: Prober,
+    serves: EngineState,
 }
 
 impl Asker {
@@ -43,7 +50,7 @@ impl Asker {
         let host = match &config.checker {
             Checker::Http { host, .. } => host,
             Checker::Grpc { authority, .. } => authority,
-            Checker::Tcp => "",
+            Checker::Tcp | Checker::Canary(_) => "",
         };
         let host = if host.is_empty() { cluster } else { host };
         Self {
@@ -54,6 +61,8 @@ impl Asker {
             options: options.clone(),
             reuse: config.reuse_connection,
             connection: None,
+            prober: Prober::new(address.clone(), options.clone(), tls.cloned()),
+            serves: EngineState::default(),
         }
     }
 
@@ -63,6 +72,9 @@ impl Asker {
     }
 
     pub(super) async fn ask(&mut self) -> Found {
+        if let Checker::Canary(_) = self.checker {
+            return self.generate().await;
+        }
         if self.checker == Checker::Tcp {
             return match self.open().await {
                 Ok(_) => Found::Well { degraded: false },
@@ -85,10 +97,29 @@ impl Asker {
         self.ask_on(fresh).await.unwrap_or(Found::Unreachable)
     }
 
+    /// A server of which nobody tells us: it has to say itself what it serves.
+    async fn generate(&mut self) -> Found {
+        if self.serves.models.is_empty() {
+            match self.prober.model().await {
+                Some(model) => self.serves.models.push(model),
+                None => return Found::Doubtful,
+            }
+        }
+        match self.prober.ask(&self.serves).await {
+            Asked::Well(_) => Found::Well { degraded: false },
+            Asked::Failed(_) | Asked::Busy(_) => Found::Doubtful,
+            // It may serve something else by now; as it is, it answers.
+            Asked::Refused(_) => {
+                self.serves.models.clear();
+                Found::Well { degraded: false }
+            }
+        }
+    }
+
     fn protocol(&self) -> UpstreamProtocol {
         match self.checker {
             Checker::Grpc { .. } | Checker::Http { http2: true, .. } => UpstreamProtocol::Http2,
-            Checker::Tcp | Checker::Http { .. } => UpstreamProtocol::Http1,
+            Checker::Tcp | Checker::Canary(_) | Checker::Http { .. } => UpstreamProtocol::Http1,
         }
     }
 
@@ -140,7 +171,7 @@ impl Asker {
         let (method, path) = match &self.checker {
             Checker::Http { path, method, .. } => (method, path.as_str()),
             Checker::Grpc { .. } => (&http::Method::POST, grpc::PATH),
-            Checker::Tcp => return None,
+            Checker::Tcp | Checker::Canary(_) => return None,
         };
         let request = Request::builder()
             .method(method)

@@ -422,7 +422,7 @@ fn append_change(changes: &mut Vec<KvChange>, change: wire::KvChange) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{EngineKind, Health, Load, Model, Role, Tier};
+    use crate::report::{EngineKind, GoldenAnswer, Health, Load, Model, Role, Tier};
     use rand::{Rng, SeedableRng, rngs::StdRng};
     use std::time::Duration;
 
@@ -458,6 +458,11 @@ mod tests {
             kv_blocks: 1 << 40,
             dp_size: 2,
             kv_events: true,
+            golden: Some(GoldenAnswer {
+                cohort: "vllm 0.32 m".into(),
+                tokens: vec![" 10".into(), ",".into()],
+                clear: 1,
+            }),
         }
     }
 
@@ -467,6 +472,7 @@ mod tests {
             kv_usage: 0.5,
             waiting: 3,
             engine_age: Some(Duration::ZERO),
+            engine_tokens: Some(0),
             ..Load::default()
         };
         let snapshot = KvSnapshot {

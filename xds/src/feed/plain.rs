@@ -2,10 +2,13 @@
 
 use super::FeedError;
 use crate::{
-    report::{EngineKind, EngineState, Health, Load, Model, Role, Shelf, Tier},
+    report::{EngineKind, EngineState, GoldenAnswer, Health, Load, Model, Role, Shelf, Tier},
     wire::outrigger::feed::v1 as wire,
 };
 use std::time::Duration;
+
+/// Tokens of a golden answer.
+const GOLDEN_TOKENS_MAX: usize = 64;
 
 pub(super) fn malformed(reason: impl Into<String>) -> FeedError {
     FeedError::Malformed(reason.into())
@@ -27,6 +30,7 @@ impl From<&EngineState> for wire::EngineState {
         let health = match plain.health {
             Health::Unknown => wire::Health::Unspecified,
             Health::Healthy => wire::Health::Healthy,
+            Health::Unhealthy => wire::Health::Unhealthy,
             Health::Draining => wire::Health::Draining,
             Health::Dead => wire::Health::Dead,
         };
@@ -41,6 +45,7 @@ impl From<&EngineState> for wire::EngineState {
             kv_blocks: plain.kv_blocks,
             dp_size: plain.dp_size,
             kv_events: plain.kv_events,
+            golden: plain.golden.as_ref().map(Into::into),
         }
     }
 }
@@ -67,6 +72,7 @@ impl TryFrom<wire::EngineState> for EngineState {
         let health = match wire.health() {
             wire::Health::Unspecified => Health::Unknown,
             wire::Health::Healthy => Health::Healthy,
+            wire::Health::Unhealthy => Health::Unhealthy,
             wire::Health::Draining => Health::Draining,
             wire::Health::Dead => Health::Dead,
         };
@@ -81,6 +87,36 @@ impl TryFrom<wire::EngineState> for EngineState {
             kv_blocks: wire.kv_blocks,
             dp_size: wire.dp_size,
             kv_events: wire.kv_events,
+            golden: wire.golden.map(TryInto::try_into).transpose()?,
+        })
+    }
+}
+
+impl From<&GoldenAnswer> for wire::GoldenAnswer {
+    fn from(plain: &GoldenAnswer) -> Self {
+        Self {
+            cohort: plain.cohort.clone(),
+            tokens: plain.tokens.clone(),
+            clear: u32::try_from(plain.clear).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+impl TryFrom<wire::GoldenAnswer> for GoldenAnswer {
+    type Error = FeedError;
+
+    fn try_from(wire: wire::GoldenAnswer) -> Result<Self, FeedError> {
+        let clear = wire.clear as usize;
+        if wire.tokens.len() > GOLDEN_TOKENS_MAX || clear > wire.tokens.len() {
+            return Err(malformed(format!(
+                "a golden answer of {} tokens, {clear} of them clear",
+                wire.tokens.len()
+            )));
+        }
+        Ok(Self {
+            cohort: wire.cohort,
+            tokens: wire.tokens,
+            clear,
         })
     }
 }
@@ -121,6 +157,7 @@ impl From<&Load> for wire::Load {
             engine_age_ns: plain
                 .engine_age
                 .map(|age| u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)),
+            engine_tokens: plain.engine_tokens,
         }
     }
 }
@@ -140,6 +177,7 @@ impl TryFrom<wire::Load> for Load {
             waiting: wire.waiting,
             kv_usage: wire.kv_usage,
             engine_age: wire.engine_age_ns.map(Duration::from_nanos),
+            engine_tokens: wire.engine_tokens,
         })
     }
 }

@@ -86,7 +86,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.core.v3.HealthCheck",
         &[
             "alt_port", "always_log_health_check_failures", "always_log_health_check_success",
-            "custom_health_check", "event_log_path", "event_logger", "event_service",
+            "event_log_path", "event_logger", "event_service",
             "tls_options", "transport_socket_match_criteria",
         ],
     ),

@@ -1,5 +1,6 @@
 //! `envoy.config.core.v3.HealthCheck`.
 
+use super::canary::{self, Canary};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
@@ -11,7 +12,10 @@ use crate::{
 use std::{ops::Range, time::Duration};
 use wire::{
     RequestMethod,
-    health_check::{GrpcHealthCheck, HealthChecker, HttpHealthCheck, TcpHealthCheck},
+    health_check::{
+        CustomHealthCheck, GrpcHealthCheck, HealthChecker, HttpHealthCheck, TcpHealthCheck,
+        custom_health_check::ConfigType,
+    },
 };
 
 /// How endpoints are asked for their health.
@@ -74,6 +78,8 @@ pub enum Checker {
         /// `:authority`; empty is the cluster's name.
         authority: String,
     },
+    /// A generation, asked of the engines beside the proxy.
+    Canary(Canary),
 }
 
 const NO_TRAFFIC_INTERVAL: Duration = Duration::from_secs(60);
@@ -140,7 +146,7 @@ fn checker(problems: &mut ConfigErrors, given: Option<HealthChecker>) -> Option<
         None => {
             problems.add(
                 "",
-                "required: http_health_check, tcp_health_check or grpc_health_check",
+                "required: http_health_check, tcp_health_check, grpc_health_check or custom_health_check",
             );
             return None;
         }
@@ -151,6 +157,11 @@ fn checker(problems: &mut ConfigErrors, given: Option<HealthChecker>) -> Option<
                 service: grpc.service_name,
                 authority: grpc.authority,
             });
+        }
+        Some(HealthChecker::CustomHealthCheck(custom)) => {
+            return problems
+                .take("custom_health_check.typed_config", read_custom(custom))
+                .map(Checker::Canary);
         }
         Some(HealthChecker::HttpHealthCheck(http)) => http,
     };
@@ -195,6 +206,13 @@ fn checker(problems: &mut ConfigErrors, given: Option<HealthChecker>) -> Option<
     })
 }
 
+fn read_custom(custom: CustomHealthCheck) -> Result<Canary, ConfigErrors> {
+    match custom.config_type {
+        Some(ConfigType::TypedConfig(any)) => Canary::read(any),
+        None => Err(ConfigErrors::one("", "required")),
+    }
+}
+
 fn check_authority(problems: &mut ConfigErrors, place: &str, given: &str) {
     if !given.is_empty() && given.parse::<http::uri::Authority>().is_err() {
         problems.add(place, "not an authority");
@@ -231,6 +249,10 @@ impl From<&HealthCheck> for wire::HealthCheck {
         let some = |given: Duration| (!given.is_zero()).then(|| to_duration(given));
         let checker = match &plain.checker {
             Checker::Tcp => HealthChecker::TcpHealthCheck(TcpHealthCheck {}),
+            Checker::Canary(canary) => HealthChecker::CustomHealthCheck(CustomHealthCheck {
+                name: canary::NAME.to_owned(),
+                config_type: Some(ConfigType::TypedConfig(canary.show())),
+            }),
             Checker::Grpc { service, authority } => {
                 HealthChecker::GrpcHealthCheck(GrpcHealthCheck {
                     service_name: service.clone(),

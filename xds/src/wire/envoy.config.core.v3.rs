@@ -701,7 +701,7 @@ pub struct HealthCheck {
     /// As no_traffic_interval, of healthy endpoints.
     #[prost(message, optional, tag = "24")]
     pub no_traffic_healthy_interval: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9, 11")]
+    #[prost(oneof = "health_check::HealthChecker", tags = "8, 9, 11, 13")]
     pub health_checker: ::core::option::Option<health_check::HealthChecker>,
 }
 /// Nested message and enum types in `HealthCheck`.
@@ -778,6 +778,34 @@ pub mod health_check {
             "/envoy.config.core.v3.HealthCheck.GrpcHealthCheck".into()
         }
     }
+    /// By an extension.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct CustomHealthCheck {
+        /// For people.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        #[prost(oneof = "custom_health_check::ConfigType", tags = "3")]
+        pub config_type: ::core::option::Option<custom_health_check::ConfigType>,
+    }
+    /// Nested message and enum types in `CustomHealthCheck`.
+    pub mod custom_health_check {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum ConfigType {
+            /// Which, and how.
+            #[prost(message, tag = "3")]
+            TypedConfig(::prost_types::Any),
+        }
+    }
+    impl ::prost::Name for CustomHealthCheck {
+        const NAME: &'static str = "CustomHealthCheck";
+        const PACKAGE: &'static str = "envoy.config.core.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.core.v3.HealthCheck.CustomHealthCheck".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.core.v3.HealthCheck.CustomHealthCheck".into()
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum HealthChecker {
         /// By an HTTP request.
@@ -789,6 +817,9 @@ pub mod health_check {
         /// By gRPC.
         #[prost(message, tag = "11")]
         GrpcHealthCheck(GrpcHealthCheck),
+        /// By an extension.
+        #[prost(message, tag = "13")]
+        CustomHealthCheck(CustomHealthCheck),
     }
 }
 impl ::prost::Name for HealthCheck {
