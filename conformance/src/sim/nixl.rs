@@ -126,7 +126,7 @@ impl Params {
             remote_engine_id: engine_id(engine),
             remote_request_id: format!("{external}-{id:08x}"),
             remote_host: "127.0.0.1",
-            remote_port: engine.nixl_port(),
+            remote_port: engine.transfer_port(),
             tp_size: 1,
             dcp_size: 1,
             pp_size: 1,
@@ -139,7 +139,7 @@ impl Params {
 }
 
 fn engine_id(engine: &Engine) -> String {
-    let high = mix(u64::from(engine.nixl_port()));
+    let high = mix(u64::from(engine.transfer_port()));
     let low = mix(high);
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
@@ -265,6 +265,6 @@ pub(crate) async fn bind(engine: &Engine) -> std::io::Result<Option<TcpListener>
         return Ok(None);
     }
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    engine.set_nixl_port(listener.local_addr()?.port());
+    engine.set_transfer_port(listener.local_addr()?.port());
     Ok(Some(listener))
 }
