@@ -14,6 +14,7 @@ mod config;
 mod connections;
 mod disaggregation;
 mod disaggregation_failures;
+mod disaggregation_sglang;
 mod downstream_h1;
 mod drain;
 mod dynamic;

@@ -458,6 +458,7 @@ mod tests {
             kv_blocks: 1 << 40,
             dp_size: 2,
             kv_events: true,
+            bootstrap: "10.0.0.1:8998".into(),
         }
     }
 

@@ -118,6 +118,9 @@ pub struct EngineState {
     /// Its KV events reach the teller.
     #[prost(bool, tag = "10")]
     pub kv_events: bool,
+    /// Where it meets engines that decode what it computed, host:port as seen from beside it; empty if nowhere.
+    #[prost(string, tag = "11")]
+    pub bootstrap: ::prost::alloc::string::String,
 }
 impl ::prost::Name for EngineState {
     const NAME: &'static str = "EngineState";
