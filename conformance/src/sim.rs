@@ -1,5 +1,5 @@
 //! Answers "what would an engine do": a simulated vLLM 0.32, for tests, the demo and black-box cases; with another
-//! profile, SGLang 0.5.23 (`sglang` says how much of it).
+//! profile, SGLang 0.5.23 or TensorRT-LLM 1.2 (`sglang` and `trtllm` say how much of them).
 //!
 //! Every exchange in `fixtures/http-vllm-0.32.0` is answered so that its text, ids, counts and times alone tell it from
 //! the recording. Behind the wire are a real block cache with KV events, a timing model with queue and batch, and
@@ -50,6 +50,7 @@ mod sglang_serve;
 mod stored;
 mod template;
 mod tokenizer;
+mod trtllm;
 mod zmtp;
 
 use std::io::{Error, ErrorKind, Result};
@@ -271,7 +272,9 @@ impl Sockets {
         let replay_addr = replay.as_ref().map(TcpListener::local_addr).transpose()?;
         let engine = Arc::new(Engine::new(config, u64::from(http_addr.port())));
         let sources = match engine.config.profile {
-            Profile::Vllm => event_sources(&engine.config, events_addr, replay_addr),
+            Profile::Vllm | Profile::Trtllm => {
+                event_sources(&engine.config, events_addr, replay_addr)
+            }
             Profile::Sglang => sglang::event_sources(&engine.config, events_addr, replay_addr),
         };
         *engine

@@ -18,13 +18,16 @@ pub enum Profile {
     /// SGLang 0.5.23.
     #[value(name = "sglang-0.5.23")]
     Sglang,
+    /// TensorRT-LLM 1.2.
+    #[value(name = "trtllm-1.2")]
+    Trtllm,
 }
 
 impl Profile {
     /// Tokens that events tell of while a sequence runs, of those computed.
     pub(crate) fn told(self, computed: usize, prompt: usize) -> usize {
         match self {
-            Self::Vllm => computed,
+            Self::Vllm | Self::Trtllm => computed,
             // What is generated is told of at the end.
             Self::Sglang => computed.min(prompt),
         }

@@ -43,7 +43,7 @@ pub(crate) fn encode_batch(
     out.array(events.len());
     for event in events {
         match profile {
-            Profile::Vllm => out.event(event, block_size),
+            Profile::Vllm | Profile::Trtllm => out.event(event, block_size),
             Profile::Sglang => out.sglang_event(event, block_size),
         }
     }

@@ -106,6 +106,9 @@ impl Feed {
                     all[output.index].push(output);
                 }
                 Seen::Broken(how) => return Err(Response::broken(how)),
+                Seen::Dead | Seen::End if self.is_curt() => {
+                    return Err(Response::broken(Piece::Truncate));
+                }
                 Seen::End if self.is_mute() => std::future::pending().await,
                 Seen::Dead if self.is_mute() => {
                     return Err(sglang::refusal(ApiError::engine_dead()));
@@ -119,6 +122,11 @@ impl Feed {
     /// SGLang's server does not notice that its scheduler died, until it ends itself.
     fn is_mute(&self) -> bool {
         self.engine.config.profile == Profile::Sglang
+    }
+
+    /// TensorRT-LLM has no words for its end.
+    fn is_curt(&self) -> bool {
+        self.engine.config.profile == Profile::Trtllm
     }
 
     /// Makes a stream of events: `writer` turns tokens into events.
@@ -174,6 +182,10 @@ impl<W: Writer> Streaming<W> {
             }
             Seen::Broken(how) => {
                 self.ready.push_back(how);
+                self.ended = true;
+            }
+            Seen::Dead | Seen::End if self.feed.is_curt() => {
+                self.ready.push_back(Piece::Truncate);
                 self.ended = true;
             }
             Seen::End if self.feed.is_mute() => std::future::pending().await,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -175,11 +176,18 @@ struct Pull {
 
 /// What the request has to do with another engine; blocks are fetched here.
 pub(crate) async fn transfer(engine: &Engine, fields: &Fields) -> Result<Transfer, ApiError> {
+    match fields.get(ENTRANCE) {
+        Some(asked) => transfer_of(engine, asked).await,
+        None => Ok(Transfer::None),
+    }
+}
+
+/// What these words about blocks ask for; blocks are fetched here.
+pub(crate) async fn transfer_of(engine: &Engine, asked: &Value) -> Result<Transfer, ApiError> {
     let Some(nixl) = &engine.config.nixl else {
         return Ok(Transfer::None);
     };
-    let asked = fields.get(ENTRANCE).cloned().unwrap_or_default();
-    let asked: Asked = serde_json::from_value(asked).unwrap_or_default();
+    let asked = Asked::deserialize(asked).unwrap_or_default();
     if asked.do_remote_prefill {
         let pulled = pull(&asked, nixl.transfer).await;
         return pulled.map(Transfer::Pulled).ok_or_else(|| {

@@ -14,7 +14,7 @@ use super::fault::Fault;
 use super::http::{Body, Request, Response};
 use super::metrics_page::PageNames;
 use super::template::render;
-use super::{chat, completions, generate, messages, responses, sglang, stored};
+use super::{chat, completions, generate, messages, responses, sglang, stored, trtllm};
 
 const VERSION: &str = "0.32.0";
 /// Recorded `/server_info`, whose model and sizes are replaced.
@@ -138,8 +138,10 @@ fn refuse_stranger(engine: &Engine, request: &Request) -> Option<Response> {
 }
 
 async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
-    if engine.config.profile == Profile::Sglang {
-        return sglang::answer(engine, request).await;
+    match engine.config.profile {
+        Profile::Vllm => {}
+        Profile::Sglang => return sglang::answer(engine, request).await,
+        Profile::Trtllm => return trtllm::answer(engine, request).await,
     }
     if request.path.starts_with("/v1/responses/") && request.path != "/v1/responses/render" {
         return stored::answer(engine, request);

@@ -15,6 +15,7 @@ mod connections;
 mod disaggregation;
 mod disaggregation_failures;
 mod disaggregation_sglang;
+mod disaggregation_trtllm;
 mod downstream_h1;
 mod drain;
 mod dynamic;
