@@ -52,7 +52,7 @@ const RELEASED: u8 = 2;
 
 /// Who has the blocks: whoever finds them free, and nobody after that.
 #[derive(Debug, Default)]
-struct Taken(AtomicU8);
+pub(super) struct Taken(AtomicU8);
 
 impl Taken {
     /// Whether they went from one state to the other here and now.
@@ -213,7 +213,8 @@ impl Terms {
     }
 }
 
-fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
+/// A body that is sent once, or not at all where it was given back before.
+pub(super) fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
     let body = Once {
         pieces: [first, more],
         taken,

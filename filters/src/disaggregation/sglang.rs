@@ -4,7 +4,7 @@
 //! opened, so each is named by chance and used by one pair. An engine waits minutes for a leg that is lost, and is not
 //! told: whichever fails first, the other one's connection is closed at once, which ends it.
 
-use super::{Failure, Head, Locality, Split, leg, near, none, pull, take_over};
+use super::{Failure, Head, Locality, Split, leg, loan, near, none, pull, take_over};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{Endpoint, Part, Place, Via},
@@ -21,6 +21,7 @@ use rand::Rng;
 use std::{
     net::IpAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context as Task, Poll},
     time::{Duration, Instant},
 };
@@ -148,8 +149,9 @@ fn alone(context: &Context, part: Part, suffix: &str, target: Ranked) -> Context
     leg
 }
 
-fn leg_request(head: &Head, (first, more): &(Bytes, Bytes), leg: &Context) -> Request<RequestBody> {
-    let body = RequestBody::joined(first.clone(), more.clone());
+fn leg_request(head: &Head, body: &(Bytes, Bytes), leg: &Context) -> Request<RequestBody> {
+    // Whoever had it may have been in the room: a second time there would be nobody left to meet.
+    let body = loan::once(body.clone(), Arc::default());
     let mut request = head.request(body, &leg.request_id);
     let headers = request.headers_mut();
     // A client's rank cannot be meant for both.
@@ -328,7 +330,6 @@ mod tests {
     use crate::endpoints::Live;
     use arc_swap::ArcSwap;
     use outrigger_xds::resource::endpoint::Address;
-    use std::sync::Arc;
 
     fn endpoint(via: Via, host: &str, bootstrap: &str) -> Endpoint {
         let state = EngineState {
