@@ -33,6 +33,7 @@ mod limits;
 mod listeners;
 mod migration;
 mod migration_kill;
+mod migration_kinds;
 mod migration_limits;
 mod orca;
 mod original_dst;
