@@ -1,4 +1,5 @@
-//! Answers "what would an engine do": a simulated vLLM 0.32, for tests, the demo and black-box cases.
+//! Answers "what would an engine do": a simulated vLLM 0.32, for tests, the demo and black-box cases; with another
+//! profile, SGLang 0.5.23 or TensorRT-LLM 1.2 (`sglang` and `trtllm` say how much of them).
 //!
 //! Every exchange in `fixtures/http-vllm-0.32.0` is answered so that its text, ids, counts and times alone tell it from
 //! the recording. Behind the wire are a real block cache with KV events, a timing model with queue and batch, and
@@ -20,6 +21,7 @@
 
 mod api;
 mod blocks;
+mod bootstrap;
 mod chat;
 mod completions;
 mod config;
@@ -41,9 +43,14 @@ mod responses;
 mod routes;
 mod scheduler;
 mod schema;
+mod sglang;
+mod sglang_generate;
+mod sglang_openai;
+mod sglang_serve;
 mod stored;
 mod template;
 mod tokenizer;
+mod trtllm;
 mod zmtp;
 
 use std::io::{Error, ErrorKind, Result};
@@ -58,7 +65,8 @@ use clap::Parser;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-pub use config::{Config, Events};
+pub use bootstrap::{Bootstrap, Side};
+pub use config::{Config, Events, Profile};
 pub use fault::{Fault, FaultKind};
 pub use nixl::Nixl;
 pub use template::{CHAT_TEMPLATE, Ending, Message, render};
@@ -143,6 +151,16 @@ impl SimEngine {
         (held.count(), held.pulled, held.expired)
     }
 
+    /// Of an SGLang for prefill: legs that wait for their decode leg, and those whose blocks went to it.
+    pub fn rooms(&self) -> (usize, usize) {
+        self.engine.rooms.count()
+    }
+
+    /// Generation requests that are being answered, whether or not anything of them runs.
+    pub fn requests(&self) -> usize {
+        self.engine.in_flight().len()
+    }
+
     /// Requests that wait and that run, and the share of KV blocks in use.
     pub fn load(&self) -> (usize, usize, f64) {
         self.engine.scheduler().load()
@@ -195,6 +213,13 @@ fn check(config: &Config) -> Result<()> {
     if config.kv_blocks <= config.max_model_len.div_ceil(config.block_size) {
         return refuse("kv_blocks must hold a request of max_model_len, and one block more");
     }
+    let sglang = config.profile == Profile::Sglang;
+    if sglang && (config.nixl.is_some() || config.api_key.is_some()) {
+        return refuse("nixl and api_key are not simulated of SGLang");
+    }
+    if !sglang && config.bootstrap.is_some() {
+        return refuse("bootstrap is SGLang's");
+    }
     if config.prefill_tokens_per_s <= 0.0 || config.decode_itl_ms < 0.0 {
         return refuse("prefill_tokens_per_s must be positive and decode_itl_ms not negative");
     }
@@ -227,6 +252,7 @@ struct Sockets {
     replay: Option<TcpListener>,
     replay_addr: Option<SocketAddr>,
     nixl: Option<TcpListener>,
+    rooms: Option<TcpListener>,
 }
 
 impl Sockets {
@@ -245,13 +271,19 @@ impl Sockets {
         let events_addr = events.as_ref().map(TcpListener::local_addr).transpose()?;
         let replay_addr = replay.as_ref().map(TcpListener::local_addr).transpose()?;
         let engine = Arc::new(Engine::new(config, u64::from(http_addr.port())));
-        let sources = event_sources(&engine.config, events_addr, replay_addr);
+        let sources = match engine.config.profile {
+            Profile::Vllm | Profile::Trtllm => {
+                event_sources(&engine.config, events_addr, replay_addr)
+            }
+            Profile::Sglang => sglang::event_sources(&engine.config, events_addr, replay_addr),
+        };
         *engine
             .event_sources
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = sources;
         Ok(Self {
             nixl: nixl::bind(&engine).await?,
+            rooms: bootstrap::bind(&engine).await?,
             engine,
             http,
             http_addr,
@@ -270,6 +302,7 @@ impl Sockets {
             events,
             replay,
             nixl,
+            rooms,
             ..
         } = self;
         let publish = serve_subscribers(&engine, events);
@@ -282,6 +315,7 @@ impl Sockets {
             () = publish => {}
             () = answer_replays => {}
             () = nixl::serve(&engine, nixl) => {}
+            () = bootstrap::serve(&engine, rooms) => {}
         }
     }
 }

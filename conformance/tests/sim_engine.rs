@@ -17,6 +17,8 @@ mod model_files;
 mod nixl;
 #[path = "sim_engine/recordings.rs"]
 mod recordings;
+#[path = "sim_engine/sglang.rs"]
+mod sglang;
 #[path = "sim_engine/stored.rs"]
 mod stored;
 #[path = "sim_engine/zmtp.rs"]

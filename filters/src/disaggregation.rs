@@ -5,12 +5,15 @@
 //! (`kv_routing` has done so), or move streams (`migration` calls it again, and it decides anew). Whatever goes wrong
 //! before the first byte, the request is served whole, once.
 
+mod dialect;
 mod loan;
 mod nixl;
 mod pull;
 mod record;
 mod repair;
 mod rule;
+mod sglang;
+mod trtllm;
 
 use crate::{
     body::{RequestBody, ResponseBody},
@@ -20,9 +23,11 @@ use crate::{
     registry,
     services::Services,
 };
+use bytes::Bytes;
+use dialect::Dialect;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header};
 use loan::Loan;
-use outrigger_xds::report::{EngineId, Role};
+use outrigger_xds::report::{EngineId, EngineKind, Role};
 use record::Record;
 pub use rule::Mode;
 use rule::{Pace, Rule};
@@ -184,6 +189,36 @@ struct Failure {
     error: Option<Box<Error>>,
     /// The engine that failed, to be passed over.
     at: Option<EngineId>,
+    /// What it answered, where the client may have to be told.
+    answer: Option<Box<Response<ResponseBody>>>,
+}
+
+impl Failure {
+    fn new(leg: &'static str, reason: &'static str) -> Self {
+        Self {
+            leg,
+            reason,
+            error: None,
+            at: None,
+            answer: None,
+        }
+    }
+
+    /// Whether the request is to blame, by the engine's word.
+    fn blames_request(&self) -> bool {
+        let answer = self.answer.as_ref();
+        answer.is_some_and(|answer| answer.status().is_client_error())
+    }
+
+    /// What the client is told where nobody is left to ask.
+    fn told(self) -> Result<Response<ResponseBody>, Error> {
+        match (self.answer, self.error) {
+            (Some(answer), _) => Ok(*answer),
+            (None, Some(error)) => Err(*error),
+            (None, None) if self.reason == "timeout" => Err(Error::upstream_timeout()),
+            (None, None) => Err(Error::no_healthy_upstream()),
+        }
+    }
 }
 
 /// One request on its way through two engines.
@@ -209,10 +244,11 @@ impl Split<'_> {
         // Who breaks engines is not sent to one more; who called us knows what to do with it.
         let poison = context.deaths_max > 0 && context.deaths >= context.deaths_max;
         let client = |error: &Error| poison || error.origin == Origin::Downstream;
-        if let Some(error) = failure.error
-            && client(&error)
-        {
-            return Err(*error);
+        if failure.error.as_deref().is_some_and(client) {
+            return failure.told();
+        }
+        if !rule::may_be_whole(self.view, context) {
+            return self.again(&head, failure, context).await;
         }
         // Who failed at prefill is not asked for tokens anyway, unless nobody else is there.
         let failed = failure.at.filter(|_| failure.leg == "decode");
@@ -225,21 +261,55 @@ impl Split<'_> {
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Failure> {
         let decode = self
-            .choose(Part::Decode, context)
+            .choose(Part::Decode, &context.ranked, context)
             .ok_or_else(|| none("decode"))?;
         let place = self.hold(&decode, context)?;
-        let loan = self.prefill(head, &decode, context).await?;
+        let dialect = match decode.endpoint.live.load().state.kind {
+            EngineKind::Sglang => {
+                return sglang::together(self, head, (decode, place), context).await;
+            }
+            EngineKind::TrtLlm => &trtllm::DIALECT,
+            EngineKind::Vllm | EngineKind::Unknown => &nixl::DIALECT,
+        };
+        let loan = self.prefill(dialect, head, &decode, context).await?;
         self.decode(loan, (decode, place), context).await
     }
 
+    /// Another pair, where nobody can serve it whole. What an engine says against the request is the answer.
+    async fn again(
+        &mut self,
+        head: &Head,
+        failure: Failure,
+        context: &mut Context,
+    ) -> Result<Response<ResponseBody>, Error> {
+        if failure.blames_request() {
+            context.log.upstream_host.clone_from(&failure.at);
+            context.response_edited = true;
+            return failure.told();
+        }
+        let id = context.request_id.clone();
+        let avoid = context.avoid.clone();
+        context.avoid = failure.at.or(context.avoid.take());
+        if !id.is_empty() {
+            context.request_id = format!("{id}-w").into();
+        }
+        let answer = self.legs(head, context).await;
+        context.request_id = id;
+        context.avoid = avoid;
+        answer.or_else(|failure| {
+            context.response_edited |= failure.answer.is_some();
+            failure.told()
+        })
+    }
+
     /// The engine that the ranking, or the cluster's policy, likes best for this part.
-    fn choose(&self, part: Part, context: &Context) -> Option<Ranked> {
+    fn choose(&self, part: Part, ranked: &[Ranked], context: &Context) -> Option<Ranked> {
         let usable = |ranked: &&Ranked| {
             let endpoint = &ranked.endpoint;
-            part.suits(endpoint.role()) && endpoint.is_alive()
+            part.suits(endpoint) && endpoint.is_alive()
         };
         let avoided = |endpoint: &Endpoint| context.avoid.as_ref() == Some(&endpoint.id);
-        let mut ranked = context.ranked.iter().filter(usable);
+        let mut ranked = ranked.iter().filter(usable);
         let mut others = ranked.clone().filter(|ranked| !avoided(&ranked.endpoint));
         let fresh = others
             .clone()
@@ -271,10 +341,8 @@ impl Split<'_> {
         let endpoint = &decode.endpoint;
         let reserved = (self.filter.services.endpoints).reserve(self.view, endpoint, &want);
         let reservation = reserved.map_err(|error| Failure {
-            leg: "decode",
-            reason: "no_place",
             error: Some(Box::new(error)),
-            at: None,
+            ..Failure::new("decode", "no_place")
         })?;
         Ok(Place {
             endpoint: endpoint.id.clone(),
@@ -285,6 +353,7 @@ impl Split<'_> {
     /// Has the prompt computed. From the answer on its blocks wait for whoever holds the loan.
     async fn prefill(
         &mut self,
+        dialect: &'static Dialect,
         head: &Head,
         decode: &Ranked,
         context: &mut Context,
@@ -294,7 +363,7 @@ impl Split<'_> {
         if self.filter.config.locality == Locality::Required && leg.ranked.is_empty() {
             return Err(none("prefill"));
         }
-        let body = nixl::prefill(head).ok_or_else(|| none("body"))?;
+        let body = (dialect.prefill)(head).ok_or_else(|| none("body"))?;
         let mut request = head.request(RequestBody::joined(body.0, body.1), &leg.request_id);
         // We read the answer ourselves, and as plain text.
         request.headers_mut().remove(header::ACCEPT_ENCODING);
@@ -304,10 +373,9 @@ impl Split<'_> {
         context.deaths = leg.deaths;
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error| Failure {
-            leg: "prefill",
-            reason,
             error,
             at: at.clone(),
+            ..Failure::new("prefill", reason)
         };
         let response = answer
             .map_err(|_| failed("timeout", None))?
@@ -316,6 +384,7 @@ impl Split<'_> {
             return Err(failed("refused", None));
         }
         let mut loan = Loan::new(
+            dialect,
             self.next.keep(),
             head.clone(),
             context,
@@ -350,10 +419,9 @@ impl Split<'_> {
         context.deaths = leg.deaths;
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error| Failure {
-            leg: "decode",
-            reason,
             error,
             at: at.clone(),
+            ..Failure::new("decode", reason)
         };
         let response = match answer {
             Ok(response) => response,
@@ -368,19 +436,14 @@ impl Split<'_> {
         if !response.status().is_success() {
             return Err(failed("refused", None));
         }
-        let response = Box::pin(pull::begun(response)).await;
+        let limit = Duration::from_secs(pull::PULL_SECONDS_MAX);
+        let response = Box::pin(pull::begun(response, limit)).await;
         let response = response.map_err(|reason| {
             // It broke before its first token, which may be due to the request.
             context.deaths += u32::from(reason == "failed");
             failed(reason, None)
         })?;
-        let ranked = std::mem::take(&mut context.ranked);
-        let id = context.request_id.clone();
-        context.adopt(leg);
-        // Places in the ranking mean something to who made it.
-        context.ranked = ranked;
-        context.request_id = id;
-        context.log.hit_tokens_predicted = predicted;
+        take_over(context, leg, predicted);
         self.record.decoded(at);
         Ok(repair::usage(response, loan.cached()))
     }
@@ -407,13 +470,17 @@ impl Split<'_> {
     }
 }
 
-fn none(reason: &'static str) -> Failure {
-    Failure {
-        leg: reason,
-        reason: "none",
-        error: None,
-        at: None,
-    }
+fn none(leg: &'static str) -> Failure {
+    Failure::new(leg, "none")
+}
+
+/// The leg that counts is the decode leg; what was predicted is what prefill found.
+fn take_over(context: &mut Context, leg: Context, predicted: Option<u64>) {
+    // Places in the ranking mean something to who made it.
+    let ranked = std::mem::take(&mut context.ranked);
+    context.adopt(leg);
+    context.ranked = ranked;
+    context.log.hit_tokens_predicted = predicted;
 }
 
 /// A context for one leg.
@@ -431,7 +498,7 @@ fn near(ranked: &[Ranked], decode: &Ranked, locality: Locality) -> Vec<Ranked> {
     let is_near = |ranked: &&Ranked| ranked.endpoint.locality == decode.endpoint.locality;
     let prefill = ranked
         .iter()
-        .filter(|ranked| Part::Prefill.suits(ranked.endpoint.role()));
+        .filter(|ranked| Part::Prefill.suits(&ranked.endpoint));
     match locality {
         Locality::Any => prefill.cloned().collect(),
         Locality::Required => prefill.filter(is_near).cloned().collect(),
@@ -459,7 +526,7 @@ struct Head {
     version: Version,
     headers: HeaderMap,
     /// Whole, in two pieces.
-    body: (bytes::Bytes, bytes::Bytes),
+    body: (Bytes, Bytes),
 }
 
 impl Head {
@@ -471,6 +538,32 @@ impl Head {
             headers: request.headers().clone(),
             body: request.body().parts().unwrap_or_default(),
         }
+    }
+
+    fn is_chat(&self) -> bool {
+        let path = self.uri.path().trim_end_matches('/');
+        path.ends_with("/chat/completions")
+    }
+
+    /// The body, an object, with more members at its end. Its bytes are shared, but for the last piece if there are two.
+    fn extended(&self, members: &[&str]) -> Option<(Bytes, Bytes)> {
+        let (first, more) = &self.body;
+        let last = if more.is_empty() { first } else { more };
+        let brace = memchr::memrchr(b'}', last)?;
+        if !last[brace + 1..].trim_ascii().is_empty() {
+            return None;
+        }
+        let mut tail = Vec::new();
+        if !more.is_empty() {
+            tail.extend_from_slice(&more[..brace]);
+        }
+        tail.push(b',');
+        members
+            .iter()
+            .for_each(|text| tail.extend_from_slice(text.as_bytes()));
+        tail.push(b'}');
+        let kept = if more.is_empty() { brace } else { first.len() };
+        Some((first.slice(..kept), tail.into()))
     }
 
     /// The request with another body and id.

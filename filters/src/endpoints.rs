@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use outrigger_xds::{
     block_hash::BlockHash,
-    report::{EngineId, EngineState, Load, Role},
+    report::{EngineId, EngineKind, EngineState, Load, Role},
     resource::{
         cluster::{ConnectionOptions, LbPolicy, OriginalDst, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
@@ -102,20 +102,25 @@ pub enum Part {
 }
 
 impl Part {
-    /// Whether an engine of this role is meant for it.
+    /// Whether an engine is meant for it.
     #[must_use]
-    pub fn suits(self, role: Role) -> bool {
+    pub fn suits(self, endpoint: &Endpoint) -> bool {
         match self {
             Self::Any => true,
-            Self::Whole => role != Role::Prefill,
-            Self::Prefill => role == Role::Prefill,
-            Self::Decode => role == Role::Decode,
+            Self::Whole => match endpoint.role() {
+                Role::Both => true,
+                Role::Prefill => false,
+                // Half of an SGLang refuses whatever comes without its other half.
+                Role::Decode => endpoint.live.load().state.kind != EngineKind::Sglang,
+            },
+            Self::Prefill => endpoint.role() == Role::Prefill,
+            Self::Decode => endpoint.role() == Role::Decode,
         }
     }
 
     /// Takes out the endpoints that are not meant for it.
     pub fn keep_suited(self, endpoints: &mut Vec<Arc<Endpoint>>) {
-        let suits = |endpoint: &Arc<Endpoint>| self.suits(endpoint.role());
+        let suits = |endpoint: &Arc<Endpoint>| self.suits(endpoint);
         match self {
             Self::Any => {}
             Self::Whole if !endpoints.iter().any(suits) => {}

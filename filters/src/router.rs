@@ -240,7 +240,7 @@ impl<'a> Walk<'a> {
             };
         }
         if let Some(only) = &context.only {
-            return self.only(only);
+            return self.only(only, context);
         }
         if self.view.original_dst.is_some() {
             return self.original(context);
@@ -248,7 +248,7 @@ impl<'a> Walk<'a> {
         let part = context.part;
         let ranked = context.ranked.iter().filter(|ranked| {
             let endpoint = &ranked.endpoint;
-            !self.has_tried(endpoint) && endpoint.is_alive() && part.suits(endpoint.role())
+            !self.has_tried(endpoint) && endpoint.is_alive() && part.suits(endpoint)
         });
         let fresh = ranked
             .clone()
@@ -300,7 +300,7 @@ impl<'a> Walk<'a> {
                 && !endpoint.is_inhibited()
                 && !avoided(endpoint, context)
                 && (!home || endpoint.via == Via::Local)
-                && context.part.suits(endpoint.role())
+                && context.part.suits(endpoint)
                 && !self.has_tried(endpoint)
         };
         let mut fit = Vec::with_capacity(self.view.endpoints.len());
@@ -389,14 +389,17 @@ impl<'a> Walk<'a> {
     }
 
     /// The endpoint that alone can answer, once.
-    fn only(&self, endpoint: &Arc<Endpoint>) -> Result<Option<Ranked>, Error> {
+    fn only(&self, endpoint: &Arc<Endpoint>, context: &Context) -> Result<Option<Ranked>, Error> {
         if self.has_tried(endpoint) {
             return Ok(None);
         }
         if !endpoint.is_alive() {
             return Err(Error::no_healthy_upstream());
         }
-        Ok(Some(attempt::target(endpoint.clone())))
+        let mut ranked = context.ranked.iter();
+        let known = ranked.find(|ranked| ranked.endpoint.id == endpoint.id);
+        let target = || attempt::target(endpoint.clone());
+        Ok(Some(known.cloned().unwrap_or_else(target)))
     }
 
     /// Whether another attempt may help, is left, and is within the budget.

@@ -74,6 +74,9 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
         EngineKind::Sglang => sglang::complete(&answers, &figures, host, &mut state),
         EngineKind::TrtLlm | EngineKind::Unknown => Vec::new(),
     };
+    if let Some(configured) = &config.bootstrap {
+        state.bootstrap.clone_from(configured);
+    }
     if let Some(configured) = &config.kv_endpoints {
         sources = configured.sources(host, state.dp_size);
     }

@@ -42,6 +42,8 @@ pub struct EngineConfig {
     pub url: String,
     /// What it is used for.
     pub role: Role,
+    /// Where it meets engines that decode, `host:port`, if not where it says itself.
+    pub bootstrap: Option<String>,
     /// Sent as `Authorization: Bearer`.
     pub api_key: Option<ApiKey>,
     /// Between two polls of health and load. Default 500 ms; a dead engine is tried at most a second apart.
@@ -66,6 +68,7 @@ impl EngineConfig {
             id,
             url: url.into(),
             role: Role::Both,
+            bootstrap: None,
             api_key: None,
             poll_interval: Duration::from_millis(500),
             block_tokens: BLOCK_TOKENS_DEFAULT,

@@ -204,10 +204,11 @@ fn peers_tls(options: &Options) -> Option<CommonTls> {
 
 fn engine_endpoint(node: &str, engine: &options::EngineOption) -> LbEndpoint {
     let id = format!("{node}/{}", engine.address);
-    endpoint(
-        &engine.address,
-        json!({"duty": "engine", "id": id, "role": engine.role.as_str()}),
-    )
+    let mut ours = json!({"duty": "engine", "id": id, "role": engine.role.as_str()});
+    if !engine.bootstrap.is_empty() {
+        ours["bootstrap"] = engine.bootstrap.as_str().into();
+    }
+    endpoint(&engine.address, ours)
 }
 
 fn peer_endpoint(peer: &Address) -> LbEndpoint {

@@ -352,7 +352,7 @@ impl Canary {
         self.proved_at = now;
         let opinion = self.opinion(&answer, &golden.expected);
         self.told.golden = Some(answer);
-        self.hear(opinion, check, config, &live.state);
+        self.hear(&opinion, check, config, &live.state);
         if self.truth.is_in_doubt() {
             self.next_golden = self.next_probe;
         }
@@ -375,7 +375,7 @@ impl Canary {
     /// Takes in what its answer is worth.
     fn hear(
         &mut self,
-        opinion: Opinion,
+        opinion: &Opinion,
         check: &HealthCheck,
         config: &Config,
         state: &EngineState,
@@ -387,7 +387,7 @@ impl Canary {
             successes: golden.threshold,
             ..rules(check, config)
         };
-        let (outcome, note) = match &opinion {
+        let (outcome, note) = match opinion {
             Opinion::Right => ("right", None),
             Opinion::Alone => ("alone", None),
             Opinion::Unclear(what) => (

@@ -19,6 +19,8 @@ pub struct ConfiguredEngine {
     pub address: Address,
     /// `role` of its metadata; empty is both.
     pub role: String,
+    /// `bootstrap` of its metadata; empty is what the engine says.
+    pub bootstrap: String,
 }
 
 /// Engines and peers of all clusters.
@@ -33,13 +35,14 @@ pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>
         match endpoint.duty() {
             Duty::Engine => {
                 let ours = endpoint.metadata.get(METADATA_NAMESPACE);
-                let role = ours
-                    .and_then(|ours| ours.get("role")?.as_str())
-                    .unwrap_or_default()
-                    .to_owned();
+                let told = |name: &str| {
+                    let told = ours.and_then(|ours| ours.get(name)?.as_str());
+                    told.unwrap_or_default().to_owned()
+                };
                 let engine = ConfiguredEngine {
                     address: endpoint.address.clone(),
-                    role,
+                    role: told("role"),
+                    bootstrap: told("bootstrap"),
                 };
                 engines.insert(crate::cluster::engine_id(endpoint), engine);
             }
@@ -184,6 +187,7 @@ impl Embedded {
                 "decode" => Role::Decode,
                 _ => Role::Both,
             };
+            config.bootstrap = Some(engine.bootstrap.clone()).filter(|told| !told.is_empty());
             config.api_key.clone_from(&self.api_key);
             config.block_tokens = self.block_tokens;
             self.hub.watch(config);

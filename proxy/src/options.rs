@@ -35,8 +35,9 @@ pub struct Options {
     /// Envoy v3 bootstrap, YAML or JSON
     #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = OF_A_FILE)]
     pub config_path: Option<PathBuf>,
-    /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both
-    #[arg(long, value_name = "URL[;role=R]")]
+    /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both, and
+    /// `;bootstrap=HOST:PORT` if an SGLang for prefill meets others elsewhere than it says
+    #[arg(long, value_name = "URL[;role=R][;bootstrap=A]")]
     pub engine: Vec<String>,
     /// Another proxy's inbound address: http://HOST:PORT
     #[arg(long, value_name = "URL")]
@@ -164,6 +165,8 @@ pub struct EngineOption {
     pub address: Address,
     /// Use.
     pub role: Role,
+    /// Where it meets engines that decode; empty is where it says itself.
+    pub bootstrap: String,
 }
 
 impl Options {
@@ -188,27 +191,39 @@ impl Options {
     }
 }
 
-/// Reads `URL[;role=R]`.
+/// Reads `URL[;role=R][;bootstrap=HOST:PORT]`.
 ///
 /// # Errors
 /// Says what is wrong with it.
 pub fn engine(text: &str) -> Result<EngineOption, String> {
     let mut parts = text.split(';');
     let address = url(parts.next().unwrap_or_default(), "--engine")?;
-    let mut role = Role::Both;
+    let mut engine = EngineOption {
+        address,
+        role: Role::Both,
+        bootstrap: String::new(),
+    };
     for part in parts {
-        role = match part {
-            "role=both" => Role::Both,
-            "role=prefill" => Role::Prefill,
-            "role=decode" => Role::Decode,
-            other => {
+        match part.split_once('=') {
+            Some(("role", "both")) => engine.role = Role::Both,
+            Some(("role", "prefill")) => engine.role = Role::Prefill,
+            Some(("role", "decode")) => engine.role = Role::Decode,
+            Some(("bootstrap", address)) if is_host_and_port(address) => {
+                address.clone_into(&mut engine.bootstrap);
+            }
+            _ => {
                 return Err(format!(
-                    "--engine {text}: '{other}' is not role=prefill, role=decode or role=both"
+                    "--engine {text}: '{part}' is not role=prefill, role=decode, role=both or bootstrap=HOST:PORT"
                 ));
             }
-        };
+        }
     }
-    Ok(EngineOption { address, role })
+    Ok(engine)
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    let parts = text.rsplit_once(':');
+    parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
 }
 
 /// Reads `http://HOST[:PORT]` (a trailing slash is forgiven).
@@ -291,11 +306,14 @@ mod tests {
             (read.address.host.as_str(), read.address.port, read.role),
             ("::1", 8000, Role::Prefill)
         );
+        let read = engine("http://a:1;bootstrap=b:2;role=prefill").unwrap();
+        assert_eq!((&*read.bootstrap, read.role), ("b:2", Role::Prefill));
         for (text, reason) in [
             ("localhost:8000", "must begin with http://"),
             ("https://a:1", "TLS"),
             ("http://a:1/v1", "path"),
             ("http://a:1;role=x", "role=x"),
+            ("http://a:1;bootstrap=b", "bootstrap=b"),
         ] {
             let error = engine(text).unwrap_err();
             assert!(error.contains(reason), "{text}: {error}");

@@ -140,6 +140,8 @@ pub struct EngineState {
     pub dp_size: u32,
     /// Whether its KV events reach us: without them a prefix index knows nothing of it.
     pub kv_events: bool,
+    /// Where it meets engines that decode what it computed, `host:port` as seen from beside it; empty if nowhere.
+    pub bootstrap: String,
     /// What it says to the fixed prompt, if it was asked.
     pub golden: Option<GoldenAnswer>,
 }

@@ -67,6 +67,11 @@ impl ApiError {
         }
     }
 
+    /// Status, type and message.
+    pub(crate) fn parts(&self) -> (u16, &'static str, &str) {
+        (self.status, self.kind, &self.message)
+    }
+
     /// A value out of its range, in vLLM's words.
     pub(crate) fn value(message: &str, param: &str, value: impl std::fmt::Display) -> Self {
         let message = format!("{message} (parameter={param}, value={value})");
@@ -370,6 +375,18 @@ impl Flight {
         fields: &Fields,
         prefix: &str,
     ) -> Result<Self, ApiError> {
+        let own = request
+            .header("x-request-id")
+            .or_else(|| text(fields, "request_id"));
+        let id = format!(
+            "{prefix}-{}",
+            own.map_or_else(|| engine.made_up_id(), str::to_owned)
+        );
+        Self::named(engine, id)
+    }
+
+    /// Takes this id.
+    pub(crate) fn named(engine: &Arc<Engine>, id: String) -> Result<Self, ApiError> {
         if engine.faults.take_http_500() {
             return Err(ApiError::new(
                 500,
@@ -378,13 +395,6 @@ impl Flight {
                 None,
             ));
         }
-        let own = request
-            .header("x-request-id")
-            .or_else(|| text(fields, "request_id"));
-        let id = format!(
-            "{prefix}-{}",
-            own.map_or_else(|| engine.made_up_id(), str::to_owned)
-        );
         let mut in_flight = engine.in_flight();
         if in_flight.contains(&id) {
             return Err(ApiError::new(

@@ -4,8 +4,35 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use super::bootstrap::{Bootstrap, Side};
 use super::fault::Fault;
 use super::nixl::Nixl;
+
+/// Which engine is imitated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Profile {
+    /// vLLM 0.32.
+    #[default]
+    #[value(name = "vllm-0.32")]
+    Vllm,
+    /// SGLang 0.5.23.
+    #[value(name = "sglang-0.5.23")]
+    Sglang,
+    /// TensorRT-LLM 1.2.
+    #[value(name = "trtllm-1.2")]
+    Trtllm,
+}
+
+impl Profile {
+    /// Tokens that events tell of while a sequence runs, of those computed.
+    pub(crate) fn told(self, computed: usize, prompt: usize) -> usize {
+        match self {
+            Self::Vllm | Self::Trtllm => computed,
+            // What is generated is told of at the end.
+            Self::Sglang => computed.min(prompt),
+        }
+    }
+}
 
 /// Where KV events go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +48,8 @@ pub enum Events {
 /// Settings of one simulated engine. `Config::default()` is a fast engine on free ports.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Which engine is imitated.
+    pub profile: Profile,
     /// HTTP port on 127.0.0.1; 0 picks a free one.
     pub port: u16,
     /// Served model name.
@@ -65,6 +94,8 @@ pub struct Config {
     pub chat_token_prompts: bool,
     /// `--kv-transfer-config` with the NIXL connector: blocks go from engine to engine.
     pub nixl: Option<Nixl>,
+    /// SGLang's `--disaggregation-mode`: half of a pair that meets in rooms.
+    pub bootstrap: Option<Bootstrap>,
     /// Faults armed from the start.
     pub faults: Vec<Fault>,
     /// Whether a `die` fault ends the process (exit code 137) or this engine alone.
@@ -74,6 +105,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            profile: Profile::Vllm,
             port: 0,
             model: "sim".to_owned(),
             model_path: None,
@@ -96,6 +128,7 @@ impl Default for Config {
             responses_store: false,
             chat_token_prompts: true,
             nixl: None,
+            bootstrap: None,
             faults: Vec::new(),
             die_exits_process: false,
         }
@@ -111,6 +144,18 @@ impl Config {
             prompt_tokens_details: true,
             scale_out: true,
             dev_mode: true,
+            ..Self::default()
+        }
+    }
+
+    /// The settings of the recorded SGLang: pages of one token.
+    pub fn recorded_sglang() -> Self {
+        Self {
+            profile: Profile::Sglang,
+            model: "smollm2".to_owned(),
+            max_model_len: 2048,
+            block_size: 1,
+            kv_blocks: 8193,
             ..Self::default()
         }
     }
@@ -135,7 +180,7 @@ Faults, by --fault or POST /sim/fault (GET lists, DELETE disarms):
 A fault strikes the first stream that has delivered after_tokens tokens, running ones included, and is spent
 after count of them.";
 
-/// `outrigger-sim-engine`: an HTTP server that behaves as vLLM 0.32 does, without a model.
+/// `outrigger-sim-engine`: an HTTP server that behaves as an inference engine does, without a model.
 #[derive(Parser, Debug)]
 #[command(name = "outrigger-sim-engine", version, after_help = FAULTS_HELP)]
 pub(crate) struct Flags {
@@ -143,8 +188,8 @@ pub(crate) struct Flags {
     #[arg(long, default_value_t = 8000)]
     port: u16,
     /// Engine to imitate
-    #[arg(long, default_value = "vllm-0.32", value_parser = ["vllm-0.32"])]
-    profile: String,
+    #[arg(long, value_enum, default_value_t)]
+    profile: Profile,
     /// Served model name
     #[arg(long, default_value = "sim")]
     model: String,
@@ -202,6 +247,12 @@ pub(crate) struct Flags {
     /// Hand KV blocks over to other engines, and fetch theirs
     #[arg(long)]
     nixl: bool,
+    /// Half of a split SGLang
+    #[arg(long, value_enum)]
+    disaggregation_mode: Option<Side>,
+    /// Port where a prefill engine meets decode engines (0: a free one, told by /server_info)
+    #[arg(long, default_value_t = 0)]
+    disaggregation_bootstrap_port: u16,
     /// Count running requests in /load
     #[arg(long)]
     enable_server_load_tracking: bool,
@@ -220,7 +271,12 @@ impl From<Flags> for Config {
             (None, Some(address)) => Events::Connect(address),
             (None, None) => Events::Off,
         };
+        let bootstrap = flags.disaggregation_mode.map(|side| Bootstrap {
+            port: flags.disaggregation_bootstrap_port,
+            ..Bootstrap::new(side)
+        });
         Self {
+            profile: flags.profile,
             port: flags.port,
             model: flags.model,
             model_path: flags.model_path,
@@ -243,6 +299,7 @@ impl From<Flags> for Config {
             responses_store: flags.enable_responses_store,
             chat_token_prompts: true,
             nixl: flags.nixl.then(Nixl::default),
+            bootstrap,
             faults: flags.fault,
             die_exits_process: true,
         }

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
+use super::bootstrap::Rooms;
 use super::config::Config;
-use super::events::encode_batch;
+use super::events::{Event, encode_batch};
 use super::fault::{Fault, FaultKind, Faults};
 use super::model::{Model, mix};
 use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
@@ -40,6 +41,8 @@ pub(crate) struct Engine {
     pub(crate) faults: Faults,
     /// Stored responses.
     pub(crate) responses: Store,
+    /// Where a prefill engine meets decode engines.
+    pub(crate) rooms: Rooms,
     /// External ids of generation requests in flight.
     in_flight: Mutex<Vec<String>>,
     /// What `/kv_event_sources` says; set once sockets are bound.
@@ -55,7 +58,7 @@ pub(crate) struct Engine {
     core_died: Notify,
     next_id: AtomicU64,
     id_salt: u64,
-    nixl_port: AtomicU16,
+    transfer_port: AtomicU16,
 }
 
 impl Engine {
@@ -68,6 +71,7 @@ impl Engine {
             publisher: Publisher::new(&config.topic),
             faults,
             responses: Store::default(),
+            rooms: Rooms::default(),
             in_flight: Mutex::default(),
             event_sources: Mutex::new("{}".to_owned()),
             scheduler: Mutex::new(Scheduler::new(
@@ -88,7 +92,7 @@ impl Engine {
             core_died: Notify::new(),
             next_id: AtomicU64::new(1),
             id_salt: mix(config.seed ^ (id_salt << 32)),
-            nixl_port: AtomicU16::new(0),
+            transfer_port: AtomicU16::new(0),
             config,
         }
     }
@@ -103,12 +107,12 @@ impl Engine {
     }
 
     /// Where other engines fetch blocks.
-    pub(crate) fn nixl_port(&self) -> u16 {
-        self.nixl_port.load(Ordering::Relaxed)
+    pub(crate) fn transfer_port(&self) -> u16 {
+        self.transfer_port.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_nixl_port(&self, port: u16) {
-        self.nixl_port.store(port, Ordering::Relaxed);
+    pub(crate) fn set_transfer_port(&self, port: u16) {
+        self.transfer_port.store(port, Ordering::Relaxed);
     }
 
     fn number(&self) -> u64 {
@@ -202,13 +206,30 @@ impl Engine {
     fn finish(&self, step: &Step) {
         let (outputs, events) = self.scheduler().finish(step);
         if !events.is_empty() {
-            self.publisher
-                .publish(encode_batch(unix_s(), &events, self.config.block_size));
+            self.publish(&events);
         }
         for (to, output) in outputs {
             // Room for max_tokens was made; only a client that left closes its channel.
             let _ = to.try_send(output);
         }
+    }
+
+    fn publish(&self, events: &[Event]) {
+        let (profile, size) = (self.config.profile, self.config.block_size);
+        self.publisher
+            .publish(encode_batch(profile, unix_s(), events, size));
+    }
+
+    /// Empties the prefix cache and tells of it at once, as SGLang does; false while requests run.
+    pub(crate) fn flush_cache(&self) -> bool {
+        let mut scheduler = self.scheduler();
+        let flushed = scheduler.reset_cache(false);
+        let events = scheduler.take_events();
+        drop(scheduler);
+        if !events.is_empty() {
+            self.publish(&events);
+        }
+        flushed
     }
 
     async fn thaw(&self) {

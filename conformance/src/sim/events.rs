@@ -1,7 +1,10 @@
-//! Answers "what does a batch of KV events look like in bytes": vLLM 0.32's msgpack of `[time, events, rank]`.
+//! Answers "what does a batch of KV events look like in bytes": the msgpack of `[time, events, rank]` of vLLM 0.32 and
+//! SGLang 0.5.23.
 //!
 //! Events are maps with the keys in the recorded order; integers take their shortest form. Only what is needed is
 //! encoded, nothing is decoded.
+
+use super::config::Profile;
 
 /// One change of the block cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,14 +30,22 @@ pub(crate) enum Event {
 }
 
 /// The payload of one batch. `time_s` is Unix time.
-pub(crate) fn encode_batch(time_s: f64, events: &[Event], block_size: usize) -> Vec<u8> {
+pub(crate) fn encode_batch(
+    profile: Profile,
+    time_s: f64,
+    events: &[Event],
+    block_size: usize,
+) -> Vec<u8> {
     let mut out = Packer(Vec::with_capacity(256));
     out.array(3);
     out.0.push(0xcb);
     out.0.extend_from_slice(&time_s.to_bits().to_be_bytes());
     out.array(events.len());
     for event in events {
-        out.event(event, block_size);
+        match profile {
+            Profile::Vllm | Profile::Trtllm => out.event(event, block_size),
+            Profile::Sglang => out.sglang_event(event, block_size),
+        }
     }
     out.uint(0);
     out.0
@@ -82,6 +93,48 @@ impl Packer {
                 self.key_hashes(&[*hash]);
                 self.medium();
                 self.group();
+            }
+            Event::Cleared => self.map(1, "AllBlocksCleared"),
+        }
+    }
+
+    /// SGLang's maps have fewer keys, and its hashes have a sign.
+    fn sglang_event(&mut self, event: &Event, block_size: usize) {
+        match event {
+            Event::Stored {
+                hashes,
+                parent,
+                tokens,
+                salt,
+            } => {
+                self.map(7 + u8::from(salt.is_some()), "BlockStored");
+                self.str("block_hashes");
+                self.array(hashes.len());
+                hashes.iter().for_each(|&hash| self.int(hash));
+                self.str("parent_block_hash");
+                match parent {
+                    Some(hash) => self.int(*hash),
+                    None => self.nil(),
+                }
+                self.str("token_ids");
+                self.array(tokens.len());
+                tokens.iter().for_each(|&token| self.uint(u64::from(token)));
+                self.str("block_size");
+                self.uint(block_size as u64);
+                self.str("lora_id");
+                self.nil();
+                self.medium();
+                if let Some(salt) = salt {
+                    self.str("cache_salt");
+                    self.str(salt);
+                }
+            }
+            Event::Removed { hash } => {
+                self.map(3, "BlockRemoved");
+                self.str("block_hashes");
+                self.array(1);
+                self.int(*hash);
+                self.medium();
             }
             Event::Cleared => self.map(1, "AllBlocksCleared"),
         }
@@ -153,6 +206,16 @@ impl Packer {
         self.0.extend_from_slice(text.as_bytes());
     }
 
+    /// A hash as a number with a sign.
+    fn int(&mut self, hash: u64) {
+        let value = hash.cast_signed();
+        if value >= 0 {
+            return self.uint(hash);
+        }
+        self.0.push(0xd3);
+        self.0.extend_from_slice(&value.to_be_bytes());
+    }
+
     fn uint(&mut self, value: u64) {
         match value {
             0..0x80 => self.0.push(value as u8),
@@ -179,18 +242,22 @@ mod tests {
 
     use super::*;
 
+    fn number(value: &Value) -> Option<u64> {
+        value.as_u64().or(value.as_i64().map(i64::cast_unsigned))
+    }
+
     fn event(recorded: &Value) -> Event {
         let numbers = |name: &str| {
             recorded[name]
                 .as_array()
                 .expect(name)
                 .iter()
-                .map(|n| n.as_u64().expect("number"))
+                .map(|n| number(n).expect("number"))
         };
         match recorded["type"].as_str().expect("type") {
             "BlockStored" => Event::Stored {
                 hashes: numbers("block_hashes").collect(),
-                parent: recorded["parent_block_hash"].as_u64(),
+                parent: number(&recorded["parent_block_hash"]),
                 tokens: numbers("token_ids").map(|token| token as u32).collect(),
                 salt: recorded["extra_keys"][0][0].as_str().map(str::to_owned),
             },
@@ -202,7 +269,7 @@ mod tests {
         }
     }
 
-    /// Every batch a real vLLM 0.32.0 sent is made again from its meaning, byte for byte.
+    /// Every batch a real vLLM 0.32.0 or SGLang 0.5.23 sent is made again from its meaning, byte for byte.
     #[test]
     fn recorded_batches_are_encoded_to_the_same_bytes() {
         let mut batches = 0;
@@ -211,8 +278,13 @@ mod tests {
             "vllm-0.32.0-a",
             "vllm-0.32.0-evict",
             "vllm-0.32.0-b-then-nixl-decode",
+            "sglang-0.5.23",
         ];
         for name in names {
+            let (profile, size) = match name.starts_with("sglang") {
+                true => (Profile::Sglang, 1),
+                false => (Profile::Vllm, 32),
+            };
             let lines = std::fs::read_to_string(format!("{dir}/{name}.jsonl")).expect("recording");
             for line in lines.lines() {
                 let line: Value = serde_json::from_str(line).expect("json");
@@ -225,7 +297,7 @@ mod tests {
                 let recorded = line["frames_hex"][2].as_str().expect("payload");
                 let time = u64::from_str_radix(&recorded[4..20], 16)
                     .expect("eight bytes behind the array's head");
-                let bytes = encode_batch(f64::from_bits(time), &events, 32);
+                let bytes = encode_batch(profile, f64::from_bits(time), &events, size);
                 let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
                 assert_eq!(hex, recorded, "{name} seq {}", line["seq"]);
                 batches += 1;

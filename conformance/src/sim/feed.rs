@@ -7,10 +7,12 @@ use std::time::Duration;
 use futures_util::{Stream, stream};
 
 use super::api::{ApiError, Flight};
+use super::config::Profile;
 use super::engine::{Engine, Generation};
 use super::fault::FaultKind;
 use super::http::{Piece, Response};
 use super::scheduler::Output;
+use super::sglang;
 
 /// The error event of an engine whose process died, as recorded.
 const DEAD: &str = "data: {\"error\": {\"message\": \"EngineCore encountered an issue. See stack trace (above) for the root cause.\", \"type\": \"InternalServerError\", \"param\": null, \"code\": 500}}\n\n";
@@ -107,10 +109,27 @@ impl Feed {
                     all[output.index].push(output);
                 }
                 Seen::Broken(how) => return Err(Response::broken(how)),
+                Seen::Dead | Seen::End if self.is_curt() => {
+                    return Err(Response::broken(Piece::Truncate));
+                }
+                Seen::End if self.is_mute() => std::future::pending().await,
+                Seen::Dead if self.is_mute() => {
+                    return Err(sglang::refusal(ApiError::engine_dead()));
+                }
                 Seen::Dead | Seen::End => return Err(ApiError::engine_dead().into()),
             }
         }
         Ok(all)
+    }
+
+    /// SGLang's server does not notice that its scheduler died, until it ends itself.
+    fn is_mute(&self) -> bool {
+        self.engine.config.profile == Profile::Sglang
+    }
+
+    /// TensorRT-LLM has no words for its end.
+    fn is_curt(&self) -> bool {
+        self.engine.config.profile == Profile::Trtllm
     }
 
     /// Makes a stream of events: `writer` turns tokens into events.
@@ -166,6 +185,16 @@ impl<W: Writer> Streaming<W> {
             }
             Seen::Broken(how) => {
                 self.ready.push_back(how);
+                self.ended = true;
+            }
+            Seen::Dead | Seen::End if self.feed.is_curt() => {
+                self.ready.push_back(Piece::Truncate);
+                self.ended = true;
+            }
+            Seen::End if self.feed.is_mute() => std::future::pending().await,
+            Seen::Dead if self.feed.is_mute() => {
+                let last = sglang::error_events(&ApiError::engine_dead());
+                self.ready.extend(last.map(Piece::Data));
                 self.ended = true;
             }
             Seen::Dead | Seen::End => {

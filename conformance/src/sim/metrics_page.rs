@@ -139,6 +139,11 @@ impl Metrics {
         *self.values.entry(name.to_owned()).or_default() += value;
     }
 
+    /// What was added so far, named as in `add`.
+    pub(crate) fn total(&self, name: &str) -> f64 {
+        self.values.get(name).copied().unwrap_or(0.0)
+    }
+
     /// Sets a gauge, named as in `add`.
     pub(crate) fn set(&mut self, name: &str, value: f64) {
         self.values.insert(name.to_owned(), value);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -126,7 +127,7 @@ impl Params {
             remote_engine_id: engine_id(engine),
             remote_request_id: format!("{external}-{id:08x}"),
             remote_host: "127.0.0.1",
-            remote_port: engine.nixl_port(),
+            remote_port: engine.transfer_port(),
             tp_size: 1,
             dcp_size: 1,
             pp_size: 1,
@@ -139,7 +140,7 @@ impl Params {
 }
 
 fn engine_id(engine: &Engine) -> String {
-    let high = mix(u64::from(engine.nixl_port()));
+    let high = mix(u64::from(engine.transfer_port()));
     let low = mix(high);
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
@@ -175,11 +176,18 @@ struct Pull {
 
 /// What the request has to do with another engine; blocks are fetched here.
 pub(crate) async fn transfer(engine: &Engine, fields: &Fields) -> Result<Transfer, ApiError> {
+    match fields.get(ENTRANCE) {
+        Some(asked) => transfer_of(engine, asked).await,
+        None => Ok(Transfer::None),
+    }
+}
+
+/// What these words about blocks ask for; blocks are fetched here.
+pub(crate) async fn transfer_of(engine: &Engine, asked: &Value) -> Result<Transfer, ApiError> {
     let Some(nixl) = &engine.config.nixl else {
         return Ok(Transfer::None);
     };
-    let asked = fields.get(ENTRANCE).cloned().unwrap_or_default();
-    let asked: Asked = serde_json::from_value(asked).unwrap_or_default();
+    let asked = Asked::deserialize(asked).unwrap_or_default();
     if asked.do_remote_prefill {
         let pulled = pull(&asked, nixl.transfer).await;
         return pulled.map(Transfer::Pulled).ok_or_else(|| {
@@ -265,6 +273,6 @@ pub(crate) async fn bind(engine: &Engine) -> std::io::Result<Option<TcpListener>
         return Ok(None);
     }
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    engine.set_nixl_port(listener.local_addr()?.port());
+    engine.set_transfer_port(listener.local_addr()?.port());
     Ok(Some(listener))
 }

@@ -8,12 +8,13 @@ use serde_json::Value;
 
 use super::api::{self, ApiError, to_json};
 use super::chat::{read_ending, read_messages};
+use super::config::Profile;
 use super::engine::{Engine, unix_s};
 use super::fault::Fault;
 use super::http::{Body, Request, Response};
 use super::metrics_page::PageNames;
 use super::template::render;
-use super::{chat, completions, generate, messages, responses, stored};
+use super::{chat, completions, generate, messages, responses, sglang, stored, trtllm};
 
 const VERSION: &str = "0.32.0";
 /// Recorded `/server_info`, whose model and sizes are replaced.
@@ -101,6 +102,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, request: Request) -> Response {
     if let Some(route) = ROUTES
         .iter()
         .find(|route| route.counted && route.path == request.path)
+        .filter(|_| engine.config.profile == Profile::Vllm)
     {
         let sent = match &response.body {
             Body::Full(body) => body.len(),
@@ -136,6 +138,11 @@ fn refuse_stranger(engine: &Engine, request: &Request) -> Option<Response> {
 }
 
 async fn dispatch(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
+    match engine.config.profile {
+        Profile::Vllm => {}
+        Profile::Sglang => return sglang::answer(engine, request).await,
+        Profile::Trtllm => return trtllm::answer(engine, request).await,
+    }
     if request.path.starts_with("/v1/responses/") && request.path != "/v1/responses/render" {
         return stored::answer(engine, request);
     }
@@ -228,7 +235,7 @@ fn metrics(engine: &Engine) -> String {
     })
 }
 
-fn root(engine: &Engine) -> String {
+pub(crate) fn root(engine: &Engine) -> String {
     let path = engine.config.model_path.as_ref();
     path.map_or_else(
         || format!("/models/{}", engine.config.model),
@@ -383,7 +390,7 @@ fn reset_prefix_cache(engine: &Engine, request: &Request) -> Response {
 }
 
 /// `POST` arms a fault, `GET` lists those armed, `DELETE` disarms all.
-fn fault(engine: &Engine, request: &Request) -> Result<Response, Response> {
+pub(crate) fn fault(engine: &Engine, request: &Request) -> Result<Response, Response> {
     match request.method.as_str() {
         "POST" => {
             let fault: Fault = serde_json::from_slice(&request.body)

@@ -223,6 +223,11 @@ impl Scheduler {
         self.pool.clear()
     }
 
+    /// Events that wait for no step.
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.pool.events)
+    }
+
     /// Chooses the work of the next step; `None` when there is none.
     pub(crate) fn schedule(&mut self) -> Option<Step> {
         let mut step = Step {
@@ -260,7 +265,8 @@ impl Scheduler {
         let prompt = sequence.new.prompt.len();
         step.prefill_tokens += count.min(prompt.saturating_sub(sequence.computed));
         step.decodes |= sequence.computed >= prompt;
-        let full = (sequence.computed + count) / self.config.block_size;
+        let ends = sequence.computed + count;
+        let full = self.config.profile.told(ends, prompt) / self.config.block_size;
         name_blocks(sequence, full, self.config.block_size, &mut self.pool);
     }
 
@@ -370,7 +376,9 @@ impl Scheduler {
                 .last()
                 .is_some_and(|(_, output)| output.finish.is_some())
             {
-                let sequence = self.running.remove(at);
+                let mut sequence = self.running.remove(at);
+                let (size, computed) = (self.config.block_size, sequence.computed);
+                name_blocks(&mut sequence, computed / size, size, &mut self.pool);
                 if let Some((_, output)) = outputs.last_mut() {
                     self.let_go(&sequence, output);
                     self.count_end(&sequence, output.finish.as_ref());
@@ -379,7 +387,7 @@ impl Scheduler {
         }
         self.metrics
             .observe("vllm:iteration_tokens_total", tokens as f64);
-        (outputs, std::mem::take(&mut self.pool.events))
+        (outputs, self.take_events())
     }
 
     /// Frees the blocks of a sequence, or keeps them for the engine that goes on.

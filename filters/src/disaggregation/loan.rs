@@ -6,7 +6,11 @@
 //! before their lease ends. Once the decode leg's body was touched nothing is sent again, for that engine frees them, unless
 //! it is known that it reached no engine.
 
-use super::{Head, leg, nixl};
+use super::{
+    Head,
+    dialect::{Answer, Dialect},
+    leg,
+};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::Part,
@@ -48,7 +52,7 @@ const RELEASED: u8 = 2;
 
 /// Who has the blocks: whoever finds them free, and nobody after that.
 #[derive(Debug, Default)]
-struct Taken(AtomicU8);
+pub(super) struct Taken(AtomicU8);
 
 impl Taken {
     /// Whether they went from one state to the other here and now.
@@ -71,13 +75,20 @@ struct Terms {
     /// The answer, until it was read.
     body: Option<ResponseBody>,
     read: BytesMut,
-    answer: Option<nixl::Answer>,
+    answer: Option<Answer>,
+    dialect: &'static Dialect,
     /// Who has the blocks.
     taken: Arc<Taken>,
 }
 
 impl Loan {
-    pub(super) fn new(chain: Chain, head: Head, context: &Context, body: ResponseBody) -> Self {
+    pub(super) fn new(
+        dialect: &'static Dialect,
+        chain: Chain,
+        head: Head,
+        context: &Context,
+        body: ResponseBody,
+    ) -> Self {
         let mut template = leg(context, Part::Decode, "f");
         template.ranked.clone_from(&context.ranked);
         Self(Some(Terms {
@@ -87,6 +98,7 @@ impl Loan {
             body: Some(body),
             read: BytesMut::new(),
             answer: None,
+            dialect,
             taken: Arc::default(),
         }))
     }
@@ -107,7 +119,7 @@ impl Loan {
     pub(super) fn decode(&self, id: &str) -> Option<Request<RequestBody>> {
         let terms = self.0.as_ref()?;
         let answer = terms.answer.as_ref()?;
-        let parts = nixl::decode(&terms.head, &answer.params)?;
+        let parts = (terms.dialect.decode)(&terms.head, answer)?;
         let body = once(parts, terms.taken.clone());
         Some(terms.head.request(body, id))
     }
@@ -169,7 +181,7 @@ impl Terms {
         }
         if self.answer.is_none() {
             let read = std::mem::take(&mut self.read).freeze();
-            self.answer = nixl::answer(&read);
+            self.answer = (self.dialect.answer)(&read);
         }
         self.answer.as_ref().map(|_| ()).ok_or("no_params")
     }
@@ -180,7 +192,7 @@ impl Terms {
             return "nothing";
         }
         let answer = self.answer.take();
-        let parts = answer.and_then(|answer| nixl::release(&self.head, &answer.params));
+        let parts = answer.and_then(|answer| (self.dialect.release)(&self.head, &answer));
         let Some(parts) = parts else {
             return "nothing";
         };
@@ -201,7 +213,8 @@ impl Terms {
     }
 }
 
-fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
+/// A body that is sent once, or not at all where it was given back before.
+pub(super) fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
     let body = Once {
         pieces: [first, more],
         taken,

@@ -3,7 +3,10 @@
 //! Recorded of vLLM 0.32 in `conformance/fixtures/nixl-pd`. What goes from one leg to the other is passed on as it came:
 //! its fields change between versions. Of a key that comes twice engines take the last, so that edits are appended.
 
-use super::Head;
+use super::{
+    Head,
+    dialect::{Answer, Dialect},
+};
 use crate::openai::members;
 use bytes::Bytes;
 use serde::Deserialize;
@@ -16,13 +19,13 @@ const REMOTE_DECODE: &str = ",\"kv_transfer_params\":{\"do_remote_decode\":true,
     \"remote_engine_id\":null,\"remote_block_ids\":null,\"remote_host\":null,\"remote_port\":null}";
 const PARAMS: &str = "kv_transfer_params";
 
-/// What the prefill leg answered, as far as it matters.
-pub(super) struct Answer {
-    /// What the decode leg is to be told, as it came.
-    pub(super) params: Bytes,
-    /// Prompt tokens that needed no computing.
-    pub(super) cached: u64,
-}
+/// Its legs one after the other.
+pub(super) const DIALECT: Dialect = Dialect {
+    prefill,
+    answer,
+    decode,
+    release,
+};
 
 #[derive(Deserialize)]
 struct Params {
@@ -41,43 +44,34 @@ struct Details {
     cached_tokens: Option<u64>,
 }
 
-/// The body of the prefill leg.
-pub(super) fn prefill(head: &Head) -> Option<(Bytes, Bytes)> {
-    extend(&head.body, &[for_chat(head), ONE_TOKEN, REMOTE_DECODE])
+fn prefill(head: &Head) -> Option<(Bytes, Bytes)> {
+    head.extended(&[for_chat(head), ONE_TOKEN, REMOTE_DECODE])
 }
 
-/// The body of the decode leg.
-pub(super) fn decode(head: &Head, params: &Bytes) -> Option<(Bytes, Bytes)> {
-    let params = std::str::from_utf8(params).ok()?;
-    extend(&head.body, &["\"kv_transfer_params\":", params])
+fn decode(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
+    let params = std::str::from_utf8(&answer.params).ok()?;
+    head.extended(&["\"kv_transfer_params\":", params])
 }
 
-/// The body of a decode leg that nobody waits for: it takes the blocks, and ends.
-pub(super) fn release(head: &Head, params: &Bytes) -> Option<(Bytes, Bytes)> {
-    let params = std::str::from_utf8(params).ok()?;
+fn release(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
+    let params = std::str::from_utf8(&answer.params).ok()?;
     let edits = [
         for_chat(head),
         ONE_TOKEN,
         ",\"kv_transfer_params\":",
         params,
     ];
-    extend(&head.body, &edits)
+    head.extended(&edits)
 }
 
 fn for_chat(head: &Head) -> &'static str {
-    match head
-        .uri
-        .path()
-        .trim_end_matches('/')
-        .ends_with("/chat/completions")
-    {
+    match head.is_chat() {
         true => ONE_COMPLETION_TOKEN,
         false => "",
     }
 }
 
-/// Reads the prefill leg's answer; `None` if it has nothing for the decode leg.
-pub(super) fn answer(body: &Bytes) -> Option<Answer> {
+fn answer(body: &Bytes) -> Option<Answer> {
     let text = std::str::from_utf8(body).ok()?;
     let (mut raw, mut usage) = (None, None);
     members(text, |key, value| match key {
@@ -97,28 +91,9 @@ pub(super) fn answer(body: &Bytes) -> Option<Answer> {
     let cached = params.remote_prefill_cached_tokens.or_else(told);
     Some(Answer {
         params: body.slice_ref(raw.as_bytes()),
+        prompt: Bytes::new(),
         cached: cached.unwrap_or(0),
     })
-}
-
-/// An object with more members at its end. Its bytes are shared, but for the last piece if there are two.
-fn extend((first, more): &(Bytes, Bytes), members: &[&str]) -> Option<(Bytes, Bytes)> {
-    let last = if more.is_empty() { first } else { more };
-    let brace = memchr::memrchr(b'}', last)?;
-    if !last[brace + 1..].trim_ascii().is_empty() {
-        return None;
-    }
-    let mut tail = Vec::new();
-    if !more.is_empty() {
-        tail.extend_from_slice(&more[..brace]);
-    }
-    tail.push(b',');
-    members
-        .iter()
-        .for_each(|text| tail.extend_from_slice(text.as_bytes()));
-    tail.push(b'}');
-    let kept = if more.is_empty() { brace } else { first.len() };
-    Some((first.slice(..kept), tail.into()))
 }
 
 #[cfg(test)]
@@ -178,9 +153,9 @@ mod tests {
                 assert_eq!(first, expected);
                 let told = recorded(&format!("{prefix}2_prefill_response"));
                 let told = answer(&told.to_string().into()).unwrap();
-                let second = read(decode(&head, &told.params).unwrap());
+                let second = read(decode(&head, &told).unwrap());
                 assert_eq!(second, recorded(&format!("{prefix}3_decode_request")));
-                let last = read(release(&head, &told.params).unwrap());
+                let last = read(release(&head, &told).unwrap());
                 assert_eq!(
                     (&last["max_tokens"], &last[PARAMS]),
                     (&json!(1), &second[PARAMS])

@@ -1,7 +1,7 @@
 //! Whether the engine of the decode leg got the blocks, as far as its stream tells.
 //!
-//! vLLM says status 200 before it pulls them. If it cannot, a stream is an opening chunk and `[DONE]`, as if the model had
-//! had nothing to say. So events are kept back until one has something of a token. By then all is well, and the rest
+//! Engines say status 200 before they have them. If vLLM cannot get them, a stream is an opening chunk and `[DONE]`, as if the
+//! model had had nothing to say; SGLang says an error. So events are kept back until one has something of a token. By then all is well, and the rest
 //! goes by unseen.
 
 use crate::{
@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-/// Events are kept back for so long; then they go on, whatever they say.
+/// Events of vLLM are kept back for so long; then they go on, whatever they say.
 pub(super) const PULL_SECONDS_MAX: u64 = 10;
 
 /// What an event says of the stream.
@@ -33,9 +33,10 @@ enum Sign {
     Over,
 }
 
-/// The response, once its stream has begun; or why it will not.
+/// The response, once its stream has begun or `limit` is over; or why it will not begin.
 pub(super) async fn begun(
     response: Response<ResponseBody>,
+    limit: Duration,
 ) -> Result<Response<ResponseBody>, &'static str> {
     let headers = response.headers();
     if !sse::is_event_stream(headers) || headers.contains_key(header::CONTENT_ENCODING) {
@@ -43,7 +44,6 @@ pub(super) async fn begun(
     }
     let (parts, mut inner) = response.into_parts();
     let mut seen = BytesMut::new();
-    let limit = Duration::from_secs(PULL_SECONDS_MAX);
     if let Ok(found) = tokio::time::timeout(limit, look(&mut inner, &mut seen)).await {
         found?;
     }
@@ -161,7 +161,7 @@ mod tests {
             .collect();
         let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
         let response = Response::builder().header("content-type", "text/event-stream");
-        let response = begun(response.body(body).unwrap()).await?;
+        let response = begun(response.body(body).unwrap(), Duration::from_secs(1)).await?;
         let all = response.into_body().collect().await.unwrap().to_bytes();
         Ok(String::from_utf8(all.to_vec()).unwrap())
     }

@@ -79,6 +79,7 @@ impl Rule<'_> {
         let forbidden = self.forbidden(request, context);
         let (split, reason) = match (forbidden, self.config.mode) {
             (Some(reason), _) => (false, reason),
+            (None, _) if !may_be_whole(self.view, context) => (true, "no_whole"),
             (None, Mode::Never) => (false, "never"),
             (None, Mode::Always) => (true, "always"),
             (None, Mode::Threshold) => self.weigh(&mut record),
@@ -103,7 +104,7 @@ impl Rule<'_> {
     /// Prompt tokens that are cached where the request would be served whole.
     fn cached(&self, context: &Context, prompt_tokens: u64) -> u64 {
         let mut ranked = context.ranked.iter();
-        let best = ranked.find(|ranked| Part::Whole.suits(ranked.endpoint.role()));
+        let best = ranked.find(|ranked| Part::Whole.suits(&ranked.endpoint));
         let hits = best.and_then(|best| best.hit_tokens).unwrap_or(0);
         hits.min(prompt_tokens)
     }
@@ -124,11 +125,13 @@ impl Rule<'_> {
         if !there(Part::Decode) {
             return Some("no_decode");
         }
-        let of_other_kind = |endpoint: &Arc<Endpoint>| {
-            (is_there(endpoint, Part::Prefill, model) || is_there(endpoint, Part::Decode, model))
-                && endpoint.live.load().state.kind != EngineKind::Vllm
+        let is_half = |endpoint: &&Arc<Endpoint>| {
+            is_there(endpoint, Part::Prefill, model) || is_there(endpoint, Part::Decode, model)
         };
-        if self.view.endpoints.iter().any(of_other_kind) {
+        let halves = self.view.endpoints.iter().filter(is_half);
+        let mut kinds = halves.map(|endpoint| endpoint.live.load().state.kind);
+        let first = kinds.next();
+        if first == Some(EngineKind::Unknown) || kinds.any(|kind| Some(kind) != first) {
             return Some("engine_kind");
         }
         if !context.route.mirrors.is_empty() {
@@ -142,7 +145,21 @@ impl Rule<'_> {
 }
 
 fn is_there(endpoint: &Endpoint, part: Part, model: Option<&str>) -> bool {
-    part.suits(endpoint.role()) && endpoint.fits(model)
+    part.suits(endpoint) && endpoint.fits(model)
+}
+
+/// Whether anybody can serve the request whole; halves of SGLang cannot.
+pub(super) fn may_be_whole(view: &ClusterView, context: &Context) -> bool {
+    let openai = context.openai.as_deref();
+    let model = openai.and_then(|openai| openai.model.as_deref());
+    let mut there = view
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.fits(model));
+    there.any(|endpoint| {
+        let kind = endpoint.live.load().state.kind;
+        kind != EngineKind::Sglang || Part::Whole.suits(endpoint)
+    })
 }
 
 /// What a request asks for that two engines cannot give, or that was not recorded of two.

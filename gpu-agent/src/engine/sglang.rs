@@ -3,7 +3,7 @@
 use crate::detect::{Answers, version};
 use crate::load::Figures;
 use crate::zmq_events::EventSource;
-use outrigger_xds::report::{EngineKind, EngineState};
+use outrigger_xds::report::{EngineKind, EngineState, Role};
 use serde::Deserialize;
 
 #[derive(Debug, Default, Deserialize)]
@@ -14,6 +14,35 @@ struct ServerInfo {
     page_size: Option<u32>,
     #[serde(default)]
     kv_events: Option<KvEvents>,
+    #[serde(default)]
+    disaggregation_mode: Option<String>,
+    #[serde(default)]
+    disaggregation_bootstrap_port: Option<u16>,
+    /// What it listens on.
+    #[serde(default)]
+    host: Option<String>,
+}
+
+impl ServerInfo {
+    /// What it was started for.
+    fn role(&self) -> Role {
+        match self.disaggregation_mode.as_deref() {
+            Some("prefill") => Role::Prefill,
+            Some("decode") => Role::Decode,
+            _ => Role::Both,
+        }
+    }
+
+    /// Where it meets engines that decode; `host` is where we reach it.
+    fn bootstrap(&self, host: &str) -> Option<String> {
+        let port = self.disaggregation_bootstrap_port?;
+        let concrete = |host: &&str| !matches!(*host, "" | "0.0.0.0" | "::");
+        let own = self.host.as_deref().filter(concrete);
+        Some(match own {
+            Some(own) if own.contains(':') => format!("[{own}]:{port}"),
+            own => format!("{}:{port}", own.unwrap_or(host)),
+        })
+    }
 }
 
 /// `kv_events` of `/server_info`; null when events are off.
@@ -84,6 +113,14 @@ pub(crate) fn complete(
         .unwrap_or_default();
     state.version = version(answers.server_info.as_ref());
     state.dp_size = state.dp_size.max(info.dp_size.unwrap_or(1));
+    let role = info.role();
+    // What it was started for counts, unless it was said what it is used for.
+    if state.role == Role::Both {
+        state.role = role;
+    }
+    if role == Role::Prefill {
+        state.bootstrap = info.bootstrap(host).unwrap_or_default();
+    }
     let events_block = info.kv_events.as_ref().and_then(|events| events.block_size);
     state.block_tokens = events_block.or(info.page_size).unwrap_or(0);
     if state.block_tokens > 0 {
@@ -126,6 +163,40 @@ fn event_sources(events: &KvEvents, host: &str) -> Vec<EventSource> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn halves_say_what_they_are_and_where_they_meet() {
+        let state = |info: &str, role| {
+            let mut answers = Answers::default();
+            answers.server_info = Some(info.to_owned().into());
+            let mut state = EngineState {
+                role,
+                ..EngineState::default()
+            };
+            complete(&answers, &Figures::default(), "h", &mut state);
+            (state.role, state.bootstrap)
+        };
+        let told = |mode: &str, host: &str| {
+            format!(
+                r#"{{"disaggregation_mode":"{mode}","disaggregation_bootstrap_port":8998,"host":"{host}"}}"#
+            )
+        };
+        for (mode, host, role, bootstrap) in [
+            ("null", "10.0.0.1", Role::Both, ""),
+            ("decode", "10.0.0.1", Role::Decode, ""),
+            ("prefill", "10.0.0.1", Role::Prefill, "10.0.0.1:8998"),
+            ("prefill", "0.0.0.0", Role::Prefill, "h:8998"),
+            ("prefill", "fd00::1", Role::Prefill, "[fd00::1]:8998"),
+        ] {
+            let expected = (role, bootstrap.to_owned());
+            assert_eq!(
+                state(&told(mode, host), Role::Both),
+                expected,
+                "{mode} {host}"
+            );
+        }
+        assert_eq!(state(&told("prefill", "h"), Role::Decode).0, Role::Decode);
+    }
 
     #[test]
     fn ports_grow_by_one_a_rank() {

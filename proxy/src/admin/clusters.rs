@@ -171,6 +171,7 @@ fn own_lines(endpoint: &Endpoint, put: &mut dyn FnMut(&str, &dyn Display)) {
     put("engine_kind", &state.kind.as_str());
     put("engine_version", &clean(&state.version));
     put("role", &state.role.as_str());
+    put("bootstrap", &clean(&state.bootstrap));
     for model in &state.models {
         put("model", &clean(&model.id));
     }
@@ -263,6 +264,7 @@ fn own(endpoint: &Endpoint) -> Value {
         "engine_kind": state.kind.as_str(),
         "engine_version": state.version,
         "role": state.role.as_str(),
+        "bootstrap": state.bootstrap,
         "models": state.models.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(),
         "health": state.health.as_str(),
         "health_reason": state.reason,

@@ -458,6 +458,7 @@ mod tests {
             kv_blocks: 1 << 40,
             dp_size: 2,
             kv_events: true,
+            bootstrap: "10.0.0.1:8998".into(),
             golden: Some(GoldenAnswer {
                 cohort: "vllm 0.32 m".into(),
                 tokens: vec![" 10".into(), ",".into()],

@@ -45,6 +45,7 @@ impl From<&EngineState> for wire::EngineState {
             kv_blocks: plain.kv_blocks,
             dp_size: plain.dp_size,
             kv_events: plain.kv_events,
+            bootstrap: plain.bootstrap.clone(),
             golden: plain.golden.as_ref().map(Into::into),
         }
     }
@@ -87,6 +88,7 @@ impl TryFrom<wire::EngineState> for EngineState {
             kv_blocks: wire.kv_blocks,
             dp_size: wire.dp_size,
             kv_events: wire.kv_events,
+            bootstrap: wire.bootstrap,
             golden: wire.golden.map(TryInto::try_into).transpose()?,
         })
     }

@@ -118,6 +118,9 @@ pub struct EngineState {
     /// Its KV events reach the teller.
     #[prost(bool, tag = "10")]
     pub kv_events: bool,
+    /// Where it meets engines that decode what it computed, host:port as seen from beside it; empty if nowhere.
+    #[prost(string, tag = "12")]
+    pub bootstrap: ::prost::alloc::string::String,
     /// What it says to the fixed prompt, if it was asked.
     #[prost(message, optional, tag = "11")]
     pub golden: ::core::option::Option<GoldenAnswer>,
