@@ -215,6 +215,7 @@ impl ProxyBuilder {
             block_tokens: options.block_tokens,
             drain_time: options.drain_time(),
             stream_gather: Duration::from_micros(options.stream_gather_us),
+            config_cache: None,
             command_line: Value::Null,
             log: None,
         };

@@ -1,10 +1,12 @@
-"""Compares our descriptor set and our table of fields left out (arguments) with Envoy's descriptors.
+"""Compares our descriptor set and our tables of fields left out (arguments) with Envoy's descriptors.
 
-The last line printed is a JSON object.
+The first table holds the numbers of the fields left out; with OUTRIGGER_NUMBERS=write it is written anew. The last line printed
+is a JSON object.
 """
 
 import importlib
 import json
+import os
 import re
 import sys
 
@@ -40,10 +42,13 @@ def left_out(table):
     return fields
 
 
-def compare_message(ours, theirs, known, found, counts):
+def compare_message(ours, theirs, known, numbers, found, counts):
     counts["messages"] += 1
     listed = known.get(ours.full_name, [])
     missing = {field.name for field in theirs.fields} - {field.name for field in ours.fields}
+    if missing:
+        fields = sorted((field.number, field.name) for field in theirs.fields if field.name in missing)
+        numbers[ours.full_name] = " ".join(f"{number}={name}" for number, name in fields)
     counts["left_out"] += len(missing)
     if sorted(listed) != sorted(missing):
         wrong = sorted(missing ^ set(listed)) or "listed twice"
@@ -61,7 +66,7 @@ def compare_message(ours, theirs, known, found, counts):
             if other is None:
                 found.append(f"{nested.full_name}: Envoy has no such message")
             else:
-                compare_message(nested, other, known, found, counts)
+                compare_message(nested, other, known, numbers, found, counts)
     for nested in ours.enum_types:
         compare_enum(nested, theirs.enum_types_by_name.get(nested.name), found, counts)
 
@@ -73,6 +78,17 @@ def compare_enum(ours, theirs, found, counts):
         found.append(f"{ours.full_name}: {values(ours)} is {values(theirs)} in Envoy")
 
 
+def compare_numbers(path, numbers, found):
+    """Fields left out by their numbers, which is how a control plane names them."""
+    table = "".join(f"{message} {fields}\n" for message, fields in sorted(numbers.items()))
+    if os.environ.get("OUTRIGGER_NUMBERS") == "write":
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(table)
+    with open(path, encoding="utf-8") as file:
+        if file.read() != table:
+            found.append(f"{path} is stale; OUTRIGGER_NUMBERS=write makes it anew")
+
+
 def main():
     files = descriptor_pb2.FileDescriptorSet()
     with open(sys.argv[1], "rb") as descriptors:
@@ -81,9 +97,10 @@ def main():
     for file in files.file:
         pool.Add(file)
     known = {}
-    for path in sys.argv[2:]:
+    for path in sys.argv[3:]:
         with open(path, encoding="utf-8") as table:
             known.update(left_out(table.read()))
+    numbers = {}
     found, counts = [], {"files": 0, "messages": 0, "fields": 0, "left_out": 0, "enums": 0}
     for file in files.file:
         if file.name.startswith(OURS_ALONE):
@@ -99,9 +116,10 @@ def main():
             if other is None:
                 found.append(f"{message.full_name}: Envoy has no such message in this file")
             else:
-                compare_message(message, other, known, found, counts)
+                compare_message(message, other, known, numbers, found, counts)
         for name, enum in ours.enum_types_by_name.items():
             compare_enum(enum, theirs.enum_types_by_name.get(name), found, counts)
+    compare_numbers(sys.argv[2], numbers, found)
     for problem in found:
         print(problem)
     good = not found and counts["fields"] > 0

@@ -83,6 +83,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         node: Node {
             id: node,
             cluster: "outrigger".into(),
+            ..Node::default()
         },
         admin: Some(Admin {
             address: admin,

@@ -1,18 +1,21 @@
 //! Configuration that comes while we run: takes resources in one by one, waits for what belongs together, and says what
 //! is to be in effect.
 //!
-//! Where resources come from is a matter of [`files`] (so far); what is known of them, of [`model`]. Nothing here binds
+//! Where resources come from is a matter of [`files`] and [`ads`]; what is known of them, of [`model`]. Nothing here binds
 //! a socket or touches a request: a [`Plan`] is carried out by whoever runs the proxy.
 
+mod ads;
 mod build;
 mod dump;
 mod files;
+pub mod kept;
 mod model;
 mod stats;
 #[cfg(test)]
 mod tests;
 
 use crate::{access_log::Sinks, listener::Planned, tls::contexts::Contexts, trace::Exporters};
+pub use ads::{News, Turn};
 use build::Builder;
 use files::Files;
 use model::{Kind, Model, Subscription};
@@ -29,6 +32,7 @@ use outrigger_xds::{
         config_source::Origin,
         secret::{Secret, SecretConfig},
     },
+    subscription::Subscriptions,
 };
 use stats::Event;
 use std::{
@@ -62,6 +66,8 @@ pub struct Discovery {
     builder: Builder,
     model: Model,
     files: Files,
+    /// What the control plane is asked for; none where there is none.
+    ads: Option<Subscriptions>,
     contexts: Contexts,
     clusters: BTreeMap<String, Cluster>,
     /// Removed, until no request is left that was routed before.
@@ -113,6 +119,7 @@ impl Discovery {
             },
             model: Model::default(),
             files: Files::default(),
+            ads: None,
             contexts: Contexts::default(),
             clusters: BTreeMap::new(),
             lingering: Vec::new(),
@@ -140,6 +147,9 @@ impl Discovery {
             self.model.bootstrap = before;
             return Err(errors);
         }
+        if self.model.bootstrap.ads != before.ads {
+            self.change_control_plane();
+        }
         self.since = SystemTime::now();
         (self.stale, self.renewable) = (true, true);
         Ok(())
@@ -151,23 +161,30 @@ impl Discovery {
         for _ in 0..ROUNDS_MAX {
             if std::mem::take(&mut self.stale) {
                 self.model.subscribe(now);
+                self.ask_control_plane();
             }
             let of_contexts = self.contexts.files();
             let mut paths = of_contexts.clone();
-            paths.extend(self.model.waits.keys().map(|asked| {
-                let Origin::Path(path) = &asked.origin;
-                path.clone()
-            }));
+            paths.extend(
+                self.model
+                    .waits
+                    .keys()
+                    .filter_map(|asked| match &asked.origin {
+                        Origin::Path(path) => Some(path.clone()),
+                        Origin::Ads => None,
+                    }),
+            );
             let news = self.files.look(&paths);
             if news.is_empty() {
                 break;
             }
             any = true;
             self.renewable |= news.iter().any(|path| of_contexts.contains(path));
-            for (kind, origin) in self.asked_of(&news) {
-                self.read(kind, &origin);
+            for (kind, path) in self.asked_of(&news) {
+                self.read(kind, path);
             }
         }
+        any |= self.lapse(now);
         let late = self.model.expire(now);
         for asked in &late {
             tracing::warn!(kind = ?asked.kind, name = asked.name, origin = %asked.origin, "has not come in time, going on without it");
@@ -181,27 +198,29 @@ impl Discovery {
     }
 
     /// What is asked for in these files, clusters first.
-    fn asked_of(&self, paths: &[String]) -> BTreeSet<(Kind, Origin)> {
-        let is_news = |origin: &Origin| {
-            let Origin::Path(path) = origin;
-            paths.contains(path)
-        };
+    fn asked_of(&self, paths: &[String]) -> BTreeSet<(Kind, String)> {
         let asked = self.model.waits.keys();
         asked
-            .filter(|asked| is_news(&asked.origin))
-            .map(|asked| (asked.kind, asked.origin.clone()))
+            .filter_map(|asked| match &asked.origin {
+                Origin::Path(path) if paths.contains(path) => Some((asked.kind, path.clone())),
+                _ => None,
+            })
             .collect()
     }
 
-    fn read(&mut self, kind: Kind, origin: &Origin) {
-        let Origin::Path(path) = origin;
-        self.count_all(kind, origin, Event::Attempt);
-        match response(path) {
-            Ok(response) => self.take(kind, origin, response),
+    fn read(&mut self, kind: Kind, path: String) {
+        let response = response(&path);
+        let origin = Origin::Path(path);
+        self.count_all(kind, &origin, Event::Attempt);
+        match response {
+            Ok(response) => {
+                let outcome = self.take(kind, &origin, response);
+                self.tell(kind, &origin, &outcome, None);
+            }
             Err(error) => {
-                tracing::warn!(?kind, path, error, "cannot be read, what was good stays");
-                self.problems.push(format!("{path}: {error}"));
-                self.count_all(kind, origin, Event::Failure);
+                tracing::warn!(?kind, %origin, error, "cannot be read, what was good stays");
+                self.problems.push(format!("{origin}: {error}"));
+                self.count_all(kind, &origin, Event::Failure);
             }
         }
     }
@@ -222,12 +241,17 @@ impl Discovery {
 
     /// Takes the resources of one type from one source, whatever brought them: the good ones take effect with the next
     /// plan, a bad one keeps its last good version.
-    fn take(&mut self, kind: Kind, origin: &Origin, response: Response) {
+    fn take(&mut self, kind: Kind, origin: &Origin, response: Response) -> Outcome {
+        // A control plane says what is gone.
+        let all = match origin {
+            Origin::Path(_) => Scope::Whole,
+            Origin::Ads => Scope::Named,
+        };
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {
             Kind::Clusters => {
                 let mut set = std::mem::take(&mut model.clusters);
-                let update = update(response, Scope::Whole);
+                let update = update(response, all);
                 let mut check = builder.cluster_check(model, contexts, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
@@ -237,7 +261,7 @@ impl Discovery {
             Kind::Listeners => {
                 let mut set = std::mem::take(&mut model.listeners);
                 let mut check = builder.listener_check(model, contexts);
-                let outcome = set.take(update(response, Scope::Whole), &mut check);
+                let outcome = set.take(update(response, all), &mut check);
                 drop(check);
                 model.listeners = set;
                 outcome
@@ -268,10 +292,17 @@ impl Discovery {
         };
         self.stale = true;
         self.renewable |= kind == Kind::Secrets;
-        self.tell(kind, origin, &outcome);
+        outcome
     }
 
-    fn tell(&mut self, kind: Kind, origin: &Origin, outcome: &Outcome) {
+    /// Says what came of an update, which says nothing of others than `about` if it is given.
+    fn tell(
+        &mut self,
+        kind: Kind,
+        origin: &Origin,
+        outcome: &Outcome,
+        about: Option<&BTreeSet<String>>,
+    ) {
         for (name, details) in &outcome.rejected {
             tracing::warn!(?kind, %origin, name, details, "rejected, what was good stays");
             self.problems.push(format!("{origin}: '{name}': {details}"));
@@ -280,7 +311,11 @@ impl Discovery {
             let (changed, removed) = (outcome.changed.len(), outcome.removed.len());
             tracing::info!(?kind, %origin, changed, removed, "configuration taken");
         }
-        for asked in self.subscriptions(kind, origin) {
+        let concerns =
+            |name: &String| name.is_empty() || about.is_none_or(|about| about.contains(name));
+        let mut asked = self.subscriptions(kind, origin);
+        asked.retain(|asked| concerns(&asked.name));
+        for asked in asked {
             let rejected = outcome
                 .rejected
                 .iter()
@@ -344,13 +379,21 @@ impl Discovery {
     /// What is to be in effect now. What still waits stays as it was.
     pub fn plan(&mut self, now: Instant) -> Plan {
         self.plan_clusters(now);
+        if !self.model.has_clusters && self.model.has_heard(Kind::Clusters) {
+            self.model.has_clusters = self.warming_clusters.is_empty();
+            self.stale |= self.model.has_clusters;
+        }
         self.plan_listeners();
         if std::mem::take(&mut self.renewable) {
             let model = &self.model;
             self.contexts
                 .renew(&|config: &SecretConfig| model.secret(config));
         }
-        self.initialized |= self.warming_clusters.is_empty() && self.warming_listeners.is_empty();
+        self.initialized |= self.warming_clusters.is_empty()
+            && self.warming_listeners.is_empty()
+            && [Kind::Clusters, Kind::Listeners]
+                .into_iter()
+                .all(|kind| self.model.has_heard(kind));
         let lingering = self.lingering.iter().flat_map(|removed| &removed.clusters);
         let lingering = lingering.filter(|cluster| !self.clusters.contains_key(&cluster.name));
         let mut clusters: Vec<Cluster> = self.clusters.values().cloned().collect();
@@ -497,6 +540,7 @@ fn update<R: Resource>(response: Response, scope: Scope) -> Update<R> {
     Update {
         version: response.version.clone(),
         at: SystemTime::now(),
+        removed: response.removed.clone(),
         resources: response.read(),
         scope,
     }

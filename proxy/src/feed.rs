@@ -28,7 +28,7 @@ use outrigger_xds::{
         FeedTimeouts,
     },
     report::{EngineId, KvSnapshot},
-    resource::endpoint::Address,
+    resource::{cluster::ConnectionOptions, endpoint::Address},
 };
 use std::{
     collections::VecDeque,
@@ -235,7 +235,10 @@ async fn hear(
     let uri = format!("http://{address}")
         .parse::<http::Uri>()
         .map_err(|error| error.to_string())?;
-    let dialer = tls.map(|tls| dialer(address.clone(), tls.clone()));
+    let dialer = tls.map(|tls| {
+        let options = ConnectionOptions::default();
+        dialer(address.clone(), Some(tls.clone()), options)
+    });
     let mut messages = feed::connect_by(uri, FeedTimeouts::default(), dialer)
         .await
         .map_err(|error| error.to_string())?;

@@ -90,6 +90,9 @@ pub struct Options {
     /// This proxy's name in the fleet; default is HOSTNAME:INBOUND-PORT. Must be unique and should stay over restarts
     #[arg(long = "node-id", visible_alias = "service-node", value_name = "ID")]
     pub node_id: Option<String>,
+    /// Directory where the control plane's last configuration is kept, to start with while no server answers
+    #[arg(long, value_name = "DIR")]
+    pub config_cache: Option<PathBuf>,
     /// An agent's gRPC feed to take KV events from, instead of the embedded adapters
     #[arg(long, value_name = "URL", conflicts_with = "nats")]
     pub agent: Option<String>,

@@ -177,6 +177,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
             block_tokens: options.block_tokens,
             drain_time: options.drain_time(),
             stream_gather: Duration::from_micros(options.stream_gather_us),
+            config_cache: options.config_cache.clone(),
             command_line,
             log: Some(log),
         },

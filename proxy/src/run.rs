@@ -3,11 +3,14 @@
 //! N worker threads with a single-threaded runtime each carry traffic; one more runtime carries admin, feeds and
 //! adapters. Everything that can fail to start fails before the first connection is accepted.
 
+mod control_plane;
+mod watching;
+
 use crate::{
     access_log::Sinks,
     admin::{self, logging::LogHandle},
     cluster::{Clusters, Contexts},
-    discovery::Discovery,
+    discovery::{Discovery, kept},
     drain::Drain,
     engines::{self, Watcher},
     feed::{self, LocalFeed, Peers},
@@ -35,6 +38,7 @@ use outrigger_xds::resource::{
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -44,15 +48,13 @@ use std::{
 };
 use tokio::{
     runtime,
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
 };
 
 /// Threads for work that would hold a worker up: tokenising, parsing of large bodies.
 const COMPUTE_THREADS_MAX: usize = 4;
 /// How often gauges are brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-/// How often watched files are looked at.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long the end waits for the admin's last answers.
 const ADMIN_FAREWELL: Duration = Duration::from_secs(1);
 /// How long the end waits for a collector to take the last spans.
@@ -72,6 +74,8 @@ pub struct Settings {
     pub drain_time: Duration,
     /// How long events of streams gather on a busy worker before it looks for more; zero is not at all.
     pub stream_gather: Duration,
+    /// Directory where the control plane's last configuration is kept; none keeps nothing.
+    pub config_cache: Option<PathBuf>,
     /// Shown by the admin.
     pub command_line: serde_json::Value,
     /// For `/logging`; none where somebody else owns the process's log.
@@ -100,6 +104,10 @@ struct Shared {
     peers: Mutex<Peers>,
     listeners: Listeners,
     discovery: Mutex<Discovery>,
+    /// There may be something to say to the control plane.
+    ask: Notify,
+    /// Where what it brought is kept, and whether that is to be done anew.
+    cache: (Option<PathBuf>, AtomicBool),
     /// What the clusters were last configured with.
     carried: ArcSwapOption<(Vec<Cluster>, Contexts)>,
     /// Whether the first configuration was complete once.
@@ -131,12 +139,13 @@ impl Proxy {
             block_tokens,
             drain_time,
             stream_gather,
+            config_cache,
             command_line,
             log,
         } = settings;
         let workers = 0..concurrency.max(1);
         let (senders, receivers) = workers.map(|_| mpsc::unbounded_channel()).unzip();
-        let watched = (watcher, block_tokens);
+        let watched = (watcher, block_tokens, config_cache);
         let drains = (&drain, drain_time);
         let shared = match assemble(bootstrap, watched, senders, drains, main.handle()) {
             Ok(shared) => shared,
@@ -272,7 +281,7 @@ pub(crate) fn main_runtime() -> std::io::Result<runtime::Runtime> {
 
 fn assemble(
     bootstrap: Bootstrap,
-    (watcher, block_tokens): (Watcher, usize),
+    (watcher, block_tokens, cache): (Watcher, usize, Option<PathBuf>),
     workers: Vec<mpsc::UnboundedSender<Share>>,
     (drain, drain_time): (&Drain, Duration),
     runtime: &runtime::Handle,
@@ -299,6 +308,12 @@ fn assemble(
     let exporters = Arc::new(Exporters::default());
     let mut discovery = Discovery::new(services.clone(), sinks.clone(), exporters.clone());
     discovery.write(bootstrap)?;
+    if let Some(kept) = cache
+        .as_deref()
+        .and_then(|cache| kept::load(cache, &node.id))
+    {
+        discovery.restore(kept);
+    }
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
         owner: owner(&node.id, drain)?,
@@ -314,6 +329,8 @@ fn assemble(
         peers: Mutex::new(Peers::new(fleet.clone())),
         listeners: Listeners::new(common, workers),
         discovery: Mutex::new(discovery),
+        ask: Notify::new(),
+        cache: (cache, AtomicBool::new(false)),
         carried: ArcSwapOption::empty(),
         initialized: AtomicBool::new(false),
         sinks,
@@ -328,7 +345,7 @@ fn assemble(
     let changed = (fleet.watch(), shared.clusters.watch_names());
     shared.begin()?;
     runtime.spawn(feed::follow_local(fleet, local));
-    runtime.spawn(refresh_views(changed, shared.clone()));
+    runtime.spawn(watching::refresh_views(changed, shared.clone()));
     Ok(shared)
 }
 
@@ -396,6 +413,7 @@ impl Shared {
         let errors = self.settle(&mut discovery, now);
         self.bootstrap.store(discovery.written());
         metrics::counter!("outrigger_config_updates_total").increment(1);
+        self.ask.notify_one();
         none(&discovery, errors)
     }
 
@@ -406,6 +424,9 @@ impl Shared {
         if discovery.look(now) {
             self.settle(&mut discovery, now);
             metrics::counter!("outrigger_config_updates_total").increment(1);
+        }
+        if discovery.has_request() {
+            self.ask.notify_one();
         }
     }
 
@@ -466,22 +487,6 @@ fn none(discovery: &Discovery, errors: Vec<(String, String)>) -> Result<(), Vec<
     }
 }
 
-async fn refresh_views(
-    (mut members, mut names): (watch::Receiver<u64>, watch::Receiver<u64>),
-    shared: Arc<Shared>,
-) {
-    loop {
-        let changed = tokio::select! {
-            changed = members.changed() => changed,
-            changed = names.changed() => changed,
-        };
-        if changed.is_err() {
-            return;
-        }
-        shared.clusters.refresh();
-    }
-}
-
 fn start_tasks(shared: &Arc<Shared>) {
     let (shared, for_files) = (shared.clone(), shared.clone());
     let runtime = shared.runtime.clone();
@@ -493,23 +498,9 @@ fn start_tasks(shared: &Arc<Shared>) {
             shared.clusters.count_members();
         }
     });
-    runtime.spawn(watch_files(for_files));
-}
-
-/// Looks at watched files, off the main thread: a file system may hang.
-async fn watch_files(shared: Arc<Shared>) {
-    let mut tick = tokio::time::interval(WATCH_INTERVAL);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tick.tick().await;
-        if shared.discovery().is_idle() {
-            continue;
-        }
-        let looking = shared.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || looking.look()).await {
-            tracing::error!(%error, "watching files failed");
-        }
-    }
+    runtime.spawn(control_plane::follow(for_files.clone()));
+    runtime.spawn(control_plane::keep(for_files.clone()));
+    runtime.spawn(watching::watch_files(for_files));
 }
 
 fn start_admin(

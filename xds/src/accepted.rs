@@ -13,6 +13,8 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 pub struct Candidate<R> {
     /// Its name, as far as it has one.
     pub name: String,
+    /// Its own version; empty is that of the update.
+    pub version: String,
     /// As written.
     pub configuration: Value,
     /// What it means, or what is wrong with it.
@@ -28,6 +30,8 @@ pub struct Update<R> {
     pub at: SystemTime,
     /// The resources.
     pub resources: Vec<Candidate<R>>,
+    /// Names of those that are gone.
+    pub removed: Vec<String>,
     /// What their absence means.
     pub scope: Scope,
 }
@@ -118,27 +122,31 @@ impl<R: PartialEq> Accepted<R> {
         for candidate in &update.resources {
             *copies.entry(candidate.name.clone()).or_default() += 1;
         }
-        if update.scope == Scope::Whole {
-            let gone = self
-                .states
-                .keys()
-                .filter(|name| !copies.contains_key(*name));
-            outcome.removed = gone.cloned().collect();
-            for name in &outcome.removed {
-                self.states.remove(name);
-            }
+        let is_absent = |name: &String| update.scope == Scope::Whole && !copies.contains_key(name);
+        let gone = self
+            .states
+            .keys()
+            .filter(|name| is_absent(name) || update.removed.contains(name));
+        outcome.removed = gone.cloned().collect();
+        for name in &outcome.removed {
+            self.states.remove(name);
         }
         for candidate in update.resources {
             let read = candidate.read.map_err(|errors| errors.to_string());
             let once = match copies[&candidate.name] {
                 1 => Ok(()),
+                _ if candidate.name.is_empty() => Ok(()),
                 count => Err(format!("written {count} times")),
             };
             let judged = once.and(read).and_then(|resource| {
                 check(&resource)?;
                 Ok(resource)
             });
-            let (name, version) = (candidate.name, &update.version);
+            let name = candidate.name;
+            let version = match &candidate.version {
+                own if own.is_empty() => &update.version,
+                own => own,
+            };
             match judged {
                 Ok(resource) => {
                     if self.accept(&name, resource, (version, update.at)) {
@@ -236,6 +244,7 @@ mod tests {
     fn update(version: &str, scope: Scope, resources: &[(&str, Result<u32, &str>)]) -> Update<u32> {
         let resources = resources.iter().map(|(name, read)| Candidate {
             name: (*name).into(),
+            version: String::new(),
             configuration: json!(name),
             read: read.map_err(|error| ConfigErrors::one("field", error)),
         });
@@ -243,6 +252,7 @@ mod tests {
             version: version.into(),
             at: SystemTime::UNIX_EPOCH,
             resources: resources.collect(),
+            removed: Vec::new(),
             scope,
         }
     }

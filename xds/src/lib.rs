@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 
 pub mod accepted;
+pub mod ads;
 pub mod block_hash;
 pub mod feed;
 pub mod load;
@@ -17,5 +18,6 @@ pub mod problems;
 mod protobuf;
 pub mod report;
 pub mod resource;
+pub mod subscription;
 #[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod wire;

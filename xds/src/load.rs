@@ -4,9 +4,11 @@
 //! refused by name, or, where it cannot change what happens to a request, ignored, logged and counted.
 //! It does not read files, and does not know which filters exist.
 
+pub mod binary;
 pub mod discovery;
 mod dump;
 mod extensions;
+pub mod kept;
 mod known;
 mod known_cluster;
 mod known_discovery;

@@ -137,3 +137,15 @@ impl ConfigErrors {
         self.0.retain(|problem| keep(&problem.place));
     }
 }
+
+/// An error with its causes: the first alone is often just "transport error".
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}

@@ -77,7 +77,7 @@ pub(crate) fn to_json<M: Message + Name>(message: &M) -> Value {
     }
 }
 
-fn dynamic_to_json(message: &DynamicMessage) -> Value {
+pub(crate) fn dynamic_to_json(message: &DynamicMessage) -> Value {
     let options = SerializeOptions::new().use_proto_field_name(true);
     match message.serialize_with_options(serde_json::value::Serializer, &options) {
         Ok(mut json) => {

@@ -4,6 +4,7 @@
 //! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
 
 mod access_log;
+pub mod ads;
 pub mod bootstrap;
 pub mod canary;
 pub mod cidr;

@@ -108,19 +108,19 @@ pub(super) fn table(name: &str, action: Value) -> Value {
     json!({ "name": name, "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": [route] }] })
 }
 
-fn routes_to(name: &str, cluster: &str) -> Value {
+pub(super) fn routes_to(name: &str, cluster: &str) -> Value {
     let table = table(name, json!({ "route": { "cluster": cluster } }));
     typed("envoy.config.route.v3.RouteConfiguration", table)
 }
 
-fn eds_cluster(name: &str, source: &Value) -> Value {
+pub(super) fn eds_cluster(name: &str, source: &Value) -> Value {
     typed(
         "envoy.config.cluster.v3.Cluster",
         json!({ "name": name, "type": "EDS", "eds_cluster_config": { "eds_config": source } }),
     )
 }
 
-fn endpoints(cluster: &str, servers: &[SocketAddr]) -> Value {
+pub(super) fn endpoints(cluster: &str, servers: &[SocketAddr]) -> Value {
     let all = servers
         .iter()
         .map(|server| json!({ "endpoint": { "address": address(*server) } }));
@@ -156,7 +156,7 @@ pub(super) async fn served_by(at: SocketAddr, name: &str) {
     .await;
 }
 
-async fn dump(admin: SocketAddr, section: &str) -> Value {
+pub(super) async fn dump(admin: SocketAddr, section: &str) -> Value {
     let all = Client::get(admin, "/config_dump?include_eds").await.json();
     let sections = all["configs"].as_array().unwrap().clone();
     let kind = format!("type.googleapis.com/envoy.admin.v3.{section}");

@@ -5,6 +5,10 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod ads;
+mod ads_cache;
+mod ads_failures;
+mod ads_server;
 mod balancing;
 mod breakers;
 mod canary;

@@ -52,17 +52,19 @@ pub(super) fn shells<'a>(clusters: impl Iterator<Item = &'a Cluster>) -> HashMap
         .collect()
 }
 
-/// Envoy's rule: a file that is named must be there.
-fn exists(source: Option<&ConfigSource>) -> Result<(), String> {
-    let Some(Origin::Path(path)) = source.map(|source| &source.origin) else {
-        return Ok(());
-    };
-    if Path::new(path).exists() {
-        Ok(())
-    } else {
-        Err(format!(
+/// Envoy's rules: a file that is named must be there, and a control plane must be configured.
+fn exists(model: &Model, source: Option<&ConfigSource>) -> Result<(), String> {
+    match source.map(|source| &source.origin) {
+        None => Ok(()),
+        Some(Origin::Ads) if model.bootstrap.ads.is_some() => Ok(()),
+        Some(Origin::Ads) => Err(
+            "ADS must be configured to support an ADS config source: dynamic_resources.ads_config"
+                .into(),
+        ),
+        Some(Origin::Path(path)) if Path::new(path).exists() => Ok(()),
+        Some(Origin::Path(path)) => Err(format!(
             "paths must refer to an existing path in the system: '{path}' does not exist"
-        ))
+        )),
     }
 }
 
@@ -72,7 +74,7 @@ fn check_secrets<'a>(
     secrets: impl Iterator<Item = &'a SecretConfig>,
 ) -> Result<(), String> {
     for config in secrets {
-        exists(config.source.as_ref())?;
+        exists(model, config.source.as_ref())?;
         if config.source.is_none() && model.secret(config).is_none() {
             return Err(format!("unknown static secret: {}", config.name));
         }
@@ -86,8 +88,8 @@ impl Builder {
         let written = &model.bootstrap;
         let mut errors = Vec::new();
         let mut keep = |result: Result<(), String>| errors.extend(result.err());
-        keep(exists(written.lds.as_ref()));
-        keep(exists(written.cds.as_ref()));
+        keep(exists(model, written.lds.as_ref()));
+        keep(exists(model, written.cds.as_ref()));
         for secret in &written.secrets {
             let checked = crate::tls::check_secret(&secret.content);
             keep(checked.map_err(|error| format!("secret '{}': {error}", secret.name)));
@@ -114,7 +116,7 @@ impl Builder {
         let name = &listener.name;
         let named = |error| format!("listener '{name}': {error}");
         for http in listener.http_managers() {
-            exists(http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
+            exists(model, http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
         }
         let secrets = model::tls(listener).flat_map(CommonTls::secrets);
         check_secrets(model, secrets).map_err(named)?;
@@ -335,7 +337,7 @@ fn access_log(network: &Network) -> &[AccessLog] {
 
 fn check_context(model: &Model, contexts: &Contexts, cluster: &Cluster) -> Result<(), String> {
     let named = |error| format!("cluster '{}': {error}", cluster.name);
-    exists(cluster.eds.as_ref().map(|eds| &eds.source)).map_err(named)?;
+    exists(model, cluster.eds.as_ref().map(|eds| &eds.source)).map_err(named)?;
     let sockets = cluster.sockets().flatten();
     let secrets = sockets.flat_map(|tls| tls.common.secrets());
     check_secrets(model, secrets).map_err(named)?;

@@ -3,7 +3,7 @@
 use super::Discovery;
 use crate::access_log::rfc3339;
 use outrigger_xds::{
-    accepted::{Accepted, Failure, Good},
+    accepted::{Accepted, Failure, Good, State},
     load::{self, discovery::Resource},
     resource::{cluster::Cluster, listener::Listener, secret::Secret},
 };
@@ -52,6 +52,14 @@ fn entry<R: Resource>(key: &str, good: &Good<R>) -> Map<String, Value> {
     fields
 }
 
+/// `ClientResourceStatus` of a resource that came.
+fn status<R>(state: &State<R>) -> &'static str {
+    match state.error {
+        None => "ACKED",
+        Some(_) => "NACKED",
+    }
+}
+
 /// Entries of a section: what is in effect, and what is not with its error.
 fn entries<R: Resource + PartialEq>(key: &str, accepted: &Accepted<R>) -> Vec<Value> {
     let each = accepted.states().map(|(name, state)| {
@@ -59,6 +67,7 @@ fn entries<R: Resource + PartialEq>(key: &str, accepted: &Accepted<R>) -> Vec<Va
             Some(good) => entry(key, good),
             None => Map::from_iter([("name".to_owned(), json!(name))]),
         };
+        fields.insert("client_status".into(), json!(status(state)));
         if let Some(failed) = &state.error {
             fields.insert("error_state".into(), failure(failed));
         }
@@ -107,6 +116,7 @@ impl Discovery {
         let each = self.model.listeners.states().map(|(name, state)| {
             let mut shown = Map::new();
             shown.insert("name".into(), json!(name));
+            shown.insert("client_status".into(), json!(status(state)));
             if let Some(good) = &state.good {
                 let stage = if self.warming_listeners.contains(name) {
                     "warming_state"
@@ -174,6 +184,7 @@ impl Discovery {
         for accepted in self.model.secrets.values() {
             for (name, state) in accepted.states() {
                 let mut shown = Map::from_iter([("name".to_owned(), json!(name))]);
+                shown.insert("client_status".into(), json!(status(state)));
                 if let Some(good) = &state.good {
                     shown.extend(entry::<Secret>("secret", good));
                 }

@@ -15,6 +15,7 @@ use outrigger_xds::{
         secret::{Secret, SecretConfig},
         tls::CommonTls,
     },
+    subscription::WILDCARD,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,20 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A type of resources.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
-    /// CDS.
-    Clusters,
-    /// EDS.
-    Endpoints,
-    /// LDS.
-    Listeners,
-    /// RDS.
-    Routes,
-    /// SDS.
-    Secrets,
-}
+pub(super) use outrigger_xds::subscription::Kind;
 
 /// Something that is to come from elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,6 +67,8 @@ pub(super) struct Model {
     pub(super) secrets: Named<Secret>,
     /// What is asked for.
     pub(super) waits: BTreeMap<Subscription, Wait>,
+    /// The first clusters are complete: listeners may come.
+    pub(super) has_clusters: bool,
 }
 
 /// What the TLS contexts of its chains say.
@@ -102,6 +92,13 @@ fn find<'a, R: PartialEq>(
     name: &str,
 ) -> Option<&'a Arc<R>> {
     named.get(&source.origin)?.get(name)
+}
+
+/// Keeps only some of what the control plane brought.
+fn keep<R: PartialEq>(named: &mut Named<R>, wanted: impl Fn(&str) -> bool) {
+    if let Some(accepted) = named.get_mut(&Origin::Ads) {
+        accepted.retain(wanted);
+    }
 }
 
 impl Model {
@@ -135,7 +132,8 @@ impl Model {
             });
             wait.owners.insert(owner.to_owned());
         };
-        if let Some(source) = &self.bootstrap.lds {
+        let may_listen = self.has_clusters || !self.listens_by_ads();
+        if let Some(source) = self.bootstrap.lds.as_ref().filter(|_| may_listen) {
             ask(Kind::Listeners, source, "", "");
         }
         if let Some(source) = &self.bootstrap.cds {
@@ -171,6 +169,63 @@ impl Model {
         }
         self.waits = waits;
         self.forget();
+    }
+
+    /// Whether the control plane brings both clusters and listeners: then clusters come first, or listeners would name
+    /// such as are not there yet.
+    fn listens_by_ads(&self) -> bool {
+        let [lds, cds] = [&self.bootstrap.lds, &self.bootstrap.cds];
+        let by_ads = |source: &ConfigSource| source.origin == Origin::Ads;
+        lds.as_ref().is_some_and(by_ads) && cds.as_ref().is_some_and(by_ads)
+    }
+
+    /// Names of one type that the control plane is asked for.
+    pub(super) fn asked_of_ads(&self, kind: Kind) -> BTreeSet<String> {
+        let asked = self.waits.keys();
+        let of_ads = asked.filter(|asked| asked.kind == kind && asked.origin == Origin::Ads);
+        of_ads
+            .map(|asked| match &*asked.name {
+                "" => WILDCARD.to_owned(),
+                name => name.to_owned(),
+            })
+            .collect()
+    }
+
+    /// Whether all that the control plane has of a type came, or is waited for no longer.
+    pub(super) fn has_heard(&self, kind: Kind) -> bool {
+        let source = match kind {
+            Kind::Listeners => &self.bootstrap.lds,
+            Kind::Clusters => &self.bootstrap.cds,
+            Kind::Endpoints | Kind::Routes | Kind::Secrets => return true,
+        };
+        let Some(source) = source.as_ref().filter(|from| from.origin == Origin::Ads) else {
+            return true;
+        };
+        let asked = Subscription {
+            kind,
+            origin: Origin::Ads,
+            name: String::new(),
+        };
+        self.is_there(&asked) || self.is_given_up(kind, source, "")
+    }
+
+    /// The control plane does not have it, or has it no more: nobody waits for it.
+    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
+        let asked = Subscription {
+            kind,
+            origin: Origin::Ads,
+            name: name.to_owned(),
+        };
+        if let Some(wait) = self.waits.get_mut(&asked) {
+            wait.expired = true;
+        }
+        let others = |other: &str| other != name;
+        match kind {
+            Kind::Routes => keep(&mut self.tables, others),
+            Kind::Endpoints => keep(&mut self.assignments, others),
+            Kind::Secrets => keep(&mut self.secrets, others),
+            Kind::Clusters | Kind::Listeners => {}
+        }
     }
 
     /// Resources that nobody asks for any more.

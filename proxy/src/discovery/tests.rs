@@ -57,6 +57,7 @@ fn update<R: Resource>(fields: &str) -> Update<R> {
         version: "1".into(),
         at: SystemTime::UNIX_EPOCH,
         resources: response(&text, Syntax::Yaml).unwrap().read(),
+        removed: Vec::new(),
         scope: Scope::Named,
     }
 }

@@ -154,14 +154,17 @@ pub(crate) async fn open(
     }
 }
 
-/// TLS to a peer's feed.
-pub(crate) fn dialer(address: Address, tls: Secured) -> feed::Dialer {
+/// The way to a gRPC server: a peer's feed, a control plane.
+pub(crate) fn dialer(
+    address: Address,
+    tls: Option<Secured>,
+    options: ConnectionOptions,
+) -> feed::Dialer {
     Arc::new(move || {
-        let (address, tls) = (address.clone(), tls.clone());
+        let (address, tls, options) = (address.clone(), tls.clone(), options.clone());
         Box::pin(async move {
-            let options = ConnectionOptions::default();
             let protocol = Some(UpstreamProtocol::Http2);
-            let socket = open(&address, Some(&tls), protocol, &options);
+            let socket = open(&address, tls.as_ref(), protocol, &options);
             Ok(Box::new(socket.await?) as Box<dyn feed::Connection>)
         })
     })

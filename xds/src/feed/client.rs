@@ -3,7 +3,7 @@
 //! It does not reconnect: the caller does, and begins anew with the snapshots that every subscription starts with.
 
 use super::{Assembler, Continuity, FeedError, FeedMessage, frames::FRAME_READ_BYTES_MAX};
-use crate::wire::outrigger::feed::v1 as wire;
+use crate::{problems::causes, wire::outrigger::feed::v1 as wire};
 use futures_util::{Stream, future::BoxFuture, stream};
 use hyper_util::rt::TokioIo;
 use std::{io, pin::Pin, sync::Arc, time::Duration};
@@ -142,16 +142,4 @@ impl<C> Listener<C> {
             }
         }
     }
-}
-
-/// An error with its causes: the first alone is often just "transport error".
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
 }

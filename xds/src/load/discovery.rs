@@ -122,12 +122,25 @@ pub(super) fn typed<M: Message + Name>(message: &M) -> Value {
 }
 
 /// A response that could be read at all.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Response {
     /// `version_info`.
     pub version: String,
-    /// Each as the JSON of an `Any`, not looked at yet.
-    pub resources: Vec<Value>,
+    /// The resources.
+    pub resources: Vec<Unread>,
+    /// Names of those that are gone.
+    pub removed: Vec<String>,
+}
+
+/// A resource that was not looked at yet.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unread {
+    /// Its name as far as the response says it apart from the resource; else empty.
+    pub name: String,
+    /// Its own version; empty is the response's.
+    pub version: String,
+    /// As the JSON of an `Any`, or why it is none.
+    pub any: Result<Value, ConfigErrors>,
 }
 
 /// A response as written.
@@ -155,7 +168,18 @@ pub fn response(text: &str, syntax: Syntax) -> Result<Response, ConfigErrors> {
         .find_map(|key| value.get(*key)?.as_str())
         .unwrap_or_default()
         .to_owned();
-    judge(walk, "", Ok(Response { version, resources }))
+    let unread = |any| Unread {
+        name: String::new(),
+        version: String::new(),
+        any: Ok(any),
+    };
+    let resources = resources.into_iter().map(unread).collect();
+    let response = Response {
+        version,
+        resources,
+        removed: Vec::new(),
+    };
+    judge(walk, "", Ok(response))
 }
 
 impl Response {
@@ -168,14 +192,32 @@ impl Response {
     }
 }
 
-fn candidate<R: Resource>(value: Value, place: &str) -> Candidate<R> {
+fn candidate<R: Resource>(unread: Unread, place: &str) -> Candidate<R> {
+    let (configuration, read) = match unread.any {
+        Ok(value) => (value.clone(), understand(value, place)),
+        Err(errors) => (Value::Null, Err(errors)),
+    };
     let named = ["name", "cluster_name", "clusterName"];
-    let name = named.iter().find_map(|key| value.get(*key)?.as_str());
-    let name = name.unwrap_or_default().to_owned();
-    let read = understand(value.clone(), place);
+    let own = named
+        .iter()
+        .find_map(|key| configuration.get(*key)?.as_str())
+        .unwrap_or_default();
+    let said = unread.name;
+    let read = read.and_then(|resource: R| {
+        if said.is_empty() || said == resource.name() {
+            return Ok(resource);
+        }
+        let message = format!("is '{}', was sent as '{said}'", resource.name());
+        Err(ConfigErrors::one(place, message))
+    });
     Candidate {
-        name,
-        configuration: value,
+        name: if said.is_empty() {
+            own.to_owned()
+        } else {
+            said
+        },
+        version: unread.version,
+        configuration,
         read,
     }
 }

@@ -330,16 +330,7 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.Node",
-        &[
-            "client_features",
-            "dynamic_parameters",
-            "extensions",
-            "locality",
-            "metadata",
-            "user_agent_build_version",
-            "user_agent_name",
-            "user_agent_version",
-        ],
+        &["dynamic_parameters", "extensions", "user_agent_version"],
     ),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",

@@ -4,28 +4,88 @@
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.bootstrap.v3.Bootstrap.DynamicResources",
-        &[
-            "ads_config",
-            "cds_resources_locator",
-            "lds_resources_locator",
-        ],
+        &["cds_resources_locator", "lds_resources_locator"],
+    ),
+    (
+        "envoy.config.core.v3.ApiConfigSource",
+        &["cluster_names", "config_validators"],
     ),
     (
         "envoy.config.core.v3.ConfigSource",
-        &["ads", "api_config_source", "authorities", "path", "self"],
+        &["api_config_source", "authorities", "path", "self"],
+    ),
+    ("envoy.config.core.v3.GrpcService", &["retry_policy"]),
+    (
+        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
+        &["retry_policy"],
+    ),
+    (
+        "envoy.config.core.v3.GrpcService.GoogleGrpc",
+        &[
+            "call_credentials",
+            "call_credentials_plugin",
+            "channel_args",
+            "channel_credentials",
+            "channel_credentials_plugin",
+            "config",
+            "credentials_factory_name",
+        ],
     ),
     (
         "envoy.extensions.transport_sockets.tls.v3.Secret",
         &["generic_secret", "session_ticket_keys"],
     ),
     (
+        "envoy.service.discovery.v3.DeltaDiscoveryRequest",
+        &[
+            "resource_locators_subscribe",
+            "resource_locators_unsubscribe",
+        ],
+    ),
+    (
+        "envoy.service.discovery.v3.DeltaDiscoveryResponse",
+        &["removed_resource_names", "resource_errors"],
+    ),
+    (
+        "envoy.service.discovery.v3.DiscoveryRequest",
+        &["resource_locators"],
+    ),
+    (
         "envoy.service.discovery.v3.DiscoveryResponse",
         &["resource_errors"],
+    ),
+    (
+        "envoy.service.discovery.v3.Resource",
+        &["aliases", "resource_name"],
     ),
 ];
 
 /// Fields by message that have no effect here and may be carried.
-pub(super) const IGNORED: &[(&str, &[&str])] = &[(
-    "envoy.service.discovery.v3.DiscoveryResponse",
-    &["canary", "control_plane"],
-)];
+pub(super) const IGNORED: &[(&str, &[&str])] = &[
+    (
+        "envoy.config.core.v3.ApiConfigSource",
+        &["refresh_delay", "request_timeout"],
+    ),
+    ("envoy.config.core.v3.BuildVersion", &["metadata"]),
+    (
+        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
+        &["skip_envoy_headers"],
+    ),
+    (
+        "envoy.config.core.v3.GrpcService.GoogleGrpc",
+        &["per_stream_buffer_limit_bytes"],
+    ),
+    (
+        "envoy.service.discovery.v3.DeltaDiscoveryResponse",
+        &["control_plane"],
+    ),
+    (
+        "envoy.service.discovery.v3.DiscoveryResponse",
+        &["canary", "control_plane"],
+    ),
+    (
+        "envoy.service.discovery.v3.Resource",
+        &["cache_control", "metadata"],
+    ),
+    ("google.rpc.Status", &["details"]),
+];

@@ -5,11 +5,6 @@
 #[rustfmt::skip]
 pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ("envoy.config.core.v3.Address", &["envoy_internal_address"]),
-    ("envoy.config.core.v3.GrpcService", &["google_grpc", "retry_policy"]),
-    (
-        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
-        &["max_receive_message_length", "retry_policy", "skip_envoy_headers"],
-    ),
     ("envoy.config.core.v3.ProxyProtocolConfig", &["added_tlvs", "pass_through_tlvs"]),
     (
         "envoy.config.core.v3.SocketAddress",

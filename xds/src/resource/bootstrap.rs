@@ -1,6 +1,7 @@
 //! `envoy.config.bootstrap.v3.Bootstrap`.
 
 use super::{
+    ads::{Ads, Target},
     cluster::Cluster,
     config_source::ConfigSource,
     endpoint::Address,
@@ -11,10 +12,11 @@ use super::{
 };
 use crate::{
     problems::ConfigErrors,
-    protobuf::type_name,
+    protobuf::{struct_from_json, struct_to_json, type_name},
     wire::envoy::config::{bootstrap::v3 as wire, core::v3 as core},
 };
 use prost_types::value::Kind;
+use serde_json::{Map, Value};
 use std::collections::HashSet;
 use wire::runtime_layer::LayerSpecifier;
 
@@ -44,6 +46,8 @@ pub struct Bootstrap {
     pub lds: Option<ConfigSource>,
     /// `dynamic_resources.cds_config`: where further clusters come from.
     pub cds: Option<ConfigSource>,
+    /// `dynamic_resources.ads_config`: the control plane of all that says `ads`.
+    pub ads: Option<Ads>,
 }
 
 /// `envoy.config.core.v3.Node`.
@@ -53,6 +57,50 @@ pub struct Node {
     pub id: String,
     /// The group it belongs to.
     pub cluster: String,
+    /// Facts for the control plane.
+    pub metadata: Map<String, Value>,
+    /// Where it runs: region, zone, sub-zone; empty if not said.
+    pub locality: [String; 3],
+    /// What the control plane is told that we understand, beside what we do.
+    pub client_features: Vec<String>,
+}
+
+impl From<core::Node> for Node {
+    fn from(wire: core::Node) -> Self {
+        let locality = wire.locality.unwrap_or_default();
+        let metadata = wire.metadata.map(struct_to_json);
+        Self {
+            id: wire.id,
+            cluster: wire.cluster,
+            metadata: match metadata {
+                Some(Value::Object(fields)) => fields,
+                _ => Map::new(),
+            },
+            locality: [locality.region, locality.zone, locality.sub_zone],
+            client_features: wire.client_features,
+        }
+    }
+}
+
+impl From<&Node> for core::Node {
+    fn from(plain: &Node) -> Self {
+        let [region, zone, sub_zone] = plain.locality.clone();
+        let is_somewhere = plain.locality.iter().any(|part| !part.is_empty());
+        let metadata = &plain.metadata;
+        Self {
+            id: plain.id.clone(),
+            cluster: plain.cluster.clone(),
+            metadata: (!metadata.is_empty())
+                .then(|| struct_from_json(Value::Object(metadata.clone()))),
+            locality: is_somewhere.then_some(core::Locality {
+                region,
+                zone,
+                sub_zone,
+            }),
+            client_features: plain.client_features.clone(),
+            ..Default::default()
+        }
+    }
 }
 
 /// `envoy.config.bootstrap.v3.Admin`.
@@ -105,6 +153,10 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
         let cds: Option<ConfigSource> = dynamic
             .cds_config
             .and_then(|source| problems.take("dynamic_resources.cds_config", source.try_into()));
+        let ads = dynamic
+            .ads_config
+            .and_then(|source| problems.take("dynamic_resources.ads_config", source.try_into()));
+        check_servers(&mut problems, ads.as_ref(), (&clusters, &cluster_names));
         check_unique(&mut problems, "static_resources.secrets", &secret_names);
         check_unique(&mut problems, "static_resources.listeners", &listener_names);
         check_unique(&mut problems, "static_resources.clusters", &cluster_names);
@@ -117,16 +169,14 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             check_clusters(&mut problems, index, listener, &cluster_names);
         }
         problems.finish(Some(Self {
-            node: Node {
-                id: node.id,
-                cluster: node.cluster,
-            },
+            node: node.into(),
             admin,
             listeners,
             clusters,
             secrets,
             lds,
             cds,
+            ads,
         }))
     }
 }
@@ -165,6 +215,32 @@ fn check_extensions(problems: &mut ConfigErrors, extensions: Vec<core::TypedExte
         let of = config.type_url;
         if !EXTENSIONS.contains(&type_name(&of)) {
             problems.add(place, format!("not supported yet: {of}"));
+        }
+    }
+}
+
+/// A control plane cannot bring the cluster that it is reached by.
+fn check_servers(
+    problems: &mut ConfigErrors,
+    ads: Option<&Ads>,
+    (clusters, names): (&[Cluster], &[String]),
+) {
+    let servers = ads.map_or(&[][..], |ads| &ads.servers);
+    for (index, server) in servers.iter().enumerate() {
+        let Target::Cluster { name, .. } = &server.target else {
+            continue;
+        };
+        let is_eds = |cluster: &Cluster| cluster.name == *name && cluster.eds.is_some();
+        let is_unknown = !name.is_empty() && !names.contains(name);
+        if is_unknown || clusters.iter().any(is_eds) {
+            problems.add(
+                format!(
+                    "dynamic_resources.ads_config.grpc_services[{index}].envoy_grpc.cluster_name"
+                ),
+                format!(
+                    "must name a statically defined non-EDS cluster: '{name}' does not exist or is an EDS cluster"
+                ),
+            );
         }
     }
 }
@@ -271,10 +347,7 @@ impl TryFrom<wire::Admin> for Admin {
 
 impl From<&Bootstrap> for wire::Bootstrap {
     fn from(plain: &Bootstrap) -> Self {
-        let node = core::Node {
-            id: plain.node.id.clone(),
-            cluster: plain.node.cluster.clone(),
-        };
+        let node = core::Node::from(&plain.node);
         let admin = plain.admin.as_ref().map(|admin| wire::Admin {
             access_log: admin.access_log.iter().map(Into::into).collect(),
             address: Some((&admin.address).into()),
@@ -288,11 +361,13 @@ impl From<&Bootstrap> for wire::Bootstrap {
         let dynamic = wire::bootstrap::DynamicResources {
             lds_config: plain.lds.as_ref().map(Into::into),
             cds_config: plain.cds.as_ref().map(Into::into),
+            ads_config: plain.ads.as_ref().map(Into::into),
         };
+        let is_dynamic = plain.lds.is_some() || plain.cds.is_some() || plain.ads.is_some();
         Self {
             node: Some(node),
             static_resources: Some(resources),
-            dynamic_resources: (plain.lds.is_some() || plain.cds.is_some()).then_some(dynamic),
+            dynamic_resources: is_dynamic.then_some(dynamic),
             admin,
             ..Self::default()
         }

@@ -29,12 +29,15 @@ pub struct ConfigSource {
 pub enum Origin {
     /// A file that holds a `DiscoveryResponse`.
     Path(String),
+    /// The control plane of the bootstrap.
+    Ads,
 }
 
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path(path) => f.write_str(path),
+            Self::Ads => f.write_str("ads"),
         }
     }
 }
@@ -76,8 +79,9 @@ impl TryFrom<wire::ConfigSource> for ConfigSource {
                 }
                 Some(Origin::Path(path))
             }
+            Some(ConfigSourceSpecifier::Ads(_)) => Some(Origin::Ads),
             None => {
-                problems.add("", "required: path_config_source");
+                problems.add("", "required: path_config_source or ads");
                 None
             }
         };
@@ -90,14 +94,16 @@ impl TryFrom<wire::ConfigSource> for ConfigSource {
 
 impl From<&ConfigSource> for wire::ConfigSource {
     fn from(plain: &ConfigSource) -> Self {
-        let Origin::Path(path) = &plain.origin;
-        let file = wire::PathConfigSource {
-            path: path.clone(),
-            watched_directory: None,
+        let origin = match &plain.origin {
+            Origin::Path(path) => ConfigSourceSpecifier::PathConfigSource(wire::PathConfigSource {
+                path: path.clone(),
+                watched_directory: None,
+            }),
+            Origin::Ads => ConfigSourceSpecifier::Ads(wire::AggregatedConfigSource {}),
         };
         let timeout = plain.initial_fetch_timeout;
         Self {
-            config_source_specifier: Some(ConfigSourceSpecifier::PathConfigSource(file)),
+            config_source_specifier: Some(origin),
             initial_fetch_timeout: (timeout != INITIAL_FETCH_TIMEOUT_DEFAULT)
                 .then(|| to_duration(timeout)),
             resource_api_version: wire::ApiVersion::V3.into(),

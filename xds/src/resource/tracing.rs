@@ -183,9 +183,17 @@ fn limit(problems: &mut ConfigErrors, given: Option<prost_types::Duration>) -> D
 
 fn grpc(wire: core::GrpcService) -> Result<OpenTelemetry, ConfigErrors> {
     let mut problems = ConfigErrors::default();
-    let Some(TargetSpecifier::EnvoyGrpc(target)) = wire.target_specifier else {
-        return Err(ConfigErrors::one("", "required: envoy_grpc"));
+    let target = match wire.target_specifier {
+        Some(TargetSpecifier::EnvoyGrpc(target)) => target,
+        Some(TargetSpecifier::GoogleGrpc(_)) => {
+            return Err(ConfigErrors::one("", "not supported yet: google_grpc"));
+        }
+        None => return Err(ConfigErrors::one("", "required: envoy_grpc")),
     };
+    if target.max_receive_message_length.is_some() {
+        let message = "not supported yet: max_receive_message_length";
+        problems.add("envoy_grpc", message);
+    }
     let cluster = problems.not_empty("envoy_grpc.cluster_name", target.cluster_name);
     let timeout = limit(&mut problems, wire.timeout);
     let metadata = wire.initial_metadata.into_iter();
@@ -315,6 +323,7 @@ impl From<&OpenTelemetry> for trace::tracing::Http {
                 let target = core::grpc_service::EnvoyGrpc {
                     cluster_name: plain.cluster.clone(),
                     authority: authority.clone(),
+                    max_receive_message_length: None,
                 };
                 config.grpc_service = Some(core::GrpcService {
                     target_specifier: Some(TargetSpecifier::EnvoyGrpc(target)),
@@ -439,6 +448,14 @@ mod tests {
             (
                 json!({"provider": provider(json!({"grpc_service": {"envoy_grpc": {}}}))}),
                 "provider.typed_config.grpc_service.envoy_grpc.cluster_name: must not be empty",
+            ),
+            (
+                json!({"provider": provider(json!({"grpc_service": {"google_grpc": {}}}))}),
+                "provider.typed_config.grpc_service: not supported yet: google_grpc",
+            ),
+            (
+                json!({"provider": provider(json!({"grpc_service": {"envoy_grpc": {"cluster_name": "c", "max_receive_message_length": 1}}}))}),
+                "grpc_service.envoy_grpc: not supported yet: max_receive_message_length",
             ),
             (
                 json!({"provider": provider(json!({"http_service": {"http_uri": {"uri": "/v1", "cluster": "c"}}}))}),

@@ -55,7 +55,7 @@ pub mod bootstrap {
         }
     }
     /// Where further resources come from.
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    #[derive(Clone, PartialEq, ::prost::Message)]
     pub struct DynamicResources {
         /// All further listeners.
         #[prost(message, optional, tag = "1")]
@@ -66,6 +66,11 @@ pub mod bootstrap {
         #[prost(message, optional, tag = "2")]
         pub cds_config: ::core::option::Option<
             super::super::super::core::v3::ConfigSource,
+        >,
+        /// The control plane of all that says `ads`.
+        #[prost(message, optional, tag = "3")]
+        pub ads_config: ::core::option::Option<
+            super::super::super::core::v3::ApiConfigSource,
         >,
     }
     impl ::prost::Name for DynamicResources {

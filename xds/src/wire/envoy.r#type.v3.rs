@@ -79,6 +79,29 @@ impl ::prost::Name for FractionalPercent {
         "/envoy.type.v3.FractionalPercent".into()
     }
 }
+/// A version in three numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SemanticVersion {
+    /// Changes with what breaks.
+    #[prost(uint32, tag = "1")]
+    pub major_number: u32,
+    /// Changes with what is new.
+    #[prost(uint32, tag = "2")]
+    pub minor_number: u32,
+    /// Changes with what is mended.
+    #[prost(uint32, tag = "3")]
+    pub patch: u32,
+}
+impl ::prost::Name for SemanticVersion {
+    const NAME: &'static str = "SemanticVersion";
+    const PACKAGE: &'static str = "envoy.type.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.v3.SemanticVersion".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.v3.SemanticVersion".into()
+    }
+}
 /// From start up to, but not including, end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Int64Range {

@@ -264,6 +264,11 @@ pub mod envoy {
         }
     }
 }
+pub mod google {
+    pub mod rpc {
+        include!("google.rpc.rs");
+    }
+}
 pub mod opentelemetry {
     pub mod proto {
         pub mod collector {

@@ -1,11 +1,13 @@
 //! A bootstrap that says everything that can be said, as text and as what it means.
 
 use outrigger_xds::resource::{
+    ads::{Ads, GrpcService, Target},
     bootstrap::{Admin, Bootstrap, Node},
     cluster::{
         Balancing, CircuitBreakers, Cluster, Discovery, Dns, LbPolicy, RetryLimit, Thresholds,
         UpstreamProtocol,
     },
+    config_source::{ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT, Origin},
     endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, Locality},
     filter_chain::FilterChain,
     hash_policy::{HashCookie, HashPolicy, HashSource},
@@ -34,14 +36,33 @@ use outrigger_xds::resource::{
         TlsParams, Validation,
     },
 };
-use serde_json::{Value, json};
+use outrigger_xds::subscription::{Protocol, RateLimit};
+use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
 const KV_ROUTING: &str = "type.googleapis.com/outrigger.filters.http.kv_routing.v1.Config";
 
 pub(crate) const FULL: &str = r#"
-node: {id: proxy-a, cluster: fleet, metadata: {team: inference}}
+node:
+  id: proxy-a
+  cluster: fleet
+  metadata: {team: inference}
+  locality: {region: r, zone: z, sub_zone: s}
+  client_features: [feature]
+  user_agent_name: envoy
+dynamic_resources:
+  ads_config:
+    api_type: DELTA_GRPC
+    transport_api_version: V3
+    set_node_on_first_message_only: true
+    rate_limit_settings: {max_tokens: 7, fill_rate: 0.5}
+    grpc_services:
+    - envoy_grpc: {cluster_name: engines, authority: xds.example, max_receive_message_length: 1000}
+      initial_metadata: [{key: x-token, value: secret}]
+    - google_grpc: {target_uri: "dns:///xds.example:18000", stat_prefix: xds}
+  lds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
+  cds_config: {ads: {}, resource_api_version: V3}
 admin:
   address: {socket_address: {address: 127.0.0.1, port_value: 9901}}
   access_log:
@@ -618,6 +639,9 @@ pub(crate) fn full() -> Bootstrap {
         node: Node {
             id: "proxy-a".into(),
             cluster: "fleet".into(),
+            metadata: Map::from_iter([("team".to_owned(), json!("inference"))]),
+            locality: ["r", "z", "s"].map(str::to_owned),
+            client_features: vec!["feature".into()],
         },
         admin: Some(Admin {
             address: socket("127.0.0.1", 9901),
@@ -633,8 +657,46 @@ pub(crate) fn full() -> Bootstrap {
         }],
         clusters: vec![full_cluster()],
         secrets: Vec::new(),
-        lds: None,
-        cds: None,
+        lds: Some(ads_source(Duration::ZERO)),
+        cds: Some(ads_source(INITIAL_FETCH_TIMEOUT_DEFAULT)),
+        ads: Some(full_ads()),
+    }
+}
+
+fn ads_source(initial_fetch_timeout: Duration) -> ConfigSource {
+    ConfigSource {
+        origin: Origin::Ads,
+        initial_fetch_timeout,
+    }
+}
+
+fn full_ads() -> Ads {
+    let cluster = Target::Cluster {
+        name: "engines".into(),
+        authority: "xds.example".into(),
+        message_bytes_max: Some(1000),
+    };
+    let address = Target::Address {
+        address: socket("xds.example", 18000),
+        uri: "dns:///xds.example:18000".into(),
+        stat_prefix: "xds".into(),
+    };
+    Ads {
+        protocol: Protocol::Delta,
+        servers: vec![
+            GrpcService {
+                target: cluster,
+                initial_metadata: vec![("x-token".into(), "secret".into())],
+            },
+            GrpcService {
+                target: address,
+                initial_metadata: Vec::new(),
+            },
+        ],
+        rate_limit: Some(RateLimit {
+            max_tokens: 7,
+            fill_rate: 0.5,
+        }),
     }
 }
 

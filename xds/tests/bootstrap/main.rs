@@ -495,8 +495,8 @@ fn what_is_refused_by_name_is_not_also_missing() {
         ),
         (
             C.to_owned(),
-            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {"eds_config": {"ads": {}}}}),
-            "ads",
+            json!({"name": "engines", "type": "EDS", "eds_cluster_config": {"eds_config": {"self": {}}}}),
+            "self",
         ),
     ];
     for (pointer, value, name) in table {

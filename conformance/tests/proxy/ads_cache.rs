@@ -1,0 +1,170 @@
+//! The last good configuration on disk: a proxy that starts serves by it before any server answers.
+
+use super::{
+    ads::{ads_source, everything},
+    ads_server::AdsServer,
+    dynamic::{any_port, endpoints, served_by},
+};
+use outrigger_conformance::harness::{Client, Process, Upstream, eventually, scratch};
+use serde_json::json;
+use std::{fs, net::SocketAddr, path::PathBuf};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
+const KEPT: &str = "control-plane.config";
+
+struct Cache(PathBuf);
+
+impl Cache {
+    fn new() -> Self {
+        Self(scratch("config-cache"))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join(KEPT)
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process that a control plane at `control` drives.
+async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
+    let source = ads_source();
+    let at = any_port();
+    let config = json!({
+        "node": { "id": node, "cluster": "fleet" },
+        "admin": { "address": super::dynamic::address(at) },
+        "dynamic_resources": {
+            "ads_config": {
+                "api_type": "DELTA_GRPC",
+                "transport_api_version": "V3",
+                "grpc_services": [{
+                    "envoy_grpc": { "cluster_name": "xds" },
+                    "initial_metadata": [{ "key": "x-token", "value": "secret" }],
+                }],
+            },
+            "lds_config": source,
+            "cds_config": source,
+        },
+        "static_resources": { "clusters": [{
+            "name": "xds",
+            "typed_extension_protocol_options": {
+                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": super::dynamic::typed(
+                    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                    json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
+                ),
+            },
+            "load_assignment": {
+                "cluster_name": "xds",
+                "endpoints": [{ "lb_endpoints": [
+                    { "endpoint": { "address": super::dynamic::address(control) } },
+                ] }],
+            },
+        }] },
+    });
+    let path = scratch("driven.json");
+    fs::write(&path, config.to_string()).unwrap();
+    let directory = cache.0.to_str().unwrap();
+    let flags = ["--config-cache", directory];
+    Process::with_config(PROGRAM, path.to_str().unwrap(), &flags).await
+}
+
+/// Where the listener is that came from the control plane, or from the disk.
+async fn edge_of(process: &Process) -> SocketAddr {
+    eventually("the listener is there", || async {
+        let page = Client::get(process.admin, "/listeners").await.text();
+        let line = page.lines().find_map(|line| line.strip_prefix("edge::"));
+        line?.parse().ok()
+    })
+    .await
+}
+
+async fn kept(cache: &Cache, what: &str) {
+    eventually("it is kept", || async {
+        let text = fs::read_to_string(cache.file()).ok()?;
+        text.contains(what).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_proxy_starts_without_its_control_plane_and_follows_it_when_it_is_back() {
+    let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
+    let cache = Cache::new();
+    let mut control = everything(one.address);
+    let process = driven(control.address, &cache, "n").await;
+    served_by(edge_of(&process).await, "one").await;
+    kept(&cache, "RouteConfiguration").await;
+    process.signal("KILL");
+    control.kill();
+    let process = driven(control.address, &cache, "n").await;
+    let edge = edge_of(&process).await;
+    served_by(edge, "one").await;
+    assert_eq!(Client::get(process.admin, "/ready").await.status, 200);
+    // What changed meanwhile, and what is gone, is told.
+    control.put(&[endpoints("backend", &[two.address])]);
+    control.put(&[
+        super::ads::cluster("extra"),
+        endpoints("extra", &[two.address]),
+    ]);
+    control.revive().await;
+    served_by(edge, "two").await;
+    kept(&cache, "extra").await;
+    process.signal("KILL");
+    control.kill();
+    control.remove("envoy.config.cluster.v3.Cluster", "extra");
+    let process = driven(control.address, &cache, "n").await;
+    served_by(edge_of(&process).await, "two").await;
+    control.revive().await;
+    eventually("what is gone is gone", || async {
+        let clusters = Client::get(process.admin, "/clusters").await.text();
+        (!clusters.contains("extra::")).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_torn_or_of_somebody_else_is_ignored() {
+    let one = Upstream::named("one").await;
+    let cache = Cache::new();
+    let mut control = everything(one.address);
+    let process = driven(control.address, &cache, "n").await;
+    served_by(edge_of(&process).await, "one").await;
+    kept(&cache, "RouteConfiguration").await;
+    process.signal("KILL");
+    control.kill();
+    let whole = fs::read(cache.file()).unwrap();
+    let torn = whole[..whole.len() / 2].to_vec();
+    let garbage = b"\xff\x00garbage".to_vec();
+    for (bytes, node) in [(torn, "n"), (garbage, "n"), (whole, "other")] {
+        fs::write(cache.file(), bytes).unwrap();
+        let process = driven(control.address, &cache, node).await;
+        assert_eq!(Client::get(process.admin, "/ready").await.status, 503);
+        let page = Client::get(process.admin, "/stats/prometheus").await.text();
+        assert!(page.contains("outrigger_config_cache_total{event=\"ignored\"} 1"));
+        assert!(!page.contains("event=\"restored\""));
+        process.signal("KILL");
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_cannot_be_written_costs_nothing_else() {
+    let one = Upstream::named("one").await;
+    let cache = Cache::new();
+    fs::write(&cache.0, "a file").unwrap();
+    let control: AdsServer = everything(one.address);
+    let process = driven(control.address, &cache, "n").await;
+    served_by(edge_of(&process).await, "one").await;
+    eventually("it is counted", || async {
+        let page = Client::get(process.admin, "/stats/prometheus").await.text();
+        page.contains("outrigger_config_cache_total{event=\"failed\"}")
+            .then_some(())
+    })
+    .await;
+    let connected = Client::get(process.admin, "/stats/prometheus").await.text();
+    assert!(connected.contains("envoy_control_plane_connected_state 1"));
+    fs::remove_file(&cache.0).unwrap();
+}

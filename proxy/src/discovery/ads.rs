@@ -1,0 +1,240 @@
+//! Resources of a control plane: what it is asked for, what it brings, and what it is told of that.
+//!
+//! The stream itself is somebody else's, who hands in [`News`] and carries out a [`Turn`].
+
+use super::{
+    Discovery,
+    model::{Kind, Model},
+    stats::Event,
+};
+use outrigger_xds::{
+    accepted::{Accepted, Outcome},
+    load::discovery::{Response, Unread},
+    resource::config_source::Origin,
+    subscription::{Answer, Lapse, Received, Request, Sent, Subscriptions},
+};
+use std::{collections::BTreeSet, time::Instant};
+
+/// What happened to the stream.
+#[derive(Debug)]
+pub enum News {
+    /// It is open.
+    Opened,
+    /// It is gone, or could not be opened.
+    Broken,
+    /// It brought something.
+    Came(Answer),
+    /// Nothing; but there may be something to say.
+    Woken,
+}
+
+/// What is to be done.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// Sent, in this order.
+    pub requests: Vec<Request>,
+    /// Whether more is to be sent later, before anything else is taken.
+    pub is_held_back: bool,
+    /// When it is my turn again although nothing happens.
+    pub at: Option<Instant>,
+}
+
+/// Names of all that is known of one type.
+fn known<R: PartialEq>(accepted: &Accepted<R>) -> impl Iterator<Item = String> {
+    accepted.states().map(|(name, _)| name.to_owned())
+}
+
+/// What is gone although nobody says so, since what came is all that there is.
+fn absent(model: &Model, kind: Kind, whole: Option<&BTreeSet<String>>) -> Vec<String> {
+    let Some(whole) = whole else {
+        return Vec::new();
+    };
+    let mut names: Vec<String> = match kind {
+        Kind::Clusters => known(&model.clusters).collect(),
+        Kind::Listeners => known(&model.listeners).collect(),
+        Kind::Endpoints | Kind::Routes | Kind::Secrets => Vec::new(),
+    };
+    names.retain(|name| !whole.contains(name));
+    names
+}
+
+fn unread(sent: Sent) -> Option<Unread> {
+    Some(Unread {
+        any: sent.body?.to_json(),
+        name: sent.name,
+        version: sent.version,
+    })
+}
+
+impl Discovery {
+    /// There is another control plane, or none any more.
+    pub(super) fn change_control_plane(&mut self) {
+        let ads = self.model.bootstrap.ads.as_ref();
+        self.ads = ads.map(|ads| {
+            let limit = ads.rate_limit.unwrap_or_default();
+            Subscriptions::new(ads.protocol, limit, Instant::now())
+        });
+    }
+
+    /// Asks it for what is named now.
+    pub(super) fn ask_control_plane(&mut self) {
+        let Some(ads) = &mut self.ads else { return };
+        for kind in Kind::ALL {
+            ads.want(kind, self.model.asked_of_ads(kind));
+        }
+    }
+
+    /// Whether there is something to say to it.
+    #[must_use]
+    pub fn has_request(&self) -> bool {
+        self.ads.as_ref().is_some_and(Subscriptions::has_request)
+    }
+
+    /// Whether what is asked for may have changed since it was last looked at.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.stale
+    }
+
+    /// Takes news in; whether what is to be in effect may be another now.
+    pub fn hear(&mut self, news: News, now: Instant) -> bool {
+        let Some(ads) = &mut self.ads else {
+            return false;
+        };
+        match news {
+            News::Opened => ads.opened(),
+            News::Broken => {
+                ads.broken();
+                self.count_failure();
+            }
+            News::Came(answer) => {
+                let received = ads.received(answer, now);
+                return received.is_some_and(|received| self.receive(received, now));
+            }
+            News::Woken => {}
+        }
+        false
+    }
+
+    fn count_failure(&mut self) {
+        for kind in Kind::ALL {
+            self.count_all(kind, &Origin::Ads, Event::Failure);
+        }
+    }
+
+    fn receive(&mut self, received: Received, now: Instant) -> bool {
+        let kind = received.kind;
+        self.count_all(kind, &Origin::Ads, Event::Attempt);
+        let was_heard = self.model.has_heard(kind);
+        let came = received.resources.iter().map(|sent| sent.name.clone());
+        let mut about: BTreeSet<String> = came.collect();
+        let mut gone = absent(&self.model, kind, received.whole.as_ref());
+        let mut given_up = false;
+        for name in received.removed {
+            if kind.is_whole() {
+                gone.push(name);
+            } else {
+                given_up |= self.lacks(kind, &name);
+                about.insert(name);
+            }
+        }
+        let response = Response {
+            version: received.version,
+            resources: received.resources.into_iter().filter_map(unread).collect(),
+            removed: gone,
+        };
+        let outcome = self.take(kind, &Origin::Ads, response);
+        self.tell(kind, &Origin::Ads, &outcome, Some(&about));
+        // They were logged, and the control plane is told: nobody collects them.
+        self.problems.clear();
+        if let Some(ads) = &mut self.ads {
+            ads.judged(received.receipt, &outcome.rejected, now);
+        }
+        given_up || !was_heard || is_change(&outcome)
+    }
+
+    /// The control plane has no such resource; whether somebody waited for it. As in Envoy, what is there stays there.
+    fn lacks(&mut self, kind: Kind, name: &str) -> bool {
+        let asked = self.subscriptions(kind, &Origin::Ads);
+        let Some(asked) = asked.into_iter().find(|asked| asked.name == name) else {
+            return false;
+        };
+        if self.model.is_there(&asked) {
+            tracing::warn!(
+                ?kind,
+                name,
+                "removed by the control plane, stays since it is in use"
+            );
+            return false;
+        }
+        tracing::warn!(
+            ?kind,
+            name,
+            "the control plane does not have it, going on without it"
+        );
+        self.model.give_up(kind, name);
+        true
+    }
+
+    /// What time has brought about; whether what is to be in effect may be another now.
+    pub(super) fn lapse(&mut self, now: Instant) -> bool {
+        let Some(ads) = &mut self.ads else {
+            return false;
+        };
+        let mut any = false;
+        for lapse in ads.lapse(now) {
+            match lapse {
+                Lapse::Missing(kind, name) => {
+                    tracing::warn!(?kind, name, "asked for, and does not exist");
+                }
+                Lapse::Expired(kind, name) => {
+                    tracing::warn!(?kind, name, "its life is over");
+                    self.end(kind, name);
+                    any = true;
+                }
+            }
+        }
+        any
+    }
+
+    fn end(&mut self, kind: Kind, name: String) {
+        if !kind.is_whole() {
+            self.model.give_up(kind, &name);
+            self.stale = true;
+            return;
+        }
+        let version = self.ads.as_ref().map(|ads| ads.version(kind).to_owned());
+        let response = Response {
+            version: version.unwrap_or_default(),
+            resources: Vec::new(),
+            removed: vec![name],
+        };
+        self.take(kind, &Origin::Ads, response);
+    }
+
+    /// What is to be said now, and when to come again.
+    pub fn turn(&mut self, now: Instant) -> Turn {
+        let Some(ads) = &mut self.ads else {
+            return Turn::default();
+        };
+        let mut requests = Vec::new();
+        while let Some(request) = ads.next_request(now) {
+            requests.push(request);
+        }
+        let is_held_back = ads.has_request();
+        if is_held_back {
+            metrics::counter!("envoy_control_plane_rate_limit_enforced").increment(1);
+        }
+        metrics::gauge!("envoy_control_plane_pending_requests")
+            .set(f64::from(u8::from(is_held_back)));
+        Turn {
+            requests,
+            is_held_back,
+            at: ads.deadline(),
+        }
+    }
+}
+
+fn is_change(outcome: &Outcome) -> bool {
+    !outcome.changed.is_empty() || !outcome.removed.is_empty()
+}

@@ -1,0 +1,283 @@
+//! The stream to the control plane: opened, opened again, and the news of it handed to whoever judges them.
+//!
+//! The first server that can be reached is used. One that cannot, or ends the stream before it says anything, is
+//! followed by the next; after the last one there is a pause. Everything that takes time is done off the main thread.
+
+use super::Shared;
+use crate::{
+    discovery::{News, Turn, kept},
+    upstream::connect::dialer,
+};
+use outrigger_filters::endpoints::Secured;
+use outrigger_xds::{
+    ads::{self, AdsError, AdsStream, Server},
+    resource::{
+        ads::{Ads, GrpcService, MESSAGE_BYTES_MAX_DEFAULT, Target},
+        cluster::{Cluster, ConnectionOptions, TcpKeepalive},
+        endpoint::{Address, LbEndpoint},
+    },
+};
+use rand::Rng;
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+/// Longest pause before the first attempt to open a stream again; doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(500);
+/// Longest pause before an attempt to open a stream again.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether there is a control plane at all.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// How long a connection to a server by its address may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A dead server is noticed although nothing is said.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive {
+    probes: Some(3),
+    time: Some(Duration::from_secs(30)),
+    interval: Some(Duration::from_secs(10)),
+};
+/// How often what the control plane brought is kept, at most.
+const KEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Rounds of bringing into effect what the last round made possible.
+const ROUNDS_MAX: usize = 4;
+
+/// Pauses that grow, each chosen at random below a limit that doubles.
+struct Backoff {
+    limit: Duration,
+}
+
+impl Backoff {
+    fn new() -> Self {
+        Self { limit: RETRY_MIN }
+    }
+
+    fn pause(&mut self) -> Duration {
+        let pause = self.limit.mul_f64(rand::rng().random());
+        self.limit = (self.limit * 2).min(RETRY_MAX);
+        pause
+    }
+}
+
+/// Talks to the control plane, if there is one, for as long as the process lives.
+pub(super) async fn follow(shared: Arc<Shared>) {
+    let mut backoff = Backoff::new();
+    loop {
+        let ads = shared.bootstrap.load().ads.clone();
+        let Some(ads) = ads else {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            continue;
+        };
+        let mut was_answered = false;
+        for server in servers(&shared, &ads) {
+            let mut talk = Talk {
+                shared: &shared,
+                ads: &ads,
+                was_answered: false,
+            };
+            let ended = talk.with(&server).await;
+            was_answered = talk.was_answered;
+            metrics::gauge!("envoy_control_plane_connected_state").set(0.0);
+            let Err(error) = ended else {
+                break;
+            };
+            tracing::warn!(server = server.authority, %error, "control plane");
+            shared.turn(News::Broken).await;
+            if was_answered {
+                break;
+            }
+        }
+        if was_answered {
+            backoff = Backoff::new();
+        }
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Keeps what the control plane brought, if that is wanted, for as long as the process lives.
+pub(super) async fn keep(shared: Arc<Shared>) {
+    if shared.cache.0.is_none() {
+        return;
+    }
+    loop {
+        tokio::time::sleep(KEEP_INTERVAL).await;
+        if !shared.cache.1.swap(false, Relaxed) {
+            continue;
+        }
+        let keeping = shared.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || keeping.store()).await {
+            tracing::error!(%error, "keeping configuration failed");
+        }
+    }
+}
+
+/// All servers of the control plane, in order.
+fn servers(shared: &Shared, ads: &Ads) -> Vec<Server> {
+    let each = ads.servers.iter();
+    each.flat_map(|service| match &service.target {
+        Target::Cluster {
+            name,
+            authority,
+            message_bytes_max,
+        } => {
+            let authority = if authority.is_empty() {
+                name
+            } else {
+                authority
+            };
+            let longest = message_bytes_max.map(|max| max as usize);
+            of_cluster(shared, service, (name, authority), longest)
+        }
+        Target::Address { address, .. } => {
+            let way = (address, None, ConnectionOptions::default());
+            let authority = if address.is_pipe() {
+                "localhost".to_owned()
+            } else {
+                address.to_string()
+            };
+            vec![server(service, way, authority)]
+        }
+    })
+    .collect()
+}
+
+fn of_cluster(
+    shared: &Shared,
+    service: &GrpcService,
+    (name, authority): (&str, &str),
+    longest: Option<usize>,
+) -> Vec<Server> {
+    let carried = shared.carried.load();
+    let Some((clusters, contexts)) = carried.as_deref() else {
+        return Vec::new();
+    };
+    let Some(cluster) = clusters.iter().find(|cluster| cluster.name == name) else {
+        return Vec::new();
+    };
+    let secured = |endpoint: &LbEndpoint| -> Option<Secured> {
+        let sockets = contexts.get(name)?;
+        sockets.get(cluster.socket_of(endpoint))?.clone()
+    };
+    let endpoints = cluster.load_assignment.endpoints.iter();
+    endpoints
+        .map(|endpoint| {
+            let way = (&endpoint.address, secured(endpoint), options(cluster));
+            Server {
+                message_bytes_max: longest.unwrap_or(MESSAGE_BYTES_MAX_DEFAULT),
+                connect_timeout: cluster.connect_timeout,
+                ..server(service, way, authority.to_owned())
+            }
+        })
+        .collect()
+}
+
+fn options(cluster: &Cluster) -> ConnectionOptions {
+    let mut options = cluster.connection.clone();
+    options.keepalive.get_or_insert(KEEPALIVE);
+    options
+}
+
+fn server(
+    service: &GrpcService,
+    (address, tls, mut options): (&Address, Option<Secured>, ConnectionOptions),
+    authority: String,
+) -> Server {
+    options.keepalive.get_or_insert(KEEPALIVE);
+    Server {
+        authority,
+        dialer: dialer(address.clone(), tls, options),
+        metadata: service.initial_metadata.clone(),
+        message_bytes_max: MESSAGE_BYTES_MAX_DEFAULT,
+        connect_timeout: CONNECT_TIMEOUT,
+    }
+}
+
+/// One stream.
+struct Talk<'a> {
+    shared: &'a Arc<Shared>,
+    ads: &'a Ads,
+    was_answered: bool,
+}
+
+impl Talk<'_> {
+    /// Ends well only where there is another control plane, or none any more.
+    async fn with(&mut self, server: &Server) -> Result<(), AdsError> {
+        let node = self.shared.bootstrap.load().node.clone();
+        let mut stream = ads::open(server, self.ads.protocol, &node).await?;
+        tracing::info!(server = server.authority, "control plane connected");
+        metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
+        let mut turn = self.shared.turn(News::Opened).await;
+        loop {
+            if self.shared.bootstrap.load().ads.as_ref() != Some(self.ads) {
+                return Ok(());
+            }
+            let is_held_back = turn.is_held_back;
+            let at = turn.at;
+            for request in turn.requests {
+                stream.send(request).await?;
+            }
+            let news = self.news(&mut stream, is_held_back, at).await?;
+            turn = self.shared.turn(news).await;
+        }
+    }
+
+    /// What happens next. While we may not answer, nothing more is taken.
+    async fn news(
+        &mut self,
+        stream: &mut AdsStream,
+        is_held_back: bool,
+        at: Option<Instant>,
+    ) -> Result<News, AdsError> {
+        let until = async {
+            match at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            answer = stream.next(), if !is_held_back => {
+                let answer = answer?;
+                self.was_answered = true;
+                Ok(News::Came(answer))
+            }
+            () = self.shared.ask.notified() => Ok(News::Woken),
+            () = until => Ok(News::Woken),
+        }
+    }
+}
+
+impl Shared {
+    /// Takes news in, and says what is to be done.
+    async fn turn(self: &Arc<Self>, news: News) -> Turn {
+        let shared = self.clone();
+        let turn = tokio::task::spawn_blocking(move || shared.take_turn(news)).await;
+        turn.unwrap_or_else(|error| {
+            tracing::error!(%error, "following the control plane failed");
+            Turn::default()
+        })
+    }
+
+    fn store(&self) {
+        let kept = self.discovery().keep();
+        if let (Some(directory), Some(kept)) = (&self.cache.0, kept) {
+            kept::store(directory, &kept);
+        }
+    }
+
+    fn take_turn(&self, news: News) -> Turn {
+        let mut discovery = self.discovery();
+        let now = Instant::now();
+        let mut is_news = discovery.hear(news, now);
+        for _ in 0..ROUNDS_MAX {
+            is_news |= discovery.look(now);
+            if !is_news {
+                break;
+            }
+            self.settle(&mut discovery, now);
+            metrics::counter!("outrigger_config_updates_total").increment(1);
+            is_news = discovery.is_stale();
+            self.cache.1.store(true, Relaxed);
+        }
+        discovery.turn(now)
+    }
+}

@@ -1,0 +1,354 @@
+//! One stream of a control plane's aggregated discovery service: requests out, answers in.
+//!
+//! What is asked, and what becomes of an answer, is [`crate::subscription`]'s; when to come again is the caller's. A
+//! stream ends at its first error. Requests can be sent before the server says anything.
+
+use crate::{
+    feed::Dialer,
+    load::binary::Packed,
+    problems::causes,
+    resource::bootstrap::Node,
+    subscription::{Answer, Ask, Protocol, Request, Sent},
+    wire::{
+        envoy::{
+            config::core::v3 as core,
+            service::discovery::v3::{
+                self as wire, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+            },
+            r#type::v3::SemanticVersion,
+        },
+        google::rpc::Status as Detail,
+    },
+};
+use futures_util::{Stream, StreamExt, TryFutureExt, stream};
+use http::{HeaderName, HeaderValue};
+use hyper_util::rt::TokioIo;
+use prost::{Message, Name};
+use prost_types::Any;
+use std::{pin::Pin, time::Duration};
+use tokio::sync::mpsc;
+use tonic::{
+    Code, Status,
+    metadata::MetadataMap,
+    transport::{Channel, Endpoint},
+};
+
+/// Requests that wait for the connection.
+const REQUESTS_MAX: usize = 16;
+/// What we understand beyond what every client does.
+const CLIENT_FEATURES: [&str; 2] = [
+    "xds.config.supports-resource-ttl",
+    "xds.config.resource-in-sotw",
+];
+/// `error_detail.code` of what was not accepted.
+const REFUSED: Code = Code::InvalidArgument;
+
+/// A server of a control plane.
+#[derive(Clone)]
+pub struct Server {
+    /// `:authority` of requests.
+    pub authority: String,
+    /// Opens a connection.
+    pub dialer: Dialer,
+    /// Headers of requests.
+    pub metadata: Vec<(String, String)>,
+    /// Longer messages break the stream.
+    pub message_bytes_max: usize,
+    /// How long opening a connection may take.
+    pub connect_timeout: Duration,
+}
+
+/// Why a stream cannot be opened, or ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdsError {
+    /// The server cannot be reached.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// The stream ended.
+    #[error("the stream ended: {0}")]
+    Broken(String),
+}
+
+/// An open stream.
+pub struct AdsStream {
+    protocol: Protocol,
+    node: core::Node,
+    requests: Requests,
+    answers: Answers,
+}
+
+type Answers = Pin<Box<dyn Stream<Item = Result<Answer, Status>> + Send>>;
+
+enum Requests {
+    State(mpsc::Sender<wire::DiscoveryRequest>),
+    Delta(mpsc::Sender<wire::DeltaDiscoveryRequest>),
+}
+
+/// Connects and opens a stream.
+///
+/// # Errors
+/// [`AdsError::Connect`].
+pub async fn open(server: &Server, protocol: Protocol, node: &Node) -> Result<AdsStream, AdsError> {
+    let channel = connect(server).await?;
+    let (requests, answers) = match protocol {
+        Protocol::State => state_of_the_world(channel, server),
+        Protocol::Delta => delta(channel, server),
+    };
+    Ok(AdsStream {
+        protocol,
+        node: introduced(node),
+        requests,
+        answers,
+    })
+}
+
+async fn connect(server: &Server) -> Result<Channel, AdsError> {
+    let refused = |error: &dyn std::error::Error| AdsError::Connect(causes(error));
+    let uri = format!("http://{}", server.authority);
+    let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(&error))?;
+    let dialer = server.dialer.clone();
+    let dial = tower::service_fn(move |_: http::Uri| {
+        let dialing = dialer();
+        async move { dialing.await.map(TokioIo::new) }
+    });
+    let connecting = endpoint.connect_with_connector(dial);
+    match tokio::time::timeout(server.connect_timeout, connecting).await {
+        Ok(connected) => connected.map_err(|error| refused(&error)),
+        Err(_) => {
+            let limit = server.connect_timeout;
+            Err(AdsError::Connect(format!("no answer within {limit:?}")))
+        }
+    }
+}
+
+fn client(channel: Channel, server: &Server) -> AggregatedDiscoveryServiceClient<Channel> {
+    AggregatedDiscoveryServiceClient::new(channel)
+        .max_decoding_message_size(server.message_bytes_max)
+        .max_encoding_message_size(usize::MAX)
+}
+
+/// Whatever is put into the sender, with the server's headers.
+fn outgoing<T: Send + 'static>(
+    server: &Server,
+) -> (
+    mpsc::Sender<T>,
+    tonic::Request<impl Stream<Item = T> + Send + 'static>,
+) {
+    let (sender, receiver) = mpsc::channel(REQUESTS_MAX);
+    let requests = stream::unfold(receiver, |mut receiver| async move {
+        Some((receiver.recv().await?, receiver))
+    });
+    let mut request = tonic::Request::new(requests);
+    *request.metadata_mut() = metadata(server);
+    (sender, request)
+}
+
+fn metadata(server: &Server) -> MetadataMap {
+    let mut headers = http::HeaderMap::new();
+    for (key, value) in &server.metadata {
+        // They were checked when they were configured.
+        let (key, value) = (
+            HeaderName::from_bytes(key.as_bytes()),
+            HeaderValue::from_str(value),
+        );
+        if let (Ok(key), Ok(value)) = (key, value) {
+            headers.append(key, value);
+        }
+    }
+    MetadataMap::from_headers(headers)
+}
+
+fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) {
+    let (sender, request) = outgoing(server);
+    let mut client = client(channel, server);
+    let answers = async move {
+        let answer = client.stream_aggregated_resources(request).await?;
+        Ok(answer.into_inner())
+    };
+    let answers = answers
+        .try_flatten_stream()
+        .map(|answer| answer.map(of_state));
+    (Requests::State(sender), Box::pin(answers))
+}
+
+fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
+    let (sender, request) = outgoing(server);
+    let mut client = client(channel, server);
+    let answers = async move {
+        let answer = client.delta_aggregated_resources(request).await?;
+        Ok(answer.into_inner())
+    };
+    let answers = answers
+        .try_flatten_stream()
+        .map(|answer| answer.map(of_delta));
+    (Requests::Delta(sender), Box::pin(answers))
+}
+
+impl AdsStream {
+    /// Sends a request; waits while too many wait.
+    ///
+    /// # Errors
+    /// [`AdsError::Broken`].
+    pub async fn send(&mut self, request: Request) -> Result<(), AdsError> {
+        let node = request.first.then(|| self.node.clone());
+        let sent = match &self.requests {
+            Requests::State(sender) => sender.send(to_state(request, node)).await.map_err(drop),
+            Requests::Delta(sender) => sender.send(to_delta(request, node)).await.map_err(drop),
+        };
+        match sent {
+            Ok(()) => Ok(()),
+            // The answers say why.
+            Err(()) => match self.next().await {
+                Ok(_) => Err(AdsError::Broken("requests are not taken".to_owned())),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    /// The next answer. May be dropped and called again.
+    ///
+    /// # Errors
+    /// [`AdsError::Broken`], as soon as the server or the connection ends it.
+    pub async fn next(&mut self) -> Result<Answer, AdsError> {
+        match self.answers.next().await {
+            Some(Ok(answer)) => Ok(answer),
+            Some(Err(status)) => Err(AdsError::Broken(format!(
+                "{:?}: {}",
+                status.code(),
+                causes(&status)
+            ))),
+            None => Err(AdsError::Broken("the server closed it".to_owned())),
+        }
+    }
+
+    /// Which variant is spoken.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+}
+
+/// Who we are, in full.
+fn introduced(node: &Node) -> core::Node {
+    let number = |text: &str| text.parse().unwrap_or_default();
+    let version = SemanticVersion {
+        major_number: number(env!("CARGO_PKG_VERSION_MAJOR")),
+        minor_number: number(env!("CARGO_PKG_VERSION_MINOR")),
+        patch: number(env!("CARGO_PKG_VERSION_PATCH")),
+    };
+    let build = core::BuildVersion {
+        version: Some(version),
+    };
+    let mut wire = core::Node::from(node);
+    for feature in CLIENT_FEATURES {
+        if !wire.client_features.iter().any(|known| known == feature) {
+            wire.client_features.push(feature.to_owned());
+        }
+    }
+    core::Node {
+        user_agent_name: "outrigger".to_owned(),
+        user_agent_version_type: Some(core::node::UserAgentVersionType::UserAgentBuildVersion(
+            build,
+        )),
+        ..wire
+    }
+}
+
+fn detail(error: Option<String>) -> Option<Detail> {
+    error.map(|message| Detail {
+        code: REFUSED.into(),
+        message,
+    })
+}
+
+fn to_state(request: Request, node: Option<core::Node>) -> wire::DiscoveryRequest {
+    let (version_info, resource_names) = match request.ask {
+        Ask::State { version, names } => (version, names),
+        Ask::Delta { subscribe, .. } => (String::new(), subscribe),
+    };
+    wire::DiscoveryRequest {
+        version_info,
+        node,
+        resource_names,
+        type_url: request.kind.type_url().to_owned(),
+        response_nonce: request.nonce,
+        error_detail: detail(request.error),
+    }
+}
+
+fn to_delta(request: Request, node: Option<core::Node>) -> wire::DeltaDiscoveryRequest {
+    let whole = wire::DeltaDiscoveryRequest {
+        node,
+        type_url: request.kind.type_url().to_owned(),
+        response_nonce: request.nonce,
+        error_detail: detail(request.error),
+        ..Default::default()
+    };
+    match request.ask {
+        Ask::State { names, .. } => wire::DeltaDiscoveryRequest {
+            resource_names_subscribe: names,
+            ..whole
+        },
+        Ask::Delta {
+            subscribe,
+            unsubscribe,
+            initial_versions,
+        } => wire::DeltaDiscoveryRequest {
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            initial_resource_versions: initial_versions,
+            ..whole
+        },
+    }
+}
+
+fn of_state(answer: wire::DiscoveryResponse) -> Answer {
+    Answer {
+        type_url: answer.type_url,
+        version: answer.version_info,
+        nonce: answer.nonce,
+        resources: answer.resources.into_iter().map(unwrapped).collect(),
+        removed: Vec::new(),
+    }
+}
+
+fn of_delta(answer: wire::DeltaDiscoveryResponse) -> Answer {
+    Answer {
+        type_url: answer.type_url,
+        version: answer.system_version_info,
+        nonce: answer.nonce,
+        resources: answer.resources.into_iter().map(sent).collect(),
+        removed: answer.removed_resources,
+    }
+}
+
+/// A resource of the state of the world, which may come as a `Resource`.
+fn unwrapped(any: Any) -> Sent {
+    let is_wrapped = any.type_url.ends_with(&wire::Resource::full_name());
+    match wire::Resource::decode(&*any.value) {
+        Ok(wrapper) if is_wrapped => sent(wrapper),
+        _ => {
+            let body = Packed(any);
+            Sent {
+                name: body.name(),
+                version: String::new(),
+                ttl: None,
+                body: Some(body),
+            }
+        }
+    }
+}
+
+fn sent(wrapper: wire::Resource) -> Sent {
+    let body = wrapper.resource.map(Packed);
+    let name = match &body {
+        Some(body) if wrapper.name.is_empty() => body.name(),
+        _ => wrapper.name,
+    };
+    Sent {
+        name,
+        version: wrapper.version,
+        ttl: wrapper.ttl.and_then(|ttl| ttl.try_into().ok()),
+        body,
+    }
+}
