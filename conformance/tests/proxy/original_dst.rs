@@ -7,14 +7,14 @@ use std::net::SocketAddr;
 
 const CLUSTER: &str = "original";
 
-fn original(config: Value) -> Value {
+fn original(config: &Value) -> Value {
     json!({
         "name": CLUSTER, "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "1s",
         "cleanup_interval": "0.05s", "original_dst_lb_config": config,
     })
 }
 
-fn listener(filter: Value) -> Value {
+fn listener(filter: &Value) -> Value {
     json!({
         "name": "caught",
         "listener_filters": [{"name": "proxy_protocol", "typed_config": {
@@ -63,7 +63,7 @@ fn is_unhealthy(answer: &str) {
 #[tokio::test]
 async fn a_request_goes_where_its_connection_was_sent() {
     let (a, b) = (Upstream::named("a").await, Upstream::named("b").await);
-    let proxy = start(&[listener(routed())], &[original(json!({}))]);
+    let proxy = start(&[listener(&routed())], &[original(&json!({}))]);
     is_from(&ask(&proxy, &meant_for(a.address), "").await, "a");
     is_from(&ask(&proxy, &meant_for(b.address), "").await, "b");
     is_unhealthy(&ask(&proxy, "", "").await);
@@ -77,7 +77,7 @@ async fn a_request_goes_where_its_connection_was_sent() {
 async fn a_header_says_where_to_if_configured() {
     let (a, b) = (Upstream::named("a").await, Upstream::named("b").await);
     let config = json!({"use_http_header": true});
-    let proxy = start(&[listener(routed())], &[original(config)]);
+    let proxy = start(&[listener(&routed())], &[original(&config)]);
     let header = to(&b.address.to_string());
     is_from(&ask(&proxy, "", &header).await, "b");
     is_from(&ask(&proxy, &meant_for(a.address), &header).await, "b");
@@ -99,7 +99,7 @@ async fn the_header_and_the_port_are_as_configured() {
     let config = json!({
         "use_http_header": true, "http_header_name": "X-To", "upstream_port_override": a.address.port(),
     });
-    let proxy = start(&[listener(routed())], &[original(config)]);
+    let proxy = start(&[listener(&routed())], &[original(&config)]);
     is_from(&ask(&proxy, "", "x-to: 127.0.0.1:1\r\n").await, "a");
     is_unhealthy(&ask(&proxy, "", &to(&a.address.to_string())).await);
     let meant = meant_for("127.0.0.1:2".parse().unwrap());
@@ -110,7 +110,7 @@ async fn the_header_and_the_port_are_as_configured() {
 async fn endpoints_are_there_while_they_are_used() {
     let a = Upstream::named("a").await;
     let config = json!({"use_http_header": true});
-    let proxy = start(&[listener(routed())], &[original(config)]);
+    let proxy = start(&[listener(&routed())], &[original(&config)]);
     assert!(hosts(proxy.admin(), CLUSTER).await.is_empty());
     // Its upstream closes no connection: while one is open, the endpoint is used.
     let header = to(&a.address.to_string());
@@ -131,7 +131,7 @@ async fn endpoints_are_there_while_they_are_used() {
 async fn bytes_go_where_their_connection_was_sent() {
     let server = named_tcp("server").await;
     let filter = carries(json!({"cluster": CLUSTER}));
-    let proxy = start(&[listener(filter)], &[original(json!({}))]);
+    let proxy = start(&[listener(&filter)], &[original(&json!({}))]);
     let text = format!("{}hello", meant_for(server));
     let answer = tell(at(&proxy, "caught"), text.as_bytes()).await;
     assert_eq!(answer, "server:hello");
@@ -141,7 +141,7 @@ async fn bytes_go_where_their_connection_was_sent() {
 #[test]
 fn what_cannot_be_is_refused_by_name() {
     let with = |fields: Value| {
-        let mut all = original(json!({}));
+        let mut all = original(&json!({}));
         for (name, value) in fields.as_object().unwrap() {
             all[name] = value.clone();
         }
@@ -184,5 +184,5 @@ fn what_cannot_be_is_refused_by_name() {
         let refused = read(&[], &[with(fields)]).unwrap_err();
         assert!(refused.contains(words), "{words}: {refused}");
     }
-    assert!(read(&[], &[original(json!({}))]).is_ok());
+    assert!(read(&[], &[original(&json!({}))]).is_ok());
 }
