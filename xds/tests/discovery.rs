@@ -64,12 +64,9 @@ fn each_resource_is_judged_by_itself() {
     assert_eq!(a.source.initial_fetch_timeout.as_secs(), 1);
     // What nobody knows is no error here.
     assert!(all[1].read.is_ok(), "{}", error(&all[1]));
+    assert!(all[3].read.is_ok(), "{}", error(&all[3]));
     for (index, expected) in [
         (2, "resources[2].eds_cluster_config: required"),
-        (
-            3,
-            "resources[3].eds_cluster_config.eds_config: not supported yet: ads",
-        ),
         (
             4,
             "expected a envoy.config.cluster.v3.Cluster, got type.googleapis.com/envoy.config.listener.v3.Listener",
@@ -177,7 +174,7 @@ dynamic_resources:
     for (text, expected) in [
         (
             "{dynamic_resources: {ads_config: {}}}",
-            "not supported yet: ads_config",
+            "dynamic_resources.ads_config.grpc_services: at least one is required",
         ),
         (
             "{dynamic_resources: {lds_config: {}}}",

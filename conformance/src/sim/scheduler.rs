@@ -585,20 +585,10 @@ fn tell_text(
             let held = longest
                 .filter(|_| !sampling.include_stop_str_in_output)
                 .map_or(0, |longest| longest - 1);
-            let end = sequence
-                .text
-                .char_indices()
-                .rev()
-                .nth(held.wrapping_sub(1))
-                .map_or(0, |(at, _)| at);
-            (
-                if held == 0 {
-                    sequence.text.len()
-                } else {
-                    end.max(sequence.told)
-                },
-                None,
-            )
+            let text = &sequence.text;
+            let starts = text.char_indices().map(|(at, _)| at);
+            let end = starts.chain([text.len()]).rev().nth(held).unwrap_or(0);
+            (end.max(sequence.told), None)
         }
     };
     let told = sequence.text[sequence.told..end].to_owned();
