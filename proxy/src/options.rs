@@ -76,7 +76,7 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Policy::Kv)]
     pub policy: Policy,
     /// Whether engines beside this proxy are asked for a token when no request proves that they work
-    #[arg(long, value_enum, default_value_t = Switch::On)]
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
     pub canary: Switch,
     /// File with the key that engines want as a bearer token from those who poll them
     #[arg(long, value_name = "FILE")]
