@@ -235,6 +235,8 @@ impl Host {
     pub const ACTIVE_HC_TIMEOUT: u32 = 1 << 4;
     /// Somebody checks it, whatever came of that.
     pub const CHECKED: u32 = 1 << 5;
+    /// Nobody has gone there for a while: pooled connections to it are to end.
+    pub const RETIRED: u32 = 1 << 6;
 
     /// Whether one of `flags` is set.
     #[must_use]

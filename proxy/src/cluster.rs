@@ -98,9 +98,12 @@ impl Entry {
     }
 }
 
-fn originals(cluster: &Cluster) -> Option<Originals> {
+fn originals(cluster: &Cluster, previous: Option<&Arc<Entry>>) -> Option<Originals> {
+    let previous = previous.and_then(|entry| entry.originals.as_ref());
     match &cluster.discovery {
-        Discovery::OriginalDst(config) => Some(Originals::new(config, &cluster.connection)),
+        Discovery::OriginalDst(config) => {
+            Some(Originals::new(config, &cluster.connection, previous))
+        }
         _ => None,
     }
 }
@@ -225,17 +228,39 @@ impl Clusters {
                 detector,
                 used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
-                originals: originals(cluster),
+                originals: originals(cluster, previous),
             };
             let entry = Arc::new(entry);
             entry.watch();
             (Arc::from(cluster.name.as_str()), entry)
         });
         self.entries.store(Arc::new(entries.collect()));
+        self.renew_originals(&before);
         self.forget_unnamed();
         self.check();
         drop(building);
         self.count_members();
+    }
+
+    /// Endpoints that requests made stay when their cluster is another than `before`.
+    fn renew_originals(&self, before: &AHashMap<Arc<str>, Arc<Entry>>) {
+        for (name, entry) in self.entries.load().iter() {
+            let is_same = |before: &Arc<Entry>| Arc::ptr_eq(before, entry);
+            let Some(originals) = &entry.originals else {
+                continue;
+            };
+            if before.get(name).is_some_and(is_same) {
+                continue;
+            }
+            originals.renew(entry);
+            let endpoints = originals.endpoints();
+            match &entry.detector {
+                Some(detector) => detector.members(&endpoints),
+                None => endpoints.iter().for_each(|endpoint| {
+                    endpoint.host.set(Host::FAILED_OUTLIER_CHECK, false);
+                }),
+            }
+        }
     }
 
     /// Builds all views anew after the fleet's membership changed.
@@ -245,10 +270,10 @@ impl Clusters {
             let sockets = &entry.sockets;
             let view = self.view_of(&entry.config, sockets, &entry.balancer, &entry.breakers);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
-            if let Some(detector) = &entry.detector {
-                detector.members(&view.endpoints);
-            }
             entry.view.store(Arc::new(view));
+            if let Some(detector) = &entry.detector {
+                detector.members(&entry.shown().endpoints);
+            }
             entry.stats.membership_change.increment(1);
         }
         self.forget_unnamed();
@@ -309,6 +334,9 @@ impl Clusters {
     /// Brings the membership gauges up to date. Called now and then, since health changes without a change of members.
     pub fn count_members(&self) {
         for entry in self.entries.load().values() {
+            // First, so that one which goes meanwhile is not counted twice.
+            let originals = entry.originals.as_ref();
+            let departed = originals.map(Originals::departed).unwrap_or_default();
             let view = entry.shown();
             let healthy = view
                 .endpoints
@@ -326,7 +354,7 @@ impl Clusters {
                 .set(view.endpoints.len() as f64);
             entry.stats.membership_healthy.set(healthy as f64);
             entry.stats.membership_degraded.set(degraded as f64);
-            counts::connections(&entry.stats, &view);
+            counts::connections(&entry.stats, &view, departed);
             counts::breakers(&entry.stats, &entry.breakers);
             if entry.config.health_check.is_some() {
                 counts::checked(&view);

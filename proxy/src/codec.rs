@@ -19,6 +19,7 @@ use crate::{
 };
 use client::Client;
 use coalesced::Coalesced;
+use h1::HeadLimit;
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -132,8 +133,10 @@ async fn speak(
 ) -> Option<Client> {
     let codec = manager.config.load().manager.codec;
     let stats = &manager.stats;
-    match poll_fn(|cx| begins(&mut client, codec, cx)).await {
-        Some(Spoken::Http1) => match h1::serve(client, manager, info, requests).await {
+    let mut limit = HeadLimit::default();
+    let first = poll_fn(|cx| begins(&mut client, codec, (manager, &mut limit), cx));
+    match first.await {
+        Some(Spoken::Http1) => match h1::serve(client, manager, info, requests, limit).await {
             h1::End::Switched(client) => return Some(client),
             h1::End::Malformed => stats.downstream_cx_protocol_error.increment(1),
             h1::End::Closed => {}
@@ -152,13 +155,26 @@ enum Spoken {
 }
 
 /// Which version the client begins with; `None` is one that this listener does not speak.
-fn begins(client: &mut Client, codec: Codec, cx: &mut Context<'_>) -> Poll<Option<Spoken>> {
+fn begins(
+    client: &mut Client,
+    codec: Codec,
+    (manager, limit): (&Manager, &mut HeadLimit),
+    cx: &mut Context<'_>,
+) -> Poll<Option<Spoken>> {
     loop {
         if let Some(spoken) = judge(codec, &client.ahead) {
             return Poll::Ready(spoken);
         }
+        let Poll::Ready(read) = client.poll_ahead(cx) else {
+            if client.ahead.is_empty() {
+                return Poll::Pending;
+            }
+            ready!(limit.poll(manager, cx));
+            // It is told so in HTTP/1, where that is spoken.
+            return Poll::Ready((codec != Codec::Http2).then_some(Spoken::Http1));
+        };
         // Whoever ends here said nothing, or half a preface: no request, in either version.
-        if !matches!(ready!(client.poll_ahead(cx)), Ok(1..)) {
+        if !matches!(read, Ok(1..)) {
             return Poll::Ready(Some(Spoken::Http1));
         }
     }

@@ -175,6 +175,11 @@ impl Detector {
         self.ejections.set(ejected.count() as u32);
     }
 
+    #[cfg(test)]
+    pub fn hosts(&self) -> u32 {
+        self.hosts.load(Relaxed)
+    }
+
     /// What health checks that pass may end.
     #[must_use]
     pub fn ejections(&self) -> Option<&Arc<Ejections>> {

@@ -156,7 +156,8 @@ impl TcpProxy {
     ) -> Option<Arc<Endpoint>> {
         if let Some(config) = &view.original_dst {
             let meant = config.at(info.original_dst()?);
-            return self.endpoints.original(view, meant);
+            let endpoint = self.endpoints.original(view, meant);
+            return endpoint.filter(|endpoint| endpoint.is_alive());
         }
         let mut all = view.candidates(None);
         // Behind a peer there is no socket of an engine.

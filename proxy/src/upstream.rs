@@ -32,6 +32,12 @@ pub const IDLE_CONNECTIONS_MAX: usize = 1_024;
 /// Streams on one HTTP/2 connection before another is opened, so that no peer worker runs hot.
 pub const H2_STREAMS_MAX: usize = 100;
 
+/// Closes what this thread's pools need not hold. Called now and then by each worker.
+pub fn close_idle() {
+    h1::close_idle();
+    h2::close_idle();
+}
+
 /// All pools of the process (each thread has its own part).
 #[derive(Debug, Default)]
 pub struct Pools;

@@ -173,7 +173,7 @@ async fn work(mut shares: mpsc::UnboundedReceiver<Share>, mut stopped: watch::Re
         tokio::select! {
             _ = stopped.wait_for(|stop| *stop) => return,
             Some(share) = shares.recv() => drop(tokio::spawn(share.serve())),
-            _ = tick.tick() => upstream::h1::close_idle(),
+            _ = tick.tick() => upstream::close_idle(),
         }
     }
 }

@@ -458,4 +458,13 @@ async fn a_head_that_does_not_come_in_time_is_answered_for() {
     );
     let late = "envoy_http_downstream_rq_header_timeout";
     assert_eq!(proxy.metric(late, "").await, 1.0);
+    // It may be the first byte of HTTP/2, too.
+    let mut socket = Socket::to(&proxy).await;
+    socket.say("P").await;
+    let answer = socket.rest().await;
+    assert!(
+        answer.ends_with("connection: close\r\n\r\nrequest header timeout"),
+        "{answer}"
+    );
+    assert_eq!(proxy.metric(late, "").await, 2.0);
 }

@@ -1,9 +1,13 @@
 //! `ORIGINAL_DST`: requests and connections go where they were meant to.
 
 use super::listeners::{at, carries, named_tcp, read, says, start, tell};
-use outrigger_conformance::harness::{TestProxy, Upstream, eventually, hosts, raw};
+use http::Method;
+use outrigger_conformance::harness::{
+    Client, TestProxy, Upstream, Version, eventually, hosts, raw, request,
+};
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const CLUSTER: &str = "original";
 
@@ -121,10 +125,84 @@ async fn endpoints_are_there_while_they_are_used() {
         a.address.port()
     );
     drop(a);
+    nobody_is_known(&proxy).await;
+}
+
+#[tokio::test]
+async fn connections_to_those_that_are_gone_are_counted() {
+    let config = json!({"use_http_header": true});
+    let proxy = start(&[listener(&routed())], &[original(&config)]);
+    for (count, name) in [(1.0, "a"), (2.0, "b")] {
+        let upstream = Upstream::named(name).await;
+        is_from(
+            &ask(&proxy, "", &to(&upstream.address.to_string())).await,
+            name,
+        );
+        eventually("it is counted", || async {
+            let opened = proxy
+                .metric("envoy_cluster_upstream_cx_total", CLUSTER)
+                .await;
+            (opened == count).then_some(())
+        })
+        .await;
+        drop(upstream);
+        nobody_is_known(&proxy).await;
+    }
+}
+
+async fn nobody_is_known(proxy: &TestProxy) {
     eventually("nobody is known any more", || async {
         hosts(proxy.admin(), CLUSTER).await.is_empty().then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn connections_of_http2_end_when_nobody_uses_them() {
+    let mut cluster = original(&json!({"use_http_header": true}));
+    cluster["typed_extension_protocol_options"] = json!({
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": super::dynamic::typed(
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            json!({"explicit_http_config": {"http2_protocol_options": {}}}),
+        ),
+    });
+    let target = json!({"name": "target", "filter_chains": [{"filters": [says("there")]}]});
+    let proxy = start(&[listener(&routed()), target], &[cluster]);
+    let header = to(&at(&proxy, "target").to_string());
+    for _ in 0..2 {
+        let answer = ask(&proxy, "", &header).await;
+        assert!(answer.ends_with("there"), "{answer}");
+        nobody_is_known(&proxy).await;
+    }
+    eventually("all are counted", || async {
+        let opened = "envoy_cluster_upstream_cx_http2_total";
+        (proxy.metric(opened, CLUSTER).await == 2.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nothing_goes_to_one_that_is_drained() {
+    let server = named_tcp("server").await;
+    let filter = carries(json!({"cluster": CLUSTER}));
+    let proxy = start(&[listener(&filter)], &[original(&json!({}))]);
+    let text = format!("{}hello", meant_for(server));
+    // It is known for as long as its connection is open.
+    let mut held = TcpStream::connect(at(&proxy, "caught")).await.unwrap();
+    held.write_all(meant_for(server).as_bytes()).await.unwrap();
+    eventually("it is known", || async {
+        (!hosts(proxy.admin(), CLUSTER).await.is_empty()).then_some(())
+    })
+    .await;
+    let drained = request(Method::POST, &format!("/drain?endpoint={server}"), "");
+    let mut admin = Client::connect(proxy.admin(), Version::HTTP_11).await;
+    let reply = admin.send(drained).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    drop(held);
+    assert_eq!(tell(at(&proxy, "caught"), text.as_bytes()).await, "");
+    // Longer than it would stay if nobody had drained it.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(tell(at(&proxy, "caught"), text.as_bytes()).await, "");
 }
 
 #[tokio::test]

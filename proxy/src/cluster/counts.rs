@@ -3,13 +3,13 @@
 use crate::metrics::ClusterStats;
 use outrigger_filters::{
     breakers::{Breaker, Breakers},
-    endpoints::{ClusterView, EndpointStats, Host},
+    endpoints::{ClusterView, Endpoint, Host},
 };
 use outrigger_xds::{
     report::Health,
     resource::{cluster::UpstreamProtocol, route_action::Priority},
 };
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Endpoints by what health checks found.
 pub(super) fn checked(view: &ClusterView) {
@@ -29,34 +29,51 @@ pub(super) fn checked(view: &ClusterView) {
     }
 }
 
-/// Connections belong to endpoints, which clusters may share.
-pub(super) fn connections(stats: &ClusterStats, view: &ClusterView) {
-    let sum = |of: fn(&EndpointStats) -> &AtomicU64, protocol: Option<UpstreamProtocol>| -> u64 {
-        view.endpoints
-            .iter()
-            .filter(|endpoint| protocol.is_none_or(|protocol| endpoint.protocol == protocol))
-            .map(|endpoint| of(&endpoint.stats).load(Relaxed))
-            .sum()
-    };
-    let opened = sum(|stats| &stats.connections, None);
-    let open = sum(|stats| &stats.connections_active, None);
-    stats.upstream_cx_total.absolute(opened);
-    stats.upstream_cx_active.set(open as f64);
-    stats
-        .upstream_cx_destroy
-        .absolute(opened.saturating_sub(open));
-    for (protocol, counter) in [
-        (UpstreamProtocol::Http1, &stats.upstream_cx_http1_total),
-        (UpstreamProtocol::Http2, &stats.upstream_cx_http2_total),
-    ] {
-        counter.absolute(sum(|stats| &stats.connections, Some(protocol)));
+/// What became of connections to endpoints.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Connections {
+    opened: u64,
+    http1: u64,
+    http2: u64,
+    open: u64,
+    pub(super) failed: u64,
+    timed_out: u64,
+}
+
+impl Connections {
+    /// Those of one endpoint more.
+    pub(super) fn add(&mut self, endpoint: &Endpoint) {
+        let stats = &endpoint.stats;
+        let opened = stats.connections.load(Relaxed);
+        self.opened += opened;
+        match endpoint.protocol {
+            UpstreamProtocol::Http1 => self.http1 += opened,
+            UpstreamProtocol::Http2 => self.http2 += opened,
+        }
+        self.open += stats.connections_active.load(Relaxed);
+        self.failed += stats.connect_fail.load(Relaxed);
+        self.timed_out += stats.connect_timeout.load(Relaxed);
     }
-    stats
-        .upstream_cx_connect_fail
-        .absolute(sum(|stats| &stats.connect_fail, None));
-    stats
-        .upstream_cx_connect_timeout
-        .absolute(sum(|stats| &stats.connect_timeout, None));
+}
+
+/// Connections belong to endpoints, which clusters may share; those of endpoints that are gone are `departed`.
+pub(super) fn connections(stats: &ClusterStats, view: &ClusterView, departed: Connections) {
+    let mut all = departed;
+    for endpoint in &view.endpoints {
+        all.add(endpoint);
+    }
+    stats.upstream_cx_active.set(all.open as f64);
+    let destroyed = all.opened.saturating_sub(all.open);
+    for (counter, total) in [
+        (&stats.upstream_cx_total, all.opened),
+        (&stats.upstream_cx_destroy, destroyed),
+        (&stats.upstream_cx_http1_total, all.http1),
+        (&stats.upstream_cx_http2_total, all.http2),
+        (&stats.upstream_cx_connect_fail, all.failed),
+        (&stats.upstream_cx_connect_timeout, all.timed_out),
+    ] {
+        counter.absolute(total);
+    }
 }
 
 /// Names of what is open, and of what is left.

@@ -56,6 +56,7 @@ pub(super) async fn serve(
     manager: &Arc<Manager>,
     info: &Arc<ConnectionInfo>,
     requests: &Requests,
+    limit: HeadLimit,
 ) -> End {
     let mut connection = Connection {
         client,
@@ -66,7 +67,7 @@ pub(super) async fn serve(
             manager,
             info,
             here: false,
-            limit: None,
+            limit,
         },
         upload: None,
         interim: None,
@@ -406,8 +407,25 @@ struct HalfHead<'a> {
     manager: &'a Arc<Manager>,
     info: &'a Arc<ConnectionInfo>,
     here: bool,
-    /// When it is late, if that was asked for.
-    limit: Option<Pin<Box<Sleep>>>,
+    limit: HeadLimit,
+}
+
+/// When a head that has begun is late, if that was asked for.
+#[derive(Default)]
+pub(super) struct HeadLimit(Option<Pin<Box<Sleep>>>);
+
+impl HeadLimit {
+    /// Ready when it is late; its time begins with the first call.
+    pub(super) fn poll(&mut self, manager: &Manager, cx: &mut Context<'_>) -> Poll<()> {
+        if self.0.is_none() {
+            let limit = manager.config.load().manager.request_headers_timeout;
+            self.0 = (!limit.is_zero()).then(|| Box::pin(tokio::time::sleep(limit)));
+        }
+        match &mut self.0 {
+            Some(limit) => limit.as_mut().poll(cx),
+            None => Poll::Pending,
+        }
+    }
 }
 
 impl HalfHead<'_> {
@@ -416,16 +434,7 @@ impl HalfHead<'_> {
         if !self.here {
             return Poll::Pending;
         }
-        if self.limit.is_none() {
-            let limit = self.manager.config.load().manager.request_headers_timeout;
-            if limit.is_zero() {
-                return Poll::Pending;
-            }
-            self.limit = Some(Box::pin(tokio::time::sleep(limit)));
-        }
-        if let Some(limit) = &mut self.limit {
-            ready!(limit.as_mut().poll(cx));
-        }
+        ready!(self.limit.poll(self.manager, cx));
         self.is_over();
         Poll::Ready(())
     }
@@ -433,7 +442,7 @@ impl HalfHead<'_> {
     /// It is whole, or nobody waits for the rest of it.
     fn is_over(&mut self) {
         self.here = false;
-        self.limit = None;
+        self.limit = HeadLimit::default();
     }
 }
 

@@ -172,17 +172,48 @@ fn look(kind: &Kind, socket: &Socket, seen: &mut Seen, stats: &InspectorStats) -
 /// Where a connection was sent before the system redirected it to us.
 fn original_dst(socket: &Socket, seen: &mut Seen) {
     let Some(tcp) = socket.tcp() else { return };
+    // Not what is known of the connection: a header may have said another address.
+    let Ok(own) = tcp.local_addr() else { return };
     let socket = SockRef::from(tcp);
-    let asked = if seen.local.is_ipv4() {
+    let asked = if is_v4(own) {
         socket.original_dst_v4()
     } else {
         socket.original_dst_v6()
     };
     // Without an answer nobody redirected it.
-    if let Some(original) = asked.ok().and_then(|address| address.as_socket())
-        && original != seen.local
-    {
+    let original = asked.ok().and_then(|address| address.as_socket());
+    if let Some(original) = original.filter(|original| is_another(*original, own)) {
         seen.local = original;
         seen.redirected = true;
+    }
+}
+
+/// Whether a connection to this address of a socket is one over IPv4, be it that the socket takes both.
+fn is_v4(own: SocketAddr) -> bool {
+    own.ip().to_canonical().is_ipv4()
+}
+
+/// Whether a connection was on the way to another address than that of the socket that took it.
+fn is_another(original: SocketAddr, own: SocketAddr) -> bool {
+    let plain = |address: SocketAddr| (address.ip().to_canonical(), address.port());
+    plain(original) != plain(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_for_both_families_has_addresses_of_either() {
+        let own = |text: &str| text.parse::<SocketAddr>().unwrap();
+        assert!(is_v4(own("127.0.0.1:80")));
+        assert!(is_v4(own("[::ffff:127.0.0.1]:80")));
+        assert!(!is_v4(own("[::1]:80")));
+        assert!(!is_another(
+            own("127.0.0.1:80"),
+            own("[::ffff:127.0.0.1]:80")
+        ));
+        assert!(is_another(own("127.0.0.1:81"), own("127.0.0.1:80")));
+        assert!(is_another(own("127.0.0.2:80"), own("127.0.0.1:80")));
     }
 }

@@ -138,8 +138,8 @@ impl Conn {
     }
 }
 
-/// Closes idle connections of this thread that are too old to be reused. Called now and then by each worker.
-pub fn close_idle() {
+/// Closes idle connections of this thread that are too old to be reused.
+pub(super) fn close_idle() {
     let now = clock_ms();
     let sweep = |idle: &mut Idle| {
         idle.retain(|_, conns| {

@@ -19,7 +19,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use outrigger_filters::{
     body::{BodyError, RequestBody, ResponseBody, UploadState},
-    endpoints::{Endpoint, SendOptions},
+    endpoints::{Endpoint, Host, SendOptions},
     error::{Error, Flag, Retry},
 };
 use outrigger_xds::resource::endpoint::Address;
@@ -53,6 +53,8 @@ struct Conn {
     requests: Arc<AtomicU32>,
     /// As many as the peer takes.
     streams_allowed: Arc<AtomicUsize>,
+    /// Whom it leads to.
+    host: Arc<Host>,
 }
 
 type Open = AHashMap<Address, Vec<Conn>>;
@@ -70,14 +72,18 @@ fn with_open<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Open) -> T) -> T {
     }
 }
 
-/// Forgets what belongs to contexts that were replaced, once their connections have ended.
-fn forget_replaced() {
+/// Forgets connections of this thread that have ended, and leaves those to endpoints that nobody uses any more.
+pub(super) fn close_idle() {
+    let sweep = |open: &mut Open| {
+        open.retain(|_, conns| {
+            conns.retain(|conn| !conn.sender.is_closed() && !conn.host.has(Host::RETIRED));
+            !conns.is_empty()
+        });
+    };
+    OPEN.with_borrow_mut(sweep);
     OPEN_TLS.with_borrow_mut(|all| {
         all.retain(|_, open| {
-            open.retain(|_, conns| {
-                conns.retain(|conn| !conn.sender.is_closed());
-                !conns.is_empty()
-            });
+            sweep(open);
             !open.is_empty()
         });
     });
@@ -94,6 +100,9 @@ impl Conn {
         with_open(endpoint, |open| {
             if let Some(conns) = open.get_mut(&endpoint.address) {
                 conns.retain(|conn| !Arc::ptr_eq(&conn.streams, &self.streams));
+                if conns.is_empty() {
+                    open.remove(&endpoint.address);
+                }
             }
         });
     }
@@ -102,6 +111,10 @@ impl Conn {
         with_open(endpoint, |open| {
             let conns = open.get_mut(&endpoint.address)?;
             conns.retain(|conn| !conn.sender.is_closed());
+            if conns.is_empty() {
+                open.remove(&endpoint.address);
+                return None;
+            }
             conns
                 .iter()
                 .find(|conn| conn.streams.load(Relaxed) < conn.streams_max())
@@ -157,10 +170,8 @@ impl Conn {
             streams: Arc::default(),
             requests: Arc::default(),
             streams_allowed,
+            host: endpoint.host.clone(),
         };
-        if endpoint.tls.is_some() {
-            forget_replaced();
-        }
         with_open(endpoint, |open| {
             open.entry(endpoint.address.clone())
                 .or_default()
