@@ -291,8 +291,10 @@ impl Manager {
         }
         let made = headers::new_traceparent(config.tracer.is_some());
         fields.insert(headers::TRACEPARENT, made.value());
-        // It belongs to what there was instead.
-        fields.remove(trace::TRACESTATE);
+        if seen.tracestate {
+            // It belongs to what there was instead.
+            fields.remove(trace::TRACESTATE);
+        }
         record.trace_id = headers::trace_id(made.as_str()).into();
     }
 

@@ -138,6 +138,4 @@ async fn a_proxy_that_traces_nothing_does_not_decide_for_the_next() {
     let spans = collector.spans(2, |_| true).await;
     let server = spans.iter().find(|span| span.kind == SERVER).unwrap();
     assert_eq!(server.parent, "", "nobody made a span before");
-    let log = first.only_log().await;
-    assert_eq!(server.trace, log["trace_id"].as_str().unwrap());
 }
