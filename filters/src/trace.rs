@@ -13,6 +13,9 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+/// Bytes of each text of a span: a client can make some of them as long as its head.
+pub const TEXT_BYTES_MAX: usize = 1024;
+
 /// Takes spans that are over. Never waits: what it cannot take is lost, and counted.
 pub trait Sink: Send + Sync {
     /// One of them.
@@ -27,8 +30,8 @@ pub struct Trace {
     pub server: SpanId,
     /// `tracestate` as it came; may be empty.
     pub state: Arc<str>,
-    /// Attributes of all spans.
-    pub tags: Vec<Attribute>,
+    /// Attributes of all spans, whatever else is told under their names: Envoy's custom tags.
+    pub tags: Arc<[Attribute]>,
     /// Each attempt has a span of its own.
     pub per_attempt: bool,
     /// Who takes them.
@@ -50,10 +53,12 @@ impl Trace {
                 kind,
                 start: now,
                 end: now,
-                attributes: self.tags.clone(),
+                attributes: Vec::new(),
                 failed: false,
             }),
+            tags: self.tags.clone(),
             sink: self.sink.clone(),
+            unanswered: false,
         }
     }
 }
@@ -61,17 +66,27 @@ impl Trace {
 /// A step that goes on until this is dropped.
 pub struct Step {
     span: Box<Span>,
+    tags: Arc<[Attribute]>,
     sink: Arc<dyn Sink>,
+    /// It asked, and there is no answer yet.
+    unanswered: bool,
 }
 
 impl Step {
-    /// Goes on with a span that somebody else began.
+    /// Goes on with a span of `trace` that somebody else began.
     #[must_use]
-    pub fn of(span: Span, sink: Arc<dyn Sink>) -> Self {
+    pub fn of(span: Span, trace: &Trace) -> Self {
         Self {
             span: Box::new(span),
-            sink,
+            tags: trace.tags.clone(),
+            sink: trace.sink.clone(),
+            unanswered: false,
         }
+    }
+
+    /// It waits for an answer: if none is told before it is over, it was canceled.
+    pub fn asks(&mut self) {
+        self.unanswered = true;
     }
 
     /// It began a while ago.
@@ -80,9 +95,17 @@ impl Step {
         self.span.start = now.checked_sub(at.elapsed()).unwrap_or(now);
     }
 
-    /// Tells something of it.
+    /// Tells something of it; what was told under this name before is forgotten, since OTLP wants each name once.
     pub fn tell(&mut self, name: &'static str, value: impl Into<Value>) {
-        self.span.attributes.push((name.into(), value.into()));
+        self.put((name.into(), value.into()));
+    }
+
+    fn put(&mut self, (name, value): Attribute) {
+        let attributes = &mut self.span.attributes;
+        match attributes.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) => *known = value,
+            None => attributes.push((name, value)),
+        }
     }
 
     /// Tells it if it is known.
@@ -100,11 +123,18 @@ impl Step {
 
     /// How it was answered, in Envoy's tags; 0 is not at all.
     pub fn answered(&mut self, code: u16, flags: &[Flag]) {
+        self.unanswered = false;
         self.tell("http.status_code", code.to_string());
         self.tell("response_flags", short(flags));
         if code == 0 || code >= 500 {
             self.fail();
         }
+    }
+
+    /// Nobody waits for it any more: Envoy's tag, and an error, since nobody knows how it would have ended.
+    pub fn cancel(&mut self) {
+        self.tell("canceled", "true");
+        self.fail();
     }
 
     /// What says upstream that it belongs to this step.
@@ -121,6 +151,14 @@ impl Step {
 
 impl Drop for Step {
     fn drop(&mut self) {
+        if self.unanswered {
+            self.answered(0, &[]);
+            self.cancel();
+        }
+        let tags = self.tags.clone();
+        for tag in tags.iter() {
+            self.put(tag.clone());
+        }
         let nothing = Span {
             attributes: Vec::new(),
             state: self.span.state.clone(),
@@ -129,6 +167,7 @@ impl Drop for Step {
         };
         let mut span = std::mem::replace(&mut *self.span, nothing);
         span.end = SystemTime::now();
+        span.bound(TEXT_BYTES_MAX);
         self.sink.take(span);
     }
 }
@@ -187,18 +226,75 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_step_is_told_once_when_it_is_over() {
-        let kept = Arc::new(Kept::default());
-        let trace = Arc::new(Trace {
+    fn trace(kept: &Arc<Kept>, tags: &[Attribute]) -> Arc<Trace> {
+        Arc::new(Trace {
             id: [0xab; 16],
             server: [1; 8],
             state: "k=v".into(),
-            tags: vec![("zone".into(), "a".into())],
+            tags: tags.into(),
             per_attempt: true,
             sink: kept.clone(),
-        });
-        let mut step = trace.child("router", Kind::Client);
+        })
+    }
+
+    /// What the only span says under a name, as often as it says it.
+    fn said(kept: &Kept, name: &str) -> Vec<Value> {
+        let spans = kept.0.lock().unwrap();
+        let [span] = &spans[..] else {
+            panic!("{spans:?}")
+        };
+        let named = span.attributes.iter().filter(|(known, _)| known == name);
+        named.map(|(_, value)| value.clone()).collect()
+    }
+
+    #[test]
+    fn each_name_is_told_once_and_a_custom_tag_has_the_last_word() {
+        let kept = Arc::new(Kept::default());
+        let tags = [("component".into(), "mine".into())];
+        let mut step = trace(&kept, &tags).child("router", Kind::Client);
+        step.tell("component", "proxy");
+        step.answered(200, &[]);
+        step.answered(0, &[Flag::UpstreamRemoteReset]);
+        step.fail();
+        drop(step);
+        assert_eq!(said(&kept, "component"), ["mine".into()]);
+        assert_eq!(said(&kept, "http.status_code"), ["0".to_owned().into()]);
+        assert_eq!(said(&kept, "response_flags"), ["UR".into()]);
+        assert_eq!(said(&kept, "error"), ["true".into()]);
+    }
+
+    #[test]
+    fn what_asked_and_was_not_answered_was_canceled() {
+        for answered in [false, true] {
+            let kept = Arc::new(Kept::default());
+            let mut step = trace(&kept, &[]).child("router", Kind::Client);
+            step.asks();
+            if answered {
+                step.answered(200, &[]);
+            }
+            drop(step);
+            let code = if answered { "200" } else { "0" };
+            assert_eq!(said(&kept, "http.status_code"), [code.to_owned().into()]);
+            let canceled = said(&kept, "canceled");
+            assert_eq!(canceled.is_empty(), answered, "{canceled:?}");
+            assert_eq!(kept.0.lock().unwrap()[0].failed, !answered);
+        }
+    }
+
+    #[test]
+    fn a_text_is_cut() {
+        let kept = Arc::new(Kept::default());
+        let mut step = trace(&kept, &[]).child("n".repeat(5000), Kind::Client);
+        step.tell("user_agent", "u".repeat(5000));
+        drop(step);
+        assert_eq!(said(&kept, "user_agent"), ["u".repeat(1024).into()]);
+        assert_eq!(kept.0.lock().unwrap()[0].name.len(), 1024);
+    }
+
+    #[test]
+    fn a_step_is_told_once_when_it_is_over() {
+        let kept = Arc::new(Kept::default());
+        let mut step = trace(&kept, &[("zone".into(), "a".into())]).child("router", Kind::Client);
         step.answered(
             503,
             &[Flag::UpstreamConnectionFailure, Flag::UpstreamOverflow],

@@ -41,6 +41,7 @@ pub(crate) struct Seen {
     pub(crate) via: bool,
     pub(crate) request_id: bool,
     pub(crate) traceparent: bool,
+    pub(crate) tracestate: bool,
     pub(crate) forwarded_for: bool,
     pub(crate) forwarded_proto: bool,
     pub(crate) client_cert: bool,
@@ -71,6 +72,7 @@ impl Seen {
                 "x-outrigger-via" => seen.via = true,
                 "x-request-id" => seen.request_id = true,
                 "traceparent" => seen.traceparent = true,
+                "tracestate" => seen.tracestate = true,
                 "x-forwarded-for" => seen.forwarded_for = true,
                 "x-forwarded-proto" => seen.forwarded_proto = true,
                 "x-forwarded-client-cert" => seen.client_cert = true,
@@ -230,10 +232,14 @@ pub(crate) fn new_request_id() -> Id<36> {
     Id::write(*b"00000000-0000-0000-0000-000000000000", 0, &bytes)
 }
 
-/// A new W3C trace context, not sampled: who samples upstream of us decides otherwise.
-pub(crate) fn new_traceparent() -> Id<55> {
+/// A new W3C trace context, not sampled. If we do not decide about traces, its span is the second half of its trace:
+/// the next one sees that it is nobody's, and decides.
+pub(crate) fn new_traceparent(decides: bool) -> Id<55> {
     let mut bytes = [0; 24];
     rand::rng().fill_bytes(&mut bytes);
+    if !decides {
+        bytes.copy_within(8..16, 16);
+    }
     let form = b"00-00000000000000000000000000000000-0000000000000000-00";
     Id::write(*form, 3, &bytes)
 }
@@ -267,12 +273,9 @@ impl<const LENGTH: usize> Id<LENGTH> {
     }
 }
 
-/// The trace id of a `traceparent`; empty if it is malformed.
+/// The trace id of a `traceparent` that is well-formed.
 pub(crate) fn trace_id(traceparent: &str) -> &str {
-    traceparent
-        .get(3..35)
-        .filter(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit()))
-        .unwrap_or_default()
+    traceparent.get(3..35).unwrap_or_default()
 }
 
 /// Appends the peer's address to `x-forwarded-for`.
@@ -344,7 +347,7 @@ mod tests {
         assert_eq!(form(id.as_str()), "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx");
         assert_eq!(&id.as_str()[14..15], "4");
         assert_ne!(id.as_str(), new_request_id().as_str());
-        let trace = new_traceparent();
+        let trace = new_traceparent(true);
         assert_eq!(
             form(trace.as_str()),
             format!("xx-{}-{}-xx", "x".repeat(32), "x".repeat(16))

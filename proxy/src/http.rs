@@ -24,6 +24,7 @@ use crate::{
     route::{BuiltRoute, Redirector, Target},
     snapshot::HttpConfig,
     tls::TlsFacts,
+    trace,
 };
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
@@ -265,6 +266,15 @@ impl Manager {
             .then(|| fields.get(headers::REQUEST_ID)?.to_str().ok())
             .flatten();
         record.request_id = match known {
+            // A stranger has no say in what is traced.
+            Some(id)
+                if at_edge && let Some(reset) = trace::mark(id, trace::Reason::NotTraceable) =>
+            {
+                if let Ok(value) = HeaderValue::from_str(&reset) {
+                    fields.insert(headers::REQUEST_ID, value);
+                }
+                reset.into()
+            }
             Some(id) => id.into(),
             None if manager.generate_request_id => {
                 let id = headers::new_request_id();
@@ -273,20 +283,19 @@ impl Manager {
             }
             None => Arc::default(),
         };
-        let known = seen
-            .traceparent
-            .then(|| fields.get(headers::TRACEPARENT)?.to_str().ok())
-            .flatten();
-        let known = known.map(headers::trace_id).filter(|id| !id.is_empty());
-        record.joins_trace = known.is_some();
-        record.trace_id = match known {
-            Some(id) => id.into(),
-            None => {
-                let parent = headers::new_traceparent();
-                fields.insert(headers::TRACEPARENT, parent.value());
-                headers::trace_id(parent.as_str()).into()
-            }
-        };
+        let known = seen.traceparent.then(|| trace::parent(fields)).flatten();
+        if let Some((id, parent)) = known {
+            record.trace_id = id.into();
+            record.parent = parent;
+            return;
+        }
+        let made = headers::new_traceparent(config.tracer.is_some());
+        fields.insert(headers::TRACEPARENT, made.value());
+        if seen.tracestate {
+            // It belongs to what there was instead.
+            fields.remove(trace::TRACESTATE);
+        }
+        record.trace_id = headers::trace_id(made.as_str()).into();
     }
 
     async fn run(

@@ -13,7 +13,7 @@ pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
 /// Longer, and clients would see it.
 pub const STREAM_GATHER_US_MAX: u64 = 1000;
 /// Flags that say what a bootstrap says.
-pub(crate) const OF_A_FILE: [&str; 12] = [
+pub(crate) const OF_A_FILE: [&str; 13] = [
     "engine",
     "peer",
     "listen",
@@ -26,6 +26,7 @@ pub(crate) const OF_A_FILE: [&str; 12] = [
     "tls_cert",
     "peer_tls_cert",
     "otlp_endpoint",
+    "otlp_sampling",
 ];
 
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
@@ -106,7 +107,7 @@ pub struct Options {
     #[arg(long, value_name = "URL")]
     pub otlp_endpoint: Option<String>,
     /// With `--otlp-endpoint`, per cent of the requests that are traced where nobody before us decided
-    #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 100.0, value_parser = percent, requires = "otlp_endpoint")]
     pub otlp_sampling: f64,
     /// Log level of the proxy itself (to standard error)
     #[arg(short = 'l', long, default_value = "info")]
@@ -298,9 +299,35 @@ pub fn listen(text: &str, flag: &str) -> Result<Address, String> {
     })
 }
 
+fn percent(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "is no number".to_owned())?;
+    if (0.0..=100.0).contains(&number) {
+        Ok(number)
+    } else {
+        Err("must be from 0 to 100".to_owned())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_of_traces_is_one_and_needs_somebody_to_take_them() {
+        let read = |flags: &str| Options::try_parse_from(flags.split(' '));
+        let traced = "proxy --otlp-endpoint http://a:1 --otlp-sampling";
+        let good = read(&format!("{traced} 0.5")).unwrap();
+        assert_eq!(good.otlp_sampling.to_string(), "0.5");
+        for bad in ["101", "-1", "NaN", "all"] {
+            let error = read(&format!("{traced}={bad}")).unwrap_err();
+            assert!(error.to_string().contains("--otlp-sampling"), "{error}");
+        }
+        let error = read("proxy --otlp-sampling 1").unwrap_err();
+        assert!(error.to_string().contains("--otlp-endpoint"), "{error}");
+        let error = read("proxy -c file --otlp-sampling 1").unwrap_err();
+        assert!(error.to_string().contains("cannot be used with"), "{error}");
+        assert!(read("proxy -c file").is_ok());
+    }
 
     #[test]
     fn engines_are_read_or_refused_with_a_reason() {

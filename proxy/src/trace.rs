@@ -3,9 +3,11 @@
 //! The span of a request is `http::span`'s; how spans get to a collector is [`exporter`]'s. Nothing here waits.
 
 mod collector;
+mod context;
 mod exporter;
 mod sampling;
 
+pub(crate) use context::{Parent, TRACESTATE, parent, state};
 pub use exporter::Exporters;
 pub(crate) use sampling::{Reason, mark};
 
@@ -83,7 +85,7 @@ impl Tracer {
     }
 
     /// Attributes of all spans of a request.
-    pub(crate) fn tags(&self, headers: &HeaderMap) -> Vec<Attribute> {
+    pub(crate) fn tags(&self, headers: &HeaderMap) -> Arc<[Attribute]> {
         let value = |tag: &Tag| match tag {
             Tag::Fixed(attribute) => Some(attribute.clone()),
             Tag::OfHeader {

@@ -47,6 +47,39 @@ pub struct Span {
     pub failed: bool,
 }
 
+impl Span {
+    /// Cuts each of its texts.
+    pub fn bound(&mut self, bytes_max: usize) {
+        cut(&mut self.name, bytes_max);
+        for (name, value) in &mut self.attributes {
+            cut(name, bytes_max);
+            value.bound(bytes_max);
+        }
+    }
+
+    /// What it takes in memory, about.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let attribute = |(name, value): &Attribute| {
+            let text = value.text().map_or(0, str::len);
+            size_of::<Attribute>() + name.len() + text
+        };
+        let attributes: usize = self.attributes.iter().map(attribute).sum();
+        size_of::<Self>() + self.name.len() + self.state.len() + attributes
+    }
+}
+
+/// Leaves the beginning of a text, in whole characters.
+fn cut(text: &mut Cow<'static, str>, bytes_max: usize) {
+    let end = text.floor_char_boundary(bytes_max);
+    match text {
+        Cow::Borrowed(whole) => *whole = &whole[..end],
+        // Also gives back what a text that was longer took.
+        Cow::Owned(whole) if end < whole.len() => *text = Cow::Owned(whole[..end].to_owned()),
+        Cow::Owned(_) => {}
+    }
+}
+
 /// Whose side of a call a span is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -69,6 +102,26 @@ pub enum Value {
     Int(i64),
     /// A number.
     Real(f64),
+}
+
+impl Value {
+    fn bound(&mut self, bytes_max: usize) {
+        match self {
+            Self::Text(text) => cut(text, bytes_max),
+            Self::Shared(text) if text.len() > bytes_max => {
+                *text = text[..text.floor_char_boundary(bytes_max)].into();
+            }
+            Self::Shared(_) | Self::Int(_) | Self::Real(_) => {}
+        }
+    }
+
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            Self::Shared(text) => Some(text),
+            Self::Int(_) | Self::Real(_) => None,
+        }
+    }
 }
 
 impl From<&'static str> for Value {
@@ -222,6 +275,39 @@ mod tests {
         assert_eq!(spans[0].status.as_ref().unwrap().code, 2);
         assert_eq!(spans[0].attributes.len(), 2);
         assert!(spans[1].parent_span_id.is_empty() && spans[1].status.is_none());
+    }
+
+    #[test]
+    fn long_texts_are_cut_in_whole_characters_and_short_ones_stay() {
+        let long: Value = "é".repeat(8).into();
+        let shared: Value = Arc::<str>::from("x".repeat(16)).into();
+        let mut span = Span {
+            trace_id: [1; 16],
+            id: [2; 8],
+            parent: None,
+            state: "a=b".into(),
+            name: "n".repeat(16).into(),
+            kind: Kind::Server,
+            start: UNIX_EPOCH,
+            end: UNIX_EPOCH,
+            attributes: vec![
+                ("long".into(), long),
+                ("shared".into(), shared),
+                ("short".into(), "abc".into()),
+                ("number".into(), 123_456_u64.into()),
+            ],
+            failed: false,
+        };
+        let before = span.bytes();
+        span.bound(7);
+        assert_eq!(span.name, "n".repeat(7));
+        let values: Vec<_> = span.attributes.iter().map(|(_, value)| value).collect();
+        assert_eq!(values[0], &"ééé".into());
+        assert_eq!(values[1].text(), Some("xxxxxxx"));
+        assert_eq!(values[2], &"abc".into());
+        assert_eq!(values[3], &123_456_u64.into());
+        // 9 bytes of the name, 10 and 9 of the values.
+        assert_eq!(before - span.bytes(), 28);
     }
 
     #[test]

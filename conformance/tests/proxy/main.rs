@@ -58,5 +58,6 @@ mod tcp;
 mod tls;
 mod token_limits;
 mod tracing;
+mod tracing_limits;
 mod upgrades;
 mod upstream_h1;

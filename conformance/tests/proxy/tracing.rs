@@ -14,28 +14,32 @@ use std::{net::SocketAddr, time::Duration};
 use tokio::net::{TcpListener, TcpSocket};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
-const CHAT: &str = "/v1/chat/completions";
+pub(crate) const CHAT: &str = "/v1/chat/completions";
 const CHAT_BODY: &str = r#"{"model":"m","messages":[{"role":"user","content":"hello"}]}"#;
-const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
-const CALLER: &str = "b7ad6b7169203331";
+pub(crate) const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+pub(crate) const CALLER: &str = "b7ad6b7169203331";
 
 /// An engine that answers everything.
-async fn answering() -> Upstream {
+pub(crate) async fn answering() -> Upstream {
     Upstream::start(|mut conn, _| async move { conn.json("200 OK", "{}").await.then_some(conn) })
         .await
 }
 
-fn traced(collector: &str) -> ProxyBuilder {
+pub(crate) fn traced(collector: &str) -> ProxyBuilder {
     ProxyBuilder::new().flag("--otlp-endpoint", collector)
 }
 
 /// A change to the tracing of the outbound listener.
-fn tracing_of(bootstrap: &mut Bootstrap) -> &mut outrigger_xds::resource::tracing::Tracing {
+pub(crate) fn tracing_of(
+    bootstrap: &mut Bootstrap,
+) -> &mut outrigger_xds::resource::tracing::Tracing {
     let outbound = bootstrap.listeners[0].http();
     outbound.tracing.as_mut().unwrap()
 }
 
-fn chat(headers: &[(&'static str, &str)]) -> Request<outrigger_conformance::harness::AnyBody> {
+pub(crate) fn chat(
+    headers: &[(&'static str, &str)],
+) -> Request<outrigger_conformance::harness::AnyBody> {
     let mut request = request(Method::POST, CHAT, CHAT_BODY);
     for (name, value) in headers {
         request.headers_mut().insert(*name, value.parse().unwrap());
@@ -43,7 +47,7 @@ fn chat(headers: &[(&'static str, &str)]) -> Request<outrigger_conformance::harn
     request
 }
 
-async fn ask(proxy: &TestProxy, headers: &[(&'static str, &str)]) {
+pub(crate) async fn ask(proxy: &TestProxy, headers: &[(&'static str, &str)]) {
     let mut client = proxy.client(Version::H1).await;
     assert_eq!(client.send(chat(headers)).await.status, 200);
 }

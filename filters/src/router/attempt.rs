@@ -405,7 +405,7 @@ impl<'a> Attempt<'a> {
         );
         let leg = if watches { leg.watching() } else { leg };
         let leg = if is_watched { leg.watched() } else { leg };
-        let leg = leg.traced(step.take());
+        let leg = leg.traced(step.take(), !unwanted);
         let response = Box::new(Response::from_parts(parts, leg.boxed_unsync()));
         if unwanted {
             Outcome::Unwanted(response)

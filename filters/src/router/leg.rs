@@ -31,6 +31,8 @@ pub struct Leg {
     waits: Option<Waits>,
     /// What is told of this attempt, if its request is traced.
     step: Option<Step>,
+    /// Whoever drops it before its end gives up something.
+    wanted: bool,
     /// Whether somebody wants to know what comes.
     watched: bool,
 }
@@ -89,14 +91,15 @@ impl Leg {
             audience,
             waits: None,
             step: None,
+            wanted: true,
             watched: false,
         }
     }
 
-    /// The attempt is over when this is.
+    /// The attempt is over when this is. One that is not `wanted` may be dropped for another.
     #[must_use]
-    pub fn traced(mut self, step: Option<Step>) -> Self {
-        self.step = step;
+    pub fn traced(mut self, step: Option<Step>, wanted: bool) -> Self {
+        (self.step, self.wanted) = (step, wanted);
         self
     }
 
@@ -245,8 +248,13 @@ impl Body for Leg {
 
 impl Drop for Leg {
     fn drop(&mut self) {
-        if self.reservation.is_some() && self.peeked.is_none() && is_over(&self.inner) {
+        if self.reservation.is_none() {
+            return;
+        }
+        if self.peeked.is_none() && is_over(&self.inner) {
             self.finish(None);
+        } else if let Some(step) = self.step.as_mut().filter(|_| self.wanted) {
+            step.cancel();
         }
     }
 }

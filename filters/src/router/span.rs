@@ -40,6 +40,7 @@ pub(super) fn begin(
     if context.again {
         step.tell("outrigger.resumed", "true");
     }
+    step.asks();
     headers.insert(TRACEPARENT, step.traceparent());
     Some(step)
 }

@@ -5,6 +5,7 @@ use crate::{
     access_log::{AccessLogs, Captured, Entry},
     metrics::HttpStats,
     route::{self, Applied, Edits, Facts},
+    trace::Parent,
 };
 use http::{Method, Version, header, request::Parts};
 use outrigger_filters::{
@@ -44,8 +45,8 @@ pub(super) struct Record {
     pub(super) asked: Option<Asked>,
     pub(super) request_id: Arc<str>,
     pub(super) trace_id: Arc<str>,
-    /// Whoever sent it told of a trace.
-    pub(super) joins_trace: bool,
+    /// The span that its sender made for it.
+    pub(super) parent: Option<Parent>,
     /// Its span, if it is traced.
     pub(super) step: Option<Step>,
     pub(super) route: Arc<RouteFacts>,
@@ -82,7 +83,7 @@ impl Record {
             asked: None,
             request_id: Arc::default(),
             trace_id: Arc::default(),
-            joins_trace: false,
+            parent: None,
             step: None,
             route: Arc::default(),
             ended: false,

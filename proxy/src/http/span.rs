@@ -3,21 +3,20 @@
 use super::record::Record;
 use crate::{
     headers,
-    trace::{Reason, Tracer, mark},
+    trace::{self, Reason, Tracer, mark},
 };
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Version, header, request::Parts};
 use outrigger_filters::{
     filter::Context,
     sse::Summary,
     trace::{Step, Trace, new_span_id, traceparent},
 };
 use outrigger_xds::{
-    otlp::{Kind, Span, SpanId},
+    otlp::{Kind, Span},
     resource::listener::TrafficDirection,
 };
 use std::{borrow::Cow, sync::Arc};
 
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 const CLIENT_TRACE_ID: &str = "x-client-trace-id";
 const DOWNSTREAM_CLUSTER: &str = "x-envoy-downstream-service-cluster";
 
@@ -29,16 +28,11 @@ pub(super) fn begin(
     context: &mut Context,
     node: &Arc<str>,
 ) {
-    let reason = tracer.decide(&parts.headers, &record.request_id);
-    if let Some(marked) = mark(&record.request_id, reason)
-        && let Ok(value) = HeaderValue::from_str(&marked)
-    {
-        parts.headers.insert(headers::REQUEST_ID, value);
-        record.request_id = marked.into();
-        context.request_id = record.request_id.clone();
-    }
-    let told = record.joins_trace.then(|| parent(&parts.headers)).flatten();
-    let traced = told.map_or(reason != Reason::NotTraceable, |(_, sampled)| sampled);
+    let told = record.parent;
+    let traced = match told {
+        Some(parent) => parent.sampled,
+        None => decide(tracer, parts, record, context),
+    };
     let id = u128::from_str_radix(&record.trace_id, 16);
     let (true, Ok(id)) = (traced, id) else {
         return;
@@ -46,9 +40,7 @@ pub(super) fn begin(
     let trace = Arc::new(Trace {
         id: id.to_be_bytes(),
         server: new_span_id(),
-        state: text(&parts.headers, TRACESTATE.as_str())
-            .unwrap_or_default()
-            .into(),
+        state: trace::state(&mut parts.headers).as_str().into(),
         tags: tracer.tags(&parts.headers),
         per_attempt: tracer.per_attempt,
         sink: tracer.sink(),
@@ -58,28 +50,33 @@ pub(super) fn begin(
     let span = Span {
         trace_id: trace.id,
         id: trace.server,
-        parent: told.map(|(parent, _)| parent),
+        parent: told.map(|parent| parent.span),
         state: trace.state.clone(),
         name: name(tracer, record),
         kind: kind(tracer),
         start: record.start,
         end: record.start,
-        attributes: trace.tags.clone(),
+        attributes: Vec::new(),
         failed: false,
     };
-    let mut step = Step::of(span, trace.sink.clone());
+    let mut step = Step::of(span, &trace);
     tell_request(&mut step, &parts.headers, record, tracer.path_bytes_max);
     step.tell("node_id", node.clone());
     record.step = Some(step);
     context.trace = Some(trace);
 }
 
-/// The span that the sender made for it, and whether it is sampled.
-fn parent(fields: &HeaderMap) -> Option<(SpanId, bool)> {
-    let told = text(fields, headers::TRACEPARENT.as_str())?;
-    let id = u64::from_str_radix(told.get(36..52)?, 16).ok()?;
-    let flags = u8::from_str_radix(told.get(53..55)?, 16).ok()?;
-    Some((id.to_be_bytes(), flags & 1 == 1))
+/// Whether we trace it, which its id then tells.
+fn decide(tracer: &Tracer, parts: &mut Parts, record: &mut Record, context: &mut Context) -> bool {
+    let reason = tracer.decide(&parts.headers, &record.request_id);
+    if let Some(marked) = mark(&record.request_id, reason)
+        && let Ok(value) = HeaderValue::from_str(&marked)
+    {
+        parts.headers.insert(headers::REQUEST_ID, value);
+        record.request_id = marked.into();
+        context.request_id = record.request_id.clone();
+    }
+    reason != Reason::NotTraceable
 }
 
 fn text<'a>(fields: &'a HeaderMap, name: &str) -> Option<&'a str> {

@@ -358,7 +358,7 @@ pub const ROWS: &[Row] = &[
     gauge("process_open_fds", NONE, "Open file descriptors."),
     gauge("outrigger_build_info", &["version"], "Always 1; the label says the version."),
     counter("envoy_tracing_opentelemetry_spans_sent", NONE, "Spans that a collector took."),
-    counter("outrigger_spans_dropped_total", &["reason"], "Spans lost: the queue was full, the collector failed, or did not want them."),
+    counter("outrigger_spans_dropped_total", &["reason"], "Spans lost: the queue was full, the collector failed, or did not want them, or the process ended."),
     counter("outrigger_access_log_dropped_total", &["sink"], "Access-log lines dropped because the queue of their sink was full."),
     counter("outrigger_access_log_write_errors_total", &["sink"], "Failed writes of an access log; they are tried again."),
     counter("outrigger_admin_connections_refused_total", NONE, "Connections to the admin listener refused because too many were open."),

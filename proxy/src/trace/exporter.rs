@@ -19,15 +19,16 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tokio::sync::{
-    Notify,
-    mpsc::{self, error::TrySendError},
-};
+use tokio::sync::{Notify, mpsc};
 
 /// Spans that wait for one collector; one is about 1 KiB.
 const QUEUE_SPANS_MAX: usize = 8192;
+/// Bytes of the spans that wait or are being told.
+const QUEUE_BYTES_MAX: usize = 8 << 20;
 /// Of these, those that go in one export.
 const BATCH_SPANS_MAX: usize = 512;
+/// An export that has as many bytes gets no more spans.
+const BATCH_BYTES_MAX: usize = 1 << 20;
 /// How long the first span of a batch waits for others.
 const GATHER: Duration = Duration::from_millis(200);
 /// After an export that failed.
@@ -38,20 +39,32 @@ const SERVICE_DEFAULT: &str = "unknown_service:outrigger";
 /// All collectors of a process: connection managers with the same one share its queue.
 #[derive(Default)]
 pub struct Exporters {
-    open: Mutex<Vec<(OpenTelemetry, Weak<Exporter>)>>,
+    open: Mutex<Vec<Open>>,
+}
+
+struct Open {
+    config: OpenTelemetry,
+    /// Nobody may hold it any more, while its task still tells the last spans.
+    exporter: Weak<Exporter>,
+    /// There as long as the task.
+    shared: Weak<Shared>,
 }
 
 impl Exporters {
     /// The way to a collector, begun if it is not there yet.
     pub(super) fn open(&self, config: &OpenTelemetry, services: &Services) -> Arc<Exporter> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|(_, exporter)| exporter.strong_count() > 0);
-        let known = open.iter().find(|(known, _)| known == config);
-        if let Some(exporter) = known.and_then(|(_, exporter)| exporter.upgrade()) {
+        open.retain(|open| open.shared.strong_count() > 0);
+        let mut known = open.iter().filter(|open| open.config == *config);
+        if let Some(exporter) = known.find_map(|open| open.exporter.upgrade()) {
             return exporter;
         }
         let exporter = Exporter::start(config, services);
-        open.push((config.clone(), Arc::downgrade(&exporter)));
+        open.push(Open {
+            config: config.clone(),
+            exporter: Arc::downgrade(&exporter),
+            shared: Arc::downgrade(&exporter.shared),
+        });
         exporter
     }
 
@@ -61,20 +74,21 @@ impl Exporters {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let live: Vec<_> = open
             .iter()
-            .filter_map(|(_, known)| known.upgrade())
+            .filter_map(|open| open.shared.upgrade())
             .collect();
         drop(open);
-        for exporter in &live {
-            exporter.shared.hurry.store(true, SeqCst);
-            exporter.shared.wake.notify_one();
+        for shared in &live {
+            shared.hurry.store(true, SeqCst);
+            shared.wake.notify_one();
         }
-        let waits = |exporter: &Arc<Exporter>| exporter.shared.pending.load(SeqCst) > 0;
-        while live.iter().any(waits) && Instant::now() < deadline {
+        let left = || -> usize { live.iter().map(|shared| shared.pending.load(SeqCst)).sum() };
+        while left() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        let left = |exporter: &Arc<Exporter>| exporter.shared.pending.load(SeqCst);
-        let left: usize = live.iter().map(left).sum();
+        let left = left();
         if left > 0 {
+            counter!("outrigger_spans_dropped_total", "reason" => "shutdown")
+                .increment(left as u64);
             tracing::warn!(spans = left, "the collector did not take them in time");
         }
     }
@@ -87,9 +101,12 @@ pub(crate) struct Exporter {
     full: Counter,
 }
 
+#[derive(Default)]
 struct Shared {
     /// Spans that wait or are being told.
     pending: AtomicUsize,
+    /// What they take.
+    bytes: AtomicUsize,
     hurry: AtomicBool,
     wake: Notify,
 }
@@ -97,11 +114,7 @@ struct Shared {
 impl Exporter {
     fn start(config: &OpenTelemetry, services: &Services) -> Arc<Self> {
         let (queue, spans) = mpsc::channel(QUEUE_SPANS_MAX);
-        let shared = Arc::new(Shared {
-            pending: AtomicUsize::new(0),
-            hurry: AtomicBool::new(false),
-            wake: Notify::new(),
-        });
+        let shared = Arc::new(Shared::default());
         let task = Task {
             spans,
             shared: shared.clone(),
@@ -124,10 +137,56 @@ impl Exporter {
 
 impl Sink for Exporter {
     fn take(&self, span: Span) {
-        self.shared.pending.fetch_add(1, SeqCst);
-        if let Err(TrySendError::Full(_) | TrySendError::Closed(_)) = self.queue.try_send(span) {
-            self.shared.pending.fetch_sub(1, SeqCst);
+        let bytes = span.bytes();
+        let fits = self.shared.add(bytes) <= QUEUE_BYTES_MAX;
+        if !fits || self.queue.try_send(span).is_err() {
+            self.shared.remove(1, bytes);
             self.full.increment(1);
+        }
+    }
+}
+
+impl Shared {
+    /// One more span; gives what all take.
+    fn add(&self, bytes: usize) -> usize {
+        self.pending.fetch_add(1, SeqCst);
+        self.bytes.fetch_add(bytes, SeqCst) + bytes
+    }
+
+    fn remove(&self, spans: usize, bytes: usize) {
+        self.bytes.fetch_sub(bytes, SeqCst);
+        self.pending.fetch_sub(spans, SeqCst);
+    }
+
+    /// There is enough for an export.
+    fn has_batch(&self) -> bool {
+        self.pending.load(SeqCst) >= BATCH_SPANS_MAX || self.bytes.load(SeqCst) >= BATCH_BYTES_MAX
+    }
+}
+
+/// Some spans, and what they take.
+#[derive(Default)]
+struct Batch {
+    spans: Vec<Span>,
+    bytes: usize,
+}
+
+impl Batch {
+    fn push(&mut self, span: Span) {
+        self.bytes += span.bytes();
+        self.spans.push(span);
+    }
+
+    fn is_full(&self) -> bool {
+        self.spans.len() >= BATCH_SPANS_MAX || self.bytes >= BATCH_BYTES_MAX
+    }
+
+    /// Takes what waits, as far as there is room.
+    fn fill(&mut self, queue: &mut mpsc::Receiver<Span>) {
+        while !self.is_full()
+            && let Ok(span) = queue.try_recv()
+        {
+            self.push(span);
         }
     }
 }
@@ -164,17 +223,14 @@ struct Task {
 
 impl Task {
     async fn run(mut self) {
-        let mut batch = Vec::new();
-        while self.spans.recv_many(&mut batch, BATCH_SPANS_MAX).await > 0 {
-            if batch.len() < BATCH_SPANS_MAX {
+        while let Some(first) = self.spans.recv().await {
+            let mut batch = Batch::default();
+            batch.push(first);
+            if !self.shared.has_batch() {
                 self.pause(GATHER).await;
             }
-            while batch.len() < BATCH_SPANS_MAX
-                && let Ok(span) = self.spans.try_recv()
-            {
-                batch.push(span);
-            }
-            self.export(std::mem::take(&mut batch)).await;
+            batch.fill(&mut self.spans);
+            self.export(batch).await;
             if self.fails {
                 self.pause(FAILURE_PAUSE).await;
             }
@@ -189,9 +245,9 @@ impl Task {
         }
     }
 
-    async fn export(&mut self, batch: Vec<Span>) {
-        let count = batch.len();
-        let message = Bytes::from(otlp::request(&self.resource, batch));
+    async fn export(&mut self, batch: Batch) {
+        let (count, bytes) = (batch.spans.len(), batch.bytes);
+        let message = Bytes::from(otlp::request(&self.resource, batch.spans));
         let sending = self.collector.send(message);
         let told = tokio::time::timeout(self.timeout, sending).await;
         let told = told.unwrap_or_else(|_| {
@@ -212,6 +268,97 @@ impl Task {
                 }
             }
         }
-        self.shared.pending.fetch_sub(count, SeqCst);
+        self.shared.remove(count, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_xds::{otlp::Kind, resource::tracing::Transport};
+    use std::time::SystemTime;
+
+    fn span(bytes: usize) -> Span {
+        Span {
+            trace_id: [1; 16],
+            id: [2; 8],
+            parent: None,
+            state: "".into(),
+            name: "x".repeat(bytes).into(),
+            kind: Kind::Internal,
+            start: SystemTime::UNIX_EPOCH,
+            end: SystemTime::UNIX_EPOCH,
+            attributes: Vec::new(),
+            failed: false,
+        }
+    }
+
+    #[test]
+    fn a_queue_and_a_batch_have_only_so_many_bytes() {
+        let (queue, mut spans) = mpsc::channel(QUEUE_SPANS_MAX);
+        let exporter = Exporter {
+            queue,
+            shared: Arc::default(),
+            full: Counter::noop(),
+        };
+        let each = 100 << 10;
+        for _ in 0..100 {
+            exporter.take(span(each));
+        }
+        let fit = QUEUE_BYTES_MAX / span(each).bytes();
+        assert_eq!(exporter.shared.pending.load(SeqCst), fit);
+        let mut batch = Batch::default();
+        batch.fill(&mut spans);
+        assert_eq!(batch.spans.len(), BATCH_BYTES_MAX / each + 1);
+        exporter.shared.remove(batch.spans.len(), batch.bytes);
+        // There is room again, for a small one and not for one that is too big.
+        exporter.take(span(each));
+        exporter.take(span(QUEUE_BYTES_MAX));
+        let waits = fit - batch.spans.len() + 1;
+        assert_eq!(exporter.shared.pending.load(SeqCst), waits);
+        let mut taken = 0;
+        while spans.try_recv().is_ok() {
+            taken += 1;
+        }
+        assert_eq!(taken, waits);
+    }
+
+    #[test]
+    fn a_batch_has_only_so_many_spans() {
+        let (queue, mut spans) = mpsc::channel(QUEUE_SPANS_MAX);
+        for _ in 0..=BATCH_SPANS_MAX {
+            queue.try_send(span(1)).unwrap();
+        }
+        let mut batch = Batch::default();
+        batch.fill(&mut spans);
+        assert_eq!(batch.spans.len(), BATCH_SPANS_MAX);
+    }
+
+    #[test]
+    fn what_is_left_of_an_exporter_that_nobody_holds_is_waited_for() {
+        let exporters = Exporters::default();
+        let shared = Arc::new(Shared::default());
+        exporters.open.lock().unwrap().push(Open {
+            config: OpenTelemetry {
+                service_name: String::new(),
+                cluster: "c".into(),
+                timeout: Duration::ZERO,
+                headers: Vec::new(),
+                transport: Transport::Http { uri: String::new() },
+            },
+            exporter: Weak::new(),
+            shared: Arc::downgrade(&shared),
+        });
+        shared.add(1);
+        let task = shared.clone();
+        let telling = thread::spawn(move || {
+            while !task.hurry.load(SeqCst) {
+                thread::yield_now();
+            }
+            task.remove(1, 1);
+        });
+        exporters.flush(Duration::from_secs(60));
+        assert_eq!(shared.pending.load(SeqCst), 0);
+        telling.join().unwrap();
     }
 }

@@ -79,7 +79,11 @@ fn stable(request_id: &str) -> u32 {
 }
 
 fn is_uuid(request_id: &str) -> bool {
-    request_id.len() == UUID_LENGTH && request_id.is_ascii()
+    let fits = |(at, byte): (usize, u8)| match at {
+        8 | 13 | 18 | 23 => byte == b'-',
+        _ => byte.is_ascii_hexdigit(),
+    };
+    request_id.len() == UUID_LENGTH && request_id.bytes().enumerate().all(fits)
 }
 
 /// What a proxy before us wrote into the id.
@@ -98,7 +102,7 @@ fn told(request_id: &str) -> Reason {
 /// The id with the reason in it, if it is to be another.
 pub(crate) fn mark(request_id: &str, reason: Reason) -> Option<String> {
     let digit = match reason {
-        Reason::NotTraceable => return None,
+        Reason::NotTraceable => "4",
         Reason::Sampling => "9",
         Reason::ServiceForced => "a",
         Reason::ClientForced => "b",
@@ -201,6 +205,32 @@ mod tests {
             assert_eq!(mark(&marked, reason), None, "it says so already");
         }
         assert_eq!(mark(HALF, Reason::NotTraceable), None);
-        assert_eq!(mark("mine", Reason::Sampling), None, "no place for it");
+        for other in [
+            "mine",
+            "00001388-0000-4000-8000-00000000000g",
+            "00001388_0000_4000_8000_000000000000",
+            "000013880-000-4000-8000-000000000000",
+        ] {
+            assert_eq!(
+                mark(other, Reason::Sampling),
+                None,
+                "no place for it: {other}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_id_that_is_not_traced_here_does_not_say_that_it_is() {
+        let nothing = shares(100.0, 0.0, 0.0);
+        for reason in [
+            Reason::Sampling,
+            Reason::ServiceForced,
+            Reason::ClientForced,
+        ] {
+            let marked = mark(HALF, reason).unwrap();
+            let denied = nothing.decide(&HeaderMap::new(), &marked);
+            assert_eq!(denied, Reason::NotTraceable);
+            assert_eq!(mark(&marked, denied).as_deref(), Some(HALF));
+        }
     }
 }
