@@ -89,7 +89,7 @@ mod tests {
     const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
     const SPAN: &str = "b7ad6b7169203331";
 
-    fn fields(name: HeaderName, lines: &[&str]) -> HeaderMap {
+    fn fields(name: &HeaderName, lines: &[&str]) -> HeaderMap {
         let mut fields = HeaderMap::new();
         for line in lines {
             fields.append(&name, line.parse().unwrap());
@@ -129,7 +129,8 @@ mod tests {
             assert!(read.is_none_or(|(trace, _)| trace == TRACE), "{text}");
         }
         let one = format!("00-{TRACE}-{SPAN}-01");
-        let read = parent(&fields(TRACEPARENT, &[&one]));
+        let told = fields(TRACEPARENT, &[&one]);
+        let read = parent(&told);
         let span = read.unwrap().1.unwrap().span;
         assert_eq!(span, [0xb7, 0xad, 0x6b, 0x71, 0x69, 0x20, 0x33, 0x31]);
         assert_eq!(parent(&fields(TRACEPARENT, &[&one, &one])), None, "two");
