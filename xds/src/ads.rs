@@ -40,6 +40,9 @@ const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.supports-resource-ttl",
     "xds.config.resource-in-sotw",
 ];
+/// Protobuf allows 10,000 years.
+const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
+const NANOS_PER_SECOND: u32 = 1_000_000_000;
 /// `error_detail.code` of what was not accepted.
 const REFUSED: Code = Code::InvalidArgument;
 
@@ -333,6 +336,7 @@ fn unwrapped(any: Any) -> Sent {
                 name: body.name(),
                 version: String::new(),
                 ttl: None,
+                error: None,
                 body: Some(body),
             }
         }
@@ -345,10 +349,56 @@ fn sent(wrapper: wire::Resource) -> Sent {
         Some(body) if wrapper.name.is_empty() => body.name(),
         _ => wrapper.name,
     };
+    let ttl = wrapper.ttl.map(life).transpose();
     Sent {
         name,
         version: wrapper.version,
-        ttl: wrapper.ttl.and_then(|ttl| ttl.try_into().ok()),
+        error: ttl.as_ref().err().cloned(),
+        ttl: ttl.unwrap_or_default(),
         body,
+    }
+}
+
+/// A `ttl`, within what Protobuf allows of a duration.
+fn life(ttl: prost_types::Duration) -> Result<Duration, String> {
+    let seconds = u64::try_from(ttl.seconds);
+    let nanos = u32::try_from(ttl.nanos);
+    match (seconds, nanos) {
+        (Ok(seconds @ ..=DURATION_SECONDS_MAX), Ok(nanos @ ..NANOS_PER_SECOND)) => {
+            Ok(Duration::new(seconds, nanos))
+        }
+        _ => Err(format!("ttl: not a duration of 0 s or more: {ttl:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_life_is_a_duration_or_wrong() {
+        let cases = [
+            (0, 0, Some(Duration::ZERO)),
+            (1, 500_000_000, Some(Duration::from_millis(1500))),
+            (
+                315_576_000_000,
+                0,
+                Some(Duration::from_secs(315_576_000_000)),
+            ),
+            (315_576_000_001, 0, None),
+            (i64::MAX, 0, None),
+            (-1, 0, None),
+            (0, -1, None),
+            (0, 1_000_000_000, None),
+        ];
+        for (seconds, nanos, expected) in cases {
+            let wrapper = wire::Resource {
+                ttl: Some(prost_types::Duration { seconds, nanos }),
+                ..Default::default()
+            };
+            let sent = sent(wrapper);
+            assert_eq!(sent.ttl, expected, "{seconds} s {nanos} ns");
+            assert_eq!(sent.error.is_none(), expected.is_some());
+        }
     }
 }

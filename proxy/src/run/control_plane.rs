@@ -82,7 +82,9 @@ pub(super) async fn follow(shared: Arc<Shared>) {
                 break;
             };
             tracing::warn!(server = server.authority, %error, "control plane");
-            shared.turn(News::Broken).await;
+            if let Err(error) = shared.turn(News::Broken).await {
+                tracing::error!(%error, "control plane");
+            }
             if was_answered {
                 break;
             }
@@ -206,7 +208,7 @@ impl Talk<'_> {
         let mut stream = ads::open(server, self.ads.protocol, &node).await?;
         tracing::info!(server = server.authority, "control plane connected");
         metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
-        let mut turn = self.shared.turn(News::Opened).await;
+        let mut turn = self.shared.turn(News::Opened).await?;
         loop {
             if self.shared.bootstrap.load().ads.as_ref() != Some(self.ads) {
                 return Ok(());
@@ -217,7 +219,7 @@ impl Talk<'_> {
                 stream.send(request).await?;
             }
             let news = self.news(&mut stream, is_held_back, at).await?;
-            turn = self.shared.turn(news).await;
+            turn = self.shared.turn(news).await?;
         }
     }
 
@@ -247,14 +249,11 @@ impl Talk<'_> {
 }
 
 impl Shared {
-    /// Takes news in, and says what is to be done.
-    async fn turn(self: &Arc<Self>, news: News) -> Turn {
+    /// Takes news in, and says what is to be done. What cannot be taken in breaks the stream: the next one begins anew.
+    async fn turn(self: &Arc<Self>, news: News) -> Result<Turn, AdsError> {
         let shared = self.clone();
         let turn = tokio::task::spawn_blocking(move || shared.take_turn(news)).await;
-        turn.unwrap_or_else(|error| {
-            tracing::error!(%error, "following the control plane failed");
-            Turn::default()
-        })
+        turn.map_err(|error| AdsError::Broken(format!("its news could not be taken in: {error}")))
     }
 
     fn store(&self) {

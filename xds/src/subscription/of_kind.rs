@@ -2,11 +2,11 @@
 
 use super::{
     Answer, Ask, DOES_NOT_EXIST_AFTER, ERROR_BYTES_MAX, Kind, Lapse, Protocol, Receipt, Received,
-    Request, Sent, Status, WILDCARD,
+    Request, Sent, Status, TTL_MAX, WILDCARD,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// A resource that is there.
@@ -194,8 +194,9 @@ impl OfKind {
     fn beat(&mut self, beat: &Sent, now: Instant) {
         if let Some(known) = self.known.get_mut(&beat.name)
             && known.version == beat.version
+            && beat.error.is_none()
         {
-            known.until = beat.ttl.map(|ttl| now + ttl);
+            known.until = end_of(beat.ttl, now);
         }
     }
 
@@ -209,7 +210,7 @@ impl OfKind {
         let refused: BTreeSet<&str> = rejected.iter().map(|(name, _)| &**name).collect();
         for (name, version, ttl) in receipt.came {
             if !refused.contains(&*name) {
-                let until = ttl.map(|ttl| now + ttl);
+                let until = end_of(ttl, now);
                 self.known.insert(name, Known { version, until });
             }
         }
@@ -366,6 +367,11 @@ impl OfKind {
             .map(|since| *since + DOES_NOT_EXIST_AFTER);
         dead.chain(late).min()
     }
+}
+
+/// When a life that begins now is over.
+fn end_of(ttl: Option<Duration>, now: Instant) -> Option<Instant> {
+    ttl.map(|ttl| now + ttl.min(TTL_MAX))
 }
 
 fn delta(subscribe: BTreeSet<String>, unsubscribe: BTreeSet<String>) -> Ask {

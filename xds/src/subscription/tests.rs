@@ -2,7 +2,7 @@
 
 use super::{
     Answer, Ask, DOES_NOT_EXIST_AFTER, ERROR_BYTES_MAX, Kind, Lapse, Protocol, RateLimit, Received,
-    Request, Sent, Status, Subscriptions,
+    Request, Sent, Status, Subscriptions, TTL_MAX,
 };
 use crate::load::binary::Packed;
 use prost_types::Any;
@@ -29,6 +29,7 @@ fn sent(text: &str) -> Sent {
         name: name.trim_start_matches('~').to_owned(),
         version: version.to_owned(),
         ttl: ttl.parse().ok().map(Duration::from_secs),
+        error: None,
         body: (!name.starts_with('~')).then(|| Packed(Any::default())),
     }
 }
@@ -354,4 +355,18 @@ fn reasons_are_told_as_far_as_there_is_room() {
     let error = talk.client.next_request(talk.now).unwrap().error.unwrap();
     assert!(error.starts_with("'x': first\n'y': üü"));
     assert!((ERROR_BYTES_MAX - 4..ERROR_BYTES_MAX + 4).contains(&error.len()));
+}
+
+#[test]
+fn no_life_is_too_long_to_be_reckoned() {
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Kind::Clusters, "*").client.opened();
+    talk.says(&["*Clusters"]);
+    let forever = format!("x@1+{}", u64::MAX);
+    talk.takes(answer(Kind::Clusters, "", "a", &forever, ""), "");
+    talk.takes(
+        answer(Kind::Clusters, "", "b", &format!("~{forever}"), ""),
+        "",
+    );
+    assert_eq!(talk.client.deadline(), Some(talk.now + TTL_MAX));
 }
