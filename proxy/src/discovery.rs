@@ -378,9 +378,9 @@ impl Discovery {
 
     /// What is to be in effect now. What still waits stays as it was.
     pub fn plan(&mut self, now: Instant) -> Plan {
-        self.plan_clusters(now);
+        let waits = self.plan_clusters(now);
         if !self.model.has_clusters && self.model.has_heard(Kind::Clusters) {
-            self.model.has_clusters = self.warming_clusters.is_empty();
+            self.model.has_clusters = !waits;
             self.stale |= self.model.has_clusters;
         }
         self.plan_listeners();
@@ -389,7 +389,7 @@ impl Discovery {
             self.contexts
                 .renew(&|config: &SecretConfig| model.secret(config));
         }
-        self.initialized |= self.warming_clusters.is_empty()
+        self.initialized |= !waits
             && self.warming_listeners.is_empty()
             && [Kind::Clusters, Kind::Listeners]
                 .into_iter()
@@ -412,7 +412,9 @@ impl Discovery {
         }
     }
 
-    fn plan_clusters(&mut self, now: Instant) {
+    /// Whether any waits. One that cannot be built is not waited for.
+    fn plan_clusters(&mut self, now: Instant) -> bool {
+        let mut waits = false;
         let model = &self.model;
         let find = |config: &SecretConfig| model.secret(config);
         let mut next = BTreeMap::new();
@@ -420,7 +422,9 @@ impl Discovery {
         self.warming_clusters.clear();
         for cluster in model.all_clusters() {
             let name = &cluster.name;
-            let complete = model.complete_cluster(cluster).and_then(|complete| {
+            let complete = model.complete_cluster(cluster);
+            waits |= complete.is_none();
+            let complete = complete.and_then(|complete| {
                 let context = self.contexts.client(&complete, &find);
                 let context =
                     context.map_err(|error| tracing::error!(error, "cluster stays as it was"));
@@ -466,6 +470,7 @@ impl Discovery {
                 until: now + LINGER_MAX,
             });
         }
+        waits
     }
 
     fn count_clusters(&self, before: &BTreeMap<String, Cluster>) {

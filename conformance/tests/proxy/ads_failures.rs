@@ -220,3 +220,49 @@ async fn a_control_plane_that_says_nothing_is_waited_for_as_long_as_was_said() {
     ]);
     served_by(at(&proxy, "edge").await, "one").await;
 }
+
+#[tokio::test]
+async fn a_life_that_is_none_is_refused_and_one_of_ages_does_no_harm() {
+    for protocol in BOTH {
+        let one = Upstream::named("one").await;
+        let control = everything(one.address);
+        let ages = Duration::from_secs(315_576_000_000);
+        control.put_for(&endpoints("backend", &[one.address]), ages);
+        let proxy = driven(control.as_configured(protocol));
+        let edge = at(&proxy, "edge").await;
+        served_by(edge, "one").await;
+        let never = Duration::from_secs(i64::MAX.unsigned_abs());
+        control.put_for(&cluster("brief"), never);
+        let refused = control.hears("the refusal", is_refusal).await;
+        let why = refused["error"].as_str().unwrap();
+        assert!(why.contains("'brief': ") && why.contains("ttl"), "{why}");
+        served_by(edge, "one").await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_at_first_is_not_waited_for() {
+    for protocol in BOTH {
+        let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
+        let control = everything(one.address);
+        let mut bad = endpoints("broken", &[one.address]);
+        bad["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]["address"] =
+            json!("not.an.address");
+        control.put(&[cluster("broken"), bad]);
+        let ads = control.as_configured(protocol);
+        // All listeners wait for all clusters, and these endpoints would be waited for 15 s.
+        let proxy = driven(ads);
+        served_by(at(&proxy, "edge").await, "one").await;
+        let refused = |request: &Value| {
+            request["type"] == "ClusterLoadAssignment" && !request["error"].is_null()
+        };
+        control.hears("the refusal", refused).await;
+        assert_eq!(Client::get(proxy.admin(), "/ready").await.status, 200);
+        // A good version is still welcome.
+        control.put(&[
+            endpoints("broken", &[two.address]),
+            routes_to("table", "broken"),
+        ]);
+        served_by(at(&proxy, "edge").await, "two").await;
+    }
+}

@@ -209,8 +209,8 @@ impl Model {
         self.is_there(&asked) || self.is_given_up(kind, source, "")
     }
 
-    /// The control plane does not have it, or has it no more: nobody waits for it.
-    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
+    /// What may still come from the control plane is waited for no longer.
+    pub(super) fn stop_waiting(&mut self, kind: Kind, name: &str) {
         let asked = Subscription {
             kind,
             origin: Origin::Ads,
@@ -219,6 +219,11 @@ impl Model {
         if let Some(wait) = self.waits.get_mut(&asked) {
             wait.expired = true;
         }
+    }
+
+    /// The control plane does not have it, or has it no more: nobody waits for it.
+    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
+        self.stop_waiting(kind, name);
         let others = |other: &str| other != name;
         match kind {
             Kind::Routes => keep(&mut self.tables, others),
