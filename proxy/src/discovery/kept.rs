@@ -71,13 +71,17 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(bytes))
 }
 
-/// Keeps it: whole or not at all, whatever happens meanwhile.
-pub fn store(directory: &Path, kept: &Kept) {
+/// Keeps it: whole or not at all, whatever happens meanwhile. Whether it is.
+pub fn store(directory: &Path, kept: &Kept) -> bool {
     match write(directory, &kept::encode(kept)) {
-        Ok(()) => count("written"),
+        Ok(()) => {
+            count("written");
+            true
+        }
         Err(error) => {
             tracing::warn!(directory = %directory.display(), %error, "configuration cannot be kept");
             count("failed");
+            false
         }
     }
 }

@@ -19,7 +19,11 @@ use outrigger_xds::{
 };
 use rand::Rng;
 use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -39,8 +43,29 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive {
 };
 /// How often what the control plane brought is kept, at most.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause after a write that failed.
+const KEEP_RETRY: Duration = Duration::from_secs(10);
 /// Rounds of bringing into effect what the last round made possible.
 const ROUNDS_MAX: usize = 4;
+
+/// Where what the control plane brought is kept.
+pub(super) struct Cache {
+    /// None keeps nothing.
+    directory: Option<PathBuf>,
+    /// Something may have changed since it was last kept.
+    pub(super) is_stale: AtomicBool,
+    writing: Mutex<()>,
+}
+
+impl Cache {
+    pub(super) fn new(directory: Option<PathBuf>) -> Self {
+        Self {
+            directory,
+            is_stale: AtomicBool::new(false),
+            writing: Mutex::new(()),
+        }
+    }
+}
 
 /// Pauses that grow, each chosen at random below a limit that doubles.
 struct Backoff {
@@ -98,18 +123,18 @@ pub(super) async fn follow(shared: Arc<Shared>) {
 
 /// Keeps what the control plane brought, if that is wanted, for as long as the process lives.
 pub(super) async fn keep(shared: Arc<Shared>) {
-    if shared.cache.0.is_none() {
+    if shared.cache.directory.is_none() {
         return;
     }
+    let mut pause = KEEP_INTERVAL;
     loop {
-        tokio::time::sleep(KEEP_INTERVAL).await;
-        if !shared.cache.1.swap(false, Relaxed) {
-            continue;
-        }
+        tokio::time::sleep(pause).await;
         let keeping = shared.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || keeping.store()).await {
+        let kept = tokio::task::spawn_blocking(move || keeping.store()).await;
+        pause = kept.unwrap_or_else(|error| {
             tracing::error!(%error, "keeping configuration failed");
-        }
+            KEEP_RETRY
+        });
     }
 }
 
@@ -256,11 +281,25 @@ impl Shared {
         turn.map_err(|error| AdsError::Broken(format!("its news could not be taken in: {error}")))
     }
 
-    fn store(&self) {
-        let kept = self.discovery().keep();
-        if let (Some(directory), Some(kept)) = (&self.cache.0, kept) {
-            kept::store(directory, &kept);
+    /// Keeps what the control plane brought, if that changed since; when to come again. What cannot be kept yet is not
+    /// forgotten.
+    pub(super) fn store(&self) -> Duration {
+        let cache = &self.cache;
+        let Some(directory) = &cache.directory else {
+            return KEEP_INTERVAL;
+        };
+        let _one_by_one = cache.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !cache.is_stale.swap(false, Relaxed) {
+            return KEEP_INTERVAL;
         }
+        let kept = self.discovery().keep();
+        let (is_kept, again) = match kept {
+            None => (false, KEEP_INTERVAL),
+            Some(kept) if kept::store(directory, &kept) => (true, KEEP_INTERVAL),
+            Some(_) => (false, KEEP_RETRY),
+        };
+        cache.is_stale.fetch_or(!is_kept, Relaxed);
+        again
     }
 
     fn take_turn(&self, news: News) -> Turn {
@@ -275,7 +314,6 @@ impl Shared {
             self.settle(&mut discovery, now);
             metrics::counter!("outrigger_config_updates_total").increment(1);
             is_news = discovery.is_stale();
-            self.cache.1.store(true, Relaxed);
         }
         discovery.turn(now)
     }
