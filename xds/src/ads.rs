@@ -28,13 +28,15 @@ use prost_types::Any;
 use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
 use tonic::{
-    Code, Status,
+    Code, Status, Streaming,
     metadata::MetadataMap,
     transport::{Channel, Endpoint},
 };
 
 /// Requests that wait for the connection.
 const REQUESTS_MAX: usize = 16;
+/// A request that is not even taken for so long will not be.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// What we understand beyond what every client does.
 const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.supports-resource-ttl",
@@ -59,6 +61,10 @@ pub struct Server {
     pub message_bytes_max: usize,
     /// How long opening a connection may take.
     pub connect_timeout: Duration,
+    /// How often it is pinged.
+    pub ping_interval: Duration,
+    /// A connection is dead that does not answer a ping for so long.
+    pub ping_timeout: Duration,
 }
 
 /// Why a stream cannot be opened, or ended.
@@ -80,7 +86,16 @@ pub struct AdsStream {
     answers: Answers,
 }
 
-type Answers = Pin<Box<dyn Stream<Item = Result<Answer, Status>> + Send>>;
+/// What a stream brings.
+#[derive(Debug)]
+pub enum Event {
+    /// The server has taken it. Some say so only with their first answer.
+    Accepted,
+    /// An answer.
+    Answer(Answer),
+}
+
+type Answers = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
 enum Requests {
     State(mpsc::Sender<wire::DiscoveryRequest>),
@@ -109,6 +124,10 @@ async fn connect(server: &Server) -> Result<Channel, AdsError> {
     let refused = |error: &dyn std::error::Error| AdsError::Connect(causes(error));
     let uri = format!("http://{}", server.authority);
     let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(&error))?;
+    let endpoint = endpoint
+        .http2_keep_alive_interval(server.ping_interval)
+        .keep_alive_timeout(server.ping_timeout)
+        .keep_alive_while_idle(true);
     let dialer = server.dialer.clone();
     let dial = tower::service_fn(move |_: http::Uri| {
         let dialing = dialer();
@@ -161,17 +180,25 @@ fn metadata(server: &Server) -> MetadataMap {
     MetadataMap::from_headers(headers)
 }
 
+fn accepted<T>(
+    answers: Streaming<T>,
+    read: fn(T) -> Answer,
+) -> impl Stream<Item = Result<Event, Status>> {
+    let answers = answers.map(move |answer| answer.map(read).map(Event::Answer));
+    stream::iter([Ok(Event::Accepted)]).chain(answers)
+}
+
 fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) {
     let (sender, request) = outgoing(server);
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.stream_aggregated_resources(request).await?;
-        Ok(answer.into_inner())
+        Ok(accepted(answer.into_inner(), of_state))
     };
-    let answers = answers
-        .try_flatten_stream()
-        .map(|answer| answer.map(of_state));
-    (Requests::State(sender), Box::pin(answers))
+    (
+        Requests::State(sender),
+        Box::pin(answers.try_flatten_stream()),
+    )
 }
 
 fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
@@ -179,20 +206,28 @@ fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.delta_aggregated_resources(request).await?;
-        Ok(answer.into_inner())
+        Ok(accepted(answer.into_inner(), of_delta))
     };
-    let answers = answers
-        .try_flatten_stream()
-        .map(|answer| answer.map(of_delta));
-    (Requests::Delta(sender), Box::pin(answers))
+    (
+        Requests::Delta(sender),
+        Box::pin(answers.try_flatten_stream()),
+    )
 }
 
 impl AdsStream {
-    /// Sends a request; waits while too many wait.
+    /// Sends a request; waits while too many wait, but not for ever.
     ///
     /// # Errors
     /// [`AdsError::Broken`].
     pub async fn send(&mut self, request: Request) -> Result<(), AdsError> {
+        let sending = tokio::time::timeout(SEND_TIMEOUT, self.hand_over(request)).await;
+        sending.unwrap_or_else(|_| {
+            let error = format!("no request was taken within {SEND_TIMEOUT:?}");
+            Err(AdsError::Broken(error))
+        })
+    }
+
+    async fn hand_over(&mut self, request: Request) -> Result<(), AdsError> {
         let node = request.first.then(|| self.node.clone());
         let sent = match &self.requests {
             Requests::State(sender) => sender.send(to_state(request, node)).await.map_err(drop),
@@ -208,13 +243,13 @@ impl AdsStream {
         }
     }
 
-    /// The next answer. May be dropped and called again.
+    /// What comes next. May be dropped and called again.
     ///
     /// # Errors
     /// [`AdsError::Broken`], as soon as the server or the connection ends it.
-    pub async fn next(&mut self) -> Result<Answer, AdsError> {
+    pub async fn next(&mut self) -> Result<Event, AdsError> {
         match self.answers.next().await {
-            Some(Ok(answer)) => Ok(answer),
+            Some(Ok(event)) => Ok(event),
             Some(Err(status)) => Err(AdsError::Broken(format!(
                 "{:?}: {}",
                 status.code(),

@@ -10,7 +10,7 @@ use crate::{
 };
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::{
-    ads::{self, AdsError, AdsStream, Server},
+    ads::{self, AdsError, AdsStream, Event, Server},
     resource::{
         ads::{Ads, GrpcService, MESSAGE_BYTES_MAX_DEFAULT, Target},
         cluster::{Cluster, ConnectionOptions, TcpKeepalive},
@@ -41,6 +41,10 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive {
     time: Some(Duration::from_secs(30)),
     interval: Some(Duration::from_secs(10)),
 };
+/// How often a server is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// A server that does not say so by then is gone.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often what the control plane brought is kept, at most.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after a write that failed.
@@ -99,6 +103,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
                 shared: &shared,
                 ads: &ads,
                 was_answered: false,
+                is_connected: false,
             };
             let ended = talk.with(&server).await;
             was_answered = talk.was_answered;
@@ -216,6 +221,8 @@ fn server(
         metadata: service.initial_metadata.clone(),
         message_bytes_max: MESSAGE_BYTES_MAX_DEFAULT,
         connect_timeout: CONNECT_TIMEOUT,
+        ping_interval: PING_INTERVAL,
+        ping_timeout: PING_TIMEOUT,
     }
 }
 
@@ -224,6 +231,8 @@ struct Talk<'a> {
     shared: &'a Arc<Shared>,
     ads: &'a Ads,
     was_answered: bool,
+    /// The server is known to be there.
+    is_connected: bool,
 }
 
 impl Talk<'_> {
@@ -231,8 +240,8 @@ impl Talk<'_> {
     async fn with(&mut self, server: &Server) -> Result<(), AdsError> {
         let node = self.shared.bootstrap.load().node.clone();
         let mut stream = ads::open(server, self.ads.protocol, &node).await?;
-        tracing::info!(server = server.authority, "control plane connected");
-        metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
+        // By then it has answered a ping.
+        let proven = Instant::now() + server.ping_interval + server.ping_timeout;
         let mut turn = self.shared.turn(News::Opened).await?;
         loop {
             if self.shared.bootstrap.load().ads.as_ref() != Some(self.ads) {
@@ -243,8 +252,15 @@ impl Talk<'_> {
             for request in turn.requests {
                 stream.send(request).await?;
             }
-            let news = self.news(&mut stream, is_held_back, at).await?;
+            let news = self.news(&mut stream, is_held_back, (at, proven)).await?;
             turn = self.shared.turn(news).await?;
+        }
+    }
+
+    fn connected(&mut self) {
+        if !std::mem::replace(&mut self.is_connected, true) {
+            tracing::info!("control plane connected");
+            metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
         }
     }
 
@@ -253,7 +269,7 @@ impl Talk<'_> {
         &mut self,
         stream: &mut AdsStream,
         is_held_back: bool,
-        at: Option<Instant>,
+        (at, proven): (Option<Instant>, Instant),
     ) -> Result<News, AdsError> {
         let until = async {
             match at {
@@ -262,10 +278,20 @@ impl Talk<'_> {
             }
         };
         tokio::select! {
-            answer = stream.next(), if !is_held_back => {
-                let answer = answer?;
-                self.was_answered = true;
-                Ok(News::Came(answer))
+            event = stream.next(), if !is_held_back => {
+                let event = event?;
+                self.connected();
+                Ok(match event {
+                    Event::Accepted => News::Woken,
+                    Event::Answer(answer) => {
+                        self.was_answered = true;
+                        News::Came(answer)
+                    }
+                })
+            }
+            () = tokio::time::sleep_until(proven.into()), if !self.is_connected => {
+                self.connected();
+                Ok(News::Woken)
             }
             () = self.shared.ask.notified() => Ok(News::Woken),
             () = until => Ok(News::Woken),

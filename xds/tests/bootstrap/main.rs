@@ -282,7 +282,7 @@ fn all_problems_come_at_once() {
         "stat_prefix: expected",
         "http_filters[2]: expected",
         "virtual_hosts[0].name",
-        ".lb_policy: not",
+        ".lb_policy: CLUSTER_PROVIDED",
         "load_assignment: no such",
     ] {
         assert!(
