@@ -337,7 +337,7 @@ pub const ROWS: &[Row] = &[
     counter("envoy_cluster_update_rejected", CLUSTER, "Updates of a cluster's endpoints that were wrong, at least in part."),
     counter("envoy_cluster_update_empty", CLUSTER, "Updates without what was asked for, of a cluster's endpoints."),
     counter("envoy_cluster_init_fetch_timeout", CLUSTER, "Waits for a first update of a cluster's endpoints that took too long."),
-    gauge("envoy_control_plane_connected_state", NONE, "Whether a stream to the control plane is open (0, 1)."),
+    gauge("envoy_control_plane_connected_state", NONE, "Whether a stream to a control plane is open that is known to be there (0, 1)."),
     gauge("envoy_control_plane_pending_requests", NONE, "Whether requests to the control plane are held back (0, 1)."),
     counter("envoy_control_plane_rate_limit_enforced", NONE, "Times when requests to the control plane were held back."),
     counter("envoy_sds_update_attempt", SECRET, "Updates of a secret that came."),
