@@ -250,37 +250,46 @@ impl Discovery {
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {
             Kind::Clusters => {
-                let mut set = std::mem::take(&mut model.clusters);
                 let update = update(response, all);
+                let mut set = model.clusters.take_out(&update);
                 let mut check = builder.cluster_check(model, contexts, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
-                model.clusters = set;
+                model.clusters.put_back(set);
                 outcome
             }
             Kind::Listeners => {
-                let mut set = std::mem::take(&mut model.listeners);
+                let update = update(response, all);
+                let mut set = model.listeners.take_out(&update);
                 let mut check = builder.listener_check(model, contexts);
-                let outcome = set.take(update(response, all), &mut check);
+                let outcome = set.take(update, &mut check);
                 drop(check);
-                model.listeners = set;
+                model.listeners.put_back(set);
                 outcome
             }
             Kind::Routes => {
-                let mut set = model.tables.remove(origin).unwrap_or_default();
+                let update = update(response, Scope::Named);
+                let tables = model.tables.entry(origin.clone()).or_default();
+                let mut set = tables.take_out(&update);
                 let mut check = builder.route_check(model, origin);
-                let outcome = set.take(update(response, Scope::Named), &mut check);
+                let outcome = set.take(update, &mut check);
                 drop(check);
-                model.tables.insert(origin.clone(), set);
+                model
+                    .tables
+                    .entry(origin.clone())
+                    .or_default()
+                    .put_back(set);
                 outcome
             }
             Kind::Endpoints => {
-                let mut set = model.assignments.remove(origin).unwrap_or_default();
                 let update = update(response, Scope::Named);
+                let known = model.assignments.entry(origin.clone()).or_default();
+                let mut set = known.take_out(&update);
                 let mut check = builder.endpoint_check(model, origin, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
-                model.assignments.insert(origin.clone(), set);
+                let known = model.assignments.entry(origin.clone()).or_default();
+                known.put_back(set);
                 outcome
             }
             Kind::Secrets => {

@@ -3,13 +3,16 @@
 use super::{
     ads::{BOTH, cluster, driven, edge, everything},
     ads_server::{AdsServer, ads},
-    dynamic::{at, dump, endpoints, routes_to, served_by},
+    dynamic::{answers, at, dump, endpoints, listener, routes_to, served_by},
 };
 use outrigger_conformance::harness::{Client, Upstream, eventually};
-use outrigger_xds::subscription::Protocol;
+use outrigger_xds::{ads::Server, feed::Connection, subscription::Protocol};
 use prost_types::Any;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// `cluster_type` (38), `filters` (40): what Envoy has and we do not comes by its number.
 const FILTERS_OF_A_CLUSTER: [u8; 4] = [0xc2, 0x02, 0x01, 0x0a];
@@ -264,5 +267,54 @@ async fn what_is_refused_at_first_is_not_waited_for() {
             routes_to("table", "broken"),
         ]);
         served_by(at(&proxy, "edge").await, "two").await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_noticed() {
+    for protocol in BOTH {
+        // The kernel accepts for it.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let server = Server {
+            authority: address.to_string(),
+            dialer: Arc::new(move || {
+                Box::pin(async move {
+                    let socket = tokio::net::TcpStream::connect(address).await?;
+                    Ok(Box::new(socket) as Box<dyn Connection>)
+                })
+            }),
+            metadata: Vec::new(),
+            message_bytes_max: 1 << 20,
+            connect_timeout: Duration::from_secs(5),
+            ping_interval: Duration::from_millis(100),
+            ping_timeout: Duration::from_millis(100),
+        };
+        let node = outrigger_xds::resource::bootstrap::Node::default();
+        let mut stream = outrigger_xds::ads::open(&server, protocol, &node)
+            .await
+            .unwrap();
+        let next = tokio::time::timeout(Duration::from_secs(8), stream.next()).await;
+        assert!(next.expect("it is noticed").is_err());
+    }
+}
+
+#[tokio::test]
+async fn what_comes_is_judged_beside_what_is_there() {
+    for protocol in BOTH {
+        let one = Upstream::named("one").await;
+        let control = everything(one.address);
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let shared = port.local_addr().unwrap();
+        drop(port);
+        control.put(&[listener("first", shared, answers("first"))]);
+        let proxy = driven(control.as_configured(protocol));
+        served_by(at(&proxy, "first").await, "first").await;
+        control.put(&[listener("twin", shared, answers("twin"))]);
+        let is_refusal =
+            |request: &Value| request["type"] == "Listener" && !request["error"].is_null();
+        let refused = control.hears("the refusal", is_refusal).await;
+        let why = refused["error"].as_str().unwrap();
+        assert!(why.contains("duplicate address"), "{why}");
     }
 }
