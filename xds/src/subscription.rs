@@ -288,9 +288,10 @@ impl Subscriptions {
         self.kinds.values_mut().for_each(OfKind::begin);
     }
 
-    /// What of an answer is to be applied; none if nothing is. An answer to what nobody asked for any more is confirmed.
+    /// What of an answer is to be applied; none if nothing is. An answer to what nobody asked for any more is
+    /// confirmed; one of a stream that is gone, or of a type that was not asked for on it, is not heeded.
     pub fn received(&mut self, answer: Answer, now: Instant) -> Option<Received> {
-        let kind = Kind::of(&answer.type_url)?;
+        let kind = Kind::of(&answer.type_url).filter(|_| self.open)?;
         let protocol = self.protocol;
         self.of(kind).received(kind, protocol, answer, now)
     }

@@ -77,7 +77,12 @@ impl Discovery {
         let ads = self.model.bootstrap.ads.as_ref();
         self.ads = ads.map(|ads| {
             let limit = ads.rate_limit.unwrap_or_default();
-            Subscriptions::new(ads.protocol, limit, Instant::now())
+            let mut subscriptions = Subscriptions::new(ads.protocol, limit, Instant::now());
+            // As if it were from the disk: it is told the names, sends all of it anew, and says what is gone.
+            for (kind, name) in self.model.good_of_ads() {
+                subscriptions.remember(kind, name, String::new());
+            }
+            subscriptions
         });
     }
 

@@ -116,8 +116,14 @@ impl OfKind {
         mut answer: Answer,
         now: Instant,
     ) -> Option<Received> {
+        if !self.begun {
+            return None;
+        }
         self.nonce.clone_from(&answer.nonce);
         if self.wanted.is_empty() {
+            if protocol == Protocol::State {
+                self.version = answer.version;
+            }
             self.replies.push_back(Reply {
                 nonce: answer.nonce,
                 error: None,
