@@ -13,6 +13,8 @@ use std::{
 #[derive(Debug)]
 struct Known {
     version: String,
+    /// A newer version that was not accepted.
+    refused: Option<String>,
     /// When its life is over; none is never.
     until: Option<Instant>,
 }
@@ -71,6 +73,7 @@ impl OfKind {
     pub(super) fn remember(&mut self, name: String, version: String) {
         let known = Known {
             version,
+            refused: None,
             until: None,
         };
         self.known.insert(name, known);
@@ -199,7 +202,7 @@ impl OfKind {
     /// A resource lives on.
     fn beat(&mut self, beat: &Sent, now: Instant) {
         if let Some(known) = self.known.get_mut(&beat.name)
-            && known.version == beat.version
+            && (known.version == beat.version || known.refused.as_ref() == Some(&beat.version))
             && beat.error.is_none()
         {
             known.until = end_of(beat.ttl, now);
@@ -215,9 +218,18 @@ impl OfKind {
     ) {
         let refused: BTreeSet<&str> = rejected.iter().map(|(name, _)| &**name).collect();
         for (name, version, ttl) in receipt.came {
+            let until = end_of(ttl, now);
             if !refused.contains(&*name) {
-                let until = end_of(ttl, now);
-                self.known.insert(name, Known { version, until });
+                let known = Known {
+                    version,
+                    refused: None,
+                    until,
+                };
+                self.known.insert(name, known);
+            } else if let Some(known) = self.known.get_mut(&name) {
+                // The server has it still: what is good of it lives on.
+                known.refused = Some(version);
+                known.until = known.until.and(until).or(known.until);
             }
         }
         for name in &receipt.removed {
