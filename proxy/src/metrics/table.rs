@@ -435,7 +435,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_ledger_overflow_total", NONE, "Requests whose prompt blocks were not counted because the queue to the ledger was full."),
     counter("outrigger_config_not_shown", NONE, "Parts of a configuration that could not be shown as JSON."),
     counter("outrigger_config_updates_total", NONE, "Configurations applied."),
-    counter("outrigger_config_cache_total", &["event"], "What became of the configuration on disk: written, failed, restored, ignored."),
+    counter("outrigger_config_cache_total", &["event"], "What became of the configuration on disk: written, failed, restored, ignored; left_out counts resources with private keys."),
     counter("outrigger_stream_timeouts_total", &["kind"], "Streams ended by a timeout, by response flag."),
     counter("outrigger_worker_held_writes_total", NONE, "Requests and answers that waited until all tasks that were ready had run, to leave together."),
     counter("outrigger_worker_gathers_total", NONE, "Moments in which a busy worker let events of streams gather."),
