@@ -250,37 +250,46 @@ impl Discovery {
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {
             Kind::Clusters => {
-                let mut set = std::mem::take(&mut model.clusters);
                 let update = update(response, all);
+                let mut set = model.clusters.take_out(&update);
                 let mut check = builder.cluster_check(model, contexts, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
-                model.clusters = set;
+                model.clusters.put_back(set);
                 outcome
             }
             Kind::Listeners => {
-                let mut set = std::mem::take(&mut model.listeners);
+                let update = update(response, all);
+                let mut set = model.listeners.take_out(&update);
                 let mut check = builder.listener_check(model, contexts);
-                let outcome = set.take(update(response, all), &mut check);
+                let outcome = set.take(update, &mut check);
                 drop(check);
-                model.listeners = set;
+                model.listeners.put_back(set);
                 outcome
             }
             Kind::Routes => {
-                let mut set = model.tables.remove(origin).unwrap_or_default();
+                let update = update(response, Scope::Named);
+                let tables = model.tables.entry(origin.clone()).or_default();
+                let mut set = tables.take_out(&update);
                 let mut check = builder.route_check(model, origin);
-                let outcome = set.take(update(response, Scope::Named), &mut check);
+                let outcome = set.take(update, &mut check);
                 drop(check);
-                model.tables.insert(origin.clone(), set);
+                model
+                    .tables
+                    .entry(origin.clone())
+                    .or_default()
+                    .put_back(set);
                 outcome
             }
             Kind::Endpoints => {
-                let mut set = model.assignments.remove(origin).unwrap_or_default();
                 let update = update(response, Scope::Named);
+                let known = model.assignments.entry(origin.clone()).or_default();
+                let mut set = known.take_out(&update);
                 let mut check = builder.endpoint_check(model, origin, &update);
                 let outcome = set.take(update, &mut check);
                 drop(check);
-                model.assignments.insert(origin.clone(), set);
+                let known = model.assignments.entry(origin.clone()).or_default();
+                known.put_back(set);
                 outcome
             }
             Kind::Secrets => {
@@ -378,9 +387,9 @@ impl Discovery {
 
     /// What is to be in effect now. What still waits stays as it was.
     pub fn plan(&mut self, now: Instant) -> Plan {
-        self.plan_clusters(now);
+        let waits = self.plan_clusters(now);
         if !self.model.has_clusters && self.model.has_heard(Kind::Clusters) {
-            self.model.has_clusters = self.warming_clusters.is_empty();
+            self.model.has_clusters = !waits;
             self.stale |= self.model.has_clusters;
         }
         self.plan_listeners();
@@ -389,7 +398,7 @@ impl Discovery {
             self.contexts
                 .renew(&|config: &SecretConfig| model.secret(config));
         }
-        self.initialized |= self.warming_clusters.is_empty()
+        self.initialized |= !waits
             && self.warming_listeners.is_empty()
             && [Kind::Clusters, Kind::Listeners]
                 .into_iter()
@@ -412,7 +421,9 @@ impl Discovery {
         }
     }
 
-    fn plan_clusters(&mut self, now: Instant) {
+    /// Whether any waits. One that cannot be built is not waited for.
+    fn plan_clusters(&mut self, now: Instant) -> bool {
+        let mut waits = false;
         let model = &self.model;
         let find = |config: &SecretConfig| model.secret(config);
         let mut next = BTreeMap::new();
@@ -420,7 +431,9 @@ impl Discovery {
         self.warming_clusters.clear();
         for cluster in model.all_clusters() {
             let name = &cluster.name;
-            let complete = model.complete_cluster(cluster).and_then(|complete| {
+            let complete = model.complete_cluster(cluster);
+            waits |= complete.is_none();
+            let complete = complete.and_then(|complete| {
                 let context = self.contexts.client(&complete, &find);
                 let context =
                     context.map_err(|error| tracing::error!(error, "cluster stays as it was"));
@@ -466,6 +479,7 @@ impl Discovery {
                 until: now + LINGER_MAX,
             });
         }
+        waits
     }
 
     fn count_clusters(&self, before: &BTreeMap<String, Cluster>) {

@@ -106,8 +106,8 @@ struct Shared {
     discovery: Mutex<Discovery>,
     /// There may be something to say to the control plane.
     ask: Notify,
-    /// Where what it brought is kept, and whether that is to be done anew.
-    cache: (Option<PathBuf>, AtomicBool),
+    /// Where what it brought is kept.
+    cache: control_plane::Cache,
     /// What the clusters were last configured with.
     carried: ArcSwapOption<(Vec<Cluster>, Contexts)>,
     /// Whether the first configuration was complete once.
@@ -254,6 +254,7 @@ impl Proxy {
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
+        self.shared.store();
         self.shared.sinks.flush(Duration::from_secs(1));
         self.shared.exporters.flush(SPANS_FAREWELL);
         // Whoever asked for the end by the admin is to get its answer.
@@ -330,7 +331,7 @@ fn assemble(
         listeners: Listeners::new(common, workers),
         discovery: Mutex::new(discovery),
         ask: Notify::new(),
-        cache: (cache, AtomicBool::new(false)),
+        cache: control_plane::Cache::new(cache),
         carried: ArcSwapOption::empty(),
         initialized: AtomicBool::new(false),
         sinks,
@@ -437,6 +438,7 @@ impl Shared {
         self.listeners.warming(plan.warming);
         let errors = self.listeners.apply(&plan.listeners);
         discovery.failed(errors.clone());
+        self.cache.is_stale.store(true, Relaxed);
         self.initialized.store(discovery.is_initialized(), Relaxed);
         errors
     }

@@ -6,7 +6,11 @@
 
 use crate::problems::ConfigErrors;
 use serde_json::Value;
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 /// A resource of an update, before it is accepted.
 #[derive(Debug, Clone, PartialEq)]
@@ -109,6 +113,32 @@ impl<R> Default for Accepted<R> {
 }
 
 impl<R: PartialEq> Accepted<R> {
+    /// Takes out what an update is about, so that it is judged beside the others; [`Self::put_back`] ends it.
+    #[must_use]
+    pub fn take_out(&mut self, update: &Update<R>) -> Self {
+        let states = match update.scope {
+            Scope::Whole => std::mem::take(&mut self.states),
+            Scope::Named => {
+                let coming = update.resources.iter().map(|coming| &coming.name);
+                let about = coming.chain(&update.removed);
+                about
+                    .filter_map(|name| self.states.remove_entry(name))
+                    .collect()
+            }
+        };
+        Self {
+            states,
+            version: self.version.clone(),
+            answered: self.answered,
+        }
+    }
+
+    /// Takes back what was judged.
+    pub fn put_back(&mut self, judged: Self) {
+        self.states.extend(judged.states);
+        (self.version, self.answered) = (judged.version, judged.answered);
+    }
+
     /// Takes an update in. `check` judges what no resource can tell by itself.
     pub fn take(
         &mut self,
@@ -122,11 +152,12 @@ impl<R: PartialEq> Accepted<R> {
         for candidate in &update.resources {
             *copies.entry(candidate.name.clone()).or_default() += 1;
         }
+        let removed: BTreeSet<&String> = update.removed.iter().collect();
         let is_absent = |name: &String| update.scope == Scope::Whole && !copies.contains_key(name);
         let gone = self
             .states
             .keys()
-            .filter(|name| is_absent(name) || update.removed.contains(name));
+            .filter(|name| is_absent(name) || removed.contains(name));
         outcome.removed = gone.cloned().collect();
         for name in &outcome.removed {
             self.states.remove(name);

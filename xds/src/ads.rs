@@ -28,18 +28,23 @@ use prost_types::Any;
 use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
 use tonic::{
-    Code, Status,
+    Code, Status, Streaming,
     metadata::MetadataMap,
     transport::{Channel, Endpoint},
 };
 
 /// Requests that wait for the connection.
 const REQUESTS_MAX: usize = 16;
+/// A request that is not even taken for so long will not be.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// What we understand beyond what every client does.
 const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.supports-resource-ttl",
     "xds.config.resource-in-sotw",
 ];
+/// Protobuf allows 10,000 years.
+const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
+const NANOS_PER_SECOND: u32 = 1_000_000_000;
 /// `error_detail.code` of what was not accepted.
 const REFUSED: Code = Code::InvalidArgument;
 
@@ -56,6 +61,10 @@ pub struct Server {
     pub message_bytes_max: usize,
     /// How long opening a connection may take.
     pub connect_timeout: Duration,
+    /// How often it is pinged.
+    pub ping_interval: Duration,
+    /// A connection is dead that does not answer a ping for so long.
+    pub ping_timeout: Duration,
 }
 
 /// Why a stream cannot be opened, or ended.
@@ -77,7 +86,16 @@ pub struct AdsStream {
     answers: Answers,
 }
 
-type Answers = Pin<Box<dyn Stream<Item = Result<Answer, Status>> + Send>>;
+/// What a stream brings.
+#[derive(Debug)]
+pub enum Event {
+    /// The server has taken it. Some say so only with their first answer.
+    Accepted,
+    /// An answer.
+    Answer(Answer),
+}
+
+type Answers = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
 enum Requests {
     State(mpsc::Sender<wire::DiscoveryRequest>),
@@ -106,6 +124,10 @@ async fn connect(server: &Server) -> Result<Channel, AdsError> {
     let refused = |error: &dyn std::error::Error| AdsError::Connect(causes(error));
     let uri = format!("http://{}", server.authority);
     let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(&error))?;
+    let endpoint = endpoint
+        .http2_keep_alive_interval(server.ping_interval)
+        .keep_alive_timeout(server.ping_timeout)
+        .keep_alive_while_idle(true);
     let dialer = server.dialer.clone();
     let dial = tower::service_fn(move |_: http::Uri| {
         let dialing = dialer();
@@ -158,17 +180,25 @@ fn metadata(server: &Server) -> MetadataMap {
     MetadataMap::from_headers(headers)
 }
 
+fn accepted<T>(
+    answers: Streaming<T>,
+    read: fn(T) -> Answer,
+) -> impl Stream<Item = Result<Event, Status>> {
+    let answers = answers.map(move |answer| answer.map(read).map(Event::Answer));
+    stream::iter([Ok(Event::Accepted)]).chain(answers)
+}
+
 fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) {
     let (sender, request) = outgoing(server);
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.stream_aggregated_resources(request).await?;
-        Ok(answer.into_inner())
+        Ok(accepted(answer.into_inner(), of_state))
     };
-    let answers = answers
-        .try_flatten_stream()
-        .map(|answer| answer.map(of_state));
-    (Requests::State(sender), Box::pin(answers))
+    (
+        Requests::State(sender),
+        Box::pin(answers.try_flatten_stream()),
+    )
 }
 
 fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
@@ -176,20 +206,28 @@ fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.delta_aggregated_resources(request).await?;
-        Ok(answer.into_inner())
+        Ok(accepted(answer.into_inner(), of_delta))
     };
-    let answers = answers
-        .try_flatten_stream()
-        .map(|answer| answer.map(of_delta));
-    (Requests::Delta(sender), Box::pin(answers))
+    (
+        Requests::Delta(sender),
+        Box::pin(answers.try_flatten_stream()),
+    )
 }
 
 impl AdsStream {
-    /// Sends a request; waits while too many wait.
+    /// Sends a request; waits while too many wait, but not for ever.
     ///
     /// # Errors
     /// [`AdsError::Broken`].
     pub async fn send(&mut self, request: Request) -> Result<(), AdsError> {
+        let sending = tokio::time::timeout(SEND_TIMEOUT, self.hand_over(request)).await;
+        sending.unwrap_or_else(|_| {
+            let error = format!("no request was taken within {SEND_TIMEOUT:?}");
+            Err(AdsError::Broken(error))
+        })
+    }
+
+    async fn hand_over(&mut self, request: Request) -> Result<(), AdsError> {
         let node = request.first.then(|| self.node.clone());
         let sent = match &self.requests {
             Requests::State(sender) => sender.send(to_state(request, node)).await.map_err(drop),
@@ -205,13 +243,13 @@ impl AdsStream {
         }
     }
 
-    /// The next answer. May be dropped and called again.
+    /// What comes next. May be dropped and called again.
     ///
     /// # Errors
     /// [`AdsError::Broken`], as soon as the server or the connection ends it.
-    pub async fn next(&mut self) -> Result<Answer, AdsError> {
+    pub async fn next(&mut self) -> Result<Event, AdsError> {
         match self.answers.next().await {
-            Some(Ok(answer)) => Ok(answer),
+            Some(Ok(event)) => Ok(event),
             Some(Err(status)) => Err(AdsError::Broken(format!(
                 "{:?}: {}",
                 status.code(),
@@ -333,6 +371,7 @@ fn unwrapped(any: Any) -> Sent {
                 name: body.name(),
                 version: String::new(),
                 ttl: None,
+                error: None,
                 body: Some(body),
             }
         }
@@ -345,10 +384,56 @@ fn sent(wrapper: wire::Resource) -> Sent {
         Some(body) if wrapper.name.is_empty() => body.name(),
         _ => wrapper.name,
     };
+    let ttl = wrapper.ttl.map(life).transpose();
     Sent {
         name,
         version: wrapper.version,
-        ttl: wrapper.ttl.and_then(|ttl| ttl.try_into().ok()),
+        error: ttl.as_ref().err().cloned(),
+        ttl: ttl.unwrap_or_default(),
         body,
+    }
+}
+
+/// A `ttl`, within what Protobuf allows of a duration.
+fn life(ttl: prost_types::Duration) -> Result<Duration, String> {
+    let seconds = u64::try_from(ttl.seconds);
+    let nanos = u32::try_from(ttl.nanos);
+    match (seconds, nanos) {
+        (Ok(seconds @ ..=DURATION_SECONDS_MAX), Ok(nanos @ ..NANOS_PER_SECOND)) => {
+            Ok(Duration::new(seconds, nanos))
+        }
+        _ => Err(format!("ttl: not a duration of 0 s or more: {ttl:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_life_is_a_duration_or_wrong() {
+        let cases = [
+            (0, 0, Some(Duration::ZERO)),
+            (1, 500_000_000, Some(Duration::from_millis(1500))),
+            (
+                315_576_000_000,
+                0,
+                Some(Duration::from_secs(315_576_000_000)),
+            ),
+            (315_576_000_001, 0, None),
+            (i64::MAX, 0, None),
+            (-1, 0, None),
+            (0, -1, None),
+            (0, 1_000_000_000, None),
+        ];
+        for (seconds, nanos, expected) in cases {
+            let wrapper = wire::Resource {
+                ttl: Some(prost_types::Duration { seconds, nanos }),
+                ..Default::default()
+            };
+            let sent = sent(wrapper);
+            assert_eq!(sent.ttl, expected, "{seconds} s {nanos} ns");
+            assert_eq!(sent.error.is_none(), expected.is_some());
+        }
     }
 }

@@ -60,7 +60,8 @@ impl ConfigErrors {
     }
 
     /// A single problem.
-    pub(crate) fn one(place: &str, message: impl Into<String>) -> Self {
+    #[must_use]
+    pub fn one(place: &str, message: impl Into<String>) -> Self {
         Self(vec![Problem {
             place: place.to_owned(),
             message: message.into(),

@@ -25,6 +25,8 @@ use std::{
 
 /// How long a server has to send a resource that it was asked for (gRFC A57).
 pub const DOES_NOT_EXIST_AFTER: Duration = Duration::from_secs(15);
+/// Longer lives are cut.
+pub const TTL_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// Why something was not accepted is told up to this length.
 pub const ERROR_BYTES_MAX: usize = 8 << 10;
 /// The name of all.
@@ -152,6 +154,8 @@ pub struct Sent {
     pub version: String,
     /// How long it lives unless it comes again.
     pub ttl: Option<Duration>,
+    /// What is wrong with what was said about it, if anything is.
+    pub error: Option<String>,
     /// Itself; none in a heartbeat.
     pub body: Option<Packed>,
 }
@@ -284,9 +288,10 @@ impl Subscriptions {
         self.kinds.values_mut().for_each(OfKind::begin);
     }
 
-    /// What of an answer is to be applied; none if nothing is. An answer to what nobody asked for any more is confirmed.
+    /// What of an answer is to be applied; none if nothing is. An answer to what nobody asked for any more is
+    /// confirmed; one of a stream that is gone, or of a type that was not asked for on it, is not heeded.
     pub fn received(&mut self, answer: Answer, now: Instant) -> Option<Received> {
-        let kind = Kind::of(&answer.type_url)?;
+        let kind = Kind::of(&answer.type_url).filter(|_| self.open)?;
         let protocol = self.protocol;
         self.of(kind).received(kind, protocol, answer, now)
     }

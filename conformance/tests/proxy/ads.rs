@@ -168,7 +168,7 @@ async fn changes_take_effect_and_endpoints_outlive_a_change_of_their_cluster() {
 
 #[tokio::test]
 async fn endpoints_that_do_not_exist_are_not_waited_for() {
-    let one = Upstream::named("one").await;
+    let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
     let control = everything(one.address);
     control.put(&[cluster("hollow")]);
     let proxy = driven(control.as_configured(Protocol::Delta));
@@ -181,12 +181,12 @@ async fn endpoints_that_do_not_exist_are_not_waited_for() {
         .unwrap()
         .len();
     assert_eq!(active, 2, "{clusters:#}");
-    // It comes after all.
+    // It comes after all. Who serves must tell whether it has come, or it might be removed before it was ever sent.
     control.put(&[
-        endpoints("hollow", &[one.address]),
+        endpoints("hollow", &[two.address]),
         routes_to("table", "hollow"),
     ]);
-    served_by(edge, "one").await;
+    served_by(edge, "two").await;
     // As in Envoy, removing what is in use is not heeded.
     control.remove("envoy.config.endpoint.v3.ClusterLoadAssignment", "hollow");
     control.forget();
@@ -196,7 +196,7 @@ async fn endpoints_that_do_not_exist_are_not_waited_for() {
             request["type"] == "RouteConfiguration"
         })
         .await;
-    served_by(edge, "one").await;
+    served_by(edge, "two").await;
 }
 
 #[tokio::test]

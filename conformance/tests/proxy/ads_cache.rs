@@ -3,11 +3,11 @@
 use super::{
     ads::{ads_source, everything},
     ads_server::AdsServer,
-    dynamic::{any_port, endpoints, served_by},
+    dynamic::{any_port, endpoints, listener, served_by},
 };
 use outrigger_conformance::harness::{Client, Process, Upstream, eventually, scratch};
 use serde_json::json;
-use std::{fs, net::SocketAddr, path::PathBuf};
+use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 const KEPT: &str = "control-plane.config";
@@ -32,6 +32,10 @@ impl Drop for Cache {
 
 /// A process that a control plane at `control` drives.
 async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
+    driven_by("DELTA_GRPC", control, cache, node).await
+}
+
+async fn driven_by(api_type: &str, control: SocketAddr, cache: &Cache, node: &str) -> Process {
     let source = ads_source();
     let at = any_port();
     let config = json!({
@@ -39,7 +43,7 @@ async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
         "admin": { "address": super::dynamic::address(at) },
         "dynamic_resources": {
             "ads_config": {
-                "api_type": "DELTA_GRPC",
+                "api_type": api_type,
                 "transport_api_version": "V3",
                 "grpc_services": [{
                     "envoy_grpc": { "cluster_name": "xds" },
@@ -124,6 +128,42 @@ async fn a_proxy_starts_without_its_control_plane_and_follows_it_when_it_is_back
         (!clusters.contains("extra::")).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn what_is_complete_only_since_nobody_waits_any_longer_is_kept() {
+    let one = Upstream::named("one").await;
+    let cache = Cache::new();
+    let control = AdsServer::start();
+    // Long enough for all else to have been looked at meanwhile.
+    let mut source = ads_source();
+    source["initial_fetch_timeout"] = json!("2.5s");
+    let rds = json!({ "config_source": source, "route_config_name": "nowhere" });
+    control.put(&[
+        super::ads::cluster("backend"),
+        endpoints("backend", &[one.address]),
+        listener("edge", any_port(), json!({ "rds": rds })),
+    ]);
+    let process = driven_by("GRPC", control.address, &cache, "n").await;
+    edge_of(&process).await;
+    kept(&cache, "Listener").await;
+}
+
+#[tokio::test]
+async fn what_came_last_is_kept_at_the_end() {
+    let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
+    let cache = Cache::new();
+    let control = everything(one.address);
+    let mut process = driven(control.address, &cache, "n").await;
+    let edge = edge_of(&process).await;
+    served_by(edge, "one").await;
+    kept(&cache, "RouteConfiguration").await;
+    control.put(&[endpoints("backend", &[two.address])]);
+    served_by(edge, "two").await;
+    process.signal("TERM");
+    assert!(process.ended(Duration::from_secs(10)).await.is_some());
+    let text = fs::read_to_string(cache.file()).unwrap();
+    assert!(text.contains(&two.address.port().to_string()));
 }
 
 #[tokio::test]

@@ -3,13 +3,16 @@
 use super::{
     ads::{BOTH, cluster, driven, edge, everything},
     ads_server::{AdsServer, ads},
-    dynamic::{at, dump, endpoints, routes_to, served_by},
+    dynamic::{answers, at, dump, endpoints, listener, routes_to, served_by},
 };
 use outrigger_conformance::harness::{Client, Upstream, eventually};
-use outrigger_xds::subscription::Protocol;
+use outrigger_xds::{ads::Server, feed::Connection, subscription::Protocol};
 use prost_types::Any;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// `cluster_type` (38), `filters` (40): what Envoy has and we do not comes by its number.
 const FILTERS_OF_A_CLUSTER: [u8; 4] = [0xc2, 0x02, 0x01, 0x0a];
@@ -219,4 +222,99 @@ async fn a_control_plane_that_says_nothing_is_waited_for_as_long_as_was_said() {
         routes_to("table", "backend"),
     ]);
     served_by(at(&proxy, "edge").await, "one").await;
+}
+
+#[tokio::test]
+async fn a_life_that_is_none_is_refused_and_one_of_ages_does_no_harm() {
+    for protocol in BOTH {
+        let one = Upstream::named("one").await;
+        let control = everything(one.address);
+        let ages = Duration::from_secs(315_576_000_000);
+        control.put_for(&endpoints("backend", &[one.address]), ages);
+        let proxy = driven(control.as_configured(protocol));
+        let edge = at(&proxy, "edge").await;
+        served_by(edge, "one").await;
+        let never = Duration::from_secs(i64::MAX.unsigned_abs());
+        control.put_for(&cluster("brief"), never);
+        let refused = control.hears("the refusal", is_refusal).await;
+        let why = refused["error"].as_str().unwrap();
+        assert!(why.contains("'brief': ") && why.contains("ttl"), "{why}");
+        served_by(edge, "one").await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_at_first_is_not_waited_for() {
+    for protocol in BOTH {
+        let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
+        let control = everything(one.address);
+        let mut bad = endpoints("broken", &[one.address]);
+        bad["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]["address"] =
+            json!("not.an.address");
+        control.put(&[cluster("broken"), bad]);
+        let ads = control.as_configured(protocol);
+        // All listeners wait for all clusters, and these endpoints would be waited for 15 s.
+        let proxy = driven(ads);
+        served_by(at(&proxy, "edge").await, "one").await;
+        let refused = |request: &Value| {
+            request["type"] == "ClusterLoadAssignment" && !request["error"].is_null()
+        };
+        control.hears("the refusal", refused).await;
+        assert_eq!(Client::get(proxy.admin(), "/ready").await.status, 200);
+        // A good version is still welcome.
+        control.put(&[
+            endpoints("broken", &[two.address]),
+            routes_to("table", "broken"),
+        ]);
+        served_by(at(&proxy, "edge").await, "two").await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_noticed() {
+    for protocol in BOTH {
+        // The kernel accepts for it.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let server = Server {
+            authority: address.to_string(),
+            dialer: Arc::new(move || {
+                Box::pin(async move {
+                    let socket = tokio::net::TcpStream::connect(address).await?;
+                    Ok(Box::new(socket) as Box<dyn Connection>)
+                })
+            }),
+            metadata: Vec::new(),
+            message_bytes_max: 1 << 20,
+            connect_timeout: Duration::from_secs(5),
+            ping_interval: Duration::from_millis(100),
+            ping_timeout: Duration::from_millis(100),
+        };
+        let node = outrigger_xds::resource::bootstrap::Node::default();
+        let mut stream = outrigger_xds::ads::open(&server, protocol, &node)
+            .await
+            .unwrap();
+        let next = tokio::time::timeout(Duration::from_secs(8), stream.next()).await;
+        assert!(next.expect("it is noticed").is_err());
+    }
+}
+
+#[tokio::test]
+async fn what_comes_is_judged_beside_what_is_there() {
+    for protocol in BOTH {
+        let one = Upstream::named("one").await;
+        let control = everything(one.address);
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let shared = port.local_addr().unwrap();
+        drop(port);
+        control.put(&[listener("first", shared, answers("first"))]);
+        let proxy = driven(control.as_configured(protocol));
+        served_by(at(&proxy, "first").await, "first").await;
+        control.put(&[listener("twin", shared, answers("twin"))]);
+        let is_refusal =
+            |request: &Value| request["type"] == "Listener" && !request["error"].is_null();
+        let refused = control.hears("the refusal", is_refusal).await;
+        let why = refused["error"].as_str().unwrap();
+        assert!(why.contains("duplicate address"), "{why}");
+    }
 }

@@ -195,7 +195,7 @@ async fn nothing_goes_to_one_that_is_drained() {
     })
     .await;
     let drained = request(Method::POST, &format!("/drain?endpoint={server}"), "");
-    let mut admin = Client::connect(proxy.admin(), Version::Http1).await;
+    let mut admin = Client::connect(proxy.admin(), Version::H1).await;
     let reply = admin.send(drained).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
     drop(held);

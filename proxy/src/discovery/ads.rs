@@ -4,12 +4,13 @@
 
 use super::{
     Discovery,
-    model::{Kind, Model},
+    model::{Kind, Model, Subscription},
     stats::Event,
 };
 use outrigger_xds::{
     accepted::{Accepted, Outcome},
     load::discovery::{Response, Unread},
+    problems::ConfigErrors,
     resource::config_source::Origin,
     subscription::{Answer, Lapse, Received, Request, Sent, Subscriptions},
 };
@@ -59,8 +60,12 @@ fn absent(model: &Model, kind: Kind, whole: Option<&BTreeSet<String>>) -> Vec<St
 }
 
 fn unread(sent: Sent) -> Option<Unread> {
+    let any = sent.body?.to_json();
     Some(Unread {
-        any: sent.body?.to_json(),
+        any: match sent.error {
+            None => any,
+            Some(error) => Err(ConfigErrors::one("", error)),
+        },
         name: sent.name,
         version: sent.version,
     })
@@ -72,7 +77,12 @@ impl Discovery {
         let ads = self.model.bootstrap.ads.as_ref();
         self.ads = ads.map(|ads| {
             let limit = ads.rate_limit.unwrap_or_default();
-            Subscriptions::new(ads.protocol, limit, Instant::now())
+            let mut subscriptions = Subscriptions::new(ads.protocol, limit, Instant::now());
+            // As if it were from the disk: it is told the names, sends all of it anew, and says what is gone.
+            for (kind, name) in self.model.good_of_ads() {
+                subscriptions.remember(kind, name, String::new());
+            }
+            subscriptions
         });
     }
 
@@ -145,12 +155,36 @@ impl Discovery {
         };
         let outcome = self.take(kind, &Origin::Ads, response);
         self.tell(kind, &Origin::Ads, &outcome, Some(&about));
+        given_up |= self.fail(kind, &outcome);
         // They were logged, and the control plane is told: nobody collects them.
         self.problems.clear();
         if let Some(ads) = &mut self.ads {
             ads.judged(received.receipt, &outcome.rejected, now);
         }
         given_up || !was_heard || is_change(&outcome)
+    }
+
+    /// Nobody waits for what was rejected, as in Envoy; whether somebody did. What has no name may be any of them.
+    fn fail(&mut self, kind: Kind, outcome: &Outcome) -> bool {
+        if kind.is_whole() {
+            return false;
+        }
+        let is_rejected = |asked: &Subscription| {
+            let mut rejected = outcome.rejected.iter();
+            rejected.any(|(name, _)| name.is_empty() || *name == asked.name)
+        };
+        let mut given_up = self.subscriptions(kind, &Origin::Ads);
+        given_up.retain(|asked| is_rejected(asked) && !self.model.is_there(asked));
+        for asked in &given_up {
+            let name = &asked.name;
+            tracing::warn!(
+                ?kind,
+                name,
+                "its first version was rejected, going on without it"
+            );
+            self.model.stop_waiting(kind, name);
+        }
+        !given_up.is_empty()
     }
 
     /// The control plane has no such resource; whether somebody waited for it. As in Envoy, what is there stays there.

@@ -164,8 +164,8 @@ impl Builder {
         model: &'a Model,
         contexts: &'a Contexts,
     ) -> Check<'a, Listener> {
-        let written = model.bootstrap.listeners.iter();
-        let mut addresses: HashMap<Address, String> = written
+        let others = model.all_listeners();
+        let mut addresses: HashMap<Address, String> = others
             .map(|listener| (listener.address.clone(), listener.name.clone()))
             .collect();
         let clusters = shells(model.all_clusters());

@@ -1,7 +1,8 @@
 //! What the control plane brought last, kept in a file: a proxy that starts serves by it before any server answers.
 //!
 //! What begins so is checked like everything that comes. The control plane is told the names and no versions, so it
-//! sends all of it anew, and says what is gone. What lives only for a time, and secrets, are not kept.
+//! sends all of it anew, and says what is gone. What lives only for a time, secrets, and what has a private key
+//! inline, are not kept.
 
 use super::{Discovery, model::Kind};
 use outrigger_xds::{
@@ -10,7 +11,10 @@ use outrigger_xds::{
         discovery::{Resource, Response, Unread},
         kept::{self, KEPT_BYTES_MAX, Kept, KeptResources},
     },
-    resource::config_source::{ConfigSource, Origin},
+    resource::{
+        config_source::{ConfigSource, Origin},
+        tls::is_redacted,
+    },
     subscription::Subscriptions,
 };
 use std::{
@@ -71,13 +75,17 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(bytes))
 }
 
-/// Keeps it: whole or not at all, whatever happens meanwhile.
-pub fn store(directory: &Path, kept: &Kept) {
+/// Keeps it: whole or not at all, whatever happens meanwhile. Whether it is.
+pub fn store(directory: &Path, kept: &Kept) -> bool {
     match write(directory, &kept::encode(kept)) {
-        Ok(()) => count("written"),
+        Ok(()) => {
+            count("written");
+            true
+        }
         Err(error) => {
             tracing::warn!(directory = %directory.display(), %error, "configuration cannot be kept");
             count("failed");
+            false
         }
     }
 }
@@ -90,10 +98,14 @@ fn write(directory: &Path, bytes: &[u8]) -> io::Result<()> {
     }
     fs::create_dir_all(directory)?;
     let half = directory.join(format!("{NAME}.part"));
+    // Whatever is there by that name is not written to: a link may lead anywhere, a file be open to others.
+    match fs::remove_file(&half) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let mut file = File::options()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(&half)?;
     file.write_all(bytes)?;
@@ -115,6 +127,11 @@ fn good<R: Resource + PartialEq>(
     let each = lasting.filter_map(|(name, state)| {
         let good = state.good.as_ref()?;
         let resource = good.resource.to_json();
+        if is_redacted(&resource) {
+            tracing::warn!(?kind, name, "has a private key inline, is not kept");
+            count("left_out");
+            return None;
+        }
         Some((name.to_owned(), good.version.clone(), resource))
     });
     KeptResources {
@@ -195,5 +212,28 @@ impl Discovery {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn a_link_in_the_way_is_not_followed() {
+        let directory = std::env::temp_dir().join(format!("kept-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let elsewhere = directory.join("elsewhere");
+        fs::write(&elsewhere, "precious").unwrap();
+        symlink(&elsewhere, directory.join(format!("{NAME}.part"))).unwrap();
+        write(&directory, b"kept").unwrap();
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "precious");
+        let file = directory.join(NAME);
+        assert_eq!(fs::read(&file).unwrap(), b"kept");
+        let metadata = fs::symlink_metadata(&file).unwrap();
+        assert!(metadata.is_file());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

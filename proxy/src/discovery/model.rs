@@ -191,6 +191,29 @@ impl Model {
             .collect()
     }
 
+    /// All that is good of what the control plane brought.
+    pub(super) fn good_of_ads(&self) -> Vec<(Kind, String)> {
+        fn good<R: PartialEq>(kind: Kind, known: Option<&Accepted<R>>) -> Vec<(Kind, String)> {
+            let states = known.into_iter().flat_map(Accepted::states);
+            let good = states.filter(|(_, state)| state.good.is_some());
+            good.map(|(name, _)| (kind, name.to_owned())).collect()
+        }
+        let by_ads = |source: &Option<ConfigSource>| {
+            let source = source.as_ref();
+            source.is_some_and(|source| source.origin == Origin::Ads)
+        };
+        let clusters = by_ads(&self.bootstrap.cds).then_some(&self.clusters);
+        let listeners = by_ads(&self.bootstrap.lds).then_some(&self.listeners);
+        [
+            good(Kind::Clusters, clusters),
+            good(Kind::Endpoints, self.assignments.get(&Origin::Ads)),
+            good(Kind::Listeners, listeners),
+            good(Kind::Routes, self.tables.get(&Origin::Ads)),
+            good(Kind::Secrets, self.secrets.get(&Origin::Ads)),
+        ]
+        .concat()
+    }
+
     /// Whether all that the control plane has of a type came, or is waited for no longer.
     pub(super) fn has_heard(&self, kind: Kind) -> bool {
         let source = match kind {
@@ -209,8 +232,8 @@ impl Model {
         self.is_there(&asked) || self.is_given_up(kind, source, "")
     }
 
-    /// The control plane does not have it, or has it no more: nobody waits for it.
-    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
+    /// What may still come from the control plane is waited for no longer.
+    pub(super) fn stop_waiting(&mut self, kind: Kind, name: &str) {
         let asked = Subscription {
             kind,
             origin: Origin::Ads,
@@ -219,6 +242,11 @@ impl Model {
         if let Some(wait) = self.waits.get_mut(&asked) {
             wait.expired = true;
         }
+    }
+
+    /// The control plane does not have it, or has it no more: nobody waits for it.
+    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
+        self.stop_waiting(kind, name);
         let others = |other: &str| other != name;
         match kind {
             Kind::Routes => keep(&mut self.tables, others),

@@ -10,7 +10,7 @@ use crate::{
 };
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::{
-    ads::{self, AdsError, AdsStream, Server},
+    ads::{self, AdsError, AdsStream, Event, Server},
     resource::{
         ads::{Ads, GrpcService, MESSAGE_BYTES_MAX_DEFAULT, Target},
         cluster::{Cluster, ConnectionOptions, TcpKeepalive},
@@ -19,7 +19,11 @@ use outrigger_xds::{
 };
 use rand::Rng;
 use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -37,10 +41,35 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive {
     time: Some(Duration::from_secs(30)),
     interval: Some(Duration::from_secs(10)),
 };
+/// How often a server is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// A server that does not say so by then is gone.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often what the control plane brought is kept, at most.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause after a write that failed.
+const KEEP_RETRY: Duration = Duration::from_secs(10);
 /// Rounds of bringing into effect what the last round made possible.
 const ROUNDS_MAX: usize = 4;
+
+/// Where what the control plane brought is kept.
+pub(super) struct Cache {
+    /// None keeps nothing.
+    directory: Option<PathBuf>,
+    /// Something may have changed since it was last kept.
+    pub(super) is_stale: AtomicBool,
+    writing: Mutex<()>,
+}
+
+impl Cache {
+    pub(super) fn new(directory: Option<PathBuf>) -> Self {
+        Self {
+            directory,
+            is_stale: AtomicBool::new(false),
+            writing: Mutex::new(()),
+        }
+    }
+}
 
 /// Pauses that grow, each chosen at random below a limit that doubles.
 struct Backoff {
@@ -74,6 +103,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
                 shared: &shared,
                 ads: &ads,
                 was_answered: false,
+                is_connected: false,
             };
             let ended = talk.with(&server).await;
             was_answered = talk.was_answered;
@@ -82,7 +112,9 @@ pub(super) async fn follow(shared: Arc<Shared>) {
                 break;
             };
             tracing::warn!(server = server.authority, %error, "control plane");
-            shared.turn(News::Broken).await;
+            if let Err(error) = shared.turn(News::Broken).await {
+                tracing::error!(%error, "control plane");
+            }
             if was_answered {
                 break;
             }
@@ -96,18 +128,18 @@ pub(super) async fn follow(shared: Arc<Shared>) {
 
 /// Keeps what the control plane brought, if that is wanted, for as long as the process lives.
 pub(super) async fn keep(shared: Arc<Shared>) {
-    if shared.cache.0.is_none() {
+    if shared.cache.directory.is_none() {
         return;
     }
+    let mut pause = KEEP_INTERVAL;
     loop {
-        tokio::time::sleep(KEEP_INTERVAL).await;
-        if !shared.cache.1.swap(false, Relaxed) {
-            continue;
-        }
+        tokio::time::sleep(pause).await;
         let keeping = shared.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || keeping.store()).await {
+        let kept = tokio::task::spawn_blocking(move || keeping.store()).await;
+        pause = kept.unwrap_or_else(|error| {
             tracing::error!(%error, "keeping configuration failed");
-        }
+            KEEP_RETRY
+        });
     }
 }
 
@@ -189,6 +221,8 @@ fn server(
         metadata: service.initial_metadata.clone(),
         message_bytes_max: MESSAGE_BYTES_MAX_DEFAULT,
         connect_timeout: CONNECT_TIMEOUT,
+        ping_interval: PING_INTERVAL,
+        ping_timeout: PING_TIMEOUT,
     }
 }
 
@@ -197,6 +231,8 @@ struct Talk<'a> {
     shared: &'a Arc<Shared>,
     ads: &'a Ads,
     was_answered: bool,
+    /// The server is known to be there.
+    is_connected: bool,
 }
 
 impl Talk<'_> {
@@ -204,9 +240,9 @@ impl Talk<'_> {
     async fn with(&mut self, server: &Server) -> Result<(), AdsError> {
         let node = self.shared.bootstrap.load().node.clone();
         let mut stream = ads::open(server, self.ads.protocol, &node).await?;
-        tracing::info!(server = server.authority, "control plane connected");
-        metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
-        let mut turn = self.shared.turn(News::Opened).await;
+        // By then it has answered a ping.
+        let proven = Instant::now() + server.ping_interval + server.ping_timeout;
+        let mut turn = self.shared.turn(News::Opened).await?;
         loop {
             if self.shared.bootstrap.load().ads.as_ref() != Some(self.ads) {
                 return Ok(());
@@ -216,8 +252,15 @@ impl Talk<'_> {
             for request in turn.requests {
                 stream.send(request).await?;
             }
-            let news = self.news(&mut stream, is_held_back, at).await?;
-            turn = self.shared.turn(news).await;
+            let news = self.news(&mut stream, is_held_back, (at, proven)).await?;
+            turn = self.shared.turn(news).await?;
+        }
+    }
+
+    fn connected(&mut self) {
+        if !std::mem::replace(&mut self.is_connected, true) {
+            tracing::info!("control plane connected");
+            metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
         }
     }
 
@@ -226,7 +269,7 @@ impl Talk<'_> {
         &mut self,
         stream: &mut AdsStream,
         is_held_back: bool,
-        at: Option<Instant>,
+        (at, proven): (Option<Instant>, Instant),
     ) -> Result<News, AdsError> {
         let until = async {
             match at {
@@ -235,10 +278,20 @@ impl Talk<'_> {
             }
         };
         tokio::select! {
-            answer = stream.next(), if !is_held_back => {
-                let answer = answer?;
-                self.was_answered = true;
-                Ok(News::Came(answer))
+            event = stream.next(), if !is_held_back => {
+                let event = event?;
+                self.connected();
+                Ok(match event {
+                    Event::Accepted => News::Woken,
+                    Event::Answer(answer) => {
+                        self.was_answered = true;
+                        News::Came(answer)
+                    }
+                })
+            }
+            () = tokio::time::sleep_until(proven.into()), if !self.is_connected => {
+                self.connected();
+                Ok(News::Woken)
             }
             () = self.shared.ask.notified() => Ok(News::Woken),
             () = until => Ok(News::Woken),
@@ -247,21 +300,32 @@ impl Talk<'_> {
 }
 
 impl Shared {
-    /// Takes news in, and says what is to be done.
-    async fn turn(self: &Arc<Self>, news: News) -> Turn {
+    /// Takes news in, and says what is to be done. What cannot be taken in breaks the stream: the next one begins anew.
+    async fn turn(self: &Arc<Self>, news: News) -> Result<Turn, AdsError> {
         let shared = self.clone();
         let turn = tokio::task::spawn_blocking(move || shared.take_turn(news)).await;
-        turn.unwrap_or_else(|error| {
-            tracing::error!(%error, "following the control plane failed");
-            Turn::default()
-        })
+        turn.map_err(|error| AdsError::Broken(format!("its news could not be taken in: {error}")))
     }
 
-    fn store(&self) {
-        let kept = self.discovery().keep();
-        if let (Some(directory), Some(kept)) = (&self.cache.0, kept) {
-            kept::store(directory, &kept);
+    /// Keeps what the control plane brought, if that changed since; when to come again. What cannot be kept yet is not
+    /// forgotten.
+    pub(super) fn store(&self) -> Duration {
+        let cache = &self.cache;
+        let Some(directory) = &cache.directory else {
+            return KEEP_INTERVAL;
+        };
+        let _one_by_one = cache.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !cache.is_stale.swap(false, Relaxed) {
+            return KEEP_INTERVAL;
         }
+        let kept = self.discovery().keep();
+        let (is_kept, again) = match kept {
+            None => (false, KEEP_INTERVAL),
+            Some(kept) if kept::store(directory, &kept) => (true, KEEP_INTERVAL),
+            Some(_) => (false, KEEP_RETRY),
+        };
+        cache.is_stale.fetch_or(!is_kept, Relaxed);
+        again
     }
 
     fn take_turn(&self, news: News) -> Turn {
@@ -276,7 +340,6 @@ impl Shared {
             self.settle(&mut discovery, now);
             metrics::counter!("outrigger_config_updates_total").increment(1);
             is_news = discovery.is_stale();
-            self.cache.1.store(true, Relaxed);
         }
         discovery.turn(now)
     }

@@ -92,7 +92,7 @@ mod tests {
     fn fields(name: &HeaderName, lines: &[&str]) -> HeaderMap {
         let mut fields = HeaderMap::new();
         for line in lines {
-            fields.append(&name, line.parse().unwrap());
+            fields.append(name, line.parse().unwrap());
         }
         fields
     }
@@ -122,25 +122,25 @@ mod tests {
             (format!("00-{TRACE}-{SPAN}-+1"), None),
             (String::new(), None),
         ] {
-            let fields = fields(TRACEPARENT, &[&text]);
+            let fields = fields(&TRACEPARENT, &[&text]);
             let read = parent(&fields);
             let parent = read.map(|(_, parent)| parent.unwrap());
             assert_eq!(parent.map(|parent| parent.sampled), sampled, "{text}");
             assert!(read.is_none_or(|(trace, _)| trace == TRACE), "{text}");
         }
         let one = format!("00-{TRACE}-{SPAN}-01");
-        let told = fields(TRACEPARENT, &[&one]);
+        let told = fields(&TRACEPARENT, &[&one]);
         let read = parent(&told);
         let span = read.unwrap().1.unwrap().span;
         assert_eq!(span, [0xb7, 0xad, 0x6b, 0x71, 0x69, 0x20, 0x33, 0x31]);
-        assert_eq!(parent(&fields(TRACEPARENT, &[&one, &one])), None, "two");
+        assert_eq!(parent(&fields(&TRACEPARENT, &[&one, &one])), None, "two");
     }
 
     #[test]
     fn what_a_proxy_without_traces_makes_is_no_decision() {
         for decides in [false, true] {
             let made = new_traceparent(decides);
-            let fields = fields(TRACEPARENT, &[made.as_str()]);
+            let fields = fields(&TRACEPARENT, &[made.as_str()]);
             let (trace, parent) = parent(&fields).unwrap();
             assert_eq!(trace, trace_id(made.as_str()));
             assert_eq!(
@@ -161,7 +161,7 @@ mod tests {
             (vec![&long], "", 1),
             (vec![&most, "b=2"], "", 2),
         ] {
-            let mut fields = fields(TRACESTATE, &lines);
+            let mut fields = fields(&TRACESTATE, &lines);
             assert_eq!(state(&mut fields), told);
             assert_eq!(
                 fields.get_all(TRACESTATE).iter().count(),

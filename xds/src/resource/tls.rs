@@ -22,6 +22,18 @@ const TLS: &str = "envoy.transport_sockets.tls";
 /// What `/config_dump` shows in place of a key.
 const REDACTED: &str = "[redacted]";
 
+/// Whether a resource in JSON lacks a key that it had inline.
+#[must_use]
+pub fn is_redacted(resource: &serde_json::Value) -> bool {
+    use serde_json::Value;
+    match resource {
+        Value::String(text) => text == REDACTED,
+        Value::Array(all) => all.iter().any(is_redacted),
+        Value::Object(all) => all.values().any(is_redacted),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
 /// Where bytes come from.
 #[derive(Clone, PartialEq, Eq)]
 pub enum DataSource {

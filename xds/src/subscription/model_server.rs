@@ -66,6 +66,7 @@ impl Server {
             name,
             version: version.to_string(),
             ttl: None,
+            error: None,
             body: body(),
         };
         self.answers.push_back(Answer {

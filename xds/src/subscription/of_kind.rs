@@ -2,17 +2,19 @@
 
 use super::{
     Answer, Ask, DOES_NOT_EXIST_AFTER, ERROR_BYTES_MAX, Kind, Lapse, Protocol, Receipt, Received,
-    Request, Sent, Status, WILDCARD,
+    Request, Sent, Status, TTL_MAX, WILDCARD,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// A resource that is there.
 #[derive(Debug)]
 struct Known {
     version: String,
+    /// A newer version that was not accepted.
+    refused: Option<String>,
     /// When its life is over; none is never.
     until: Option<Instant>,
 }
@@ -71,6 +73,7 @@ impl OfKind {
     pub(super) fn remember(&mut self, name: String, version: String) {
         let known = Known {
             version,
+            refused: None,
             until: None,
         };
         self.known.insert(name, known);
@@ -116,8 +119,14 @@ impl OfKind {
         mut answer: Answer,
         now: Instant,
     ) -> Option<Received> {
+        if !self.begun {
+            return None;
+        }
         self.nonce.clone_from(&answer.nonce);
         if self.wanted.is_empty() {
+            if protocol == Protocol::State {
+                self.version = answer.version;
+            }
             self.replies.push_back(Reply {
                 nonce: answer.nonce,
                 error: None,
@@ -193,9 +202,10 @@ impl OfKind {
     /// A resource lives on.
     fn beat(&mut self, beat: &Sent, now: Instant) {
         if let Some(known) = self.known.get_mut(&beat.name)
-            && known.version == beat.version
+            && (known.version == beat.version || known.refused.as_ref() == Some(&beat.version))
+            && beat.error.is_none()
         {
-            known.until = beat.ttl.map(|ttl| now + ttl);
+            known.until = end_of(beat.ttl, now);
         }
     }
 
@@ -208,9 +218,18 @@ impl OfKind {
     ) {
         let refused: BTreeSet<&str> = rejected.iter().map(|(name, _)| &**name).collect();
         for (name, version, ttl) in receipt.came {
+            let until = end_of(ttl, now);
             if !refused.contains(&*name) {
-                let until = ttl.map(|ttl| now + ttl);
-                self.known.insert(name, Known { version, until });
+                let known = Known {
+                    version,
+                    refused: None,
+                    until,
+                };
+                self.known.insert(name, known);
+            } else if let Some(known) = self.known.get_mut(&name) {
+                // The server has it still: what is good of it lives on.
+                known.refused = Some(version);
+                known.until = known.until.and(until).or(known.until);
             }
         }
         for name in &receipt.removed {
@@ -366,6 +385,11 @@ impl OfKind {
             .map(|since| *since + DOES_NOT_EXIST_AFTER);
         dead.chain(late).min()
     }
+}
+
+/// When a life that begins now is over.
+fn end_of(ttl: Option<Duration>, now: Instant) -> Option<Instant> {
+    ttl.map(|ttl| now + ttl.min(TTL_MAX))
 }
 
 fn delta(subscribe: BTreeSet<String>, unsubscribe: BTreeSet<String>) -> Ask {

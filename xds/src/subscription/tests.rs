@@ -2,7 +2,7 @@
 
 use super::{
     Answer, Ask, DOES_NOT_EXIST_AFTER, ERROR_BYTES_MAX, Kind, Lapse, Protocol, RateLimit, Received,
-    Request, Sent, Status, Subscriptions,
+    Request, Sent, Status, Subscriptions, TTL_MAX,
 };
 use crate::load::binary::Packed;
 use prost_types::Any;
@@ -29,6 +29,7 @@ fn sent(text: &str) -> Sent {
         name: name.trim_start_matches('~').to_owned(),
         version: version.to_owned(),
         ttl: ttl.parse().ok().map(Duration::from_secs),
+        error: None,
         body: (!name.starts_with('~')).then(|| Packed(Any::default())),
     }
 }
@@ -354,4 +355,65 @@ fn reasons_are_told_as_far_as_there_is_room() {
     let error = talk.client.next_request(talk.now).unwrap().error.unwrap();
     assert!(error.starts_with("'x': first\n'y': üü"));
     assert!((ERROR_BYTES_MAX - 4..ERROR_BYTES_MAX + 4).contains(&error.len()));
+}
+
+#[test]
+fn no_life_is_too_long_to_be_reckoned() {
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Kind::Clusters, "*").client.opened();
+    talk.says(&["*Clusters"]);
+    let forever = format!("x@1+{}", u64::MAX);
+    talk.takes(answer(Kind::Clusters, "", "a", &forever, ""), "");
+    talk.takes(
+        answer(Kind::Clusters, "", "b", &format!("~{forever}"), ""),
+        "",
+    );
+    talk.speaks();
+    assert_eq!(talk.client.deadline(), Some(talk.now + TTL_MAX));
+}
+
+#[test]
+fn answers_that_nobody_asked_for_on_this_stream_are_not_heeded() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Kind::Clusters, "*");
+    let early = answer(Kind::Clusters, "1", "a", "x", "");
+    assert_eq!(talk.client.received(early.clone(), talk.now), None);
+    talk.client.opened();
+    assert_eq!(talk.client.received(early, talk.now), None);
+    let unasked = answer(Kind::Routes, "1", "b", "x", "");
+    assert_eq!(talk.client.received(unasked, talk.now), None);
+    talk.says(&["*Clusters"]);
+    // What is wanted no longer is confirmed with its own version.
+    talk.want(Kind::Endpoints, "x").says(&["Endpoints x"]);
+    talk.takes(answer(Kind::Endpoints, "1", "c", "x", ""), "")
+        .says(&["Endpoints x v1 nc"])
+        .want(Kind::Endpoints, "")
+        .says(&["Endpoints v1 nc"]);
+    let late = answer(Kind::Endpoints, "2", "d", "x", "");
+    assert_eq!(talk.client.received(late, talk.now), None);
+    talk.says(&["Endpoints v2 nd"]);
+}
+
+#[test]
+fn what_is_good_lives_on_while_a_version_that_was_refused_does() {
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Kind::Clusters, "*").client.opened();
+    talk.says(&["*Clusters"]);
+    let begun = talk.now;
+    talk.takes(answer(Kind::Clusters, "", "a", "x@1+10", ""), "");
+    talk.now = begun + Duration::from_secs(8);
+    talk.takes(answer(Kind::Clusters, "", "b", "x@2+10", ""), "x");
+    talk.speaks();
+    assert_eq!(
+        talk.client.deadline(),
+        Some(begun + Duration::from_secs(18))
+    );
+    talk.now = begun + Duration::from_secs(16);
+    talk.takes(answer(Kind::Clusters, "", "c", "~x@2+10", ""), "");
+    talk.speaks();
+    assert_eq!(
+        talk.client.deadline(),
+        Some(begun + Duration::from_secs(26))
+    );
+    assert_eq!(talk.client.version_of(Kind::Clusters, "x"), Some("1"));
 }
