@@ -43,7 +43,7 @@ const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.resource-in-sotw",
 ];
 /// Protobuf allows 10,000 years.
-const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
+const PROTOBUF_SECONDS: u64 = 315_576_000_000;
 const NANOS_PER_SECOND: u32 = 1_000_000_000;
 /// `error_detail.code` of what was not accepted.
 const REFUSED: Code = Code::InvalidArgument;
@@ -399,7 +399,7 @@ fn life(ttl: prost_types::Duration) -> Result<Duration, String> {
     let seconds = u64::try_from(ttl.seconds);
     let nanos = u32::try_from(ttl.nanos);
     match (seconds, nanos) {
-        (Ok(seconds @ ..=DURATION_SECONDS_MAX), Ok(nanos @ ..NANOS_PER_SECOND)) => {
+        (Ok(seconds @ ..=PROTOBUF_SECONDS), Ok(nanos @ ..NANOS_PER_SECOND)) => {
             Ok(Duration::new(seconds, nanos))
         }
         _ => Err(format!("ttl: not a duration of 0 s or more: {ttl:?}")),
