@@ -55,14 +55,9 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .collect();
     let collector = options.otlp_endpoint.as_deref();
     let collector = collector.and_then(|url| keep(options::collector(url).map(|(at, _)| at)));
-    let engines: Vec<_> = options
-        .engine
-        .iter()
-        .filter_map(|engine| {
-            options::engine(engine)
-                .map_err(|error| errors.push(error))
-                .ok()
-        })
+    let engines = options.engine.iter().map(|text| options::engine(text));
+    let engines: Vec<_> = engines
+        .filter_map(|engine| engine.map_err(|error| errors.push(error)).ok())
         .collect();
     let (Some(outbound), Some(inbound), Some(admin), true) =
         (outbound, inbound, admin, errors.is_empty())

@@ -481,8 +481,7 @@ impl<'a> Attempt<'a> {
     }
 }
 
-/// Whether a stream's events are tokens. The first of a response comes before any, so that its prefill would count as a wait
-/// between tokens.
+/// Whether a stream's events are tokens. A response's first comes before any: its prefill would count as a wait for one.
 fn tells_tokens(context: &Context) -> bool {
     let api = context.openai.as_ref().map(|openai| openai.api);
     !matches!(api, Some(Api::Responses | Api::StoredResponse))
@@ -514,8 +513,7 @@ async fn first_event(body: &mut ResponseBody) -> Result<Option<Frame<Bytes>>, Bo
     Ok((!seen.is_empty()).then(|| Frame::data(seen.freeze())))
 }
 
-/// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it. It is reported
-/// under the flag that the other proxy gave it.
+/// Whether the answer is the local reply of the proxy beside the engine, and what may be done about it; its flag is kept.
 fn refusal(headers: &HeaderMap) -> Option<Error> {
     let retry = match headers.get(RETRY_HEADER)?.as_bytes() {
         b"nothing-sent" => Retry::NothingSent,
