@@ -151,13 +151,22 @@ async fn the_proxy_beside_an_engine_tells_its_load() {
     // As a peer sees it.
     let name = hosts(entry.admin(), "fleet").await[0]["outrigger"]["engine_id"].clone();
     let mut peer = Client::connect(beside.inbound(), Version::H2).await;
-    let mut asked = request(Method::POST, COMPLETIONS, BODY);
-    let name = name.as_str().unwrap().parse().unwrap();
-    asked.headers_mut().insert("x-outrigger-endpoint", name);
-    let reply = peer.send(asked).await;
-    assert_eq!(reply.status, 200, "{}", reply.text());
-    let report = reply.header(REPORT);
-    assert!(report.starts_with("TEXT "), "{report}");
+    let name: http::HeaderValue = name.as_str().unwrap().parse().unwrap();
+    let mut report = String::new();
+    // Its figures are polled: the first may come after it is known to be there.
+    for _ in 0..100 {
+        let mut asked = request(Method::POST, COMPLETIONS, BODY);
+        let fields = asked.headers_mut();
+        fields.insert("x-outrigger-endpoint", name.clone());
+        let reply = peer.send(asked).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        reply.header(REPORT).clone_into(&mut report);
+        assert!(report.starts_with("TEXT "), "{report}");
+        if report.contains("kv_cache_usage_perc") {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     for metric in [
         "active_requests",
         "kv_cache_usage_perc",
