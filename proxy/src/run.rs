@@ -51,6 +51,8 @@ use tokio::{
     sync::{Notify, mpsc, watch},
 };
 
+/// Rounds of bringing into effect what the last round made possible.
+const ADVANCES_MAX: usize = 4;
 /// Threads for work that would hold a worker up: tokenising, parsing of large bodies.
 const COMPUTE_THREADS_MAX: usize = 4;
 /// How often gauges are brought up to date.
@@ -421,13 +423,22 @@ impl Shared {
     /// Takes in what is new in watched files.
     fn look(&self) {
         let mut discovery = self.discovery();
-        let now = Instant::now();
-        if discovery.look(now) {
-            self.settle(&mut discovery, now);
-            metrics::counter!("outrigger_config_updates_total").increment(1);
-        }
+        self.advance(&mut discovery, false, Instant::now());
         if discovery.has_request() {
             self.ask.notify_one();
+        }
+    }
+
+    /// Takes in what there is, brings it into effect, and so on with what that made possible.
+    fn advance(&self, discovery: &mut Discovery, mut is_news: bool, now: Instant) {
+        for _ in 0..ADVANCES_MAX {
+            is_news |= discovery.look(now);
+            if !is_news {
+                return;
+            }
+            self.settle(discovery, now);
+            metrics::counter!("outrigger_config_updates_total").increment(1);
+            is_news = discovery.is_stale();
         }
     }
 

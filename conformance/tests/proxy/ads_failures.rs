@@ -2,11 +2,16 @@
 
 use super::{
     ads::{BOTH, cluster, driven, edge, everything},
-    ads_server::{AdsServer, ads},
-    dynamic::{answers, at, dump, endpoints, listener, routes_to, served_by},
+    ads_server::{AdsServer, ads, from_ads},
+    dynamic::{address, answers, at, dump, endpoints, listener, routes_to, served_by, typed},
 };
-use outrigger_conformance::harness::{Client, Upstream, eventually};
-use outrigger_xds::{ads::Server, feed::Connection, subscription::Protocol};
+use outrigger_conformance::harness::{Client, ProxyBuilder, Upstream, eventually};
+use outrigger_xds::{
+    ads::Server,
+    feed::Connection,
+    resource::{ads::Target, cluster::Cluster},
+    subscription::Protocol,
+};
 use prost_types::Any;
 use serde_json::{Value, json};
 use std::{
@@ -101,6 +106,57 @@ async fn garbage_is_refused_and_nothing_else() {
         served_by(edge, "one").await;
         assert_eq!(Client::get(edge, "/x").await.status, 200);
     }
+}
+
+/// A cluster of control planes, under the name that istiod gives its own.
+fn of_servers(endpoints: &Value) -> (String, Cluster) {
+    let name = "outbound|15012||istiod";
+    let http2 = typed(
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
+    );
+    let cluster = json!({
+        "name": name,
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2,
+        },
+        "load_assignment": { "cluster_name": name, "endpoints": [{ "lb_endpoints": endpoints }] },
+    });
+    let mut read = super::listeners::read(&[], &[cluster]).unwrap();
+    (name.to_owned(), read.clusters.remove(0))
+}
+
+#[tokio::test]
+async fn servers_of_a_cluster_are_found_when_they_come_whatever_its_name() {
+    let one = Upstream::named("one").await;
+    let control = everything(one.address);
+    let here = json!([{ "endpoint": { "address": address(control.address) } }]);
+    let ((name, empty), (_, full)) = (of_servers(&json!([])), of_servers(&here));
+    let mut asked = control.as_configured(Protocol::Delta);
+    asked.servers[0].target = Target::Cluster {
+        name: name.clone(),
+        authority: String::new(),
+        message_bytes_max: None,
+    };
+    let proxy = ProxyBuilder::new()
+        .edit(|bootstrap| {
+            bootstrap.clusters.push(empty);
+            bootstrap.ads = Some(asked);
+            bootstrap.lds = Some(from_ads());
+            bootstrap.cds = Some(from_ads());
+        })
+        .start();
+    let mut pushed = proxy.bootstrap.clone();
+    pushed.clusters.retain(|cluster| cluster.name != name);
+    pushed.clusters.push(full);
+    let begun = Instant::now();
+    proxy.proxy.apply(pushed).unwrap();
+    served_by(at(&proxy, "edge").await, "one").await;
+    let took = begun.elapsed();
+    assert!(
+        took < Duration::from_secs(5),
+        "no pause is over first: {took:?}"
+    );
 }
 
 #[tokio::test]

@@ -4,10 +4,13 @@ use super::{Found, grpc};
 use crate::{
     canary::{Asked, Prober},
     tls::Stream,
-    upstream::{self, own::Connection},
+    upstream::{
+        self,
+        own::{self, Connection},
+    },
 };
 use bytes::Bytes;
-use http::{Request, StatusCode, Uri, header, uri::Authority};
+use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::{
@@ -158,14 +161,6 @@ impl Asker {
         Some(found)
     }
 
-    /// Of HTTP/2. Names of clusters need not be authorities (`outbound|80||a`, `route/a`), and our HTTP/2 sends no others.
-    fn authority(&self) -> String {
-        match self.host.parse::<Authority>() {
-            Ok(_) => self.host.clone(),
-            Err(_) => self.address.to_string(),
-        }
-    }
-
     /// `None` where the checker asks nothing.
     fn question(&self) -> Option<Request<Full<Bytes>>> {
         let (method, path) = match &self.checker {
@@ -178,7 +173,9 @@ impl Asker {
             .header(header::USER_AGENT, USER_AGENT);
         let request = if self.protocol() == UpstreamProtocol::Http2 {
             let scheme = if self.tls.is_some() { "https" } else { "http" };
-            let target = Uri::builder().scheme(scheme).authority(self.authority());
+            let target = Uri::builder()
+                .scheme(scheme)
+                .authority(own::authority(&self.host, &self.address));
             request.uri(target.path_and_query(path).build().ok()?)
         } else {
             request.uri(path).header(header::HOST, &self.host)

@@ -29,8 +29,7 @@ pub(super) fn found(head: &Parts, trailers: Option<&HeaderMap>, body: &[u8]) -> 
         let rest = kind.as_bytes().strip_prefix(CONTENT_TYPE.as_bytes());
         rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
     });
-    // What is answered without a message has its status among the headers.
-    let status = trailers.unwrap_or(&head.headers).get("grpc-status");
+    let status = own::grpc_status(&head.headers, trailers);
     let is_ok = status.is_some_and(|status| status.as_bytes() == b"0");
     if head.status == StatusCode::OK && is_grpc && is_ok && serving_status(body) == Some(SERVING) {
         Found::Well { degraded: false }

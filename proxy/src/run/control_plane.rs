@@ -6,7 +6,7 @@
 use super::Shared;
 use crate::{
     discovery::{News, Turn, kept},
-    upstream::connect::dialer,
+    upstream::{connect::dialer, own},
 };
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::{
@@ -49,8 +49,6 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after a write that failed.
 const KEEP_RETRY: Duration = Duration::from_secs(10);
-/// Rounds of bringing into effect what the last round made possible.
-const ROUNDS_MAX: usize = 4;
 
 /// Where what the control plane brought is kept.
 pub(super) struct Cache {
@@ -91,19 +89,30 @@ impl Backoff {
 /// Talks to the control plane, if there is one, for as long as the process lives.
 pub(super) async fn follow(shared: Arc<Shared>) {
     let mut backoff = Backoff::new();
+    let mut is_alone = false;
     loop {
         let ads = shared.bootstrap.load().ads.clone();
         let Some(ads) = ads else {
             tokio::time::sleep(LOOK_INTERVAL).await;
             continue;
         };
+        let servers = servers(&shared, &ads);
+        if servers.is_empty() {
+            if !std::mem::replace(&mut is_alone, true) {
+                tell_alone(&shared, &ads).await;
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            continue;
+        }
+        is_alone = false;
         let mut was_answered = false;
-        for server in servers(&shared, &ads) {
+        for server in servers {
             let mut talk = Talk {
                 shared: &shared,
                 ads: &ads,
                 was_answered: false,
                 is_connected: false,
+                server: &server.authority,
             };
             let ended = talk.with(&server).await;
             was_answered = talk.was_answered;
@@ -111,10 +120,12 @@ pub(super) async fn follow(shared: Arc<Shared>) {
             let Err(error) = ended else {
                 break;
             };
-            tracing::warn!(server = server.authority, %error, "control plane");
-            if let Err(error) = shared.turn(News::Broken).await {
-                tracing::error!(%error, "control plane");
-            }
+            let (server, limit) = (&server.authority, backoff.limit);
+            tracing::warn!(
+                server, %error,
+                "no stream to the control plane; what is there stays in effect, the next attempt comes within {limit:?}"
+            );
+            broke(&shared).await;
             if was_answered {
                 break;
             }
@@ -124,6 +135,26 @@ pub(super) async fn follow(shared: Arc<Shared>) {
         }
         tokio::time::sleep(backoff.pause()).await;
     }
+}
+
+async fn broke(shared: &Arc<Shared>) {
+    if let Err(error) = shared.turn(News::Broken).await {
+        tracing::error!(%error, "the end of the control plane's stream");
+    }
+}
+
+/// There is nobody to ask, now.
+async fn tell_alone(shared: &Arc<Shared>, ads: &Ads) {
+    let servers = ads.servers.iter().map(|service| match &service.target {
+        Target::Cluster { name, .. } => format!("cluster '{name}'"),
+        Target::Address { address, .. } => address.to_string(),
+    });
+    let servers = servers.collect::<Vec<_>>().join(", ");
+    tracing::warn!(
+        servers,
+        "no control plane can be asked: a cluster of its servers is not there, waits for something, or has no endpoint"
+    );
+    broke(shared).await;
 }
 
 /// Keeps what the control plane brought, if that is wanted, for as long as the process lives.
@@ -194,10 +225,11 @@ fn of_cluster(
     endpoints
         .map(|endpoint| {
             let way = (&endpoint.address, secured(endpoint), options(cluster));
+            let authority = own::authority(authority, &endpoint.address);
             Server {
                 message_bytes_max: longest.unwrap_or(MESSAGE_BYTES_MAX_DEFAULT),
                 connect_timeout: cluster.connect_timeout,
-                ..server(service, way, authority.to_owned())
+                ..server(service, way, authority)
             }
         })
         .collect()
@@ -233,6 +265,7 @@ struct Talk<'a> {
     was_answered: bool,
     /// The server is known to be there.
     is_connected: bool,
+    server: &'a str,
 }
 
 impl Talk<'_> {
@@ -259,7 +292,7 @@ impl Talk<'_> {
 
     fn connected(&mut self) {
         if !std::mem::replace(&mut self.is_connected, true) {
-            tracing::info!("control plane connected");
+            tracing::info!(server = self.server, "connected to the control plane");
             metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
         }
     }
@@ -331,16 +364,8 @@ impl Shared {
     fn take_turn(&self, news: News) -> Turn {
         let mut discovery = self.discovery();
         let now = Instant::now();
-        let mut is_news = discovery.hear(news, now);
-        for _ in 0..ROUNDS_MAX {
-            is_news |= discovery.look(now);
-            if !is_news {
-                break;
-            }
-            self.settle(&mut discovery, now);
-            metrics::counter!("outrigger_config_updates_total").increment(1);
-            is_news = discovery.is_stale();
-        }
+        let is_news = discovery.hear(news, now);
+        self.advance(&mut discovery, is_news, now);
         discovery.turn(now)
     }
 }

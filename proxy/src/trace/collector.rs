@@ -157,11 +157,7 @@ impl Collector {
                 } else {
                     authority
                 };
-                // Names of clusters need not be authorities.
-                let authority = match named.parse::<Authority>() {
-                    Ok(authority) => authority.to_string(),
-                    Err(_) => endpoint.address.to_string(),
-                };
+                let authority = own::authority(named, &endpoint.address);
                 let scheme = if endpoint.tls.is_some() {
                     "https"
                 } else {
@@ -186,8 +182,7 @@ impl Collector {
                 Ok(otlp::rejected(&whole.to_bytes()).ok_or(nonsense)?)
             }
             Transport::Grpc { .. } if head.status == StatusCode::OK => {
-                // What is answered without a message has its status among the headers.
-                let status = whole.trailers().unwrap_or(&head.headers).get("grpc-status");
+                let status = own::grpc_status(&head.headers, whole.trailers());
                 let status = status.ok_or(nonsense)?.clone();
                 if status.as_bytes() != b"0" {
                     return Err(format!("grpc-status {status:?}").into());

@@ -4,7 +4,7 @@
 use super::connect;
 use crate::tls::Stream;
 use bytes::{BufMut as _, Bytes, BytesMut};
-use http::{Request, Response};
+use http::{HeaderMap, HeaderValue, Request, Response, uri::Authority};
 use http_body_util::Full;
 use hyper::{
     body::Incoming,
@@ -12,7 +12,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use outrigger_filters::endpoints::Endpoint;
-use outrigger_xds::resource::cluster::UpstreamProtocol;
+use outrigger_xds::resource::{cluster::UpstreamProtocol, endpoint::Address};
 use std::io;
 
 /// gRPC's frame before a message: compressed or not, and its length.
@@ -72,6 +72,23 @@ pub(crate) async fn connect(
     let socket = connect::open(&endpoint.address, tls, Some(protocol), options).await?;
     let connection = Connection::over(socket, protocol).await;
     connection.map_err(io::Error::other)
+}
+
+/// What HTTP/2 is told of whom it speaks to. Names of clusters need not be authorities (`outbound|80||a`, `route/a`).
+pub(crate) fn authority(name: &str, address: &Address) -> String {
+    match name.parse::<Authority>() {
+        Ok(authority) => authority.to_string(),
+        Err(_) if address.is_pipe() => "localhost".to_owned(),
+        Err(_) => address.to_string(),
+    }
+}
+
+/// How a call ended. What is answered without a message has that among its headers.
+pub(crate) fn grpc_status<'a>(
+    head: &'a HeaderMap,
+    trailers: Option<&'a HeaderMap>,
+) -> Option<&'a HeaderValue> {
+    trailers.unwrap_or(head).get("grpc-status")
 }
 
 /// A message as gRPC sends it.
