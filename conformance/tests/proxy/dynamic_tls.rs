@@ -2,7 +2,8 @@
 
 use super::{
     dynamic::{Files, typed},
-    tls::{Ca, Pair, TlsClient, context, der, fleet, outbound, terminating},
+    tls::{Ca, Pair, TlsClient, context, der, outbound},
+    upstream_tls::{fleet, terminating},
 };
 use outrigger_conformance::{
     harness::{Client, OneChain, ProxyBuilder, TestProxy, Upstream, Version, alive, eventually},

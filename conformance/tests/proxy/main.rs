@@ -61,3 +61,4 @@ mod tracing;
 mod tracing_limits;
 mod upgrades;
 mod upstream_h1;
+mod upstream_tls;

@@ -1,6 +1,7 @@
 //! Clusters whose endpoints are not all secured alike (`transport_socket_matches`).
 
-use super::tls::{Ca, dns, fleet, terminating};
+use super::tls::Ca;
+use super::upstream_tls::{dns, fleet, terminating};
 use http::Method;
 use outrigger_conformance::harness::{ProxyBuilder, Upstream, Version, request};
 use outrigger_xds::resource::{

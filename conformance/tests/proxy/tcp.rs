@@ -2,7 +2,8 @@
 
 use super::{
     listeners::{at, carries, cluster, named_tcp, read, start, tell},
-    tls::{Ca, terminating},
+    tls::Ca,
+    upstream_tls::terminating,
 };
 use outrigger_conformance::harness::{TestProxy, eventually, scratch};
 use serde_json::{Value, json};
