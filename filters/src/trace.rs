@@ -4,7 +4,7 @@
 //! [`Trace`], and pays for nothing here.
 
 use crate::error::Flag;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue, Version};
 use outrigger_xds::otlp::{Attribute, Kind, Span, SpanId, TraceId, Value};
 use rand::RngCore;
 use std::{
@@ -13,6 +13,8 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+/// W3C's trace context.
+pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Bytes of each text of a span: a client can make some of them as long as its head.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
@@ -195,21 +197,54 @@ pub fn new_span_id() -> SpanId {
 /// W3C trace context of a span that is sampled.
 #[must_use]
 pub fn traceparent(trace: &TraceId, span: &SpanId) -> HeaderValue {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-01";
-    let trace = trace
-        .iter()
-        .enumerate()
-        .map(|(at, byte)| (3 + 2 * at, byte));
-    let span = span
-        .iter()
-        .enumerate()
-        .map(|(at, byte)| (36 + 2 * at, byte));
-    for (at, byte) in trace.chain(span) {
-        text[at] = DIGITS[usize::from(byte >> 4)];
-        text[at + 1] = DIGITS[usize::from(byte & 15)];
+    let mut bytes = [0; 24];
+    bytes[..16].copy_from_slice(trace);
+    bytes[16..].copy_from_slice(span);
+    let form = b"00-00000000000000000000000000000000-0000000000000000-01";
+    Id::write(*form, 3, &bytes).value()
+}
+
+/// How HTTP was spoken, as spans tell it.
+#[must_use]
+pub fn protocol(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_2 => "HTTP/2",
+        Version::HTTP_10 => "HTTP/1.0",
+        _ => "HTTP/1.1",
     }
-    HeaderValue::from_bytes(&text).expect("invariant: digits and dashes")
+}
+
+/// An identifier of this many characters of ASCII, made without an allocation.
+#[derive(Debug, Clone, Copy)]
+pub struct Id<const LENGTH: usize>([u8; LENGTH]);
+
+impl<const LENGTH: usize> Id<LENGTH> {
+    /// Writes `bytes` as hexadecimal digits over the form's, from `from` on; its dashes stay.
+    #[must_use]
+    pub fn write(mut form: [u8; LENGTH], from: usize, bytes: &[u8]) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut places = form[from..].iter_mut().filter(|place| **place != b'-');
+        for byte in bytes {
+            for half in [byte >> 4, byte & 15] {
+                if let Some(place) = places.next() {
+                    *place = DIGITS[usize::from(half)];
+                }
+            }
+        }
+        Self(form)
+    }
+
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).expect("invariant: digits and dashes")
+    }
+
+    /// As a header.
+    #[must_use]
+    pub fn value(&self) -> HeaderValue {
+        HeaderValue::from_bytes(&self.0).expect("invariant: digits and dashes")
+    }
 }
 
 #[cfg(test)]

@@ -2,12 +2,14 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use http_body::Body as _;
-use outrigger_filters::body::{ResponseBody, empty};
+use outrigger_filters::{
+    body::{ResponseBody, empty},
+    trace::Id,
+};
 use rand::RngCore;
 use std::net::IpAddr;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// Says that a request comes from inside.
 pub(crate) const INTERNAL: HeaderName = HeaderName::from_static("x-envoy-internal");
@@ -242,35 +244,6 @@ pub(crate) fn new_traceparent(decides: bool) -> Id<55> {
     }
     let form = b"00-00000000000000000000000000000000-0000000000000000-00";
     Id::write(*form, 3, &bytes)
-}
-
-/// An identifier of this many characters of ASCII, made without an allocation.
-pub(crate) struct Id<const LENGTH: usize>([u8; LENGTH]);
-
-impl<const LENGTH: usize> Id<LENGTH> {
-    /// Writes `bytes` as hexadecimal digits over the form's, from `from` on; its dashes stay.
-    fn write(mut form: [u8; LENGTH], from: usize, bytes: &[u8]) -> Self {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let mut places = form[from..].iter_mut().filter(|place| **place != b'-');
-        for byte in bytes {
-            for half in [byte >> 4, byte & 15] {
-                if let Some(place) = places.next() {
-                    *place = DIGITS[usize::from(half)];
-                }
-            }
-        }
-        Self(form)
-    }
-
-    /// As text.
-    pub(crate) fn as_str(&self) -> &str {
-        std::str::from_utf8(&self.0).expect("invariant: digits and dashes")
-    }
-
-    /// As a header.
-    pub(crate) fn value(&self) -> HeaderValue {
-        HeaderValue::from_bytes(&self.0).expect("invariant: digits and dashes")
-    }
 }
 
 /// The trace id of a `traceparent` that is well-formed.

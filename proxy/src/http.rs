@@ -40,6 +40,7 @@ use outrigger_filters::{
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
+    trace::TRACEPARENT,
 };
 use outrigger_xds::{report::EngineId, resource::server_header::ServerHeader};
 use record::Record;
@@ -290,7 +291,7 @@ impl Manager {
             return;
         }
         let made = headers::new_traceparent(config.tracer.is_some());
-        fields.insert(headers::TRACEPARENT, made.value());
+        fields.insert(TRACEPARENT, made.value());
         if seen.tracestate {
             // It belongs to what there was instead.
             fields.remove(trace::TRACESTATE);

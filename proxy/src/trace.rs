@@ -9,7 +9,7 @@ mod sampling;
 
 pub(crate) use context::{Parent, TRACESTATE, parent, state};
 pub use exporter::Exporters;
-pub(crate) use sampling::{Reason, mark};
+pub(crate) use sampling::{CLIENT_TRACE_ID, Reason, mark};
 
 use exporter::Exporter;
 use http::{HeaderMap, HeaderName};

@@ -5,12 +5,10 @@ use crate::{
     endpoints::{Endpoint, Part},
     error::Error,
     filter::Context,
-    trace::Step,
+    trace::{Step, TRACEPARENT, protocol},
 };
-use http::{HeaderMap, HeaderName, Response, Version};
+use http::{HeaderMap, Response};
 use outrigger_xds::otlp::Kind;
-
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Begins it, and tells the upstream. `None` if attempts of this request have none.
 pub(super) fn begin(
@@ -43,15 +41,6 @@ pub(super) fn begin(
     step.asks();
     headers.insert(TRACEPARENT, step.traceparent());
     Some(step)
-}
-
-/// How HTTP was spoken.
-pub(super) fn protocol(version: Version) -> &'static str {
-    match version {
-        Version::HTTP_2 => "HTTP/2",
-        Version::HTTP_10 => "HTTP/1.0",
-        _ => "HTTP/1.1",
-    }
 }
 
 /// A response has begun.

@@ -5,11 +5,11 @@ use crate::{
     headers,
     trace::{self, Reason, Tracer, mark},
 };
-use http::{HeaderMap, HeaderValue, Version, header, request::Parts};
+use http::{HeaderMap, HeaderValue, header, request::Parts};
 use outrigger_filters::{
     filter::Context,
     sse::Summary,
-    trace::{Step, Trace, new_span_id, traceparent},
+    trace::{Step, TRACEPARENT, Trace, new_span_id, protocol, traceparent},
 };
 use outrigger_xds::{
     otlp::{Kind, Span},
@@ -17,7 +17,6 @@ use outrigger_xds::{
 };
 use std::{borrow::Cow, sync::Arc};
 
-const CLIENT_TRACE_ID: &str = "x-client-trace-id";
 const DOWNSTREAM_CLUSTER: &str = "x-envoy-downstream-service-cluster";
 
 /// Begins it, if the request is traced: because the one that sent it traces it, or else as the connection manager says.
@@ -46,7 +45,7 @@ pub(super) fn begin(
         sink: tracer.sink(),
     });
     let upstream = traceparent(&trace.id, &trace.server);
-    parts.headers.insert(headers::TRACEPARENT, upstream);
+    parts.headers.insert(TRACEPARENT, upstream);
     let span = Span {
         trace_id: trace.id,
         id: trace.server,
@@ -111,21 +110,13 @@ fn tell_request(step: &mut Step, fields: &HeaderMap, record: &Record, path_bytes
     step.tell("http.protocol", protocol(record.protocol));
     let peer = record.connection.direct_remote.ip();
     step.tell("peer.address", peer.to_canonical().to_string());
-    let asked = text(fields, CLIENT_TRACE_ID).map(ToOwned::to_owned);
+    let asked = text(fields, trace::CLIENT_TRACE_ID.as_str()).map(ToOwned::to_owned);
     step.tell_some("guid:x-client-trace-id", asked);
 }
 
 /// The beginning of a text, in whole characters.
 fn cut(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
-}
-
-fn protocol(version: Version) -> &'static str {
-    match version {
-        Version::HTTP_2 => "HTTP/2",
-        Version::HTTP_10 => "HTTP/1.0",
-        _ => "HTTP/1.1",
-    }
 }
 
 /// Tells what became of the request, and that it is over.

@@ -1,7 +1,8 @@
 //! W3C's trace context as a request brings it.
 
-use crate::headers::{TRACEPARENT, trace_id};
+use crate::headers::trace_id;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use outrigger_filters::trace::TRACEPARENT;
 use outrigger_xds::otlp::SpanId;
 
 pub(crate) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");

@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName};
 use outrigger_xds::resource::tracing::Tracing;
 use rand::Rng;
 
-const CLIENT_TRACE_ID: HeaderName = HeaderName::from_static("x-client-trace-id");
+pub(crate) const CLIENT_TRACE_ID: HeaderName = HeaderName::from_static("x-client-trace-id");
 const FORCE_TRACE: HeaderName = HeaderName::from_static("x-envoy-force-trace");
 
 /// Where a request id tells why its request is traced: the digit that is the version of a UUID.
