@@ -13,6 +13,7 @@ pub use echo::EchoH2;
 pub use process::{Agent, Process, send_signal};
 pub use upstream::{Conn, Exchange, Upstream};
 
+use outrigger_filters::end_address::EndAddress;
 use outrigger_proxy::{
     Proxy,
     bootstrap::{FLEET, INBOUND, OUTBOUND, from_options},
@@ -292,9 +293,10 @@ impl TestProxy {
     /// Where the admin listens.
     #[must_use]
     pub fn admin(&self) -> SocketAddr {
-        self.proxy
-            .admin_address()
-            .expect("invariant: every stand-alone proxy has it")
+        match self.proxy.admin_address() {
+            Some(EndAddress::Ip(address)) => *address,
+            _ => unreachable!("invariant: every stand-alone proxy has it, at a port"),
+        }
     }
 
     /// A client connection to the outbound listener.

@@ -2,6 +2,7 @@
 
 use crate::{
     body::{RequestBody, ResponseBody, Upload, UploadState},
+    end_address::EndAddress,
     endpoints::{Endpoint, Part, Place, clock_ms},
     error::Error,
     openai::OpenAiRequest,
@@ -164,7 +165,7 @@ pub struct Context {
     /// Our id of the request (`x-request-id`).
     pub request_id: Arc<str>,
     /// The connection it came on: the client's address, and ours.
-    pub connection: Option<(SocketAddr, SocketAddr)>,
+    pub connection: Option<(EndAddress, EndAddress)>,
     /// Where that connection was sent before it was redirected to us.
     pub original_dst: Option<SocketAddr>,
     /// When its head came.
@@ -226,7 +227,7 @@ impl Context {
         Self {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
-            connection: self.connection,
+            connection: self.connection.clone(),
             original_dst: self.original_dst,
             received: self.received,
             upload: self.upload.clone(),

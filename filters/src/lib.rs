@@ -10,6 +10,7 @@ pub mod breakers;
 mod bucket;
 pub mod cors;
 pub mod disaggregation;
+pub mod end_address;
 pub mod endpoints;
 pub mod engine_api;
 mod envoy;

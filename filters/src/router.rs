@@ -158,7 +158,7 @@ impl<'a> Walk<'a> {
                 .route
                 .hashes
                 .as_ref()
-                .map(|hashes| hashes.of(request, context.connection))
+                .map(|hashes| hashes.of(request, context.connection.as_ref()))
                 .unwrap_or_default(),
             named: named_hosts(view, request),
             original: view

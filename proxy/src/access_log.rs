@@ -21,7 +21,7 @@ pub(crate) use start_time::TimeFormat;
 use crate::{headers::FORWARDED_PROTO, tls::TlsFacts};
 use format::Template;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
-use outrigger_filters::{filter::LogFields, matching::HeaderMatcher};
+use outrigger_filters::{end_address::EndAddress, filter::LogFields, matching::HeaderMatcher};
 use outrigger_xds::resource::{
     listener::{AccessLog, AccessLogFormat},
     log_filter::LogFilter,
@@ -31,7 +31,6 @@ use sink::Sink;
 use std::{
     cell::RefCell,
     collections::BTreeMap,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -114,11 +113,11 @@ pub struct Entry<'a> {
     /// Body bytes to the client.
     pub bytes_sent: u64,
     /// The client.
-    pub downstream_remote: SocketAddr,
+    pub downstream_remote: &'a EndAddress,
     /// Whoever is at the other end of the socket.
-    pub downstream_direct_remote: SocketAddr,
+    pub downstream_direct_remote: &'a EndAddress,
     /// Our socket towards the client.
-    pub downstream_local: SocketAddr,
+    pub downstream_local: &'a EndAddress,
     /// Number of the client's connection in this process.
     pub connection_id: u64,
     /// If that connection is TLS.

@@ -13,16 +13,15 @@ mod tests;
 
 pub use connection::Limits;
 
-use outrigger_filters::{endpoints::ClusterView, services::Serving};
+use crate::listener::bind::Acceptor;
+use outrigger_filters::{end_address::EndAddress, endpoints::ClusterView, services::Serving};
 use outrigger_xds::report::EngineId;
 use serde_json::Value;
 use std::{
     future::Future,
-    net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Instant,
 };
-use tokio::net::TcpListener;
 
 /// Where the admin listener gets what it shows, and whom it tells what to do.
 pub struct AdminState {
@@ -39,7 +38,7 @@ pub struct AdminState {
     /// The clusters as they are now.
     pub clusters: Arc<dyn Fn() -> Vec<Arc<ClusterView>> + Send + Sync>,
     /// Names and bound addresses of the listeners.
-    pub listeners: Arc<dyn Fn() -> Vec<(String, SocketAddr)> + Send + Sync>,
+    pub listeners: Arc<dyn Fn() -> Vec<(String, EndAddress)> + Send + Sync>,
     /// The command line, secrets left out.
     pub options: Value,
     /// Id and cluster of this node.
@@ -105,13 +104,13 @@ impl Admin {
 }
 
 /// Serves until `shutdown`, then finishes the answers begun, for a second at most.
-pub async fn serve(listener: TcpListener, state: Arc<AdminState>, shutdown: impl Future) {
+pub async fn serve(listener: Acceptor, state: Arc<AdminState>, shutdown: impl Future) {
     serve_within(listener, state, Limits::default(), shutdown).await;
 }
 
 /// As [`serve`], with other limits.
 pub async fn serve_within(
-    listener: TcpListener,
+    listener: Acceptor,
     state: Arc<AdminState>,
     limits: Limits,
     shutdown: impl Future,

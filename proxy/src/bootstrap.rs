@@ -81,6 +81,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             ..Node::default()
         },
         admin: Some(Admin {
+            pipe_mode: 0,
             address: admin,
             access_log: Vec::new(),
         }),

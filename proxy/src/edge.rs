@@ -14,7 +14,11 @@ use std::net::IpAddr;
 ///
 /// # Errors
 /// The path is not to be forwarded.
-pub(crate) fn target(parts: &mut Parts, edge: &Edge, listener_port: u16) -> Result<bool, Error> {
+pub(crate) fn target(
+    parts: &mut Parts,
+    edge: &Edge,
+    listener_port: Option<u16>,
+) -> Result<bool, Error> {
     let path = path(parts, edge)?;
     let host = host(parts, edge, listener_port);
     Ok(path | host)
@@ -125,7 +129,7 @@ fn merge_slashes(path: &str) -> String {
     out
 }
 
-fn host(parts: &mut Parts, edge: &Edge, listener_port: u16) -> bool {
+fn host(parts: &mut Parts, edge: &Edge, listener_port: Option<u16>) -> bool {
     if edge.strip_port == StripPort::None && !edge.strip_trailing_host_dot {
         return false;
     }
@@ -159,7 +163,7 @@ fn host(parts: &mut Parts, edge: &Edge, listener_port: u16) -> bool {
     changed
 }
 
-fn strip_port(host: &mut String, which: StripPort, listener_port: u16) {
+fn strip_port(host: &mut String, which: StripPort, listener_port: Option<u16>) {
     let Some((name, port)) = host.rsplit_once(':') else {
         return;
     };
@@ -169,7 +173,7 @@ fn strip_port(host: &mut String, which: StripPort, listener_port: u16) {
     let goes = match which {
         StripPort::None => false,
         StripPort::Any => true,
-        StripPort::Matching => port.parse() == Ok(listener_port),
+        StripPort::Matching => listener_port.is_some_and(|own| port.parse() == Ok(own)),
     };
     if is_port && goes {
         host.truncate(name.len());
@@ -301,7 +305,7 @@ mod tests {
                 strip_trailing_host_dot: dot,
                 ..Edge::default()
             };
-            super::host(&mut parts, &edge, 80);
+            super::host(&mut parts, &edge, Some(80));
             parts.headers[header::HOST].to_str().unwrap().to_owned()
         };
         for (host, which, dot, want) in [

@@ -35,6 +35,7 @@ use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use outrigger_filters::{
     body::{ClientBody, RequestBody, ResponseBody, empty},
+    end_address::EndAddress,
     error::{Error, Flag, Origin},
     filter::{Context, End, LogFields, Next},
     local_reply::{self, Shape},
@@ -82,13 +83,13 @@ pub struct Owner {
 #[derive(Debug)]
 pub struct ConnectionInfo {
     /// The client (or peer).
-    pub remote: SocketAddr,
-    /// Its address as each of its requests tells it.
-    pub(crate) address: HeaderValue,
+    pub remote: EndAddress,
+    /// Its address as each of its requests tells it, if it has one.
+    pub(crate) address: Option<HeaderValue>,
     /// Whoever is at the other end of the socket.
-    pub direct_remote: SocketAddr,
+    pub direct_remote: EndAddress,
     /// Our side, or where the connection was sent before it was redirected to us.
-    pub local: SocketAddr,
+    pub local: EndAddress,
     /// Whether `local` is the latter.
     pub redirected: bool,
     /// Unique in this process.
@@ -104,11 +105,11 @@ pub struct ConnectionInfo {
 impl ConnectionInfo {
     /// Of a connection that has just been accepted.
     #[must_use]
-    pub fn new(remote: SocketAddr, local: SocketAddr, id: u64, tls: Option<Arc<TlsFacts>>) -> Self {
+    pub fn new(remote: EndAddress, local: EndAddress, id: u64, tls: Option<Arc<TlsFacts>>) -> Self {
         Self {
+            address: remote.ip().map(headers::address),
+            direct_remote: remote.clone(),
             remote,
-            address: headers::address(remote.ip()),
-            direct_remote: remote,
             local,
             redirected: false,
             id,
@@ -120,7 +121,10 @@ impl ConnectionInfo {
 
     /// Where it was sent before it was redirected to us.
     pub(crate) fn original_dst(&self) -> Option<SocketAddr> {
-        self.redirected.then_some(self.local)
+        match self.local {
+            EndAddress::Ip(address) if self.redirected => Some(address),
+            _ => None,
+        }
     }
 }
 
@@ -144,7 +148,7 @@ impl Manager {
         count_request(&self.stats, parts.version);
         let mut context = Context {
             debug: parts.headers.contains_key(headers::DEBUG),
-            connection: Some((connection.remote, connection.local)),
+            connection: Some((connection.remote.clone(), connection.local.clone())),
             original_dst: connection.original_dst(),
             received: Some(record.started),
             attempt: 1,
@@ -247,7 +251,7 @@ impl Manager {
         let source = forward::Source::of(fields, &seen, config, connection);
         self.identify(fields, &seen, record, config, source.at_edge);
         forward::tell(fields, &seen, source, record, config, connection);
-        context.connection = Some((record.remote, connection.local));
+        context.connection = Some((record.remote.clone(), connection.local.clone()));
         context.request_id = record.request_id.clone();
         Ok(())
     }

@@ -1,6 +1,7 @@
-//! Sockets that accept: one per worker with SO_REUSEPORT, bound before anything runs.
+//! Sockets that accept, each on its worker; and what happens to a connection from there on.
 
 mod behaviour;
+pub mod bind;
 mod chains;
 mod http_inspector;
 mod look;
@@ -18,13 +19,13 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use behaviour::Behaviour;
+use bind::{Accepted, Acceptor, Listening};
 use look::Seen;
-use outrigger_xds::resource::listener::Listener;
-use socket2::{Domain, Protocol, Socket as RawSocket, Type};
+use outrigger_filters::end_address::EndAddress;
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::pin,
     sync::{
         Arc, Weak,
@@ -32,7 +33,6 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::net::TcpStream;
 
 /// Connections of one listener over all workers; further ones are closed at once and counted.
 pub const CONNECTIONS_MAX: usize = 65_536;
@@ -41,80 +41,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
 
-/// A bound listener.
-pub struct Bound {
-    /// Listener name.
-    pub name: String,
-    /// Where it really listens.
-    pub address: SocketAddr,
-    /// One socket a worker; none if it has no port.
-    pub sockets: Vec<std::net::TcpListener>,
-}
-
-/// Binds `workers` sockets to one address. With port 0 the first choice of the system holds for all. With `known` it
-/// is an address that this process has just given up, and may still be bound.
-///
-/// # Errors
-/// The address does not resolve or cannot be bound; the text names listener and address.
-pub fn bind(listener: &Listener, workers: usize, known: bool) -> Result<Bound, String> {
-    let wanted = &listener.address;
-    let explain = |error: io::Error| {
-        format!(
-            "listener '{}': cannot bind {wanted}: {error}",
-            listener.name
-        )
-    };
-    let mut address = (wanted.host.as_str(), wanted.port)
-        .to_socket_addrs()
-        .map_err(explain)?
-        .next()
-        .ok_or_else(|| explain(io::ErrorKind::AddrNotAvailable.into()))?;
-    if !listener.bind_to_port {
-        return Ok(Bound {
-            name: listener.name.clone(),
-            address,
-            sockets: Vec::new(),
-        });
-    }
-    if address.port() != 0 && !known {
-        // SO_REUSEPORT would let two proxies share a port unnoticed; a plain bind tells.
-        bind_one(address, 1, false).map_err(explain)?;
-    }
-    let mut sockets = Vec::with_capacity(workers);
-    for _ in 0..workers {
-        let socket = bind_one(address, listener.tcp_backlog_size, true).map_err(explain)?;
-        address = socket.local_addr().map_err(explain)?;
-        sockets.push(socket);
-    }
-    Ok(Bound {
-        name: listener.name.clone(),
-        address,
-        sockets,
-    })
-}
-
-fn bind_one(address: SocketAddr, backlog: u32, listen: bool) -> io::Result<std::net::TcpListener> {
-    let socket = RawSocket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
-    socket.set_reuse_address(true)?;
-    if listen {
-        socket.set_reuse_port(true)?;
-    }
-    socket.bind(&address.into())?;
-    if listen {
-        socket.listen(i32::try_from(backlog).unwrap_or(i32::MAX))?;
-        socket.set_nonblocking(true)?;
-    }
-    Ok(socket.into())
-}
-
 /// A bound address: it hands each connection to whoever has the address now.
 pub(crate) struct Port {
     /// Where it really is.
-    pub(crate) address: SocketAddr,
+    pub(crate) address: EndAddress,
     owner: ArcSwap<Active>,
     load: Arc<Load>,
     /// Retired when nobody has the address any more.
@@ -131,7 +61,7 @@ struct Load {
 pub(crate) type Directory = ArcSwap<HashMap<SocketAddr, Arc<Port>>>;
 
 impl Port {
-    pub(crate) fn new(address: SocketAddr, owner: Arc<Active>, ends: Drain) -> Self {
+    pub(crate) fn new(address: EndAddress, owner: Arc<Active>, ends: Drain) -> Self {
         let load = Load {
             stats: ListenerStats::new(&address.to_string()),
             open: AtomicUsize::new(0),
@@ -204,9 +134,8 @@ impl Active {
 }
 
 /// Accepts on one worker, for whoever has the address now, until the process drains or nobody has it any more.
-pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io::Result<()> {
-    let listener = tokio::net::TcpListener::from_std(socket)?;
-    let local = listener.local_addr()?;
+pub(crate) async fn accept(socket: Listening, port: Arc<Port>) -> io::Result<()> {
+    let listener = Acceptor::new(socket)?;
     let mut ending = pin!(port.ends.begun());
     loop {
         let accepted = tokio::select! {
@@ -214,9 +143,9 @@ pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io
             () = &mut ending => break,
         };
         match accepted {
-            Ok((socket, remote)) => begin(socket, remote, local, &port),
+            Ok(accepted) => begin(accepted, &port),
             Err(error) => {
-                tracing::warn!(%error, %local, "accept failed");
+                tracing::warn!(%error, local = %port.address, "accept failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -226,10 +155,7 @@ pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io
     let queue = listener.into_std()?;
     while !port.ends.has_begun() {
         match queue.accept() {
-            Ok((socket, remote)) => {
-                socket.set_nonblocking(true)?;
-                begin(TcpStream::from_std(socket)?, remote, local, &port);
-            }
+            Ok(accepted) => begin(accepted, &port),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => break,
         }
@@ -238,19 +164,17 @@ pub(crate) async fn accept(socket: std::net::TcpListener, port: Arc<Port>) -> io
 }
 
 /// Takes a connection, if there may be one more.
-fn begin(socket: TcpStream, remote: SocketAddr, local: SocketAddr, port: &Arc<Port>) {
+fn begin((socket, ends): Accepted, port: &Arc<Port>) {
     if port.load.open.load(Relaxed) >= CONNECTIONS_MAX {
         port.load.stats.downstream_cx_overflow.increment(1);
         return;
     }
-    let _ = socket.set_nodelay(true);
-    // Where it listens on all addresses, only the connection knows which it is.
-    let local = match local.ip().is_unspecified() {
-        true => socket.local_addr().unwrap_or(local),
-        false => local,
+    let seen = match ends {
+        Some((local, remote)) => Seen::new(local.into(), remote.into()),
+        None => Seen::new(port.address.clone(), port.address.clone()),
     };
     let arrived = Arrived::at(port);
-    tokio::spawn(serve(socket.into(), Seen::new(local, remote), arrived));
+    tokio::spawn(serve(socket, seen, arrived));
 }
 
 /// A connection that has come to a port.
@@ -286,9 +210,12 @@ async fn serve(mut socket: Socket, mut seen: Seen, mut arrived: Arrived) {
         if !Box::pin(arrived.look(&behaviour, &mut socket, &mut seen)).await {
             return;
         }
-        let meant = (behaviour.hands_over && seen.redirected)
-            .then(|| arrived.active.meant(seen.local))
-            .flatten()
+        let sent_to = match seen.local {
+            EndAddress::Ip(address) if behaviour.hands_over && seen.redirected => Some(address),
+            _ => None,
+        };
+        let meant = sent_to
+            .and_then(|address| arrived.active.meant(address))
             .map(|port| Arrived::at(&port))
             .filter(|meant| !Arc::ptr_eq(&meant.active, &arrived.active));
         if let Some(meant) = meant {

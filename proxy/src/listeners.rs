@@ -8,16 +8,19 @@
 use crate::{
     drain::Drain,
     http::{FeedService, Owner},
-    listener::{self, Active, Directory, Planned, Port},
+    listener::{
+        self, Active, Directory, Planned, Port,
+        bind::{self, Listening},
+    },
     metrics::ListenerManagerStats,
 };
+use outrigger_filters::end_address::EndAddress;
 use outrigger_xds::resource::{
     endpoint::Address,
     listener::{Listener, TrafficDirection},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicUsize},
     time::Duration,
 };
@@ -33,7 +36,7 @@ const DRAIN_POLL: Duration = Duration::from_millis(100);
 /// One worker's socket of a port.
 pub struct Share {
     /// Listens already.
-    pub socket: std::net::TcpListener,
+    pub socket: Listening,
     port: Arc<Port>,
 }
 
@@ -50,7 +53,7 @@ impl Share {
 type Place = (Address, Option<String>, bool);
 
 fn place(listener: &Listener) -> Place {
-    let chosen = listener.address.port == 0;
+    let chosen = listener.address.port == 0 && !listener.address.is_pipe();
     let whose = chosen.then(|| listener.name.clone());
     (listener.address.clone(), whose, listener.bind_to_port)
 }
@@ -236,7 +239,7 @@ impl Listeners {
         }
         state.closing.retain(|(_, port)| port.strong_count() > 0);
         let known = state.closing.iter().any(|(closing, _)| closing == place);
-        let bound = listener::bind(&planned.listener, self.workers.len(), known)?;
+        let bound = bind::bind(&planned.listener, self.workers.len(), known)?;
         let ends = self.common.owner.drain.part();
         let port = Arc::new(Port::new(bound.address, active.clone(), ends));
         state.ports.insert(place.clone(), port.clone());
@@ -252,7 +255,12 @@ impl Listeners {
     /// Makes the ports known to listeners that hand connections over.
     fn list(&self, state: &State) {
         let ports = state.ports.values();
-        let listed = ports.map(|port| (port.address, port.clone())).collect();
+        let listed = ports.filter_map(|port| match port.address {
+            EndAddress::Ip(address) => Some((address, port.clone())),
+            // Nothing is redirected to a pipe.
+            EndAddress::Pipe(_) => None,
+        });
+        let listed = listed.collect();
         self.directory.store(Arc::new(listed));
     }
 
@@ -334,13 +342,13 @@ impl Listeners {
 
     /// Where they really listen, by name.
     #[must_use]
-    pub fn addresses(&self) -> BTreeMap<String, SocketAddr> {
+    pub fn addresses(&self) -> BTreeMap<String, EndAddress> {
         let state = self.state();
         let running = state.running.iter();
         running
             .filter_map(|(name, running)| {
                 let port = state.ports.get(&running.place)?;
-                Some((name.clone(), port.address))
+                Some((name.clone(), port.address.clone()))
             })
             .collect()
     }

@@ -17,6 +17,7 @@ use crate::{
     fleet::Fleet,
     http::Owner,
     ledger::Ledgers,
+    listener::bind::{Acceptor, bind_alone},
     listeners::{Common, Listeners, Share},
     trace::Exporters,
     upstream::Pools,
@@ -25,6 +26,7 @@ use crate::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use http::HeaderValue;
 use outrigger_filters::{
+    end_address::EndAddress,
     endpoints::Secured,
     kv_index::{self, KvIndex},
     services::Services,
@@ -89,7 +91,7 @@ pub struct Proxy {
     /// Begins to end it.
     pub drain: Drain,
     shared: Arc<Shared>,
-    admin: Option<SocketAddr>,
+    admin: Option<EndAddress>,
     /// Ends (without ever saying anything) when the admin's last answer is out.
     admin_ended: std::sync::mpsc::Receiver<()>,
     stop: watch::Sender<bool>,
@@ -177,22 +179,25 @@ impl Proxy {
         })
     }
 
-    /// Where a listener really listens.
+    /// Where a listener really listens, if it is no pipe.
     #[must_use]
     pub fn address(&self, listener: &str) -> Option<SocketAddr> {
-        self.addresses().get(listener).copied()
+        match self.addresses().get(listener)? {
+            EndAddress::Ip(address) => Some(*address),
+            EndAddress::Pipe(_) => None,
+        }
     }
 
     /// Where all listeners really listen, by name.
     #[must_use]
-    pub fn addresses(&self) -> BTreeMap<String, SocketAddr> {
+    pub fn addresses(&self) -> BTreeMap<String, EndAddress> {
         self.shared.listeners.addresses()
     }
 
     /// Where the admin listens.
     #[must_use]
-    pub fn admin_address(&self) -> Option<SocketAddr> {
-        self.admin
+    pub fn admin_address(&self) -> Option<&EndAddress> {
+        self.admin.as_ref()
     }
 
     /// What filters share; outlives every configuration.
@@ -520,19 +525,16 @@ fn start_admin(
     shared: &Arc<Shared>,
     state: admin::AdminState,
     (stop, ended): (&watch::Sender<bool>, std::sync::mpsc::Sender<()>),
-) -> Result<Option<SocketAddr>, String> {
+) -> Result<Option<EndAddress>, String> {
     let bootstrap = shared.bootstrap.load();
     let Some(configured) = &bootstrap.admin else {
         return Ok(None);
     };
     let explain =
         |error: std::io::Error| format!("admin: cannot bind {}: {error}", configured.address);
-    let socket =
-        std::net::TcpListener::bind((configured.address.host.as_str(), configured.address.port))
-            .map_err(explain)?;
-    socket.set_nonblocking(true).map_err(explain)?;
-    let address = socket.local_addr().map_err(explain)?;
-    let socket = tokio::net::TcpListener::from_std(socket).map_err(explain)?;
+    let socket = bind_alone(&configured.address, configured.pipe_mode).map_err(explain)?;
+    let address = socket.address(&configured.address).map_err(explain)?;
+    let socket = Acceptor::new(socket).map_err(explain)?;
     let mut stopped = stop.subscribe();
     shared.runtime.spawn(async move {
         admin::serve(socket, Arc::new(state), async move {

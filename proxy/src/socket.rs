@@ -53,6 +53,14 @@ impl Socket {
         };
     }
 
+    /// Writes what it takes at once.
+    pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.try_write(bytes),
+            Kind::Unix(socket) => socket.try_write(bytes),
+        }
+    }
+
     /// The TCP socket, if it is one.
     pub(crate) fn tcp(&self) -> Option<&TcpStream> {
         match &self.kind {

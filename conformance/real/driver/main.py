@@ -48,8 +48,8 @@ class Stage:
         os.makedirs(self.logs, exist_ok=True)
         self.engines = [Engine(f"engine-{x}", args.engines, self.logs) for x in "ab"]
         self.proxies = [Proxy(f"proxy-{x}", args.proxy, engine, self.logs) for x, engine in zip("ab", self.engines)]
-        self.lone = Proxy("proxy-lone", args.proxy, self.engines[0], self.logs)
-        self.entry = Proxy("proxy-entry", args.proxy, None, self.logs)
+        self.sides = [wire.Side(engine, Proxy(f"proxy-lone-{x}", args.proxy, engine, self.logs),
+                                Proxy(f"proxy-entry-{x}", args.proxy, None, self.logs)) for x, engine in zip("ab", self.engines)]
         self.kept = []
 
     def start_engines(self, _report):
@@ -68,17 +68,20 @@ class Stage:
 
     def wire(self, report):
         rules, groups = (reviewed(name) for name in ("exceptions.json", "open_paths.json"))
-        self.lone.start()
-        self.entry.start(peers=[self.lone])
+        proxies = [proxy for side in self.sides for proxy in (side.entry, side.proxy)]
         try:
-            self.lone.wait_ready()
-            self.entry.wait_ready()
-            if wait_until(lambda: health(self.entry, self.engines[0]) == "healthy", 20) is None:
-                raise RuntimeError("the proxy without an engine does not hear of its peer's")
-            return wire.run(report, self.engines[0], self.lone, self.entry, self.args.recordings, rules, groups)
+            for side in self.sides:
+                side.proxy.start()
+                side.entry.start(peers=[side.proxy])
+            for proxy in proxies:
+                proxy.wait_ready()
+            for side in self.sides:
+                if wait_until(lambda side=side: health(side.entry, side.engine) == "healthy", 20) is None:
+                    raise RuntimeError("the proxy without an engine does not hear of its peer's")
+            return wire.run(report, self.sides, self.args.recordings, rules, groups)
         finally:
-            self.entry.stop()
-            self.lone.stop()
+            for proxy in proxies:
+                proxy.stop()
 
     def routing(self, report):
         figures, self.kept = mix.run(report, self.engines, self.proxies, self.restart_proxies)
@@ -103,7 +106,8 @@ class Stage:
     def stop(self):
         for number in ENDING:  # one signal is enough; the next must not keep processes alive
             signal.signal(number, signal.SIG_IGN)
-        for process in (self.entry, self.lone, *self.proxies, *self.engines):
+        lone = [proxy for side in self.sides for proxy in (side.entry, side.proxy)]
+        for process in (*lone, *self.proxies, *self.engines):
             process.stop(grace_s=5)
 
 

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import threading
 
 import client
 from fleet import cold
@@ -126,53 +127,93 @@ def differences(direct, through, additions):
     return found, one_by_one
 
 
-def compare_exchanges(report, engine, proxy, folder, rules):
-    """Each recorded request, straight and through the proxy, each with a cold cache. Also gives the engine's replies."""
-    equal = one_by_one = 0
-    used, added, direct_replies, recorded = set(), set(), {}, cases(folder)
+class Side:
+    """An engine, a proxy with nothing but it, and one without an engine whose only peer is that proxy."""
+
+    def __init__(self, engine, proxy, entry):
+        self.engine, self.proxy, self.entry = engine, proxy, entry
+
+
+class Comparison:
+    """Recorded requests, each sent three ways with a cold cache: straight, through one proxy, and over two hops."""
+
+    def __init__(self, report, rules):
+        self.report, self.rules = report, rules
+        self.requests = self.equal = self.one_by_one = self.two_hops_equal = 0
+        self.used, self.added = set(), set()
+        self.lock = threading.Lock()
+
+    def excepted(self, name, part):
+        """Whether a reviewed exception covers this difference; notes that it was needed."""
+        rule = next((n for n, r in enumerate(self.rules["exceptions"]) if r["request"] in (name, "*") and r["part"] == part), None)
+        if rule is not None:
+            self.used.add(rule)
+        return rule is not None
+
+    def one(self, side, name, method, path, body):
+        replies = []
+        for address in (side.engine.address, side.proxy.address, side.entry.address):
+            cold([side.engine])
+            headers = {"content-type": "application/json"} if body is not None else {}
+            replies.append(client.exchange(address, method, path, body, headers))
+        with self.lock:
+            self.judge(side.engine, name, *replies)
+
+    def judge(self, engine, name, direct, through, twice):
+        additions = self.rules["additions"]
+        self.added |= {header.lower() for header, _ in through.headers} & additions.keys()
+        found, same_events = differences(direct, through, additions)
+        left = [x for x in found if not self.excepted(name, x[0])]
+        if left:
+            self.report.expect(f"7.1 {name} is equal", False, left)
+        # Of headers only who served is looked at: each hop has its own.
+        found, _ = differences(direct, twice, ())
+        far = [x for x in found if x[0] in ("exchange", "status", "body")]
+        if not (twice.header("x-outrigger-endpoint") or "").endswith(engine.address):
+            far.append(("served by", engine.address, twice.header("x-outrigger-endpoint")))
+        if far:
+            self.report.expect(f"7.1 {name} is equal over two hops", False, far)
+        self.requests += 1
+        self.equal += not left
+        self.one_by_one += same_events
+        self.two_hops_equal += not far
+
+    def run(self, sides, recorded):
+        """Each side takes the next request when it is done with one: an engine uses one core."""
+        left = list(reversed(recorded))
+
+        def work(side):
+            while True:
+                with self.lock:
+                    if not left:
+                        return
+                    case = left.pop()
+                try:
+                    self.one(side, *case)
+                except Exception as error:  # noqa: BLE001 (it would die with its thread)
+                    self.report.expect(f"7.1 {case[0]} was compared", False, f"{type(error).__name__}: {error}")
+
+        threads = [threading.Thread(target=work, args=(side,)) for side in sides]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def compare_exchanges(report, sides, folder, rules):
+    """Each recorded request, through one proxy and over two hops, against the engine's own answer."""
+    recorded = cases(folder)
     report.expect("7.1 recorded requests found", len(recorded) >= 40, len(recorded))
-    for name, method, path, body in recorded:
-        headers = {"content-type": "application/json"} if body is not None else {}
-        cold([engine])
-        direct = client.exchange(engine.address, method, path, body, headers)
-        cold([engine])
-        through = client.exchange(proxy.address, method, path, body, headers)
-        direct_replies[name] = direct
-        added |= {header.lower() for header, _ in through.headers} & rules["additions"].keys()
-        found, same_events = differences(direct, through, rules["additions"])
-        left = []
-        for part, theirs, ours in found:
-            rule = next((n for n, r in enumerate(rules["exceptions"]) if r["request"] in (name, "*") and r["part"] == part), None)
-            used.add(rule) if rule is not None else left.append((part, theirs, ours))
-        if left:
-            report.expect(f"7.1 {name} is equal", False, left)
-        equal += not left
-        one_by_one += same_events
-    report.expect("7.1 replies through the proxy equal the engine's", equal == len(recorded), f"{equal} of {len(recorded)}")
-    stale = [r for n, r in enumerate(rules["exceptions"]) if n not in used]
-    report.expect("7.1 every reviewed exception is needed", not stale, stale or len(used))
-    unseen = sorted(rules["additions"].keys() - added)
-    report.expect("7.1 every addition of the proxy was seen", not unseen, unseen or sorted(added))
-    figures = {"requests": len(recorded), "equal": equal, "equal_event_by_event": one_by_one, "exceptions_used": len(used)}
-    return figures, direct_replies
-
-
-def compare_two_hops(report, engine, entry, folder, direct_replies):
-    """Each recorded request through a proxy without an engine of its own and a peer: status, body and events as the engine's."""
-    recorded, unequal = cases(folder), 0
-    for name, method, path, body in recorded:
-        headers = {"content-type": "application/json"} if body is not None else {}
-        cold([engine])
-        through = client.exchange(entry.address, method, path, body, headers)
-        found, _ = differences(direct_replies[name], through, ())
-        left = [x for x in found if x[0] in ("exchange", "status", "body")]
-        if not (through.header("x-outrigger-endpoint") or "").endswith(engine.address):
-            left.append(("served by", engine.address, through.header("x-outrigger-endpoint")))
-        if left:
-            report.expect(f"7.1 {name} is equal over two hops", False, left)
-        unequal += bool(left)
-    report.expect("7.1 replies over two hops equal the engine's", not unequal, f"{len(recorded) - unequal} of {len(recorded)}")
-    return {"two_hops": len(recorded), "two_hops_equal": len(recorded) - unequal}
+    compared = Comparison(report, rules)
+    compared.run(sides, recorded)
+    report.expect("7.1 replies through the proxy equal the engine's", compared.equal == len(recorded), f"{compared.equal} of {len(recorded)}")
+    report.expect("7.1 replies over two hops equal the engine's", compared.two_hops_equal == len(recorded), f"{compared.two_hops_equal} of {len(recorded)}")
+    stale = [r for n, r in enumerate(rules["exceptions"]) if n not in compared.used]
+    report.expect("7.1 every reviewed exception is needed", not stale, stale or len(compared.used))
+    unseen = sorted(rules["additions"].keys() - compared.added)
+    report.expect("7.1 every addition of the proxy was seen", not unseen, unseen or sorted(compared.added))
+    return {"requests": len(recorded), "equal": compared.equal, "equal_event_by_event": compared.one_by_one,
+            "exceptions_used": len(compared.used), "two_hops": compared.requests, "two_hops_equal": compared.two_hops_equal}
 
 
 def compare_plain(report, engine, proxy, rules):
@@ -228,10 +269,10 @@ def compare_surface(report, engine, proxy, groups):
     return {"documented_paths": len(documented), "open_paths": len(reviewed)}
 
 
-def run(report, engine, proxy, entry, folder, rules, groups):
-    """`proxy` has only `engine` and no peer; `entry` has no engine, and `proxy` as its only peer."""
-    figures, direct_replies = compare_exchanges(report, engine, proxy, folder, rules)
-    figures |= compare_two_hops(report, engine, entry, folder, direct_replies)
+def run(report, sides, folder, rules, groups):
+    """Recorded requests at all sides; the rest is asked of the first."""
+    figures = compare_exchanges(report, sides, folder, rules)
+    engine, proxy = sides[0].engine, sides[0].proxy
     figures |= compare_surface(report, engine, proxy, groups)
     figures |= compare_plain(report, engine, proxy, rules)
     report.expect("7.1 /v1/models of one engine is its own", models(engine.address) == models(proxy.address), models(proxy.address))

@@ -1,15 +1,18 @@
-//! Unix domain sockets: endpoints that are reached by one.
+//! Unix domain sockets: endpoints that are reached by one, listeners that clients reach by one.
 
 use super::listeners::{at, carries, cluster, read, says, start};
-use outrigger_conformance::harness::{Client, hosts, raw, scratch};
+use outrigger_conformance::harness::{Client, ProxyBuilder, Upstream, hosts, raw, scratch};
 use serde_json::{Value, json};
 use std::{
-    os::{linux::net::SocketAddrExt, unix},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::{self, fs::PermissionsExt},
+    },
     path::Path,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixListener,
+    net::{UnixListener, UnixStream},
 };
 
 /// Answers every request on a connection, which it then closes.
@@ -106,14 +109,103 @@ fn paths_that_cannot_be_are_refused() {
         let refused = read(&[], &[at_pipe(path)]).unwrap_err();
         assert!(refused.contains(word), "{refused}");
     }
-    let listener = json!({
-        "name": "l", "address": {"pipe": {"path": "/tmp/l"}},
-        "filter_chains": [{"filters": [says("x")]}],
-    });
-    let refused = read(&[listener], &[]).unwrap_err();
+}
+
+/// Asks over a pipe, and gives all that comes back.
+async fn ask(path: &Path) -> String {
+    let mut socket = UnixStream::connect(path).await.unwrap();
+    socket.write_all(ASK).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+/// Tells in headers of its answers what it knows of their connections.
+fn says_ends(text: &str) -> Value {
+    let mut filter = says(text);
+    let header = |key: &str, value: &str| json!({"header": {"key": key, "value": value}});
+    filter["typed_config"]["route_config"]["response_headers_to_add"] = json!([
+        header("x-remote", "%DOWNSTREAM_REMOTE_ADDRESS%"),
+        header("x-local", "%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%"),
+        header("x-port", "%DOWNSTREAM_DIRECT_REMOTE_PORT%"),
+    ]);
+    filter
+}
+
+fn at_its_pipe(name: &str, path: &Path, chains: &Value) -> Value {
+    let pipe = json!({"path": path.to_str().unwrap(), "mode": 0o600});
+    json!({"name": name, "address": {"pipe": pipe}, "filter_chains": chains})
+}
+
+#[tokio::test]
+async fn clients_come_over_a_pipe() {
+    let path = scratch("listener.sock");
+    // Those at a pipe are of this machine.
+    let chains = json!([
+        {"filter_chain_match": {"source_type": "EXTERNAL"}, "filters": [says("from far away")]},
+        {"filter_chain_match": {"source_type": "SAME_IP_OR_LOOPBACK"}, "filters": [says_ends("pipe")]},
+    ]);
+    let proxy = start(&[at_its_pipe("l", &path, &chains)], &[]);
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    for _ in 0..8 {
+        let answer = ask(&path).await;
+        assert!(answer.ends_with("\r\n\r\npipe"), "{answer}");
+        let own = path.to_str().unwrap();
+        assert!(answer.contains(&format!("x-remote: {own}\r\n")), "{answer}");
+        assert!(answer.contains(&format!("x-local: {own}\r\n")), "{answer}");
+        assert!(!answer.contains("x-port: "), "{answer}");
+    }
+    let page = Client::get(proxy.admin(), "/listeners").await.text();
+    assert!(page.contains(&format!("l::{}\n", path.display())), "{page}");
+    let page = Client::get(proxy.admin(), "/listeners?format=json").await;
+    let statuses = page.json()["listener_statuses"].clone();
+    let is_there = |status: &Value| {
+        *status == json!({"name": "l", "local_address": {"pipe": {"path": path.to_str().unwrap()}}})
+    };
     assert!(
-        refused.contains("address.pipe: not supported yet"),
-        "{refused}"
+        statuses.as_array().unwrap().iter().any(is_there),
+        "{statuses}"
     );
-    assert!(!Path::new("/tmp/l").exists());
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn nobody_is_told_an_address_of_a_client_at_a_pipe() {
+    let server = Upstream::named("server").await;
+    let path = scratch("forwards.sock");
+    let mut filter = to_pipe();
+    filter["typed_config"]["use_remote_address"] = json!(true);
+    filter["typed_config"]["append_x_forwarded_port"] = json!(true);
+    let chains = json!([{"filters": [filter]}]);
+    let listener = at_its_pipe("l", &path, &chains);
+    let proxy = start(&[listener], &[cluster("pipe", server.address)]);
+    let answer = ask(&path).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let seen = server.exchanges().pop().unwrap();
+    for name in [
+        "x-forwarded-for",
+        "x-forwarded-port",
+        "x-envoy-external-address",
+        "x-envoy-internal",
+    ] {
+        assert_eq!(seen.header(name), "", "{name}");
+    }
+    drop(proxy);
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn the_admin_listens_at_a_pipe() {
+    let path = scratch("admin.sock");
+    let place = path.to_str().unwrap().to_owned();
+    let proxy = ProxyBuilder::new()
+        .edit(move |bootstrap| bootstrap.admin.as_mut().unwrap().address.host = place)
+        .start();
+    let answer = ask(&path).await;
+    assert!(answer.contains("/config_dump"), "{answer}");
+    let address = proxy.proxy.admin_address().unwrap().to_string();
+    assert_eq!(address, path.to_str().unwrap());
+    drop(proxy);
+    std::fs::remove_file(path).unwrap();
 }

@@ -1,9 +1,9 @@
 //! The hash of a request, by its route's `hash_policy`, computed as Envoy does.
 
-use crate::body::RequestBody;
+use crate::{body::RequestBody, end_address::EndAddress};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
 use outrigger_xds::resource::hash_policy::{HashCookie, HashPolicy, HashSource};
-use std::{borrow::Cow, net::SocketAddr};
+use std::borrow::Cow;
 use xxhash_rust::xxh64::xxh64;
 
 /// A route's policies, prepared once.
@@ -61,7 +61,7 @@ impl Hashes {
     pub(super) fn of(
         &self,
         request: &Request<RequestBody>,
-        connection: Option<(SocketAddr, SocketAddr)>,
+        connection: Option<&(EndAddress, EndAddress)>,
     ) -> Hash {
         let mut hash = Hash::default();
         for policy in &self.0 {
@@ -69,9 +69,9 @@ impl Hashes {
             let found = match &policy.source {
                 Source::Header(name, rewrite) => of_header(headers, name, rewrite.as_ref()),
                 Source::Cookie(cookie) => of_cookie(headers, cookie, connection, &mut hash.cookies),
-                Source::ClientIp => {
-                    connection.map(|(client, _)| digest(client.ip().to_string().as_bytes()))
-                }
+                Source::ClientIp => connection
+                    .and_then(|(client, _)| client.ip())
+                    .map(|ip| digest(ip.to_string().as_bytes())),
                 Source::QueryParameter(name) => {
                     query(request.uri().query(), name).map(|value| digest(value.as_bytes()))
                 }
@@ -124,7 +124,7 @@ fn rewritten<'a>(value: &'a [u8], rewrite: Option<&(regex::Regex, String)>) -> C
 fn of_cookie(
     headers: &HeaderMap,
     cookie: &HashCookie,
-    connection: Option<(SocketAddr, SocketAddr)>,
+    connection: Option<&(EndAddress, EndAddress)>,
     given: &mut Vec<HeaderValue>,
 ) -> Option<u64> {
     if let Some(value) = cookie_value(headers, &cookie.name) {
@@ -199,12 +199,12 @@ mod tests {
             .map(|(source, terminal)| HashPolicy { source, terminal })
             .collect();
         let connection = (
-            "10.0.0.1:7000".parse().unwrap(),
-            "10.0.0.2:80".parse().unwrap(),
+            EndAddress::Ip("10.0.0.1:7000".parse().unwrap()),
+            EndAddress::Ip("10.0.0.2:80".parse().unwrap()),
         );
         Hashes::new(&policies)
             .unwrap()
-            .of(&request(builder), Some(connection))
+            .of(&request(builder), Some(&connection))
     }
 
     fn of_header(name: &str) -> HashSource {

@@ -6,7 +6,7 @@
 use super::{Captured, Entry, Headers, Wanted, start_time::TimeFormat};
 use crate::tls::TlsFacts;
 use http::{HeaderName, Version};
-use outrigger_filters::error::Flag;
+use outrigger_filters::{end_address::EndAddress, error::Flag};
 use std::{
     net::{IpAddr, SocketAddr},
     time::{Duration, SystemTime},
@@ -327,10 +327,14 @@ impl Operator {
                     End::Socket => entry.downstream_direct_remote,
                     End::Ours => entry.downstream_local,
                 };
-                match part {
-                    AddressPart::Both => Value::Socket(socket),
-                    AddressPart::Ip => Value::Ip(socket.ip()),
-                    AddressPart::Port => Value::Uint(socket.port().into()),
+                match (socket, part) {
+                    (EndAddress::Ip(socket), AddressPart::Both) => Value::Socket(*socket),
+                    (EndAddress::Ip(socket), AddressPart::Ip) => Value::Ip(socket.ip()),
+                    (EndAddress::Ip(socket), AddressPart::Port) => {
+                        Value::Uint(socket.port().into())
+                    }
+                    (EndAddress::Pipe(_), AddressPart::Port) => Value::Missing,
+                    (EndAddress::Pipe(path), _) => text(path),
                 }
             }
             Self::ConnectionId => Value::Uint(entry.connection_id),

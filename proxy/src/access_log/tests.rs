@@ -4,7 +4,10 @@ use super::*;
 use outrigger_filters::error::Flag;
 use outrigger_xds::resource::listener::{AccessLogFormat, AccessLogSink};
 use serde_json::json;
-use std::time::UNIX_EPOCH;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::UNIX_EPOCH,
+};
 
 const DECISION: &str = r#"{"policy":"kv","winner":"a/127.0.0.1:8000","cost":1.5}"#;
 
@@ -24,6 +27,13 @@ fn full_log() -> LogFields {
     }
 }
 
+const REMOTE: EndAddress = EndAddress::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 50000));
+const DIRECT: EndAddress = EndAddress::Ip(SocketAddr::new(
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
+    50001,
+));
+const LOCAL: EndAddress = EndAddress::Ip(SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 8080));
+
 fn full_entry(log: &LogFields) -> Entry<'_> {
     Entry {
         start: UNIX_EPOCH + Duration::new(1_795_347_015, 7_000_000),
@@ -37,9 +47,9 @@ fn full_entry(log: &LogFields) -> Entry<'_> {
         code: 200,
         bytes_received: 512,
         bytes_sent: 4096,
-        downstream_remote: "127.0.0.1:50000".parse().unwrap(),
-        downstream_direct_remote: "127.0.0.2:50001".parse().unwrap(),
-        downstream_local: "[::1]:8080".parse().unwrap(),
+        downstream_remote: &REMOTE,
+        downstream_direct_remote: &DIRECT,
+        downstream_local: &LOCAL,
         tls: None,
         connection_id: 9,
         request_id: "id-1",

@@ -1,6 +1,7 @@
 //! How admin connections are taken, limited and ended. What is answered on them is [`super::endpoints`]' business.
 
 use super::{Admin, endpoints};
+use crate::{listener::bind::Acceptor, socket::Socket};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
@@ -17,7 +18,6 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
     time::{Instant, Sleep, sleep, timeout},
@@ -56,7 +56,7 @@ const REFUSAL: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 27\r\nconnection: close\r\n\r\ntoo many admin connections\n";
 
 pub(super) async fn accept(
-    listener: TcpListener,
+    listener: Acceptor,
     admin: Arc<Admin>,
     limits: Limits,
     shutdown: impl Future,
@@ -105,7 +105,7 @@ pub(super) async fn accept(
 }
 
 async fn serve_one(
-    stream: TcpStream,
+    stream: Socket,
     admin: Arc<Admin>,
     limits: Limits,
     mut ended: watch::Receiver<()>,
@@ -140,13 +140,13 @@ async fn serve_one(
 
 /// A stream that fails once no byte went either way for `limit`: a client that stops reading frees its place.
 struct Patience {
-    stream: TcpStream,
+    stream: Socket,
     limit: Duration,
     over: Pin<Box<Sleep>>,
 }
 
 impl Patience {
-    fn new(stream: TcpStream, limit: Duration) -> Self {
+    fn new(stream: Socket, limit: Duration) -> Self {
         Self {
             stream,
             limit,

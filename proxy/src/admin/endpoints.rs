@@ -5,11 +5,11 @@ use crate::metrics::{self, Format, Memory, ProcessFacts, Query};
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
-use outrigger_filters::endpoints::Via;
+use outrigger_filters::{end_address::EndAddress, endpoints::Via};
 use regex::Regex;
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::{fmt::Write, net::SocketAddr, sync::atomic::Ordering::Relaxed};
+use std::{fmt::Write, sync::atomic::Ordering::Relaxed};
 
 const TEXT: &str = "text/plain; charset=UTF-8";
 const JSON: &str = "application/json";
@@ -413,7 +413,7 @@ fn listeners(admin: &Admin, params: &Params) -> Reply {
     if params.wants_json() {
         let statuses = listeners
             .iter()
-            .map(|(name, address)| json!({"name": name, "local_address": socket_address(address)}))
+            .map(|(name, address)| json!({"name": name, "local_address": local_address(address)}))
             .collect::<Vec<_>>();
         return Reply::json(&json!({ "listener_statuses": statuses }));
     }
@@ -425,7 +425,11 @@ fn listeners(admin: &Admin, params: &Params) -> Reply {
     )
 }
 
-fn socket_address(address: &SocketAddr) -> Value {
+fn local_address(address: &EndAddress) -> Value {
+    let address = match address {
+        EndAddress::Ip(address) => address,
+        EndAddress::Pipe(path) => return json!({"pipe": {"path": &**path}}),
+    };
     json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}})
 }
 

@@ -1,6 +1,7 @@
 //! The admin listener over real sockets.
 
 use super::*;
+use crate::listener::bind::Listening;
 use arc_swap::ArcSwap;
 use outrigger_filters::endpoints::{Endpoint, Live, Via};
 use outrigger_xds::{
@@ -9,6 +10,7 @@ use outrigger_xds::{
 };
 use serde_json::json;
 use std::{
+    net::{SocketAddr, TcpListener},
     sync::{Mutex, atomic::AtomicU8},
     time::Duration,
 };
@@ -121,8 +123,10 @@ fn clusters() -> Vec<Arc<ClusterView>> {
 }
 
 async fn start(limits: Limits) -> Running {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
     let address = listener.local_addr().unwrap();
+    let listener = Acceptor::new(Listening::Tcp(listener)).unwrap();
     let number = Arc::new(AtomicU8::new(0));
     let told = Arc::new(Mutex::new(Vec::new()));
     let tell = |what: &'static str| {
@@ -145,7 +149,15 @@ async fn start(limits: Limits) -> Running {
         ),
         certs: Arc::new(|| json!({"certificates": []})),
         clusters: Arc::new(clusters),
-        listeners: Arc::new(|| vec![("outbound".into(), "127.0.0.1:10000".parse().unwrap())]),
+        listeners: Arc::new(|| {
+            vec![
+                (
+                    "outbound".into(),
+                    SocketAddr::from(([127, 0, 0, 1], 10000)).into(),
+                ),
+                ("piped".into(), EndAddress::Pipe("/run/l".into())),
+            ]
+        }),
         options: json!({"concurrency": 2}),
         node: ("n1".into(), "c1".into()),
         leave: Arc::new(|_, _| {}),
@@ -203,7 +215,7 @@ async fn closes(stream: &mut TcpStream, within: Duration) -> bool {
 async fn plain_paths_and_their_headers() {
     let admin = start(Limits::default()).await;
     for (path, expect) in [
-        ("/listeners", "outbound::127.0.0.1:10000\n"),
+        ("/listeners", "outbound::127.0.0.1:10000\npiped::/run/l\n"),
         ("/live", "LIVE\n"),
         ("/ready", "LIVE\n"),
         ("/help", "admin commands are:\n  /: Admin home page\n"),
@@ -256,7 +268,10 @@ async fn json_paths() {
     let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 10000}});
     assert_eq!(
         listeners,
-        json!({"listener_statuses": [{"name": "outbound", "local_address": address}]})
+        json!({"listener_statuses": [
+            {"name": "outbound", "local_address": address},
+            {"name": "piped", "local_address": {"pipe": {"path": "/run/l"}}},
+        ]})
     );
     let info = admin.ask("GET", "/server_info").await.json();
     assert_eq!(

@@ -8,6 +8,7 @@ use crate::{
     tls::TlsFacts,
 };
 use http::{HeaderMap, HeaderValue};
+use outrigger_filters::end_address::EndAddress;
 use outrigger_xds::resource::client_cert::{ClientCert, Forward};
 use std::net::{IpAddr, SocketAddr};
 
@@ -38,7 +39,9 @@ impl Source {
             .flatten();
         // As in Envoy, only an address that is alone says that nobody outside is behind it.
         let alone = if appends {
-            (!seen.forwarded_for).then(|| connection.remote.ip())
+            (!seen.forwarded_for)
+                .then(|| connection.remote.ip())
+                .flatten()
         } else {
             told.filter(|_| edge.trusted_hops == 0 && edge::is_single(fields))
         };
@@ -74,17 +77,25 @@ pub(super) fn tell(
     }
     let edge = &config.manager.edge;
     if let Some(client) = source.told {
-        record.remote = SocketAddr::new(client, 0);
+        record.remote = EndAddress::Ip(SocketAddr::new(client, 0));
     }
-    if appends && !edge.skip_xff_append {
-        headers::append_forwarded_for(fields, seen, &connection.address);
+    if let Some(client) = &connection.address
+        && appends
+        && !edge.skip_xff_append
+    {
+        headers::append_forwarded_for(fields, seen, client);
     }
-    if source.at_edge {
-        let told = source.told.map(headers::address);
-        headers::external_address(fields, told.as_ref().unwrap_or(&connection.address));
+    let told = source.told.map(headers::address);
+    if let Some(client) = told.as_ref().or(connection.address.as_ref())
+        && source.at_edge
+    {
+        headers::external_address(fields, client);
     }
-    if appends && edge.append_x_forwarded_port {
-        headers::forwarded_port(fields, connection.local.port(), edge.trusted_hops > 0);
+    if let Some(port) = connection.local.port()
+        && appends
+        && edge.append_x_forwarded_port
+    {
+        headers::forwarded_port(fields, port, edge.trusted_hops > 0);
     }
     // Proxies before us that are believed say it.
     if appends && edge.trusted_hops == 0 || !seen.forwarded_proto {

@@ -9,13 +9,13 @@ use crate::{
 };
 use http::{Method, Version, header, request::Parts};
 use outrigger_filters::{
+    end_address::EndAddress,
     error::Flag,
     filter::{End, Heads, LogFields, RouteFacts},
     sse::Summary,
     trace::Step,
 };
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -40,7 +40,7 @@ pub(super) struct Record {
     pub(super) unread: bool,
     pub(super) connection: Arc<ConnectionInfo>,
     /// Its client: whoever is at the other end, unless proxies before us are believed.
-    pub(super) remote: SocketAddr,
+    pub(super) remote: EndAddress,
     /// The upgrade it asks for, if it may have it.
     pub(super) asked: Option<Asked>,
     pub(super) request_id: Arc<str>,
@@ -78,7 +78,7 @@ impl Record {
             code: 0,
             bytes_received: length.unwrap_or(0),
             unread: false,
-            remote: connection.remote,
+            remote: connection.remote.clone(),
             connection,
             asked: None,
             request_id: Arc::default(),
@@ -111,9 +111,9 @@ impl Record {
             path: self.path.clone(),
             authority: self.authority.clone(),
             protocol: self.protocol,
-            remote: self.remote,
-            direct_remote: self.connection.direct_remote,
-            local: self.connection.local,
+            remote: self.remote.clone(),
+            direct_remote: self.connection.direct_remote.clone(),
+            local: self.connection.local.clone(),
             connection_id: self.connection.id,
             tls: self.connection.tls.clone(),
             request_id: self.request_id.clone(),
@@ -180,9 +180,9 @@ impl Record {
             code: self.code,
             bytes_received: self.bytes_received,
             bytes_sent: 0,
-            downstream_remote: self.remote,
-            downstream_direct_remote: self.connection.direct_remote,
-            downstream_local: self.connection.local,
+            downstream_remote: &self.remote,
+            downstream_direct_remote: &self.connection.direct_remote,
+            downstream_local: &self.connection.local,
             connection_id: self.connection.id,
             tls: self.connection.tls.as_deref(),
             request_id: &self.request_id,

@@ -7,6 +7,7 @@ use crate::{
 };
 use http::{HeaderMap, HeaderValue, header, request::Parts};
 use outrigger_filters::{
+    end_address::EndAddress,
     filter::Context,
     sse::Summary,
     trace::{Step, TRACEPARENT, Trace, new_span_id, protocol, traceparent},
@@ -108,8 +109,11 @@ fn tell_request(step: &mut Step, fields: &HeaderMap, record: &Record, path_bytes
     step.tell("downstream_cluster", or_dash(DOWNSTREAM_CLUSTER));
     step.tell("user_agent", or_dash(header::USER_AGENT.as_str()));
     step.tell("http.protocol", protocol(record.protocol));
-    let peer = record.connection.direct_remote.ip();
-    step.tell("peer.address", peer.to_canonical().to_string());
+    let peer = match &record.connection.direct_remote {
+        EndAddress::Ip(address) => address.ip().to_canonical().to_string(),
+        EndAddress::Pipe(path) => path.to_string(),
+    };
+    step.tell("peer.address", peer);
     let asked = text(fields, trace::CLIENT_TRACE_ID.as_str()).map(ToOwned::to_owned);
     step.tell_some("guid:x-client-trace-id", asked);
 }

@@ -200,9 +200,8 @@ impl Chain {
                 }
             }
         };
-        let direct_remote = seen.direct_remote;
         let mut info = ConnectionInfo::new(seen.remote, seen.local, id, tls.map(Arc::new));
-        info.direct_remote = direct_remote;
+        info.direct_remote = seen.direct_remote;
         info.redirected = seen.redirected;
         match &self.serves {
             Serves::Http(manager) => {

@@ -5,10 +5,13 @@ use outrigger_xds::resource::{
     cidr::CidrRange,
     filter_chain::{FilterChainMatch, SourceType},
 };
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// How well something fits: 0 asks for nothing.
 type Fit = Option<usize>;
+
+/// What ranges are asked of where there is a pipe, as in Envoy.
+const NO_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::BROADCAST);
 
 /// The chain, of those whose conditions these are, that a connection belongs to.
 pub(super) fn find<'a, T>(
@@ -26,11 +29,8 @@ pub(super) fn find<'a, T>(
         let best = left.iter().filter_map(|chain| fit(conditions(chain))).max();
         left.retain(|chain| best.is_some() && fit(conditions(chain)) == best);
     };
-    let (local, remote, direct) = (
-        seen.local.ip().to_canonical(),
-        seen.remote.ip().to_canonical(),
-        seen.direct_remote.ip().to_canonical(),
-    );
+    let [local, remote, direct] = [&seen.local, &seen.remote, &seen.direct_remote]
+        .map(|end| end.ip().map_or(NO_ADDRESS, |ip| ip.to_canonical()));
     step(&|wants| port(wants.destination_port, seen.local.port()));
     step(&|wants| longest(&wants.prefix_ranges, local));
     step(&|wants| server_name(&wants.server_names, &seen.server_name));
@@ -39,14 +39,14 @@ pub(super) fn find<'a, T>(
     step(&|wants| longest(&wants.direct_source_prefix_ranges, direct));
     step(&|wants| source_type(wants.source_type, local, remote));
     step(&|wants| longest(&wants.source_prefix_ranges, remote));
-    step(&|wants| one_of(&wants.source_ports, &seen.remote.port()));
+    step(&|wants| one_of(&wants.source_ports, &seen.remote.port().unwrap_or(0)));
     left.first().copied()
 }
 
-fn port(wanted: Option<u16>, port: u16) -> Fit {
+fn port(wanted: Option<u16>, port: Option<u16>) -> Fit {
     match wanted {
         None => Some(0),
-        Some(wanted) => (wanted == port).then_some(1),
+        Some(_) => (wanted == port).then_some(1),
     }
 }
 
@@ -113,9 +113,11 @@ fn source_type(wanted: SourceType, local: IpAddr, remote: IpAddr) -> Fit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outrigger_filters::end_address::EndAddress;
 
     fn seen(local: &str, remote: &str) -> Seen {
-        Seen::new(local.parse().unwrap(), remote.parse().unwrap())
+        let end = |text: &str| EndAddress::Ip(text.parse().unwrap());
+        Seen::new(end(local), end(remote))
     }
 
     fn ranges(texts: &[&str]) -> Vec<CidrRange> {
@@ -267,7 +269,7 @@ mod tests {
         ];
         let mut here = seen("1.1.1.1:1", "192.168.1.1:2");
         assert_eq!(found(&chains, &here), Some(1));
-        here.direct_remote = "10.0.0.9:3".parse().unwrap();
+        here.direct_remote = EndAddress::Ip("10.0.0.9:3".parse().unwrap());
         assert_eq!(found(&chains, &here), Some(0));
     }
 }

@@ -9,6 +9,7 @@ use crate::{
     socket::Socket,
 };
 use bytes::BytesMut;
+use outrigger_filters::end_address::EndAddress;
 use outrigger_xds::resource::{
     listener::Listener,
     listener_filter::{Kind, ListenerFilter},
@@ -24,11 +25,11 @@ const READ_BYTES: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Seen {
     /// Where it was sent to.
-    pub(super) local: SocketAddr,
+    pub(super) local: EndAddress,
     /// Its client.
-    pub(super) remote: SocketAddr,
+    pub(super) remote: EndAddress,
     /// The socket's other end, whoever the client is.
-    pub(super) direct_remote: SocketAddr,
+    pub(super) direct_remote: EndAddress,
     /// `local` is not our socket's: the connection was redirected.
     pub(super) redirected: bool,
     /// A TLS handshake begins it.
@@ -42,11 +43,11 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    pub(super) fn new(local: SocketAddr, remote: SocketAddr) -> Self {
+    pub(super) fn new(local: EndAddress, remote: EndAddress) -> Self {
         Self {
             local,
+            direct_remote: remote.clone(),
             remote,
-            direct_remote: remote,
             redirected: false,
             is_tls: false,
             server_name: String::new(),
@@ -183,7 +184,7 @@ fn original_dst(socket: &Socket, seen: &mut Seen) {
     // Without an answer nobody redirected it.
     let original = asked.ok().and_then(|address| address.as_socket());
     if let Some(original) = original.filter(|original| is_another(*original, own)) {
-        seen.local = original;
+        seen.local = original.into();
         seen.redirected = true;
     }
 }

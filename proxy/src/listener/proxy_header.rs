@@ -6,6 +6,7 @@
 use super::look::{Seen, Verdict};
 use crate::metrics::listener_filter::InspectorStats;
 use bytes::Buf;
+use outrigger_filters::end_address::EndAddress;
 use outrigger_xds::resource::listener_filter::ProxyProtocol;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -70,7 +71,8 @@ pub(super) fn look(seen: &mut Seen, config: &ProxyProtocol, stats: &InspectorSta
             stats.proxy_found[index].increment(1);
             seen.bytes.advance(length);
             if let Some((source, destination)) = whose {
-                seen.remote = source;
+                let destination = EndAddress::Ip(destination);
+                seen.remote = source.into();
                 seen.redirected |= destination != seen.local;
                 seen.local = destination;
             }

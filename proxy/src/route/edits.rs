@@ -12,6 +12,7 @@ use http::{
 };
 use outrigger_filters::{
     body::{RequestBody, ResponseBody},
+    end_address::EndAddress,
     filter::{Heads, LogFields, RouteFacts},
     router::host,
 };
@@ -19,7 +20,6 @@ use outrigger_xds::resource::header_mutation::{
     AppendAction, HeaderMutations, HeaderToAdd, Mutations,
 };
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -216,11 +216,11 @@ pub struct Facts {
     /// Protocol of the client.
     pub protocol: Version,
     /// The client.
-    pub remote: SocketAddr,
+    pub remote: EndAddress,
     /// Whoever is at the other end of the socket.
-    pub direct_remote: SocketAddr,
+    pub direct_remote: EndAddress,
     /// Ours.
-    pub local: SocketAddr,
+    pub local: EndAddress,
     /// Number of the client's connection.
     pub connection_id: u64,
     /// If that is TLS.
@@ -247,9 +247,9 @@ impl Facts {
             code,
             bytes_received: 0,
             bytes_sent: 0,
-            downstream_remote: self.remote,
-            downstream_direct_remote: self.direct_remote,
-            downstream_local: self.local,
+            downstream_remote: &self.remote,
+            downstream_direct_remote: &self.direct_remote,
+            downstream_local: &self.local,
             connection_id: self.connection_id,
             tls: self.tls.as_deref(),
             request_id: &self.request_id,

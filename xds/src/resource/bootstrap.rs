@@ -4,7 +4,7 @@ use super::{
     ads::{Ads, Target},
     cluster::Cluster,
     config_source::ConfigSource,
-    endpoint::Address,
+    endpoint::{Address, pipe_mode, with_pipe_mode},
     filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
     route::{Action, RouteConfiguration, TypedConfig},
@@ -108,6 +108,8 @@ impl From<&Node> for core::Node {
 pub struct Admin {
     /// Where.
     pub address: Address,
+    /// Permissions of the file of a pipe; 0 leaves them as they come.
+    pub pipe_mode: u32,
     /// Logs of admin requests.
     pub access_log: Vec<AccessLog>,
 }
@@ -325,10 +327,8 @@ impl TryFrom<wire::Admin> for Admin {
 
     fn try_from(wire: wire::Admin) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
+        let pipe_mode = problems.take("address", pipe_mode(wire.address.as_ref()));
         let address: Option<Address> = problems.required("address", wire.address);
-        if address.as_ref().is_some_and(Address::is_pipe) {
-            problems.add("address.pipe", "not supported yet: for the admin");
-        }
         let mut access_log = problems.take_all("access_log", wire.access_log);
         let path = wire.access_log_path;
         if !path.is_empty() {
@@ -340,6 +340,7 @@ impl TryFrom<wire::Admin> for Admin {
         }
         problems.finish(address.map(|address| Self {
             address,
+            pipe_mode: pipe_mode.unwrap_or(0),
             access_log,
         }))
     }
@@ -350,7 +351,7 @@ impl From<&Bootstrap> for wire::Bootstrap {
         let node = core::Node::from(&plain.node);
         let admin = plain.admin.as_ref().map(|admin| wire::Admin {
             access_log: admin.access_log.iter().map(Into::into).collect(),
-            address: Some((&admin.address).into()),
+            address: Some(with_pipe_mode(&admin.address, admin.pipe_mode)),
             ..Default::default()
         });
         let resources = wire::bootstrap::StaticResources {

@@ -198,6 +198,30 @@ fn pipe(path: String) -> Result<Address, ConfigErrors> {
     Err(ConfigErrors::one("pipe.path", message))
 }
 
+/// Every permission there is: the highest `mode`.
+const ALL_PERMISSIONS: u32 = 0o777;
+
+/// `pipe.mode` of where something listens; 0 if it is none.
+pub(super) fn pipe_mode(wire: Option<&core::Address>) -> Result<u32, ConfigErrors> {
+    match wire.and_then(|wire| wire.address.as_ref()) {
+        Some(core::address::Address::Pipe(pipe)) if pipe.mode > ALL_PERMISSIONS => {
+            let message = format!("must be at most {ALL_PERMISSIONS}, is {}", pipe.mode);
+            Err(ConfigErrors::one("pipe.mode", message))
+        }
+        Some(core::address::Address::Pipe(pipe)) => Ok(pipe.mode),
+        _ => Ok(0),
+    }
+}
+
+/// The other way round.
+pub(super) fn with_pipe_mode(plain: &Address, mode: u32) -> core::Address {
+    let mut wire = core::Address::from(plain);
+    if let Some(core::address::Address::Pipe(pipe)) = &mut wire.address {
+        pipe.mode = mode;
+    }
+    wire
+}
+
 impl From<&Address> for core::Address {
     fn from(plain: &Address) -> Self {
         if plain.is_pipe() {

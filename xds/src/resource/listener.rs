@@ -3,7 +3,7 @@
 use super::{
     config_source::Rds,
     edge::Edge,
-    endpoint::Address,
+    endpoint::{Address, pipe_mode, with_pipe_mode},
     filter_chain::{FilterChain, Network, check_matches},
     listener_filter::{Kind, ListenerFilter},
     local_reply::LocalReplyConfig,
@@ -61,6 +61,8 @@ pub struct Listener {
     pub use_original_dst: bool,
     /// `tcp_backlog_size`.
     pub tcp_backlog_size: u32,
+    /// Permissions of the file of a pipe; 0 leaves them as they come.
+    pub pipe_mode: u32,
 }
 
 impl Listener {
@@ -79,6 +81,7 @@ impl Listener {
             bind_to_port: true,
             use_original_dst: false,
             tcp_backlog_size: TCP_BACKLOG_SIZE_DEFAULT,
+            pipe_mode: 0,
         }
     }
 
@@ -244,10 +247,8 @@ impl TryFrom<wire::Listener> for Listener {
             core::TrafficDirection::Inbound => TrafficDirection::Inbound,
         };
         let name = problems.not_empty("name", wire.name);
+        let pipe_mode = problems.take("address", pipe_mode(wire.address.as_ref()));
         let address: Option<Address> = problems.required("address", wire.address);
-        if address.as_ref().is_some_and(Address::is_pipe) {
-            problems.add("address.pipe", "not supported yet: for a listener");
-        }
         if wire.enable_reuse_port == Some(false) {
             problems.add(
                 "enable_reuse_port",
@@ -284,6 +285,7 @@ impl TryFrom<wire::Listener> for Listener {
             bind_to_port: wire.bind_to_port.unwrap_or(true),
             use_original_dst,
             tcp_backlog_size: wire.tcp_backlog_size.unwrap_or(TCP_BACKLOG_SIZE_DEFAULT),
+            pipe_mode: pipe_mode.unwrap_or(0),
         }))
     }
 }
@@ -511,7 +513,7 @@ impl From<&Listener> for wire::Listener {
         let limit = plain.listener_filters_timeout;
         Self {
             name: plain.name.clone(),
-            address: Some((&plain.address).into()),
+            address: Some(with_pipe_mode(&plain.address, plain.pipe_mode)),
             filter_chains: plain.filter_chains.iter().map(Into::into).collect(),
             default_filter_chain: plain.default_filter_chain.as_ref().map(Into::into),
             listener_filters: plain.listener_filters.iter().map(Into::into).collect(),

@@ -77,15 +77,15 @@ pub enum Predicate {
 }
 
 impl Predicate {
-    /// Whether it holds of a connection sent to `port`.
+    /// Whether it holds of a connection sent to `port`; one to a pipe has none.
     #[must_use]
-    pub fn holds(&self, port: u16) -> bool {
+    pub fn holds(&self, port: Option<u16>) -> bool {
         match self {
             Self::Or(rules) => rules.iter().any(|rule| rule.holds(port)),
             Self::And(rules) => rules.iter().all(|rule| rule.holds(port)),
             Self::Not(rule) => !rule.holds(port),
             Self::Any => true,
-            Self::DestinationPort(ports) => ports.contains(&port.into()),
+            Self::DestinationPort(ports) => port.is_some_and(|port| ports.contains(&port.into())),
         }
     }
 }

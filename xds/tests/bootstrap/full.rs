@@ -644,6 +644,7 @@ pub(crate) fn full() -> Bootstrap {
             client_features: vec!["feature".into()],
         },
         admin: Some(Admin {
+            pipe_mode: 0,
             address: socket("127.0.0.1", 9901),
             access_log: vec![AccessLog {
                 filter: None,

@@ -465,8 +465,8 @@ fn what_is_refused_by_name_is_not_also_missing() {
     let table = [
         (
             format!("{L}/address"),
-            json!({"pipe": {"path": "/a"}}),
-            "for a listener",
+            json!({"pipe": {"path": "/a", "mode": 512}}),
+            "address.pipe.mode: must be at most 511",
         ),
         (
             format!("{route}/match"),
