@@ -91,15 +91,20 @@ def sse_events(body):
     return events
 
 
-def metrics(address, path="/metrics"):
-    """[(name, labels, value)] of a Prometheus page; empty when nobody answers."""
-    samples = []
-    for line in get(address, path).body.decode(errors="replace").splitlines():
+def metrics(address):
+    """[(name, labels, value)] of an engine's page; empty when nobody answers."""
+    return samples(get(address, "/metrics").body)
+
+
+def samples(page):
+    """[(name, labels, value)] of a Prometheus page."""
+    found = []
+    for line in page.decode(errors="replace").splitlines():
         match = SAMPLE.match(line)
         if match:
             name, labels, value = match.groups()
-            samples.append((name, dict(LABEL.findall(labels or "")), float(value)))
-    return samples
+            found.append((name, dict(LABEL.findall(labels or "")), float(value)))
+    return found
 
 
 def total(samples, name, **labels):

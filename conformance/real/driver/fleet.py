@@ -36,7 +36,7 @@ def cold_and_told(engines, proxies):
 def blocks(proxy):
     """{engine id: blocks that this proxy's index holds of it}"""
     held = {}
-    for name, labels, value in proxy.metrics():
+    for name, labels, value in proxy.metrics(BLOCKS):
         if name == BLOCKS:
             engine = labels.get("engine", "")
             held[engine] = held.get(engine, 0) + value

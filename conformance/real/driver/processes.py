@@ -162,9 +162,9 @@ class Proxy(Process):
     def wait_ready(self, timeout_s=30):
         self.wait_for("ready", lambda: client.status(self.admin, "/ready") == 200, timeout_s)
 
-    def metrics(self):
-        """Samples of its page; that it has none is an error, so that silence never counts as zero."""
-        samples = client.metrics(self.admin, "/stats/prometheus")
-        if not samples:
+    def metrics(self, name):
+        """Samples of one name; that nobody answers is an error, so that silence never counts as zero."""
+        page = client.get(self.admin, f"/stats/prometheus?filter=^{name}")
+        if page.status != 200:
             raise RuntimeError(f"{self.name} does not tell its metrics:\n{self.tail()}")
-        return samples
+        return client.samples(page.body)
