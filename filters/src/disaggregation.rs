@@ -3,9 +3,11 @@
 //! What it answers: whether a request is split, where its prefill runs, what goes from one leg to the other, and what
 //! becomes of the request, and of the blocks, when a leg fails or the client leaves. What it does not do: rank engines
 //! (`kv_routing` has done so), or move streams (`migration` calls it again, and it decides anew). Whatever goes wrong
-//! before the first byte, the request is served whole, once.
+//! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair, once,
+//! unless an engine speaks against the request itself.
 
 mod dialect;
+mod head;
 mod loan;
 mod nixl;
 mod pull;
@@ -23,9 +25,9 @@ use crate::{
     registry,
     services::Services,
 };
-use bytes::Bytes;
 use dialect::Dialect;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header};
+use head::{Head, put_id};
+use http::{HeaderName, HeaderValue, Request, Response, header};
 use loan::Loan;
 use outrigger_xds::report::{EngineId, EngineKind, Role};
 use record::Record;
@@ -39,7 +41,6 @@ pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.disaggreg
 
 /// Tells a client that asked for it whether and why its request was split.
 pub const DISAGGREGATION_HEADER: HeaderName = HeaderName::from_static("x-outrigger-disaggregation");
-const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Configuration of the filter.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -221,6 +222,30 @@ impl Failure {
     }
 }
 
+/// What becomes of a request whose leg failed.
+#[derive(Clone, Copy)]
+enum Outcome {
+    /// One engine serves all of it.
+    Whole,
+    /// Another pair serves it: here are only halves.
+    Pair,
+    /// What failed is the client's answer: an engine speaks against the request, or died of it.
+    Answered,
+    /// Nobody waits for it.
+    Gone,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Pair => "pair",
+            Self::Answered => "answered",
+            Self::Gone => "gone",
+        }
+    }
+}
+
 /// One request on its way through two engines.
 struct Split<'a> {
     filter: &'a Disaggregation,
@@ -236,23 +261,48 @@ impl Split<'_> {
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Error> {
         let head = Head::of(&request);
-        let failure = match self.legs(&head, context).await {
+        let mut failure = match self.legs(&head, context).await {
             Ok(response) => return Ok(response),
             Err(failure) => failure,
         };
-        self.record.fall_back(failure.leg, failure.reason);
-        // Who breaks engines is not sent to one more; who called us knows what to do with it.
-        let poison = context.deaths_max > 0 && context.deaths >= context.deaths_max;
-        let client = |error: &Error| poison || error.origin == Origin::Downstream;
-        if failure.error.as_deref().is_some_and(client) {
-            return failure.told();
+        let outcome = self.outcome(&failure, context);
+        (self.record).fall_back(failure.leg, failure.reason, outcome.as_str());
+        match outcome {
+            Outcome::Gone | Outcome::Answered => {
+                if failure.answer.is_some() {
+                    context.log.upstream_host.clone_from(&failure.at);
+                    context.response_edited = true;
+                }
+                failure.told()
+            }
+            Outcome::Pair => self.again(&head, failure, context).await,
+            Outcome::Whole => {
+                // Who failed at prefill is not asked for tokens anyway, unless nobody else is there.
+                let failed = failure.at.take().filter(|_| failure.leg == "decode");
+                // What it answered holds a connection and a place.
+                drop(failure);
+                self.whole(request, context, failed).await
+            }
         }
-        if !rule::may_be_whole(self.view, context) {
-            return self.again(&head, failure, context).await;
+    }
+
+    /// What becomes of a request whose leg failed.
+    fn outcome(&self, failure: &Failure, context: &Context) -> Outcome {
+        if let Some(error) = &failure.error {
+            // Who called us knows what to do with it.
+            if error.origin == Origin::Downstream {
+                return Outcome::Gone;
+            }
+            // Who breaks engines is not sent to one more.
+            if context.deaths_max > 0 && context.deaths >= context.deaths_max {
+                return Outcome::Answered;
+            }
         }
-        // Who failed at prefill is not asked for tokens anyway, unless nobody else is there.
-        let failed = failure.at.filter(|_| failure.leg == "decode");
-        self.whole(request, context, failed).await
+        match rule::may_be_whole(self.view, context) {
+            true => Outcome::Whole,
+            false if failure.blames_request() => Outcome::Answered,
+            false => Outcome::Pair,
+        }
     }
 
     async fn legs(
@@ -260,9 +310,7 @@ impl Split<'_> {
         head: &Head,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Failure> {
-        let decode = self
-            .choose(Part::Decode, &context.ranked, context)
-            .ok_or_else(|| none("decode"))?;
+        let decode = self.decoder(context).ok_or_else(|| none("decode"))?;
         let place = self.hold(&decode, context)?;
         let dialect = match decode.endpoint.live.load().state.kind {
             EngineKind::Sglang => {
@@ -275,21 +323,18 @@ impl Split<'_> {
         self.decode(loan, (decode, place), context).await
     }
 
-    /// Another pair, where nobody can serve it whole. What an engine says against the request is the answer.
+    /// Another pair, where nobody can serve it whole.
     async fn again(
         &mut self,
         head: &Head,
-        failure: Failure,
+        mut failure: Failure,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Error> {
-        if failure.blames_request() {
-            context.log.upstream_host.clone_from(&failure.at);
-            context.response_edited = true;
-            return failure.told();
-        }
         let id = context.request_id.clone();
         let avoid = context.avoid.clone();
-        context.avoid = failure.at.or(context.avoid.take());
+        context.avoid = failure.at.take().or(context.avoid.take());
+        // What it answered holds a connection and a place.
+        drop(failure);
         if !id.is_empty() {
             context.request_id = format!("{id}-w").into();
         }
@@ -302,11 +347,28 @@ impl Split<'_> {
         })
     }
 
-    /// The engine that the ranking, or the cluster's policy, likes best for this part.
-    fn choose(&self, part: Part, ranked: &[Ranked], context: &Context) -> Option<Ranked> {
+    /// Who decodes: of halves of SGLang rather one that pairs with somebody.
+    fn decoder(&self, context: &Context) -> Option<Ranked> {
+        let own = self.filter.services.own_host.as_deref();
+        let pairs = |endpoint: &Endpoint| {
+            let kind = endpoint.live.load().state.kind;
+            kind != EngineKind::Sglang || sglang::has_partner(self.view, endpoint, own)
+        };
+        let choose = |fits: &Fits<'_>| self.choose(Part::Decode, &context.ranked, context, fits);
+        choose(&pairs).or_else(|| choose(&|_| true))
+    }
+
+    /// Of those that fit the engine that the ranking, or the cluster's policy, likes best for this part.
+    fn choose(
+        &self,
+        part: Part,
+        ranked: &[Ranked],
+        context: &Context,
+        fits: &Fits<'_>,
+    ) -> Option<Ranked> {
         let usable = |ranked: &&Ranked| {
             let endpoint = &ranked.endpoint;
-            part.suits(endpoint) && endpoint.is_alive()
+            part.suits(endpoint) && endpoint.is_alive() && fits(endpoint)
         };
         let avoided = |endpoint: &Endpoint| context.avoid.as_ref() == Some(&endpoint.id);
         let mut ranked = ranked.iter().filter(usable);
@@ -322,6 +384,7 @@ impl Split<'_> {
             .view
             .candidates(openai.and_then(|openai| openai.model.as_deref()));
         part.keep_suited(&mut candidates);
+        candidates.retain(|endpoint| fits(endpoint));
         if candidates.iter().any(|endpoint| !avoided(endpoint)) {
             candidates.retain(|endpoint| !avoided(endpoint));
         }
@@ -395,7 +458,7 @@ impl Split<'_> {
         read.map_err(|reason| failed(reason, None))?;
         let uncached = context.prompt.tokens.saturating_sub(loan.cached());
         self.filter.pace.learn(uncached, begun.elapsed());
-        self.record.prefilled(at, begun.elapsed());
+        self.record.prefilled(at, Some(begun.elapsed()));
         context.log.hit_tokens_predicted = leg.log.hit_tokens_predicted;
         Ok(loan)
     }
@@ -414,7 +477,8 @@ impl Split<'_> {
             .chain(context.ranked.iter().cloned())
             .collect();
         leg.place = Some(place);
-        let request = loan.decode(&leg.request_id).ok_or_else(|| none("body"))?;
+        let request = loan.decode(&leg.request_id);
+        let request = request.map_err(|reason| Failure::new("decode", reason))?;
         let answer = self.next.run(request, &mut leg).await;
         context.deaths = leg.deaths;
         let at = leg.log.upstream_host.clone();
@@ -470,6 +534,9 @@ impl Split<'_> {
     }
 }
 
+/// Who comes into question.
+type Fits<'a> = dyn Fn(&Endpoint) -> bool + 'a;
+
 fn none(leg: &'static str) -> Failure {
     Failure::new(leg, "none")
 }
@@ -507,78 +574,5 @@ fn near(ranked: &[Ranked], decode: &Ranked, locality: Locality) -> Vec<Ranked> {
             near.extend(far);
             near.into_iter().cloned().collect()
         }
-    }
-}
-
-fn put_id(headers: &mut HeaderMap, id: &str) {
-    if let Ok(id) = HeaderValue::from_str(id)
-        && !id.is_empty()
-    {
-        headers.insert(REQUEST_ID_HEADER, id);
-    }
-}
-
-/// A request as it came: what both legs are made of.
-#[derive(Clone)]
-struct Head {
-    method: Method,
-    uri: Uri,
-    version: Version,
-    headers: HeaderMap,
-    /// Whole, in two pieces.
-    body: (Bytes, Bytes),
-}
-
-impl Head {
-    fn of(request: &Request<RequestBody>) -> Self {
-        Self {
-            method: request.method().clone(),
-            uri: request.uri().clone(),
-            version: request.version(),
-            headers: request.headers().clone(),
-            body: request.body().parts().unwrap_or_default(),
-        }
-    }
-
-    fn is_chat(&self) -> bool {
-        let path = self.uri.path().trim_end_matches('/');
-        path.ends_with("/chat/completions")
-    }
-
-    /// The body, an object, with more members at its end. Its bytes are shared, but for the last piece if there are two.
-    fn extended(&self, members: &[&str]) -> Option<(Bytes, Bytes)> {
-        let (first, more) = &self.body;
-        let last = if more.is_empty() { first } else { more };
-        let brace = memchr::memrchr(b'}', last)?;
-        if !last[brace + 1..].trim_ascii().is_empty() {
-            return None;
-        }
-        let mut tail = Vec::new();
-        if !more.is_empty() {
-            tail.extend_from_slice(&more[..brace]);
-        }
-        tail.push(b',');
-        members
-            .iter()
-            .for_each(|text| tail.extend_from_slice(text.as_bytes()));
-        tail.push(b'}');
-        let kept = if more.is_empty() { brace } else { first.len() };
-        Some((first.slice(..kept), tail.into()))
-    }
-
-    /// The request with another body and id.
-    fn request(&self, body: RequestBody, id: &str) -> Request<RequestBody> {
-        let length = http_body::Body::size_hint(&body).lower();
-        let mut request = Request::new(body);
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.uri.clone();
-        *request.version_mut() = self.version;
-        let headers = request.headers_mut();
-        headers.clone_from(&self.headers);
-        if headers.contains_key(header::CONTENT_LENGTH) {
-            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
-        }
-        put_id(headers, id);
-        request
     }
 }

@@ -34,6 +34,9 @@ pub struct Services {
     pub serving: Arc<Serving>,
     /// Which group of proxies this one belongs to; may be empty.
     pub node_cluster: Arc<str>,
+    /// Where others reach what runs beside this proxy: the host of its inbound listener, unless that is every address or
+    /// the loopback.
+    pub own_host: Option<Arc<str>>,
     /// Prefix of the connection manager that a filter is built for, in metrics.
     pub stat_prefix: Arc<str>,
 }
@@ -53,4 +56,11 @@ impl Serving {
     pub fn fails(&self) -> bool {
         self.failed.load(Relaxed) || self.draining.load(Relaxed)
     }
+}
+
+/// Whether a host, a name or an address, is the machine that says it.
+#[must_use]
+pub fn is_loopback(host: &str) -> bool {
+    let address = host.parse::<std::net::IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }

@@ -55,6 +55,13 @@ impl<'a> Event<'a> {
     /// Whether an error blames the request: another engine would say the same. That an engine is busy does not.
     #[must_use]
     pub fn blames_request(&self) -> bool {
+        let code = self.error_code().map(u64::from);
+        code.is_some_and(|code| (400..500).contains(&code) && !is_of_the_moment(code))
+    }
+
+    /// The status that an error names.
+    #[must_use]
+    pub fn error_code(&self) -> Option<u16> {
         #[derive(Deserialize)]
         struct Body {
             error: Code,
@@ -67,7 +74,7 @@ impl<'a> Event<'a> {
         serde_json::from_slice::<Body>(self.data())
             .ok()
             .and_then(|body| body.error.code.as_u64())
-            .is_some_and(|code| (400..500).contains(&code) && !is_of_the_moment(code))
+            .and_then(|code| u16::try_from(code).ok())
     }
 
     /// `data: [DONE]`.

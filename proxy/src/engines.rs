@@ -2,15 +2,17 @@
 //!
 //! Embedded adapters (feature `standalone`), an agent over gRPC, or an agent over NATS: all are one `FeedSource`.
 
+use outrigger_filters::services::is_loopback;
 use outrigger_xds::{
-    feed::FeedSource,
-    report::EngineId,
+    feed::{FeedBody, FeedMessage, FeedSource},
+    report::{EngineId, Role},
     resource::{
         cluster::Cluster,
         endpoint::{Address, Duty, METADATA_NAMESPACE},
+        listener::{Listener, TrafficDirection},
     },
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 /// An engine that configuration puts beside us.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +55,37 @@ pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>
         }
     }
     (engines, peers)
+}
+
+/// Where others reach the machine of this proxy, as far as an inbound listener tells.
+#[must_use]
+pub fn own_host(listeners: &[Listener]) -> Option<Arc<str>> {
+    let is_inbound = |listener: &&Listener| listener.traffic_direction == TrafficDirection::Inbound;
+    let mut hosts = listeners.iter().filter(is_inbound).map(|it| &it.address);
+    let told = hosts.find(|address| {
+        let ip = address.host.parse::<IpAddr>();
+        let everywhere = ip.is_ok_and(|ip| ip.is_unspecified());
+        !everywhere && !address.is_pipe() && !is_loopback(&address.host)
+    });
+    told.map(|address| address.host.as_str().into())
+}
+
+/// Whether there are proxies on other machines.
+#[must_use]
+pub fn has_far_peers(clusters: &[Cluster]) -> bool {
+    let (_, peers) = configured(clusters);
+    peers.iter().any(|peer| !is_loopback(&peer.host))
+}
+
+/// Whether an engine says that engines for decode find it at a loopback address.
+#[must_use]
+pub fn meets_on_loopback(message: &FeedMessage) -> bool {
+    let FeedBody::State(state) = &message.body else {
+        return false;
+    };
+    let host = state.bootstrap.rsplit_once(':').map(|(host, _)| host);
+    state.role == Role::Prefill
+        && host.is_some_and(|host| is_loopback(host.trim_matches(['[', ']'])))
 }
 
 /// Who tells of the engines beside us.
@@ -164,7 +197,6 @@ impl FeedSource for NatsSource {
 #[cfg(feature = "standalone")]
 impl Embedded {
     fn configure(&self, engines: &BTreeMap<EngineId, ConfiguredEngine>) {
-        use outrigger_xds::report::Role;
         let mut watched = self
             .watched
             .lock()
@@ -193,5 +225,60 @@ impl Embedded {
             self.hub.watch(config);
             watched.insert(id.clone(), engine.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{bootstrap::from_options, options::Options};
+    use outrigger_xds::report::EngineState;
+
+    #[test]
+    fn an_inbound_address_is_ours_if_it_is_one_of_this_machine_alone() {
+        let own = |inbound: &str| {
+            let arguments = [
+                "outrigger-proxy",
+                "--listen",
+                "10.0.0.9:1",
+                "--inbound",
+                inbound,
+            ];
+            let options = <Options as clap::Parser>::try_parse_from(arguments).unwrap();
+            own_host(&from_options(&options).unwrap().listeners)
+        };
+        for inbound in [
+            "0.0.0.0:1",
+            "[::]:1",
+            "127.0.0.1:1",
+            "[::1]:1",
+            "localhost:1",
+        ] {
+            assert_eq!(own(inbound), None, "{inbound}");
+        }
+        assert_eq!(own("[fd00::1]:1").as_deref(), Some("fd00::1"));
+        assert_eq!(own("10.0.0.1:1").as_deref(), Some("10.0.0.1"));
+    }
+
+    #[test]
+    fn who_meets_on_the_loopback_is_known_by_its_state() {
+        let says = |role, bootstrap: &str| {
+            let state = EngineState {
+                role,
+                bootstrap: bootstrap.into(),
+                ..EngineState::default()
+            };
+            meets_on_loopback(&FeedMessage {
+                engine: EngineId("e".into()),
+                epoch: 1,
+                seq: 0,
+                body: FeedBody::State(state),
+            })
+        };
+        assert!(says(Role::Prefill, "127.0.0.1:8998"));
+        assert!(says(Role::Prefill, "[::1]:8998"));
+        assert!(!says(Role::Prefill, "10.0.0.1:8998"));
+        assert!(!says(Role::Prefill, ""));
+        assert!(!says(Role::Decode, "127.0.0.1:8998"));
     }
 }

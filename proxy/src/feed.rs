@@ -7,6 +7,7 @@ mod local;
 
 use crate::{
     drain::Drain,
+    engines,
     fleet::{Fleet, Source},
     http::FeedService,
     upstream::connect::dialer,
@@ -136,11 +137,17 @@ impl Body for UntilDrain {
     }
 }
 
-/// Takes in what the adapters (or the agent) say of the engines beside us.
-pub async fn follow_local(fleet: Arc<Fleet>, source: Arc<dyn FeedSource>) {
+/// Takes in what the adapters (or the agent) say of the engines beside us. `hidden`: engines elsewhere do not find them by
+/// a loopback address, which is said once.
+pub async fn follow_local(fleet: Arc<Fleet>, source: Arc<dyn FeedSource>, mut hidden: bool) {
     loop {
         let mut messages = source.subscribe();
         while let Some(message) = messages.next().await {
+            if hidden && engines::meets_on_loopback(&message) {
+                hidden = false;
+                tracing::warn!(engine = %message.engine, "engines for decode elsewhere do not reach this engine: it says a \
+                    loopback address, and --inbound is no address of this machine; give --engine URL;bootstrap=HOST:PORT");
+            }
             if !fleet.apply(&Source::Local, message) {
                 break;
             }

@@ -224,6 +224,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(usize, usize), Vec<String>> {
         token_limits: Arc::default(),
         serving: Arc::default(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
+        own_host: None,
         stat_prefix: Arc::default(),
     };
     let mut discovery = Discovery::new(services, Arc::default(), Arc::default());

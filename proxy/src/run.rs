@@ -295,6 +295,7 @@ fn assemble(
     runtime: &runtime::Handle,
 ) -> Result<Arc<Shared>, Vec<String>> {
     let node = bootstrap.node.clone();
+    let far = engines::has_far_peers(&bootstrap.clusters);
     let index = Arc::new(KvIndex::new(kv_index::Limits::default()));
     let fleet = Fleet::new(index.clone(), block_tokens);
     let ledgers = Arc::new(Ledgers::default());
@@ -310,16 +311,15 @@ fn assemble(
         token_limits: Arc::default(),
         serving: drain.serving.clone(),
         node_cluster: node.cluster.as_str().into(),
+        own_host: engines::own_host(&bootstrap.listeners),
         stat_prefix: Arc::default(),
     };
     let sinks = Arc::new(Sinks::default());
     let exporters = Arc::new(Exporters::default());
     let mut discovery = Discovery::new(services.clone(), sinks.clone(), exporters.clone());
     discovery.write(bootstrap)?;
-    if let Some(kept) = cache
-        .as_deref()
-        .and_then(|cache| kept::load(cache, &node.id))
-    {
+    let load = |cache: &PathBuf| kept::load(cache, &node.id);
+    if let Some(kept) = cache.as_ref().and_then(load) {
         discovery.restore(kept);
     }
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
@@ -352,7 +352,8 @@ fn assemble(
     // From before anybody is listened to: what is told meanwhile is not to be missed.
     let changed = (fleet.watch(), shared.clusters.watch_names());
     shared.begin()?;
-    runtime.spawn(feed::follow_local(fleet, local));
+    let hidden = far && shared.services.own_host.is_none();
+    runtime.spawn(feed::follow_local(fleet, local, hidden));
     runtime.spawn(watching::refresh_views(changed, shared.clone()));
     Ok(shared)
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// The other leg has to be over after this. A little more than promised: the machine may be busy.
 const OVER: Duration = Duration::from_millis(300);
 
-fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config {
         profile: Profile::Sglang,
         decode_itl_ms: 1.0,
@@ -23,7 +23,7 @@ fn config() -> Config {
     }
 }
 
-fn half(side: Side) -> Config {
+pub(crate) fn half(side: Side) -> Config {
     Config {
         bootstrap: Some(Bootstrap::new(side)),
         ..config()
@@ -38,16 +38,16 @@ fn slow() -> Config {
     }
 }
 
-fn start(config: Config) -> SimEngine {
+pub(crate) fn start(config: Config) -> SimEngine {
     SimEngine::start(config).unwrap()
 }
 
 /// Engines beside one proxy; what each is for they say themselves.
-struct Fleet {
-    prefill: Vec<SimEngine>,
-    decode: Vec<SimEngine>,
-    whole: Vec<SimEngine>,
-    proxy: TestProxy,
+pub(crate) struct Fleet {
+    pub(crate) prefill: Vec<SimEngine>,
+    pub(crate) decode: Vec<SimEngine>,
+    pub(crate) whole: Vec<SimEngine>,
+    pub(crate) proxy: TestProxy,
 }
 
 impl Fleet {
@@ -57,11 +57,21 @@ impl Fleet {
         Self::start(prefill, decode, vec![config(); whole], always(json!({}))).await
     }
 
-    async fn start(
+    pub(crate) async fn start(
         prefill: Vec<Config>,
         decode: Vec<Config>,
         whole: Vec<Config>,
         fields: Value,
+    ) -> Self {
+        let build = |builder: ProxyBuilder| builder.edit(disaggregation(fields));
+        Self::build(prefill, decode, whole, build).await
+    }
+
+    pub(crate) async fn build(
+        prefill: Vec<Config>,
+        decode: Vec<Config>,
+        whole: Vec<Config>,
+        build: impl FnOnce(ProxyBuilder) -> ProxyBuilder,
     ) -> Self {
         let make = |configs: Vec<Config>| configs.into_iter().map(start).collect::<Vec<_>>();
         let (prefill, decode, whole) = (make(prefill), make(decode), make(whole));
@@ -69,7 +79,7 @@ impl Fleet {
         for engine in prefill.iter().chain(&decode).chain(&whole) {
             builder = builder.flag("--engine", &engine.url());
         }
-        let proxy = builder.edit(disaggregation(fields)).start();
+        let proxy = build(builder).start();
         proxy
             .wait_alive(prefill.len() + decode.len() + whole.len())
             .await;
@@ -89,7 +99,7 @@ impl Fleet {
     }
 
     /// Nothing runs or waits anywhere.
-    async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         let look = || async {
             let mut all = self.prefill.iter().chain(&self.decode).chain(&self.whole);
             all.all(|engine| engine.is_dead() || is_over(engine))
@@ -99,12 +109,17 @@ impl Fleet {
     }
 
     /// Pairs that met.
-    fn met(&self) -> usize {
+    pub(crate) fn met(&self) -> usize {
         self.prefill.iter().map(|engine| engine.rooms().1).sum()
     }
 
     /// What a client is told, and the record of it.
-    async fn ask(&self, version: Version, path: &str, body: &Value) -> (u16, String, Value) {
+    pub(crate) async fn ask(
+        &self,
+        version: Version,
+        path: &str,
+        body: &Value,
+    ) -> (u16, String, Value) {
         let mut client = self.proxy.client(version).await;
         let mut ask = request(Method::POST, path, body.to_string());
         let on = http::HeaderValue::from_static("1");
@@ -116,7 +131,7 @@ impl Fleet {
     }
 
     /// It is what one engine tells; gives the record.
-    async fn same(&self, version: Version, path: &str, body: &Value) -> Value {
+    pub(crate) async fn same(&self, version: Version, path: &str, body: &Value) -> Value {
         let (status, got, record) = self.ask(version, path, body).await;
         assert_eq!(status, 200, "{got}");
         let alone = start(config());
@@ -206,27 +221,6 @@ async fn many_pairs_at_once_do_not_mix() {
     fleet.idle().await;
 }
 
-#[tokio::test]
-async fn halves_meet_across_proxies() {
-    let (prefill, decode) = (start(half(Side::Prefill)), start(half(Side::Decode)));
-    let beside = |engine: &SimEngine| ProxyBuilder::new().flag("--engine", &engine.url()).start();
-    let (a, b) = (beside(&prefill), beside(&decode));
-    let entry = ProxyBuilder::new().peer(a.inbound()).peer(b.inbound());
-    let entry = entry.edit(disaggregation(always(json!({})))).start();
-    entry.wait_alive(2).await;
-    let fleet = Fleet {
-        prefill: vec![prefill],
-        decode: vec![decode],
-        whole: Vec::new(),
-        proxy: entry,
-    };
-    for (seed, more) in [json!({}), json!({"stream": true})].iter().enumerate() {
-        fleet.same(Version::H1, CHAT, &chat(seed, more)).await;
-    }
-    assert_eq!(fleet.met(), 2);
-    fleet.idle().await;
-}
-
 /// Half of an SGLang cannot serve a request whole: without an engine for that everything is split, whatever is wanted.
 #[tokio::test]
 async fn what_is_not_worth_it_is_split_only_where_nobody_can_serve_it_whole() {
@@ -259,22 +253,6 @@ async fn what_the_engines_refuse_is_the_clients_answer() {
         assert_eq!(told["message"], message);
         assert_eq!(record["fallback"][1], "refused", "{record}");
     }
-    fleet.idle().await;
-}
-
-#[tokio::test]
-async fn halves_with_pages_of_other_sizes_are_no_pair() {
-    let prefill = Config {
-        block_size: 16,
-        kv_blocks: 2912,
-        ..half(Side::Prefill)
-    };
-    let decode = vec![half(Side::Decode)];
-    let fields = always(json!({}));
-    let fleet = Fleet::start(vec![prefill], decode, vec![config()], fields).await;
-    let record = fleet.same(Version::H1, CHAT, &chat(1, &json!({}))).await;
-    assert_eq!(record["fallback"], json!(["prefill", "page_size"]));
-    assert_eq!(fleet.met(), 0);
     fleet.idle().await;
 }
 

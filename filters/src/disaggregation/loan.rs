@@ -9,7 +9,9 @@
 use super::{
     Head,
     dialect::{Answer, Dialect},
+    head::Pieces,
     leg,
+    rule::prompt_tokens,
 };
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
@@ -34,7 +36,7 @@ use std::{
     time::Duration,
 };
 
-/// A longer answer of a prefill leg is not read.
+/// A longer answer of a prefill leg is not read; one that tells the prompt's tokens may have some bytes more for each.
 pub(super) const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Blocks being given back at once, in the whole process.
 pub(super) const RELEASES_MAX: usize = 256;
@@ -75,6 +77,8 @@ struct Terms {
     /// The answer, until it was read.
     body: Option<ResponseBody>,
     read: BytesMut,
+    /// A longer one is not read.
+    bytes_max: usize,
     answer: Option<Answer>,
     dialect: &'static Dialect,
     /// Who has the blocks.
@@ -97,6 +101,7 @@ impl Loan {
             template,
             body: Some(body),
             read: BytesMut::new(),
+            bytes_max: bytes_max(dialect, prompt_tokens(context)),
             answer: None,
             dialect,
             taken: Arc::default(),
@@ -116,12 +121,12 @@ impl Loan {
     }
 
     /// The decode leg, which takes the blocks as soon as its body is sent.
-    pub(super) fn decode(&self, id: &str) -> Option<Request<RequestBody>> {
-        let terms = self.0.as_ref()?;
-        let answer = terms.answer.as_ref()?;
+    pub(super) fn decode(&self, id: &str) -> Result<Request<RequestBody>, &'static str> {
+        let terms = self.0.as_ref().ok_or("no_params")?;
+        let answer = terms.answer.as_ref().ok_or("no_params")?;
         let parts = (terms.dialect.decode)(&terms.head, answer)?;
         let body = once(parts, terms.taken.clone());
-        Some(terms.head.request(body, id))
+        Ok(terms.head.request(body, id))
     }
 
     /// The decode leg failed before any engine had its request, although its body was touched.
@@ -130,6 +135,11 @@ impl Loan {
             terms.taken.turn(SENT, FREE);
         }
     }
+}
+
+fn bytes_max(dialect: &Dialect, prompt_tokens: u64) -> usize {
+    let tokens = usize::try_from(prompt_tokens).unwrap_or(usize::MAX);
+    ANSWER_BYTES_MAX.saturating_add(tokens.saturating_mul(dialect.token_bytes))
 }
 
 impl Drop for Loan {
@@ -167,7 +177,7 @@ impl Terms {
                 Some(Ok(frame)) => {
                     let data = frame.into_data().unwrap_or_default();
                     self.read.extend_from_slice(&data);
-                    if self.read.len() > ANSWER_BYTES_MAX {
+                    if self.read.len() > self.bytes_max {
                         self.body = None;
                         return Err("answer_too_long");
                     }
@@ -214,7 +224,7 @@ impl Terms {
 }
 
 /// A body that is sent once, or not at all where it was given back before.
-pub(super) fn once((first, more): (Bytes, Bytes), taken: Arc<Taken>) -> RequestBody {
+pub(super) fn once((first, more): Pieces, taken: Arc<Taken>) -> RequestBody {
     let body = Once {
         pieces: [first, more],
         taken,
@@ -288,6 +298,28 @@ mod tests {
             taken: taken.clone(),
             touched: false,
         }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_tells_the_prompt_may_be_longer_for_it() {
+        use crate::disaggregation::{nixl, trtllm};
+        let read = async |dialect: &'static Dialect, tokens: usize| {
+            let ids = vec!["123456"; tokens].join(",");
+            let told = format!(
+                "{{\"choices\":[{{\"finish_reason\":\"length\",\"disaggregated_params\":{{\"request_type\":\"context_only\"}}}}],\
+                \"kv_transfer_params\":{{\"do_remote_prefill\":true}},\"prompt_token_ids\":[{ids}]}}"
+            );
+            let head = Head::of(&Request::new(RequestBody::empty()));
+            let mut context = Context::default();
+            context.prompt.tokens = tokens as u64;
+            let body = http_body_util::Full::new(Bytes::from(told));
+            let body = body.map_err(|never| match never {}).boxed_unsync();
+            let mut loan = Loan::new(dialect, Arc::from([]), head, &context, body);
+            loan.read().await
+        };
+        assert_eq!(read(&nixl::DIALECT, 9).await, Ok(()));
+        assert_eq!(read(&nixl::DIALECT, 200_000).await, Err("answer_too_long"));
+        assert_eq!(read(&trtllm::DIALECT, 200_000).await, Ok(()));
     }
 
     #[tokio::test]

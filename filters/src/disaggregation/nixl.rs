@@ -6,6 +6,7 @@
 use super::{
     Head,
     dialect::{Answer, Dialect},
+    head::Pieces,
 };
 use crate::openai::members;
 use bytes::Bytes;
@@ -23,6 +24,7 @@ const PARAMS: &str = "kv_transfer_params";
 pub(super) const DIALECT: Dialect = Dialect {
     prefill,
     answer,
+    token_bytes: 0,
     decode,
     release,
 };
@@ -44,16 +46,17 @@ struct Details {
     cached_tokens: Option<u64>,
 }
 
-fn prefill(head: &Head) -> Option<(Bytes, Bytes)> {
+fn prefill(head: &Head) -> Option<Pieces> {
     head.extended(&[for_chat(head), ONE_TOKEN, REMOTE_DECODE])
 }
 
-fn decode(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
-    let params = std::str::from_utf8(&answer.params).ok()?;
-    head.extended(&["\"kv_transfer_params\":", params])
+fn decode(head: &Head, answer: &Answer) -> Result<Pieces, &'static str> {
+    let params = std::str::from_utf8(&answer.params).map_err(|_| "no_params")?;
+    let body = head.extended(&["\"kv_transfer_params\":", params]);
+    body.ok_or("body")
 }
 
-fn release(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
+fn release(head: &Head, answer: &Answer) -> Option<Pieces> {
     let params = std::str::from_utf8(&answer.params).ok()?;
     let edits = [
         for_chat(head),

@@ -19,7 +19,7 @@ pub(super) struct Record {
     prefill_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "name")]
     decode: Option<EngineId>,
-    /// The leg that failed, and how: it was served whole after all.
+    /// The leg that failed, and how. What became of the request is counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     fallback: Option<[&'static str; 2]>,
 }
@@ -34,20 +34,29 @@ impl Record {
         self.reason = reason;
     }
 
-    pub(super) fn prefilled(&mut self, at: Option<EngineId>, took: Duration) {
+    /// The prefill leg went well; what it took is not known where tokens came before its end.
+    pub(super) fn prefilled(&mut self, at: Option<EngineId>, took: Option<Duration>) {
         self.prefill = at;
-        self.prefill_ms = Some(took.as_millis() as u64);
-        metrics::histogram!("outrigger_disaggregation_prefill_seconds").record(took);
+        self.prefill_ms = took.map(|took| took.as_millis() as u64);
+        if let Some(took) = took {
+            metrics::histogram!("outrigger_disaggregation_prefill_seconds").record(took);
+        }
     }
 
     pub(super) fn decoded(&mut self, at: Option<EngineId>) {
         self.decode = at;
     }
 
-    pub(super) fn fall_back(&mut self, leg: &'static str, reason: &'static str) {
+    pub(super) fn fall_back(
+        &mut self,
+        leg: &'static str,
+        reason: &'static str,
+        outcome: &'static str,
+    ) {
         self.fallback = Some([leg, reason]);
-        metrics::counter!("outrigger_disaggregation_fallbacks_total", "leg" => leg, "reason" => reason)
-            .increment(1);
+        metrics::counter!("outrigger_disaggregation_fallbacks_total",
+            "leg" => leg, "outcome" => outcome, "reason" => reason)
+        .increment(1);
     }
 
     pub(super) fn count(&self) {

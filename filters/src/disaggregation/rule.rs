@@ -182,7 +182,8 @@ fn of_request(openai: &OpenAiRequest) -> Option<&'static str> {
     }
 }
 
-fn prompt_tokens(context: &Context) -> u64 {
+/// As many as are known, or estimated.
+pub(super) fn prompt_tokens(context: &Context) -> u64 {
     let estimated = || {
         let openai = context.openai.as_ref();
         openai.map_or(0, |openai| openai.estimated_prompt_tokens())

@@ -4,27 +4,32 @@
 //! opened, so each is named by chance and used by one pair. An engine waits minutes for a leg that is lost, and is not
 //! told: whichever fails first, the other one's connection is closed at once, which ends it.
 
-use super::{Failure, Head, Locality, Split, leg, loan, near, none, pull, take_over};
+use super::{Failure, Head, Locality, Split, head::Pieces, leg, loan, near, none, pull, take_over};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
-    endpoints::{Endpoint, Part, Place, Via},
+    endpoints::{ClusterView, Endpoint, Part, Place, Via},
     filter::{Chain, Context, Next, Ranked},
     router::attempt::RANK_HEADER,
+    services::is_loopback,
+    sse::{self, EVENT_BYTES_MAX, Event},
 };
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http::{Request, Response, header};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::BodyExt;
-use outrigger_xds::report::EngineState;
+use http_body_util::{BodyExt, Full};
+use outrigger_xds::report::EngineId;
 use rand::Rng;
+use serde::Deserialize;
 use std::{
-    net::IpAddr,
     pin::Pin,
     sync::Arc,
     task::{Context as Task, Poll},
     time::{Duration, Instant},
 };
+
+/// After the prefill leg's end a stream that has no token for so long is given up.
+pub(super) const FIRST_TOKEN_SECONDS_MAX: u64 = 30;
 
 /// Where two legs meet.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,9 +41,10 @@ struct Room {
 
 impl Room {
     /// At the engine for prefill, as the one that decodes reaches it.
-    fn between(prefill: &Ranked, decode: &Endpoint) -> Option<Self> {
+    fn between(prefill: &Ranked, decode: &Endpoint, own: Option<&str>) -> Option<Self> {
         let live = prefill.endpoint.live.load();
-        let (host, port) = address(&live.state.bootstrap, &prefill.endpoint, decode)?;
+        let (host, port) = address(&live.state.bootstrap, &prefill.endpoint, decode, own)?;
+        let host = host.to_owned();
         // 62 bits: the engines' numbers have a sign, and the rank must not carry it there.
         let number = rand::rng().random::<u64>() >> 2;
         let ranks = u64::from(live.state.dp_size.max(1));
@@ -51,7 +57,7 @@ impl Room {
     }
 
     /// The body of both legs.
-    fn body(&self, head: &Head) -> Option<(Bytes, Bytes)> {
+    fn body(&self, head: &Head) -> Option<Pieces> {
         let host = serde_json::to_string(&self.host).ok()?;
         let members = format!(
             "\"bootstrap_host\":{host},\"bootstrap_port\":{},\"bootstrap_room\":{}",
@@ -61,22 +67,25 @@ impl Room {
     }
 }
 
-fn address(told: &str, prefill: &Endpoint, decode: &Endpoint) -> Option<(String, u16)> {
+/// Where `decode` reaches the place that `prefill` told; `own` is where others reach this proxy.
+fn address<'a>(
+    told: &'a str,
+    prefill: &'a Endpoint,
+    decode: &Endpoint,
+    own: Option<&'a str>,
+) -> Option<(&'a str, u16)> {
     let (host, port) = told.rsplit_once(':')?;
     let port = port.parse().ok()?;
-    let mut host = host.trim_matches(['[', ']']);
-    if is_loopback(host) && prefill.via == Via::Peer {
-        // It is the loopback of the machine, or pod, that its proxy is reached at.
-        host = &prefill.address.host;
-    }
+    let host = host.trim_matches(['[', ']']);
     let elsewhere = decode.via == Via::Peer && !is_loopback(&decode.address.host);
+    // A loopback address is that of the machine, or pod, that the engine's proxy is reached at.
+    let host = match (is_loopback(host), prefill.via == Via::Peer) {
+        (true, true) => &prefill.address.host,
+        (true, false) if elsewhere => own?,
+        _ => host,
+    };
     let unreachable = host.is_empty() || is_loopback(host) && elsewhere;
-    (!unreachable).then(|| (host.to_owned(), port))
-}
-
-fn is_loopback(host: &str) -> bool {
-    let address = host.parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    (!unreachable).then_some((host, port))
 }
 
 /// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, how many engines died of it.
@@ -90,16 +99,19 @@ pub(super) async fn together(
     context: &mut Context,
 ) -> Result<Response<ResponseBody>, Failure> {
     let prefill = partner(split, &decode, context)?;
-    let room = Room::between(&prefill, &decode.endpoint);
+    let own = split.filter.services.own_host.as_deref();
+    let room = Room::between(&prefill, &decode.endpoint, own);
     let room = room.ok_or_else(|| Failure::new("prefill", "no_bootstrap"))?;
     let body = room.body(head).ok_or_else(|| none("body"))?;
     let (at, hits) = (prefill.endpoint.id.clone(), prefill.hit_tokens);
-    let begun = Instant::now();
     let first = alone(context, Part::Prefill, "p", prefill);
     let request = leg_request(head, &body, &first);
     let mut legs = Legs {
         prefill: Some(drained(split.next.keep(), request, first)),
+        at: [at.clone(), decode.endpoint.id.clone()],
         limit: Duration::from_millis(split.filter.config.prefill_timeout_ms),
+        took: None,
+        deaths: 0,
     };
     let mut second = alone(context, Part::Decode, "", decode);
     second.log = context.log.clone();
@@ -107,38 +119,67 @@ pub(super) async fn together(
     let request = leg_request(head, &body, &second);
     let deaths = context.deaths;
     let answer = legs.meet(split.next, request, &mut second).await;
-    context.deaths = second.deaths + answer.deaths_of_prefill.saturating_sub(deaths);
-    let response = answer.response?;
-    let took = begun.elapsed();
-    let uncached = context.prompt.tokens.saturating_sub(hits.unwrap_or(0));
-    split.filter.pace.learn(uncached, took);
-    split.record.prefilled(Some(at), took);
+    context.deaths = second.deaths + legs.deaths.saturating_sub(deaths);
+    let response = answer?;
+    if let Some(took) = legs.took {
+        let uncached = context.prompt.tokens.saturating_sub(hits.unwrap_or(0));
+        split.filter.pace.learn(uncached, took);
+    }
+    split.record.prefilled(Some(at), legs.took);
     split.record.decoded(second.log.upstream_host.clone());
     take_over(context, second, hits);
     Ok(accompanied(response, legs.prefill))
 }
 
-/// The engine for prefill that goes with `decode`: pages have to be of one size, and versions rather not mixed.
+/// The engine for prefill that goes with `decode`; of several, versions are rather not mixed.
 fn partner(split: &Split<'_>, decode: &Ranked, context: &Context) -> Result<Ranked, Failure> {
-    let theirs = decode.endpoint.live.load().state.clone();
+    let version = |endpoint: &Endpoint| endpoint.live.load().state.version.clone();
+    let theirs = version(&decode.endpoint);
     let locality = split.filter.config.locality;
     let mut ranked = near(&context.ranked, decode, locality);
+    // Another engine for decode may have what this one lacks.
+    let lonely = |reason| Failure {
+        at: Some(decode.endpoint.id.clone()),
+        ..Failure::new("prefill", reason)
+    };
     if locality == Locality::Required && ranked.is_empty() {
-        return Err(none("prefill"));
+        return Err(lonely("none"));
     }
-    let state = |ranked: &Ranked| ranked.endpoint.live.load().state.clone();
-    ranked.retain(|ranked| fits(&state(ranked), &theirs));
-    ranked.sort_by_key(|ranked| state(ranked).version != theirs.version);
-    let chosen = split.choose(Part::Prefill, &ranked, context);
-    let chosen = chosen.ok_or_else(|| none("prefill"))?;
-    match fits(&state(&chosen), &theirs) {
-        true => Ok(chosen),
-        false => Err(Failure::new("prefill", "page_size")),
-    }
+    ranked.sort_by_key(|ranked| version(&ranked.endpoint) != theirs);
+    let own = split.filter.services.own_host.as_deref();
+    let pairs = |prefill: &Endpoint| apart(prefill, &decode.endpoint, own).is_none();
+    let chosen = split.choose(Part::Prefill, &ranked, context, &pairs);
+    chosen.ok_or_else(|| lonely(why_alone(split.view, &decode.endpoint, own)))
 }
 
-fn fits(prefill: &EngineState, decode: &EngineState) -> bool {
-    prefill.block_tokens == decode.block_tokens
+/// Why nobody of the fleet pairs with `decode`.
+fn why_alone(view: &ClusterView, decode: &Endpoint, own: Option<&str>) -> &'static str {
+    let there = halves_for_prefill(view);
+    let why = there.filter_map(|prefill| apart(prefill, decode, own));
+    // One that would fit, if only it were reached, says more than one that does not fit.
+    why.max_by_key(|why| *why == UNREACHABLE).unwrap_or("none")
+}
+
+/// Whether somebody of the fleet pairs with `decode`.
+pub(super) fn has_partner(view: &ClusterView, decode: &Endpoint, own: Option<&str>) -> bool {
+    halves_for_prefill(view).any(|prefill| apart(prefill, decode, own).is_none())
+}
+
+fn halves_for_prefill(view: &ClusterView) -> impl Iterator<Item = &Endpoint> {
+    let there = view.endpoints.iter().map(|endpoint| &**endpoint);
+    there.filter(|endpoint| Part::Prefill.suits(endpoint) && endpoint.is_alive())
+}
+
+const UNREACHABLE: &str = "no_bootstrap";
+
+/// Why these two are no pair: pages have to be of one size, and one has to reach the other.
+fn apart(prefill: &Endpoint, decode: &Endpoint, own: Option<&str>) -> Option<&'static str> {
+    let ours = prefill.live.load();
+    if ours.state.block_tokens != decode.live.load().state.block_tokens {
+        return Some("page_size");
+    }
+    let address = address(&ours.state.bootstrap, prefill, decode, own);
+    address.is_none().then_some(UNREACHABLE)
 }
 
 /// A leg that goes to this engine or nowhere.
@@ -149,7 +190,7 @@ fn alone(context: &Context, part: Part, suffix: &str, target: Ranked) -> Context
     leg
 }
 
-fn leg_request(head: &Head, body: &(Bytes, Bytes), leg: &Context) -> Request<RequestBody> {
+fn leg_request(head: &Head, body: &Pieces, leg: &Context) -> Request<RequestBody> {
     // Whoever had it may have been in the room: a second time there would be nobody left to meet.
     let body = loan::once(body.clone(), Arc::default());
     let mut request = head.request(body, &leg.request_id);
@@ -177,65 +218,136 @@ fn drained(chain: Chain, request: Request<RequestBody>, mut leg: Context) -> Pre
             Ok(response) if !response.status().is_success() => {
                 Err(failed("refused", None, Some(Box::new(response))))
             }
-            Ok(response) => match drain(response.into_body()).await {
+            Ok(response) => match drain(response).await {
                 Ok(()) => Ok(()),
-                Err(_) => Err(failed("failed", None, None)),
+                Err(answer) => Err(failed("failed", None, answer)),
             },
         };
         (outcome, leg.deaths)
     })
 }
 
-async fn drain(mut body: ResponseBody) -> Result<(), BodyError> {
+/// Reads an answer to its end. In a stream an engine tells in an event that it failed; what it then says against the
+/// request comes back as the answer that it would have been without a stream.
+async fn drain(response: Response<ResponseBody>) -> Result<(), Refusal> {
+    let headers = response.headers();
+    let mut reads =
+        sse::is_event_stream(headers) && !headers.contains_key(header::CONTENT_ENCODING);
+    let mut body = response.into_body();
+    let mut seen = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        frame?;
+        let frame = frame.map_err(|_| None)?;
+        if !reads {
+            continue;
+        }
+        seen.extend_from_slice(&frame.into_data().unwrap_or_default());
+        while let Some(length) = sse::event_length(&seen) {
+            fine(&Event {
+                raw: &seen.split_to(length),
+            })?;
+        }
+        reads = seen.len() <= EVENT_BYTES_MAX;
     }
     Ok(())
+}
+
+/// Whether nothing in an event says that the leg came to nothing.
+fn fine(event: &Event<'_>) -> Result<(), Refusal> {
+    if event.is_error() {
+        let code = event.error_code().filter(|_| event.blames_request());
+        let answer = code.and_then(|code| refusal(code, event.data()));
+        return Err(answer);
+    }
+    let chunk: Chunk = serde_json::from_slice(event.data()).unwrap_or_default();
+    let is_aborted = |choice: &Choice| choice.finish_reason.as_deref() == Some("abort");
+    match chunk.choices.iter().any(is_aborted) {
+        true => Err(None),
+        false => Ok(()),
+    }
+}
+
+#[derive(Deserialize, Default)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<Choice>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    finish_reason: Option<String>,
+}
+
+/// What an engine said against the request, if that is why a leg came to nothing.
+type Refusal = Option<Box<Response<ResponseBody>>>;
+
+fn refusal(code: u16, body: &[u8]) -> Refusal {
+    let body = Full::new(Bytes::copy_from_slice(body));
+    let response = Response::builder()
+        .status(code)
+        .header(header::CONTENT_TYPE, "application/json");
+    let body = body.map_err(|never| match never {}).boxed_unsync();
+    response.body(body).ok().map(Box::new)
 }
 
 /// Both legs while they run. Dropping it ends them.
 struct Legs {
     /// As long as it runs.
     prefill: Option<Prefill>,
-    /// For the first token.
+    /// The engines, for prefill and for decode.
+    at: [EngineId; 2],
+    /// For the prefill leg.
     limit: Duration,
-}
-
-/// What became of the decode leg.
-struct Met {
-    response: Result<Response<ResponseBody>, Failure>,
-    deaths_of_prefill: u32,
+    /// What the prefill leg took, once it ended well.
+    took: Option<Duration>,
+    /// How many engines died before and of it.
+    deaths: u32,
 }
 
 impl Legs {
     /// Runs both until the first token, or until one of them fails. The other one is then over as well.
+    ///
+    /// As long as the prefill leg runs it has the limit. Whoever decodes then has a short one if it streams; else its head
+    /// comes after its last token, and only `headers_timeout` says how long that may take.
     async fn meet(
         &mut self,
         next: Next<'_>,
         request: Request<RequestBody>,
         leg: &mut Context,
-    ) -> Met {
+    ) -> Result<Response<ResponseBody>, Failure> {
+        let streams = leg.openai.as_ref().is_some_and(|openai| openai.stream);
+        let begun = Instant::now();
         let limit = tokio::time::sleep(self.limit);
-        let tokens = tokens(next, request, leg, self.limit);
+        let tokens = tokens(next, request, leg);
         let (mut limit, mut tokens) = (std::pin::pin!(limit), std::pin::pin!(tokens));
-        let mut deaths_of_prefill = 0;
-        let response = loop {
+        loop {
             tokio::select! {
                 biased;
-                answer = &mut tokens => break answer,
+                answer = &mut tokens => return answer,
                 (outcome, deaths) = ended(&mut self.prefill) => {
-                    deaths_of_prefill = deaths;
+                    self.deaths = deaths;
                     self.prefill = None;
-                    if let Err(failure) = outcome {
-                        break Err(failure);
-                    }
+                    outcome?;
+                    self.took = Some(begun.elapsed());
+                    let first_token = Duration::from_secs(FIRST_TOKEN_SECONDS_MAX);
+                    limit.as_mut().reset((Instant::now() + self.limit.min(first_token)).into());
                 }
-                () = &mut limit => break Err(Failure::new("prefill", "timeout")),
+                () = &mut limit, if streams || self.prefill.is_some() => {
+                    return Err(self.late());
+                }
             }
+        }
+    }
+
+    /// Whoever is still out is late.
+    fn late(&self) -> Failure {
+        let [prefill, decode] = &self.at;
+        let (leg, at) = match self.prefill {
+            Some(_) => ("prefill", prefill),
+            None => ("decode", decode),
         };
-        Met {
-            response,
-            deaths_of_prefill,
+        Failure {
+            at: Some(at.clone()),
+            ..Failure::new(leg, "timeout")
         }
     }
 }
@@ -253,7 +365,6 @@ async fn tokens(
     next: Next<'_>,
     request: Request<RequestBody>,
     leg: &mut Context,
-    limit: Duration,
 ) -> Result<Response<ResponseBody>, Failure> {
     let answer = next.run(request, leg).await;
     let at = leg.log.upstream_host.clone();
@@ -271,7 +382,8 @@ async fn tokens(
             ..failed("refused")
         });
     }
-    let response = Box::pin(pull::begun(response, limit)).await;
+    // Whoever calls has the limit.
+    let response = Box::pin(pull::begun(response, Duration::MAX)).await;
     response.map_err(|reason| {
         // It broke before its first token, which may be due to the request.
         leg.deaths += u32::from(reason == "failed");
@@ -329,6 +441,7 @@ mod tests {
     use super::*;
     use crate::endpoints::Live;
     use arc_swap::ArcSwap;
+    use outrigger_xds::report::EngineState;
     use outrigger_xds::resource::endpoint::Address;
 
     fn endpoint(via: Via, host: &str, bootstrap: &str) -> Endpoint {
@@ -353,11 +466,11 @@ mod tests {
 
     #[test]
     fn rooms_are_where_the_decode_engine_reaches_them() {
-        let meet = |prefill: (Via, &str, &str), decode: (Via, &str)| {
+        let meet = |prefill: (Via, &str, &str), decode: (Via, &str), own| {
             let prefill = endpoint(prefill.0, prefill.1, prefill.2);
             let prefill = crate::router::attempt::target(Arc::new(prefill));
             let decode = endpoint(decode.0, decode.1, "");
-            Room::between(&prefill, &decode).map(|room| format!("{} {}", room.host, room.port))
+            Room::between(&prefill, &decode, own).map(|room| format!("{} {}", room.host, room.port))
         };
         let (local, peer) = (Via::Local, Via::Peer);
         for (prefill, decode, expected) in [
@@ -395,11 +508,54 @@ mod tests {
             ((peer, "10.0.0.1", "h:x"), (local, "127.0.0.1"), None),
         ] {
             assert_eq!(
-                meet(prefill, decode).as_deref(),
+                meet(prefill, decode, None).as_deref(),
                 expected,
                 "{prefill:?} {decode:?}"
             );
         }
+        // Others reach this proxy's machine, and with it the engine beside it, somewhere.
+        let beside = (local, "127.0.0.1", "127.0.0.1:8");
+        let own = Some("10.0.0.1");
+        let reached = meet(beside, (peer, "10.0.0.2"), own);
+        assert_eq!(reached.as_deref(), Some("10.0.0.1 8"));
+        for near in [(peer, "127.0.0.1"), (local, "127.0.0.1")] {
+            assert_eq!(meet(beside, near, own).as_deref(), Some("127.0.0.1 8"));
+        }
+    }
+
+    async fn drained(kind: &str, text: &str) -> Result<(), Option<(u16, String)>> {
+        let body = Full::new(Bytes::copy_from_slice(text.as_bytes()));
+        let body = body.map_err(|never| match never {}).boxed_unsync();
+        let response = Response::builder().header("content-type", kind);
+        match drain(response.body(body).unwrap()).await {
+            Ok(()) => Ok(()),
+            Err(None) => Err(None),
+            Err(Some(answer)) => {
+                let status = answer.status().as_u16();
+                let body = answer.into_body().collect().await.unwrap().to_bytes();
+                Err(Some((status, String::from_utf8(body.to_vec()).unwrap())))
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_tells_of_a_failure_is_one() {
+        let events = "text/event-stream";
+        let token = "data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":null}]}\n\n";
+        let abort = "data: {\"choices\":[{\"text\":\"\",\"finish_reason\":\"abort\"}]}\n\n";
+        let done = "data: [DONE]\n\n";
+        let error = |code| format!("{{\"error\":{{\"message\":\"m\",\"code\":{code}}}}}");
+        let said = |code| format!("data: {}\n\n{done}", error(code));
+        assert_eq!(drained(events, &[token, done].concat()).await, Ok(()));
+        assert_eq!(
+            drained(events, &[token, abort, done].concat()).await,
+            Err(None)
+        );
+        assert_eq!(drained(events, &said(500)).await, Err(None));
+        assert_eq!(drained(events, &said(429)).await, Err(None));
+        let told = Err(Some((400, error(400))));
+        assert_eq!(drained(events, &said(400)).await, told);
+        assert_eq!(drained("application/json", &said(400)).await, Ok(()));
     }
 
     #[test]
@@ -410,7 +566,7 @@ mod tests {
         let mut numbers = std::collections::BTreeSet::new();
         for rank in 0..64 {
             prefill.rank = Some(rank % 4);
-            let room = Room::between(&prefill, &decode).unwrap();
+            let room = Room::between(&prefill, &decode, None).unwrap();
             assert_eq!(room.number % 4, u64::from(rank % 4));
             assert!(i64::try_from(room.number).is_ok());
             assert!(numbers.insert(room.number), "each has its own");

@@ -7,6 +7,7 @@
 use super::{
     Head,
     dialect::{Answer, Dialect},
+    head::Pieces,
 };
 use crate::openai::members;
 use bytes::Bytes;
@@ -18,6 +19,7 @@ use serde_json::value::RawValue;
 pub(super) const DIALECT: Dialect = Dialect {
     prefill,
     answer,
+    token_bytes: TOKEN_BYTES,
     decode,
     release,
 };
@@ -25,8 +27,17 @@ pub(super) const DIALECT: Dialect = Dialect {
 /// Numbers below are given out by the engines' own generators.
 const REQUEST_ID_MIN: u64 = 1 << 42;
 const PARAMS: &str = "\"disaggregated_params\":";
+/// What a token of the prompt takes in an answer, at most.
+const TOKEN_BYTES: usize = 16;
 /// One token, for nobody.
-const ONE_TOKEN: &str = "\"max_tokens\":1,\"stream\":false,\"stream_options\":null,";
+const ONE_TOKEN: &str =
+    "\"max_tokens\":1,\"min_tokens\":0,\"stream\":false,\"stream_options\":null,";
+/// These would ask for more than that, but not all paths know them: each where the client named it.
+const MORE_THAN_ONE_TOKEN: [(&str, &str); 3] = [
+    ("max_completion_tokens", "\"max_completion_tokens\":1,"),
+    ("logprobs", "\"logprobs\":null,"),
+    ("top_logprobs", "\"top_logprobs\":null,"),
+];
 
 #[derive(Deserialize)]
 struct Choice<'a> {
@@ -40,7 +51,13 @@ struct Params {
     request_type: Option<String>,
 }
 
-fn prefill(head: &Head) -> Option<(Bytes, Bytes)> {
+#[derive(Deserialize)]
+struct FirstToken<'a> {
+    #[serde(borrow)]
+    first_gen_log_probs: Option<&'a RawValue>,
+}
+
+fn prefill(head: &Head) -> Option<Pieces> {
     let id = rand::rng().random_range(REQUEST_ID_MIN..i64::MAX.cast_unsigned());
     let params = format!(
         "\"stream\":false,\"stream_options\":null,{PARAMS}{{\"request_type\":\"context_only\",\"disagg_request_id\":{id}}}"
@@ -76,15 +93,46 @@ fn answer(body: &Bytes) -> Option<Answer> {
     })
 }
 
-fn decode(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
-    generation(head, answer, "")
+fn decode(head: &Head, answer: &Answer) -> Result<Pieces, &'static str> {
+    if asks(head, "logprobs") && !tells_logprobs(answer) {
+        // The first token was made here, and its figures would be missing there.
+        return Err("logprobs");
+    }
+    generation(head, answer, &[]).ok_or("body")
 }
 
-fn release(head: &Head, answer: &Answer) -> Option<(Bytes, Bytes)> {
-    generation(head, answer, ONE_TOKEN)
+fn release(head: &Head, answer: &Answer) -> Option<Pieces> {
+    let mut edits = vec![ONE_TOKEN];
+    let named = |(name, _): &&(&str, &str)| asks(head, name);
+    let more = MORE_THAN_ONE_TOKEN.iter().filter(named);
+    edits.extend(more.map(|(_, edit)| edit));
+    generation(head, answer, &edits)
 }
 
-fn generation(head: &Head, answer: &Answer, more: &str) -> Option<(Bytes, Bytes)> {
+/// Whether the client named a field, and neither as null nor as false.
+fn asks(head: &Head, name: &str) -> bool {
+    let (first, more) = &head.body;
+    let body = match more.is_empty() {
+        true => first.clone(),
+        false => [&first[..], more].concat().into(),
+    };
+    let mut last = None;
+    let text = std::str::from_utf8(&body).unwrap_or_default();
+    // A body that cannot be read is refused by whoever gets it.
+    let _ = members(text, |key, value| {
+        if key == name {
+            last = Some(value);
+        }
+    });
+    last.is_some_and(|value| !matches!(value, "null" | "false"))
+}
+
+fn tells_logprobs(answer: &Answer) -> bool {
+    let params: Result<FirstToken<'_>, _> = serde_json::from_slice(&answer.params);
+    params.is_ok_and(|params| params.first_gen_log_probs.is_some())
+}
+
+fn generation(head: &Head, answer: &Answer, more: &[&str]) -> Option<Pieces> {
     let params = std::str::from_utf8(&answer.params).ok()?;
     let ids = std::str::from_utf8(&answer.prompt).ok()?;
     let open = params.trim_end().strip_suffix('}')?;
@@ -92,16 +140,16 @@ fn generation(head: &Head, answer: &Answer, more: &str) -> Option<(Bytes, Bytes)
         true => "\"prompt_token_ids\":",
         false => "\"prompt\":",
     };
-    // Of a key that comes twice it takes the last.
-    head.extended(&[
-        more,
+    let pair = [
         prompt,
         ids,
         ",",
         PARAMS,
         open,
         ",\"request_type\":\"generation_only\"}",
-    ])
+    ];
+    // Of a key that comes twice it takes the last.
+    head.extended(&[more, &pair].concat())
 }
 
 #[cfg(test)]
@@ -125,7 +173,8 @@ mod tests {
 
     fn told(finish: &str) -> Bytes {
         let params = json!({"request_type": "context_only", "first_gen_tokens": [7], "ctx_request_id": 9,
-            "encoded_opaque_state": "c3RhdGU=", "draft_tokens": null, "disagg_request_id": 5});
+            "encoded_opaque_state": "c3RhdGU=", "draft_tokens": null, "disagg_request_id": 5,
+            "first_gen_log_probs": null});
         let choice = json!({"index": 0, "finish_reason": finish, "disaggregated_params": params});
         json!({"choices": [choice], "prompt_token_ids": [1, 2, 3]})
             .to_string()
@@ -170,6 +219,51 @@ mod tests {
                 (&last["max_tokens"], &last["disaggregated_params"]),
                 (&json!(1), params)
             );
+        }
+    }
+
+    #[test]
+    fn giving_back_asks_for_one_token_whatever_the_client_named() {
+        let asked = json!({"prompt": "a", "max_completion_tokens": 90, "min_tokens": 20, "logprobs": true,
+            "top_logprobs": 3, "stream": true});
+        let head = head("/v1/chat/completions", &asked);
+        let last = read(release(&head, &answer(&told("length")).unwrap()).unwrap());
+        for (name, expected) in [
+            ("max_tokens", json!(1)),
+            ("max_completion_tokens", json!(1)),
+            ("min_tokens", json!(0)),
+            ("logprobs", Value::Null),
+            ("top_logprobs", Value::Null),
+            ("stream", json!(false)),
+        ] {
+            assert_eq!(last[name], expected, "{name}");
+        }
+        // It is an error where the path does not know the field.
+        let head = self::head("/v1/completions", &json!({"prompt": "a"}));
+        let last = read(release(&head, &answer(&told("length")).unwrap()).unwrap());
+        for (name, _) in MORE_THAN_ONE_TOKEN {
+            assert!(last.get(name).is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn logprobs_are_split_only_if_those_of_the_first_token_are_told() {
+        let without = answer(&told("length")).unwrap();
+        let text = String::from_utf8(told("length").to_vec()).unwrap();
+        let with = text.replace("log_probs\":null", "log_probs\":[[-0.1]]");
+        assert_ne!(text, with);
+        let with = answer(&with.into()).unwrap();
+        for (asked, splits) in [
+            (json!({"logprobs": true}), false),
+            (json!({"logprobs": 1}), false),
+            (json!({"logprobs": 0}), false),
+            (json!({"logprobs": false}), true),
+            (json!({"logprobs": null}), true),
+            (json!({}), true),
+        ] {
+            let head = head("/v1/chat/completions", &asked);
+            assert_eq!(decode(&head, &without).is_ok(), splits, "{asked}");
+            assert!(decode(&head, &with).is_ok(), "{asked}");
         }
     }
 

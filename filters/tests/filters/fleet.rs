@@ -178,6 +178,7 @@ impl Fleet {
             token_limits: Arc::default(),
             serving: Arc::default(),
             node_cluster: Arc::default(),
+            own_host: None,
             stat_prefix: Arc::default(),
         };
         Self {
