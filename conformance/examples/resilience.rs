@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use outrigger_conformance::{
-    harness::{Client, OneChain, ProxyBuilder, Version, metric, request, wait_alive},
+    harness::{Client, OneChain, ProxyBuilder, Version, free_address, metric, request, wait_alive},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
@@ -96,10 +96,8 @@ struct Addresses {
 
 impl Addresses {
     fn free() -> Self {
-        let sockets: [_; 4] = std::array::from_fn(|_| {
-            std::net::TcpListener::bind("127.0.0.1:0").expect("invariant: a free port")
-        });
-        Self::of(&sockets.map(|socket| socket.local_addr().expect("invariant: a bound socket")))
+        let four: [_; 4] = std::array::from_fn(|_| free_address());
+        Self::of(&four)
     }
 
     fn of(four: &[SocketAddr]) -> Self {

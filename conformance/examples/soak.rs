@@ -5,7 +5,9 @@
 use clap::Parser;
 use http::{Method, StatusCode};
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, metric, request, send_signal},
+    harness::{
+        Client, ProxyBuilder, TestProxy, Version, free_address, metric, request, send_signal,
+    },
     sim::{Config, SimEngine},
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
@@ -125,14 +127,9 @@ async fn be_engine(port: u16, itl_ms: f64) -> ExitCode {
     std::future::pending().await
 }
 
-fn free() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("invariant: a free port");
-    listener.local_addr().expect("invariant: a bound socket")
-}
-
 /// Two proxies, peers of each other, with half of the engines each.
 fn proxies(engines: &[Engine]) -> [TestProxy; 2] {
-    let inbound = [free(), free()];
+    let inbound = [free_address(), free_address()];
     [0, 1].map(|at: usize| {
         let beside = engines.iter().skip(at).step_by(2);
         let builder = ProxyBuilder::new()
@@ -349,7 +346,9 @@ async fn main() -> ExitCode {
     if let Some(port) = args.engine {
         return be_engine(port, args.itl_ms).await;
     }
-    let mut engines: Vec<_> = (0..4).map(|_| Engine::start(free(), args.itl_ms)).collect();
+    let mut engines: Vec<_> = (0..4)
+        .map(|_| Engine::start(free_address(), args.itl_ms))
+        .collect();
     let quick = SimEngine::start(Config::default()).expect("invariant: an engine starts");
     let proxies = proxies(&engines);
     for proxy in &proxies {

@@ -37,7 +37,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -47,6 +47,28 @@ use std::{
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// An address that nobody is at, for what is told of it before it is bound, or binds it again. The system gives its port
+/// to nobody who asks for any.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn free_address() -> SocketAddr {
+    // Systems hand out ports from 32768 on, if not further up.
+    const PORTS: std::ops::Range<u16> = 10_000..32_000;
+    static FIRST: OnceLock<u16> = OnceLock::new();
+    static GIVEN: AtomicUsize = AtomicUsize::new(0);
+    let first = *FIRST.get_or_init(|| rand::random_range(PORTS));
+    let mut asked = PORTS.map(|_| {
+        let place = usize::from(first - PORTS.start) + GIVEN.fetch_add(1, Relaxed);
+        let port = PORTS.start + (place % PORTS.len()) as u16;
+        SocketAddr::from(([127, 0, 0, 1], port))
+    });
+    asked
+        .find(|address| std::net::TcpListener::bind(address).is_ok())
+        .expect("invariant: some port is free")
+}
 
 /// Waits until `look` gives something.
 ///

@@ -3,7 +3,7 @@
 use super::disaggregation::{CHAT, always, chat, disaggregation};
 use super::disaggregation_sglang::{Fleet, config, half, start};
 use outrigger_conformance::{
-    harness::{ProxyBuilder, Version},
+    harness::{ProxyBuilder, Version, free_address},
     sim::{Bootstrap, Config, Fault, FaultKind, Side, SimEngine},
 };
 use serde_json::{Value, json};
@@ -95,7 +95,7 @@ async fn halves_meet_across_proxies() {
             .start()
     };
     // To a proxy both are names of other machines; the rooms are at the first.
-    let decode_inbound = format!("127.2:{}", free_port());
+    let decode_inbound = format!("127.2:{}", free_address().port());
     let decode_url = format!("http://{decode_inbound}");
     let at_prefill = beside(&prefill, "127.1:0", &decode_url);
     let prefill_url = format!("http://127.1:{}", at_prefill.inbound().port());
@@ -127,12 +127,6 @@ async fn halves_meet_across_proxies() {
         }
     }
     fleet.idle().await;
-}
-
-/// Of an address that nothing else here listens at: it stays free.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.2:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 #[tokio::test]
@@ -179,7 +173,11 @@ async fn a_prefill_that_fails_in_its_stream_ends_the_other_leg() {
         ..half(Side::Prefill)
     });
     let (decode, whole) = (start(half(Side::Decode)), start(config()));
-    let nowhere = format!("{};bootstrap=127.0.0.2:{}", prefill.url(), free_port());
+    let nowhere = format!(
+        "{};bootstrap=127.0.0.2:{}",
+        prefill.url(),
+        free_address().port()
+    );
     let proxy = ProxyBuilder::new()
         .flag("--engine", &nowhere)
         .flag("--engine", &decode.url())

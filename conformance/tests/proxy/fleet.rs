@@ -7,7 +7,7 @@ use http::Method;
 use outrigger_conformance::{
     harness::{
         Client, OneChain, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive,
-        eventually, hosts, request, scratch, wait_alive,
+        eventually, free_address, hosts, request, scratch, wait_alive,
     },
     sim::{Config, SimEngine},
 };
@@ -38,17 +38,9 @@ fn engine(model: &str) -> SimEngine {
     .unwrap()
 }
 
-async fn free() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
-}
-
 /// Two proxies, each beside an engine and a peer of the other.
 async fn pair(first: SocketAddr, second: SocketAddr, policy: &str) -> (TestProxy, TestProxy) {
-    let (a, b) = (free().await, free().await);
+    let (a, b) = (free_address(), free_address());
     let build = |engine, own: SocketAddr, other| {
         ProxyBuilder::new()
             .engine(engine)
@@ -361,7 +353,7 @@ async fn a_gateway_answers_for_itself() {
 
 #[tokio::test]
 async fn a_loop_ends_in_508() {
-    let own = free().await;
+    let own = free_address();
     let looped = ProxyBuilder::new()
         .flag("--listen", &own.to_string())
         .server(own)
@@ -373,7 +365,7 @@ async fn a_loop_ends_in_508() {
         }
     }
     // Two that send to each other.
-    let (a, b) = (free().await, free().await);
+    let (a, b) = (free_address(), free_address());
     let build = |own: SocketAddr, other| {
         ProxyBuilder::new()
             .flag("--listen", &own.to_string())
@@ -427,7 +419,7 @@ struct Two {
 /// A proxy in this process, and its peer in one of its own.
 async fn two() -> Two {
     let engines = [engine("sim"), engine("sim")];
-    let inbound = free().await.to_string();
+    let inbound = free_address().to_string();
     let engine = format!("http://{}", engines[1].http_addr);
     let node = format!("far-{inbound}");
     let flags = [

@@ -4,7 +4,9 @@ use super::{
     migration::migration,
     support::{Story, story},
 };
-use outrigger_conformance::harness::{ProxyBuilder, TestProxy, Version, request, send_signal};
+use outrigger_conformance::harness::{
+    ProxyBuilder, TestProxy, Version, free_address, request, send_signal,
+};
 use rand::Rng;
 use serde_json::json;
 use std::{
@@ -52,11 +54,7 @@ impl Drop for Engine {
 }
 
 fn fleet(count: usize, stall_ms: u64) -> (Vec<Engine>, TestProxy) {
-    let free = || {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap()
-    };
-    let addresses: Vec<_> = (0..count).map(|_| free()).collect();
+    let addresses: Vec<_> = (0..count).map(|_| free_address()).collect();
     let engines: Vec<_> = addresses.iter().copied().map(Engine::start).collect();
     let builder = ProxyBuilder::new().edit(migration(json!({"stall_ms": stall_ms})));
     let builder = addresses

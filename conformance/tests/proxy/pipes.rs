@@ -109,6 +109,13 @@ fn paths_that_cannot_be_are_refused() {
         let refused = read(&[], &[at_pipe(path)]).unwrap_err();
         assert!(refused.contains(word), "{refused}");
     }
+    let mut listener = at_its_pipe("l", Path::new("/l"), &json!([{"filters": [says("")]}]));
+    listener["address"]["pipe"]["mode"] = json!(0o1000);
+    let refused = read(&[listener], &[]).unwrap_err();
+    assert!(
+        refused.contains("address.pipe.mode: must be at most 511"),
+        "{refused}"
+    );
 }
 
 /// Asks over a pipe, and gives all that comes back.

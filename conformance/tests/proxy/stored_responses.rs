@@ -2,7 +2,7 @@
 
 use http::Method;
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, Reply, TestProxy, Version, eventually, request},
+    harness::{Client, ProxyBuilder, Reply, TestProxy, Version, eventually, free_address, request},
     sim::{Config, SimEngine},
 };
 use serde_json::{Value, json};
@@ -22,14 +22,6 @@ fn engine(port: u16, seed: u64) -> SimEngine {
     .unwrap()
 }
 
-async fn free() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
-}
-
 /// A proxy beside each of two engines, and one that has none: it never sees a create unless a case sends it one.
 struct Fleet {
     engines: [SimEngine; 2],
@@ -41,7 +33,7 @@ struct Fleet {
 impl Fleet {
     async fn start() -> Self {
         let engines = [engine(0, 1), engine(0, 2)];
-        let inbound = [free().await, free().await];
+        let inbound = [free_address(), free_address()];
         let beside = [0, 1].map(|at| {
             ProxyBuilder::new()
                 .engine(engines[at].http_addr)
@@ -352,7 +344,7 @@ async fn an_owner_that_is_dead_or_gone_is_named_and_nobody_stands_in() {
 async fn a_peer_that_was_never_heard_may_hold_it() {
     let fleet = Fleet::start().await;
     let ids = fleet.create(&json!({})).await;
-    let silent = gateway(&[fleet.inbound[0], free().await]);
+    let silent = gateway(&[fleet.inbound[0], free_address()]);
     silent.wait_alive(1).await;
     assert_eq!(fetch(&silent, &ids[0]).await.status, 200);
     let reply = fetch(&silent, &ids[1]).await;

@@ -5,13 +5,14 @@ use super::collector::{CLIENT, Collector, GRPC_PATH, Manner, SERVER, Seen};
 use http::{Method, Request};
 use outrigger_conformance::{
     harness::{
-        OneChain, Process, ProxyBuilder, TestProxy, Upstream, Version, eventually, metric, request,
+        OneChain, Process, ProxyBuilder, TestProxy, Upstream, Version, eventually, free_address,
+        metric, request,
     },
     sim::{Config, SimEngine},
 };
 use outrigger_xds::resource::bootstrap::Bootstrap;
-use std::{net::SocketAddr, time::Duration};
-use tokio::net::{TcpListener, TcpSocket};
+use std::time::Duration;
+use tokio::net::TcpSocket;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -52,16 +53,11 @@ pub(crate) async fn ask(proxy: &TestProxy, headers: &[(&'static str, &str)]) {
     assert_eq!(client.send(chat(headers)).await.status, 200);
 }
 
-async fn free() -> SocketAddr {
-    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    socket.local_addr().unwrap()
-}
-
 #[tokio::test]
 async fn two_hops_are_one_trace_and_each_span_has_its_parent() {
     let collector = Collector::start(Manner::Takes).await;
     let engine = SimEngine::start(Config::default()).unwrap();
-    let inbound = free().await;
+    let inbound = free_address();
     let near = traced(&collector.grpc())
         .engine(engine.http_addr)
         .flag("--inbound", &inbound.to_string())

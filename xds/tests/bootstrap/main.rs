@@ -464,11 +464,6 @@ fn what_is_refused_by_name_is_not_also_missing() {
     let route = format!("{H}/route_config/virtual_hosts/0/routes/2");
     let table = [
         (
-            format!("{L}/address"),
-            json!({"pipe": {"path": "/a", "mode": 512}}),
-            "address.pipe.mode: must be at most 511",
-        ),
-        (
             format!("{route}/match"),
             json!({"connect_matcher": {"regex": "a"}}),
             "connect_matcher",
