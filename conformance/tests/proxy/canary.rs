@@ -318,6 +318,33 @@ async fn an_engine_that_aborts_on_priority_is_asked_without() {
 }
 
 #[tokio::test]
+async fn an_engine_that_sleeps_is_left_alone_until_it_is_woken() {
+    let engine = SimEngine::start(Config {
+        dev_mode: true,
+        ..Config::default()
+    })
+    .unwrap();
+    let proxy = beside(&[engine.http_addr], hasty(|_, _| ())).start();
+    proxy.wait_alive(1).await;
+    let mut client = Client::connect(engine.http_addr, Version::H1).await;
+    assert_eq!(client.post("/sleep", String::new()).await.status, 200);
+    let told = wait_health(proxy.admin(), engine.http_addr, "draining").await;
+    let reason = told["outrigger"]["health_reason"].as_str().unwrap();
+    assert!(reason.contains("asleep"), "{reason}");
+    let probes = "outrigger_canary_probes_total";
+    let before = counted(&proxy, probes, engine.http_addr, "").await;
+    // Five intervals.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asleep = counted(&proxy, probes, engine.http_addr, "").await;
+    assert!(asleep <= before + 1.0, "one may have been on its way");
+    assert_eq!(client.post("/wake_up", String::new()).await.status, 200);
+    wait_health(proxy.admin(), engine.http_addr, "healthy").await;
+    let well = r#"outcome="well""#;
+    let before = counted(&proxy, probes, engine.http_addr, well).await;
+    wait_counted(&proxy, probes, engine.http_addr, well, before + 1.0).await;
+}
+
+#[tokio::test]
 async fn a_first_answer_that_takes_long_is_no_failure() {
     let cold = engine();
     let check = hasty(|_, config| config.first_timeout_ms = 60_000);
