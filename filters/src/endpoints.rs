@@ -520,12 +520,12 @@ pub trait Reservation: Send + Sync {
     fn later_token(&mut self, waited: Duration) {
         let _ = waited;
     }
-    /// Whether it wants to know what streams bring.
-    fn watches_streams(&self) -> bool {
+    /// Whether it wants to know what streams, and whole answers that an engine had to compute, bring.
+    fn watches_answers(&self) -> bool {
         false
     }
-    /// A piece of a stream of events came; an engine reports its own failure in one, too.
-    fn stream_piece(&mut self, is_failure: bool) {
+    /// A piece of one came; an engine reports its own failure in one, too.
+    fn answer_piece(&mut self, is_failure: bool) {
         let _ = is_failure;
     }
     /// A load report came, in headers or trailers.

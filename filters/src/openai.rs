@@ -206,6 +206,20 @@ pub struct OpenAiRequest {
     pub limits: StreamLimits,
 }
 
+/// Whether an answer from this path shows that the engine computes. A response may be told of before anything is.
+pub(crate) fn is_computed(path: &str) -> bool {
+    matches!(
+        parse::api(path),
+        Api::Chat | Api::Completions | Api::Messages | Api::Generate | Api::Embeddings
+    )
+}
+
+/// Whether a stream's events are tokens. A response's first comes before any: its prefill would count as a wait for one.
+pub(crate) fn tells_tokens(context: &Context) -> bool {
+    let api = context.openai.as_ref().map(|openai| openai.api);
+    !matches!(api, Some(Api::Responses | Api::StoredResponse))
+}
+
 impl OpenAiRequest {
     /// A request whose body was not read.
     #[must_use]

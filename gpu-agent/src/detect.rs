@@ -3,14 +3,13 @@
 //! Asks the endpoints engines have for that; an endpoint that is absent, closed or odd is one fact less, never an
 //! error, unless nobody answers at all. It does not watch: asking again is `engine`'s business.
 
-use crate::engine::EngineConfig;
-use crate::engine::{sglang, vllm};
+use crate::engine::{EngineConfig, health, sglang, vllm};
 use crate::http::{HttpClient, HttpError};
 use crate::load::{Figures, parse};
 use crate::zmq_events::EventSource;
 use bytes::Bytes;
 use http::StatusCode;
-use outrigger_xds::report::{EngineKind, EngineState, Health, Model};
+use outrigger_xds::report::{EngineKind, EngineState, Model};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -62,7 +61,7 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
             .map(read_models)
             .unwrap_or_default(),
         role: config.role,
-        health: Health::Healthy,
+        health: health(figures.is_asleep),
         dp_size: figures.ranks.max(1),
         block_tokens: figures.block_tokens.unwrap_or(0),
         kv_blocks: figures.kv_blocks.unwrap_or(0),

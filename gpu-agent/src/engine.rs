@@ -14,7 +14,7 @@ use crate::load::{Figures, parse};
 use crate::zmq_events::{BeginReason, EventSource, RankEvent, follow};
 use http::StatusCode;
 use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
-use outrigger_xds::report::{EngineId, EngineKind, Model, Role};
+use outrigger_xds::report::{EngineId, EngineKind, Health, Model, Role};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -165,6 +165,7 @@ async fn watch(
     let (seen_sender, mut seen) = mpsc::channel(1);
     let mut reasons = Reasons {
         denied: detected.state.reason.clone(),
+        is_asleep: detected.state.health == Health::Draining,
         ..Reasons::default()
     };
     let mut ranks = Ranks::new(&detected.sources);
@@ -193,6 +194,7 @@ async fn watch(
                 Some(Seen::Models(models)) => cell.set_state(|state| state.models = models),
                 Some(Seen::Unauthorized(what)) => reasons.denied = format!("{what}: the API key is missing or wrong"),
                 Some(Seen::Figures(figures)) => {
+                    reasons.is_asleep = figures.is_asleep;
                     if let (Some(running), Some(waiting)) = (figures.running, figures.waiting) {
                         cell.set_load((running, waiting), &figures);
                     }
@@ -215,6 +217,7 @@ async fn watch(
         reasons.events = ranks.reason();
         cell.set_state(|state| {
             state.kv_events = ranks.all_connected();
+            state.health = health(reasons.is_asleep);
             state.reason = reasons.text();
         });
     }
@@ -233,6 +236,7 @@ async fn ended(followers: &mut JoinSet<()>) -> String {
 /// Why things are not as they could be, by cause.
 #[derive(Default)]
 struct Reasons {
+    is_asleep: bool,
     denied: String,
     events: String,
     sizes: String,
@@ -240,13 +244,19 @@ struct Reasons {
 
 impl Reasons {
     fn text(&self) -> String {
-        let parts = [&self.denied, &self.events, &self.sizes];
-        parts
-            .into_iter()
-            .filter(|part| !part.is_empty())
-            .cloned()
-            .collect::<Vec<_>>()
-            .join("; ")
+        let asleep = if self.is_asleep { "asleep" } else { "" };
+        let parts = [asleep, &self.denied, &self.events, &self.sizes];
+        let said = parts.into_iter().filter(|part| !part.is_empty());
+        said.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// One that sleeps answers, and must get no requests until it is woken.
+pub(crate) fn health(is_asleep: bool) -> Health {
+    if is_asleep {
+        Health::Draining
+    } else {
+        Health::Healthy
     }
 }
 

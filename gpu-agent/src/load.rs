@@ -29,6 +29,8 @@ pub struct Figures {
     pub tokens: Option<u64>,
     /// When the process began, seconds since the epoch: another value is another process.
     pub process_start: Option<f64>,
+    /// It gave up its weights or its cache until it is woken.
+    pub is_asleep: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -123,6 +125,10 @@ pub fn parse(page: &str) -> Figures {
         };
         if name == "process_start_time_seconds" {
             figures.process_start = Some(value);
+        } else if name == "vllm:engine_sleep_state" {
+            // One line for each state, 1 for that which holds.
+            let is_other = label(labels, "sleep_state").is_some_and(|state| state != "awake");
+            figures.is_asleep |= is_other && value > 0.0;
         } else if name == "vllm:cache_config_info" {
             figures.block_tokens = label(labels, "block_size").and_then(|size| size.parse().ok());
             if let Some(count) =
@@ -237,6 +243,19 @@ mod tests {
             (figures.kind, figures.running),
             (EngineKind::Sglang, Some(2))
         );
+    }
+
+    #[test]
+    fn an_engine_sleeps_in_any_state_but_awake() {
+        let page = |awake: u8, offloaded: u8| {
+            format!(
+                "vllm:engine_sleep_state{{engine=\"0\",sleep_state=\"awake\"}} {awake}.0\n\
+                 vllm:engine_sleep_state{{engine=\"0\",sleep_state=\"weights_offloaded\"}} {offloaded}.0\n"
+            )
+        };
+        assert!(parse(&page(0, 1)).is_asleep);
+        assert!(!parse(&page(1, 0)).is_asleep);
+        assert!(!parse("").is_asleep);
     }
 
     #[test]

@@ -6,7 +6,9 @@
 
 mod golden;
 mod judge;
+mod patience;
 mod probe;
+mod seen;
 mod traffic;
 
 use crate::{fleet::Fleet, ledger::Ledger};
@@ -24,7 +26,9 @@ use outrigger_xds::{
         health_check::{Checker, HealthCheck},
     },
 };
+use patience::Patience;
 pub(crate) use probe::{Asked, Prober};
+use seen::Seen;
 use serde_json::Value;
 use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
@@ -36,10 +40,12 @@ use traffic::Watch;
 
 /// How often it is looked whether anything is to be done.
 const LOOK: Duration = Duration::from_millis(50);
-/// Longest time that is allowed for prompts that wait.
-const PREFILL_WAIT_MAX: Duration = Duration::from_secs(120);
 /// An engine that refuses probes is asked again after this.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
+/// The longest rest after a probe, whatever its share: an engine that hangs is to be found.
+const REST_MAX: Duration = Duration::from_secs(60);
+/// So many refusals in a row end a verdict: what it cannot be asked, nobody knows of it.
+const REFUSALS_MAX: u32 = 3;
 
 /// What is told of an engine beside us.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -91,6 +97,7 @@ struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.task.abort();
+        self.ledger.traffic.watch(false);
         // Nobody will ever say otherwise.
         self.ledger.tell(Verdict::default());
     }
@@ -138,33 +145,11 @@ impl Canaries {
     }
 
     fn start(&self, fleet: &Arc<Fleet>, watched: &Watched<'_>) -> Running {
-        let endpoint = watched.endpoint;
         let settings = Arc::new(ArcSwap::from_pointee(watched.check.clone()));
-        let (address, connection) = (endpoint.address.clone(), endpoint.connection.clone());
-        let now = Instant::now();
-        let canary = Canary {
-            id: endpoint.id.clone(),
-            live: endpoint.live.clone(),
-            host: endpoint.host.clone(),
-            fleet: fleet.clone(),
-            ledger: watched.ledger.clone(),
-            settings: settings.clone(),
-            prober: Prober::new(address.clone(), connection, None)
-                .authorized(self.bearer.get().cloned()),
-            watch: Watch::new(&watched.ledger.traffic, now),
-            is_up: false,
-            proved_at: now,
-            next_probe: now,
-            next_golden: now,
-            accused: false,
-            is_refused: false,
-            is_outlier: false,
-            answers: Judge::new(now),
-            truth: Judge::new(now),
-            told: Verdict::default(),
-        };
+        watched.ledger.traffic.watch(true);
+        let canary = Canary::new(fleet, watched, settings.clone(), self.bearer.get().cloned());
         Running {
-            address,
+            address: watched.endpoint.address.clone(),
             settings,
             ledger: watched.ledger.clone(),
             task: tokio::spawn(canary.run()).abort_handle(),
@@ -184,17 +169,28 @@ struct Canary {
     settings: Arc<ArcSwap<HealthCheck>>,
     prober: Prober,
     watch: Watch,
+    patience: Patience,
     /// Whether its adapter says that there is an engine.
     is_up: bool,
     /// When it was last seen to work.
     proved_at: Instant,
+    /// When a probe last went well.
+    well_at: Option<Instant>,
+    /// When it was last seen without requests.
+    free_at: Instant,
     /// No probe before this: probes may only take a share of its time.
     next_probe: Instant,
     next_golden: Instant,
-    /// Requests failed since the last probe.
+    /// Something speaks against it: a probe is brought forward, whatever it was.
     accused: bool,
-    /// It refuses probes.
-    is_refused: bool,
+    /// Refusals in a row.
+    refusals: u32,
+    /// It is noted that it cannot be asked.
+    is_unasked: bool,
+    /// It may be another process than that of which something was found.
+    is_restarted: bool,
+    /// The last probe failed, at this time.
+    failed_at: Option<Instant>,
     /// Outlier detection ejected it.
     is_outlier: bool,
     /// Whether it answers.
@@ -205,6 +201,43 @@ struct Canary {
 }
 
 impl Canary {
+    fn new(
+        fleet: &Arc<Fleet>,
+        watched: &Watched<'_>,
+        settings: Arc<ArcSwap<HealthCheck>>,
+        bearer: Option<HeaderValue>,
+    ) -> Self {
+        let endpoint = watched.endpoint;
+        let (address, connection) = (endpoint.address.clone(), endpoint.connection.clone());
+        let now = Instant::now();
+        Self {
+            id: endpoint.id.clone(),
+            live: endpoint.live.clone(),
+            host: endpoint.host.clone(),
+            fleet: fleet.clone(),
+            ledger: watched.ledger.clone(),
+            settings,
+            prober: Prober::new(address, connection, None).authorized(bearer),
+            watch: Watch::new(&watched.ledger.traffic, now),
+            patience: Patience::default(),
+            is_up: false,
+            proved_at: now,
+            well_at: None,
+            free_at: now,
+            next_probe: now,
+            next_golden: now,
+            accused: false,
+            refusals: 0,
+            is_unasked: false,
+            is_restarted: false,
+            failed_at: None,
+            is_outlier: false,
+            answers: Judge::new(now),
+            truth: Judge::new(now),
+            told: Verdict::default(),
+        }
+    }
+
     async fn run(mut self) {
         let mut tick = tokio::time::interval(LOOK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -215,9 +248,21 @@ impl Canary {
                 continue;
             };
             let live = self.live.load_full();
+            self.obey(config);
             if self.look(&live) {
                 self.turn(&check, config, &live).await;
             }
+        }
+    }
+
+    /// What is not to be enforced any more is no verdict.
+    fn obey(&mut self, config: &Config) {
+        if config.golden.enforcing != Enforcing::Eject && self.truth.is_in_doubt() {
+            if self.truth.is_unhealthy() {
+                self.changed("healthy", "void", "wrong answers are only reported now");
+            }
+            self.truth = Judge::new(Instant::now());
+            self.tell();
         }
     }
 
@@ -230,12 +275,21 @@ impl Canary {
         let was_outlier = std::mem::replace(&mut self.is_outlier, is_outlier);
         self.accused |= self.watch.take_failures(traffic) || is_outlier && !was_outlier;
         self.proved_at = self.proved_at.max(self.watch.moved_at());
+        if live.load.active_requests == 0 {
+            self.free_at = now;
+        }
         let is_up = live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy);
         if is_up && !self.is_up {
             // Another process, perhaps.
             self.answers.restart(now);
             self.truth.restart(now);
-            (self.proved_at, self.next_golden) = (now, now);
+            self.prober.restart();
+            self.patience.restart();
+            (self.proved_at, self.next_golden, self.well_at) = (now, now, None);
+            (self.is_restarted, self.failed_at, self.refusals) = (true, None, 0);
+            // The process before said it.
+            self.told.golden = None;
+            self.tell();
         }
         // What fails while there is no engine says nothing about the next.
         self.accused &= is_up;
@@ -257,68 +311,116 @@ impl Canary {
 
     /// Whether it is to be asked for a token now.
     fn is_due(&self, check: &HealthCheck, config: &Config, load: &Load, now: Instant) -> bool {
-        let quiet = now.duration_since(self.proved_at);
-        let is_stalled = load.active_requests > 0 && quiet >= patience(check, config, load);
-        self.accused || self.answers.is_in_doubt() || is_stalled || quiet >= check.interval
+        if self.accused || self.answers.is_in_doubt() {
+            return true;
+        }
+        if load.active_requests > 0 {
+            // They may have come to an engine that had nothing to do, and could prove nothing.
+            let waited = now.duration_since(self.proved_at.max(self.free_at));
+            let patience = self.patience.deadline(check, config, load, 1);
+            return waited >= check.interval.min(patience);
+        }
+        // Nobody used it since it last went well: let it rest.
+        let is_idle = self.well_at.is_some_and(|at| self.watch.served_at() <= at);
+        let wait = if is_idle {
+            check.interval.max(check.no_traffic_interval)
+        } else {
+            check.interval
+        };
+        now.duration_since(self.proved_at) >= wait
     }
 
     async fn probe(&mut self, check: &HealthCheck, config: &Config, live: &Live) {
         let begun = Instant::now();
-        // Others saw it, too: requests that failed, or that wait and get nothing.
-        let patience = patience(check, config, &live.load);
-        let is_stalled =
-            live.load.active_requests > 0 && begun.duration_since(self.proved_at) >= patience;
-        let agreed = std::mem::take(&mut self.accused) || is_stalled;
+        let patience = self.patience.deadline(check, config, &live.load, 1);
+        self.accused = false;
         let asked = tokio::time::timeout(patience, self.prober.ask(&live.state)).await;
         let now = Instant::now();
-        self.look(&self.live.load_full());
-        let asked = asked.unwrap_or_else(|_| Asked::Busy(format!("no token within {patience:?}")));
-        let asked = match asked {
-            // Somebody else got something meanwhile: it is busy, not broken.
-            Asked::Busy(why) if self.watch.moved_at() <= begun => Asked::Failed(why),
-            other => other,
+        let later = self.live.load_full();
+        self.look(&later);
+        let seen = Seen {
+            moved: self.watch.moved_at() > begun,
+            serves: live.load.active_requests > 0 || later.load.active_requests > 0,
+            blind: !self.watch.tells_figures(),
+            quiet: now.duration_since(self.proved_at),
         };
+        let asked = seen.weigh(asked.ok(), patience);
         self.count("outrigger_canary_probes_total", outcome(&asked));
-        let rules = rules(check, config);
-        let took = now.duration_since(begun);
         self.next_probe = now + check.unhealthy_interval;
+        let rules = rules(check, config);
         match asked {
             Asked::Well(_) => {
-                metrics::histogram!("outrigger_canary_probe_seconds").record(took.as_secs_f64());
-                self.proved_at = now;
-                if std::mem::take(&mut self.is_refused) {
-                    self.note(None);
-                }
-                if self.answers.succeeded(&rules, now) == Some(Change::Healthy) {
-                    self.changed("healthy", "recovered", "it generates again");
-                }
+                let took = now.duration_since(begun);
+                self.worked(&rules, took, now);
                 if !self.answers.is_in_doubt() {
                     self.next_probe = now + rest(check, config, took);
                 }
             }
-            Asked::Failed(why) => {
-                let change = self.answers.failed(1 + u32::from(agreed), &rules, now);
-                tracing::debug!(engine = %self.id, why, agreed, "a probe failed");
-                if change.is_some() {
-                    let why = format!(
-                        "canary: {why}; {} failures in a row",
-                        self.answers.failures()
-                    );
-                    self.told.unhealthy = Some(why.clone());
-                    self.changed("unhealthy", "no_answer", &why);
-                }
+            Asked::Failed(why) => self.failed(&why, &rules, begun, now),
+            Asked::Busy(_) => self.refusals = 0,
+            Asked::Unproven(why) => {
+                let note = format!("canary: never answered a probe: {why}");
+                self.unasked(note, self.is_restarted, now);
             }
-            Asked::Busy(_) => {}
-            Asked::Refused(why) => {
-                if self.answers.is_in_doubt() {
-                    tracing::debug!(engine = %self.id, why, "refuses probes");
-                }
-                (self.proved_at, self.is_refused) = (now, true);
-                self.next_probe = now + REFUSED_RETRY;
-                self.note(Some(format!("canary: cannot be probed: {why}")));
-            }
+            Asked::Refused(why) => self.refused(&why, now),
         }
+        self.patience.asked();
         self.tell();
+    }
+
+    /// A probe went well.
+    fn worked(&mut self, rules: &Rules, took: Duration, now: Instant) {
+        metrics::histogram!("outrigger_canary_probe_seconds").record(took.as_secs_f64());
+        self.patience.learn(took);
+        (self.proved_at, self.well_at) = (now, Some(now));
+        (self.is_restarted, self.failed_at, self.refusals) = (false, None, 0);
+        if std::mem::take(&mut self.is_unasked) {
+            self.note(None);
+        }
+        if self.answers.succeeded(rules, now) == Some(Change::Healthy) {
+            self.changed("healthy", "recovered", "it generates again");
+        }
+    }
+
+    /// A probe failed. While requests get something, it is the probe that nobody can judge.
+    fn failed(&mut self, why: &str, rules: &Rules, begun: Instant, now: Instant) {
+        self.refusals = 0;
+        self.is_restarted = false;
+        let since = self.failed_at.replace(now).unwrap_or(begun);
+        tracing::debug!(engine = %self.id, why, "a probe failed");
+        if self.watch.served_at() > since && !self.answers.is_unhealthy() {
+            self.answers.forget();
+            return;
+        }
+        if self.answers.failed(rules, now).is_some() {
+            let failures = self.answers.failures();
+            let why = format!("canary: {why}; {failures} failures in a row");
+            self.changed("unhealthy", "no_answer", &why);
+            self.told.unhealthy = Some(why);
+        }
+    }
+
+    /// It does not let us ask.
+    fn refused(&mut self, why: &str, now: Instant) {
+        self.refusals = self.refusals.saturating_add(1);
+        let is_void = self.is_restarted || self.refusals >= REFUSALS_MAX;
+        self.unasked(format!("canary: cannot be probed: {why}"), is_void, now);
+    }
+
+    /// The question is of no use here: what was found before cannot be found again.
+    fn unasked(&mut self, note: String, is_void: bool, now: Instant) {
+        self.proved_at = now;
+        self.is_unasked = true;
+        self.note(Some(note));
+        if self.answers.is_in_doubt() && is_void {
+            if self.answers.is_unhealthy() {
+                self.changed("healthy", "void", "it cannot be probed");
+            }
+            self.answers = Judge::new(now);
+        }
+        if !self.answers.is_in_doubt() {
+            self.next_probe = now + REFUSED_RETRY;
+        }
     }
 
     async fn ask_golden(&mut self, check: &HealthCheck, config: &Config, live: &Live) {
@@ -329,17 +431,19 @@ impl Canary {
             return self.tell();
         }
         let begun = Instant::now();
-        let patience = patience(check, config, &live.load);
+        let tokens = golden.max_tokens;
+        let patience = self.patience.deadline(check, config, &live.load, tokens);
         let asking = self.prober.ask_golden(&live.state, golden);
         let asked = tokio::time::timeout(patience, asking).await;
         let now = Instant::now();
+        self.patience.asked();
         self.next_golden = now + Duration::from_millis(golden.interval_ms);
         self.next_probe = now + rest(check, config, now.duration_since(begun));
         let answer = match asked {
             Ok(Asked::Well(body)) => self.read(&body, &live.state, golden.margin),
             Ok(Asked::Refused(_) | Asked::Busy(_)) => None,
-            Ok(Asked::Failed(_)) | Err(_) => {
-                // Whether it answers at all is the other question, and is asked next.
+            Ok(Asked::Failed(_) | Asked::Unproven(_)) | Err(_) => {
+                // No finding: whether it answers at all is the other question, and is asked next.
                 self.accused = true;
                 self.next_probe = now + check.unhealthy_interval;
                 None
@@ -347,7 +451,9 @@ impl Canary {
         };
         let Some(answer) = answer else {
             self.count("outrigger_canary_golden_total", "unanswered");
-            return;
+            // What it said may be true no more, and others compare with it.
+            self.told.golden = None;
+            return self.tell();
         };
         self.proved_at = now;
         let opinion = self.opinion(&answer, &golden.expected);
@@ -408,7 +514,7 @@ impl Canary {
             Opinion::Wrong(_) => {
                 self.note(note.clone());
                 if golden.enforcing == Enforcing::Eject && self.may_eject(state) {
-                    let change = self.truth.failed(1, &rules, now);
+                    let change = self.truth.failed(&rules, now);
                     if let (Some(_), Some(why)) = (change, note) {
                         self.changed("unhealthy", "wrong_answer", &why);
                     }
@@ -467,6 +573,7 @@ fn outcome(asked: &Asked) -> &'static str {
         Asked::Failed(_) => "failed",
         Asked::Busy(_) => "busy",
         Asked::Refused(_) => "refused",
+        Asked::Unproven(_) => "unproven",
     }
 }
 
@@ -479,15 +586,187 @@ fn rules(check: &HealthCheck, config: &Config) -> Rules {
     }
 }
 
-/// How long an answer may take: longer while prompts are computed.
-fn patience(check: &HealthCheck, config: &Config, load: &Load) -> Duration {
-    let prompts = load.active_prefill_tokens as f64 / f64::from(config.prefill_tokens_per_s);
-    let wait = Duration::try_from_secs_f64(prompts).unwrap_or(PREFILL_WAIT_MAX);
-    check.timeout + wait.min(PREFILL_WAIT_MAX)
-}
-
 /// Until the next probe, so that probes take no more than their share.
 fn rest(check: &HealthCheck, config: &Config, took: Duration) -> Duration {
-    let rest = took.mul_f64(100.0 / config.share_percent - 1.0);
-    rest.max(check.unhealthy_interval)
+    let rest =
+        Duration::try_from_secs_f64(took.as_secs_f64() * (100.0 / config.share_percent - 1.0));
+    let rest = rest.unwrap_or(REST_MAX);
+    rest.min(REST_MAX).max(check.unhealthy_interval)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::Ledgers;
+    use outrigger_filters::kv_index::{KvIndex, Limits};
+    use outrigger_xds::resource::canary::Golden;
+
+    const RULES: Rules = Rules {
+        failures: 3,
+        successes: 2,
+        hold: Duration::from_secs(5),
+        hold_max: Duration::from_secs(60),
+    };
+
+    fn fleet() -> Arc<Fleet> {
+        Fleet::new(Arc::new(KvIndex::new(Limits::default())), 32)
+    }
+
+    fn with_watched<T>(then: impl FnOnce(Watched<'_>) -> T) -> T {
+        let (check, endpoint) = (crate::bootstrap::canary(), Arc::<Endpoint>::default());
+        then(Watched {
+            check: &check,
+            endpoint: &endpoint,
+            ledger: Ledgers::default().open(&endpoint.id),
+        })
+    }
+
+    fn canary() -> Canary {
+        with_watched(|watched| {
+            let settings = Arc::new(ArcSwap::from_pointee(watched.check.clone()));
+            Canary::new(&fleet(), &watched, settings, None)
+        })
+    }
+
+    fn condemn(judge: &mut Judge, now: Instant) {
+        for _ in 0..RULES.failures {
+            judge.failed(&RULES, now);
+        }
+        assert!(judge.is_unhealthy());
+    }
+
+    #[tokio::test]
+    async fn requests_count_their_pieces_only_while_a_canary_runs() {
+        let canaries = Canaries::default();
+        with_watched(|watched| {
+            let ledger = watched.ledger.clone();
+            assert!(!ledger.traffic.is_watched());
+            canaries.configure(&fleet(), std::iter::once(watched));
+            assert!(ledger.traffic.is_watched());
+            canaries.configure(&fleet(), std::iter::empty());
+            assert!(!ledger.traffic.is_watched());
+        });
+    }
+
+    #[tokio::test]
+    async fn probes_that_fail_while_requests_get_something_convict_nobody() {
+        let mut canary = canary();
+        let mut now = Instant::now();
+        for _ in 0..2 * RULES.failures {
+            canary.failed("answered 500", &RULES, now, now);
+            now += Duration::from_secs(1);
+            canary.ledger.traffic.piece();
+            let traffic = &canary.ledger.traffic;
+            canary.watch.look(&Live::default(), traffic, now);
+            now += Duration::from_secs(1);
+        }
+        assert!(!canary.answers.is_unhealthy());
+        for _ in 0..=RULES.failures {
+            canary.failed("answered 500", &RULES, now, now);
+        }
+        assert!(canary.answers.is_unhealthy(), "nothing moves any more");
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_refuses_to_be_asked_has_no_verdict() {
+        let mut canary = canary();
+        let now = Instant::now();
+        condemn(&mut canary.answers, now);
+        for _ in 1..REFUSALS_MAX {
+            canary.refused("answered 401", now);
+            assert!(canary.answers.is_unhealthy());
+        }
+        canary.refused("answered 401", now);
+        assert!(!canary.answers.is_unhealthy());
+        condemn(&mut canary.answers, now);
+        (canary.refusals, canary.is_restarted) = (0, true);
+        canary.refused("answered 404", now);
+        assert!(!canary.answers.is_unhealthy(), "another process, perhaps");
+    }
+
+    #[test]
+    fn a_probe_that_took_long_does_not_end_all_probing() {
+        let (check, config) = (crate::bootstrap::canary(), Config::default());
+        let rest = |millis| rest(&check, &config, Duration::from_millis(millis));
+        assert_eq!(rest(1), check.unhealthy_interval);
+        assert_eq!(rest(100), Duration::from_millis(4_900));
+        assert_eq!(rest(20_000), REST_MAX);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_nobody_uses_is_left_alone_for_longer() {
+        let mut canary = canary();
+        let (check, config) = (crate::bootstrap::canary(), Config::default());
+        let begun = Instant::now();
+        let (free, busy) = (
+            Load::default(),
+            Load {
+                active_requests: 1,
+                ..Load::default()
+            },
+        );
+        let due = |canary: &Canary, load: &Load, after: Duration| {
+            canary.is_due(&check, &config, load, begun + after)
+        };
+        (canary.proved_at, canary.free_at) = (begun, begun);
+        canary.patience.asked();
+        assert!(due(&canary, &free, check.interval), "never asked");
+        canary.well_at = Some(begun);
+        assert!(!due(&canary, &free, check.no_traffic_interval / 2));
+        assert!(due(&canary, &free, check.no_traffic_interval));
+        // A request came late, and may take its time.
+        canary.free_at = begun + check.no_traffic_interval / 2;
+        assert!(!due(&canary, &busy, check.no_traffic_interval / 2));
+        assert!(due(
+            &canary,
+            &busy,
+            check.no_traffic_interval / 2 + check.timeout
+        ));
+        canary.ledger.traffic.piece();
+        let later = begun + Duration::from_millis(1);
+        canary
+            .watch
+            .look(&Live::default(), &Traffic::default(), begun);
+        canary
+            .watch
+            .look(&Live::default(), &canary.ledger.traffic, later);
+        assert!(due(&canary, &free, check.interval), "it was used");
+    }
+
+    #[tokio::test]
+    async fn wrong_answers_that_are_only_reported_now_are_no_verdict() {
+        let mut canary = canary();
+        condemn(&mut canary.truth, Instant::now());
+        canary.tell();
+        assert!(canary.ledger.verdict().unhealthy.is_some());
+        let enforcing = |enforcing| Config {
+            golden: Golden {
+                enforcing,
+                ..Golden::default()
+            },
+            ..Config::default()
+        };
+        canary.obey(&enforcing(Enforcing::Eject));
+        assert!(canary.ledger.verdict().unhealthy.is_some());
+        canary.obey(&enforcing(Enforcing::Report));
+        assert_eq!(canary.ledger.verdict().unhealthy, None);
+    }
+
+    #[tokio::test]
+    async fn another_process_said_nothing_yet() {
+        let mut canary = canary();
+        canary.told.golden = Some(GoldenAnswer::default());
+        let state = EngineState {
+            health: Health::Healthy,
+            ..EngineState::default()
+        };
+        let live = Live {
+            heard: true,
+            state: Arc::new(state),
+            ..Live::default()
+        };
+        assert!(canary.look(&live));
+        assert_eq!(canary.ledger.verdict().golden, None);
+        assert_eq!(canary.told.golden, None);
+    }
 }

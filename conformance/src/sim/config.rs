@@ -96,6 +96,8 @@ pub struct Config {
     pub nixl: Option<Nixl>,
     /// SGLang's `--disaggregation-mode`: half of a pair that meets in rooms.
     pub bootstrap: Option<Bootstrap>,
+    /// SGLang's `--abort-on-priority-when-disabled`: a request with a priority is answered 503.
+    pub abort_on_priority: bool,
     /// Faults armed from the start.
     pub faults: Vec<Fault>,
     /// Whether a `die` fault ends the process (exit code 137) or this engine alone.
@@ -129,6 +131,7 @@ impl Default for Config {
             chat_token_prompts: true,
             nixl: None,
             bootstrap: None,
+            abort_on_priority: false,
             faults: Vec::new(),
             die_exits_process: false,
         }
@@ -253,6 +256,9 @@ pub(crate) struct Flags {
     /// Port where a prefill engine meets decode engines (0: a free one, told by /server_info)
     #[arg(long, default_value_t = 0)]
     disaggregation_bootstrap_port: u16,
+    /// Answer requests that have a priority by 503, as SGLang may
+    #[arg(long)]
+    abort_on_priority_when_disabled: bool,
     /// Count running requests in /load
     #[arg(long)]
     enable_server_load_tracking: bool,
@@ -300,6 +306,7 @@ impl From<Flags> for Config {
             chat_token_prompts: true,
             nixl: flags.nixl.then(Nixl::default),
             bootstrap,
+            abort_on_priority: flags.abort_on_priority_when_disabled,
             faults: flags.fault,
             die_exits_process: true,
         }

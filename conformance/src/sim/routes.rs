@@ -207,10 +207,31 @@ fn small(engine: &Engine, path: &str) -> Option<Response> {
                 .clone(),
         ),
         "/server_info" => json(server_info(engine)),
-        "/is_sleeping" => json(r#"{"is_sleeping":false}"#.to_owned()),
+        "/is_sleeping" => json(format!(r#"{{"is_sleeping":{}}}"#, is_asleep(engine))),
+        "/sleep" => Some(sleep(engine, true)),
+        "/wake_up" => Some(sleep(engine, false)),
         "/is_paused" => json(r#"{"is_paused":false}"#.to_owned()),
         _ => None,
     }
+}
+
+fn sleep_state(state: &str) -> String {
+    format!(r#"vllm:engine_sleep_state{{sleep_state="{state}"}}"#)
+}
+
+fn is_asleep(engine: &Engine) -> bool {
+    let state = sleep_state("weights_offloaded");
+    engine.scheduler().metrics.total(&state) > 0.0
+}
+
+/// Says that it is at level 1 of sleep, or awake. It has no weights to give up, and goes on generating.
+fn sleep(engine: &Engine, is_asleep: bool) -> Response {
+    let mut scheduler = engine.scheduler();
+    for (state, holds) in [("awake", !is_asleep), ("weights_offloaded", is_asleep)] {
+        let value = f64::from(u8::from(holds));
+        scheduler.metrics.set(&sleep_state(state), value);
+    }
+    Response::empty()
 }
 
 fn metrics(engine: &Engine) -> String {

@@ -42,6 +42,7 @@ impl Asked {
         prompts: Vec<Vec<u32>>,
         max_tokens: Option<usize>,
     ) -> Result<Self, ApiError> {
+        check_priority(engine, fields)?;
         for prompt in &prompts {
             check_length(engine, prompt.len())?;
         }
@@ -76,6 +77,16 @@ impl Asked {
         let generation = engine.generate(sequences, self.cache_salt.as_deref());
         Feed::new(engine, generation, self.flight)
     }
+}
+
+fn check_priority(engine: &Engine, fields: &Fields) -> Result<(), ApiError> {
+    let given = fields.get("priority").is_some_and(|value| !value.is_null());
+    if !given || !engine.config.abort_on_priority {
+        return Ok(());
+    }
+    let message =
+        "Using priority is disabled for this server. Please send a new request without a priority.";
+    Err(ApiError::new(503, "ServiceUnavailable", message, None))
 }
 
 fn check_length(engine: &Engine, tokens: usize) -> Result<(), ApiError> {

@@ -6,7 +6,7 @@ use outrigger_conformance::{
     harness::{
         Client, ProxyBuilder, TestProxy, Version, eventually, hosts, metric, request, send_signal,
     },
-    sim::{Config, Fault, FaultKind, SimEngine},
+    sim::{Config, Fault, FaultKind, Profile, SimEngine},
 };
 use outrigger_proxy::bootstrap::{FLEET, LOCAL, canary};
 use outrigger_xds::resource::{
@@ -40,6 +40,7 @@ fn hasty(edit: impl Fn(&mut HealthCheck, &mut Canary)) -> HealthCheck {
     };
     let mut config = Canary {
         share_percent: 100.0,
+        first_timeout_ms: 500,
         readmission_ms: 100,
         ..Canary::default()
     };
@@ -216,9 +217,9 @@ async fn a_process_that_is_stopped_is_found_before_its_polls_time_out() {
     wait_health(proxy.admin(), address, "healthy").await;
 }
 
-/// Sends a prompt that takes four seconds to compute; gives its status when it is answered.
+/// Sends a prompt that takes six seconds to compute; gives its status when it is answered.
 fn long_prompt(proxy: &TestProxy) -> tokio::task::JoinHandle<u16> {
-    let body = json!({"model": "sim", "prompt": vec![5; 1600], "max_tokens": 1}).to_string();
+    let body = json!({"model": "sim", "prompt": vec![5; 2400], "max_tokens": 1}).to_string();
     let address = proxy.outbound();
     tokio::spawn(async move {
         let mut client = Client::connect(address, Version::H1).await;
@@ -262,11 +263,16 @@ async fn requests_that_fail_bring_a_probe_forward() {
     let check = hasty(|check, _| check.interval = Duration::from_secs(600));
     let proxy = beside(&[broken.http_addr], check).start();
     proxy.wait_alive(1).await;
+    // It showed that it understands the probe.
+    broken.fault(Fault::new(FaultKind::Http500));
+    let mut client = proxy.client(Version::H1).await;
+    client.post(COMPLETIONS, generation()).await;
+    let probes = "outrigger_canary_probes_total";
+    wait_counted(&proxy, probes, broken.http_addr, r#"outcome="well""#, 1.0).await;
     broken.fault(Fault {
         count: 12,
         ..Fault::new(FaultKind::Http500)
     });
-    let mut client = proxy.client(Version::H1).await;
     let reply = client.post(COMPLETIONS, generation()).await;
     assert_eq!(reply.status, 500);
     let told = wait_health(proxy.admin(), broken.http_addr, "unhealthy").await;
@@ -274,6 +280,112 @@ async fn requests_that_fail_bring_a_probe_forward() {
     assert!(reason.contains("answered 500"), "{reason}");
     // The fault is spent in time.
     wait_health(proxy.admin(), broken.http_addr, "healthy").await;
+}
+
+#[tokio::test]
+async fn an_engine_that_never_answered_a_probe_is_not_judged_by_it() {
+    let odd = engine();
+    odd.fault(Fault {
+        count: u64::MAX,
+        ..Fault::new(FaultKind::Http500)
+    });
+    let proxy = beside(&[odd.http_addr], hasty(|_, _| ())).start();
+    proxy.wait_alive(1).await;
+    let told = eventually("a note of it", || async {
+        let told = told(proxy.admin(), odd.http_addr).await;
+        let reason = told["outrigger"]["health_reason"].as_str()?;
+        reason.contains("never answered a probe").then_some(told)
+    })
+    .await;
+    assert_eq!(told["outrigger"]["health"], "healthy");
+}
+
+#[tokio::test]
+async fn an_engine_that_aborts_on_priority_is_asked_without() {
+    let engine = SimEngine::start(Config {
+        profile: Profile::Sglang,
+        abort_on_priority: true,
+        ..Config::default()
+    })
+    .unwrap();
+    let proxy = beside(&[engine.http_addr], hasty(|_, _| ())).start();
+    proxy.wait_alive(1).await;
+    let probes = "outrigger_canary_probes_total";
+    let well = r#"outcome="well""#;
+    wait_counted(&proxy, probes, engine.http_addr, well, 2.0).await;
+    let failed = r#"outcome="failed""#;
+    assert_eq!(counted(&proxy, probes, engine.http_addr, failed).await, 0.0);
+}
+
+#[tokio::test]
+async fn an_engine_that_sleeps_is_left_alone_until_it_is_woken() {
+    let engine = SimEngine::start(Config {
+        dev_mode: true,
+        ..Config::default()
+    })
+    .unwrap();
+    let proxy = beside(&[engine.http_addr], hasty(|_, _| ())).start();
+    proxy.wait_alive(1).await;
+    let mut client = Client::connect(engine.http_addr, Version::H1).await;
+    assert_eq!(client.post("/sleep", String::new()).await.status, 200);
+    let told = wait_health(proxy.admin(), engine.http_addr, "draining").await;
+    let reason = told["outrigger"]["health_reason"].as_str().unwrap();
+    assert!(reason.contains("asleep"), "{reason}");
+    let probes = "outrigger_canary_probes_total";
+    let before = counted(&proxy, probes, engine.http_addr, "").await;
+    // Five intervals.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asleep = counted(&proxy, probes, engine.http_addr, "").await;
+    assert!(asleep <= before + 1.0, "one may have been on its way");
+    assert_eq!(client.post("/wake_up", String::new()).await.status, 200);
+    wait_health(proxy.admin(), engine.http_addr, "healthy").await;
+    let well = r#"outcome="well""#;
+    let before = counted(&proxy, probes, engine.http_addr, well).await;
+    wait_counted(&proxy, probes, engine.http_addr, well, before + 1.0).await;
+}
+
+#[tokio::test]
+async fn a_first_answer_that_takes_long_is_no_failure() {
+    let cold = engine();
+    let check = hasty(|_, config| config.first_timeout_ms = 60_000);
+    freeze(&cold, 3_000);
+    let proxy = beside(&[cold.http_addr], check).start();
+    let probes = "outrigger_canary_probes_total";
+    let well = r#"outcome="well""#;
+    wait_counted(&proxy, probes, cold.http_addr, well, 1.0).await;
+    let failed = r#"outcome="failed""#;
+    assert_eq!(counted(&proxy, probes, cold.http_addr, failed).await, 0.0);
+    // Later ones may not.
+    freeze(&cold, 600_000);
+    wait_health(proxy.admin(), cold.http_addr, "unhealthy").await;
+}
+
+#[tokio::test]
+async fn whole_answers_prove_that_an_engine_without_figures_works() {
+    let blind = SimEngine::start(Config {
+        profile: Profile::Trtllm,
+        ..Config::default()
+    })
+    .unwrap();
+    let check = hasty(|check, _| check.interval = Duration::from_secs(2));
+    let begun = Instant::now();
+    let proxy = beside(&[blind.http_addr], check).start();
+    proxy.wait_alive(1).await;
+    let (mut last, mut longest) = (begun, Duration::ZERO);
+    while begun.elapsed() < Duration::from_secs(4) {
+        served_by(&proxy, 1).await;
+        longest = longest.max(last.elapsed());
+        last = Instant::now();
+    }
+    let probes = "outrigger_canary_probes_total";
+    let asked = counted(&proxy, probes, blind.http_addr, "").await;
+    // On a machine that does nothing for so long there was no proof.
+    let is_slow = longest > Duration::from_secs(1);
+    assert!(
+        asked == 0.0 || is_slow,
+        "{asked} probes, {longest:?} at most"
+    );
+    wait_counted(&proxy, probes, blind.http_addr, r#"outcome="well""#, 1.0).await;
 }
 
 #[tokio::test]

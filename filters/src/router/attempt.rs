@@ -12,8 +12,7 @@ use crate::{
     endpoints::{ClusterView, Endpoint, Part, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
     filter::{AutoHost, Context, Ranked},
-    local_reply,
-    openai::Api,
+    local_reply, openai,
     services::Services,
     sse,
     stored_responses::owner,
@@ -127,6 +126,9 @@ struct Before {
     head: Option<Box<(Uri, HeaderMap)>>,
 }
 
+/// A response, who sees load reports, what is told of it, and whether its engine had to compute it.
+type Answer<'a> = (Response<ResponseBody>, Audience, &'a mut Option<Step>, bool);
+
 pub(crate) struct Attempt<'a> {
     services: &'a Services,
     view: &'a ClusterView,
@@ -176,6 +178,8 @@ impl<'a> Attempt<'a> {
             Err(error) => return Outcome::Failed(error),
         };
         let before = self.address(request, context);
+        let is_computed =
+            reservation.watches_answers() && openai::is_computed(request.uri().path());
         let audience = Audience::of(request.headers(), context.route.inbound);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
@@ -200,7 +204,7 @@ impl<'a> Attempt<'a> {
                     Ok(None)
                 };
                 span::answered(step, &response);
-                let response = (response, audience, step);
+                let response = (response, audience, step, is_computed);
                 self.judge(response, peeked, reservation, started, context)
             }
             Err(mut error) => {
@@ -370,7 +374,7 @@ impl<'a> Attempt<'a> {
 
     fn judge(
         &self,
-        (response, audience, step): (Response<ResponseBody>, Audience, &mut Option<Step>),
+        (response, audience, step, is_computed): Answer<'_>,
         peeked: Result<Option<Frame<Bytes>>, Error>,
         mut reservation: Box<dyn Reservation>,
         started: Instant,
@@ -388,13 +392,13 @@ impl<'a> Attempt<'a> {
         self.label(&mut parts.headers, started, context);
         let success = !parts.status.is_server_error();
         let begun = matches!(&peeked, Some(frame) if frame.is_data());
-        let watches = begun && tells_tokens(context) && reservation.watches_tokens();
+        let watches = begun && openai::tells_tokens(context) && reservation.watches_tokens();
         if watches {
             reservation.first_token(started.elapsed(), self.uncached_tokens(context));
         }
-        let is_watched = reservation.watches_streams()
+        let is_watched = reservation.watches_answers()
             && parts.status == StatusCode::OK
-            && sse::is_event_stream(&parts.headers);
+            && (is_computed || sse::is_event_stream(&parts.headers));
         let leg = Leg::new(
             peeked,
             body,
@@ -479,12 +483,6 @@ impl<'a> Attempt<'a> {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }
-}
-
-/// Whether a stream's events are tokens. A response's first comes before any: its prefill would count as a wait for one.
-fn tells_tokens(context: &Context) -> bool {
-    let api = context.openai.as_ref().map(|openai| openai.api);
-    !matches!(api, Some(Api::Responses | Api::StoredResponse))
 }
 
 /// A stream that has begun well, and whose first event may still say otherwise.

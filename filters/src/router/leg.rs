@@ -103,7 +103,7 @@ impl Leg {
         self
     }
 
-    /// The body is a stream of events, and the reservation wants to know that they come.
+    /// An engine had to compute the body, and the reservation wants to know that it comes.
     #[must_use]
     pub fn watched(mut self) -> Self {
         self.watched = true;
@@ -126,7 +126,7 @@ impl Leg {
         if self.watched
             && let Some(raw) = frame.data_ref()
         {
-            reservation.stream_piece(reports_failure(raw));
+            reservation.answer_piece(reports_failure(raw));
         }
     }
 

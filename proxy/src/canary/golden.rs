@@ -68,23 +68,28 @@ pub(super) fn compare(own: &GoldenAnswer, others: &[&GoldenAnswer]) -> Opinion {
     let says = |answer: &GoldenAnswer, what: &GoldenAnswer| {
         answer.tokens.starts_with(&what.tokens[..what.clear])
     };
-    let majority = others.iter().find(|what| {
-        let agreeing = others.iter().filter(|other| says(other, what)).count();
-        let agreeing = agreeing + usize::from(says(own, what));
-        what.clear > 0 && agreeing * 2 > voters
-    });
-    if let Some(majority) = majority {
-        if says(own, majority) {
-            return Opinion::Right;
-        }
-        return Opinion::Wrong(differs(&own.tokens.concat(), &clear_text(majority)));
-    }
-    let different = others
+    let agreed = |what: &[String]| {
+        let everybody = others.iter().copied().chain([own]);
+        let agreeing = everybody.filter(|answer| answer.tokens.starts_with(what));
+        agreeing.count() * 2 > voters
+    };
+    let beginnings = others
         .iter()
-        .find(|other| other.clear > 0 && !says(own, other));
-    match different {
-        Some(other) => Opinion::Unclear(differs(&own.tokens.concat(), &clear_text(other))),
-        None => Opinion::Alone,
+        .flat_map(|what| (1..=what.clear).map(|length| &what.tokens[..length]));
+    let majority = beginnings
+        .filter(|what| agreed(what))
+        .max_by_key(|what| what.len());
+    let mut others = others.iter();
+    let different = others.find(|other| other.clear > 0 && !says(own, other));
+    match (majority, different) {
+        (Some(majority), _) if !own.tokens.starts_with(majority) => {
+            Opinion::Wrong(differs(&own.tokens.concat(), &majority.concat()))
+        }
+        (Some(majority), _) if majority.len() >= own.clear => Opinion::Right,
+        // Most agree on a beginning, and on nothing of what it is sure of after that.
+        (_, Some(other)) => Opinion::Unclear(differs(&own.tokens.concat(), &clear_text(other))),
+        (Some(_), None) => Opinion::Right,
+        (None, None) => Opinion::Alone,
     }
 }
 
@@ -109,12 +114,13 @@ pub(super) fn voters<'a>(
         .collect()
 }
 
-/// Whether another engine that is well serves what this one does.
+/// Whether another engine that is well serves what this one does, in the same part.
 pub(super) fn has_stand_in(state: &EngineState, others: &[&EngineState]) -> bool {
     let model = state.models.first().map(|model| &model.id);
     others.iter().any(|other| {
         let mut models = other.models.iter();
         other.health == Health::Healthy
+            && other.role == state.role
             && models.any(|known| model.is_none_or(|model| known.id == *model))
     })
 }
@@ -122,6 +128,7 @@ pub(super) fn has_stand_in(state: &EngineState, others: &[&EngineState]) -> bool
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outrigger_xds::report::Role;
     use serde_json::json;
 
     fn answer(text: &str, clear: usize) -> GoldenAnswer {
@@ -167,6 +174,32 @@ mod tests {
         ));
         let none = answer("q", 0);
         assert_eq!(compare(&none, &[&none, &none]), Opinion::Alone);
+    }
+
+    #[test]
+    fn the_longest_beginning_that_most_agree_on_decides() {
+        let (short, long) = (answer("ab??", 2), answer("abcd", 4));
+        let bad = answer("abxx", 4);
+        let others = [&short, &long, &long, &long];
+        assert!(matches!(compare(&bad, &others), Opinion::Wrong(_)));
+        // They differ at the end, and agree on the beginning.
+        let (one, other) = (answer("abcd", 4), answer("abce", 4));
+        let found = compare(&bad, &[&one, &other]);
+        assert!(matches!(found, Opinion::Wrong(_)), "{found:?}");
+        assert_eq!(compare(&one, &[&one, &other]), Opinion::Right);
+    }
+
+    #[test]
+    fn only_an_engine_of_the_same_part_stands_in() {
+        let role = |role| EngineState {
+            role,
+            health: Health::Healthy,
+            models: vec![outrigger_xds::report::Model::default()],
+            ..EngineState::default()
+        };
+        let (prefill, decode) = (role(Role::Prefill), role(Role::Decode));
+        assert!(has_stand_in(&prefill, &[&decode, &prefill]));
+        assert!(!has_stand_in(&prefill, &[&decode]));
     }
 
     #[test]

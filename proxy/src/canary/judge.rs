@@ -79,10 +79,15 @@ impl Judge {
         Some(Change::Healthy)
     }
 
-    /// It is not; `weight` is 2 where others saw it, too.
-    pub(super) fn failed(&mut self, weight: u32, rules: &Rules, now: Instant) -> Option<Change> {
+    /// What was found is void: it worked meanwhile. One that is unhealthy stays so until it is seen to be well.
+    pub(super) fn forget(&mut self) {
+        self.failures = 0;
+    }
+
+    /// It is not.
+    pub(super) fn failed(&mut self, rules: &Rules, now: Instant) -> Option<Change> {
         self.successes = 0;
-        self.failures = self.failures.saturating_add(weight);
+        self.failures = self.failures.saturating_add(1);
         if self.is_unhealthy() || self.failures < rules.failures {
             return None;
         }
@@ -108,19 +113,30 @@ mod tests {
         hold_max: Duration::from_secs(15),
     };
 
+    fn condemn(judge: &mut Judge, now: Instant) -> Option<Change> {
+        let changes = (0..RULES.failures).map(|_| judge.failed(&RULES, now));
+        changes.last().flatten()
+    }
+
     #[test]
     fn a_verdict_changes_after_enough_in_a_row() {
         let now = Instant::now();
         let mut judge = Judge::new(now);
         for _ in 0..2 {
-            assert_eq!(judge.failed(1, &RULES, now), None);
+            assert_eq!(judge.failed(&RULES, now), None);
         }
         assert_eq!(judge.succeeded(&RULES, now), None, "failures are in a row");
-        assert_eq!(judge.failed(2, &RULES, now), None);
-        assert_eq!(judge.failed(1, &RULES, now), Some(Change::Unhealthy));
+        for _ in 0..2 {
+            assert_eq!(judge.failed(&RULES, now), None);
+        }
+        judge.forget();
+        for _ in 0..2 {
+            assert_eq!(judge.failed(&RULES, now), None, "what was forgotten");
+        }
+        assert_eq!(judge.failed(&RULES, now), Some(Change::Unhealthy));
         let later = now + RULES.hold;
         assert_eq!(judge.succeeded(&RULES, later), None);
-        assert_eq!(judge.failed(1, &RULES, later), None);
+        assert_eq!(judge.failed(&RULES, later), None);
         assert_eq!(judge.succeeded(&RULES, later), None, "successes are, too");
         assert_eq!(judge.succeeded(&RULES, later), Some(Change::Healthy));
     }
@@ -131,7 +147,7 @@ mod tests {
         let mut judge = Judge::new(now);
         let mut held = |judge: &mut Judge, healthy_for: Duration| {
             now += healthy_for;
-            assert_eq!(judge.failed(3, &RULES, now), Some(Change::Unhealthy));
+            assert_eq!(condemn(judge, now), Some(Change::Unhealthy));
             let begun = now;
             while judge.succeeded(&RULES, now).is_none() {
                 now += Duration::from_secs(1);
@@ -150,7 +166,7 @@ mod tests {
     fn another_process_need_not_wait_but_must_show_that_it_is_well() {
         let now = Instant::now();
         let mut judge = Judge::new(now);
-        judge.failed(3, &RULES, now);
+        condemn(&mut judge, now);
         judge.restart(now);
         assert!(judge.is_unhealthy());
         assert_eq!(judge.succeeded(&RULES, now), None);

@@ -40,6 +40,8 @@ pub(crate) enum Asked {
     Busy(String),
     /// It failed.
     Failed(String),
+    /// It failed at a question that it never answered: whether that is its fault nobody knows.
+    Unproven(String),
 }
 
 /// Which question an engine understands.
@@ -59,6 +61,8 @@ pub(crate) struct Prober {
     /// For engines that want a key.
     bearer: Option<HeaderValue>,
     form: Form,
+    /// Whether this process answered one of that form.
+    is_proven: bool,
     /// Whether it takes a priority: some refuse one where they do not schedule by it.
     takes_priority: bool,
 }
@@ -75,8 +79,14 @@ impl Prober {
             tls,
             bearer: None,
             form: Form::Completion,
+            is_proven: false,
             takes_priority: true,
         }
+    }
+
+    /// Another process, perhaps with other settings.
+    pub(super) fn restart(&mut self) {
+        (self.is_proven, self.takes_priority) = (false, true);
     }
 
     /// With a key.
@@ -97,23 +107,42 @@ impl Prober {
 
     /// The least that shows that it works.
     pub(crate) async fn ask(&mut self, state: &EngineState) -> Asked {
+        let form = self.form(state);
+        let is_own = form == Form::Own;
+        let asked = self.ask_as(form, state).await;
+        self.is_proven |= matches!(asked, Asked::Well(_));
+        let is_doubtful = match &asked {
+            Asked::Refused(_) => true,
+            Asked::Unproven(_) => !self.is_proven,
+            _ => false,
+        };
+        if is_doubtful && !is_own {
+            return self.ask_otherwise(asked, state).await;
+        }
+        match asked {
+            Asked::Unproven(why) if self.is_proven => Asked::Failed(why),
+            asked => asked,
+        }
+    }
+
+    fn form(&self, state: &EngineState) -> Form {
         if state.kind == EngineKind::Sglang && state.role != Role::Both {
-            return self.ask_as(Form::Own, state).await;
+            return Form::Own;
         }
-        let asked = self.ask_as(self.form, state).await;
-        if !matches!(asked, Asked::Refused(_)) {
-            return asked;
-        }
-        // It may serve another kind of model.
+        self.form
+    }
+
+    /// It may serve another kind of model.
+    async fn ask_otherwise(&mut self, first: Asked, state: &EngineState) -> Asked {
         let other = match self.form {
             Form::Embedding => Form::Completion,
             Form::Completion | Form::Own => Form::Embedding,
         };
         let second = self.ask_as(other, state).await;
-        if matches!(second, Asked::Refused(_)) {
-            return asked;
+        if !matches!(second, Asked::Well(_)) {
+            return first;
         }
-        self.form = other;
+        (self.is_proven, self.form) = (true, other);
         second
     }
 
@@ -149,6 +178,10 @@ impl Prober {
         let Some(model) = state.models.first() else {
             return Asked::Refused("it names no model".into());
         };
+        // A half of a pair would keep it waiting for its partner.
+        if self.form(state) != Form::Completion {
+            return Asked::Refused("it completes nothing alone".into());
+        }
         let mut body = json!({
             "model": model.id,
             "prompt": golden.prompt,
@@ -174,21 +207,27 @@ impl Prober {
         };
         let mut last = body.clone();
         last["priority"] = priority.into();
-        let asked = self.post_as(path, &last).await;
-        if !matches!(asked, Asked::Refused(_)) {
+        let (status, asked) = self.try_post(path, &last).await;
+        // SGLang may also say so by 503.
+        let is_unavailable = status == Some(StatusCode::SERVICE_UNAVAILABLE);
+        if !is_unavailable && !matches!(asked, Asked::Refused(_)) {
             return asked;
         }
         let without = self.post_as(path, &body).await;
-        self.takes_priority = matches!(without, Asked::Refused(_));
+        self.takes_priority = !matches!(without, Asked::Well(_));
         without
     }
 
     async fn post_as(&self, path: &str, body: &Value) -> Asked {
+        self.try_post(path, body).await.1
+    }
+
+    async fn try_post(&self, path: &str, body: &Value) -> (Option<StatusCode>, Asked) {
         let body = Some(Bytes::from(body.to_string()));
         match self.exchange(Method::POST, path, body).await {
-            Ok((status, body)) if status == StatusCode::OK => judge_body(&body),
-            Ok((status, body)) => judge_status(status, &body),
-            Err(error) => Asked::Failed(error),
+            Ok((status, body)) if status == StatusCode::OK => (Some(status), judge_body(&body)),
+            Ok((status, body)) => (Some(status), judge_status(status, &body)),
+            Err(error) => (None, Asked::Failed(error)),
         }
     }
 
@@ -275,7 +314,7 @@ fn judge_status(status: StatusCode, body: &[u8]) -> Asked {
         503 => Asked::Busy(text()),
         501 | 505 => Asked::Refused(text()),
         code if is_of_the_moment(code.into()) => Asked::Busy(text()),
-        500.. => Asked::Failed(text()),
+        500.. => Asked::Unproven(text()),
         _ => Asked::Refused(text()),
     }
 }
@@ -306,8 +345,8 @@ mod tests {
             (501, "Refused"),
             (429, "Busy"),
             (503, "Busy"),
-            (500, "Failed"),
-            (502, "Failed"),
+            (500, "Unproven"),
+            (502, "Unproven"),
         ] {
             let asked = judge_status(StatusCode::from_u16(status).unwrap(), b"x");
             assert!(
@@ -315,5 +354,19 @@ mod tests {
                 "{status}: {asked:?}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn half_of_a_pair_is_not_asked_to_complete_anything() {
+        let endpoint = outrigger_filters::endpoints::Endpoint::default();
+        let mut prober = Prober::new(endpoint.address.clone(), endpoint.connection.clone(), None);
+        let state = EngineState {
+            kind: EngineKind::Sglang,
+            role: Role::Prefill,
+            models: vec![Model::default()],
+            ..EngineState::default()
+        };
+        let asked = prober.ask_golden(&state, &Golden::default()).await;
+        assert!(matches!(asked, Asked::Refused(_)), "{asked:?}");
     }
 }

@@ -2,20 +2,31 @@
 
 use outrigger_filters::endpoints::Live;
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     time::Instant,
 };
 
 /// Counted by requests, read by the engine's canary.
 #[derive(Debug, Default)]
 pub struct Traffic {
-    /// Pieces of streams.
+    /// Whether anybody wants to know: a canary runs.
+    watched: AtomicBool,
+    /// Pieces of answers.
     pieces: AtomicU64,
     failures: AtomicU64,
 }
 
 impl Traffic {
-    /// A piece of a stream came: the engine works.
+    pub(super) fn watch(&self, watched: bool) {
+        self.watched.store(watched, Relaxed);
+    }
+
+    /// Whether its canary wants to know of the pieces of answers.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Relaxed)
+    }
+
+    /// A piece of an answer came: the engine works.
     pub fn piece(&self) {
         self.pieces.fetch_add(1, Relaxed);
     }
@@ -40,6 +51,10 @@ pub(super) struct Watch {
     figures: Option<Figures>,
     /// When it last did something.
     moved_at: Instant,
+    /// When a request last got something of it.
+    served_at: Instant,
+    /// Whether its own figures were ever told.
+    tells_figures: bool,
     failures: u64,
 }
 
@@ -48,26 +63,47 @@ impl Watch {
         Self {
             figures: None,
             moved_at: now,
+            served_at: now,
+            tells_figures: false,
             failures: traffic.failures.load(Relaxed),
         }
     }
 
     /// Looks again.
     pub(super) fn look(&mut self, live: &Live, traffic: &Traffic, now: Instant) {
-        let figures = Some(Figures {
-            tokens: live.load.engine_tokens,
-            kv_usage: live.load.kv_usage,
+        let load = &live.load;
+        self.tells_figures |= load.engine_tokens.is_some() || load.kv_usage > 0.0;
+        let figures = Figures {
+            tokens: load.engine_tokens,
+            kv_usage: load.kv_usage,
             pieces: traffic.pieces.load(Relaxed),
-        });
-        if self.figures.is_some() && self.figures != figures {
+        };
+        let before = self.figures.replace(figures);
+        let after = self.figures.as_ref();
+        if before.is_some() && before.as_ref() != after {
             self.moved_at = now;
+            // Without requests it was a probe that moved them: that proves nothing against a probe that fails.
+            let is_answered =
+                before.map(|figures| figures.pieces) != after.map(|figures| figures.pieces);
+            if is_answered || load.active_requests > 0 {
+                self.served_at = now;
+            }
         }
-        self.figures = figures;
+    }
+
+    /// Whether it would be seen to work while its requests get nothing.
+    pub(super) fn tells_figures(&self) -> bool {
+        self.tells_figures
     }
 
     /// When it last did something.
     pub(super) fn moved_at(&self) -> Instant {
         self.moved_at
+    }
+
+    /// When a request last got something of it, or was worked for.
+    pub(super) fn served_at(&self) -> Instant {
+        self.served_at
     }
 
     /// Whether requests failed since this was last asked.
@@ -115,6 +151,37 @@ mod tests {
         assert!(!moves(&live(2, 0.2, 5), &traffic));
         traffic.piece();
         assert!(moves(&live(2, 0.2, 5), &traffic));
+    }
+
+    #[test]
+    fn what_probes_alone_move_serves_nobody() {
+        let traffic = Traffic::default();
+        let mut now = Instant::now();
+        let mut watch = Watch::new(&traffic, now);
+        watch.look(&live(1, 0.0, 0), &traffic, now);
+        let mut serves = |live: &Live, traffic: &Traffic| {
+            now += Duration::from_secs(1);
+            watch.look(live, traffic, now);
+            watch.served_at() == now
+        };
+        assert!(!serves(&live(2, 0.0, 0), &traffic));
+        let mut busy = live(3, 0.0, 0);
+        busy.load.active_requests = 1;
+        assert!(serves(&busy, &traffic));
+        assert!(!serves(&busy, &traffic), "it stands still");
+        traffic.piece();
+        assert!(serves(&live(3, 0.0, 0), &traffic));
+    }
+
+    #[test]
+    fn an_engine_without_figures_is_known_as_such() {
+        let (traffic, now) = (Traffic::default(), Instant::now());
+        let mut watch = Watch::new(&traffic, now);
+        watch.look(&Live::default(), &traffic, now);
+        assert!(!watch.tells_figures());
+        watch.look(&live(0, 0.0, 0), &traffic, now);
+        watch.look(&Live::default(), &traffic, now);
+        assert!(watch.tells_figures());
     }
 
     #[test]

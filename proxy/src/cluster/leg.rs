@@ -90,11 +90,12 @@ impl Reservation for Leg {
         }
     }
 
-    fn watches_streams(&self) -> bool {
-        self.entered.is_some()
+    fn watches_answers(&self) -> bool {
+        let entered = self.entered.as_ref();
+        entered.is_some_and(|entered| entered.traffic().is_watched())
     }
 
-    fn stream_piece(&mut self, is_failure: bool) {
+    fn answer_piece(&mut self, is_failure: bool) {
         match &self.entered {
             Some(_) if is_failure => self.accuse(),
             Some(entered) => entered.traffic().piece(),

@@ -110,7 +110,7 @@ impl Asker {
         }
         match self.prober.ask(&self.serves).await {
             Asked::Well(_) => Found::Well { degraded: false },
-            Asked::Failed(_) | Asked::Busy(_) => Found::Doubtful,
+            Asked::Failed(_) | Asked::Busy(_) | Asked::Unproven(_) => Found::Doubtful,
             // It may serve something else by now; as it is, it answers.
             Asked::Refused(_) => {
                 self.serves.models.clear();
@@ -215,25 +215,12 @@ mod tests {
     use super::*;
 
     fn checks_by_grpc() -> HealthCheck {
-        let second = std::time::Duration::from_secs(1);
         HealthCheck {
-            timeout: second,
-            interval: second,
-            interval_jitter: second,
-            interval_jitter_percent: 0,
-            initial_jitter: second,
-            unhealthy_threshold: 1,
-            healthy_threshold: 1,
-            reuse_connection: true,
-            no_traffic_interval: second,
-            no_traffic_healthy_interval: second,
-            unhealthy_interval: second,
-            unhealthy_edge_interval: second,
-            healthy_edge_interval: second,
             checker: Checker::Grpc {
                 service: String::new(),
                 authority: String::new(),
             },
+            ..HealthCheck::default()
         }
     }
 

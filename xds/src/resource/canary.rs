@@ -20,6 +20,8 @@ const GOLDEN_TOKENS_MAX: u32 = 64;
 pub struct Canary {
     /// Most of an engine's time that probes may take, in percent.
     pub share_percent: f64,
+    /// A deadline of the first probe of a process, and the longest of those that engines need which are always slow.
+    pub first_timeout_ms: u64,
     /// Every engine computes at least so many prompt tokens a second: waiting for them is no failure.
     pub prefill_tokens_per_s: u32,
     /// The shortest time that an engine is unhealthy; doubles each time that it is so again.
@@ -66,6 +68,7 @@ impl Default for Canary {
     fn default() -> Self {
         Self {
             share_percent: 2.0,
+            first_timeout_ms: 30_000,
             prefill_tokens_per_s: 500,
             readmission_ms: 5_000,
             readmission_max_ms: 60_000,
@@ -77,7 +80,7 @@ impl Default for Canary {
 impl Default for Golden {
     fn default() -> Self {
         Self {
-            enforcing: Enforcing::Eject,
+            enforcing: Enforcing::Report,
             interval_ms: 60_000,
             prompt: "1, 2, 3, 4, 5, 6, 7, 8, 9,".to_owned(),
             max_tokens: 8,

@@ -51,6 +51,29 @@ pub struct HealthCheck {
     pub checker: Checker,
 }
 
+impl Default for HealthCheck {
+    /// Envoy's defaults; it has none of the first four.
+    fn default() -> Self {
+        let (second, minute) = (Duration::from_secs(1), Duration::from_secs(60));
+        Self {
+            timeout: second,
+            interval: second,
+            unhealthy_threshold: 1,
+            healthy_threshold: 1,
+            interval_jitter: Duration::ZERO,
+            interval_jitter_percent: 0,
+            initial_jitter: Duration::ZERO,
+            reuse_connection: true,
+            no_traffic_interval: minute,
+            no_traffic_healthy_interval: minute,
+            unhealthy_interval: second,
+            unhealthy_edge_interval: second,
+            healthy_edge_interval: second,
+            checker: Checker::Tcp,
+        }
+    }
+}
+
 /// `health_checker`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Checker {
