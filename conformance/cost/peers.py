@@ -42,13 +42,13 @@ def floor_tls(harness, port, certificate):
     return Peer({"http1": None, "tls": port}, lambda work: [f"{harness}/floor", "--tls", certificate.chain, certificate.key, str(port), *map(str, UPSTREAMS)])
 
 
-def ours(proxy, port, certificate=None):
+def ours(proxy, port, certificate=None, policy="round_robin"):
     """With all that is on by default: openai, retries, migration, access log. TLS is a matter of the whole process."""
     engines = [word for upstream in UPSTREAMS for word in ("--engine", f"http://127.0.0.1:{upstream}")]
     tls = ["--tls-cert", certificate.chain, "--tls-key", certificate.key] if certificate else []
     ports = {"http1": None, "tls": port} if certificate else {"http1": port, "h2c": port}
     return Peer(ports, lambda work: [
-        proxy, "--policy", "round_robin", "--concurrency", "1", *engines, "--listen", f"127.0.0.1:{port}", "--inbound", f"127.0.0.1:{port + 1}",
+        proxy, "--policy", policy, "--concurrency", "1", *engines, "--listen", f"127.0.0.1:{port}", "--inbound", f"127.0.0.1:{port + 1}",
         "--admin", f"127.0.0.1:{port + 2}", *tls])
 
 

@@ -18,6 +18,7 @@ class Reply:
         self.status, self.headers, self.body, self.fault = 0, [], b"", None
         self.sent = time.monotonic()
         self.first = self.done = None
+        self.silence = 0  # the longest between two pieces, or before the end
 
     def header(self, name):
         return next((value for key, value in self.headers if key.lower() == name), None)
@@ -41,11 +42,15 @@ def exchange(address, method, path, body=None, headers=None, timeout_s=60, reply
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         reply.status, reply.headers = response.status, response.getheaders()
+        heard = None
         while True:
             part = response.read1(65536)
+            now = time.monotonic()
+            reply.silence = max(reply.silence, now - (heard or now))
             if not part:
                 break
-            reply.first = reply.first or time.monotonic()
+            heard = now
+            reply.first = reply.first or now
             reply.body += part
         if response.length:
             reply.fault = f"truncated: {response.length} bytes missing"

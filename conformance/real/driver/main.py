@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 import failures
+import migration
 import mix
 import prediction
 import wire
@@ -20,6 +21,7 @@ from report import Report
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARTS = ("wire", "routing", "prediction", "failures")
+BY_HAND = ("migration",)  # what takes too long for every run
 
 
 def arguments():
@@ -27,7 +29,7 @@ def arguments():
     parser.add_argument("--engines", required=True, help="directory of engine/install.sh")
     parser.add_argument("--proxy", required=True, help="the outrigger-proxy binary")
     parser.add_argument("--recordings", required=True, help="directory with NAME.request.json files")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS + BY_HAND)}; default {','.join(PARTS)}")
     parser.add_argument("--logs", help="keep the logs here (default: a temporary directory, named when something fails)")
     return parser.parse_args()
 
@@ -95,6 +97,10 @@ class Stage:
     def failures(self, report):
         self.restart_proxies("kv")
         return failures.run(report, self.engines, self.proxies)
+
+    def migration(self, report):
+        self.restart_proxies("least_request")
+        return migration.run(report, self.engines, self.proxies)
 
     def run(self):
         self.report.part("start", self.start_engines)

@@ -316,7 +316,11 @@ async fn what_is_refused_at_first_is_not_waited_for() {
             request["type"] == "ClusterLoadAssignment" && !request["error"].is_null()
         };
         control.hears("the refusal", refused).await;
-        assert_eq!(Client::get(proxy.admin(), "/ready").await.status, 200);
+        // Within less than the 15 s.
+        eventually("readiness", || async {
+            (Client::get(proxy.admin(), "/ready").await.status == 200).then_some(())
+        })
+        .await;
         // A good version is still welcome.
         control.put(&[
             endpoints("broken", &[two.address]),

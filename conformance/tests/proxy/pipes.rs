@@ -185,8 +185,11 @@ async fn nobody_is_told_an_address_of_a_client_at_a_pipe() {
     filter["typed_config"]["use_remote_address"] = json!(true);
     filter["typed_config"]["append_x_forwarded_port"] = json!(true);
     let chains = json!([{"filters": [filter]}]);
-    let listener = at_its_pipe("l", &path, &chains);
-    let proxy = start(&[listener], &[cluster("pipe", server.address)]);
+    let mut listener = at_its_pipe("l", &path, &chains);
+    let proxy = start(
+        std::slice::from_ref(&listener),
+        &[cluster("pipe", server.address)],
+    );
     let answer = ask(&path).await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     let seen = server.exchanges().pop().unwrap();
@@ -198,6 +201,13 @@ async fn nobody_is_told_an_address_of_a_client_at_a_pipe() {
     ] {
         assert_eq!(seen.header(name), "", "{name}");
     }
+    drop(proxy);
+    let config = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
+    config["internal_address_config"] = json!({"unix_sockets": true});
+    let proxy = start(&[listener], &[cluster("pipe", server.address)]);
+    ask(&path).await;
+    let seen = server.exchanges().pop().unwrap();
+    assert_eq!(seen.header("x-envoy-internal"), "true");
     drop(proxy);
     std::fs::remove_file(path).unwrap();
 }

@@ -46,11 +46,13 @@ impl Source {
             told.filter(|_| edge.trusted_hops == 0 && edge::is_single(fields))
         };
         let ranges = &edge.internal_addresses;
+        let is_at_pipe = appends && !seen.forwarded_for && connection.remote.ip().is_none();
         let internal = !config.inbound
-            && alone.is_some_and(|client| {
-                let client = client.to_canonical();
-                ranges.iter().any(|range| range.contains(client))
-            });
+            && (is_at_pipe && edge.internal_pipes
+                || alone.is_some_and(|client| {
+                    let client = client.to_canonical();
+                    ranges.iter().any(|range| range.contains(client))
+                }));
         Self {
             told,
             internal,

@@ -329,4 +329,48 @@ mod tests {
             assert!(head(text).is_err(), "{:.60}", text);
         }
     }
+
+    /// Heads that are nearly right: what is read of them is all there, says one length at most, and does not depend on how
+    /// the bytes came.
+    #[test]
+    fn spoilt_heads_are_a_head_or_garbage_however_they_come() {
+        let good = [
+            &b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"[..],
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 Made\r\ncontent-length: 12\r\nx: y\r\n\r\n",
+            b"HTTP/1.0 404 Not Found\r\nconnection: close\r\n\r\n",
+        ];
+        let spoil = b"\r\n\0 \t:;,0179HTP/.chunked\xff-";
+        let mut seed = 11_u32;
+        let mut below = |limit: usize| {
+            seed ^= seed << 13;
+            seed ^= seed >> 17;
+            seed ^= seed << 5;
+            seed as usize % limit
+        };
+        let mut read_well = 0;
+        for _ in 0..50_000 {
+            let mut wire = good[below(good.len())].to_vec();
+            for _ in 0..below(4) {
+                let at = below(wire.len());
+                match below(3) {
+                    0 => wire[at] = spoil[below(spoil.len())],
+                    1 => wire.insert(at, spoil[below(spoil.len())]),
+                    _ => drop(wire.remove(at)),
+                }
+            }
+            let Ok(Some(found)) = read(&wire, &Method::GET) else {
+                continue;
+            };
+            read_well += 1;
+            assert!(found.used <= wire.len(), "{wire:?}");
+            let fields = &found.parts.headers;
+            let lengths = fields.get_all(header::CONTENT_LENGTH).iter().count();
+            let is_chunked = fields.contains_key(header::TRANSFER_ENCODING);
+            assert!(lengths + usize::from(is_chunked) <= 1, "{wire:?}");
+            let cut = below(found.used);
+            let early = read(&wire[..cut], &Method::GET);
+            assert!(!matches!(early, Ok(Some(_))), "cut at {cut}: {wire:?}");
+        }
+        assert!((1_000..50_000).contains(&read_well), "{read_well}");
+    }
 }

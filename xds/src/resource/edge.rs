@@ -35,6 +35,8 @@ pub struct Edge {
     pub always_set_request_id: bool,
     /// Whose requests come from inside (`internal_address_config.cidr_ranges`).
     pub internal_addresses: Vec<CidrRange>,
+    /// Whether those who come over a Unix domain socket are, too.
+    pub internal_pipes: bool,
     /// What becomes of `x-forwarded-client-cert`.
     pub client_cert: ClientCert,
     /// `headers_with_underscores_action`.
@@ -80,12 +82,6 @@ pub enum StripPort {
 impl Edge {
     pub(super) fn read(problems: &mut ConfigErrors, wire: &hcm::HttpConnectionManager) -> Self {
         let internal = wire.internal_address_config.clone().unwrap_or_default();
-        if internal.unix_sockets {
-            problems.add(
-                "internal_address_config.unix_sockets",
-                "not supported yet: no listener has a Unix domain socket",
-            );
-        }
         let place = "internal_address_config.cidr_ranges";
         let internal_addresses = problems.take_all(place, internal.cidr_ranges);
         let common = wire.common_http_protocol_options.as_ref();
@@ -125,6 +121,7 @@ impl Edge {
             append_x_forwarded_port: wire.append_x_forwarded_port,
             always_set_request_id: wire.always_set_request_id_in_response,
             internal_addresses,
+            internal_pipes: internal.unix_sockets,
             client_cert: ClientCert::read(wire),
             underscores: match underscores.unwrap_or_default() {
                 HeadersWithUnderscoresAction::Allow => Underscores::Allow,
@@ -152,8 +149,9 @@ impl Edge {
         wire.append_x_forwarded_port = self.append_x_forwarded_port;
         wire.always_set_request_id_in_response = self.always_set_request_id;
         let ranges = &self.internal_addresses;
-        wire.internal_address_config = (!ranges.is_empty()).then(|| InternalAddressConfig {
-            unix_sockets: false,
+        let is_told = !ranges.is_empty() || self.internal_pipes;
+        wire.internal_address_config = is_told.then(|| InternalAddressConfig {
+            unix_sockets: self.internal_pipes,
             cidr_ranges: ranges.iter().map(Into::into).collect(),
         });
         self.client_cert.write(wire);
