@@ -70,28 +70,28 @@ impl RoutingPolicy {
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all(deserialize = "camelCase"), default)]
 pub struct Weights {
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Worth of a block in device memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlap_credit: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// How fast that fades where more prefill waits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlap_credit_decay: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Weight of prefill against decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_load_scale: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Blocks that an active request counts for beside its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_active_request_weight: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Worth of a block in host memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_weight: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Worth of a block on disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_weight: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// Worth of a block elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remote_weight: Option<f64>,
-    #[expect(missing_docs, reason = "docs/src/filters.md has them")]
+    /// 0 takes the cheapest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
 }
