@@ -127,6 +127,10 @@ fn what_is_wrong_is_not_translated() {
         errors.contains("no short resource, passed over"),
         "{errors}"
     );
+    fs::write(&file, "node: {").expect("written");
+    let (code, _, errors) = run(&["translate", text(&file)]);
+    assert_eq!(code, Some(1));
+    assert!(errors.contains("a.yaml: not valid YAML: "), "{errors}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Files and directories with short resources, and with the secrets that they name.
 
-use crate::short::{self, Document, Origin, Problem, Problems};
+use crate::short::{self, Document, Origin, Problems};
 use outrigger_xds::{
     load::{
         self, Syntax,
@@ -53,7 +53,7 @@ pub fn expand(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Problems> {
         }
         match within(path) {
             Ok(found) => files.extend(found),
-            Err(error) => problems.0.push(of_file(path, &error)),
+            Err(error) => unreadable(path, &error, &mut problems),
         }
     }
     problems.finish(files)
@@ -79,15 +79,15 @@ fn within(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn of_file(path: &Path, error: &std::io::Error) -> Problem {
-    Problem {
-        origin: Origin {
-            file: path.display().to_string(),
-            ..Origin::default()
-        },
-        place: String::new(),
-        message: format!("cannot be read: {error}"),
+fn origin(path: &Path) -> Origin {
+    Origin {
+        file: path.display().to_string(),
+        ..Origin::default()
     }
+}
+
+fn unreadable(path: &Path, error: &std::io::Error, problems: &mut Problems) {
+    problems.add(&origin(path), "", format!("cannot be read: {error}"));
 }
 
 /// What these files hold.
@@ -97,7 +97,7 @@ pub fn read(files: &[PathBuf]) -> Input {
     for path in files {
         match fs::read_to_string(path) {
             Ok(text) => input.take(path, &text),
-            Err(error) => input.problems.0.push(of_file(path, &error)),
+            Err(error) => unreadable(path, &error, &mut input.problems),
         }
     }
     input
@@ -113,17 +113,20 @@ impl Input {
             }
             return;
         }
-        let documents = load::documents(text, syntax).unwrap_or_default();
-        let secrets: Vec<Value> = documents.iter().flat_map(resources).cloned().collect();
-        if secrets.is_empty() || !secrets.iter().all(is_secret) {
+        let documents = match load::documents(text, syntax) {
+            Ok(documents) => documents,
+            Err(errors) => return self.problems.add(&origin(path), "", errors.to_string()),
+        };
+        let resources: Vec<&Value> = documents.iter().flat_map(resources).collect();
+        if resources.is_empty() || !resources.iter().all(|resource| is_secret(resource)) {
             return self.others.push(path.to_owned());
         }
-        for secret in secrets {
+        for secret in resources {
             self.secret(path, secret);
         }
     }
 
-    fn secret(&mut self, path: &Path, secret: Value) {
+    fn secret(&mut self, path: &Path, secret: &Value) {
         let unread = Unread {
             name: String::new(),
             version: String::new(),
@@ -133,14 +136,10 @@ impl Input {
             resources: vec![unread],
             ..Response::default()
         };
-        let origin = Origin {
-            file: path.display().to_string(),
-            ..Origin::default()
-        };
         for candidate in response.read::<Secret>() {
             match candidate.read {
                 Ok(read) => drop(self.secrets.insert(read.name, secret.clone())),
-                Err(errors) => self.problems.add(&origin, "", errors.to_string()),
+                Err(errors) => self.problems.add(&origin(path), "", errors.to_string()),
             }
         }
     }

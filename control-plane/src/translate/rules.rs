@@ -59,7 +59,7 @@ impl<'a> Whole<'a> {
             before = Some(origin);
             match &document.spec {
                 Spec::Fleet(spec) => {
-                    drop(whole.fleets.insert(&origin.name, Named { origin, spec }))
+                    whole.fleets.insert(&origin.name, Named { origin, spec });
                 }
                 Spec::Policy(spec) => whole.policies.push(Named { origin, spec }),
                 Spec::Gateway(spec) => whole.gateways.push(Named { origin, spec }),

@@ -202,24 +202,24 @@ fn properties(rule: &Value, take: &mut dyn FnMut(&str)) {
     }
 }
 
+/// These problems and no others, each told by a part of its line.
+fn refused(name: &str, text: &str, expected: &[&str]) {
+    let found = bad(text);
+    let is_expected = |line: &&String| expected.iter().any(|part| line.contains(part));
+    let unexpected: Vec<_> = found.iter().filter(|line| !is_expected(line)).collect();
+    assert!(unexpected.is_empty(), "{name}: {unexpected:#?}");
+    for part in expected {
+        assert!(
+            found.iter().any(|line| line.contains(part)),
+            "{name}: {part:?} in {found:#?}"
+        );
+    }
+    assert_eq!(found.len(), expected.len(), "{name}: {found:#?}");
+}
+
 #[test]
-fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
+fn fleets_that_do_not_fit_are_refused_with_their_places() {
     for (name, text, expected) in [
-        (
-            "what is referred to is there",
-            document("Policy", "p", "{fleets: [b]}") + &gateway("g", ""),
-            &[
-                "document 2 (Gateway g): spec.routes[0].fleet: there is no Fleet a",
-                "document 1 (Policy p): spec.fleets[0]: there is no Fleet b",
-            ][..],
-        ),
-        (
-            "a name is there once",
-            fleet("a") + &fleet("a"),
-            &[
-                "document 2 (Fleet a): metadata.name: there is another Fleet a in f.yaml, document 1",
-            ],
-        ),
         (
             "a fleet fits together",
             document(
@@ -235,7 +235,7 @@ fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
                 "spec.pools[0].engines[1]: b:1 is there twice",
                 "spec.pools[0].engines[2].node: there is no 'x' in spec.nodes",
                 "spec.pools[1].name: there is another pool p",
-            ],
+            ][..],
         ),
         (
             "a node stands in one zone, with one weight, in one fleet",
@@ -281,6 +281,14 @@ fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
             ),
             &["spec.peerTls: required: ca or caSecret"],
         ),
+    ] {
+        refused(name, &text, expected);
+    }
+}
+
+#[test]
+fn policies_that_do_not_fit_are_refused_with_their_places() {
+    for (name, text, expected) in [
         (
             "one policy counts",
             fleet("a")
@@ -308,7 +316,7 @@ fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
                 "(Policy s): spec.rateLimits.limits[0].name: Policy r has a limit 'l'",
                 "(Policy s): spec.tenants: Policy r is for tenant 't', too",
                 "(Policy u): spec.fleets: Policy t is for everybody's requests to all fleets, too",
-            ],
+            ][..],
         ),
         (
             "a policy asks what a fleet can do",
@@ -324,6 +332,36 @@ fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
                 "(Policy p): spec.split.topology: required needs routing by kv, which requests to Fleet a have not",
                 "(Policy q): spec.routing.policy: kv where requests of others to Fleet a go by random: only kv and least_request go together",
                 "(Policy q): spec.split.mode: always, and Fleet a has no pools for prefill and decode",
+            ],
+        ),
+        (
+            "what is left to Envoy's rules is looked at as well",
+            fleet("a") + &document("Policy", "p", "{retries: {on: [bogus]}}") + &gateway("g", ""),
+            &[
+                "(Gateway g): becomes envoy.config.route.v3.RouteConfiguration g: virtual_hosts[0].routes[0].route.retry_policy.retry_on: ",
+            ],
+        ),
+    ] {
+        refused(name, &text, expected);
+    }
+}
+
+#[test]
+fn gateways_that_do_not_fit_are_refused_with_their_places() {
+    for (name, text, expected) in [
+        (
+            "what is referred to is there",
+            document("Policy", "p", "{fleets: [b]}") + &gateway("g", ""),
+            &[
+                "document 2 (Gateway g): spec.routes[0].fleet: there is no Fleet a",
+                "document 1 (Policy p): spec.fleets[0]: there is no Fleet b",
+            ][..],
+        ),
+        (
+            "a name is there once",
+            fleet("a") + &fleet("a"),
+            &[
+                "document 2 (Fleet a): metadata.name: there is another Fleet a in f.yaml, document 1",
             ],
         ),
         (
@@ -357,27 +395,8 @@ fn documents_that_do_not_fit_each_other_are_refused_with_their_places() {
                 "(Gateway inbound): spec.routes[2].hosts[0]: requests for 'h' go to a already",
             ],
         ),
-        (
-            "what is left to Envoy's rules is looked at as well",
-            fleet("a") + &document("Policy", "p", "{retries: {on: [bogus]}}") + &gateway("g", ""),
-            &[
-                "(Gateway g): becomes envoy.config.route.v3.RouteConfiguration g: virtual_hosts[0].routes[0].route.retry_policy.retry_on: ",
-            ],
-        ),
     ] {
-        let found = bad(&text);
-        let unexpected: Vec<_> = found
-            .iter()
-            .filter(|line| !expected.iter().any(|part| line.contains(part)))
-            .collect();
-        assert!(unexpected.is_empty(), "{name}: {unexpected:#?}");
-        for part in expected {
-            assert!(
-                found.iter().any(|line| line.contains(part)),
-                "{name}: {part:?} in {found:#?}"
-            );
-        }
-        assert_eq!(found.len(), expected.len(), "{name}: {found:#?}");
+        refused(name, &text, expected);
     }
 }
 
