@@ -3,6 +3,7 @@
 use serde_json::Value;
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -207,6 +208,8 @@ fn files_name_each_other_and_secrets_are_only_in_theirs() {
                 .iter()
                 .all(|text| !text.contains("/k.pem") && !text.contains("ads"))
         );
+        let mode = fs::metadata(&files[4]).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         // A second time changes nothing, so that nobody who watches them looks in vain.
         let when = |path: &PathBuf| {
             fs::metadata(path)

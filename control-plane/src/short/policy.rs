@@ -159,7 +159,7 @@ pub enum Golden {
     /// A line in the log and a count.
     Report,
     /// Nobody asks.
-    Off,
+    None,
 }
 
 /// Streams survive their engine; what is not said is the filter's default.
@@ -195,7 +195,7 @@ impl Default for Migration {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Retries {
     /// Envoy's conditions; at least one.
-    pub on: Vec<String>,
+    pub retry_on: Vec<String>,
     /// Beside the first.
     #[serde(default = "attempts")]
     pub attempts: u32,

@@ -234,7 +234,7 @@ pub(super) fn health_check(rule: CanaryRule) -> HealthCheck {
         enforcing: match rule.golden {
             GoldenRule::Eject => Enforcing::Eject,
             GoldenRule::Report => Enforcing::Report,
-            GoldenRule::Off => Enforcing::Off,
+            GoldenRule::None => Enforcing::Off,
         },
         ..Golden::default()
     };
@@ -261,7 +261,7 @@ pub(super) fn health_check(rule: CanaryRule) -> HealthCheck {
 
 fn retry_policy(rule: &Retries) -> RetryPolicy {
     RetryPolicy {
-        retry_on: rule.on.clone(),
+        retry_on: rule.retry_on.clone(),
         num_retries: rule.attempts,
         per_try_timeout: rule.per_try_timeout.0,
         base_interval: rule.back_off.0,

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    fs, io,
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -91,7 +93,7 @@ pub fn write(
     let mut written = Vec::new();
     for (name, kind) in TYPES {
         let own = of_type(&linked, name);
-        put(&path(kind), &one(name, own, format))?;
+        put(&path(kind), &one(name, own, format), EVERYBODY)?;
         written.push(path(kind));
     }
     if !secrets.is_empty() {
@@ -99,7 +101,7 @@ pub fn write(
         let own = secrets
             .iter()
             .map(|(name, secret)| (format!("Secret {name}"), secret.clone()));
-        put(&path(kind), &one(name, own, format))?;
+        put(&path(kind), &one(name, own, format), OWNER)?;
         written.push(path(kind));
     }
     Ok(written)
@@ -153,13 +155,29 @@ fn yaml(name: &str, resources: impl Iterator<Item = (String, Value)>) -> String 
     text
 }
 
+/// Who may read a file.
+const EVERYBODY: u32 = 0o644;
+/// Where private keys may be.
+const OWNER: u32 = 0o600;
+
 /// Replaces a file whole, so that nobody reads half of it.
-fn put(path: &Path, text: &str) -> io::Result<()> {
+fn put(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     if fs::read_to_string(path).is_ok_and(|before| before == text) {
         return Ok(());
     }
     let half = path.with_extension("part");
-    fs::write(&half, text)?;
+    // What is left of an attempt that was interrupted may be open to others.
+    match fs::remove_file(&half) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let mut options = fs::OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&half)?;
+    file.write_all(text.as_bytes())?;
     fs::rename(half, path)
 }
 

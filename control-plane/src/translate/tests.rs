@@ -336,7 +336,9 @@ fn policies_that_do_not_fit_are_refused_with_their_places() {
         ),
         (
             "what is left to Envoy's rules is looked at as well",
-            fleet("a") + &document("Policy", "p", "{retries: {on: [bogus]}}") + &gateway("g", ""),
+            fleet("a")
+                + &document("Policy", "p", "{retries: {retryOn: [bogus]}}")
+                + &gateway("g", ""),
             &[
                 "(Gateway g): becomes envoy.config.route.v3.RouteConfiguration g: virtual_hosts[0].routes[0].route.retry_policy.retry_on: ",
             ],
