@@ -154,9 +154,9 @@ pub struct Canary {
 #[serde(rename_all = "snake_case")]
 pub enum Golden {
     /// The engine is unhealthy.
-    #[default]
     Eject,
     /// A line in the log and a count.
+    #[default]
     Report,
     /// Nobody asks.
     None,

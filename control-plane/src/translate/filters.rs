@@ -241,21 +241,14 @@ pub(super) fn health_check(rule: CanaryRule) -> HealthCheck {
     HealthCheck {
         timeout: seconds(3),
         interval: seconds(5),
-        interval_jitter: Duration::ZERO,
-        interval_jitter_percent: 0,
-        initial_jitter: Duration::ZERO,
         unhealthy_threshold: 3,
         healthy_threshold: 2,
-        reuse_connection: true,
-        no_traffic_interval: seconds(60),
-        no_traffic_healthy_interval: seconds(60),
         unhealthy_interval: seconds(1),
-        unhealthy_edge_interval: seconds(1),
-        healthy_edge_interval: seconds(5),
         checker: Checker::Canary(Canary {
             golden,
             ..Canary::default()
         }),
+        ..HealthCheck::default()
     }
 }
 
