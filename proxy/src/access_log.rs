@@ -15,6 +15,7 @@ mod start_time;
 mod tests;
 
 pub(crate) use filter::{Answer, Filter};
+pub use outrigger_xds::resource::access_log::default_json;
 pub use sink::{FLUSH_INTERVAL, QUEUE_BYTES_MAX, Sinks};
 pub(crate) use start_time::TimeFormat;
 
@@ -26,11 +27,9 @@ use outrigger_xds::resource::{
     listener::{AccessLog, AccessLogFormat},
     log_filter::LogFilter,
 };
-use serde_json::Value;
 use sink::Sink;
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -364,44 +363,4 @@ impl Captured {
     fn response(&self, slot: usize) -> Option<&[u8]> {
         self.response.get(slot)?.as_ref().map(HeaderValue::as_bytes)
     }
-}
-
-/// The JSON format of a stand-alone proxy, which has no configuration to say another.
-#[must_use]
-pub fn default_json() -> BTreeMap<String, Value> {
-    [
-        ("start_time", "%START_TIME%"),
-        ("method", "%REQ(:METHOD)%"),
-        ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
-        ("protocol", "%PROTOCOL%"),
-        ("response_code", "%RESPONSE_CODE%"),
-        ("response_flags", "%RESPONSE_FLAGS%"),
-        ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
-        ("bytes_received", "%BYTES_RECEIVED%"),
-        ("bytes_sent", "%BYTES_SENT%"),
-        ("duration", "%DURATION%"),
-        ("upstream_host", "%UPSTREAM_HOST%"),
-        ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
-        ("attempts", "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"),
-        ("request_id", "%REQ(X-REQUEST-ID)%"),
-        ("model", "%MODEL%"),
-        ("ttft_ms", "%TTFT%"),
-        ("itl_p99_ms", "%ITL_P99%"),
-        ("prompt_tokens", "%PROMPT_TOKENS%"),
-        ("completion_tokens", "%COMPLETION_TOKENS%"),
-        ("prefix_hit_tokens", "%PREFIX_HIT_TOKENS%"),
-        (
-            "prefix_hit_tokens_confirmed",
-            "%PREFIX_HIT_TOKENS_CONFIRMED%",
-        ),
-        ("migrations", "%MIGRATIONS%"),
-        ("routing_decision", "%ROUTING_DECISION%"),
-        ("disaggregation", "%DISAGGREGATION%"),
-        ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
-        ("user_agent", "%REQ(USER-AGENT)%"),
-        ("route", "%ROUTE_NAME%"),
-    ]
-    .into_iter()
-    .map(|(key, operator)| (key.to_owned(), Value::from(operator)))
-    .collect()
 }

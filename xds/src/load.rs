@@ -30,7 +30,7 @@ use serde_json::Value;
 /// How a text is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Syntax {
-    /// YAML 1.2, one document.
+    /// YAML 1.2; one document, unless several are asked for.
     Yaml,
     /// JSON.
     Json,
@@ -79,6 +79,14 @@ pub fn bootstrap(text: &str, syntax: Syntax) -> Result<Bootstrap, ConfigErrors> 
 /// All problems of the value, each with its place.
 pub fn bootstrap_from_value(value: Value) -> Result<Bootstrap, ConfigErrors> {
     understood(walk::Walk::default(), value)
+}
+
+/// What a text says, document by document, whatever it is about; a key that is written twice is an error.
+///
+/// # Errors
+/// It is not of that syntax; the error names line and column.
+pub fn documents(text: &str, syntax: Syntax) -> Result<Vec<Value>, ConfigErrors> {
+    strict::documents(text, syntax)
 }
 
 fn message() -> prost_reflect::MessageDescriptor {

@@ -3,7 +3,7 @@
 //! These are what the configuration means, after all field checks; how it was written (YAML, JSON, protobuf) is
 //! behind us. Names are Envoy's. Cross checks (does a route's cluster exist) are the snapshot builder's.
 
-mod access_log;
+pub mod access_log;
 pub mod ads;
 pub mod bootstrap;
 pub mod canary;

@@ -50,6 +50,7 @@ mod protocol;
 mod regression;
 mod reuse;
 mod routes;
+mod short_resources;
 mod slow;
 mod socket_matches;
 mod stored_responses;

@@ -3,8 +3,9 @@
 use super::*;
 use outrigger_filters::error::Flag;
 use outrigger_xds::resource::listener::{AccessLogFormat, AccessLogSink};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::UNIX_EPOCH,
 };

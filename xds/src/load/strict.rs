@@ -23,6 +23,18 @@ pub(super) fn parse(text: &str, syntax: Syntax) -> Result<Value, ConfigErrors> {
         .map_err(|message| ConfigErrors::one("", message))
 }
 
+/// The documents of a text, without those that are empty: YAML may hold several, JSON is one.
+pub(super) fn documents(text: &str, syntax: Syntax) -> Result<Vec<Value>, ConfigErrors> {
+    if syntax == Syntax::Json {
+        return Ok(vec![parse(text, syntax)?]);
+    }
+    let read = serde_yaml_ng::Deserializer::from_str(text)
+        .map(|document| Strict::deserialize(document).map(|strict| strict.0))
+        .filter(|read| !matches!(read, Ok(Value::Null)));
+    read.collect::<Result<_, _>>()
+        .map_err(|error| ConfigErrors::one("", format!("not valid YAML: {error}")))
+}
+
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {

@@ -44,6 +44,46 @@ pub enum AccessLogFormat {
     Json(BTreeMap<String, Value>),
 }
 
+/// The JSON format where nobody says another: of stand-alone proxies, and of what the control plane makes itself.
+#[must_use]
+pub fn default_json() -> BTreeMap<String, Value> {
+    [
+        ("start_time", "%START_TIME%"),
+        ("method", "%REQ(:METHOD)%"),
+        ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
+        ("protocol", "%PROTOCOL%"),
+        ("response_code", "%RESPONSE_CODE%"),
+        ("response_flags", "%RESPONSE_FLAGS%"),
+        ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
+        ("bytes_received", "%BYTES_RECEIVED%"),
+        ("bytes_sent", "%BYTES_SENT%"),
+        ("duration", "%DURATION%"),
+        ("upstream_host", "%UPSTREAM_HOST%"),
+        ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
+        ("attempts", "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"),
+        ("request_id", "%REQ(X-REQUEST-ID)%"),
+        ("model", "%MODEL%"),
+        ("ttft_ms", "%TTFT%"),
+        ("itl_p99_ms", "%ITL_P99%"),
+        ("prompt_tokens", "%PROMPT_TOKENS%"),
+        ("completion_tokens", "%COMPLETION_TOKENS%"),
+        ("prefix_hit_tokens", "%PREFIX_HIT_TOKENS%"),
+        (
+            "prefix_hit_tokens_confirmed",
+            "%PREFIX_HIT_TOKENS_CONFIRMED%",
+        ),
+        ("migrations", "%MIGRATIONS%"),
+        ("routing_decision", "%ROUTING_DECISION%"),
+        ("disaggregation", "%DISAGGREGATION%"),
+        ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
+        ("user_agent", "%REQ(USER-AGENT)%"),
+        ("route", "%ROUTE_NAME%"),
+    ]
+    .into_iter()
+    .map(|(key, operator)| (key.to_owned(), Value::from(operator)))
+    .collect()
+}
+
 impl TryFrom<log::AccessLog> for AccessLog {
     type Error = ConfigErrors;
 
