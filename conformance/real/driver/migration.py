@@ -16,7 +16,7 @@ from mix import prose
 from processes import session_members
 
 KILLS = ("API server", "worker", "API server", "worker")
-STREAMS = 12  # at once, over both engines
+STREAMS = 20  # at once, over both engines
 TOKENS = 48
 STALL_S = 30  # `stall_ms` of the migration filter, as shipped
 TRIES_MIN = 20  # streams that are cut in the middle, over all kills
@@ -100,7 +100,7 @@ def strike(victim, proxy, blow, rng):
     for path, body in requests(rng):
         streams.append(Stream(proxy, path, body))
         time.sleep(rng.uniform(0, 0.25))
-    wait_until(lambda: sum(s.is_cut_by(victim) for s in streams) >= 3, 20, every_s=0.01)
+    wait_until(lambda: sum(s.is_cut_by(victim) for s in streams) >= 6, 20, every_s=0.01)
     time.sleep(rng.uniform(0, 1))
     cut = [stream for stream in streams if stream.is_cut_by(victim)]
     told = [stream.reply.body.count(b"\n\n") for stream in cut]
