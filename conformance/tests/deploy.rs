@@ -1,5 +1,10 @@
 //! The files under `deploy/` are valid, as the proxy itself judges them, and what they say they are.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "the helpers of a test fail it by panicking, as its body does"
+)]
+
 use clap::Parser;
 use outrigger_control_plane::{
     short,
