@@ -1,4 +1,4 @@
-//! One binary that is also a proxy, an engine or an agent: whoever needs real processes (kill -9 must be real) starts
+//! One binary that is also a proxy, an engine, an agent or a control plane: whoever needs real processes (kill -9 must be real) starts
 //! itself again with another first argument.
 
 use std::{ffi::OsString, process::ExitCode};
@@ -7,7 +7,7 @@ use std::{ffi::OsString, process::ExitCode};
 /// closes, so it never outlives its starter, however that ended. Opt-in, since many a standard input is at its end.
 pub const ENDS_WITH_STDIN: &str = "OUTRIGGER_ENDS_WITH_STDIN";
 
-/// Runs the part that the first argument names: `proxy`, `engine` or `agent`, with the arguments after it. `None` if
+/// Runs the part that the first argument names: `proxy`, `engine`, `agent` or `control-plane`, with the arguments after it. `None` if
 /// it names none of them, and the caller's own work begins.
 #[must_use]
 pub fn dispatch() -> Option<ExitCode> {
@@ -16,13 +16,15 @@ pub fn dispatch() -> Option<ExitCode> {
     let part = arguments.next()?;
     let rest = || -> Vec<OsString> { std::iter::once(program).chain(arguments).collect() };
     let part = part.to_str().unwrap_or_default();
-    if matches!(part, "proxy" | "engine" | "agent") && std::env::var_os(ENDS_WITH_STDIN).is_some() {
+    let is_part = matches!(part, "proxy" | "engine" | "agent" | "control-plane");
+    if is_part && std::env::var_os(ENDS_WITH_STDIN).is_some() {
         std::thread::spawn(end_with_stdin);
     }
     match part {
         "proxy" => Some(outrigger_proxy::run(rest())),
         "engine" => Some(crate::sim::run(rest())),
         "agent" => Some(agent(rest())),
+        "control-plane" => Some(outrigger_control_plane::run(rest())),
         _ => None,
     }
 }

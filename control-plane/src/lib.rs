@@ -1,22 +1,29 @@
-//! Sources of configuration, checked.
+//! The control plane: sources of configuration, checked as a whole, and served to proxies as Envoy v3 resources over xDS.
 //!
-//! What it answers today: is a bootstrap file good, and if not, what exactly is wrong with it ([`validate`]); the same of
-//! [`short`] resources, and what they become ([`translate`]). Serving resources to proxies over ADS, and reading them from
-//! Kubernetes, come later; nothing here pretends to.
+//! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
+//! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) is not served yet. It never knows a proxy of ours
+//! from inside: all that passes is Envoy's API.
 
+pub mod admin;
+pub mod ads;
+pub mod catalog;
+pub mod clients;
+pub mod figures;
+pub mod foreign;
+pub mod lrs;
+pub mod references;
+pub mod serve;
+pub mod session;
 pub mod short;
+pub mod snapshot;
+pub mod source;
+pub mod status;
 pub mod translate;
+pub mod validate;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use outrigger_xds::load;
-use short::Problems;
-use std::{
-    collections::BTreeSet,
-    fmt, fs,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{collections::BTreeSet, ffi::OsString, path::PathBuf, process::ExitCode};
 use translate::{input, output};
 
 /// The command line.
@@ -24,16 +31,18 @@ use translate::{input, output};
 #[command(
     name = "outrigger-control-plane",
     version,
-    about = "Checks configuration for Outrigger proxies, and makes it of short resources"
+    about = "Checks configuration for proxies, makes it of short resources, and serves it"
 )]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Reads bootstrap files and short resources (YAML, or JSON if the name ends in .json) and prints everything that is wrong
+    /// Serves the Envoy resources in a directory over xDS, and follows what changes there.
+    Serve(serve::Options),
+    /// Reads bootstrap files, short resources and directories of Envoy resources (YAML, or JSON if the name ends in .json) and prints everything that is wrong
     /// with them.
     Validate {
         /// Files, and directories of them.
@@ -63,108 +72,6 @@ struct Translate {
     out: Option<PathBuf>,
 }
 
-/// What was found in some files.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Report {
-    /// One entry per file, in the order given.
-    pub files: Vec<FileReport>,
-}
-
-/// What was found in one file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileReport {
-    /// Which file.
-    pub path: PathBuf,
-    /// Everything that is wrong with it, each with its place; empty if it is good.
-    pub problems: Vec<String>,
-}
-
-impl Report {
-    /// Whether nothing is wrong.
-    #[must_use]
-    pub fn is_good(&self) -> bool {
-        self.files.iter().all(|file| file.problems.is_empty())
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for FileReport { path, problems } in &self.files {
-            if problems.is_empty() {
-                writeln!(f, "{}: OK", path.display())?;
-            }
-            for problem in problems {
-                writeln!(f, "{}: {problem}", path.display())?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Reads files and says what is wrong with each; of directories, with all files in them. Short resources are looked at as a
-/// whole, others each by itself, as bootstraps.
-#[must_use]
-pub fn validate(paths: &[PathBuf]) -> Report {
-    let files = match input::expand(paths) {
-        Ok(files) => files,
-        Err(problems) => {
-            return Report {
-                files: by_file(&problems, &[]),
-            };
-        }
-    };
-    let input = input::read(&files);
-    let secrets = input.secrets.keys().cloned().collect();
-    let mut problems = input.problems;
-    // What is wrong as a whole can be said when each document is good.
-    if problems.0.is_empty()
-        && let Err(found) = translate::translate(&input.documents, &secrets)
-    {
-        problems = found;
-    }
-    let mut reports = by_file(&problems, &files);
-    for report in &mut reports {
-        if input.others.contains(&report.path) {
-            report.problems.extend(bootstrap_problems(&report.path));
-        }
-    }
-    Report { files: reports }
-}
-
-/// Problems of each file; of those that nobody asked about, too.
-fn by_file(problems: &Problems, files: &[PathBuf]) -> Vec<FileReport> {
-    let mut reports: Vec<FileReport> = Vec::new();
-    let place = |reports: &mut Vec<FileReport>, path: &Path| {
-        let known = reports.iter().position(|report| report.path == path);
-        known.unwrap_or_else(|| {
-            reports.push(FileReport {
-                path: path.to_owned(),
-                problems: Vec::new(),
-            });
-            reports.len() - 1
-        })
-    };
-    for path in files {
-        place(&mut reports, path);
-    }
-    for problem in &problems.0 {
-        let index = place(&mut reports, Path::new(&problem.origin.file));
-        reports[index].problems.push(problem.to_string());
-    }
-    reports
-}
-
-fn bootstrap_problems(path: &Path) -> Vec<String> {
-    let text = match fs::read_to_string(path).context("cannot be read") {
-        Ok(text) => text,
-        Err(error) => return vec![format!("{error:#}")],
-    };
-    match load::bootstrap(&text, input::syntax(path)) {
-        Ok(_) => Vec::new(),
-        Err(errors) => errors.problems().iter().map(ToString::to_string).collect(),
-    }
-}
-
 impl Translate {
     /// What is to be printed.
     fn run(&self) -> Result<String, anyhow::Error> {
@@ -189,12 +96,27 @@ impl Translate {
     }
 }
 
-/// Does what the command line asks for: exit code 0 if all is well, 1 if a file is not good.
+/// Does what the command line asks for: exit code 0 if all is well, 1 if a file is not good or it cannot serve, 2 if the command line is wrong.
 #[must_use]
-pub fn run() -> ExitCode {
-    let (printed, is_good) = match Cli::parse().command {
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let (printed, is_good) = match cli.command {
+        Command::Serve(options) => match serve::run(&options) {
+            Ok(()) => (String::new(), true),
+            Err(error) => {
+                eprintln!("outrigger-control-plane: {error:#}");
+                (String::new(), false)
+            }
+        },
         Command::Validate { files } => {
-            let report = validate(&files);
+            let report = validate::validate(&files);
             (report.to_string(), report.is_good())
         }
         Command::Translate(translate) => match translate.run() {

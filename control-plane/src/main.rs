@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    outrigger_control_plane::run()
+    outrigger_control_plane::run(std::env::args_os())
 }

@@ -70,3 +70,24 @@ fn everything_wrong_is_printed_and_the_exit_code_says_so() {
 fn no_file_is_a_usage_error() {
     assert_eq!(validate(&[]).0, Some(2));
 }
+
+#[test]
+fn a_directory_is_judged_as_a_whole() {
+    let dir = dir("resources");
+    let cluster = "\"@type\": type.googleapis.com/envoy.config.cluster.v3.Cluster\nname: a\ntype: EDS\neds_cluster_config: {eds_config: {ads: {}}}\n";
+    let endpoints = "- {\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: a}\n";
+    fs::write(dir.join("a.yaml"), cluster).expect("written");
+    let _ = fs::remove_file(dir.join("b.yaml"));
+    let (code, printed) = validate(&[&dir]);
+    let expected = format!(
+        "{}: cluster 'a' names the cluster_load_assignment 'a', which does not exist\n",
+        dir.join("a.yaml").display()
+    );
+    assert_eq!((code, printed), (Some(1), expected));
+    fs::write(dir.join("b.yaml"), endpoints).expect("written");
+    let (code, printed) = validate(&[&dir]);
+    assert_eq!(
+        (code, printed),
+        (Some(0), format!("{}: OK\n", dir.display()))
+    );
+}

@@ -5,6 +5,7 @@
 //! It does not read files, and does not know which filters exist.
 
 pub mod binary;
+mod canonical;
 pub mod discovery;
 mod dump;
 mod extensions;
@@ -17,6 +18,7 @@ mod known_tls;
 mod merge;
 mod strict;
 mod walk;
+pub mod written;
 
 pub use crate::problems::{ConfigErrors, Problem};
 pub use dump::{bootstrap_to_json, config_dump};

@@ -17,7 +17,7 @@ use serde_json::{Number, Value};
 use std::{sync::LazyLock, time::Duration};
 
 /// What every type URL begins with.
-const TYPE_URL_PREFIX: &str = "type.googleapis.com/";
+pub(crate) const TYPE_URL_PREFIX: &str = "type.googleapis.com/";
 
 /// Whole numbers up to here survive the double of a `google.protobuf.Value`.
 pub(crate) const EXACT_INTEGER_MAX: u64 = 1 << 53;

@@ -1,4 +1,4 @@
-//! A proxy or an agent as a process of its own, to be killed, told to end, and watched as it does.
+//! A proxy, an agent or a control plane as a process of its own, to be killed, told to end, and watched as it does.
 
 use super::{Client, PATIENCE, eventually, scratch};
 use std::{
@@ -123,16 +123,7 @@ impl Process {
 
     /// Waits for its end; `None` if it still runs after `limit`.
     pub async fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
-        let deadline = Instant::now() + limit.min(PATIENCE);
-        loop {
-            if let Some(status) = self.child.try_wait().expect("invariant: our child") {
-                return Some(status);
-            }
-            if Instant::now() >= deadline {
-                return None;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        wait(&mut self.child, limit.min(PATIENCE)).await
     }
 
     /// What it wrote to standard error.
@@ -206,5 +197,101 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.error_path);
+    }
+}
+
+/// A control plane as a child process; killed when dropped.
+pub struct ControlPlane {
+    child: Child,
+    error_path: PathBuf,
+    /// Where it serves xDS.
+    pub address: SocketAddr,
+    /// Where its admin is.
+    pub admin: SocketAddr,
+}
+
+impl ControlPlane {
+    /// Starts `program control-plane serve` on a directory, and waits until it listens.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub async fn start(program: &str, directory: &str, listen: SocketAddr) -> Self {
+        let error_path = scratch("stderr");
+        let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
+        let mut command = Command::new(program);
+        command
+            .args(["control-plane", "serve", "--config", directory])
+            .args(["--listen", &listen.to_string(), "--admin", "127.0.0.1:0"])
+            .args(["--drain-time-s", "0"])
+            .env("NO_COLOR", "1")
+            .stdout(Stdio::null())
+            .stderr(errors);
+        let child = command.spawn().expect("invariant: the program starts");
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let mut started = Self {
+            child,
+            error_path,
+            address: unknown,
+            admin: unknown,
+        };
+        (started.address, started.admin) = eventually("the control plane's addresses", || {
+            let text = std::fs::read_to_string(&started.error_path).unwrap_or_default();
+            async move {
+                let line = text.lines().find(|line| line.contains("serving xDS"))?;
+                let at = |field: &str| {
+                    let (_, rest) = line.split_once(field)?;
+                    rest.split_whitespace().next()?.parse().ok()
+                };
+                Some((at("address=")?, at("admin=")?))
+            }
+        })
+        .await;
+        started
+    }
+
+    /// kill -9, and waits until it is gone.
+    ///
+    /// # Panics
+    /// If it is gone already.
+    pub async fn kill(&mut self) {
+        self.signal("KILL");
+        let ended = self.ended().await;
+        assert!(ended.is_some(), "kill -9 ends a process");
+    }
+
+    /// Sends a signal (`TERM`, `KILL`, `STOP`, `CONT`).
+    ///
+    /// # Panics
+    /// If the process is gone.
+    pub fn signal(&self, name: &str) {
+        send_signal(self.child.id(), name);
+    }
+
+    /// Waits for its end; `None` if it still runs after [`PATIENCE`].
+    pub async fn ended(&mut self) -> Option<ExitStatus> {
+        wait(&mut self.child, PATIENCE).await
+    }
+}
+
+impl Drop for ControlPlane {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.error_path);
+    }
+}
+
+/// Waits for a process to end.
+async fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait().expect("invariant: our child") {
+            return Some(status);
+        }
+        if Instant::now() >= deadline {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

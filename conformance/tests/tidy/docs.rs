@@ -226,7 +226,9 @@ fn every_flag_is_documented() {
         outrigger_proxy::options::Options::command(),
         outrigger_gpu_agent::run::Args::command(),
     ];
-    let flags = commands.iter().flat_map(|command| {
+    let control_plane = outrigger_control_plane::Cli::command();
+    let all = commands.iter().chain(control_plane.get_subcommands());
+    let flags = all.flat_map(|command| {
         command
             .get_arguments()
             .filter_map(|argument| argument.get_long())
@@ -246,10 +248,14 @@ fn every_metric_is_documented() {
     let named = named("docs/src/metrics.md");
     let rows = outrigger_proxy::metrics::table::ROWS;
     assert!(rows.len() > 50);
-    let missing = rows.iter().filter(|row| !named.contains(row.name));
+    let names = rows.iter().map(|row| row.name);
+    let figures = outrigger_control_plane::figures::ROWS.iter();
+    let missing = names
+        .chain(figures.map(|row| row.name))
+        .filter(|name| !named.contains(*name));
     report(
         missing
-            .map(|row| format!("docs/src/metrics.md: says nothing of {}", row.name))
+            .map(|name| format!("docs/src/metrics.md: says nothing of {name}"))
             .collect(),
     );
 }

@@ -40,6 +40,12 @@ struct Named {
     name: String,
 }
 
+impl From<Any> for Packed {
+    fn from(any: Any) -> Self {
+        Self(any)
+    }
+}
+
 impl Packed {
     /// Its name; empty if it has none. Of a message that cannot be read it is still found where it comes first.
     #[must_use]

@@ -58,10 +58,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.service.discovery.v3.Resource",
         &["aliases", "resource_name"],
     ),
+    ("envoy.type.matcher.v3.StructMatcher", &["path", "value"]),
 ];
 
 /// Fields by message that have no effect here and may be carried.
 pub(super) const IGNORED: &[(&str, &[&str])] = &[
+    (
+        "envoy.admin.v3.UpdateFailureState",
+        &["failed_configuration"],
+    ),
     (
         "envoy.config.core.v3.ApiConfigSource",
         &["refresh_delay", "request_timeout"],
@@ -76,6 +81,23 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
         &["per_stream_buffer_limit_bytes"],
     ),
     (
+        "envoy.config.endpoint.v3.ClusterStats",
+        &["cluster_service_name", "dropped_requests"],
+    ),
+    (
+        "envoy.config.endpoint.v3.UpstreamLocalityStats",
+        &[
+            "application_utilization",
+            "cpu_utilization",
+            "load_metric_stats",
+            "mem_utilization",
+            "total_active_connections",
+            "total_fail_connections",
+            "total_new_connections",
+            "upstream_endpoint_stats",
+        ],
+    ),
+    (
         "envoy.service.discovery.v3.DeltaDiscoveryResponse",
         &["control_plane"],
     ),
@@ -86,6 +108,18 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     (
         "envoy.service.discovery.v3.Resource",
         &["cache_control", "metadata"],
+    ),
+    (
+        "envoy.service.load_stats.v3.LoadStatsResponse",
+        &["report_endpoint_granularity"],
+    ),
+    (
+        "envoy.service.status.v3.ClientConfig",
+        &["client_scope", "xds_config"],
+    ),
+    (
+        "envoy.service.status.v3.ClientConfig.GenericXdsConfig",
+        &["is_static_resource"],
     ),
     ("google.rpc.Status", &["details"]),
 ];

@@ -36,6 +36,8 @@ pub(super) struct OfKind {
     begun: bool,
     /// Of the last answer that was accepted as a whole.
     pub(super) version: String,
+    /// A part of a later answer was accepted: what is there is no more what that version says.
+    strayed: bool,
     /// Of the last answer on this stream.
     nonce: String,
     replies: VecDeque<Reply>,
@@ -238,6 +240,7 @@ impl OfKind {
         if rejected.is_empty() && protocol == Protocol::State {
             self.version = receipt.version;
         }
+        self.strayed = !rejected.is_empty();
         self.replies.push_back(Reply {
             nonce: receipt.nonce,
             error: (!rejected.is_empty()).then(|| explain(rejected)),
@@ -313,6 +316,11 @@ impl OfKind {
         self.again.clear();
         self.wait_for(self.wanted.clone(), now);
         match protocol {
+            // Who is told a version that it has itself need not send anything.
+            Protocol::State if self.strayed => Ask::State {
+                version: String::new(),
+                names: listed(&self.told),
+            },
             Protocol::State => self.state(),
             Protocol::Delta => {
                 let versions = self.known.iter();

@@ -156,6 +156,25 @@ fn state_of_the_world() {
         .says(&["Endpoints v1"]);
 }
 
+/// The server would believe that there is what that version says, and send nothing.
+#[test]
+fn who_took_a_part_of_a_refused_answer_claims_no_version_on_the_next_stream() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Kind::Clusters, "*").client.opened();
+    talk.says(&["*Clusters"])
+        .takes(answer(Kind::Clusters, "1", "a", "x", ""), "")
+        .takes(answer(Kind::Clusters, "2", "b", "x y z", ""), "z")
+        .says(&["Clusters v1 na", "Clusters v1 nb !'z': no"]);
+    talk.client.broken();
+    talk.client.opened();
+    talk.says(&["*Clusters"])
+        .takes(answer(Kind::Clusters, "1", "c", "x", ""), "")
+        .says(&["Clusters v1 nc"]);
+    talk.client.broken();
+    talk.client.opened();
+    talk.says(&["*Clusters v1"]);
+}
+
 #[test]
 fn what_changed() {
     let mut talk = Talk::new(Protocol::Delta);

@@ -119,3 +119,61 @@ impl ::prost::Name for ClusterLoadAssignment {
         "/envoy.config.endpoint.v3.ClusterLoadAssignment".into()
     }
 }
+/// Load of one locality.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpstreamLocalityStats {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub locality: ::core::option::Option<super::super::core::v3::Locality>,
+    /// Requests that went well, in the interval.
+    #[prost(uint64, tag = "2")]
+    pub total_successful_requests: u64,
+    /// Requests that go on.
+    #[prost(uint64, tag = "3")]
+    pub total_requests_in_progress: u64,
+    /// Requests that failed, in the interval.
+    #[prost(uint64, tag = "4")]
+    pub total_error_requests: u64,
+    /// Which priority.
+    #[prost(uint32, tag = "6")]
+    pub priority: u32,
+    /// Requests that began, in the interval.
+    #[prost(uint64, tag = "8")]
+    pub total_issued_requests: u64,
+}
+impl ::prost::Name for UpstreamLocalityStats {
+    const NAME: &'static str = "UpstreamLocalityStats";
+    const PACKAGE: &'static str = "envoy.config.endpoint.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.endpoint.v3.UpstreamLocalityStats".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.endpoint.v3.UpstreamLocalityStats".into()
+    }
+}
+/// Load of one cluster.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ClusterStats {
+    /// Which.
+    #[prost(string, tag = "1")]
+    pub cluster_name: ::prost::alloc::string::String,
+    /// By locality.
+    #[prost(message, repeated, tag = "2")]
+    pub upstream_locality_stats: ::prost::alloc::vec::Vec<UpstreamLocalityStats>,
+    /// Requests that were dropped on purpose, in the interval.
+    #[prost(uint64, tag = "3")]
+    pub total_dropped_requests: u64,
+    /// How long the interval was.
+    #[prost(message, optional, tag = "4")]
+    pub load_report_interval: ::core::option::Option<::prost_types::Duration>,
+}
+impl ::prost::Name for ClusterStats {
+    const NAME: &'static str = "ClusterStats";
+    const PACKAGE: &'static str = "envoy.config.endpoint.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.endpoint.v3.ClusterStats".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.endpoint.v3.ClusterStats".into()
+    }
+}

@@ -104,3 +104,36 @@ impl ::prost::Name for StringMatcher {
         "/envoy.type.matcher.v3.StringMatcher".into()
     }
 }
+/// A condition on metadata. That there is one is all that we read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StructMatcher {}
+impl ::prost::Name for StructMatcher {
+    const NAME: &'static str = "StructMatcher";
+    const PACKAGE: &'static str = "envoy.type.matcher.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.matcher.v3.StructMatcher".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.matcher.v3.StructMatcher".into()
+    }
+}
+/// A condition on a node; all of it must hold.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NodeMatcher {
+    /// On its id.
+    #[prost(message, optional, tag = "1")]
+    pub node_id: ::core::option::Option<StringMatcher>,
+    /// On its metadata; read to be refused.
+    #[prost(message, repeated, tag = "2")]
+    pub node_metadatas: ::prost::alloc::vec::Vec<StructMatcher>,
+}
+impl ::prost::Name for NodeMatcher {
+    const NAME: &'static str = "NodeMatcher";
+    const PACKAGE: &'static str = "envoy.type.matcher.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.type.matcher.v3.NodeMatcher".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.type.matcher.v3.NodeMatcher".into()
+    }
+}

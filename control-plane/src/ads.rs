@@ -1,0 +1,244 @@
+//! Discovery over gRPC: all types over one stream (ADS), or one type over a stream of its own, in both protocols.
+//!
+//! A stream holds one response until the client takes it. Only then is the next one made, of what is true then: a client that is
+//! slow gets changes merged, and nothing queues up for it.
+
+mod dialect;
+mod services;
+
+pub use services::Discovery;
+
+use crate::{
+    catalog::{Catalog, Published},
+    clients::{Clients, Entry},
+    session::{Client, Refusal, Request, Response},
+};
+use dialect::Dialect;
+use outrigger_xds::subscription::Kind;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+/// Longer requests end their stream.
+pub const REQUEST_BYTES_MAX: usize = 16 << 20;
+
+/// A response each time there is room for one.
+type Answers<T> = ReceiverStream<Result<T, Status>>;
+
+/// What all streams share.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// What is served.
+    pub catalog: Arc<Catalog>,
+    /// Who is served.
+    pub clients: Arc<Clients>,
+    /// Set when streams are to end: by then, each at a moment of its own.
+    pub ending: watch::Receiver<Option<Ending>>,
+}
+
+/// The end of all streams.
+#[derive(Debug, Clone, Copy)]
+pub struct Ending {
+    /// When it began.
+    pub since: Instant,
+    /// Over which time streams end, so that not all clients come back elsewhere at once.
+    pub over: Duration,
+}
+
+/// Moments over which the ends of streams are spread.
+const ENDING_STEPS: u32 = 64;
+
+impl Ending {
+    fn of_stream(self, id: u64) -> Instant {
+        let step = u32::try_from(id % u64::from(ENDING_STEPS)).unwrap_or_default();
+        self.since + self.over * step / ENDING_STEPS
+    }
+}
+
+/// A service that carries one type, or all.
+#[derive(Debug, Clone, Copy)]
+struct Served {
+    name: &'static str,
+    kind: Option<Kind>,
+}
+
+impl Served {
+    /// On a stream of one type, that need not be said.
+    fn typed(self, mut request: Request) -> Result<Request, Status> {
+        let Some(kind) = self.kind else {
+            return Ok(request);
+        };
+        if request.type_url.is_empty() {
+            kind.type_url().clone_into(&mut request.type_url);
+        } else if request.type_url != kind.type_url() {
+            refused("type");
+            let message = format!("{} are not served here", request.type_url);
+            return Err(Status::invalid_argument(message));
+        }
+        Ok(request)
+    }
+}
+
+fn refused(reason: &'static str) {
+    metrics::counter!("outrigger_control_plane_streams_refused_total", "reason" => reason)
+        .increment(1);
+}
+
+fn status(refusal: &Refusal) -> Status {
+    let message = refusal.to_string();
+    match refusal {
+        Refusal::Anonymous | Refusal::NoType => {
+            refused("request");
+            Status::invalid_argument(message)
+        }
+        Refusal::TooManyTypes | Refusal::TooManyNames(_) => {
+            refused("limit");
+            Status::resource_exhausted(message)
+        }
+    }
+}
+
+impl Shared {
+    /// What is served; nobody is told that there is nothing before the sources were read.
+    fn served(&self) -> Result<Arc<Published>, Status> {
+        let published = self.catalog.published();
+        published.ok_or_else(|| Status::unavailable("no configuration yet"))
+    }
+
+    fn converse<D: Dialect>(
+        &self,
+        served: Served,
+        request: tonic::Request<Streaming<D::Request>>,
+    ) -> Result<tonic::Response<Answers<D::Response>>, Status> {
+        self.served()?;
+        let entry = self
+            .clients
+            .enter(served.name, D::PROTOCOL, request.remote_addr());
+        let entry = entry.ok_or_else(|| {
+            refused("limit");
+            Status::resource_exhausted("too many streams")
+        })?;
+        let (sender, receiver) = mpsc::channel(1);
+        let conversation = Conversation::<D> {
+            served,
+            entry,
+            published: self.catalog.subscribe(),
+            ending: self.ending.clone(),
+            sender,
+        };
+        tokio::spawn(conversation.run(request.into_inner()));
+        Ok(tonic::Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// One stream.
+struct Conversation<D: Dialect> {
+    served: Served,
+    entry: Entry,
+    published: watch::Receiver<Option<Arc<Published>>>,
+    ending: watch::Receiver<Option<Ending>>,
+    sender: mpsc::Sender<Result<D::Response, Status>>,
+}
+
+impl<D: Dialect> Conversation<D> {
+    async fn run(mut self, requests: Streaming<D::Request>) {
+        if let Err(status) = self.talk(requests).await {
+            // Who is gone needs no reason.
+            let _ = self.sender.send(Err(status)).await;
+        }
+    }
+
+    /// Until the client ends it.
+    async fn talk(&mut self, mut requests: Streaming<D::Request>) -> Result<(), Status> {
+        let mut is_news = false;
+        let mut ending = self.ending.clone();
+        let id = self.entry.stream.id;
+        loop {
+            tokio::select! {
+                request = requests.message() => match request {
+                    Ok(Some(request)) => {
+                        self.hear(request)?;
+                        is_news = true;
+                    }
+                    Ok(None) | Err(_) => return Ok(()),
+                },
+                changed = self.published.changed() => match changed {
+                    Ok(()) => is_news = true,
+                    Err(_) => return Ok(()),
+                },
+                slot = self.sender.reserve(), if is_news => {
+                    let Ok(slot) = slot else { return Ok(()) };
+                    match next(&self.entry, &mut self.published) {
+                        Some(response) => slot.send(Ok(D::write(response))),
+                        None => is_news = false,
+                    }
+                }
+                () = ended(&mut ending, id) => return Err(Status::unavailable("shutting down")),
+            }
+        }
+    }
+
+    fn hear(&self, request: D::Request) -> Result<(), Status> {
+        let request = self.served.typed(D::read(request))?;
+        let mut session = self.entry.stream.session();
+        count(&request, session.client());
+        session
+            .hear(request, SystemTime::now())
+            .map_err(|refusal| status(&refusal))
+    }
+}
+
+/// What a client is to be told now.
+fn next(
+    entry: &Entry,
+    published: &mut watch::Receiver<Option<Arc<Published>>>,
+) -> Option<Response> {
+    let published = published.borrow_and_update().clone()?;
+    let mut session = entry.stream.session();
+    let is_ours = session.client()?.is_ours();
+    let snapshot = if is_ours {
+        &published.ours
+    } else {
+        &published.others
+    };
+    let response = session.next(snapshot, SystemTime::now())?;
+    let type_url = label(&response.type_url);
+    metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);
+    metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)
+        .increment(response.resources.len() as u64);
+    Some(response)
+}
+
+fn count(request: &Request, client: Option<&Client>) {
+    let type_url = label(&request.type_url);
+    metrics::counter!("outrigger_control_plane_requests_total", "type" => type_url).increment(1);
+    if let Some(error) = &request.error {
+        let node = client.map(|client| client.node.id.as_str());
+        tracing::warn!(node, type_url, error, "a client refuses a response");
+        metrics::counter!("outrigger_control_plane_nacks_total", "type" => type_url).increment(1);
+    } else if !request.nonce.is_empty() {
+        metrics::counter!("outrigger_control_plane_acks_total", "type" => type_url).increment(1);
+    }
+}
+
+/// Clients may name any type; only those that are served get a label.
+fn label(type_url: &str) -> &'static str {
+    Kind::of(type_url).map_or("other", Kind::type_url)
+}
+
+/// When this stream is to end.
+async fn ended(ending: &mut watch::Receiver<Option<Ending>>, id: u64) {
+    let Ok(ending) = ending.wait_for(Option::is_some).await.map(|it| *it) else {
+        return std::future::pending().await;
+    };
+    if let Some(ending) = ending {
+        tokio::time::sleep_until(ending.of_stream(id)).await;
+    }
+}

@@ -1,0 +1,124 @@
+//! The two protocols on the wire.
+
+use crate::{
+    session::{Ask, Client, Request, Response},
+    snapshot::Resource,
+};
+use outrigger_xds::{
+    resource::bootstrap::Node,
+    subscription::Protocol,
+    wire::{
+        envoy::{
+            config::core::v3::{self as core, node::UserAgentVersionType},
+            service::discovery::v3 as wire,
+        },
+        google::rpc,
+    },
+};
+use std::sync::Arc;
+
+/// How requests are read and responses written.
+pub(super) trait Dialect: Send + 'static {
+    /// As it comes.
+    type Request: Send + 'static;
+    /// As it goes.
+    type Response: Send + 'static;
+    /// Which it is.
+    const PROTOCOL: Protocol;
+
+    fn read(request: Self::Request) -> Request;
+    fn write(response: Response) -> Self::Response;
+}
+
+/// The state of the world.
+pub(super) struct State;
+
+/// What changed.
+pub(super) struct Delta;
+
+impl Dialect for State {
+    type Request = wire::DiscoveryRequest;
+    type Response = wire::DiscoveryResponse;
+    const PROTOCOL: Protocol = Protocol::State;
+
+    fn read(request: wire::DiscoveryRequest) -> Request {
+        Request {
+            node: request.node.map(client),
+            type_url: request.type_url,
+            nonce: request.response_nonce,
+            error: request.error_detail.map(told),
+            ask: Ask::State {
+                version: request.version_info,
+                names: request.resource_names.into_iter().collect(),
+            },
+        }
+    }
+
+    fn write(response: Response) -> wire::DiscoveryResponse {
+        let resources = response.resources.iter();
+        wire::DiscoveryResponse {
+            version_info: response.version,
+            resources: resources.map(|resource| resource.any.clone()).collect(),
+            type_url: response.type_url,
+            nonce: response.nonce,
+        }
+    }
+}
+
+impl Dialect for Delta {
+    type Request = wire::DeltaDiscoveryRequest;
+    type Response = wire::DeltaDiscoveryResponse;
+    const PROTOCOL: Protocol = Protocol::Delta;
+
+    fn read(request: wire::DeltaDiscoveryRequest) -> Request {
+        Request {
+            node: request.node.map(client),
+            type_url: request.type_url,
+            nonce: request.response_nonce,
+            error: request.error_detail.map(told),
+            ask: Ask::Delta {
+                subscribe: request.resource_names_subscribe.into_iter().collect(),
+                unsubscribe: request.resource_names_unsubscribe.into_iter().collect(),
+                initial_versions: request.initial_resource_versions,
+            },
+        }
+    }
+
+    fn write(response: Response) -> wire::DeltaDiscoveryResponse {
+        wire::DeltaDiscoveryResponse {
+            system_version_info: response.version,
+            resources: response.resources.iter().map(wrapped).collect(),
+            type_url: response.type_url,
+            nonce: response.nonce,
+            removed_resources: response.removed,
+        }
+    }
+}
+
+fn wrapped(resource: &Arc<Resource>) -> wire::Resource {
+    wire::Resource {
+        version: resource.version.clone(),
+        resource: Some(resource.any.clone()),
+        name: resource.name.clone(),
+        ttl: None,
+    }
+}
+
+/// Why something was refused. An empty text is a refusal all the same.
+fn told(status: rpc::Status) -> String {
+    status.message
+}
+
+fn client(node: core::Node) -> Client {
+    let version = node.user_agent_version_type.as_ref();
+    let version = version.and_then(|UserAgentVersionType::UserAgentBuildVersion(build)| {
+        let version = build.version.as_ref()?;
+        let [major, minor, patch] = [version.major_number, version.minor_number, version.patch];
+        Some(format!("{major}.{minor}.{patch}"))
+    });
+    Client {
+        user_agent: node.user_agent_name.clone(),
+        user_agent_version: version.unwrap_or_default(),
+        node: Node::from(node),
+    }
+}

@@ -1,0 +1,132 @@
+//! The services of Envoy's API that carry resources, each a few lines over [`Shared::converse`].
+
+use super::{
+    Answers, Served, Shared,
+    dialect::{Delta, Dialect, State},
+};
+use crate::session::{Refusal, Response, Session};
+use outrigger_xds::{
+    subscription::{Kind, Protocol},
+    wire::envoy::service::{
+        cluster::v3::cluster_discovery_service_server::ClusterDiscoveryService,
+        discovery::v3::{
+            DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+            aggregated_discovery_service_server::AggregatedDiscoveryService,
+        },
+        endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryService,
+        listener::v3::listener_discovery_service_server::ListenerDiscoveryService,
+        route::v3::route_discovery_service_server::RouteDiscoveryService,
+        secret::v3::secret_discovery_service_server::SecretDiscoveryService,
+    },
+};
+use std::time::SystemTime;
+use tonic::{Request, Response as Reply, Status, Streaming};
+
+/// All services that carry resources.
+#[derive(Debug, Clone)]
+pub struct Discovery(pub Shared);
+
+const ALL: Served = Served {
+    name: "ads",
+    kind: None,
+};
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Discovery {
+    type StreamAggregatedResourcesStream = Answers<DiscoveryResponse>;
+    type DeltaAggregatedResourcesStream = Answers<DeltaDiscoveryResponse>;
+
+    async fn stream_aggregated_resources(
+        &self,
+        request: Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<Reply<Self::StreamAggregatedResourcesStream>, Status> {
+        self.0.converse::<State>(ALL, request)
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Reply<Self::DeltaAggregatedResourcesStream>, Status> {
+        self.0.converse::<Delta>(ALL, request)
+    }
+}
+
+/// A service that carries one type.
+macro_rules! of_one_type {
+    ($service:ident, $served:expr, $State:ident $state:ident, $Delta:ident $delta:ident, $fetch:ident) => {
+        #[tonic::async_trait]
+        impl $service for Discovery {
+            type $State = Answers<DiscoveryResponse>;
+            type $Delta = Answers<DeltaDiscoveryResponse>;
+
+            async fn $state(
+                &self,
+                request: Request<Streaming<DiscoveryRequest>>,
+            ) -> Result<Reply<Self::$State>, Status> {
+                self.0.converse::<State>($served, request)
+            }
+
+            async fn $delta(
+                &self,
+                request: Request<Streaming<DeltaDiscoveryRequest>>,
+            ) -> Result<Reply<Self::$Delta>, Status> {
+                self.0.converse::<Delta>($served, request)
+            }
+
+            async fn $fetch(
+                &self,
+                request: Request<DiscoveryRequest>,
+            ) -> Result<Reply<DiscoveryResponse>, Status> {
+                self.0.fetch($served, request.into_inner()).map(Reply::new)
+            }
+        }
+    };
+}
+
+const fn one(name: &'static str, kind: Kind) -> Served {
+    Served {
+        name,
+        kind: Some(kind),
+    }
+}
+
+of_one_type!(ClusterDiscoveryService, one("cds", Kind::Clusters), StreamClustersStream stream_clusters, DeltaClustersStream delta_clusters, fetch_clusters);
+of_one_type!(EndpointDiscoveryService, one("eds", Kind::Endpoints), StreamEndpointsStream stream_endpoints, DeltaEndpointsStream delta_endpoints, fetch_endpoints);
+of_one_type!(ListenerDiscoveryService, one("lds", Kind::Listeners), StreamListenersStream stream_listeners, DeltaListenersStream delta_listeners, fetch_listeners);
+of_one_type!(RouteDiscoveryService, one("rds", Kind::Routes), StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
+of_one_type!(SecretDiscoveryService, one("sds", Kind::Secrets), StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
+
+impl Shared {
+    /// One response to one request: as a stream that ends after it.
+    fn fetch(
+        &self,
+        served: Served,
+        request: DiscoveryRequest,
+    ) -> Result<DiscoveryResponse, Status> {
+        let published = self.served()?;
+        let request = served.typed(State::read(request))?;
+        let type_url = request.type_url.clone();
+        let mut session = Session::new(Protocol::State);
+        let now = SystemTime::now();
+        session
+            .hear(request, now)
+            .map_err(|refusal: Refusal| super::status(&refusal))?;
+        let is_ours = session.client().is_some_and(|client| client.is_ours());
+        let snapshot = if is_ours {
+            &published.ours
+        } else {
+            &published.others
+        };
+        let mut response = Response {
+            type_url,
+            version: snapshot.version(),
+            ..Response::default()
+        };
+        while let Some(part) = session.next(snapshot, now) {
+            response.version = part.version;
+            response.nonce = part.nonce;
+            response.resources.extend(part.resources);
+        }
+        Ok(State::write(response))
+    }
+}

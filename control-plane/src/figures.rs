@@ -1,0 +1,160 @@
+//! Every metric of the control plane, one row each, and the page that shows them.
+
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use std::sync::LazyLock;
+
+/// What a metric is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only goes up.
+    Counter,
+    /// Goes both ways.
+    Gauge,
+}
+
+/// A metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+    /// For people.
+    pub help: &'static str,
+}
+
+const fn counter(name: &'static str, help: &'static str) -> Row {
+    let kind = Kind::Counter;
+    Row { name, kind, help }
+}
+
+const fn gauge(name: &'static str, help: &'static str) -> Row {
+    let kind = Kind::Gauge;
+    Row { name, kind, help }
+}
+
+/// All of them.
+pub const ROWS: &[Row] = &[
+    gauge(
+        "outrigger_control_plane_streams",
+        "Streams that are open, by service.",
+    ),
+    counter(
+        "outrigger_control_plane_streams_refused_total",
+        "Streams that were refused or ended because of what their client did, by reason.",
+    ),
+    counter(
+        "outrigger_control_plane_requests_total",
+        "Requests of clients, by type of resource; answers included.",
+    ),
+    counter(
+        "outrigger_control_plane_responses_total",
+        "Responses sent, by type of resource.",
+    ),
+    counter(
+        "outrigger_control_plane_resources_sent_total",
+        "Resources in responses, by type.",
+    ),
+    counter(
+        "outrigger_control_plane_acks_total",
+        "Responses that clients took, by type of resource.",
+    ),
+    counter(
+        "outrigger_control_plane_nacks_total",
+        "Responses that clients refused, by type of resource.",
+    ),
+    gauge(
+        "outrigger_control_plane_clients_behind",
+        "Streams whose client has not taken all that it was sent, counted when this is read: by `pending` and `refused`.",
+    ),
+    gauge(
+        "outrigger_control_plane_resources",
+        "Resources that are served, by type.",
+    ),
+    counter(
+        "outrigger_control_plane_loads_total",
+        "Times when a source had something new, by result: good, bad.",
+    ),
+    gauge(
+        "outrigger_control_plane_problems",
+        "What is wrong with what the sources have; while it is not 0, what was good last is served.",
+    ),
+    counter(
+        "outrigger_control_plane_admin_connections_refused_total",
+        "Connections to the admin that were closed because too many were open.",
+    ),
+    counter(
+        "outrigger_config_fields_ignored",
+        "Fields in the files that have no effect and are left out.",
+    ),
+];
+
+static RECORDER: LazyLock<Option<PrometheusHandle>> = LazyLock::new(|| {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).ok()?;
+    for row in ROWS {
+        match row.kind {
+            Kind::Counter => metrics::describe_counter!(row.name, row.help),
+            Kind::Gauge => metrics::describe_gauge!(row.name, row.help),
+        }
+    }
+    Some(handle)
+});
+
+/// From now on everything is counted. Only the first call does something.
+pub fn install() {
+    LazyLock::force(&RECORDER);
+}
+
+/// In Prometheus' text format; empty in a process whose metrics somebody else keeps.
+#[must_use]
+pub fn page() -> String {
+    let handle = RECORDER.as_ref();
+    handle.map_or_else(String::new, PrometheusHandle::render)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn sources(directory: &std::path::Path, texts: &mut String) {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, texts);
+            } else if path.file_name().is_some_and(|name| name != "figures.rs") {
+                texts.push_str(&fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn every_metric_has_a_row_and_every_row_is_used() {
+        let mut texts = String::new();
+        sources(
+            &std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+            &mut texts,
+        );
+        let used = texts.split('"').filter(|text| {
+            text.starts_with("outrigger_control_plane_")
+                && text
+                    .chars()
+                    .all(|letter| letter == '_' || letter.is_ascii_lowercase())
+        });
+        let used: std::collections::BTreeSet<&str> = used.collect();
+        for name in &used {
+            assert!(
+                ROWS.iter().any(|row| row.name == *name),
+                "{name} has no row"
+            );
+        }
+        for row in ROWS
+            .iter()
+            .filter(|row| row.name.starts_with("outrigger_control_plane"))
+        {
+            assert!(used.contains(row.name), "{} is not used", row.name);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What a client is sent that is not ours: the same resources without what only Outrigger understands.
+//!
+//! A filter of ours that says `is_optional` stays: who does not know it passes over it.
+
+use outrigger_xds::{
+    load::written::{self, Written},
+    problems::ConfigErrors,
+};
+use serde_json::Value;
+
+/// Begins the names of our types.
+const OURS: &str = "outrigger.";
+
+/// A resource without what is ours in it; none if there is nothing of ours.
+///
+/// # Errors
+/// Without it, it is no resource.
+pub fn without_ours(written: &Written) -> Result<Option<Written>, ConfigErrors> {
+    let ours = OURS.as_bytes();
+    if !written
+        .any
+        .value
+        .windows(ours.len())
+        .any(|bytes| bytes == ours)
+    {
+        return Ok(None);
+    }
+    let mut json = written::to_json(&written.any)?;
+    strip(&mut json);
+    written::resource(json, "").map(Some)
+}
+
+fn strip(value: &mut Value) {
+    match value {
+        Value::Array(list) => list.iter_mut().for_each(strip),
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                match (key.as_str(), &mut *value) {
+                    ("http_filters" | "monitors", Value::Array(list)) => {
+                        list.retain(|item| !is_ours(&item["typed_config"]) || is_optional(item));
+                    }
+                    ("health_checks", Value::Array(list)) => {
+                        list.retain(|item| !is_ours(&item["custom_health_check"]["typed_config"]));
+                    }
+                    ("typed_per_filter_config", Value::Object(filters)) => {
+                        filters.retain(|_, config| !is_ours(config));
+                    }
+                    _ => {}
+                }
+                strip(value);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn is_optional(item: &Value) -> bool {
+    item["is_optional"] == true
+}
+
+/// Whether the JSON of an `Any` is of a type of ours: itself, in a `TypedStruct`, or in what a route says about a filter.
+fn is_ours(any: &Value) -> bool {
+    let is_named = |key: &str| {
+        let url = any[key].as_str().unwrap_or_default();
+        url.rsplit('/').next().unwrap_or(url).starts_with(OURS)
+    };
+    let inner = &any["config"];
+    is_named("@type")
+        || is_named("type_url")
+        || (inner.is_object() && is_ours(inner) && !is_optional(any))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn ours(name: &str) -> Value {
+        json!({
+            "@type": "type.googleapis.com/xds.type.v3.TypedStruct",
+            "type_url": format!("type.googleapis.com/outrigger.filters.http.{name}.v1.Config"),
+            "value": {},
+        })
+    }
+
+    fn table(filters: &Value) -> Value {
+        json!({
+            "@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+            "name": "table",
+            "virtual_hosts": [{
+                "name": "all",
+                "domains": ["*"],
+                "typed_per_filter_config": filters,
+                "routes": [],
+            }],
+        })
+    }
+
+    fn listener(filters: &Value) -> Value {
+        let hcm = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+        json!({
+            "@type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+            "name": "edge",
+            "address": { "socket_address": { "address": "127.0.0.1", "port_value": 1 } },
+            "filter_chains": [{ "filters": [{ "name": "hcm", "typed_config": {
+                "@type": hcm,
+                "stat_prefix": "edge",
+                "route_config": { "virtual_hosts": [] },
+                "http_filters": filters,
+            } }] }],
+        })
+    }
+
+    fn foreign(value: Value) -> Option<Value> {
+        let written = written::resource(value, "").unwrap();
+        let stripped = without_ours(&written).unwrap()?;
+        Some(written::to_json(&stripped.any).unwrap())
+    }
+
+    #[test]
+    fn filters_of_ours_are_left_out_unless_they_are_optional() {
+        let router = json!({
+            "name": "router",
+            "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" },
+        });
+        let cors = json!({
+            "name": "cors",
+            "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.Cors" },
+        });
+        let openai = json!({ "name": "a", "typed_config": ours("openai") });
+        let optional =
+            json!({ "name": "b", "typed_config": ours("kv_routing"), "is_optional": true });
+        let all = json!([openai, cors, optional, router]);
+        let json = foreign(listener(&all)).unwrap();
+        let left = &json["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"];
+        let names: Vec<&str> = left
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|it| it["name"].as_str().unwrap())
+            .collect();
+        assert_eq!(names, ["cors", "b", "router"]);
+        assert_eq!(foreign(listener(&json!([cors, router]))), None);
+    }
+
+    #[test]
+    fn routes_say_nothing_of_filters_of_ours() {
+        let within = |optional: bool| {
+            json!({
+                "@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig",
+                "config": ours("openai"),
+                "is_optional": optional,
+            })
+        };
+        let filters = json!({
+            "ours": ours("openai"),
+            "within": within(false),
+            "optional": within(true),
+            "cors": { "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy" },
+        });
+        let json = foreign(table(&filters)).unwrap();
+        let left = json["virtual_hosts"][0]["typed_per_filter_config"]
+            .as_object()
+            .unwrap();
+        let mut names: Vec<&String> = left.keys().collect();
+        names.sort();
+        assert_eq!(names, ["cors", "optional"]);
+    }
+}

@@ -1,0 +1,199 @@
+//! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown; nothing is made of it yet.
+
+use outrigger_xds::wire::envoy::{
+    config::endpoint::v3::ClusterStats,
+    service::load_stats::v3::{
+        LoadStatsRequest, LoadStatsResponse, load_reporting_service_server::LoadReportingService,
+    },
+};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime},
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// How often clients report.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+/// Streams of reports that may be open at once.
+const LOAD_STREAMS_MAX: usize = 20_000;
+/// Clusters of a report that are kept.
+const CLUSTERS_REPORTED_MAX: usize = 10_000;
+
+/// What a client reported last.
+#[derive(Debug, Default)]
+struct Report {
+    node: String,
+    at: Option<SystemTime>,
+    clusters: BTreeMap<String, Load>,
+}
+
+/// Requests of a cluster, in the interval of the report.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Load {
+    issued: u64,
+    succeeded: u64,
+    failed: u64,
+    dropped: u64,
+    in_progress: u64,
+}
+
+impl From<&ClusterStats> for Load {
+    fn from(stats: &ClusterStats) -> Self {
+        let start = Self {
+            dropped: stats.total_dropped_requests,
+            ..Self::default()
+        };
+        let localities = stats.upstream_locality_stats.iter();
+        // Clients say what they like: a sum that is too large is as large as can be.
+        localities.fold(start, |sum, locality| Self {
+            issued: sum.issued.saturating_add(locality.total_issued_requests),
+            succeeded: sum
+                .succeeded
+                .saturating_add(locality.total_successful_requests),
+            failed: sum.failed.saturating_add(locality.total_error_requests),
+            in_progress: sum
+                .in_progress
+                .saturating_add(locality.total_requests_in_progress),
+            ..sum
+        })
+    }
+}
+
+/// The reports of streams that are open.
+#[derive(Debug, Default)]
+pub struct Loads {
+    last: AtomicU64,
+    open: Mutex<BTreeMap<u64, Report>>,
+}
+
+impl Loads {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Report>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let open = self.lock();
+        let reports: Vec<Value> = open.values().map(Report::to_json).collect();
+        reports.into()
+    }
+
+    fn enter(self: &Arc<Self>) -> Option<Stream> {
+        let mut open = self.lock();
+        if open.len() >= LOAD_STREAMS_MAX {
+            return None;
+        }
+        let id = self.last.fetch_add(1, Relaxed);
+        open.insert(id, Report::default());
+        Some(Stream {
+            loads: self.clone(),
+            id,
+        })
+    }
+}
+
+impl Report {
+    fn to_json(&self) -> Value {
+        let clusters = self.clusters.iter().map(|(name, load)| {
+            let load = json!({
+                "issued": load.issued,
+                "succeeded": load.succeeded,
+                "failed": load.failed,
+                "dropped": load.dropped,
+                "in_progress": load.in_progress,
+            });
+            (name.clone(), load)
+        });
+        let age = self.at.and_then(|at| at.elapsed().ok());
+        json!({
+            "id": self.node,
+            "seconds_ago": age.map(|age| age.as_secs_f64()),
+            "clusters": clusters.collect::<serde_json::Map<_, _>>(),
+        })
+    }
+}
+
+/// A stream of reports that is open.
+#[derive(Debug)]
+struct Stream {
+    loads: Arc<Loads>,
+    id: u64,
+}
+
+impl Stream {
+    /// Takes a report in. The first says only who it is.
+    fn hear(&self, request: LoadStatsRequest) -> Result<(), Status> {
+        let mut open = self.loads.lock();
+        let report = open.entry(self.id).or_default();
+        if report.node.is_empty() {
+            report.node = request.node.map(|node| node.id).unwrap_or_default();
+        }
+        if report.node.is_empty() {
+            let message = "the first request of a stream needs a node with an id";
+            return Err(Status::invalid_argument(message));
+        }
+        let clusters = request.cluster_stats.iter().take(CLUSTERS_REPORTED_MAX);
+        report.clusters = clusters
+            .map(|stats| (stats.cluster_name.clone(), Load::from(stats)))
+            .collect();
+        report.at = Some(SystemTime::now());
+        Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.loads.lock().remove(&self.id);
+    }
+}
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct LoadReporting(pub Arc<Loads>);
+
+/// What is asked for: everything.
+fn asked() -> LoadStatsResponse {
+    LoadStatsResponse {
+        send_all_clusters: true,
+        load_reporting_interval: REPORT_INTERVAL.try_into().ok(),
+        ..LoadStatsResponse::default()
+    }
+}
+
+#[tonic::async_trait]
+impl LoadReportingService for LoadReporting {
+    type StreamLoadStatsStream = ReceiverStream<Result<LoadStatsResponse, Status>>;
+
+    async fn stream_load_stats(
+        &self,
+        request: Request<Streaming<LoadStatsRequest>>,
+    ) -> Result<Response<Self::StreamLoadStatsStream>, Status> {
+        let stream = self.0.enter();
+        let stream = stream.ok_or_else(|| Status::resource_exhausted("too many streams"))?;
+        let mut requests = request.into_inner();
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let mut answer = Some(asked());
+            while let Ok(Some(request)) = requests.message().await {
+                let said = match stream.hear(request) {
+                    Ok(()) => answer.take().map(Ok),
+                    Err(status) => Some(Err(status)),
+                };
+                let Some(said) = said else { continue };
+                let is_over = said.is_err();
+                if sender.send(said).await.is_err() || is_over {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}

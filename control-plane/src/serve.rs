@@ -1,0 +1,234 @@
+//! The control plane as a process: from the command line to its end.
+
+use crate::{
+    admin::{self, Admin},
+    ads::{Discovery, Ending, REQUEST_BYTES_MAX, Shared},
+    catalog::Catalog,
+    clients::Clients,
+    figures,
+    lrs::{LoadReporting, Loads},
+    source::{Source, files::Directory},
+    status::ClientStatus,
+};
+use anyhow::{Context, ensure};
+use clap::Args;
+use outrigger_xds::wire::envoy::service::{
+    cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
+    discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
+    endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
+    listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
+    load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
+    route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
+    secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+    status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
+};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
+use tonic::transport::{
+    Server,
+    server::{Router, TcpIncoming},
+};
+
+/// Between two HTTP/2 pings of a connection on which nothing happens.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// A connection is dead that does not answer one for so long.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// After the last stream was told to end, its connection may take so long to do so.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How a control plane runs.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Directory with resources: YAML, or JSON if a name ends in .json.
+    #[arg(long, value_name = "DIR")]
+    pub config: PathBuf,
+    /// Where proxies come for their resources: xDS over gRPC, without TLS.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18000")]
+    pub listen: SocketAddr,
+    /// Where people and Prometheus look.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
+    pub admin: SocketAddr,
+    /// After SIGTERM, streams end over so many seconds, so that not all proxies go elsewhere at once.
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    pub drain_time_s: u64,
+    /// Level, or directives such as info,outrigger_control_plane=debug; goes to standard error.
+    #[arg(short, long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: String,
+}
+
+/// A control plane that serves.
+#[derive(Debug)]
+pub struct Running {
+    /// Where it serves xDS.
+    pub address: SocketAddr,
+    /// Where its admin is.
+    pub admin: SocketAddr,
+    ending: watch::Sender<Option<Ending>>,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Reads the directory and begins to serve. What is wrong there is no error: nothing is served until it is mended.
+///
+/// # Errors
+/// The directory does not exist, or an address is taken.
+pub async fn start(options: &Options) -> anyhow::Result<Running> {
+    let directory = &options.config;
+    ensure!(
+        directory.is_dir(),
+        "{}: not a directory",
+        directory.display()
+    );
+    figures::install();
+    let bound = |address: SocketAddr| async move {
+        let listener = TcpListener::bind(address).await;
+        listener.with_context(|| format!("cannot listen on {address}"))
+    };
+    let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
+    let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
+    let mut source = Directory::new(directory.clone());
+    let catalog = Arc::new(Catalog::new([source.name()]));
+    let clients = Arc::new(Clients::default());
+    // So that who comes first finds something.
+    take(&mut source, &catalog).await;
+    let (ending, ended) = watch::channel(None);
+    let shared = Shared {
+        catalog: catalog.clone(),
+        clients: clients.clone(),
+        ending: ended,
+    };
+    let loads = Arc::new(Loads::default());
+    let serving = tokio::spawn(serve(listener, shared, loads.clone()));
+    let shown = Admin {
+        catalog: catalog.clone(),
+        clients,
+        loads,
+    };
+    let follow = async move {
+        loop {
+            take(&mut source, &catalog).await;
+        }
+    };
+    tracing::info!(%address, admin = %admin_address, directory = %directory.display(), "serving xDS");
+    Ok(Running {
+        address,
+        admin: admin_address,
+        ending,
+        serving,
+        tasks: vec![
+            tokio::spawn(follow),
+            tokio::spawn(admin::serve(admin, Arc::new(shown))),
+        ],
+    })
+}
+
+/// What a source has next. Judging it takes time, and is done beside the runtime.
+async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
+    let news = source.next().await;
+    let (name, catalog) = (source.name().to_owned(), catalog.clone());
+    let taking = tokio::task::spawn_blocking(move || catalog.take(&name, news));
+    if let Err(error) = taking.await {
+        tracing::error!(%error, "judging the configuration failed");
+    }
+}
+
+/// Until streams are to end and all have.
+async fn serve(
+    listener: TcpListener,
+    shared: Shared,
+    loads: Arc<Loads>,
+) -> Result<(), tonic::transport::Error> {
+    let mut ending = shared.ending.clone();
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let ended = async move {
+        // If nobody can tell, nobody waits either.
+        let _ = ending.wait_for(Option::is_some).await;
+    };
+    router(&shared, loads)
+        .serve_with_incoming_shutdown(incoming, ended)
+        .await
+}
+
+fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
+    let discovery = Arc::new(Discovery(shared.clone()));
+    let status = ClientStatus(shared.clients.clone());
+    macro_rules! service {
+        ($server:ident) => {
+            $server::from_arc(discovery.clone())
+                .max_decoding_message_size(REQUEST_BYTES_MAX)
+                .max_encoding_message_size(usize::MAX)
+        };
+    }
+    Server::builder()
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .add_service(service!(AggregatedDiscoveryServiceServer))
+        .add_service(service!(ClusterDiscoveryServiceServer))
+        .add_service(service!(EndpointDiscoveryServiceServer))
+        .add_service(service!(ListenerDiscoveryServiceServer))
+        .add_service(service!(RouteDiscoveryServiceServer))
+        .add_service(service!(SecretDiscoveryServiceServer))
+        .add_service(ClientStatusDiscoveryServiceServer::new(status))
+        .add_service(LoadReportingServiceServer::new(LoadReporting(loads)))
+}
+
+impl Running {
+    /// Ends: no connection is accepted any more, and streams end over this time.
+    ///
+    /// # Errors
+    /// Serving failed before.
+    pub async fn end(self, over: Duration) -> anyhow::Result<()> {
+        self.ending.send_replace(Some(Ending {
+            since: Instant::now(),
+            over,
+        }));
+        let served = timeout(over + FAREWELL, self.serving).await;
+        for task in self.tasks {
+            task.abort();
+        }
+        match served {
+            Ok(served) => Ok(served??),
+            // Who does not take leave is left.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Serves until SIGTERM or SIGINT, or until it cannot any more.
+    async fn until_told(mut self, over: Duration) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            served = &mut self.serving => return Ok(served??),
+        }
+        tracing::info!(?over, "streams end");
+        self.end(over).await
+    }
+}
+
+/// Serves until it is told to end.
+///
+/// # Errors
+/// It could not start, or not go on.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&options.log_level)
+        .with_context(|| format!("--log-level {}", options.log_level))?;
+    // Best effort: a program that runs this as a part of itself may have its own subscriber.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
+    let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
+    runtime.block_on(async {
+        let running = start(options).await?;
+        let over = Duration::from_secs(options.drain_time_s);
+        running.until_told(over).await
+    })
+}

@@ -1,0 +1,347 @@
+//! What a server of xDS knows of one client on one stream, and what it tells it next: both protocols, without IO.
+//!
+//! [`Session::hear`] takes in a request, [`Session::next`] gives the next response against the newest snapshot, if there is one to give.
+//! Whoever calls does so when there is room for it, so that a slow client gets what is true then, and never a queue of what was.
+//! Clusters go first, then endpoints, listeners, routes and secrets; what is gone goes last, in the order in which nobody needs it any more.
+
+mod watched;
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;
+
+pub use watched::{Nack, State, Told, TypeStatus};
+
+use crate::snapshot::{Resource, Snapshot};
+use outrigger_xds::{
+    resource::bootstrap::Node,
+    subscription::{Kind, Protocol},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+use watched::Watched;
+
+/// Types that one client may ask for on one stream.
+pub const TYPES_MAX: usize = 32;
+/// Names that one client may ask for, of one type.
+pub const NAMES_MAX: usize = 100_000;
+/// A response is cut when it is longer, where the protocol lets it be: many clients take no more than 4 MiB.
+pub const RESPONSE_BYTES_MAX: usize = 2 << 20;
+
+/// What is gone is told in this order, when listeners and routes were taken: those that are there still may need it. Listeners are not here: what takes the address of one that is gone can only come together with that.
+const REMOVALS: [Kind; 4] = [Kind::Routes, Kind::Clusters, Kind::Endpoints, Kind::Secrets];
+
+/// What a client says.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Request {
+    /// Who it is, on the first request of a stream.
+    pub node: Option<Client>,
+    /// Of which type.
+    pub type_url: String,
+    /// Which response it answers; empty is none.
+    pub nonce: String,
+    /// Why that was refused.
+    pub error: Option<String>,
+    /// What it asks for.
+    pub ask: Ask,
+}
+
+/// What a client asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ask {
+    /// With the state of the world.
+    State {
+        /// Of the last response that it took.
+        version: String,
+        /// All that it wants.
+        names: BTreeSet<String>,
+    },
+    /// With what changed.
+    Delta {
+        /// From now on.
+        subscribe: BTreeSet<String>,
+        /// No longer.
+        unsubscribe: BTreeSet<String>,
+        /// What it has, on the first request of a type.
+        initial_versions: BTreeMap<String, String>,
+    },
+}
+
+impl Default for Ask {
+    fn default() -> Self {
+        Self::State {
+            version: String::new(),
+            names: BTreeSet::new(),
+        }
+    }
+}
+
+/// Who a client is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Client {
+    /// As it says.
+    pub node: Node,
+    /// Which program it is.
+    pub user_agent: String,
+    /// And which version of it.
+    pub user_agent_version: String,
+}
+
+/// What our own proxies call themselves.
+const OURS: &str = "outrigger";
+
+impl Client {
+    /// Whether it knows our filters.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.user_agent == OURS
+    }
+}
+
+/// What a client is told.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Response {
+    /// Of which type.
+    pub type_url: String,
+    /// Of all that the client has of it then.
+    pub version: String,
+    /// By which it is answered.
+    pub nonce: String,
+    /// What it brings.
+    pub resources: Vec<Arc<Resource>>,
+    /// What is gone, or does not exist; only where responses say what changed.
+    pub removed: Vec<String>,
+}
+
+/// Why a stream is ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The first request must say who asks.
+    #[error("the first request of a stream needs a node with an id")]
+    Anonymous,
+    /// A request that does not say of which type.
+    #[error("a request needs a type_url")]
+    NoType,
+    /// [`TYPES_MAX`].
+    #[error("more than {TYPES_MAX} types on one stream")]
+    TooManyTypes,
+    /// [`NAMES_MAX`].
+    #[error("more than {NAMES_MAX} names of {0}")]
+    TooManyNames(String),
+}
+
+/// One client on one stream.
+#[derive(Debug)]
+pub struct Session {
+    protocol: Protocol,
+    client: Option<Client>,
+    types: BTreeMap<String, Watched>,
+    nonces: u64,
+    /// Endpoints whose cluster was sent: they are sent again, or some clients wait for them for ever.
+    owed: BTreeSet<String>,
+}
+
+impl Session {
+    /// A stream on which nothing was said.
+    #[must_use]
+    pub fn new(protocol: Protocol) -> Self {
+        Self {
+            protocol,
+            client: None,
+            types: BTreeMap::new(),
+            nonces: 0,
+            owed: BTreeSet::new(),
+        }
+    }
+
+    /// Which variant is spoken.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// Who it is; none before its first request.
+    #[must_use]
+    pub fn client(&self) -> Option<&Client> {
+        self.client.as_ref()
+    }
+
+    /// What is known of each type that it asks for.
+    pub fn status(&self) -> impl Iterator<Item = TypeStatus> {
+        let types = self.types.iter();
+        types.map(|(type_url, watched)| watched.status(type_url))
+    }
+
+    /// What was sent of each type, with what became of it.
+    pub fn sent(&self) -> impl Iterator<Item = (&str, &str, &watched::Sent)> {
+        let types = self.types.iter();
+        types.flat_map(|(type_url, watched)| {
+            let sent = watched.sent();
+            sent.map(move |(name, sent)| (type_url.as_str(), name, sent))
+        })
+    }
+
+    /// Takes a request in.
+    ///
+    /// # Errors
+    /// It is such that the stream must end.
+    pub fn hear(&mut self, request: Request, now: SystemTime) -> Result<(), Refusal> {
+        if self.client.is_none() {
+            let known = request.node.filter(|client| !client.node.id.is_empty());
+            self.client = Some(known.ok_or(Refusal::Anonymous)?);
+        }
+        if request.type_url.is_empty() {
+            return Err(Refusal::NoType);
+        }
+        if !self.types.contains_key(&request.type_url) && self.types.len() >= TYPES_MAX {
+            return Err(Refusal::TooManyTypes);
+        }
+        self.types.values_mut().for_each(Watched::wake);
+        let watched = self.types.entry(request.type_url.clone()).or_default();
+        if let Ok(nonce) = request.nonce.parse() {
+            watched.answered(nonce, request.error, now);
+        }
+        let kind = Kind::of(&request.type_url);
+        match request.ask {
+            Ask::State { version, names } => watched.want(kind, version, names),
+            Ask::Delta {
+                subscribe,
+                unsubscribe,
+                initial_versions,
+            } => watched.change(kind, (subscribe, unsubscribe), initial_versions, now),
+        }
+        if watched.names_count() > NAMES_MAX {
+            return Err(Refusal::TooManyNames(request.type_url));
+        }
+        Ok(())
+    }
+
+    /// The next response, if there is something to say.
+    pub fn next(&mut self, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
+        let news = Kind::ALL
+            .into_iter()
+            .find_map(|kind| self.news(kind, snapshot, now));
+        let next = news.or_else(|| self.unknown(now)).or_else(|| {
+            REMOVALS
+                .into_iter()
+                .find_map(|kind| self.removals(kind, snapshot, now))
+        });
+        if next.is_none() {
+            self.rest(snapshot);
+        }
+        next
+    }
+
+    /// Until it says something, types of which nothing changes need not be looked at.
+    fn rest(&mut self, snapshot: &Snapshot) {
+        for kind in Kind::ALL {
+            if let Some(watched) = self.types.get_mut(kind.type_url()) {
+                watched.rest(snapshot.of(kind));
+            }
+        }
+    }
+
+    fn news(&mut self, kind: Kind, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
+        let all = snapshot.of(kind);
+        let watched = self.types.get_mut(kind.type_url());
+        let watched = watched.filter(|watched| !watched.is_at_rest(all))?;
+        let content = match self.protocol {
+            Protocol::State if kind.is_whole() => watched.whole(kind, all, now)?,
+            Protocol::State => {
+                let owed = owed_of(kind, &self.owed);
+                watched.part(all, owed)?
+            }
+            Protocol::Delta => {
+                let owed = owed_of(kind, &self.owed);
+                watched.delta(kind, all, owed)?
+            }
+        };
+        for resource in &content.resources {
+            match kind {
+                // A cluster that the client has as it is waits for nothing.
+                Kind::Clusters if watched.has(resource) => {}
+                Kind::Clusters => self.owed.extend(resource.endpoints.clone()),
+                Kind::Endpoints => {
+                    self.owed.remove(&resource.name);
+                }
+                Kind::Listeners | Kind::Routes | Kind::Secrets => {}
+            }
+        }
+        if let Some(endpoints) = self.types.get_mut(Kind::Endpoints.type_url()) {
+            endpoints.wake();
+        }
+        Some(self.say(kind.type_url(), content, now))
+    }
+
+    /// Of types that we do not have, nothing exists.
+    fn unknown(&mut self, now: SystemTime) -> Option<Response> {
+        let mut types = self.types.iter_mut();
+        let (type_url, names) = types.find_map(|(type_url, watched)| {
+            let is_ours = Kind::of(type_url).is_some();
+            let asked = (!is_ours).then(|| watched.take_asked())?;
+            (!asked.is_empty()).then(|| (type_url.clone(), asked))
+        })?;
+        let content = watched::Content {
+            removed: names.into_iter().collect(),
+            ..watched::Content::default()
+        };
+        // The state of the world has no words for it.
+        (self.protocol == Protocol::Delta).then(|| self.say(&type_url, content, now))
+    }
+
+    /// Whether listeners or routes are not taken yet, or were refused.
+    fn is_in_between(&self, snapshot: &Snapshot) -> bool {
+        [Kind::Listeners, Kind::Routes].into_iter().any(|kind| {
+            let watched = self.types.get(kind.type_url());
+            watched.is_some_and(|watched| watched.is_open(snapshot.of(kind)))
+        })
+    }
+
+    fn removals(&mut self, kind: Kind, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
+        if self.is_in_between(snapshot) {
+            return None;
+        }
+        let all = snapshot.of(kind);
+        let watched = self.types.get_mut(kind.type_url());
+        let watched = watched.filter(|watched| !watched.is_at_rest(all))?;
+        let content = match self.protocol {
+            Protocol::State if kind.is_whole() => watched.without_the_gone(all)?,
+            Protocol::State => {
+                watched.forget_the_gone(all);
+                return None;
+            }
+            Protocol::Delta => watched.gone(all)?,
+        };
+        Some(self.say(kind.type_url(), content, now))
+    }
+
+    /// Remembers that it is sent.
+    fn say(&mut self, type_url: &str, content: watched::Content, now: SystemTime) -> Response {
+        self.nonces += 1;
+        let nonce = self.nonces;
+        if let Some(watched) = self.types.get_mut(type_url) {
+            let which = (self.protocol, Kind::of(type_url));
+            watched.say(which, nonce, &content, now);
+        }
+        Response {
+            type_url: type_url.to_owned(),
+            version: content.version,
+            nonce: nonce.to_string(),
+            resources: content.resources,
+            removed: content.removed,
+        }
+    }
+}
+
+fn owed_of(kind: Kind, owed: &BTreeSet<String>) -> &BTreeSet<String> {
+    static NOBODY: BTreeSet<String> = BTreeSet::new();
+    if kind == Kind::Endpoints {
+        owed
+    } else {
+        &NOBODY
+    }
+}

@@ -1,0 +1,605 @@
+//! What is said to whom, case by case. Responses are written `Kind[a@1 b@2] -[c]`: what they bring and what is gone.
+
+use super::*;
+use prost_types::Any;
+
+type World<'a> = &'a [(Kind, &'a str, &'a str)];
+
+const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+const BOTH: [Protocol; 2] = [Protocol::State, Protocol::Delta];
+
+/// A cluster's endpoints have its name.
+fn snapshot(world: World<'_>) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    for (kind, name, version) in world {
+        let resource = Resource {
+            name: (*name).into(),
+            version: (*version).into(),
+            any: Any::default(),
+            endpoints: (*kind == Kind::Clusters).then(|| (*name).into()),
+        };
+        snapshot.insert(*kind, Arc::new(resource));
+    }
+    snapshot
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+struct Talk {
+    session: Session,
+    last: BTreeMap<String, Response>,
+}
+
+impl Talk {
+    fn new(protocol: Protocol) -> Self {
+        Self {
+            session: Session::new(protocol),
+            last: BTreeMap::new(),
+        }
+    }
+
+    fn hear(&mut self, request: Request) {
+        let node = Node {
+            id: "n".into(),
+            ..Node::default()
+        };
+        let client = Client {
+            node,
+            ..Client::default()
+        };
+        let request = Request {
+            node: Some(client),
+            ..request
+        };
+        self.session.hear(request, NOW).unwrap();
+    }
+
+    /// Wants all of these; in delta, beside what it wants already.
+    fn want(&mut self, kind: Kind, names: &[&str]) {
+        self.want_with(kind, names, &[]);
+    }
+
+    /// The same, of a client that has something.
+    fn want_with(&mut self, kind: Kind, names: &[&str], has: &[(&str, &str)]) {
+        let ask = match self.session.protocol() {
+            Protocol::State => Ask::State {
+                version: match has {
+                    [] => String::new(),
+                    has => crate::snapshot::version_of(has.iter().copied()),
+                },
+                names: set(names),
+            },
+            Protocol::Delta => Ask::Delta {
+                subscribe: set(names),
+                unsubscribe: BTreeSet::new(),
+                initial_versions: has
+                    .iter()
+                    .map(|(name, version)| ((*name).into(), (*version).into()))
+                    .collect(),
+            },
+        };
+        self.hear(Request {
+            type_url: kind.type_url().into(),
+            ask,
+            ..Request::default()
+        });
+    }
+
+    fn give_up(&mut self, kind: Kind, names: &[&str]) {
+        self.hear(Request {
+            type_url: kind.type_url().into(),
+            ask: Ask::Delta {
+                subscribe: BTreeSet::new(),
+                unsubscribe: set(names),
+                initial_versions: BTreeMap::new(),
+            },
+            ..Request::default()
+        });
+    }
+
+    /// Answers the last response of a type, with all that it wants.
+    fn answer(&mut self, kind: Kind, names: &[&str], error: Option<&str>) {
+        let last = self.last[kind.type_url()].clone();
+        let ask = match self.session.protocol() {
+            Protocol::State => Ask::State {
+                version: last.version,
+                names: set(names),
+            },
+            Protocol::Delta => Ask::Delta {
+                subscribe: BTreeSet::new(),
+                unsubscribe: BTreeSet::new(),
+                initial_versions: BTreeMap::new(),
+            },
+        };
+        self.hear(Request {
+            type_url: last.type_url,
+            nonce: last.nonce,
+            error: error.map(str::to_owned),
+            ask,
+            ..Request::default()
+        });
+    }
+
+    /// All that is said now.
+    fn told(&mut self, world: World<'_>) -> Vec<String> {
+        let snapshot = snapshot(world);
+        let mut told = Vec::new();
+        while let Some(response) = self.session.next(&snapshot, NOW) {
+            told.push(written(&response));
+            self.last.insert(response.type_url.clone(), response);
+            assert!(told.len() < 100, "without end: {told:?}");
+        }
+        told
+    }
+
+    fn status(&self, kind: Kind) -> TypeStatus {
+        let mut status = self.session.status();
+        let found = status.find(|status| status.type_url == kind.type_url());
+        found.unwrap()
+    }
+
+    fn state(&self, kind: Kind) -> State {
+        self.status(kind).state
+    }
+}
+
+fn written(response: &Response) -> String {
+    let resources = response.resources.iter();
+    let resources: Vec<String> = resources
+        .map(|resource| format!("{}@{}", resource.name, resource.version))
+        .collect();
+    let kind = Kind::of(&response.type_url);
+    let kind = kind.map_or_else(|| response.type_url.clone(), |kind| format!("{kind:?}"));
+    let mut text = format!("{kind}[{}]", resources.join(" "));
+    if !response.removed.is_empty() {
+        text.push_str(&format!(" -[{}]", response.removed.join(" ")));
+    }
+    text
+}
+
+use Kind::{Clusters, Endpoints, Listeners, Routes, Secrets};
+
+const WORLD: World<'static> = &[
+    (Clusters, "a", "1"),
+    (Clusters, "b", "1"),
+    (Endpoints, "a", "1"),
+    (Endpoints, "b", "1"),
+    (Listeners, "l", "1"),
+    (Routes, "r", "1"),
+    (Secrets, "s", "1"),
+];
+
+/// A client that has all of `WORLD`.
+fn settled(protocol: Protocol) -> Talk {
+    let mut talk = Talk::new(protocol);
+    for (kind, names) in SETTLED {
+        talk.want(*kind, names);
+    }
+    talk.told(WORLD);
+    for (kind, names) in SETTLED {
+        talk.answer(*kind, names, None);
+    }
+    assert_eq!(talk.told(WORLD), [""; 0], "an answer is not answered");
+    talk
+}
+
+const SETTLED: &[(Kind, &[&str])] = &[
+    (Routes, &["r"]),
+    (Endpoints, &["a", "b"]),
+    (Clusters, &[]),
+    (Secrets, &["s"]),
+    (Listeners, &[]),
+];
+
+#[test]
+fn the_first_request_says_who_asks_and_each_for_what() {
+    let asks = |node: Option<Client>, type_url: &str| Request {
+        node,
+        type_url: type_url.into(),
+        ..Request::default()
+    };
+    let mut session = Session::new(Protocol::State);
+    let type_url = Clusters.type_url();
+    let nobody = session.hear(asks(None, type_url), NOW);
+    assert_eq!(nobody, Err(Refusal::Anonymous));
+    let nameless = session.hear(asks(Some(Client::default()), type_url), NOW);
+    assert_eq!(nameless, Err(Refusal::Anonymous));
+    let node = Node {
+        id: "n".into(),
+        ..Node::default()
+    };
+    let client = Client {
+        node,
+        ..Client::default()
+    };
+    assert_eq!(session.hear(asks(Some(client), type_url), NOW), Ok(()));
+    assert_eq!(session.hear(asks(None, type_url), NOW), Ok(()), "said once");
+    assert_eq!(session.hear(asks(None, ""), NOW), Err(Refusal::NoType));
+    for index in 1..TYPES_MAX {
+        assert_eq!(session.hear(asks(None, &index.to_string()), NOW), Ok(()));
+    }
+    let more = session.hear(asks(None, "one more"), NOW);
+    assert_eq!(more, Err(Refusal::TooManyTypes));
+}
+
+#[test]
+fn a_client_names_so_much_and_no_more() {
+    let mut session = Session::new(Protocol::State);
+    let node = Node {
+        id: "n".into(),
+        ..Node::default()
+    };
+    let request = |count: usize| Request {
+        node: Some(Client {
+            node: node.clone(),
+            ..Client::default()
+        }),
+        type_url: Endpoints.type_url().into(),
+        ask: Ask::State {
+            version: String::new(),
+            names: (0..count).map(|name| name.to_string()).collect(),
+        },
+        ..Request::default()
+    };
+    assert!(session.hear(request(NAMES_MAX / 2), NOW).is_ok());
+    let refused = session.hear(request(NAMES_MAX + 1), NOW);
+    assert!(
+        matches!(refused, Err(Refusal::TooManyNames(_))),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn types_come_in_the_order_in_which_they_need_each_other() {
+    for protocol in BOTH {
+        let mut talk = Talk::new(protocol);
+        for (kind, names) in SETTLED {
+            talk.want(*kind, names);
+        }
+        let expected = [
+            "Clusters[a@1 b@1]",
+            "Endpoints[a@1 b@1]",
+            "Listeners[l@1]",
+            "Routes[r@1]",
+            "Secrets[s@1]",
+        ];
+        assert_eq!(talk.told(WORLD), expected, "{protocol:?}");
+        assert_eq!(talk.state(Clusters), State::Pending);
+        talk.answer(Clusters, &[], None);
+        assert_eq!(talk.state(Clusters), State::Acked);
+    }
+}
+
+#[test]
+fn one_type_does_not_wait_for_another() {
+    for protocol in BOTH {
+        let mut talk = Talk::new(protocol);
+        talk.want(Endpoints, &["b"]);
+        assert_eq!(talk.told(WORLD), ["Endpoints[b@1]"], "{protocol:?}");
+        talk.want(Clusters, &[]);
+        // Its cluster is new to the client: some would wait for it again.
+        let expected = ["Clusters[a@1 b@1]", "Endpoints[b@1]"];
+        assert_eq!(talk.told(WORLD), expected, "{protocol:?}");
+    }
+}
+
+#[test]
+fn all_of_nothing_is_an_answer() {
+    for protocol in BOTH {
+        let mut talk = Talk::new(protocol);
+        talk.want(Clusters, &[]);
+        talk.want(Endpoints, &["a"]);
+        let expected: &[&str] = match protocol {
+            Protocol::State => &["Clusters[]"],
+            Protocol::Delta => &["Clusters[]", "Endpoints[] -[a]"],
+        };
+        assert_eq!(talk.told(&[]), expected);
+        assert_eq!(talk.state(Clusters), State::Pending);
+        talk.answer(Clusters, &[], None);
+        assert_eq!(talk.state(Clusters), State::Acked);
+        assert_eq!(talk.told(&[]), [""; 0]);
+        assert_eq!(talk.told(&[(Endpoints, "a", "1")]), ["Endpoints[a@1]"]);
+    }
+}
+
+#[test]
+fn what_changed_is_told_and_nothing_else() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        assert_eq!(talk.told(&world), [""; 0]);
+        world[3].2 = "2";
+        assert_eq!(talk.told(&world), ["Endpoints[b@2]"], "{protocol:?}");
+        world[0].2 = "2";
+        let clusters = match protocol {
+            Protocol::State => "Clusters[a@2 b@1]",
+            Protocol::Delta => "Clusters[a@2]",
+        };
+        assert_eq!(
+            talk.told(&world),
+            [clusters, "Endpoints[a@1]"],
+            "{protocol:?}"
+        );
+    }
+}
+
+#[test]
+fn a_refusal_is_remembered_and_not_answered() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[5].2 = "2";
+        assert_eq!(talk.told(&world), ["Routes[r@2]"]);
+        talk.answer(Routes, &["r"], Some("no"));
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        assert_eq!(talk.state(Routes), State::Nacked);
+        let nacked = talk.status(Routes).nacked;
+        assert_eq!(nacked.unwrap().error, "no");
+        world[5].2 = "3";
+        assert_eq!(talk.told(&world), ["Routes[r@3]"]);
+        talk.answer(Routes, &["r"], None);
+        assert_eq!(talk.state(Routes), State::Acked);
+    }
+}
+
+/// Some clients take nothing of a response in which one resource is bad.
+#[test]
+fn what_came_with_something_bad_is_sent_again_when_that_is_mended() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        (world[2].2, world[3].2) = ("2", "bad");
+        assert_eq!(talk.told(&world), ["Endpoints[a@2 b@bad]"]);
+        talk.answer(Endpoints, &["a", "b"], Some("b is bad"));
+        assert_eq!(talk.told(&world), [""; 0]);
+        world[3].2 = "3";
+        assert_eq!(talk.told(&world), ["Endpoints[a@2 b@3]"], "{protocol:?}");
+        talk.answer(Endpoints, &["a", "b"], Some("still"));
+        assert_eq!(talk.told(&world), [""; 0]);
+        world.remove(3);
+        assert_eq!(talk.told(&world)[0], "Endpoints[a@2]", "{protocol:?}");
+    }
+}
+
+#[test]
+fn names_count_even_beside_an_old_nonce() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Endpoints, &["a"]);
+    assert_eq!(talk.told(WORLD), ["Endpoints[a@1]"]);
+    let old = talk.last[Endpoints.type_url()].clone();
+    let mut world = WORLD.to_vec();
+    world[2].2 = "2";
+    assert_eq!(talk.told(&world), ["Endpoints[a@2]"]);
+    talk.hear(Request {
+        type_url: old.type_url,
+        nonce: old.nonce,
+        ask: Ask::State {
+            version: old.version,
+            names: set(&["a", "b"]),
+        },
+        ..Request::default()
+    });
+    assert_eq!(
+        talk.state(Endpoints),
+        State::Pending,
+        "only the old one is answered"
+    );
+    assert_eq!(talk.told(&world), ["Endpoints[b@1]"]);
+}
+
+#[test]
+fn who_asks_again_is_answered() {
+    let mut talk = settled(Protocol::Delta);
+    talk.want(Endpoints, &["a"]);
+    assert_eq!(talk.told(WORLD), ["Endpoints[a@1]"]);
+    talk.give_up(Endpoints, &["a"]);
+    talk.give_up(Endpoints, &["never asked for"]);
+    assert_eq!(talk.told(WORLD), [""; 0]);
+    talk.want(Endpoints, &["a", "nowhere"]);
+    assert_eq!(talk.told(WORLD), ["Endpoints[a@1] -[nowhere]"]);
+    let mut talk = settled(Protocol::State);
+    talk.want(Endpoints, &["b"]);
+    assert_eq!(talk.told(WORLD), [""; 0]);
+    talk.want(Endpoints, &["a", "b"]);
+    assert_eq!(talk.told(WORLD), ["Endpoints[a@1]"]);
+}
+
+#[test]
+fn what_is_gone_is_told_last() {
+    let after = &[
+        (Clusters, "b", "1"),
+        (Clusters, "c", "1"),
+        (Endpoints, "b", "1"),
+        (Endpoints, "c", "1"),
+        (Listeners, "l", "2"),
+        (Routes, "other", "1"),
+    ];
+    let mut talk = settled(Protocol::State);
+    assert_eq!(
+        talk.told(after),
+        ["Clusters[a@1 b@1 c@1]", "Listeners[l@2]"]
+    );
+    talk.answer(Listeners, &[], None);
+    assert_eq!(talk.told(after), ["Clusters[b@1 c@1]"]);
+    assert_eq!(talk.told(after), [""; 0]);
+    let mut talk = settled(Protocol::Delta);
+    assert_eq!(talk.told(after), ["Clusters[c@1]", "Listeners[l@2]"]);
+    talk.answer(Listeners, &[], None);
+    let expected = [
+        "Routes[] -[r]",
+        "Clusters[] -[a]",
+        "Endpoints[] -[a]",
+        "Secrets[] -[s]",
+    ];
+    assert_eq!(talk.told(after), expected);
+    assert_eq!(talk.told(after), [""; 0]);
+}
+
+/// The old routes are in effect still, and lead there.
+#[test]
+fn a_cluster_stays_while_routes_that_lead_elsewhere_are_refused() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[5].2 = "bad";
+        world.remove(0);
+        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
+        talk.answer(Routes, &["r"], Some("no"));
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        world[4].2 = "2";
+        assert_eq!(talk.told(&world), ["Routes[r@2]"], "{protocol:?}");
+        talk.answer(Routes, &["r"], None);
+        let expected = match protocol {
+            Protocol::State => "Clusters[b@1]",
+            Protocol::Delta => "Clusters[] -[a]",
+        };
+        assert_eq!(talk.told(&world), [expected]);
+    }
+}
+
+/// What takes the address of another would be refused while that is there.
+#[test]
+fn a_listener_goes_with_the_response_that_brings_its_successor() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[4] = (Listeners, "m", "1");
+        let expected = match protocol {
+            Protocol::State => "Listeners[m@1]",
+            Protocol::Delta => "Listeners[m@1] -[l]",
+        };
+        assert_eq!(talk.told(&world), [expected]);
+    }
+}
+
+#[test]
+fn after_a_reconnect_only_what_is_lacking_is_sent() {
+    let has = [("a", "1"), ("b", "1")];
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want_with(Clusters, &[], &has);
+    talk.want_with(
+        Endpoints,
+        &["a", "b", "c"],
+        &[("a", "1"), ("b", "0"), ("c", "1")],
+    );
+    assert_eq!(talk.told(WORLD), ["Endpoints[b@1]", "Endpoints[] -[c]"]);
+    assert_eq!(talk.state(Clusters), State::Acked);
+    let mut talk = Talk::new(Protocol::State);
+    talk.want_with(Clusters, &[], &has);
+    assert_eq!(talk.told(WORLD), [""; 0]);
+    assert_eq!(talk.state(Clusters), State::Acked);
+    let mut world = WORLD.to_vec();
+    world.remove(0);
+    assert_eq!(talk.told(&world), ["Clusters[b@1]"]);
+    // A version says nothing of single names: a client may have dropped one since.
+    talk.want_with(Endpoints, &["a", "b"], &has);
+    assert_eq!(talk.told(&world), ["Endpoints[a@1 b@1]"]);
+}
+
+#[test]
+fn all_is_asked_for_by_nothing_or_by_a_star() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Clusters, &["*"]);
+    assert_eq!(talk.told(WORLD), ["Clusters[a@1 b@1]"]);
+    talk.want(Clusters, &["a"]);
+    assert_eq!(talk.told(WORLD), ["Clusters[a@1]"]);
+    talk.want(Clusters, &[]);
+    let mut world = WORLD.to_vec();
+    world[0].2 = "2";
+    assert_eq!(
+        talk.told(&world),
+        [""; 0],
+        "nothing is nobody, once names were said"
+    );
+    talk.want(Clusters, &["*", "a"]);
+    assert_eq!(talk.told(&world), ["Clusters[a@2 b@1]"]);
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Clusters, &["a"]);
+    assert_eq!(talk.told(WORLD), ["Clusters[a@1]"]);
+    talk.want(Clusters, &["*"]);
+    assert_eq!(talk.told(WORLD), ["Clusters[b@1]"]);
+    talk.give_up(Clusters, &["a"]);
+    assert_eq!(
+        talk.told(WORLD),
+        ["Clusters[a@1]"],
+        "it is there as one of all"
+    );
+    talk.give_up(Clusters, &["*"]);
+    assert_eq!(talk.told(&world), [""; 0]);
+}
+
+/// As gRPC's clients ask for listeners.
+#[test]
+fn whole_types_can_be_asked_for_by_name() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Listeners, &["l", "nowhere"]);
+    assert_eq!(talk.told(WORLD), ["Listeners[l@1]"]);
+    talk.want(Listeners, &["nowhere"]);
+    assert_eq!(talk.told(WORLD), [""; 0]);
+    talk.want(Listeners, &["also nowhere"]);
+    assert_eq!(
+        talk.told(WORLD),
+        ["Listeners[]"],
+        "so it is known not to exist"
+    );
+}
+
+#[test]
+fn of_types_that_are_not_served_nothing_exists() {
+    for protocol in BOTH {
+        let mut talk = Talk::new(protocol);
+        let (names, type_url) = (set(&["x"]), "type.googleapis.com/a.Type");
+        let ask = match protocol {
+            Protocol::State => Ask::State {
+                version: String::new(),
+                names,
+            },
+            Protocol::Delta => Ask::Delta {
+                subscribe: names,
+                unsubscribe: BTreeSet::new(),
+                initial_versions: BTreeMap::new(),
+            },
+        };
+        talk.hear(Request {
+            type_url: type_url.into(),
+            ask,
+            ..Request::default()
+        });
+        talk.want(Clusters, &[]);
+        let told = talk.told(&[(Clusters, "a", "1")]);
+        let expected: &[String] = match protocol {
+            Protocol::State => &["Clusters[a@1]".into()],
+            Protocol::Delta => &["Clusters[a@1]".into(), format!("{type_url}[] -[x]")],
+        };
+        assert_eq!(told, expected);
+    }
+}
+
+#[test]
+fn what_is_long_comes_in_pieces() {
+    let mut all = Snapshot::default();
+    for index in 0..5 {
+        let any = Any {
+            type_url: String::new(),
+            value: vec![0; RESPONSE_BYTES_MAX / 2 - 100],
+        };
+        let resource = Resource {
+            name: index.to_string(),
+            version: "1".into(),
+            any,
+            endpoints: None,
+        };
+        all.insert(Endpoints, Arc::new(resource));
+    }
+    for protocol in BOTH {
+        let mut talk = Talk::new(protocol);
+        talk.want(Endpoints, &["0", "1", "2", "3", "4", "nowhere"]);
+        let mut counts = Vec::new();
+        while let Some(response) = talk.session.next(&all, NOW) {
+            counts.push(response.resources.len());
+        }
+        assert_eq!(counts, [2, 2, 1], "{protocol:?}");
+    }
+}

@@ -1,0 +1,533 @@
+//! What one client has of one type, as far as we sent it, and what it still wants.
+
+use super::RESPONSE_BYTES_MAX;
+use crate::snapshot::{ByName, Resource, version_of};
+use outrigger_xds::subscription::{Kind, Protocol, WILDCARD};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+
+/// What became of something that was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It was not sent.
+    NotSent,
+    /// It was not answered yet.
+    Pending,
+    /// It was taken.
+    Acked,
+    /// The response that brought it was refused. Who refuses each resource by itself may have taken it all the same.
+    Nacked,
+}
+
+/// A resource that a client was sent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sent {
+    what: What,
+    /// The response that brought it.
+    by: Arc<By>,
+    /// What became of it.
+    pub state: State,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum What {
+    Sent(Arc<Resource>),
+    /// Another stream brought it, in this version.
+    Claimed(String),
+}
+
+/// A response, as far as it is remembered.
+#[derive(Debug, PartialEq, Eq)]
+struct By {
+    nonce: u64,
+    /// Of all of the type.
+    version: String,
+    at: SystemTime,
+}
+
+impl Sent {
+    /// Its version.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        match &self.what {
+            What::Sent(resource) => &resource.version,
+            What::Claimed(version) => version,
+        }
+    }
+
+    /// Itself; none if another stream brought it.
+    #[must_use]
+    pub fn resource(&self) -> Option<&Arc<Resource>> {
+        match &self.what {
+            What::Sent(resource) => Some(resource),
+            What::Claimed(_) => None,
+        }
+    }
+
+    /// Since when it is there.
+    #[must_use]
+    pub fn at(&self) -> SystemTime {
+        self.by.at
+    }
+}
+
+/// A response that was sent, or taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// Which version of all of the type.
+    pub version: String,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// A response that was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nack {
+    /// Why.
+    pub error: String,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// What a client has of a type, for those who look.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TypeStatus {
+    /// Which.
+    pub type_url: String,
+    /// Whether it wants all that there are.
+    pub all: bool,
+    /// How many it names.
+    pub names: usize,
+    /// How many it has, or was sent.
+    pub resources: usize,
+    /// The worst of what became of these.
+    pub state: State,
+    /// The last response that was sent.
+    pub sent: Option<Told>,
+    /// The last one of those that was taken.
+    pub acked: Option<Told>,
+    /// The last one that was refused, unless all that it brought was replaced since.
+    pub nacked: Option<Nack>,
+}
+
+/// What is to be sent.
+#[derive(Debug, Default)]
+pub(super) struct Content {
+    pub(super) version: String,
+    pub(super) resources: Vec<Arc<Resource>>,
+    pub(super) removed: Vec<String>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    begun: bool,
+    /// It wants all that there are.
+    all: bool,
+    /// It named something once: to name nothing is to want nothing then.
+    named: bool,
+    names: BTreeSet<String>,
+    /// To be answered, whatever it has.
+    asked: BTreeSet<String>,
+    /// All that there are were asked for, and that is to be answered, even if there are none.
+    due: bool,
+    /// The version that it has by its own account.
+    claimed: String,
+    sent: BTreeMap<String, Sent>,
+    last: Option<Arc<By>>,
+    acked: Option<Told>,
+    nacked: Option<Nack>,
+    /// All that there was when it lacked nothing of it, and has said nothing since.
+    at_rest: Option<Arc<ByName>>,
+}
+
+impl Watched {
+    pub(super) fn names_count(&self) -> usize {
+        self.names.len() + self.asked.len()
+    }
+
+    pub(super) fn sent(&self) -> impl Iterator<Item = (&str, &Sent)> {
+        self.sent.iter().map(|(name, sent)| (name.as_str(), sent))
+    }
+
+    /// Whether there is nothing to be told of this.
+    pub(super) fn is_at_rest(&self, all: &Arc<ByName>) -> bool {
+        self.at_rest
+            .as_ref()
+            .is_some_and(|rest| Arc::ptr_eq(rest, all))
+    }
+
+    pub(super) fn rest(&mut self, all: &Arc<ByName>) {
+        self.at_rest = Some(all.clone());
+    }
+
+    pub(super) fn wake(&mut self) {
+        self.at_rest = None;
+    }
+
+    pub(super) fn take_asked(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.asked)
+    }
+
+    /// A client answers. What answers an older response says something of what that brought, too.
+    pub(super) fn answered(&mut self, nonce: u64, error: Option<String>, now: SystemTime) {
+        let state = if error.is_some() {
+            State::Nacked
+        } else {
+            State::Acked
+        };
+        let brought = |sent: &&mut Sent| sent.by.nonce == nonce;
+        for sent in self.sent.values_mut().filter(brought) {
+            sent.state = state;
+        }
+        let last = self.last.as_ref().filter(|last| last.nonce == nonce);
+        if let Some(error) = error {
+            self.nacked = Some(Nack { error, at: now });
+        } else if let Some(last) = last {
+            self.acked = Some(Told {
+                version: last.version.clone(),
+                at: now,
+            });
+            if self.sent.values().all(|sent| sent.state != State::Nacked) {
+                self.nacked = None;
+            }
+        }
+    }
+
+    /// With the state of the world, a client says all that it wants. Whether it does so while answering an older response is of no matter.
+    pub(super) fn want(
+        &mut self,
+        kind: Option<Kind>,
+        version: String,
+        mut names: BTreeSet<String>,
+    ) {
+        let first = !std::mem::replace(&mut self.begun, true);
+        let is_whole = kind.is_some_and(Kind::is_whole);
+        let star = names.remove(WILDCARD);
+        self.named |= star || !names.is_empty();
+        let all = star || (is_whole && !self.named);
+        if first && all && names.is_empty() {
+            self.claimed = version;
+        }
+        self.due |= all && !self.all;
+        self.asked.extend(names.difference(&self.names).cloned());
+        self.asked.retain(|name| names.contains(name));
+        self.sent.retain(|name, _| all || names.contains(name));
+        (self.all, self.names) = (all, names);
+    }
+
+    /// With what changed, it says what it wants beside that, and no more.
+    pub(super) fn change(
+        &mut self,
+        kind: Option<Kind>,
+        (mut subscribe, unsubscribe): (BTreeSet<String>, BTreeSet<String>),
+        initial_versions: BTreeMap<String, String>,
+        now: SystemTime,
+    ) {
+        let first = !std::mem::replace(&mut self.begun, true);
+        let is_whole = kind.is_some_and(Kind::is_whole);
+        let star = subscribe.remove(WILDCARD);
+        if star || (first && is_whole && subscribe.is_empty()) {
+            self.all = true;
+            self.due = !first || initial_versions.is_empty();
+        }
+        if first {
+            self.sent = restored(initial_versions, now);
+        }
+        for name in unsubscribe {
+            self.give_up(&name);
+        }
+        let known = |name: &String| first && self.sent.contains_key(name);
+        let new = subscribe.iter().filter(|name| !known(name));
+        self.asked.extend(new.cloned());
+        self.names.extend(subscribe);
+        self.sent
+            .retain(|name, _| self.all || self.names.contains(name));
+    }
+
+    fn give_up(&mut self, name: &str) {
+        if name == WILDCARD {
+            self.all = false;
+        } else if self.names.remove(name) {
+            // Who still has it by wanting all is told what becomes of it.
+            if self.all {
+                self.asked.insert(name.to_owned());
+            } else {
+                self.asked.remove(name);
+            }
+        }
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.all || self.names.contains(name)
+    }
+
+    fn wanted<'a>(&self, all: &'a ByName) -> BTreeMap<&'a str, &'a Arc<Resource>> {
+        let wanted = all.iter().filter(|(name, _)| self.wants(name));
+        wanted
+            .map(|(name, resource)| (name.as_str(), resource))
+            .collect()
+    }
+
+    pub(super) fn has(&self, resource: &Resource) -> bool {
+        let sent = self.sent.get(&resource.name);
+        sent.is_some_and(|sent| sent.version() == resource.version)
+    }
+
+    /// Some refuse a response as a whole: when there is something else, all that it brought is told again.
+    fn was_refused_before(&self, name: &str, version: &str) -> bool {
+        let sent = self.sent.get(name);
+        sent.is_some_and(|sent| sent.state == State::Nacked && sent.by.version != version)
+    }
+
+    /// All of a type of which a response holds all. Clusters that are gone stay in it: routes may still lead to them.
+    pub(super) fn whole(&mut self, kind: Kind, all: &ByName, now: SystemTime) -> Option<Content> {
+        let mut wanted = self.wanted(all);
+        let gone = self.sent.iter().filter_map(|(name, sent)| {
+            let resource = sent.resource()?;
+            let is_gone = kind == Kind::Clusters && !wanted.contains_key(name.as_str());
+            is_gone.then_some((name.as_str(), resource))
+        });
+        let gone: Vec<_> = gone.collect();
+        wanted.extend(gone);
+        let content = whole(&wanted);
+        let is_new = wanted.len() != self.sent.len()
+            || content.resources.iter().any(|resource| !self.has(resource));
+        let is_claimed = self.due && self.claimed == content.version;
+        if !self.due && !is_new && self.asked.is_empty() {
+            return None;
+        }
+        self.due = false;
+        self.asked.clear();
+        self.claimed.clear();
+        if is_claimed {
+            self.has_already(content, now);
+            return None;
+        }
+        Some(content)
+    }
+
+    /// All of it, without what is gone.
+    pub(super) fn without_the_gone(&mut self, all: &ByName) -> Option<Content> {
+        let wanted = self.wanted(all);
+        let has_gone = self
+            .sent
+            .keys()
+            .any(|name| !wanted.contains_key(name.as_str()));
+        has_gone.then(|| whole(&wanted))
+    }
+
+    /// An earlier stream brought it.
+    fn has_already(&mut self, content: Content, at: SystemTime) {
+        self.acked = Some(Told {
+            version: content.version.clone(),
+            at,
+        });
+        let by = Arc::new(By {
+            nonce: 0,
+            version: content.version,
+            at,
+        });
+        self.keep(content.resources, &by, State::Acked);
+        self.last = Some(by);
+    }
+
+    fn keep(&mut self, resources: Vec<Arc<Resource>>, by: &Arc<By>, state: State) {
+        for resource in resources {
+            let sent = Sent {
+                what: What::Sent(resource.clone()),
+                by: by.clone(),
+                state,
+            };
+            self.sent.insert(resource.name.clone(), sent);
+        }
+    }
+
+    /// What it lacks of a type of which a response may hold a part. That something is gone cannot be said.
+    pub(super) fn part(&mut self, all: &ByName, owed: &BTreeSet<String>) -> Option<Content> {
+        let content = self.lacking(all, owed);
+        self.asked.retain(|name| content.left.contains(name));
+        (!content.resources.is_empty()).then_some(Content {
+            version: content.version,
+            resources: content.resources,
+            removed: Vec::new(),
+        })
+    }
+
+    /// What it lacks, and what it asked for and does not exist. Of listeners also what is gone.
+    pub(super) fn delta(
+        &mut self,
+        kind: Kind,
+        all: &ByName,
+        owed: &BTreeSet<String>,
+    ) -> Option<Content> {
+        let content = self.lacking(all, owed);
+        let mut removed: BTreeSet<String> = self
+            .asked
+            .iter()
+            .filter(|name| !all.contains_key(*name))
+            .cloned()
+            .collect();
+        if kind == Kind::Listeners {
+            removed.extend(self.names_gone(all));
+        }
+        self.asked.retain(|name| content.left.contains(name));
+        let due = std::mem::take(&mut self.due);
+        let is_news = due || !content.resources.is_empty() || !removed.is_empty();
+        is_news.then_some(Content {
+            version: content.version,
+            resources: content.resources,
+            removed: removed.into_iter().collect(),
+        })
+    }
+
+    fn lacking(&self, all: &ByName, owed: &BTreeSet<String>) -> Lacking {
+        let wanted = self.wanted(all);
+        let set = wanted.values();
+        let version = version_of(set.map(|it| (it.name.as_str(), it.version.as_str())));
+        let mut lacking = Lacking {
+            version: version.clone(),
+            ..Lacking::default()
+        };
+        let mut bytes = 0;
+        for (name, resource) in wanted {
+            let is_due = self.asked.contains(name)
+                || owed.contains(name)
+                || self.was_refused_before(name, &version);
+            if self.has(resource) && !is_due {
+                continue;
+            }
+            bytes += name.len() + resource.any.value.len();
+            if lacking.resources.is_empty() || bytes <= RESPONSE_BYTES_MAX {
+                lacking.resources.push(resource.clone());
+            } else {
+                lacking.left.insert(name.to_owned());
+            }
+        }
+        lacking
+    }
+
+    fn names_gone(&self, all: &ByName) -> Vec<String> {
+        let gone = self.sent.keys().filter(|name| !all.contains_key(*name));
+        gone.cloned().collect()
+    }
+
+    /// What it has and is gone.
+    pub(super) fn gone(&self, all: &ByName) -> Option<Content> {
+        let removed = self.names_gone(all);
+        (!removed.is_empty()).then(|| Content {
+            version: self.lacking(all, &BTreeSet::new()).version,
+            resources: Vec::new(),
+            removed,
+        })
+    }
+
+    pub(super) fn forget_the_gone(&mut self, all: &ByName) {
+        self.sent.retain(|name, _| all.contains_key(name));
+    }
+
+    /// This is sent.
+    pub(super) fn say(
+        &mut self,
+        (protocol, kind): (Protocol, Option<Kind>),
+        nonce: u64,
+        content: &Content,
+        now: SystemTime,
+    ) {
+        if protocol == Protocol::State && kind.is_some_and(Kind::is_whole) {
+            self.sent.clear();
+        }
+        for name in &content.removed {
+            self.sent.remove(name);
+        }
+        let by = Arc::new(By {
+            nonce,
+            version: content.version.clone(),
+            at: now,
+        });
+        self.keep(content.resources.clone(), &by, State::Pending);
+        self.last = Some(by);
+        self.wake();
+    }
+
+    pub(super) fn status(&self, type_url: &str) -> TypeStatus {
+        TypeStatus {
+            type_url: type_url.to_owned(),
+            all: self.all,
+            names: self.names.len(),
+            resources: self.sent.len(),
+            state: self.state(),
+            sent: self.last.as_ref().map(|last| Told {
+                version: last.version.clone(),
+                at: last.at,
+            }),
+            acked: self.acked.clone(),
+            nacked: self.nacked.clone(),
+        }
+    }
+
+    /// Whether something that is there was not taken. What is gone is waited for by nobody.
+    pub(super) fn is_open(&self, all: &ByName) -> bool {
+        let open = |sent: &Sent| matches!(sent.state, State::Pending | State::Nacked);
+        let mut sent = self.sent.iter();
+        sent.any(|(name, sent)| open(sent) && all.contains_key(name))
+    }
+
+    /// A response without resources is answered, too.
+    fn is_unanswered(&self) -> bool {
+        let last = self.last.as_ref().map(|last| &last.version);
+        let acked = self.acked.as_ref().map(|acked| &acked.version);
+        self.sent.is_empty() && last != acked
+    }
+
+    fn state(&self) -> State {
+        let has = |state| self.sent.values().any(|sent| sent.state == state);
+        if has(State::Nacked) {
+            State::Nacked
+        } else if has(State::Pending) || self.is_unanswered() {
+            State::Pending
+        } else if self.last.is_some() || !self.sent.is_empty() {
+            State::Acked
+        } else {
+            State::NotSent
+        }
+    }
+}
+
+/// What is to be sent now, and what another time.
+#[derive(Default)]
+struct Lacking {
+    version: String,
+    resources: Vec<Arc<Resource>>,
+    left: BTreeSet<String>,
+}
+
+fn whole(wanted: &BTreeMap<&str, &Arc<Resource>>) -> Content {
+    let resources: Vec<Arc<Resource>> = wanted.values().map(|it| Arc::clone(it)).collect();
+    let set = resources.iter();
+    Content {
+        version: version_of(set.map(|it| (it.name.as_str(), it.version.as_str()))),
+        resources,
+        removed: Vec::new(),
+    }
+}
+
+/// What a client says that it has.
+fn restored(versions: BTreeMap<String, String>, now: SystemTime) -> BTreeMap<String, Sent> {
+    let by = Arc::new(By {
+        nonce: 0,
+        version: String::new(),
+        at: now,
+    });
+    let sent = versions.into_iter().map(|(name, version)| {
+        let sent = Sent {
+            what: What::Claimed(version),
+            by: by.clone(),
+            state: State::Acked,
+        };
+        (name, sent)
+    });
+    sent.collect()
+}

@@ -1,0 +1,330 @@
+//! A directory of files with resources, YAML or JSON, read as a whole and watched.
+//!
+//! Each file holds documents: a `DiscoveryResponse`, a list of resources, or one resource. Files are looked at again and again, symbolic links followed,
+//! so a rename, a ConfigMap's swap of links and a write in place are all seen; they are read when they were left alone for one look, so that what
+//! is written in several files at once is taken at once.
+
+use super::{News, Placed, Problem, Source};
+use outrigger_xds::{
+    load::{
+        self, Syntax,
+        written::{self, Written},
+    },
+    problems::ConfigErrors,
+};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Between two looks at the directory.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// A directory that is never left alone is read after so many looks all the same.
+const RESTLESS_LOOKS_MAX: u32 = 50;
+/// Longer files are problems.
+pub const FILE_BYTES_MAX: u64 = 64 << 20;
+/// More files are a problem.
+pub const FILES_MAX: usize = 10_000;
+
+/// What tells one content of a file from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    file: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// The files of a directory as they stand, or why they cannot be told.
+type Listing = Result<BTreeMap<PathBuf, Stamp>, String>;
+
+/// A watched directory.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    name: String,
+    taken: Option<Listing>,
+}
+
+impl Directory {
+    /// Nothing is read yet.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self {
+            name: path.display().to_string(),
+            path,
+            taken: None,
+        }
+    }
+
+    /// A file system may hang: looks are taken beside the runtime.
+    async fn look(&self) -> Listing {
+        let path = self.path.clone();
+        let looking = tokio::task::spawn_blocking(move || list(&path));
+        let looked = looking.await;
+        looked.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// Waits until the files are others than those that were taken, and at rest.
+    async fn change(&self) -> Listing {
+        let mut last = self.look().await;
+        if self.taken.is_none() {
+            return last;
+        }
+        let mut looks = 0;
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            let now = self.look().await;
+            let is_new = self.taken.as_ref() != Some(&now);
+            looks = if is_new { looks + 1 } else { 0 };
+            if is_new && (now == last || looks > RESTLESS_LOOKS_MAX) {
+                return now;
+            }
+            last = now;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Source for Directory {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn next(&mut self) -> News {
+        loop {
+            let listing = self.change().await;
+            let path = self.path.clone();
+            let files = listing.clone();
+            let reading = tokio::task::spawn_blocking(move || match files {
+                Ok(files) => read(&path, files.into_keys()),
+                Err(error) => Err(vec![problem(&path, error)]),
+            });
+            let news = reading
+                .await
+                .unwrap_or_else(|error| Err(vec![problem(&self.path, error.to_string())]));
+            let is_first = self.taken.is_none();
+            self.taken = Some(listing);
+            // What was changed while it was read may be half of it; a change is seen by the next look.
+            if is_first || news.is_ok() || self.taken == Some(self.look().await) {
+                return news;
+            }
+        }
+    }
+}
+
+/// All that the files of a directory hold now.
+///
+/// # Errors
+/// Everything that is wrong with them.
+pub fn load(directory: &Path) -> News {
+    match list(directory) {
+        Ok(files) => read(directory, files.into_keys()),
+        Err(error) => Err(vec![problem(directory, error)]),
+    }
+}
+
+/// Whether a directory holds Envoy's resources, and no short ones.
+#[must_use]
+pub fn holds_resources(directory: &Path) -> bool {
+    let files = list(directory).unwrap_or_default();
+    let read = files.keys().filter_map(|path| read_file(path).ok());
+    let mut documents: Vec<Document> = read.flatten().collect();
+    let has_short = documents
+        .iter()
+        .any(|document| document.value.get("kind").is_some());
+    !has_short && documents.iter_mut().any(|it| within(it).is_ok())
+}
+
+fn problem(origin: &Path, message: impl Into<String>) -> Problem {
+    Problem {
+        origin: origin.display().to_string(),
+        message: message.into(),
+    }
+}
+
+/// How a file is written, if it is one of ours.
+fn syntax(path: &Path) -> Option<Syntax> {
+    let is_hidden = path.file_name()?.to_str()?.starts_with('.');
+    match path.extension()?.to_str()? {
+        _ if is_hidden => None,
+        "yaml" | "yml" => Some(Syntax::Yaml),
+        "json" => Some(Syntax::Json),
+        _ => None,
+    }
+}
+
+fn list(directory: &Path) -> Listing {
+    let told = |error: io::Error| format!("cannot be read: {error}");
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(directory).map_err(told)? {
+        let path = entry.map_err(told)?.path();
+        if syntax(&path).is_none() {
+            continue;
+        }
+        // Between the swap of a link and this look its target may be gone: the next look tells.
+        let facts = fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        if facts.is_file() {
+            files.insert(path, stamp(&facts));
+        }
+    }
+    if files.len() > FILES_MAX {
+        return Err(format!("more than {FILES_MAX} files"));
+    }
+    Ok(files)
+}
+
+fn stamp(facts: &fs::Metadata) -> Stamp {
+    Stamp {
+        file: (facts.dev(), facts.ino()),
+        size: facts.size(),
+        modified: (facts.mtime(), facts.mtime_nsec()),
+        changed: (facts.ctime(), facts.ctime_nsec()),
+    }
+}
+
+/// A document of a file.
+struct Document {
+    origin: String,
+    /// Before the places in it.
+    place: String,
+    value: Value,
+}
+
+fn read(directory: &Path, files: impl Iterator<Item = PathBuf>) -> News {
+    let (mut documents, mut problems) = (Vec::new(), Vec::new());
+    for path in files {
+        match read_file(&path) {
+            Ok(found) => documents.extend(found),
+            Err(message) => problems.push(problem(&path, message)),
+        }
+    }
+    if documents.is_empty() && problems.is_empty() {
+        // A directory that is not mounted looks like that, and to serve nothing is to take everything away.
+        let message = "holds no resources (to serve none, write a file with 'resources: []')";
+        problems.push(problem(directory, message));
+    }
+    let mut placed = Vec::new();
+    for document in raw(documents, &mut problems) {
+        match resource(document) {
+            Ok(resource) => placed.push(resource),
+            Err(found) => problems.extend(found),
+        }
+    }
+    if problems.is_empty() {
+        Ok(placed)
+    } else {
+        Err(problems)
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<Document>, String> {
+    let size = fs::metadata(path).map(|facts| facts.size());
+    if size.is_ok_and(|size| size > FILE_BYTES_MAX) {
+        return Err(format!("longer than {FILE_BYTES_MAX} bytes"));
+    }
+    let text = fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let syntax = syntax(path).unwrap_or(Syntax::Yaml);
+    let values = load::documents(&text, syntax).map_err(|errors| errors.to_string())?;
+    let is_alone = values.len() == 1;
+    let documents = values
+        .into_iter()
+        .enumerate()
+        .map(|(index, value)| Document {
+            origin: path.display().to_string(),
+            place: if is_alone {
+                String::new()
+            } else {
+                format!("document {}", index + 1)
+            },
+            value,
+        });
+    Ok(documents.collect())
+}
+
+/// The resources in documents, not looked at yet.
+///
+/// Every document of all files passes here: whoever turns resources of another form into Envoy's does it here, with all of them at hand.
+fn raw(documents: Vec<Document>, problems: &mut Vec<Problem>) -> Vec<Document> {
+    let mut raw = Vec::new();
+    for mut document in documents {
+        match within(&mut document) {
+            Ok(found) => raw.extend(found),
+            Err(message) => problems.push(Problem {
+                message: told(&document.place, message),
+                origin: document.origin,
+            }),
+        }
+    }
+    raw
+}
+
+/// What may stand beside `resources`, of a `DiscoveryResponse`.
+const BESIDE_RESOURCES: [&str; 4] = ["resources", "version_info", "versionInfo", "type_url"];
+
+/// The resources in a document.
+fn within(document: &mut Document) -> Result<Vec<Document>, &'static str> {
+    let value = document.value.take();
+    let (key, list) = match value {
+        Value::Array(list) => ("", list),
+        Value::Object(fields) if fields.contains_key("@type") => {
+            return Ok(vec![Document {
+                origin: document.origin.clone(),
+                place: document.place.clone(),
+                value: Value::Object(fields),
+            }]);
+        }
+        Value::Object(mut fields) => {
+            let is_known = |key: &String| BESIDE_RESOURCES.contains(&key.as_str());
+            match fields.remove("resources") {
+                Some(Value::Array(list)) if fields.keys().all(is_known) => ("resources", list),
+                _ => return Err(NO_RESOURCES),
+            }
+        }
+        _ => return Err(NO_RESOURCES),
+    };
+    let each = list.into_iter().enumerate().map(|(index, value)| Document {
+        origin: document.origin.clone(),
+        place: told(&document.place, format!("{key}[{index}]")),
+        value,
+    });
+    Ok(each.collect())
+}
+
+const NO_RESOURCES: &str = "neither a resource with '@type', nor a list of them, nor 'resources: [...]' (short resources are not read yet)";
+
+/// A message with its place before it.
+fn told(place: &str, message: impl Into<String>) -> String {
+    let message = message.into();
+    match place {
+        "" => message,
+        place => format!("{place}: {message}"),
+    }
+}
+
+fn resource(document: Document) -> Result<Placed, Vec<Problem>> {
+    let Document {
+        origin,
+        place,
+        value,
+    } = document;
+    let read: Result<Written, ConfigErrors> = written::resource(value, &place);
+    match read {
+        Ok(written) => Ok(Placed {
+            origin,
+            place,
+            written,
+        }),
+        Err(errors) => {
+            let problems = errors.problems().iter().map(|error| Problem {
+                origin: origin.clone(),
+                message: error.to_string(),
+            });
+            Err(problems.collect())
+        }
+    }
+}
