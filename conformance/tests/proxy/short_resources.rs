@@ -1,8 +1,10 @@
-//! Proxies that are configured by short resources alone, from the files that the control plane makes of them.
+//! Proxies that are configured by short resources alone: by files that the control plane makes of them, and by itself.
 
 use http::Method;
 use outrigger_conformance::{
-    harness::{Client, Process, Reply, Version, eventually, request, scratch, wait_alive},
+    harness::{
+        Client, ControlPlane, Process, Reply, Version, eventually, request, scratch, wait_alive,
+    },
     sim::{Config, SimEngine},
 };
 use outrigger_control_plane::{
@@ -159,6 +161,25 @@ async fn lb_policies(proxy: &Process) -> Vec<String> {
     found
 }
 
+/// How the engines of [`fleet`] are called.
+fn ids(engines: &[SimEngine; 2]) -> BTreeSet<String> {
+    let engines = engines.iter().zip(["a", "b"]);
+    engines
+        .map(|(engine, node)| format!("{node}/{}", engine.http_addr))
+        .collect()
+}
+
+/// By turns, requests at this proxy get to all of these.
+async fn reaches(proxy: &Process, ids: &BTreeSet<String>) {
+    let mut seen = BTreeSet::new();
+    for _ in 0..8 {
+        let reply = asked(front(proxy).await, None).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        seen.insert(reply.header("x-outrigger-endpoint").to_owned());
+    }
+    assert_eq!(seen, *ids);
+}
+
 #[tokio::test]
 async fn sidecars_and_a_gateway_of_short_resources_serve_as_one() {
     let (engines, files) = ([engine(), engine()], Directory::new());
@@ -176,15 +197,7 @@ async fn sidecars_and_a_gateway_of_short_resources_serve_as_one() {
         wait_alive(proxy.admin, 2).await;
     }
     for proxy in [&a, &b, &edge] {
-        let mut seen = BTreeSet::new();
-        for _ in 0..8 {
-            let reply = asked(front(proxy).await, None).await;
-            assert_eq!(reply.status, 200, "{}", reply.text());
-            seen.insert(reply.header("x-outrigger-endpoint").to_owned());
-        }
-        let ids = engines.iter().zip(["a", "b"]);
-        let ids = ids.map(|(engine, node)| format!("{node}/{}", engine.http_addr));
-        assert_eq!(seen, ids.collect());
+        reaches(proxy, &ids(&engines)).await;
     }
     // One tenant has a limit of its own, the others have none.
     assert_eq!(asked(front(&edge).await, Some("bulk")).await.status, 200);
@@ -224,4 +237,99 @@ async fn a_policy_that_changes_takes_effect_and_loses_no_request() {
     };
     let (count, ()) = tokio::join!(asking, changing);
     assert!(count > 0);
+}
+
+/// As docs/src/control-plane.md has it.
+fn driven_by(control: SocketAddr, node: &str) -> String {
+    let port = control.port();
+    format!(
+        r#"
+node: {{id: {node}}}
+admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}}}
+dynamic_resources:
+  ads_config:
+    api_type: DELTA_GRPC
+    transport_api_version: V3
+    grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]
+  lds_config: {{ads: {{}}, resource_api_version: V3}}
+  cds_config: {{ads: {{}}, resource_api_version: V3}}
+static_resources:
+  clusters:
+  - name: xds
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {{http2_protocol_options: {{}}}}
+    load_assignment:
+      cluster_name: xds
+      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]
+"#
+    )
+}
+
+/// Every type of every proxy was taken as it was sent.
+async fn is_taken(control: &ControlPlane, proxies: usize) -> Option<()> {
+    let page = Client::get(control.admin, "/clients").await.json();
+    let clients = page["clients"].as_array()?;
+    let mut types = clients
+        .iter()
+        .flat_map(|client| client["types"].as_array().into_iter().flatten());
+    let all = types.all(|it| ["SYNCED", "NOT_SENT"].contains(&it["status"].as_str().unwrap_or("")));
+    (all && clients.len() == proxies).then_some(())
+}
+
+#[tokio::test]
+async fn a_control_plane_drives_sidecars_and_a_gateway_and_changes_them_without_a_loss() {
+    let (engines, files) = ([engine(), engine()], Directory::new());
+    let nodes = [free().await, free().await];
+    let of = |policy: &str| fleet([&engines[0], &engines[1]], nodes, policy);
+    let served = files.of("served");
+    fs::create_dir_all(&served).unwrap();
+    fs::write(
+        served.join("fleet.yaml"),
+        of(", routing: {policy: round_robin}"),
+    )
+    .unwrap();
+    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+    let control = ControlPlane::start(PROGRAM, served.to_str().unwrap(), any_port).await;
+    let mut proxies = Vec::new();
+    for node in ["a", "b", "edge"] {
+        let bootstrap = files.of(&format!("{node}.yaml"));
+        fs::write(&bootstrap, driven_by(control.address, node)).unwrap();
+        proxies.push(Process::with_config(PROGRAM, bootstrap.to_str().unwrap(), &[]).await);
+    }
+    for proxy in &proxies {
+        front(proxy).await;
+        wait_alive(proxy.admin, 2).await;
+        assert_eq!(lb_policies(proxy).await, ["ROUND_ROBIN"]);
+        reaches(proxy, &ids(&engines)).await;
+    }
+    let done = AtomicBool::new(false);
+    let asking = async {
+        let mut rounds = 0;
+        while !done.load(Relaxed) {
+            for proxy in &proxies {
+                let reply = asked(front(proxy).await, None).await;
+                assert_eq!(reply.status, 200, "{}", reply.text());
+            }
+            rounds += 1;
+        }
+        rounds
+    };
+    let changing = async {
+        let new = served.join(".new");
+        fs::write(&new, of(", routing: {policy: kv}")).unwrap();
+        fs::rename(new, served.join("fleet.yaml")).unwrap();
+        for proxy in &proxies {
+            eventually("the new policy counts", || async {
+                let policies = lb_policies(proxy).await;
+                (policies == ["LEAST_REQUEST"]).then_some(())
+            })
+            .await;
+        }
+        eventually("everything is taken", || is_taken(&control, 3)).await;
+        done.store(true, Relaxed);
+    };
+    let (rounds, ()) = tokio::join!(asking, changing);
+    assert!(rounds > 0);
 }
