@@ -58,7 +58,7 @@ const ENDPOINTS: &[(&str, Shown, &str)] = &[
     (
         "/config_dump",
         config_dump,
-        "what is served; ?for=others: to who is not an Outrigger proxy",
+        "what is served; ?node=ID: to this node; for=others: to who is not an Outrigger proxy",
     ),
     ("/stats/prometheus", stats, "metrics"),
 ];
@@ -136,10 +136,13 @@ fn config_dump(admin: &Admin, query: &str) -> Answer {
     let Some(published) = admin.catalog.published() else {
         return json_of(&json!({ "configs": [] }));
     };
-    let snapshot = if query == "for=others" {
-        &published.others
+    let fields = || query.split('&').filter_map(|field| field.split_once('='));
+    let node = fields().find(|(key, _)| *key == "node");
+    let view = published.view(node.map_or("", |(_, id)| id));
+    let snapshot = if fields().any(|field| field == ("for", "others")) {
+        &view.others
     } else {
-        &published.ours
+        &view.ours
     };
     json_of(&json!({ "version": published.version, "configs": configs(snapshot) }))
 }

@@ -9,9 +9,10 @@ mod services;
 pub use services::Discovery;
 
 use crate::{
-    catalog::{Catalog, Published},
+    catalog::Catalog,
     clients::{Clients, Entry},
     session::{Client, Refusal, Request, Response},
+    views::Published,
 };
 use dialect::Dialect;
 use outrigger_xds::subscription::Kind;
@@ -202,12 +203,7 @@ fn next(
 ) -> Option<Response> {
     let published = published.borrow_and_update().clone()?;
     let mut session = entry.stream.session();
-    let is_ours = session.client()?.is_ours();
-    let snapshot = if is_ours {
-        &published.ours
-    } else {
-        &published.others
-    };
+    let snapshot = published.snapshot(session.client()?);
     let response = session.next(snapshot, SystemTime::now())?;
     let type_url = label(&response.type_url);
     metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);

@@ -1,9 +1,8 @@
 //! What all sources have, judged as a whole, and what of that is served: the last that was good.
 
 use crate::{
-    foreign, references,
-    snapshot::{Resource, Snapshot},
-    source::{News, Placed, Problem},
+    source::{Content, News, Problem},
+    views::{self, Published},
 };
 use outrigger_xds::subscription::Kind;
 use std::{
@@ -16,21 +15,10 @@ use tokio::sync::watch;
 /// So many problems of one attempt are logged.
 const LOGGED_PROBLEMS_MAX: usize = 20;
 
-/// What is served.
-#[derive(Debug, Default)]
-pub struct Published {
-    /// Of all of it.
-    pub version: String,
-    /// What our proxies are sent.
-    pub ours: Snapshot,
-    /// What others are sent.
-    pub others: Snapshot,
-}
-
 /// What is known of a source, for those who look.
 #[derive(Debug, Clone, Default)]
 pub struct SourceStatus {
-    /// What it had when it was good last.
+    /// What it had when it was good last: of a short resource itself, not what it becomes.
     pub resources: usize,
     /// When that was.
     pub good_at: Option<SystemTime>,
@@ -42,7 +30,7 @@ pub struct SourceStatus {
 
 #[derive(Debug, Default)]
 struct OfSource {
-    good: Arc<Vec<Placed>>,
+    good: Arc<Content>,
     status: SourceStatus,
 }
 
@@ -99,16 +87,16 @@ impl Catalog {
     pub fn take(&self, source: &str, news: News) {
         let _one = self.judging.lock().unwrap_or_else(PoisonError::into_inner);
         let now = SystemTime::now();
-        let judged = news.and_then(|placed| self.judge(source, placed));
+        let judged = news.and_then(|content| self.judge(source, content));
         let mut sources = self.lock();
         let of_source = sources.entry(source.to_owned()).or_default();
         of_source.status.tried_at = Some(now);
         let result = match judged {
-            Ok((placed, published)) => {
-                of_source.status.resources = placed.len();
+            Ok((content, published)) => {
+                of_source.status.resources = content.raw.len() + content.short.len();
                 of_source.status.good_at = Some(now);
                 of_source.status.problems.clear();
-                of_source.good = Arc::new(placed);
+                of_source.good = Arc::new(content);
                 let is_whole = sources.values().all(|it| it.status.good_at.is_some());
                 if is_whole {
                     self.publish(published);
@@ -127,35 +115,27 @@ impl Catalog {
     }
 
     /// What would be served with this in place of what the source had.
-    fn judge(
-        &self,
-        source: &str,
-        placed: Vec<Placed>,
-    ) -> Result<(Vec<Placed>, Published), Vec<Problem>> {
-        let others: Vec<Arc<Vec<Placed>>> = {
+    fn judge(&self, source: &str, content: Content) -> Result<(Content, Published), Vec<Problem>> {
+        let others: Vec<Arc<Content>> = {
             let sources = self.lock();
             let others = sources.iter().filter(|(name, _)| *name != source);
             others
                 .map(|(_, of_source)| of_source.good.clone())
                 .collect()
         };
-        let others = others.iter().flat_map(|good| good.iter());
-        let all: Vec<&Placed> = others.chain(&placed).collect();
-        let problems = references::problems(&all);
-        if !problems.is_empty() {
-            return Err(problems);
-        }
+        let all: Vec<&Content> = others.iter().map(Arc::as_ref).chain([&content]).collect();
         let last = self.published().unwrap_or_default();
-        let published = build(&all, &last)?;
-        Ok((placed, published))
+        let published = views::publish(&all, &last)?;
+        Ok((content, published))
     }
 
     fn publish(&self, published: Published) {
         for kind in Kind::ALL {
-            let count = published.ours.of(kind).len();
+            let count = published.general.ours.of(kind).len();
             metrics::gauge!("outrigger_control_plane_resources", "type" => kind.type_url())
                 .set(as_gauge(count));
         }
+        metrics::gauge!("outrigger_control_plane_nodes").set(as_gauge(published.nodes.len()));
         self.published.send_if_modified(|last| {
             let is_news = last
                 .as_ref()
@@ -182,41 +162,4 @@ fn log(source: &str, problems: &[Problem]) {
 #[expect(clippy::cast_precision_loss, reason = "counts are small")]
 fn as_gauge(count: usize) -> f64 {
     count as f64
-}
-
-/// Both snapshots. What did not change is shared with the last ones.
-fn build(all: &[&Placed], last: &Published) -> Result<Published, Vec<Problem>> {
-    let (mut ours, mut others) = (Snapshot::default(), Snapshot::default());
-    let mut problems = Vec::new();
-    for placed in all {
-        let (kind, name) = (placed.written.meaning.kind(), &placed.written.name);
-        let own = Resource::from(&placed.written);
-        let known = |snapshot: &Snapshot| snapshot.of(kind).get(name).cloned();
-        let before = known(&last.ours).filter(|before| before.version == own.version);
-        if let (Some(own), Some(other)) = (before, known(&last.others)) {
-            ours.insert(kind, own);
-            others.insert(kind, other);
-            continue;
-        }
-        let own = Arc::new(own);
-        match foreign::without_ours(&placed.written) {
-            Ok(Some(other)) => others.insert(kind, Arc::new(Resource::from(&other))),
-            Ok(None) => others.insert(kind, own.clone()),
-            Err(errors) => problems.push(Problem {
-                origin: placed.origin.clone(),
-                message: format!("{name}: without filters of ours: {errors}"),
-            }),
-        }
-        ours.insert(kind, own);
-    }
-    if !problems.is_empty() {
-        return Err(problems);
-    }
-    ours.share(&last.ours);
-    others.share(&last.others);
-    Ok(Published {
-        version: ours.version(),
-        ours,
-        others,
-    })
 }

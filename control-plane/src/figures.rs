@@ -69,7 +69,11 @@ pub const ROWS: &[Row] = &[
     ),
     gauge(
         "outrigger_control_plane_resources",
-        "Resources that are served, by type.",
+        "Resources that are served to nodes that no short resource names, by type.",
+    ),
+    gauge(
+        "outrigger_control_plane_nodes",
+        "Nodes that short resources name, and that are served what is for them.",
     ),
     counter(
         "outrigger_control_plane_loads_total",

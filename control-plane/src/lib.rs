@@ -1,8 +1,8 @@
 //! The control plane: sources of configuration, checked as a whole, and served to proxies as Envoy v3 resources over xDS.
 //!
 //! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
-//! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) is not served yet. It never knows a proxy of ours
-//! from inside: all that passes is Envoy's API.
+//! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
+//! It never knows a proxy of ours from inside: all that passes is Envoy's API.
 
 pub mod admin;
 pub mod ads;
@@ -20,6 +20,7 @@ pub mod source;
 pub mod status;
 pub mod translate;
 pub mod validate;
+pub mod views;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -40,7 +41,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves the Envoy resources in a directory over xDS, and follows what changes there.
+    /// Serves the short resources and the Envoy resources in a directory over xDS, and follows what changes there.
     Serve(serve::Options),
     /// Reads bootstrap files, short resources and directories of Envoy resources (YAML, or JSON if the name ends in .json) and prints everything that is wrong
     /// with them.

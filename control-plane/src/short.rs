@@ -137,11 +137,14 @@ impl std::error::Error for Problems {}
 /// Whether a text is meant to hold short resources: one of its documents says so, be it of a version that we do not know.
 #[must_use]
 pub fn is_short(text: &str, syntax: Syntax) -> bool {
-    load::documents(text, syntax).is_ok_and(|documents| documents.iter().any(says_so))
+    load::documents(text, syntax).is_ok_and(|documents| is_any_short(&documents))
 }
 
-fn says_so(document: &Value) -> bool {
-    document.get("apiVersion").is_some() && document.get("kind").is_some()
+/// The same of a text that was read already.
+pub(crate) fn is_any_short(documents: &[Value]) -> bool {
+    let says_so =
+        |document: &Value| document.get("apiVersion").is_some() && document.get("kind").is_some();
+    documents.iter().any(says_so)
 }
 
 /// All documents of a text; `file` is what problems call it.
@@ -149,22 +152,31 @@ fn says_so(document: &Value) -> bool {
 /// # Errors
 /// Everything that is wrong with any of them.
 pub fn read(file: &str, text: &str, syntax: Syntax) -> Result<Vec<Document>, Problems> {
-    let mut problems = Problems::default();
-    let of_file = Origin {
+    let values = load::documents(text, syntax).map_err(|errors| {
+        let mut problems = Problems::default();
+        problems.add(&of_file(file), "", errors.to_string());
+        problems
+    })?;
+    read_values(file, &values)
+}
+
+fn of_file(file: &str) -> Origin {
+    Origin {
         file: file.to_owned(),
         ..Origin::default()
-    };
-    let values = load::documents(text, syntax).unwrap_or_else(|errors| {
-        problems.add(&of_file, "", errors.to_string());
-        Vec::new()
-    });
+    }
+}
+
+/// The same of a text that was read already.
+pub(crate) fn read_values(file: &str, values: &[Value]) -> Result<Vec<Document>, Problems> {
+    let mut problems = Problems::default();
     let mut documents = Vec::new();
     for (index, value) in values.iter().enumerate() {
         let origin = Origin {
             document: index + 1,
             kind: text_at(value, "/kind"),
             name: text_at(value, "/metadata/name"),
-            ..of_file.clone()
+            ..of_file(file)
         };
         match document(&origin, value) {
             Ok(document) => documents.push(document),

@@ -2,6 +2,7 @@
 
 pub mod files;
 
+use crate::short::{self, Document};
 use outrigger_xds::load::written::Written;
 use std::fmt;
 
@@ -31,8 +32,26 @@ impl fmt::Display for Problem {
     }
 }
 
+impl From<short::Problem> for Problem {
+    fn from(problem: short::Problem) -> Self {
+        Self {
+            message: problem.to_string(),
+            origin: problem.origin.file,
+        }
+    }
+}
+
+/// All that a source has.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Content {
+    /// Envoy's resources, as they are written.
+    pub raw: Vec<Placed>,
+    /// Short resources: what they become is decided with those of all sources at hand.
+    pub short: Vec<Document>,
+}
+
 /// All that a source has, or everything that is wrong with it.
-pub type News = Result<Vec<Placed>, Vec<Problem>>;
+pub type News = Result<Content, Vec<Problem>>;
 
 /// Somewhere resources come from.
 #[tonic::async_trait]

@@ -15,7 +15,10 @@ mod tls;
 
 use crate::short::{Document, Origin, Problems};
 use outrigger_xds::{
-    load::discovery::{self, Response, Unread},
+    load::{
+        discovery::{self, Response, Unread},
+        written::{Meaning, Written},
+    },
     problems::ConfigErrors,
     resource::{
         cluster::Cluster,
@@ -94,6 +97,21 @@ impl V3 {
         Any {
             type_url: format!("type.googleapis.com/{}", self.type_name()),
             value,
+        }
+    }
+
+    /// As if it had been written by hand.
+    #[must_use]
+    pub fn into_written(self) -> Written {
+        Written {
+            name: self.name().to_owned(),
+            any: self.to_any(),
+            meaning: match self {
+                Self::Cluster(cluster) => Meaning::Cluster(cluster),
+                Self::Endpoints(assignment) => Meaning::Endpoints(assignment),
+                Self::Listener(listener) => Meaning::Listener(listener),
+                Self::Routes(table) => Meaning::Routes(table),
+            },
         }
     }
 

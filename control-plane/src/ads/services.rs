@@ -111,12 +111,10 @@ impl Shared {
         session
             .hear(request, now)
             .map_err(|refusal: Refusal| super::status(&refusal))?;
-        let is_ours = session.client().is_some_and(|client| client.is_ours());
-        let snapshot = if is_ours {
-            &published.ours
-        } else {
-            &published.others
-        };
+        let client = session.client().ok_or(Refusal::Anonymous);
+        let snapshot = client
+            .map(|client| published.snapshot(client))
+            .map_err(|refusal| super::status(&refusal))?;
         let mut response = Response {
             type_url,
             version: snapshot.version(),

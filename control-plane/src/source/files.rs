@@ -1,16 +1,18 @@
 //! A directory of files with resources, YAML or JSON, read as a whole and watched.
 //!
-//! Each file holds documents: a `DiscoveryResponse`, a list of resources, or one resource. Files are looked at again and again, symbolic links followed,
+//! Each file holds documents: short resources, or `DiscoveryResponse`s, lists of resources and single resources. Files are looked at again and again, symbolic links followed,
 //! so a rename, a ConfigMap's swap of links and a write in place are all seen; they are read when they were left alone for one look, so that what
 //! is written in several files at once is taken at once.
 
-use super::{News, Placed, Problem, Source};
+use super::{Content, News, Placed, Problem, Source};
+use crate::short;
 use outrigger_xds::{
     load::{
         self, Syntax,
         written::{self, Written},
     },
     problems::ConfigErrors,
+    subscription::Kind,
 };
 use serde_json::Value;
 use std::{
@@ -128,16 +130,31 @@ pub fn load(directory: &Path) -> News {
     }
 }
 
-/// Whether a directory holds Envoy's resources, and no short ones.
+/// Whether a directory holds what only `serve` reads: Envoy's resources, other than the secrets of short ones.
 #[must_use]
 pub fn holds_resources(directory: &Path) -> bool {
     let files = list(directory).unwrap_or_default();
-    let read = files.keys().filter_map(|path| read_file(path).ok());
-    let mut documents: Vec<Document> = read.flatten().collect();
-    let has_short = documents
-        .iter()
-        .any(|document| document.value.get("kind").is_some());
-    !has_short && documents.iter_mut().any(|it| within(it).is_ok())
+    let (mut has_short, mut has_secrets) = (false, false);
+    for path in files.keys() {
+        let values = read_file(path).unwrap_or_default();
+        if short::is_any_short(&values) {
+            has_short = true;
+            continue;
+        }
+        for mut document in documents(path, values) {
+            match within(&mut document) {
+                Ok(found) if found.iter().all(is_secret) => has_secrets = true,
+                Ok(_) => return true,
+                Err(_) => {}
+            }
+        }
+    }
+    has_secrets && !has_short
+}
+
+fn is_secret(document: &Document) -> bool {
+    let type_url = document.value.get("@type").and_then(Value::as_str);
+    type_url.is_some_and(|url| url == Kind::Secrets.type_url())
 }
 
 fn problem(origin: &Path, message: impl Into<String>) -> Problem {
@@ -196,71 +213,80 @@ struct Document {
 }
 
 fn read(directory: &Path, files: impl Iterator<Item = PathBuf>) -> News {
-    let (mut documents, mut problems) = (Vec::new(), Vec::new());
+    let (mut content, mut problems) = (Content::default(), Vec::new());
+    let mut is_empty = true;
     for path in files {
         match read_file(&path) {
-            Ok(found) => documents.extend(found),
+            Ok(values) => {
+                is_empty &= values.is_empty();
+                take(&path, values, &mut content, &mut problems);
+            }
             Err(message) => problems.push(problem(&path, message)),
         }
     }
-    if documents.is_empty() && problems.is_empty() {
+    if is_empty && problems.is_empty() {
         // A directory that is not mounted looks like that, and to serve nothing is to take everything away.
         let message = "holds no resources (to serve none, write a file with 'resources: []')";
         problems.push(problem(directory, message));
     }
-    let mut placed = Vec::new();
-    for document in raw(documents, &mut problems) {
-        match resource(document) {
-            Ok(resource) => placed.push(resource),
-            Err(found) => problems.extend(found),
-        }
-    }
     if problems.is_empty() {
-        Ok(placed)
+        Ok(content)
     } else {
         Err(problems)
     }
 }
 
-fn read_file(path: &Path) -> Result<Vec<Document>, String> {
+/// The documents of a file.
+fn read_file(path: &Path) -> Result<Vec<Value>, String> {
     let size = fs::metadata(path).map(|facts| facts.size());
     if size.is_ok_and(|size| size > FILE_BYTES_MAX) {
         return Err(format!("longer than {FILE_BYTES_MAX} bytes"));
     }
     let text = fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
     let syntax = syntax(path).unwrap_or(Syntax::Yaml);
-    let values = load::documents(&text, syntax).map_err(|errors| errors.to_string())?;
-    let is_alone = values.len() == 1;
-    let documents = values
-        .into_iter()
-        .enumerate()
-        .map(|(index, value)| Document {
-            origin: path.display().to_string(),
-            place: if is_alone {
-                String::new()
-            } else {
-                format!("document {}", index + 1)
-            },
-            value,
-        });
-    Ok(documents.collect())
+    load::documents(&text, syntax).map_err(|errors| errors.to_string())
 }
 
-/// The resources in documents, not looked at yet.
-///
-/// Every document of all files passes here: whoever turns resources of another form into Envoy's does it here, with all of them at hand.
-fn raw(documents: Vec<Document>, problems: &mut Vec<Problem>) -> Vec<Document> {
-    let mut raw = Vec::new();
-    for mut document in documents {
+/// A file holds short resources or Envoy's, not both.
+fn take(path: &Path, values: Vec<Value>, content: &mut Content, problems: &mut Vec<Problem>) {
+    if short::is_any_short(&values) {
+        match short::read_values(&path.display().to_string(), &values) {
+            Ok(documents) => content.short.extend(documents),
+            Err(found) => problems.extend(found.0.into_iter().map(Problem::from)),
+        }
+        return;
+    }
+    for mut document in documents(path, values) {
         match within(&mut document) {
-            Ok(found) => raw.extend(found),
+            Ok(found) => {
+                for document in found {
+                    match resource(document) {
+                        Ok(placed) => content.raw.push(placed),
+                        Err(found) => problems.extend(found),
+                    }
+                }
+            }
             Err(message) => problems.push(Problem {
                 message: told(&document.place, message),
                 origin: document.origin,
             }),
         }
     }
-    raw
+}
+
+fn documents(path: &Path, values: Vec<Value>) -> impl Iterator<Item = Document> {
+    let origin = path.display().to_string();
+    let is_alone = values.len() == 1;
+    let numbered = values.into_iter().enumerate();
+    numbered.map(move |(index, value)| Document {
+        origin: origin.clone(),
+        place: if is_alone {
+            String::new()
+        } else {
+            format!("document {}", index + 1)
+        },
+        value,
+    })
 }
 
 /// What may stand beside `resources`, of a `DiscoveryResponse`.
@@ -295,7 +321,7 @@ fn within(document: &mut Document) -> Result<Vec<Document>, &'static str> {
     Ok(each.collect())
 }
 
-const NO_RESOURCES: &str = "neither a resource with '@type', nor a list of them, nor 'resources: [...]' (short resources are not read yet)";
+const NO_RESOURCES: &str = "neither a resource with '@type', nor a list of them, nor 'resources: [...]', nor a short resource with 'apiVersion' and 'kind'";
 
 /// A message with its place before it.
 fn told(place: &str, message: impl Into<String>) -> String {

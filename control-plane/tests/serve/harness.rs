@@ -93,12 +93,17 @@ impl Served {
     }
 
     pub(crate) async fn delta(&self, user_agent: &str) -> Delta {
+        self.delta_of(node(user_agent)).await
+    }
+
+    /// Of a node that says this of itself.
+    pub(crate) async fn delta_of(&self, node: Node) -> Delta {
         let (sender, receiver) = mpsc::channel(16);
         let mut client = AggregatedDiscoveryServiceClient::new(self.channel().await);
         let requests = ReceiverStream::new(receiver);
         let answers = client.delta_aggregated_resources(requests).await.unwrap();
         Delta {
-            node: Some(node(user_agent)),
+            node: Some(node),
             sender,
             answers: answers.into_inner(),
         }
