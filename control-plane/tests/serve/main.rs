@@ -7,4 +7,5 @@
 
 mod files;
 mod harness;
+mod process;
 mod streams;
