@@ -12,6 +12,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
 };
+use tonic::transport::Channel;
 
 /// Ends with its test.
 struct Process(Child);
@@ -60,9 +61,8 @@ async fn who_is_told_twice_to_end_does_at_once() {
     };
     let rest = said("serving xDS address=").await;
     let address = rest.split_whitespace().next().unwrap();
-    let mut client = AggregatedDiscoveryServiceClient::connect(format!("http://{address}"))
-        .await
-        .unwrap();
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+    let mut client = AggregatedDiscoveryServiceClient::new(channel.connect().await.unwrap());
     let request = DiscoveryRequest {
         node: Some(node("envoy")),
         type_url: Kind::Clusters.type_url().into(),
