@@ -99,7 +99,7 @@ fn status(refusal: &Refusal) -> Status {
             refused("request");
             Status::invalid_argument(message)
         }
-        Refusal::TooManyTypes | Refusal::TooManyNames(_) => {
+        Refusal::TooManyTypes | Refusal::TooManyNames(_) | Refusal::TooLong => {
             refused("limit");
             Status::resource_exhausted(message)
         }
@@ -162,6 +162,7 @@ impl<D: Dialect> Conversation<D> {
         let mut ending = self.ending.clone();
         let id = self.entry.stream.id;
         loop {
+            let held = self.entry.stream.session().held();
             tokio::select! {
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
@@ -181,6 +182,7 @@ impl<D: Dialect> Conversation<D> {
                         None => is_news = false,
                     }
                 }
+                () = over(held), if !is_news => is_news = true,
                 () = ended(&mut ending, id) => return Err(Status::unavailable("shutting down")),
             }
         }
@@ -227,6 +229,14 @@ fn count(request: &Request, client: Option<&Client>) {
 /// Clients may name any type; only those that are served get a label.
 fn label(type_url: &str) -> &'static str {
     Kind::of(type_url).map_or("other", Kind::type_url)
+}
+
+/// When what is held back is so no longer.
+async fn over(held: Option<Duration>) {
+    match held {
+        Some(held) => tokio::time::sleep(held).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// When this stream is to end.

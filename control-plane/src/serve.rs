@@ -199,7 +199,7 @@ impl Running {
         }
     }
 
-    /// Serves until SIGTERM or SIGINT, or until it cannot any more.
+    /// Serves until SIGTERM or SIGINT, or until it cannot any more. A second one ends it at once.
     async fn until_told(mut self, over: Duration) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -209,7 +209,13 @@ impl Running {
             served = &mut self.serving => return Ok(served??),
         }
         tracing::info!(?over, "streams end");
-        self.end(over).await
+        tokio::select! {
+            ended = self.end(over) => return ended,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::warn!("told twice to end: what goes on is left");
+        Ok(())
     }
 }
 
@@ -226,9 +232,12 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .try_init();
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let running = start(options).await?;
         let over = Duration::from_secs(options.drain_time_s);
         running.until_told(over).await
-    })
+    });
+    // What reads or judges files right now cannot be cut: without a limit, it would be waited for.
+    runtime.shutdown_timeout(FAREWELL);
+    served
 }

@@ -1,9 +1,11 @@
 //! What a server of xDS knows of one client on one stream, and what it tells it next: both protocols, without IO.
 //!
 //! [`Session::hear`] takes in a request, [`Session::next`] gives the next response against the newest snapshot, if there is one to give.
-//! Whoever calls does so when there is room for it, so that a slow client gets what is true then, and never a queue of what was.
+//! Whoever calls does so when there is room for it, so that a slow client gets what is true then, and never a queue of what was; and once more
+//! after [`Session::held`].
 //! Clusters go first, then endpoints, listeners, routes and secrets; what is gone goes last, in the order in which nobody needs it any more.
 
+mod sent;
 mod watched;
 
 #[cfg(test)]
@@ -11,7 +13,8 @@ mod model;
 #[cfg(test)]
 mod tests;
 
-pub use watched::{Nack, State, Told, TypeStatus};
+pub use sent::{Sent, State};
+pub use watched::{Nack, Told, TypeStatus};
 
 use crate::snapshot::{Resource, Snapshot};
 use outrigger_xds::{
@@ -21,14 +24,18 @@ use outrigger_xds::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 use watched::Watched;
 
 /// Types that one client may ask for on one stream.
 pub const TYPES_MAX: usize = 32;
-/// Names that one client may ask for, of one type.
+/// Names that one client may ask for, of one type; and those that it may say it has.
 pub const NAMES_MAX: usize = 100_000;
+/// Of a name, a version and a type that a client says.
+pub const NAME_BYTES_MAX: usize = 4096;
+/// What is gone stays so long for listeners and routes that are not taken. Who refuses them for good must not keep everything for ever.
+pub const HOLD_MAX: Duration = Duration::from_secs(60);
 /// A response is cut when it is longer, where the protocol lets it be: many clients take no more than 4 MiB.
 pub const RESPONSE_BYTES_MAX: usize = 2 << 20;
 
@@ -69,6 +76,52 @@ pub enum Ask {
         /// What it has, on the first request of a type.
         initial_versions: BTreeMap<String, String>,
     },
+}
+
+impl Ask {
+    /// Whether it says more than anybody keeps.
+    fn is_too_much(&self) -> bool {
+        match self {
+            Self::State { names, .. } => names.len() > NAMES_MAX,
+            Self::Delta {
+                subscribe,
+                unsubscribe,
+                initial_versions,
+            } => [subscribe.len(), unsubscribe.len(), initial_versions.len()]
+                .into_iter()
+                .any(|count| count > NAMES_MAX),
+        }
+    }
+
+    fn has_too_long(&self) -> bool {
+        let is_long = |text: &String| text.len() > NAME_BYTES_MAX;
+        match self {
+            Self::State { version, names } => is_long(version) || names.iter().any(is_long),
+            // What nobody subscribed to is not kept when it is unsubscribed.
+            Self::Delta {
+                subscribe,
+                unsubscribe: _,
+                initial_versions,
+            } => {
+                let mut versions = initial_versions.iter();
+                subscribe.iter().any(is_long)
+                    || versions.any(|(name, version)| is_long(name) || is_long(version))
+            }
+        }
+    }
+
+    /// What it has of endpoints that it asks for counts for nothing: after a reconnect, Envoy may have forgotten them, or wait for them all the
+    /// same (envoy#22418).
+    fn forgets_what_it_asks_for(&mut self) {
+        if let Self::Delta {
+            subscribe,
+            initial_versions,
+            ..
+        } = self
+        {
+            initial_versions.retain(|name, _| !subscribe.contains(name));
+        }
+    }
 }
 
 impl Default for Ask {
@@ -132,6 +185,9 @@ pub enum Refusal {
     /// [`NAMES_MAX`].
     #[error("more than {NAMES_MAX} names of {0}")]
     TooManyNames(String),
+    /// [`NAME_BYTES_MAX`].
+    #[error("a name, a version or a type of more than {NAME_BYTES_MAX} bytes")]
+    TooLong,
 }
 
 /// One client on one stream.
@@ -143,6 +199,8 @@ pub struct Session {
     nonces: u64,
     /// Endpoints whose cluster was sent: they are sent again, or some clients wait for them for ever.
     owed: BTreeSet<String>,
+    /// How long what is gone is held back yet.
+    held: Option<Duration>,
 }
 
 impl Session {
@@ -155,6 +213,7 @@ impl Session {
             types: BTreeMap::new(),
             nonces: 0,
             owed: BTreeSet::new(),
+            held: None,
         }
     }
 
@@ -177,7 +236,7 @@ impl Session {
     }
 
     /// What was sent of each type, with what became of it.
-    pub fn sent(&self) -> impl Iterator<Item = (&str, &str, &watched::Sent)> {
+    pub fn sent(&self) -> impl Iterator<Item = (&str, &str, &Sent)> {
         let types = self.types.iter();
         types.flat_map(|(type_url, watched)| {
             let sent = watched.sent();
@@ -189,23 +248,25 @@ impl Session {
     ///
     /// # Errors
     /// It is such that the stream must end.
-    pub fn hear(&mut self, request: Request, now: SystemTime) -> Result<(), Refusal> {
+    pub fn hear(&mut self, mut request: Request, now: SystemTime) -> Result<(), Refusal> {
         if self.client.is_none() {
-            let known = request.node.filter(|client| !client.node.id.is_empty());
+            let known = request
+                .node
+                .take()
+                .filter(|client| !client.node.id.is_empty());
             self.client = Some(known.ok_or(Refusal::Anonymous)?);
         }
-        if request.type_url.is_empty() {
-            return Err(Refusal::NoType);
-        }
-        if !self.types.contains_key(&request.type_url) && self.types.len() >= TYPES_MAX {
-            return Err(Refusal::TooManyTypes);
+        self.check(&request)?;
+        let kind = Kind::of(&request.type_url);
+        let is_ours = self.client.as_ref().is_some_and(Client::is_ours);
+        if kind == Some(Kind::Endpoints) && !is_ours {
+            request.ask.forgets_what_it_asks_for();
         }
         self.types.values_mut().for_each(Watched::wake);
         let watched = self.types.entry(request.type_url.clone()).or_default();
         if let Ok(nonce) = request.nonce.parse() {
-            watched.answered(nonce, request.error, now);
+            watched.answered(self.protocol, nonce, request.error, now);
         }
-        let kind = Kind::of(&request.type_url);
         match request.ask {
             Ask::State { version, names } => watched.want(kind, version, names),
             Ask::Delta {
@@ -220,16 +281,38 @@ impl Session {
         Ok(())
     }
 
+    /// Before anything of it is taken in.
+    fn check(&self, request: &Request) -> Result<(), Refusal> {
+        let type_url = &request.type_url;
+        if type_url.is_empty() {
+            return Err(Refusal::NoType);
+        }
+        if type_url.len() > NAME_BYTES_MAX || request.ask.has_too_long() {
+            return Err(Refusal::TooLong);
+        }
+        if !self.types.contains_key(type_url) && self.types.len() >= TYPES_MAX {
+            return Err(Refusal::TooManyTypes);
+        }
+        if request.ask.is_too_much() {
+            return Err(Refusal::TooManyNames(type_url.clone()));
+        }
+        Ok(())
+    }
+
+    /// After which time [`Self::next`] may have something to say though nothing happened: what is gone, and was held back.
+    #[must_use]
+    pub fn held(&self) -> Option<Duration> {
+        self.held
+    }
+
     /// The next response, if there is something to say.
     pub fn next(&mut self, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
         let news = Kind::ALL
             .into_iter()
             .find_map(|kind| self.news(kind, snapshot, now));
-        let next = news.or_else(|| self.unknown(now)).or_else(|| {
-            REMOVALS
-                .into_iter()
-                .find_map(|kind| self.removals(kind, snapshot, now))
-        });
+        let next = news
+            .or_else(|| self.unknown(now))
+            .or_else(|| self.removal(snapshot, now));
         if next.is_none() {
             self.rest(snapshot);
         }
@@ -262,8 +345,8 @@ impl Session {
         };
         for resource in &content.resources {
             match kind {
-                // A cluster that the client has as it is waits for nothing.
-                Kind::Clusters if watched.has(resource) => {}
+                // A cluster that the client took as it is waits for nothing; one that it refused before does, now that it may take it.
+                Kind::Clusters if watched.is_content_with(resource) => {}
                 Kind::Clusters => self.owed.extend(resource.endpoints.clone()),
                 Kind::Endpoints => {
                     self.owed.remove(&resource.name);
@@ -293,18 +376,28 @@ impl Session {
         (self.protocol == Protocol::Delta).then(|| self.say(&type_url, content, now))
     }
 
-    /// Whether listeners or routes are not taken yet, or were refused.
-    fn is_in_between(&self, snapshot: &Snapshot) -> bool {
-        [Kind::Listeners, Kind::Routes].into_iter().any(|kind| {
-            let watched = self.types.get(kind.type_url());
-            watched.is_some_and(|watched| watched.is_open(snapshot.of(kind)))
-        })
+    /// How long what is gone stays for listeners or routes that are not taken yet, or were refused.
+    fn hold(&self, snapshot: &Snapshot, now: SystemTime) -> Option<Duration> {
+        let kinds = [Kind::Listeners, Kind::Routes].into_iter();
+        let open = kinds.filter_map(|kind| {
+            let watched = self.types.get(kind.type_url())?;
+            watched.open_since(snapshot.of(kind))
+        });
+        // A clock that was set back says nothing.
+        let age = now.duration_since(open.max()?).unwrap_or_default();
+        HOLD_MAX.checked_sub(age).filter(|left| !left.is_zero())
+    }
+
+    fn removal(&mut self, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
+        self.held = self.hold(snapshot, now);
+        if self.held.is_some() {
+            return None;
+        }
+        let mut kinds = REMOVALS.into_iter();
+        kinds.find_map(|kind| self.removals(kind, snapshot, now))
     }
 
     fn removals(&mut self, kind: Kind, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
-        if self.is_in_between(snapshot) {
-            return None;
-        }
         let all = snapshot.of(kind);
         let watched = self.types.get_mut(kind.type_url());
         let watched = watched.filter(|watched| !watched.is_at_rest(all))?;

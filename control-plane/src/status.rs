@@ -5,7 +5,7 @@ use crate::{
     session::{Client, State, Told, TypeStatus},
 };
 use outrigger_xds::{
-    subscription::Protocol,
+    subscription::{Kind, Protocol},
     wire::envoy::{
         admin::v3::{ClientResourceStatus, UpdateFailureState},
         config::core::v3 as core,
@@ -17,11 +17,15 @@ use outrigger_xds::{
         r#type::matcher::v3::{NodeMatcher, StringMatcher, string_matcher::MatchPattern},
     },
 };
+use prost::Message;
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+
+/// Of one answer of client status discovery.
+const STATUS_BYTES_MAX: usize = 64 << 20;
 
 fn seconds_since(then: SystemTime) -> f64 {
     // A clock that was set back says nothing.
@@ -106,24 +110,47 @@ pub fn behind(clients: &Clients) -> BTreeMap<&'static str, usize> {
 pub struct ClientStatus(pub Arc<Clients>);
 
 impl ClientStatus {
-    fn answer(&self, request: &ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
+    fn answer(
+        &self,
+        request: &ClientStatusRequest,
+        bytes_max: usize,
+    ) -> Result<ClientStatusResponse, Status> {
         let matchers = &request.node_matchers;
         for matcher in matchers {
             supported(matcher)?;
         }
         let with_contents = !request.exclude_resource_contents;
-        let streams = self.0.all();
-        let chosen = streams.iter().filter_map(|stream| {
-            let session = stream.session();
-            let id = &session.client()?.node.id;
-            let is_chosen = matchers.is_empty() || matchers.iter().any(|it| is_match(it, id));
-            drop(session);
-            is_chosen.then(|| config(stream, with_contents))
-        });
-        Ok(ClientStatusResponse {
-            config: chosen.collect(),
-        })
+        let mut answer = ClientStatusResponse::default();
+        let mut bytes = 0;
+        for stream in self.0.all() {
+            if !is_chosen(&stream, matchers) {
+                continue;
+            }
+            let config = config(&stream, with_contents);
+            bytes += config.encoded_len();
+            if bytes > bytes_max {
+                return Err(too_long(bytes_max));
+            }
+            answer.config.push(config);
+        }
+        Ok(answer)
     }
+}
+
+fn too_long(bytes_max: usize) -> Status {
+    let message = format!(
+        "more than {bytes_max} bytes: name clients in node_matchers, or set exclude_resource_contents"
+    );
+    Status::resource_exhausted(message)
+}
+
+/// By all who said who they are, if nobody is named.
+fn is_chosen(stream: &Stream, matchers: &[NodeMatcher]) -> bool {
+    let session = stream.session();
+    session.client().is_some_and(|client| {
+        let id = &client.node.id;
+        matchers.is_empty() || matchers.iter().any(|it| is_match(it, id))
+    })
 }
 
 fn supported(matcher: &NodeMatcher) -> Result<(), Status> {
@@ -170,7 +197,7 @@ fn node(client: &Client) -> core::Node {
     }
 }
 
-/// All that a client was sent, resource by resource.
+/// All that a client was sent, resource by resource; of secrets only their names.
 fn config(stream: &Stream, with_contents: bool) -> ClientConfig {
     let session = stream.session();
     let nacks: BTreeMap<String, UpdateFailureState> = session
@@ -193,7 +220,9 @@ fn config(stream: &Stream, with_contents: bool) -> ClientConfig {
             State::Nacked => (ConfigStatus::Error, ClientResourceStatus::Nacked),
         };
         let failure = nacks.get(type_url).filter(|_| sent.state == State::Nacked);
-        let body = sent.resource().filter(|_| with_contents);
+        // Keys are nobody's business.
+        let is_shown = with_contents && type_url != Kind::Secrets.type_url();
+        let body = sent.resource().filter(|_| is_shown);
         GenericXdsConfig {
             type_url: type_url.to_owned(),
             name: name.to_owned(),
@@ -227,7 +256,7 @@ impl ClientStatusDiscoveryService for ClientStatus {
         let asked = self.clone();
         tokio::spawn(async move {
             while let Ok(Some(request)) = requests.message().await {
-                let answer = asked.answer(&request);
+                let answer = asked.answer(&request, STATUS_BYTES_MAX);
                 let is_over = answer.is_err();
                 if sender.send(answer).await.is_err() || is_over {
                     return;
@@ -241,6 +270,97 @@ impl ClientStatusDiscoveryService for ClientStatus {
         &self,
         request: Request<ClientStatusRequest>,
     ) -> Result<Response<ClientStatusResponse>, Status> {
-        self.answer(&request.into_inner()).map(Response::new)
+        let answer = self.answer(&request.into_inner(), STATUS_BYTES_MAX);
+        answer.map(Response::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        clients::Entry,
+        session::{Ask, Request as Asked},
+        snapshot::{Resource, Snapshot},
+    };
+    use outrigger_xds::resource::bootstrap::Node;
+    use prost_types::Any;
+    use std::collections::BTreeSet;
+
+    /// A client that was sent a cluster and a secret.
+    fn client(clients: &Arc<Clients>) -> Entry {
+        let entry = clients.enter("ads", Protocol::State, None).unwrap();
+        let mut snapshot = Snapshot::default();
+        let mut session = entry.stream.session();
+        for kind in [Kind::Clusters, Kind::Secrets] {
+            let any = Any {
+                type_url: kind.type_url().into(),
+                value: b"what it says".into(),
+            };
+            let resource = Resource {
+                name: "a".into(),
+                version: "1".into(),
+                any,
+                endpoints: None,
+            };
+            snapshot.insert(kind, Arc::new(resource));
+            let node = Node {
+                id: "n".into(),
+                ..Node::default()
+            };
+            let asked = Asked {
+                node: Some(Client {
+                    node,
+                    ..Client::default()
+                }),
+                type_url: kind.type_url().into(),
+                ask: Ask::State {
+                    version: String::new(),
+                    names: BTreeSet::from(["a".to_owned()]),
+                },
+                ..Asked::default()
+            };
+            session.hear(asked, SystemTime::now()).unwrap();
+        }
+        while session.next(&snapshot, SystemTime::now()).is_some() {}
+        drop(session);
+        entry
+    }
+
+    #[test]
+    fn what_is_in_secrets_is_not_told() {
+        let clients = Arc::new(Clients::default());
+        let _entry = client(&clients);
+        let status = ClientStatus(clients);
+        let told = |exclude_resource_contents| {
+            let request = ClientStatusRequest {
+                exclude_resource_contents,
+                ..ClientStatusRequest::default()
+            };
+            let answer = status.answer(&request, STATUS_BYTES_MAX).unwrap();
+            let configs = answer.config.into_iter();
+            configs
+                .flat_map(|config| config.generic_xds_configs)
+                .map(|it| (Kind::of(&it.type_url).unwrap(), it.xds_config.is_some()))
+                .collect::<BTreeMap<Kind, bool>>()
+        };
+        let contents = BTreeMap::from([(Kind::Clusters, true), (Kind::Secrets, false)]);
+        assert_eq!(told(false), contents);
+        let none = BTreeMap::from([(Kind::Clusters, false), (Kind::Secrets, false)]);
+        assert_eq!(told(true), none);
+    }
+
+    #[test]
+    fn an_answer_is_so_long_and_no_longer() {
+        let clients = Arc::new(Clients::default());
+        let _entries = [client(&clients), client(&clients)];
+        let status = ClientStatus(clients);
+        let request = ClientStatusRequest::default();
+        let whole = status.answer(&request, STATUS_BYTES_MAX).unwrap();
+        assert_eq!(whole.config.len(), 2);
+        let bytes: usize = whole.config.iter().map(Message::encoded_len).sum();
+        assert!(status.answer(&request, bytes).is_ok());
+        let refused = status.answer(&request, bytes - 1).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
     }
 }

@@ -112,9 +112,10 @@ async fn wait_health(admin: SocketAddr, engine: SocketAddr, health: &str) -> Val
 /// A metric of one engine.
 async fn counted(proxy: &TestProxy, name: &str, engine: SocketAddr, label: &str) -> f64 {
     let page = Client::get(proxy.admin(), "/stats/prometheus").await.text();
-    let port = format!(":{}\"", engine.port());
+    // Of this proxy: one of another case may have found an engine again at a port that is ours now.
+    let id = format!("\"{}/{engine}\"", proxy.bootstrap.node.id);
     let lines = page.lines().filter(|line| line.starts_with(name));
-    let ours = lines.filter(|line| line.contains(&port) && line.contains(label));
+    let ours = lines.filter(|line| line.contains(&id) && line.contains(label));
     ours.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
         .sum()
 }
@@ -455,7 +456,7 @@ async fn the_last_engine_is_not_ejected_for_what_it_says() {
 }
 
 #[tokio::test]
-async fn probes_take_no_more_than_their_share_and_are_no_requests() {
+async fn probes_come_one_at_a_time_and_are_no_requests() {
     let slow = SimEngine::start(Config {
         decode_itl_ms: 100.0,
         ..Config::default()
@@ -468,25 +469,19 @@ async fn probes_take_no_more_than_their_share_and_are_no_requests() {
         check.unhealthy_interval = Duration::from_millis(1);
         config.share_percent = 50.0;
     });
-    let begun = Instant::now();
     let proxy = beside(&[slow.http_addr], check).start();
     let probes = "outrigger_canary_probes_total";
     let well = r#"outcome="well""#;
     let before = counted(&proxy, probes, slow.http_addr, well).await;
     let mut most = 0;
-    let done = eventually("some probes", || {
+    eventually("some probes", || {
         most = most.max(slow.load().0 + slow.load().1);
         async {
             let done = counted(&proxy, probes, slow.http_addr, well).await - before;
-            (done >= 12.0).then_some(done)
+            (done >= 12.0).then_some(())
         }
     })
     .await;
-    // Each takes as long as a token, which the engine may make 2 ms early, and leaves as much to the next. All of them began after
-    // `begun` and ended before they were counted: whatever keeps us from looking makes it longer.
-    let elapsed = begun.elapsed();
-    let least = Duration::from_millis(98).mul_f64(2.0 * done - 1.0);
-    assert!(elapsed >= least, "{done} within {elapsed:?}");
     assert!(most <= 1, "{most} at once");
     let told = told(proxy.admin(), slow.http_addr).await;
     assert_eq!(told["outrigger"]["load"]["active_requests"], 0);

@@ -17,6 +17,9 @@ use outrigger_xds::{
 };
 use std::sync::Arc;
 
+/// Of why a response was refused, what is kept and logged.
+const NACK_BYTES_MAX: usize = 4096;
+
 /// How requests are read and responses written.
 pub(super) trait Dialect: Send + 'static {
     /// As it comes.
@@ -106,7 +109,13 @@ fn wrapped(resource: &Arc<Resource>) -> wire::Resource {
 
 /// Why something was refused. An empty text is a refusal all the same.
 fn told(status: rpc::Status) -> String {
-    status.message
+    let mut text = status.message;
+    if text.len() > NACK_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(NACK_BYTES_MAX));
+        // It may be much longer.
+        text.shrink_to_fit();
+    }
+    text
 }
 
 fn client(node: core::Node) -> Client {
@@ -120,5 +129,24 @@ fn client(node: core::Node) -> Client {
         user_agent: node.user_agent_name.clone(),
         user_agent_version: version.unwrap_or_default(),
         node: Node::from(node),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_refusal_the_beginning_is_kept() {
+        let kept = |message: String| {
+            let status = rpc::Status { code: 3, message };
+            told(status)
+        };
+        let longest = "x".repeat(NACK_BYTES_MAX);
+        assert_eq!(kept(longest.clone()), longest);
+        assert_eq!(kept(format!("{longest}y")), longest);
+        // A character that does not fit is not cut in two.
+        let wide = format!("{}äb", "x".repeat(NACK_BYTES_MAX - 1));
+        assert_eq!(kept(wide), "x".repeat(NACK_BYTES_MAX - 1));
     }
 }

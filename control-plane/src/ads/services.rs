@@ -4,7 +4,10 @@ use super::{
     Answers, Served, Shared,
     dialect::{Delta, Dialect, State},
 };
-use crate::session::{Refusal, Response, Session};
+use crate::{
+    session::{Ask, Refusal, Response, Session},
+    snapshot::version_of,
+};
 use outrigger_xds::{
     subscription::{Kind, Protocol},
     wire::envoy::service::{
@@ -104,7 +107,11 @@ impl Shared {
         request: DiscoveryRequest,
     ) -> Result<DiscoveryResponse, Status> {
         let published = self.served()?;
-        let request = served.typed(State::read(request))?;
+        let mut request = served.typed(State::read(request))?;
+        // Who fetches wants an answer, whatever it has.
+        if let Ask::State { version, .. } = &mut request.ask {
+            version.clear();
+        }
         let type_url = request.type_url.clone();
         let mut session = Session::new(Protocol::State);
         let now = SystemTime::now();
@@ -115,9 +122,10 @@ impl Shared {
         let snapshot = client
             .map(|client| published.snapshot(client))
             .map_err(|refusal| super::status(&refusal))?;
+        // If nothing of it exists, that is what is told.
         let mut response = Response {
             type_url,
-            version: snapshot.version(),
+            version: version_of(std::iter::empty()),
             ..Response::default()
         };
         while let Some(part) = session.next(snapshot, now) {

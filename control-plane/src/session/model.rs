@@ -1,6 +1,6 @@
 //! Sessions against the proxy's own client: whatever happens to either and between them, the client ends with what there is.
 
-use super::{Ask, Client, Request, Response, Session, State};
+use super::{Ask, Client, OURS, Request, Response, Session, State};
 use crate::snapshot::{Resource, Snapshot};
 use outrigger_xds::{
     load::binary::Packed,
@@ -44,13 +44,14 @@ fn snapshot(world: &BTreeMap<Kind, Versions>) -> Snapshot {
     snapshot
 }
 
-fn heard(request: client::Request) -> Request {
+fn heard(user_agent: &str, request: client::Request) -> Request {
     let node = Node {
         id: "n".into(),
         ..Node::default()
     };
     let client = request.first.then(|| Client {
         node,
+        user_agent: user_agent.to_owned(),
         ..Client::default()
     });
     Request {
@@ -98,6 +99,10 @@ struct Run {
     now: Instant,
     protocol: Protocol,
     world: BTreeMap<Kind, Versions>,
+    /// As whom the client speaks.
+    user_agent: &'static str,
+    /// What was served last.
+    snapshot: Snapshot,
     /// The server's side of the stream that is open.
     session: Option<Session>,
     on_the_way: VecDeque<Answer>,
@@ -119,6 +124,12 @@ impl Run {
             now,
             protocol,
             world: Kind::ALL.map(|kind| (kind, Versions::new())).into(),
+            user_agent: if seed.is_multiple_of(2) {
+                OURS
+            } else {
+                "envoy"
+            },
+            snapshot: Snapshot::default(),
             session: None,
             on_the_way: VecDeque::new(),
             client: Subscriptions::new(protocol, limit, now),
@@ -179,7 +190,7 @@ impl Run {
         };
         let session = self.session.as_mut().expect("only then it asks");
         session
-            .hear(heard(request), SystemTime::UNIX_EPOCH)
+            .hear(heard(self.user_agent, request), SystemTime::UNIX_EPOCH)
             .expect("a client of ours does nothing wrong");
         true
     }
@@ -192,7 +203,10 @@ impl Run {
         if self.on_the_way.len() >= ON_THE_WAY {
             return false;
         }
-        let next = session.next(&snapshot(&self.world), SystemTime::UNIX_EPOCH);
+        let mut snapshot = snapshot(&self.world);
+        snapshot.share(&self.snapshot);
+        self.snapshot = snapshot;
+        let next = session.next(&self.snapshot, SystemTime::UNIX_EPOCH);
         let is_some = next.is_some();
         self.on_the_way.extend(next.map(answer));
         is_some

@@ -29,6 +29,10 @@ fn set(names: &[&str]) -> BTreeSet<String> {
 
 struct Talk {
     session: Session,
+    user_agent: &'static str,
+    now: SystemTime,
+    /// Types that did not change are the same in the next one, as they are in what is served.
+    snapshot: Snapshot,
     last: BTreeMap<String, Response>,
 }
 
@@ -36,24 +40,32 @@ impl Talk {
     fn new(protocol: Protocol) -> Self {
         Self {
             session: Session::new(protocol),
+            user_agent: "envoy",
+            now: NOW,
+            snapshot: Snapshot::default(),
             last: BTreeMap::new(),
         }
     }
 
     fn hear(&mut self, request: Request) {
+        self.try_hear(request).unwrap();
+    }
+
+    fn try_hear(&mut self, request: Request) -> Result<(), Refusal> {
         let node = Node {
             id: "n".into(),
             ..Node::default()
         };
         let client = Client {
             node,
+            user_agent: self.user_agent.into(),
             ..Client::default()
         };
         let request = Request {
             node: Some(client),
             ..request
         };
-        self.session.hear(request, NOW).unwrap();
+        self.session.hear(request, self.now)
     }
 
     /// Wants all of these; in delta, beside what it wants already.
@@ -124,9 +136,11 @@ impl Talk {
 
     /// All that is said now.
     fn told(&mut self, world: World<'_>) -> Vec<String> {
-        let snapshot = snapshot(world);
+        let mut snapshot = snapshot(world);
+        snapshot.share(&self.snapshot);
+        self.snapshot = snapshot;
         let mut told = Vec::new();
-        while let Some(response) = self.session.next(&snapshot, NOW) {
+        while let Some(response) = self.session.next(&self.snapshot, self.now) {
             told.push(written(&response));
             self.last.insert(response.type_url.clone(), response);
             assert!(told.len() < 100, "without end: {told:?}");
@@ -224,31 +238,96 @@ fn the_first_request_says_who_asks_and_each_for_what() {
     assert_eq!(more, Err(Refusal::TooManyTypes));
 }
 
+/// What becomes of these names on the first request of a stream.
+fn heard(protocol: Protocol, names: BTreeSet<String>) -> Result<(), Refusal> {
+    let mut talk = Talk::new(protocol);
+    talk.try_hear(Request {
+        type_url: Endpoints.type_url().into(),
+        ask: match protocol {
+            Protocol::State => Ask::State {
+                version: String::new(),
+                names,
+            },
+            Protocol::Delta => Ask::Delta {
+                subscribe: names,
+                unsubscribe: BTreeSet::new(),
+                initial_versions: BTreeMap::new(),
+            },
+        },
+        ..Request::default()
+    })
+}
+
+fn claimed(versions: BTreeMap<String, String>) -> Result<(), Refusal> {
+    Talk::new(Protocol::Delta).try_hear(Request {
+        type_url: Clusters.type_url().into(),
+        ask: Ask::Delta {
+            subscribe: BTreeSet::new(),
+            unsubscribe: BTreeSet::new(),
+            initial_versions: versions,
+        },
+        ..Request::default()
+    })
+}
+
 #[test]
 fn a_client_names_so_much_and_no_more() {
-    let mut session = Session::new(Protocol::State);
-    let node = Node {
-        id: "n".into(),
-        ..Node::default()
-    };
-    let request = |count: usize| Request {
-        node: Some(Client {
-            node: node.clone(),
-            ..Client::default()
-        }),
+    let numbers = |count: usize| (0..count).map(|name| name.to_string());
+    let too_many = |kind: Kind| Err(Refusal::TooManyNames(kind.type_url().into()));
+    for protocol in BOTH {
+        let heard = |count| heard(protocol, numbers(count).collect());
+        assert_eq!(heard(NAMES_MAX), Ok(()), "{protocol:?}");
+        assert_eq!(heard(NAMES_MAX + 1), too_many(Endpoints), "{protocol:?}");
+    }
+    let versions = |count| numbers(count).map(|name| (name.clone(), name)).collect();
+    assert_eq!(claimed(versions(NAMES_MAX)), Ok(()));
+    assert_eq!(claimed(versions(NAMES_MAX + 1)), too_many(Clusters));
+    // One after the other.
+    let mut talk = Talk::new(Protocol::Delta);
+    let subscribe = |names: BTreeSet<String>| Request {
         type_url: Endpoints.type_url().into(),
-        ask: Ask::State {
-            version: String::new(),
-            names: (0..count).map(|name| name.to_string()).collect(),
+        ask: Ask::Delta {
+            subscribe: names,
+            unsubscribe: BTreeSet::new(),
+            initial_versions: BTreeMap::new(),
         },
         ..Request::default()
     };
-    assert!(session.hear(request(NAMES_MAX / 2), NOW).is_ok());
-    let refused = session.hear(request(NAMES_MAX + 1), NOW);
-    assert!(
-        matches!(refused, Err(Refusal::TooManyNames(_))),
-        "{refused:?}"
+    assert_eq!(
+        talk.try_hear(subscribe(numbers(NAMES_MAX).collect())),
+        Ok(())
     );
+    assert_eq!(talk.try_hear(subscribe(set(&["1"]))), Ok(()), "known");
+    assert_eq!(
+        talk.try_hear(subscribe(set(&["one more"]))),
+        too_many(Endpoints)
+    );
+}
+
+#[test]
+fn names_versions_and_types_are_so_long_and_no_longer() {
+    let long = |bytes: usize| "x".repeat(bytes);
+    for (bytes, expected) in [
+        (NAME_BYTES_MAX, Ok(())),
+        (NAME_BYTES_MAX + 1, Err(Refusal::TooLong)),
+    ] {
+        for protocol in BOTH {
+            assert_eq!(heard(protocol, BTreeSet::from([long(bytes)])), expected);
+        }
+        assert_eq!(
+            claimed(BTreeMap::from([("a".into(), long(bytes))])),
+            expected
+        );
+        assert_eq!(
+            claimed(BTreeMap::from([(long(bytes), "1".into())])),
+            expected
+        );
+        let of_type = Request {
+            type_url: long(bytes),
+            ..Request::default()
+        };
+        assert_eq!(Talk::new(Protocol::State).try_hear(of_type), expected);
+    }
 }
 
 #[test]
@@ -354,13 +433,94 @@ fn what_came_with_something_bad_is_sent_again_when_that_is_mended() {
         assert_eq!(talk.told(&world), ["Endpoints[a@2 b@bad]"]);
         talk.answer(Endpoints, &["a", "b"], Some("b is bad"));
         assert_eq!(talk.told(&world), [""; 0]);
+        // With what is new it would be refused, too, if it is bad itself.
         world[3].2 = "3";
-        assert_eq!(talk.told(&world), ["Endpoints[a@2 b@3]"], "{protocol:?}");
+        let expected = ["Endpoints[b@3]", "Endpoints[a@2]"];
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
         talk.answer(Endpoints, &["a", "b"], Some("still"));
         assert_eq!(talk.told(&world), [""; 0]);
         world.remove(3);
         assert_eq!(talk.told(&world)[0], "Endpoints[a@2]", "{protocol:?}");
     }
+}
+
+/// Who takes nothing of a response in which one resource is bad would take nothing new as long as that is there.
+#[test]
+fn what_is_new_does_not_go_with_what_was_refused() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[2].2 = "bad";
+        assert_eq!(talk.told(&world), ["Endpoints[a@bad]"]);
+        talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
+        for version in ["2", "3"] {
+            world[3].2 = version;
+            let new = format!("Endpoints[b@{version}]");
+            let expected = [new.as_str(), "Endpoints[a@bad]"];
+            assert_eq!(talk.told(&world), expected, "{protocol:?}");
+            talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
+            assert_eq!(talk.told(&world), [""; 0], "once, {protocol:?}");
+        }
+    }
+}
+
+/// What it took nothing of was answered with endpoints, which it did not wait for then.
+#[test]
+fn a_cluster_that_was_refused_gets_its_endpoints_again() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        (world[0].2, world[1].2) = ("2", "bad");
+        let expected = ["Clusters[a@2 b@bad]", "Endpoints[a@1 b@1]"];
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+        talk.answer(Clusters, &[], Some("b is bad"));
+        talk.answer(Endpoints, &["a", "b"], None);
+        world[1].2 = "3";
+        let told = talk.told(&world);
+        let (clusters, endpoints): (Vec<_>, Vec<_>) = told
+            .iter()
+            .partition(|response| response.starts_with("Clusters"));
+        let sent = |responses: &[&String], resource: &str| {
+            responses.iter().any(|response| response.contains(resource))
+        };
+        for (cluster, endpoint) in [("a@2", "a@1"), ("b@3", "b@1")] {
+            assert!(sent(&clusters, cluster), "{protocol:?}: {told:?}");
+            assert!(sent(&endpoints, endpoint), "{protocol:?}: {told:?}");
+        }
+    }
+}
+
+#[test]
+fn with_the_state_of_the_world_the_last_answer_settles_those_before() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Routes, &["r"]);
+    talk.want(Endpoints, &["a"]);
+    let mut world = WORLD.to_vec();
+    world.push((Routes, "s", "1"));
+    assert_eq!(talk.told(&world), ["Endpoints[a@1]", "Routes[r@1]"]);
+    let first = talk.last[Routes.type_url()].clone();
+    talk.want(Routes, &["r", "s"]);
+    assert_eq!(talk.told(&world), ["Routes[s@1]"]);
+    // It is refused: nothing is known of what came before.
+    talk.answer(Routes, &["r", "s"], Some("no"));
+    talk.hear(Request {
+        type_url: first.type_url,
+        nonce: "1000".into(),
+        ask: Ask::State {
+            version: first.version,
+            names: set(&["r", "s"]),
+        },
+        ..Request::default()
+    });
+    let mut sent = talk.session.sent();
+    let (.., r) = sent.find(|(_, name, _)| *name == "r").unwrap();
+    assert_eq!(r.state, State::Pending, "a nonce of nobody");
+    drop(sent);
+    world.last_mut().unwrap().2 = "2";
+    assert_eq!(talk.told(&world), ["Routes[s@2]"]);
+    talk.answer(Routes, &["r", "s"], None);
+    assert_eq!(talk.state(Routes), State::Acked);
+    assert_eq!(talk.state(Endpoints), State::Pending, "of its type only");
 }
 
 #[test]
@@ -459,6 +619,58 @@ fn a_cluster_stays_while_routes_that_lead_elsewhere_are_refused() {
     }
 }
 
+#[test]
+fn who_refuses_for_good_keeps_what_is_gone_for_a_while_only() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[5].2 = "bad";
+        world.remove(0);
+        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
+        talk.answer(Routes, &["r"], Some("no"));
+        talk.now += HOLD_MAX / 2;
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        assert_eq!(talk.session.held(), Some(HOLD_MAX / 2));
+        // That it is told once more, since another one is there, does not begin the time anew.
+        talk.want(Routes, &["r", "t"]);
+        world.push((Routes, "t", "1"));
+        let expected = ["Routes[t@1]", "Routes[r@bad]"];
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+        talk.answer(Routes, &["r", "t"], Some("no"));
+        world.pop();
+        assert_eq!(talk.told(&world)[0], "Routes[r@bad]", "{protocol:?}");
+        talk.answer(Routes, &["r", "t"], Some("no"));
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        talk.now += HOLD_MAX / 2;
+        let expected: &[&str] = match protocol {
+            Protocol::State => &["Clusters[b@1]"],
+            Protocol::Delta => &["Routes[] -[t]", "Clusters[] -[a]"],
+        };
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+        assert_eq!(talk.session.held(), None);
+    }
+}
+
+/// Nothing changes of clusters by then, and nothing is said.
+#[test]
+fn what_is_gone_goes_when_what_was_refused_is_taken_away() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[5].2 = "bad";
+        world.remove(0);
+        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
+        talk.answer(Routes, &["r"], Some("no"));
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        world.retain(|(kind, ..)| *kind != Routes);
+        let expected: &[&str] = match protocol {
+            Protocol::State => &["Clusters[b@1]"],
+            Protocol::Delta => &["Routes[] -[r]", "Clusters[] -[a]"],
+        };
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+    }
+}
+
 /// What takes the address of another would be refused while that is there.
 #[test]
 fn a_listener_goes_with_the_response_that_brings_its_successor() {
@@ -477,15 +689,21 @@ fn a_listener_goes_with_the_response_that_brings_its_successor() {
 #[test]
 fn after_a_reconnect_only_what_is_lacking_is_sent() {
     let has = [("a", "1"), ("b", "1")];
-    let mut talk = Talk::new(Protocol::Delta);
-    talk.want_with(Clusters, &[], &has);
-    talk.want_with(
-        Endpoints,
-        &["a", "b", "c"],
-        &[("a", "1"), ("b", "0"), ("c", "1")],
-    );
-    assert_eq!(talk.told(WORLD), ["Endpoints[b@1]", "Endpoints[] -[c]"]);
-    assert_eq!(talk.state(Clusters), State::Acked);
+    // Envoy may wait for endpoints that it has; our proxies do not.
+    let others: &[&str] = &["Endpoints[a@1 b@1] -[c]"];
+    let ours: &[&str] = &["Endpoints[b@1]", "Endpoints[] -[c]"];
+    for (user_agent, expected) in [("envoy", others), (OURS, ours)] {
+        let mut talk = Talk::new(Protocol::Delta);
+        talk.user_agent = user_agent;
+        talk.want_with(Clusters, &[], &has);
+        talk.want_with(
+            Endpoints,
+            &["a", "b", "c"],
+            &[("a", "1"), ("b", "0"), ("c", "1")],
+        );
+        assert_eq!(talk.told(WORLD), expected);
+        assert_eq!(talk.state(Clusters), State::Acked);
+    }
     let mut talk = Talk::new(Protocol::State);
     talk.want_with(Clusters, &[], &has);
     assert_eq!(talk.told(WORLD), [""; 0]);

@@ -1,6 +1,9 @@
 //! What one client has of one type, as far as we sent it, and what it still wants.
 
-use super::RESPONSE_BYTES_MAX;
+use super::{
+    RESPONSE_BYTES_MAX,
+    sent::{By, Sent, State, What, restored},
+};
 use crate::snapshot::{ByName, Resource, version_of};
 use outrigger_xds::subscription::{Kind, Protocol, WILDCARD};
 use std::{
@@ -8,71 +11,6 @@ use std::{
     sync::Arc,
     time::SystemTime,
 };
-
-/// What became of something that was sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It was not sent.
-    NotSent,
-    /// It was not answered yet.
-    Pending,
-    /// It was taken.
-    Acked,
-    /// The response that brought it was refused. Who refuses each resource by itself may have taken it all the same.
-    Nacked,
-}
-
-/// A resource that a client was sent.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sent {
-    what: What,
-    /// The response that brought it.
-    by: Arc<By>,
-    /// What became of it.
-    pub state: State,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-enum What {
-    Sent(Arc<Resource>),
-    /// Another stream brought it, in this version.
-    Claimed(String),
-}
-
-/// A response, as far as it is remembered.
-#[derive(Debug, PartialEq, Eq)]
-struct By {
-    nonce: u64,
-    /// Of all of the type.
-    version: String,
-    at: SystemTime,
-}
-
-impl Sent {
-    /// Its version.
-    #[must_use]
-    pub fn version(&self) -> &str {
-        match &self.what {
-            What::Sent(resource) => &resource.version,
-            What::Claimed(version) => version,
-        }
-    }
-
-    /// Itself; none if another stream brought it.
-    #[must_use]
-    pub fn resource(&self) -> Option<&Arc<Resource>> {
-        match &self.what {
-            What::Sent(resource) => Some(resource),
-            What::Claimed(_) => None,
-        }
-    }
-
-    /// Since when it is there.
-    #[must_use]
-    pub fn at(&self) -> SystemTime {
-        self.by.at
-    }
-}
 
 /// A response that was sent, or taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,7 +83,8 @@ pub(super) struct Watched {
 
 impl Watched {
     pub(super) fn names_count(&self) -> usize {
-        self.names.len() + self.asked.len()
+        let asked = self.asked.iter();
+        self.names.len() + asked.filter(|name| !self.names.contains(*name)).count()
     }
 
     pub(super) fn sent(&self) -> impl Iterator<Item = (&str, &Sent)> {
@@ -159,8 +98,10 @@ impl Watched {
             .is_some_and(|rest| Arc::ptr_eq(rest, all))
     }
 
+    /// Unless something that it has is gone, and held back: that may be told though nothing of this type changes.
     pub(super) fn rest(&mut self, all: &Arc<ByName>) {
-        self.at_rest = Some(all.clone());
+        let has_gone = self.sent.keys().any(|name| !all.contains_key(name));
+        self.at_rest = (!has_gone).then(|| all.clone());
     }
 
     pub(super) fn wake(&mut self) {
@@ -171,14 +112,28 @@ impl Watched {
         std::mem::take(&mut self.asked)
     }
 
-    /// A client answers. What answers an older response says something of what that brought, too.
-    pub(super) fn answered(&mut self, nonce: u64, error: Option<String>, now: SystemTime) {
+    /// A client answers. What answers an older response says something of what that brought, too. With the state of the world, who takes a
+    /// response need not have answered those before it.
+    pub(super) fn answered(
+        &mut self,
+        protocol: Protocol,
+        nonce: u64,
+        error: Option<String>,
+        now: SystemTime,
+    ) {
+        if self.last.as_ref().is_none_or(|last| nonce > last.nonce) {
+            return;
+        }
         let state = if error.is_some() {
             State::Nacked
         } else {
             State::Acked
         };
-        let brought = |sent: &&mut Sent| sent.by.nonce == nonce;
+        let settles_older = protocol == Protocol::State && state == State::Acked;
+        let brought = |sent: &&mut Sent| {
+            let is_older = sent.state == State::Pending && sent.by.nonce < nonce;
+            sent.by.nonce == nonce || (settles_older && is_older)
+        };
         for sent in self.sent.values_mut().filter(brought) {
             sent.state = state;
         }
@@ -276,7 +231,17 @@ impl Watched {
         sent.is_some_and(|sent| sent.version() == resource.version)
     }
 
-    /// Some refuse a response as a whole: when there is something else, all that it brought is told again.
+    /// Whether it has it, and did not refuse it.
+    pub(super) fn is_content_with(&self, resource: &Resource) -> bool {
+        self.has(resource) && !self.is_refused(&resource.name)
+    }
+
+    fn is_refused(&self, name: &str) -> bool {
+        let sent = self.sent.get(name);
+        sent.is_some_and(|sent| sent.state == State::Nacked)
+    }
+
+    /// Some refuse a response as a whole: when there is something else, all that it brought is told again, once.
     fn was_refused_before(&self, name: &str, version: &str) -> bool {
         let sent = self.sent.get(name);
         sent.is_some_and(|sent| sent.state == State::Nacked && sent.by.version != version)
@@ -330,24 +295,26 @@ impl Watched {
             version: content.version,
             at,
         });
-        self.keep(content.resources, &by, State::Acked);
+        for resource in content.resources {
+            self.keep(resource, &by, at, State::Acked);
+        }
         self.last = Some(by);
     }
 
-    fn keep(&mut self, resources: Vec<Arc<Resource>>, by: &Arc<By>, state: State) {
-        for resource in resources {
-            let sent = Sent {
-                what: What::Sent(resource.clone()),
-                by: by.clone(),
-                state,
-            };
-            self.sent.insert(resource.name.clone(), sent);
-        }
+    fn keep(&mut self, resource: Arc<Resource>, by: &Arc<By>, since: SystemTime, state: State) {
+        let name = resource.name.clone();
+        let sent = Sent {
+            what: What::Sent(resource),
+            by: by.clone(),
+            since,
+            state,
+        };
+        self.sent.insert(name, sent);
     }
 
     /// What it lacks of a type of which a response may hold a part. That something is gone cannot be said.
     pub(super) fn part(&mut self, all: &ByName, owed: &BTreeSet<String>) -> Option<Content> {
-        let content = self.lacking(all, owed);
+        let content = self.lacking(all, owed, true);
         self.asked.retain(|name| content.left.contains(name));
         (!content.resources.is_empty()).then_some(Content {
             version: content.version,
@@ -363,7 +330,6 @@ impl Watched {
         all: &ByName,
         owed: &BTreeSet<String>,
     ) -> Option<Content> {
-        let content = self.lacking(all, owed);
         let mut removed: BTreeSet<String> = self
             .asked
             .iter()
@@ -373,6 +339,7 @@ impl Watched {
         if kind == Kind::Listeners {
             removed.extend(self.names_gone(all));
         }
+        let content = self.lacking(all, owed, removed.is_empty());
         self.asked.retain(|name| content.left.contains(name));
         let due = std::mem::take(&mut self.due);
         let is_news = due || !content.resources.is_empty() || !removed.is_empty();
@@ -383,30 +350,30 @@ impl Watched {
         })
     }
 
-    fn lacking(&self, all: &ByName, owed: &BTreeSet<String>) -> Lacking {
-        let wanted = self.wanted(all);
-        let set = wanted.values();
-        let version = version_of(set.map(|it| (it.name.as_str(), it.version.as_str())));
-        let mut lacking = Lacking {
-            version: version.clone(),
-            ..Lacking::default()
-        };
-        let mut bytes = 0;
-        for (name, resource) in wanted {
-            let is_due = self.asked.contains(name)
-                || owed.contains(name)
-                || self.was_refused_before(name, &version);
-            if self.has(resource) && !is_due {
-                continue;
-            }
-            bytes += name.len() + resource.any.value.len();
-            if lacking.resources.is_empty() || bytes <= RESPONSE_BYTES_MAX {
-                lacking.resources.push(resource.clone());
-            } else {
-                lacking.left.insert(name.to_owned());
+    /// What was refused goes by itself: with something new in the same response, that would be refused, too. `is_alone` says whether nothing else goes with it.
+    fn lacking(&self, all: &ByName, owed: &BTreeSet<String>, is_alone: bool) -> Lacking {
+        let version = self.version(all);
+        let (mut news, mut refused) = (Vec::new(), Vec::new());
+        for (name, resource) in self.wanted(all) {
+            let is_due = self.asked.contains(name) || owed.contains(name);
+            if !self.has(resource) || (is_due && !self.is_refused(name)) {
+                news.push(resource);
+            } else if is_due || self.was_refused_before(name, &version) {
+                refused.push(resource);
             }
         }
-        lacking
+        let (now, later) = if news.is_empty() && is_alone {
+            (refused, Vec::new())
+        } else {
+            (news, refused)
+        };
+        Lacking::cut(version, now, later)
+    }
+
+    /// Of all that it wants and that there is.
+    fn version(&self, all: &ByName) -> String {
+        let wanted = all.values().filter(|resource| self.wants(&resource.name));
+        version_of(wanted.map(|it| (it.name.as_str(), it.version.as_str())))
     }
 
     fn names_gone(&self, all: &ByName) -> Vec<String> {
@@ -418,7 +385,7 @@ impl Watched {
     pub(super) fn gone(&self, all: &ByName) -> Option<Content> {
         let removed = self.names_gone(all);
         (!removed.is_empty()).then(|| Content {
-            version: self.lacking(all, &BTreeSet::new()).version,
+            version: self.version(all),
             resources: Vec::new(),
             removed,
         })
@@ -436,9 +403,6 @@ impl Watched {
         content: &Content,
         now: SystemTime,
     ) {
-        if protocol == Protocol::State && kind.is_some_and(Kind::is_whole) {
-            self.sent.clear();
-        }
         for name in &content.removed {
             self.sent.remove(name);
         }
@@ -447,7 +411,18 @@ impl Watched {
             version: content.version.clone(),
             at: now,
         });
-        self.keep(content.resources.clone(), &by, State::Pending);
+        let is_whole = protocol == Protocol::State && kind.is_some_and(Kind::is_whole);
+        let before = if is_whole {
+            std::mem::take(&mut self.sent)
+        } else {
+            BTreeMap::new()
+        };
+        for resource in &content.resources {
+            let known = self.sent.get(&resource.name);
+            let known = known.or_else(|| before.get(&resource.name));
+            let since = known.and_then(|sent| sent.open_since(resource));
+            self.keep(resource.clone(), &by, since.unwrap_or(now), State::Pending);
+        }
         self.last = Some(by);
         self.wake();
     }
@@ -468,11 +443,11 @@ impl Watched {
         }
     }
 
-    /// Whether something that is there was not taken. What is gone is waited for by nobody.
-    pub(super) fn is_open(&self, all: &ByName) -> bool {
-        let open = |sent: &Sent| matches!(sent.state, State::Pending | State::Nacked);
-        let mut sent = self.sent.iter();
-        sent.any(|(name, sent)| open(sent) && all.contains_key(name))
+    /// Since when something that is there was not taken, the newest of it. What is gone is waited for by nobody.
+    pub(super) fn open_since(&self, all: &ByName) -> Option<SystemTime> {
+        let sent = self.sent.iter();
+        let open = sent.filter(|(name, sent)| sent.is_open() && all.contains_key(*name));
+        open.map(|(_, sent)| sent.since).max()
     }
 
     /// A response without resources is answered, too.
@@ -497,11 +472,31 @@ impl Watched {
 }
 
 /// What is to be sent now, and what another time.
-#[derive(Default)]
 struct Lacking {
     version: String,
     resources: Vec<Arc<Resource>>,
     left: BTreeSet<String>,
+}
+
+impl Lacking {
+    /// As much as one response takes; what is for another time is left.
+    fn cut(version: String, now: Vec<&Arc<Resource>>, later: Vec<&Arc<Resource>>) -> Self {
+        let mut lacking = Self {
+            version,
+            resources: Vec::new(),
+            left: later.into_iter().map(|it| it.name.clone()).collect(),
+        };
+        let mut bytes = 0;
+        for resource in now {
+            bytes += resource.name.len() + resource.any.value.len();
+            if lacking.resources.is_empty() || bytes <= RESPONSE_BYTES_MAX {
+                lacking.resources.push(resource.clone());
+            } else {
+                lacking.left.insert(resource.name.clone());
+            }
+        }
+        lacking
+    }
 }
 
 fn whole(wanted: &BTreeMap<&str, &Arc<Resource>>) -> Content {
@@ -512,22 +507,4 @@ fn whole(wanted: &BTreeMap<&str, &Arc<Resource>>) -> Content {
         resources,
         removed: Vec::new(),
     }
-}
-
-/// What a client says that it has.
-fn restored(versions: BTreeMap<String, String>, now: SystemTime) -> BTreeMap<String, Sent> {
-    let by = Arc::new(By {
-        nonce: 0,
-        version: String::new(),
-        at: now,
-    });
-    let sent = versions.into_iter().map(|(name, version)| {
-        let sent = Sent {
-            what: What::Claimed(version),
-            by: by.clone(),
-            state: State::Acked,
-        };
-        (name, sent)
-    });
-    sent.collect()
 }

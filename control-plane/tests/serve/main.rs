@@ -7,5 +7,6 @@
 
 mod files;
 mod harness;
+mod process;
 mod short;
 mod streams;

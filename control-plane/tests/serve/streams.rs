@@ -219,12 +219,28 @@ async fn types_have_services_of_their_own() {
         .into_inner();
     assert_eq!(answer.type_url, Kind::Endpoints.type_url());
     assert_eq!(answer.resources.len(), 1);
+    let nothing = eds
+        .fetch_endpoints(ask(Kind::Endpoints, &["nowhere"]))
+        .await;
+    let nothing = nothing.unwrap().into_inner();
+    assert!(nothing.resources.is_empty() && !nothing.version_info.is_empty());
     let wrong = eds
         .fetch_endpoints(ask(Kind::Clusters, &[]))
         .await
         .unwrap_err();
     assert_eq!(wrong.code(), Code::InvalidArgument);
     let mut cds = ClusterDiscoveryServiceClient::new(served.channel().await);
+    let first = cds.fetch_clusters(ask(Kind::Clusters, &[])).await.unwrap();
+    let first = first.into_inner();
+    assert_eq!(first.resources.len(), 1);
+    // Who has it is told it all the same.
+    let known = DiscoveryRequest {
+        version_info: first.version_info.clone(),
+        ..ask(Kind::Clusters, &[])
+    };
+    let again = cds.fetch_clusters(known).await.unwrap().into_inner();
+    assert_eq!(again.version_info, first.version_info);
+    assert_eq!(again.resources, first.resources);
     let requests = tokio_stream::iter([ask(Kind::Clusters, &[])]);
     let forever = tokio_stream::StreamExt::chain(requests, tokio_stream::pending());
     let mut answers = cds.stream_clusters(forever).await.unwrap().into_inner();
@@ -235,8 +251,8 @@ async fn types_have_services_of_their_own() {
 #[tokio::test]
 async fn a_slow_client_gets_changes_merged() {
     // A response is about 800 KB, more than what lies between the two: few resources with long names.
-    const RESOURCES: usize = 40;
-    let name = |index: usize| format!("{index:0>20000}");
+    const RESOURCES: usize = 200;
+    let name = |index: usize| format!("{index:0>4000}");
     let lines = |port: u16| {
         let one = |index: usize| {
             json!({
