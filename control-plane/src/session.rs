@@ -11,6 +11,10 @@ mod watched;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+mod refusal_tests;
+#[cfg(test)]
+mod removal_tests;
+#[cfg(test)]
 mod tests;
 
 pub use sent::{Sent, State};

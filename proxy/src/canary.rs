@@ -9,12 +9,14 @@ mod judge;
 mod patience;
 mod probe;
 mod seen;
+#[cfg(test)]
+mod tests;
 mod traffic;
+mod truth;
 
 use crate::{fleet::Fleet, ledger::Ledger};
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
-use golden::Opinion;
 use http::HeaderValue;
 use judge::{Change, Judge, Rules};
 use outrigger_filters::endpoints::{Endpoint, Host, Live};
@@ -29,7 +31,6 @@ use outrigger_xds::{
 use patience::Patience;
 pub(crate) use probe::{Asked, Prober};
 use seen::Seen;
-use serde_json::Value;
 use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -423,113 +424,6 @@ impl Canary {
         }
     }
 
-    async fn ask_golden(&mut self, check: &HealthCheck, config: &Config, live: &Live) {
-        let golden = &config.golden;
-        if golden.enforcing == Enforcing::Off {
-            (self.told.golden, self.truth) = (None, Judge::new(Instant::now()));
-            self.next_golden = Instant::now() + check.interval;
-            return self.tell();
-        }
-        let begun = Instant::now();
-        let tokens = golden.max_tokens;
-        let patience = self.patience.deadline(check, config, &live.load, tokens);
-        let asking = self.prober.ask_golden(&live.state, golden);
-        let asked = tokio::time::timeout(patience, asking).await;
-        let now = Instant::now();
-        self.patience.asked();
-        self.next_golden = now + Duration::from_millis(golden.interval_ms);
-        self.next_probe = now + rest(check, config, now.duration_since(begun));
-        let answer = match asked {
-            Ok(Asked::Well(body)) => self.read(&body, &live.state, golden.margin),
-            Ok(Asked::Refused(_) | Asked::Busy(_)) => None,
-            Ok(Asked::Failed(_) | Asked::Unproven(_)) | Err(_) => {
-                // No finding: whether it answers at all is the other question, and is asked next.
-                self.accused = true;
-                self.next_probe = now + check.unhealthy_interval;
-                None
-            }
-        };
-        let Some(answer) = answer else {
-            self.count("outrigger_canary_golden_total", "unanswered");
-            // What it said may be true no more, and others compare with it.
-            self.told.golden = None;
-            return self.tell();
-        };
-        self.proved_at = now;
-        let opinion = self.opinion(&answer, &golden.expected);
-        self.told.golden = Some(answer);
-        self.hear(&opinion, check, config, &live.state);
-        if self.truth.is_in_doubt() {
-            self.next_golden = self.next_probe;
-        }
-        self.tell();
-    }
-
-    fn read(&self, body: &Value, state: &EngineState, margin: f64) -> Option<GoldenAnswer> {
-        golden::read(body, golden::cohort(state), margin)
-    }
-
-    fn opinion(&self, answer: &GoldenAnswer, expected: &str) -> Opinion {
-        if !expected.is_empty() {
-            return golden::check(answer, expected);
-        }
-        let others = self.fleet.others(&self.id);
-        let others = others.iter().map(|state| &**state);
-        golden::compare(answer, &golden::voters(&answer.cohort, others))
-    }
-
-    /// Takes in what its answer is worth.
-    fn hear(
-        &mut self,
-        opinion: &Opinion,
-        check: &HealthCheck,
-        config: &Config,
-        state: &EngineState,
-    ) {
-        let now = Instant::now();
-        let golden = &config.golden;
-        let rules = Rules {
-            failures: golden.threshold,
-            successes: golden.threshold,
-            ..rules(check, config)
-        };
-        let (outcome, note) = match opinion {
-            Opinion::Right => ("right", None),
-            Opinion::Alone => ("alone", None),
-            Opinion::Unclear(what) => (
-                "unclear",
-                Some(format!("canary: answers {what}, and there is no majority")),
-            ),
-            Opinion::Wrong(what) => ("wrong", Some(format!("canary: wrong answer: {what}"))),
-        };
-        self.count("outrigger_canary_golden_total", outcome);
-        match opinion {
-            Opinion::Right | Opinion::Alone => {
-                self.note(None);
-                if self.truth.succeeded(&rules, now) == Some(Change::Healthy) {
-                    self.changed("healthy", "recovered", "its answers are right again");
-                }
-            }
-            Opinion::Unclear(_) => self.note(note),
-            Opinion::Wrong(_) => {
-                self.note(note.clone());
-                if golden.enforcing == Enforcing::Eject && self.may_eject(state) {
-                    let change = self.truth.failed(&rules, now);
-                    if let (Some(_), Some(why)) = (change, note) {
-                        self.changed("unhealthy", "wrong_answer", &why);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Never the last: a wrong answer may be better than none, and that is not ours to say.
-    fn may_eject(&self, state: &EngineState) -> bool {
-        let others = self.fleet.others(&self.id);
-        let others: Vec<&EngineState> = others.iter().map(|state| &**state).collect();
-        self.truth.is_unhealthy() || golden::has_stand_in(state, &others)
-    }
-
     /// What is odd, and is told without a verdict.
     fn note(&mut self, note: Option<String>) {
         if self.told.note != note {
@@ -592,181 +486,4 @@ fn rest(check: &HealthCheck, config: &Config, took: Duration) -> Duration {
         Duration::try_from_secs_f64(took.as_secs_f64() * (100.0 / config.share_percent - 1.0));
     let rest = rest.unwrap_or(REST_MAX);
     rest.min(REST_MAX).max(check.unhealthy_interval)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ledger::Ledgers;
-    use outrigger_filters::kv_index::{KvIndex, Limits};
-    use outrigger_xds::resource::canary::Golden;
-
-    const RULES: Rules = Rules {
-        failures: 3,
-        successes: 2,
-        hold: Duration::from_secs(5),
-        hold_max: Duration::from_secs(60),
-    };
-
-    fn fleet() -> Arc<Fleet> {
-        Fleet::new(Arc::new(KvIndex::new(Limits::default())), 32)
-    }
-
-    fn with_watched<T>(then: impl FnOnce(Watched<'_>) -> T) -> T {
-        let (check, endpoint) = (crate::bootstrap::canary(), Arc::<Endpoint>::default());
-        then(Watched {
-            check: &check,
-            endpoint: &endpoint,
-            ledger: Ledgers::default().open(&endpoint.id),
-        })
-    }
-
-    fn canary() -> Canary {
-        with_watched(|watched| {
-            let settings = Arc::new(ArcSwap::from_pointee(watched.check.clone()));
-            Canary::new(&fleet(), &watched, settings, None)
-        })
-    }
-
-    fn condemn(judge: &mut Judge, now: Instant) {
-        for _ in 0..RULES.failures {
-            judge.failed(&RULES, now);
-        }
-        assert!(judge.is_unhealthy());
-    }
-
-    #[tokio::test]
-    async fn requests_count_their_pieces_only_while_a_canary_runs() {
-        let canaries = Canaries::default();
-        with_watched(|watched| {
-            let ledger = watched.ledger.clone();
-            assert!(!ledger.traffic.is_watched());
-            canaries.configure(&fleet(), std::iter::once(watched));
-            assert!(ledger.traffic.is_watched());
-            canaries.configure(&fleet(), std::iter::empty());
-            assert!(!ledger.traffic.is_watched());
-        });
-    }
-
-    #[tokio::test]
-    async fn probes_that_fail_while_requests_get_something_convict_nobody() {
-        let mut canary = canary();
-        let mut now = Instant::now();
-        for _ in 0..2 * RULES.failures {
-            canary.failed("answered 500", &RULES, now, now);
-            now += Duration::from_secs(1);
-            canary.ledger.traffic.piece();
-            let traffic = &canary.ledger.traffic;
-            canary.watch.look(&Live::default(), traffic, now);
-            now += Duration::from_secs(1);
-        }
-        assert!(!canary.answers.is_unhealthy());
-        for _ in 0..=RULES.failures {
-            canary.failed("answered 500", &RULES, now, now);
-        }
-        assert!(canary.answers.is_unhealthy(), "nothing moves any more");
-    }
-
-    #[tokio::test]
-    async fn an_engine_that_refuses_to_be_asked_has_no_verdict() {
-        let mut canary = canary();
-        let now = Instant::now();
-        condemn(&mut canary.answers, now);
-        for _ in 1..REFUSALS_MAX {
-            canary.refused("answered 401", now);
-            assert!(canary.answers.is_unhealthy());
-        }
-        canary.refused("answered 401", now);
-        assert!(!canary.answers.is_unhealthy());
-        condemn(&mut canary.answers, now);
-        (canary.refusals, canary.is_restarted) = (0, true);
-        canary.refused("answered 404", now);
-        assert!(!canary.answers.is_unhealthy(), "another process, perhaps");
-    }
-
-    #[test]
-    fn a_probe_that_took_long_does_not_end_all_probing() {
-        let (check, config) = (crate::bootstrap::canary(), Config::default());
-        let rest = |millis| rest(&check, &config, Duration::from_millis(millis));
-        assert_eq!(rest(1), check.unhealthy_interval);
-        assert_eq!(rest(100), Duration::from_millis(4_900));
-        assert_eq!(rest(20_000), REST_MAX);
-    }
-
-    #[tokio::test]
-    async fn an_engine_that_nobody_uses_is_left_alone_for_longer() {
-        let mut canary = canary();
-        let (check, config) = (crate::bootstrap::canary(), Config::default());
-        let begun = Instant::now();
-        let (free, busy) = (
-            Load::default(),
-            Load {
-                active_requests: 1,
-                ..Load::default()
-            },
-        );
-        let due = |canary: &Canary, load: &Load, after: Duration| {
-            canary.is_due(&check, &config, load, begun + after)
-        };
-        (canary.proved_at, canary.free_at) = (begun, begun);
-        canary.patience.asked();
-        assert!(due(&canary, &free, check.interval), "never asked");
-        canary.well_at = Some(begun);
-        assert!(!due(&canary, &free, check.no_traffic_interval / 2));
-        assert!(due(&canary, &free, check.no_traffic_interval));
-        // A request came late, and may take its time.
-        canary.free_at = begun + check.no_traffic_interval / 2;
-        assert!(!due(&canary, &busy, check.no_traffic_interval / 2));
-        assert!(due(
-            &canary,
-            &busy,
-            check.no_traffic_interval / 2 + check.timeout
-        ));
-        canary.ledger.traffic.piece();
-        let later = begun + Duration::from_millis(1);
-        canary
-            .watch
-            .look(&Live::default(), &Traffic::default(), begun);
-        canary
-            .watch
-            .look(&Live::default(), &canary.ledger.traffic, later);
-        assert!(due(&canary, &free, check.interval), "it was used");
-    }
-
-    #[tokio::test]
-    async fn wrong_answers_that_are_only_reported_now_are_no_verdict() {
-        let mut canary = canary();
-        condemn(&mut canary.truth, Instant::now());
-        canary.tell();
-        assert!(canary.ledger.verdict().unhealthy.is_some());
-        let enforcing = |enforcing| Config {
-            golden: Golden {
-                enforcing,
-                ..Golden::default()
-            },
-            ..Config::default()
-        };
-        canary.obey(&enforcing(Enforcing::Eject));
-        assert!(canary.ledger.verdict().unhealthy.is_some());
-        canary.obey(&enforcing(Enforcing::Report));
-        assert_eq!(canary.ledger.verdict().unhealthy, None);
-    }
-
-    #[tokio::test]
-    async fn another_process_said_nothing_yet() {
-        let mut canary = canary();
-        canary.told.golden = Some(GoldenAnswer::default());
-        let state = EngineState {
-            health: Health::Healthy,
-            ..EngineState::default()
-        };
-        let live = Live {
-            heard: true,
-            state: Arc::new(state),
-            ..Live::default()
-        };
-        assert!(canary.look(&live));
-        assert_eq!(canary.ledger.verdict().golden, None);
-        assert_eq!(canary.told.golden, None);
-    }
 }

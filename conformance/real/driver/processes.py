@@ -164,8 +164,7 @@ class Proxy(Process):
 
     def metrics(self, name):
         """Samples of one name; that nobody answers is an error, so that silence never counts as zero."""
-        # The admin's filter is for Envoy's names, which have no name of the program before them.
-        page = client.get(self.admin, f"/stats/prometheus?filter={name.removeprefix('outrigger_')}")
+        page = client.get(self.admin, f"/stats/prometheus?filter=^{name}$")
         if page.status != 200:
             raise RuntimeError(f"{self.name} does not tell its metrics:\n{self.tail()}")
         return client.samples(page.body)

@@ -456,9 +456,10 @@ async fn the_last_engine_is_not_ejected_for_what_it_says() {
 }
 
 #[tokio::test]
-async fn probes_come_one_at_a_time_and_are_no_requests() {
+async fn probes_take_no_more_than_their_share_and_are_no_requests() {
+    // The token of a probe is made by the step that computes its prompt, of one token at least.
     let slow = SimEngine::start(Config {
-        decode_itl_ms: 100.0,
+        prefill_tokens_per_s: 10.0,
         ..Config::default()
     })
     .unwrap();
@@ -469,19 +470,24 @@ async fn probes_come_one_at_a_time_and_are_no_requests() {
         check.unhealthy_interval = Duration::from_millis(1);
         config.share_percent = 50.0;
     });
+    let begun = Instant::now();
     let proxy = beside(&[slow.http_addr], check).start();
     let probes = "outrigger_canary_probes_total";
     let well = r#"outcome="well""#;
-    let before = counted(&proxy, probes, slow.http_addr, well).await;
     let mut most = 0;
-    eventually("some probes", || {
+    let done = eventually("some probes", || {
         most = most.max(slow.load().0 + slow.load().1);
         async {
-            let done = counted(&proxy, probes, slow.http_addr, well).await - before;
-            (done >= 12.0).then_some(())
+            let done = counted(&proxy, probes, slow.http_addr, well).await;
+            (done >= 12.0).then_some(done)
         }
     })
     .await;
+    // Each takes 100 ms, of which the engine may save 2, and leaves as much to the next. All of them began after `begun` and
+    // ended before they were counted: whatever keeps us from looking makes it longer.
+    let elapsed = begun.elapsed();
+    let least = Duration::from_millis(98).mul_f64(2.0 * done - 1.0);
+    assert!(elapsed >= least, "{done} within {elapsed:?}");
     assert!(most <= 1, "{most} at once");
     let told = told(proxy.admin(), slow.http_addr).await;
     assert_eq!(told["outrigger"]["load"]["active_requests"], 0);

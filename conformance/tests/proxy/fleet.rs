@@ -6,8 +6,8 @@ use futures_util::{StreamExt, stream};
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, OneChain, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive,
-        eventually, free_address, hosts, request, scratch, wait_alive,
+        Client, Process, ProxyBuilder, Reply, TestProxy, Upstream, Version, alive, eventually,
+        free_address, hosts, request,
     },
     sim::{Config, SimEngine},
 };
@@ -26,11 +26,11 @@ use std::{
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
-const ENDPOINT: &str = "x-outrigger-endpoint";
+pub(super) const CHAT: &str = "/v1/chat/completions";
+pub(super) const COMPLETIONS: &str = "/v1/completions";
+pub(super) const ENDPOINT: &str = "x-outrigger-endpoint";
 
-fn engine(model: &str) -> SimEngine {
+pub(super) fn engine(model: &str) -> SimEngine {
     SimEngine::start(Config {
         model: model.to_owned(),
         ..Config::default()
@@ -39,7 +39,11 @@ fn engine(model: &str) -> SimEngine {
 }
 
 /// Two proxies, each beside an engine and a peer of the other.
-async fn pair(first: SocketAddr, second: SocketAddr, policy: &str) -> (TestProxy, TestProxy) {
+pub(super) async fn pair(
+    first: SocketAddr,
+    second: SocketAddr,
+    policy: &str,
+) -> (TestProxy, TestProxy) {
     let (a, b) = (free_address(), free_address());
     let build = |engine, own: SocketAddr, other| {
         ProxyBuilder::new()
@@ -55,15 +59,15 @@ async fn pair(first: SocketAddr, second: SocketAddr, policy: &str) -> (TestProxy
     proxies
 }
 
-fn generation(model: &str) -> String {
+pub(super) fn generation(model: &str) -> String {
     format!(r#"{{"model":"{model}","prompt":"hello","max_tokens":2}}"#)
 }
 
-async fn get(client: &mut Client, path: &str) -> Reply {
+pub(super) async fn get(client: &mut Client, path: &str) -> Reply {
     client.send(request(Method::GET, path, "")).await
 }
 
-fn models(reply: &Reply) -> BTreeSet<String> {
+pub(super) fn models(reply: &Reply) -> BTreeSet<String> {
     let listed = reply.json();
     let entries = listed["data"]
         .as_array()
@@ -118,119 +122,7 @@ async fn a_model_is_served_where_it_is_and_listed_everywhere() {
     }
 }
 
-#[tokio::test]
-async fn what_administers_engines_is_refused_from_outside() {
-    let engine = SimEngine::start(Config {
-        dev_mode: true,
-        ..Config::default()
-    })
-    .unwrap();
-    let proxy = ProxyBuilder::new().engine(engine.http_addr).start();
-    proxy.wait_alive(1).await;
-    for version in Version::BOTH {
-        for address in [proxy.outbound(), proxy.inbound()] {
-            let mut client = Client::connect(address, version).await;
-            for path in [
-                "/sleep",
-                "/sleep/",
-                "/sleep?level=2",
-                "/%73leep",
-                "//sleep",
-                "/%2fsleep",
-                "/reset_prefix_cache",
-                "/server_info",
-                "/kv_event_sources",
-                "/v1/load_lora_adapter",
-                "/v1%2fload_lora_adapter",
-                "/collective_rpc",
-                "/start_profile",
-                "/flush_cache",
-            ] {
-                for method in [Method::POST, Method::GET] {
-                    let reply = client.send(request(method.clone(), path, "{}")).await;
-                    assert_eq!(reply.status, 403, "{method} {path} {version:?}");
-                }
-            }
-        }
-        let told = proxy.client(version).await.post("/sleep", "{}").await;
-        assert_eq!(told.json()["error"]["type"], "PermissionDeniedError");
-    }
-}
-
-#[tokio::test]
-async fn weights_and_corpora_of_engines_are_not_open_to_clients() {
-    let server = Upstream::named("engine").await;
-    let proxy = ProxyBuilder::new().server(server.address).start();
-    let mut client = proxy.client(Version::H1).await;
-    for path in [
-        // vLLM 0.32
-        "/start_weight_update",
-        "/start_draft_weight_update",
-        "/update_weights",
-        "/update_weight_version",
-        "/finish_weight_update",
-        "/init_weight_transfer_engine",
-        "/shutdown_weight_transfer_engine",
-        "/weight_checker",
-        "/weight_info",
-        // SGLang 0.5.23
-        "/begin_weight_update",
-        "/end_weight_update",
-        "/weights_checker",
-        "/add_external_corpus",
-        "/remove_external_corpus",
-        "/list_external_corpora",
-        "/remote_instance_transfer_engine_info",
-        "/get_remote_instance_transfer_engine_info",
-    ] {
-        for method in [Method::POST, Method::GET, Method::PUT] {
-            let reply = client.send(request(method.clone(), path, "{}")).await;
-            assert_eq!(reply.status, 403, "{method} {path}");
-        }
-    }
-    assert!(server.exchanges().is_empty(), "nothing reached the engine");
-}
-
-#[tokio::test]
-async fn inbound_serves_only_what_it_is_asked_for_by_name_and_has() {
-    let engine = engine("sim");
-    let proxy = ProxyBuilder::new().engine(engine.http_addr).start();
-    proxy.wait_alive(1).await;
-    let id = hosts(proxy.admin(), "local").await[0]["outrigger"]["engine_id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    for version in Version::BOTH {
-        let mut client = Client::connect(proxy.inbound(), version).await;
-        for (named, status) in [
-            (None, 503),
-            (Some("elsewhere/1.2.3.4:8000"), 503),
-            (Some(id.as_str()), 200),
-        ] {
-            let mut call = request(Method::POST, COMPLETIONS, generation("sim"));
-            if let Some(named) = named {
-                call.headers_mut().insert(ENDPOINT, named.parse().unwrap());
-            }
-            let reply = client.send(call).await;
-            assert_eq!(
-                reply.status,
-                status,
-                "{named:?} {version:?}: {}",
-                reply.text()
-            );
-            if status == 503 {
-                assert_eq!(
-                    reply.header("x-outrigger-retry"),
-                    "nothing-sent",
-                    "{named:?}"
-                );
-                assert_eq!(reply.header("x-outrigger-error"), "UH");
-            }
-        }
-    }
-}
-
-async fn echo(name: &'static str) -> Upstream {
+pub(super) async fn echo(name: &'static str) -> Upstream {
     Upstream::engine(move |mut conn, _| async move {
         conn.json("200 OK", &format!("{{\"served_by\":\"{name}\"}}"))
             .await
@@ -239,152 +131,7 @@ async fn echo(name: &'static str) -> Upstream {
     .await
 }
 
-#[tokio::test]
-async fn what_only_proxies_may_say_is_not_believed_of_clients() {
-    let (one, two) = (echo("one").await, echo("two").await);
-    let (first, second) = pair(one.address, two.address, "round_robin").await;
-    let far = hosts(second.admin(), "local").await[0]["outrigger"]["engine_id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    for version in Version::BOTH {
-        // Without a model a request stays here, whatever the client says.
-        let mut call = request(Method::POST, "/custom", "{}");
-        for (name, value) in [
-            (ENDPOINT, far.as_str()),
-            ("x-outrigger-prompt-tokens", "1000000"),
-            ("x-outrigger-hit-tokens", "5"),
-            ("x-outrigger-blocks", "AAAA"),
-            ("x-outrigger-retry", "nothing-sent"),
-        ] {
-            call.headers_mut().insert(name, value.parse().unwrap());
-        }
-        let reply = first.client(version).await.send(call).await;
-        assert_eq!(reply.json()["served_by"], "one");
-        let got = one.exchanges().pop().unwrap();
-        let told: Vec<_> = got
-            .headers
-            .iter()
-            .filter(|(name, _)| name.starts_with("x-outrigger-") && name != "x-outrigger-via")
-            .collect();
-        assert!(told.is_empty(), "{told:?}");
-    }
-    // What peers say to each other is for them, not for the engine.
-    for _ in 0..4 {
-        assert_eq!(
-            first
-                .client(Version::H1)
-                .await
-                .post(CHAT, r#"{"model":"m"}"#)
-                .await
-                .status,
-            200
-        );
-    }
-    for got in two.exchanges() {
-        assert_eq!(got.count(ENDPOINT), 0, "{got:?}");
-    }
-    assert!(!two.exchanges().is_empty());
-}
-
-#[tokio::test]
-async fn requests_without_a_model_stay_on_their_node() {
-    let (one, two) = (echo("one").await, echo("two").await);
-    let (first, second) = pair(one.address, two.address, "round_robin").await;
-    for version in Version::BOTH {
-        for _ in 0..4 {
-            for (proxy, name) in [(&first, "one"), (&second, "two")] {
-                let reply = proxy.client(version).await.post("/any/path", "{}").await;
-                assert_eq!(reply.json()["served_by"], name);
-            }
-        }
-    }
-    let own = engine("sim");
-    let far = engine("sim");
-    let (near, _other) = pair(own.http_addr, far.http_addr, "round_robin").await;
-    let mut client = near.client(Version::H1).await;
-    for path in ["/health", "/metrics", "/version", "/load", "/ping"] {
-        let reply = get(&mut client, path).await;
-        assert_eq!(reply.status, 200, "{path}: {}", reply.text());
-        assert_eq!(
-            reply.header("server"),
-            "uvicorn",
-            "{path} is the engine's own"
-        );
-        let port = own.http_addr.port().to_string();
-        assert!(
-            reply.header(ENDPOINT).ends_with(&port),
-            "{path}: {}",
-            reply.header(ENDPOINT)
-        );
-    }
-}
-
-#[tokio::test]
-async fn a_gateway_answers_for_itself() {
-    let engine = engine("sim");
-    let beside = ProxyBuilder::new().engine(engine.http_addr).start();
-    let gateway = ProxyBuilder::new().peer(beside.inbound()).start();
-    let nobody = ProxyBuilder::new().start();
-    gateway.wait_alive(1).await;
-    for version in Version::BOTH {
-        let mut client = gateway.client(version).await;
-        assert_eq!(get(&mut client, "/health").await.status, 200);
-        assert!(
-            get(&mut client, "/version")
-                .await
-                .text()
-                .contains("outrigger")
-        );
-        assert_eq!(get(&mut client, "/metrics").await.status, 200);
-        assert_eq!(
-            models(&get(&mut client, "/v1/models").await),
-            BTreeSet::from(["sim".to_owned()])
-        );
-        assert_eq!(
-            client.post(COMPLETIONS, generation("sim")).await.status,
-            200
-        );
-        let mut client = nobody.client(version).await;
-        assert_eq!(get(&mut client, "/health").await.status, 503);
-        assert_eq!(get(&mut client, "/version").await.status, 200);
-    }
-}
-
-#[tokio::test]
-async fn a_loop_ends_in_508() {
-    let own = free_address();
-    let looped = ProxyBuilder::new()
-        .flag("--listen", &own.to_string())
-        .server(own)
-        .start();
-    for version in Version::BOTH {
-        for path in [CHAT, "/other"] {
-            let reply = looped.client(version).await.post(path, "{}").await;
-            assert_eq!(reply.status, 508, "{path} {version:?}: {}", reply.text());
-        }
-    }
-    // Two that send to each other.
-    let (a, b) = (free_address(), free_address());
-    let build = |own: SocketAddr, other| {
-        ProxyBuilder::new()
-            .flag("--listen", &own.to_string())
-            .server(other)
-            .start()
-    };
-    let (first, _second) = (build(a, b), build(b, a));
-    assert_eq!(
-        first
-            .client(Version::H1)
-            .await
-            .post("/other", "{}")
-            .await
-            .status,
-        508
-    );
-}
-
-async fn served_by(client: &mut Client, model: &str) -> (u16, String) {
+pub(super) async fn served_by(client: &mut Client, model: &str) -> (u16, String) {
     let reply = client.post(COMPLETIONS, generation(model)).await;
     (reply.status.as_u16(), reply.header(ENDPOINT).to_owned())
 }
@@ -790,172 +537,4 @@ async fn a_peers_refusal_is_walked_past() {
         assert_eq!((status, by == far_id), (200, false), "{by}");
     }
     drop((running, client.post("/none", "").await));
-}
-
-/// Requests in flight at the fleet's first endpoint, as `/clusters` prints it.
-async fn rq_active(admin: SocketAddr) -> String {
-    let host = hosts(admin, "fleet").await.remove(0);
-    let stats = host["stats"].as_array().unwrap();
-    let active = stats.iter().find(|stat| stat["name"] == "rq_active");
-    active.unwrap()["value"].as_str().unwrap().to_owned()
-}
-
-/// The request of the round before may not be given back yet.
-async fn only_the_stream_is_counted(admin: SocketAddr) {
-    eventually(
-        "the running stream, and nothing else, is counted",
-        || async { (rq_active(admin).await == "1").then_some(()) },
-    )
-    .await;
-}
-
-async fn idle_again(admin: SocketAddr) {
-    eventually("the stream's load is given back", || async {
-        let host = hosts(admin, "fleet").await.remove(0);
-        (host["outrigger"]["load"]["active_requests"] == 0).then_some(())
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_push_of_configuration_loses_nothing_and_breaks_no_stream() {
-    // With the model's files at hand prompts are tokenised here, so that a hit is predicted from the second time on.
-    let files = scratch("model");
-    let engine = SimEngine::start(Config {
-        model_path: Some(files.clone()),
-        ..Config::default()
-    })
-    .unwrap();
-    let proxy = ProxyBuilder::new()
-        .engine(engine.http_addr)
-        .flag("--policy", "kv")
-        .start();
-    proxy.wait_alive(1).await;
-    let prompt = "the same words again and again and again ".repeat(40);
-    let body = format!(r#"{{"model":"sim","prompt":"{prompt}","max_tokens":2}}"#);
-    let mut client = proxy.client(Version::H1).await;
-    let mut asked = 0;
-    let mut predicted = 0;
-    // Until the engine's events have come and are used.
-    while predicted == 0 {
-        assert_eq!(client.post(COMPLETIONS, body.clone()).await.status, 200);
-        asked += 1;
-        let line = proxy.log(asked).await.pop().unwrap();
-        predicted = line["prefix_hit_tokens"].as_u64().unwrap_or(0);
-        assert!(asked < 200, "never predicted a hit: {line}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let long =
-        r#"{"model":"sim","prompt":"go on","max_tokens":6000,"ignore_eos":true,"stream":true}"#;
-    let mut streaming = proxy.client(Version::H2).await;
-    let mut stream = streaming
-        .begin(request(Method::POST, COMPLETIONS, long))
-        .await;
-    stream.until("data: ").await;
-    for round in 0..3 {
-        let mut pushed = proxy.bootstrap.clone();
-        for listener in &mut pushed.listeners {
-            listener.http().max_request_headers_kb = 30 + round;
-        }
-        for cluster in &mut pushed.clusters {
-            cluster.circuit_breakers.default.max_requests = 1000 + round;
-        }
-        proxy.proxy.apply(pushed).unwrap();
-        // At once: no look-away until something is heard anew.
-        assert_eq!(alive(proxy.admin()).await, 1, "health is kept");
-        only_the_stream_is_counted(proxy.admin()).await;
-        assert_eq!(client.post(COMPLETIONS, body.clone()).await.status, 200);
-    }
-    let lines = proxy.log(asked + 3).await;
-    for line in &lines[asked..] {
-        assert_eq!(
-            line["prefix_hit_tokens"].as_u64(),
-            Some(predicted),
-            "the index is kept: {line}"
-        );
-    }
-    for _ in 0..20 {
-        let more = stream.next().await.expect("it goes on");
-        assert!(
-            !String::from_utf8_lossy(&more).contains("\"error\""),
-            "{more:?}"
-        );
-    }
-    drop(stream);
-    idle_again(proxy.admin()).await;
-    let _ = std::fs::remove_dir_all(files);
-}
-
-#[tokio::test]
-async fn a_broken_push_changes_nothing_and_says_everything() {
-    let server = Upstream::named("a").await;
-    let proxy = ProxyBuilder::new().server(server.address).start();
-    let dump = || async { Client::get(proxy.admin(), "/config_dump").await.text() };
-    let before = dump().await;
-    let mut broken = proxy.bootstrap.clone();
-    // Two mistakes in two listeners, and a good change that must not slip in.
-    broken.clusters.retain(|cluster| cluster.name != "local");
-    for listener in &mut broken.listeners {
-        for filter in &mut listener.http().http_filters {
-            if filter.name == "openai" {
-                filter.config.value = serde_json::json!({"no_such_field": 1});
-            }
-        }
-        listener.http().max_request_headers_kb = 1;
-    }
-    let errors = proxy
-        .proxy
-        .apply(broken)
-        .expect_err("it is wrong")
-        .join("\n");
-    for word in ["no_such_field", "openai", "local", "outbound", "inbound"] {
-        assert!(errors.contains(word), "{word}: {errors}");
-    }
-    assert_eq!(dump().await, before);
-    let mut call = request(Method::POST, CHAT, "{}");
-    call.headers_mut()
-        .insert("x-long", "a".repeat(4096).parse().unwrap());
-    assert_eq!(
-        proxy.client(Version::H1).await.send(call).await.status,
-        200,
-        "the old limit still holds"
-    );
-}
-
-#[tokio::test]
-async fn a_push_can_take_an_engine_away_and_bring_it_back() {
-    let (one, two) = (engine("sim"), engine("sim"));
-    let proxy = ProxyBuilder::new()
-        .engine(one.http_addr)
-        .engine(two.http_addr)
-        .start();
-    proxy.wait_alive(2).await;
-    let mut less = proxy.bootstrap.clone();
-    for cluster in &mut less.clusters {
-        cluster
-            .load_assignment
-            .endpoints
-            .retain(|endpoint| endpoint.address.port == one.http_addr.port());
-    }
-    proxy.proxy.apply(less).unwrap();
-    let mut client = proxy.client(Version::H1).await;
-    for _ in 0..4 {
-        let (status, by) = served_by(&mut client, "sim").await;
-        assert_eq!(
-            (status, by.ends_with(&one.http_addr.port().to_string())),
-            (200, true),
-            "{by}"
-        );
-    }
-    proxy.proxy.apply(proxy.bootstrap.clone()).unwrap();
-    wait_alive(proxy.admin(), 2).await;
-    // Ties are broken by what the engines said last, half a second ago at most, and by chance.
-    let mut used = BTreeSet::new();
-    let mut asked = 0;
-    while used.len() < 2 {
-        used.insert(served_by(&mut client, "sim").await.1);
-        asked += 1;
-        assert!(asked < 500, "only {used:?} is used");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
 }

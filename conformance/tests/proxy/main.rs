@@ -33,6 +33,8 @@ mod envoy;
 mod failures;
 mod feeds;
 mod fleet;
+mod fleet_pushes;
+mod fleet_surface;
 mod health;
 mod http_filters;
 mod limits;

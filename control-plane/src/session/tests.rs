@@ -6,7 +6,7 @@ use prost_types::Any;
 type World<'a> = &'a [(Kind, &'a str, &'a str)];
 
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
-const BOTH: [Protocol; 2] = [Protocol::State, Protocol::Delta];
+pub(super) const BOTH: [Protocol; 2] = [Protocol::State, Protocol::Delta];
 
 /// A cluster's endpoints have its name.
 fn snapshot(world: World<'_>) -> Snapshot {
@@ -23,21 +23,21 @@ fn snapshot(world: World<'_>) -> Snapshot {
     snapshot
 }
 
-fn set(names: &[&str]) -> BTreeSet<String> {
+pub(super) fn set(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-struct Talk {
-    session: Session,
-    user_agent: &'static str,
-    now: SystemTime,
+pub(super) struct Talk {
+    pub(super) session: Session,
+    pub(super) user_agent: &'static str,
+    pub(super) now: SystemTime,
     /// Types that did not change are the same in the next one, as they are in what is served.
-    snapshot: Snapshot,
-    last: BTreeMap<String, Response>,
+    pub(super) snapshot: Snapshot,
+    pub(super) last: BTreeMap<String, Response>,
 }
 
 impl Talk {
-    fn new(protocol: Protocol) -> Self {
+    pub(super) fn new(protocol: Protocol) -> Self {
         Self {
             session: Session::new(protocol),
             user_agent: "envoy",
@@ -47,11 +47,11 @@ impl Talk {
         }
     }
 
-    fn hear(&mut self, request: Request) {
+    pub(super) fn hear(&mut self, request: Request) {
         self.try_hear(request).unwrap();
     }
 
-    fn try_hear(&mut self, request: Request) -> Result<(), Refusal> {
+    pub(super) fn try_hear(&mut self, request: Request) -> Result<(), Refusal> {
         let node = Node {
             id: "n".into(),
             ..Node::default()
@@ -69,12 +69,12 @@ impl Talk {
     }
 
     /// Wants all of these; in delta, beside what it wants already.
-    fn want(&mut self, kind: Kind, names: &[&str]) {
+    pub(super) fn want(&mut self, kind: Kind, names: &[&str]) {
         self.want_with(kind, names, &[]);
     }
 
     /// The same, of a client that has something.
-    fn want_with(&mut self, kind: Kind, names: &[&str], has: &[(&str, &str)]) {
+    pub(super) fn want_with(&mut self, kind: Kind, names: &[&str], has: &[(&str, &str)]) {
         let ask = match self.session.protocol() {
             Protocol::State => Ask::State {
                 version: match has {
@@ -99,7 +99,7 @@ impl Talk {
         });
     }
 
-    fn give_up(&mut self, kind: Kind, names: &[&str]) {
+    pub(super) fn give_up(&mut self, kind: Kind, names: &[&str]) {
         self.hear(Request {
             type_url: kind.type_url().into(),
             ask: Ask::Delta {
@@ -112,7 +112,7 @@ impl Talk {
     }
 
     /// Answers the last response of a type, with all that it wants.
-    fn answer(&mut self, kind: Kind, names: &[&str], error: Option<&str>) {
+    pub(super) fn answer(&mut self, kind: Kind, names: &[&str], error: Option<&str>) {
         let last = self.last[kind.type_url()].clone();
         let ask = match self.session.protocol() {
             Protocol::State => Ask::State {
@@ -135,7 +135,7 @@ impl Talk {
     }
 
     /// All that is said now.
-    fn told(&mut self, world: World<'_>) -> Vec<String> {
+    pub(super) fn told(&mut self, world: World<'_>) -> Vec<String> {
         let mut snapshot = snapshot(world);
         snapshot.share(&self.snapshot);
         self.snapshot = snapshot;
@@ -148,13 +148,13 @@ impl Talk {
         told
     }
 
-    fn status(&self, kind: Kind) -> TypeStatus {
+    pub(super) fn status(&self, kind: Kind) -> TypeStatus {
         let mut status = self.session.status();
         let found = status.find(|status| status.type_url == kind.type_url());
         found.unwrap()
     }
 
-    fn state(&self, kind: Kind) -> State {
+    pub(super) fn state(&self, kind: Kind) -> State {
         self.status(kind).state
     }
 }
@@ -175,7 +175,7 @@ fn written(response: &Response) -> String {
 
 use Kind::{Clusters, Endpoints, Listeners, Routes, Secrets};
 
-const WORLD: World<'static> = &[
+pub(super) const WORLD: World<'static> = &[
     (Clusters, "a", "1"),
     (Clusters, "b", "1"),
     (Endpoints, "a", "1"),
@@ -186,7 +186,7 @@ const WORLD: World<'static> = &[
 ];
 
 /// A client that has all of `WORLD`.
-fn settled(protocol: Protocol) -> Talk {
+pub(super) fn settled(protocol: Protocol) -> Talk {
     let mut talk = Talk::new(protocol);
     for (kind, names) in SETTLED {
         talk.want(*kind, names);
@@ -405,125 +405,6 @@ fn what_changed_is_told_and_nothing_else() {
 }
 
 #[test]
-fn a_refusal_is_remembered_and_not_answered() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[5].2 = "2";
-        assert_eq!(talk.told(&world), ["Routes[r@2]"]);
-        talk.answer(Routes, &["r"], Some("no"));
-        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
-        assert_eq!(talk.state(Routes), State::Nacked);
-        let nacked = talk.status(Routes).nacked;
-        assert_eq!(nacked.unwrap().error, "no");
-        world[5].2 = "3";
-        assert_eq!(talk.told(&world), ["Routes[r@3]"]);
-        talk.answer(Routes, &["r"], None);
-        assert_eq!(talk.state(Routes), State::Acked);
-    }
-}
-
-/// Some clients take nothing of a response in which one resource is bad.
-#[test]
-fn what_came_with_something_bad_is_sent_again_when_that_is_mended() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        (world[2].2, world[3].2) = ("2", "bad");
-        assert_eq!(talk.told(&world), ["Endpoints[a@2 b@bad]"]);
-        talk.answer(Endpoints, &["a", "b"], Some("b is bad"));
-        assert_eq!(talk.told(&world), [""; 0]);
-        // With what is new it would be refused, too, if it is bad itself.
-        world[3].2 = "3";
-        let expected = ["Endpoints[b@3]", "Endpoints[a@2]"];
-        assert_eq!(talk.told(&world), expected, "{protocol:?}");
-        talk.answer(Endpoints, &["a", "b"], Some("still"));
-        assert_eq!(talk.told(&world), [""; 0]);
-        world.remove(3);
-        assert_eq!(talk.told(&world)[0], "Endpoints[a@2]", "{protocol:?}");
-    }
-}
-
-/// Who takes nothing of a response in which one resource is bad would take nothing new as long as that is there.
-#[test]
-fn what_is_new_does_not_go_with_what_was_refused() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[2].2 = "bad";
-        assert_eq!(talk.told(&world), ["Endpoints[a@bad]"]);
-        talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
-        for version in ["2", "3"] {
-            world[3].2 = version;
-            let new = format!("Endpoints[b@{version}]");
-            let expected = [new.as_str(), "Endpoints[a@bad]"];
-            assert_eq!(talk.told(&world), expected, "{protocol:?}");
-            talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
-            assert_eq!(talk.told(&world), [""; 0], "once, {protocol:?}");
-        }
-    }
-}
-
-/// What it took nothing of was answered with endpoints, which it did not wait for then.
-#[test]
-fn a_cluster_that_was_refused_gets_its_endpoints_again() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        (world[0].2, world[1].2) = ("2", "bad");
-        let expected = ["Clusters[a@2 b@bad]", "Endpoints[a@1 b@1]"];
-        assert_eq!(talk.told(&world), expected, "{protocol:?}");
-        talk.answer(Clusters, &[], Some("b is bad"));
-        talk.answer(Endpoints, &["a", "b"], None);
-        world[1].2 = "3";
-        let told = talk.told(&world);
-        let (clusters, endpoints): (Vec<_>, Vec<_>) = told
-            .iter()
-            .partition(|response| response.starts_with("Clusters"));
-        let sent = |responses: &[&String], resource: &str| {
-            responses.iter().any(|response| response.contains(resource))
-        };
-        for (cluster, endpoint) in [("a@2", "a@1"), ("b@3", "b@1")] {
-            assert!(sent(&clusters, cluster), "{protocol:?}: {told:?}");
-            assert!(sent(&endpoints, endpoint), "{protocol:?}: {told:?}");
-        }
-    }
-}
-
-#[test]
-fn with_the_state_of_the_world_the_last_answer_settles_those_before() {
-    let mut talk = Talk::new(Protocol::State);
-    talk.want(Routes, &["r"]);
-    talk.want(Endpoints, &["a"]);
-    let mut world = WORLD.to_vec();
-    world.push((Routes, "s", "1"));
-    assert_eq!(talk.told(&world), ["Endpoints[a@1]", "Routes[r@1]"]);
-    let first = talk.last[Routes.type_url()].clone();
-    talk.want(Routes, &["r", "s"]);
-    assert_eq!(talk.told(&world), ["Routes[s@1]"]);
-    // It is refused: nothing is known of what came before.
-    talk.answer(Routes, &["r", "s"], Some("no"));
-    talk.hear(Request {
-        type_url: first.type_url,
-        nonce: "1000".into(),
-        ask: Ask::State {
-            version: first.version,
-            names: set(&["r", "s"]),
-        },
-        ..Request::default()
-    });
-    let mut sent = talk.session.sent();
-    let (.., r) = sent.find(|(_, name, _)| *name == "r").unwrap();
-    assert_eq!(r.state, State::Pending, "a nonce of nobody");
-    drop(sent);
-    world.last_mut().unwrap().2 = "2";
-    assert_eq!(talk.told(&world), ["Routes[s@2]"]);
-    talk.answer(Routes, &["r", "s"], None);
-    assert_eq!(talk.state(Routes), State::Acked);
-    assert_eq!(talk.state(Endpoints), State::Pending, "of its type only");
-}
-
-#[test]
 fn names_count_even_beside_an_old_nonce() {
     let mut talk = Talk::new(Protocol::State);
     talk.want(Endpoints, &["a"]);
@@ -564,126 +445,6 @@ fn who_asks_again_is_answered() {
     assert_eq!(talk.told(WORLD), [""; 0]);
     talk.want(Endpoints, &["a", "b"]);
     assert_eq!(talk.told(WORLD), ["Endpoints[a@1]"]);
-}
-
-#[test]
-fn what_is_gone_is_told_last() {
-    let after = &[
-        (Clusters, "b", "1"),
-        (Clusters, "c", "1"),
-        (Endpoints, "b", "1"),
-        (Endpoints, "c", "1"),
-        (Listeners, "l", "2"),
-        (Routes, "other", "1"),
-    ];
-    let mut talk = settled(Protocol::State);
-    assert_eq!(
-        talk.told(after),
-        ["Clusters[a@1 b@1 c@1]", "Listeners[l@2]"]
-    );
-    talk.answer(Listeners, &[], None);
-    assert_eq!(talk.told(after), ["Clusters[b@1 c@1]"]);
-    assert_eq!(talk.told(after), [""; 0]);
-    let mut talk = settled(Protocol::Delta);
-    assert_eq!(talk.told(after), ["Clusters[c@1]", "Listeners[l@2]"]);
-    talk.answer(Listeners, &[], None);
-    let expected = [
-        "Routes[] -[r]",
-        "Clusters[] -[a]",
-        "Endpoints[] -[a]",
-        "Secrets[] -[s]",
-    ];
-    assert_eq!(talk.told(after), expected);
-    assert_eq!(talk.told(after), [""; 0]);
-}
-
-/// The old routes are in effect still, and lead there.
-#[test]
-fn a_cluster_stays_while_routes_that_lead_elsewhere_are_refused() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[5].2 = "bad";
-        world.remove(0);
-        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
-        talk.answer(Routes, &["r"], Some("no"));
-        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
-        world[4].2 = "2";
-        assert_eq!(talk.told(&world), ["Routes[r@2]"], "{protocol:?}");
-        talk.answer(Routes, &["r"], None);
-        let expected = match protocol {
-            Protocol::State => "Clusters[b@1]",
-            Protocol::Delta => "Clusters[] -[a]",
-        };
-        assert_eq!(talk.told(&world), [expected]);
-    }
-}
-
-#[test]
-fn who_refuses_for_good_keeps_what_is_gone_for_a_while_only() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[5].2 = "bad";
-        world.remove(0);
-        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
-        talk.answer(Routes, &["r"], Some("no"));
-        talk.now += HOLD_MAX / 2;
-        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
-        assert_eq!(talk.session.held(), Some(HOLD_MAX / 2));
-        // That it is told once more, since another one is there, does not begin the time anew.
-        talk.want(Routes, &["r", "t"]);
-        world.push((Routes, "t", "1"));
-        let expected = ["Routes[t@1]", "Routes[r@bad]"];
-        assert_eq!(talk.told(&world), expected, "{protocol:?}");
-        talk.answer(Routes, &["r", "t"], Some("no"));
-        world.pop();
-        assert_eq!(talk.told(&world)[0], "Routes[r@bad]", "{protocol:?}");
-        talk.answer(Routes, &["r", "t"], Some("no"));
-        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
-        talk.now += HOLD_MAX / 2;
-        let expected: &[&str] = match protocol {
-            Protocol::State => &["Clusters[b@1]"],
-            Protocol::Delta => &["Routes[] -[t]", "Clusters[] -[a]"],
-        };
-        assert_eq!(talk.told(&world), expected, "{protocol:?}");
-        assert_eq!(talk.session.held(), None);
-    }
-}
-
-/// Nothing changes of clusters by then, and nothing is said.
-#[test]
-fn what_is_gone_goes_when_what_was_refused_is_taken_away() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[5].2 = "bad";
-        world.remove(0);
-        assert_eq!(talk.told(&world), ["Routes[r@bad]"]);
-        talk.answer(Routes, &["r"], Some("no"));
-        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
-        world.retain(|(kind, ..)| *kind != Routes);
-        let expected: &[&str] = match protocol {
-            Protocol::State => &["Clusters[b@1]"],
-            Protocol::Delta => &["Routes[] -[r]", "Clusters[] -[a]"],
-        };
-        assert_eq!(talk.told(&world), expected, "{protocol:?}");
-    }
-}
-
-/// What takes the address of another would be refused while that is there.
-#[test]
-fn a_listener_goes_with_the_response_that_brings_its_successor() {
-    for protocol in BOTH {
-        let mut talk = settled(protocol);
-        let mut world = WORLD.to_vec();
-        world[4] = (Listeners, "m", "1");
-        let expected = match protocol {
-            Protocol::State => "Listeners[m@1]",
-            Protocol::Delta => "Listeners[m@1] -[l]",
-        };
-        assert_eq!(talk.told(&world), [expected]);
-    }
 }
 
 #[test]

@@ -225,6 +225,10 @@ async fn plain_paths_and_their_headers() {
             "# HELP envoy_server_live ",
         ),
         (
+            "/stats/prometheus?filter=%5Eenvoy_server_live$",
+            "# HELP envoy_server_live ",
+        ),
+        (
             "/stats?format=prometheus&filter=server.live",
             "# HELP envoy_server_live ",
         ),

@@ -48,13 +48,18 @@ pub(super) fn show(rendered: &str, query: &Query) -> String {
             && query
                 .filter
                 .as_ref()
-                .is_none_or(|filter| filter.is_match(&dotted(id)))
+                .is_none_or(|it| is_meant(it, id, query.format))
     });
     match query.format {
         Format::Prometheus => prometheus(&series),
         Format::Text => dotted_text(&series),
         Format::Json => dotted_json(&series).to_string(),
     }
+}
+
+/// As in Envoy a filter is for the names of `/stats`; who reads the other page may also write what stands there.
+fn is_meant(filter: &Regex, id: &SeriesId, format: Format) -> bool {
+    filter.is_match(&dotted(id)) || format == Format::Prometheus && filter.is_match(&id.family)
 }
 
 /// Name and labels.

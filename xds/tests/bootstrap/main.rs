@@ -1,6 +1,7 @@
 //! Bootstraps as users write them: what is understood, and what is refused with which words at which place.
 
 mod full;
+mod full_routes;
 
 use full::{FULL, full, outlier_detection};
 use outrigger_xds::{

@@ -1,0 +1,126 @@
+//! What becomes of what a client refuses, case by case. Written as in [`super::tests`].
+
+use super::{
+    tests::{BOTH, Talk, WORLD, set, settled},
+    *,
+};
+use Kind::{Clusters, Endpoints, Routes};
+
+#[test]
+fn a_refusal_is_remembered_and_not_answered() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[5].2 = "2";
+        assert_eq!(talk.told(&world), ["Routes[r@2]"]);
+        talk.answer(Routes, &["r"], Some("no"));
+        assert_eq!(talk.told(&world), [""; 0], "{protocol:?}");
+        assert_eq!(talk.state(Routes), State::Nacked);
+        let nacked = talk.status(Routes).nacked;
+        assert_eq!(nacked.unwrap().error, "no");
+        world[5].2 = "3";
+        assert_eq!(talk.told(&world), ["Routes[r@3]"]);
+        talk.answer(Routes, &["r"], None);
+        assert_eq!(talk.state(Routes), State::Acked);
+    }
+}
+
+/// Some clients take nothing of a response in which one resource is bad.
+#[test]
+fn what_came_with_something_bad_is_sent_again_when_that_is_mended() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        (world[2].2, world[3].2) = ("2", "bad");
+        assert_eq!(talk.told(&world), ["Endpoints[a@2 b@bad]"]);
+        talk.answer(Endpoints, &["a", "b"], Some("b is bad"));
+        assert_eq!(talk.told(&world), [""; 0]);
+        // With what is new it would be refused, too, if it is bad itself.
+        world[3].2 = "3";
+        let expected = ["Endpoints[b@3]", "Endpoints[a@2]"];
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+        talk.answer(Endpoints, &["a", "b"], Some("still"));
+        assert_eq!(talk.told(&world), [""; 0]);
+        world.remove(3);
+        assert_eq!(talk.told(&world)[0], "Endpoints[a@2]", "{protocol:?}");
+    }
+}
+
+/// Who takes nothing of a response in which one resource is bad would take nothing new as long as that is there.
+#[test]
+fn what_is_new_does_not_go_with_what_was_refused() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world[2].2 = "bad";
+        assert_eq!(talk.told(&world), ["Endpoints[a@bad]"]);
+        talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
+        for version in ["2", "3"] {
+            world[3].2 = version;
+            let new = format!("Endpoints[b@{version}]");
+            let expected = [new.as_str(), "Endpoints[a@bad]"];
+            assert_eq!(talk.told(&world), expected, "{protocol:?}");
+            talk.answer(Endpoints, &["a", "b"], Some("a is bad"));
+            assert_eq!(talk.told(&world), [""; 0], "once, {protocol:?}");
+        }
+    }
+}
+
+/// What it took nothing of was answered with endpoints, which it did not wait for then.
+#[test]
+fn a_cluster_that_was_refused_gets_its_endpoints_again() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        (world[0].2, world[1].2) = ("2", "bad");
+        let expected = ["Clusters[a@2 b@bad]", "Endpoints[a@1 b@1]"];
+        assert_eq!(talk.told(&world), expected, "{protocol:?}");
+        talk.answer(Clusters, &[], Some("b is bad"));
+        talk.answer(Endpoints, &["a", "b"], None);
+        world[1].2 = "3";
+        let told = talk.told(&world);
+        let (clusters, endpoints): (Vec<_>, Vec<_>) = told
+            .iter()
+            .partition(|response| response.starts_with("Clusters"));
+        let sent = |responses: &[&String], resource: &str| {
+            responses.iter().any(|response| response.contains(resource))
+        };
+        for (cluster, endpoint) in [("a@2", "a@1"), ("b@3", "b@1")] {
+            assert!(sent(&clusters, cluster), "{protocol:?}: {told:?}");
+            assert!(sent(&endpoints, endpoint), "{protocol:?}: {told:?}");
+        }
+    }
+}
+
+#[test]
+fn with_the_state_of_the_world_the_last_answer_settles_those_before() {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Routes, &["r"]);
+    talk.want(Endpoints, &["a"]);
+    let mut world = WORLD.to_vec();
+    world.push((Routes, "s", "1"));
+    assert_eq!(talk.told(&world), ["Endpoints[a@1]", "Routes[r@1]"]);
+    let first = talk.last[Routes.type_url()].clone();
+    talk.want(Routes, &["r", "s"]);
+    assert_eq!(talk.told(&world), ["Routes[s@1]"]);
+    // It is refused: nothing is known of what came before.
+    talk.answer(Routes, &["r", "s"], Some("no"));
+    talk.hear(Request {
+        type_url: first.type_url,
+        nonce: "1000".into(),
+        ask: Ask::State {
+            version: first.version,
+            names: set(&["r", "s"]),
+        },
+        ..Request::default()
+    });
+    let mut sent = talk.session.sent();
+    let (.., r) = sent.find(|(_, name, _)| *name == "r").unwrap();
+    assert_eq!(r.state, State::Pending, "a nonce of nobody");
+    drop(sent);
+    world.last_mut().unwrap().2 = "2";
+    assert_eq!(talk.told(&world), ["Routes[s@2]"]);
+    talk.answer(Routes, &["r", "s"], None);
+    assert_eq!(talk.state(Routes), State::Acked);
+    assert_eq!(talk.state(Endpoints), State::Pending, "of its type only");
+}
