@@ -1,3 +1,5 @@
+//! Cases of verdicts, questions and their patience, without a network.
+
 use super::*;
 use crate::ledger::Ledgers;
 use outrigger_filters::kv_index::{KvIndex, Limits};
