@@ -12,23 +12,24 @@ from fleet import blocks_of, health, wait_until
 from mix import prose
 
 WAIT_S = 60  # no request may take longer than this, whatever happens to its engine
+MOMENT_S = 90  # how long to look for a moment that is worth a kill
 ENGINES_WORDS = b"EngineCore encountered an issue"  # what vLLM's API server says in a stream when its worker died
 
 
 class Load:
-    """Clients that send streams and plain requests to both proxies until told to stop."""
+    """Clients that send requests to both proxies until told to stop: three of five streams, the others plain requests."""
 
-    def __init__(self, proxies, clients=8):
+    def __init__(self, proxies, clients=10):
         self.proxies, self.records, self.stopped = proxies, [], threading.Event()
         self.threads = [threading.Thread(target=self.client, args=(n,)) for n in range(clients)]
         for thread in self.threads:
             thread.start()
 
     def client(self, number):
-        rng, stream = random.Random(number), number % 2 == 0
+        rng, stream = random.Random(number), number % 5 < 3
         while not self.stopped.is_set():
-            stream = not stream
-            body = {"model": "smollm2", "temperature": 0, "max_tokens": 32, "ignore_eos": True, "stream": stream,
+            # Answers of one length would keep all clients in step on a slow machine: only streams now, only plain ones then.
+            body = {"model": "smollm2", "temperature": 0, "max_tokens": rng.randrange(16, 48), "ignore_eos": True, "stream": stream,
                     "messages": [{"role": "user", "content": prose(rng, 30)}]}
             reply = client.Reply()
             self.records.append((stream, reply))
@@ -84,9 +85,9 @@ def kill_under_load(report, label, victim, proxies, pid):
     load = Load(proxies)
     try:
         # A block count that was never above 0 would prove nothing when it is 0 afterwards.
-        indexed = wait_until(lambda: all(blocks_of(p, victim) > 0 for p in proxies), 45)
+        indexed = wait_until(lambda: all(blocks_of(p, victim) > 0 for p in proxies), MOMENT_S)
         well = wait_until(lambda: load.strikes_well(victim) and all(blocks_of(p, victim) > 0 for p in proxies)
-                          and load.strikes_well(victim), 45, every_s=0.02)
+                          and load.strikes_well(victim), MOMENT_S, every_s=0.02)
         victim.kill(pid())
         killed = time.monotonic()
         gone = [wait_until(lambda p=p: blocks_of(p, victim) == 0, 15) for p in proxies]

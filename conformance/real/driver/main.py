@@ -66,7 +66,10 @@ class Stage:
         for proxy in self.proxies:
             proxy.start(policy, [p for p in self.proxies if p is not proxy])
         for proxy in self.proxies:
-            proxy.wait_ready()
+            proxy.wait_ready()  # it listens; its engines may still be unknown to it
+            for engine in self.engines:
+                if wait_until(lambda proxy=proxy, engine=engine: health(proxy, engine) == "healthy", 20) is None:
+                    raise RuntimeError(f"{proxy.name} does not find {engine.name} healthy")
 
     def wire(self, report):
         rules, groups = (reviewed(name) for name in ("exceptions.json", "open_paths.json"))
