@@ -352,7 +352,7 @@ impl Split<'_> {
         let own = self.filter.services.own_host.as_deref();
         let pairs = |endpoint: &Endpoint| {
             let kind = endpoint.live.load().state.kind;
-            kind != EngineKind::Sglang || sglang::has_partner(self.view, endpoint, own)
+            kind != EngineKind::Sglang || sglang::has_partner(self.view, endpoint, own, context)
         };
         let choose = |fits: &Fits<'_>| self.choose(Part::Decode, &context.ranked, context, fits);
         choose(&pairs).or_else(|| choose(&|_| true))

@@ -171,8 +171,8 @@ struct Canary {
     prober: Prober,
     watch: Watch,
     patience: Patience,
-    /// Whether its adapter says that there is an engine.
-    is_up: bool,
+    /// It was gone, or not seen yet: what answers next may be another process.
+    was_gone: bool,
     /// When it was last seen to work.
     proved_at: Instant,
     /// When a probe last went well.
@@ -221,7 +221,7 @@ impl Canary {
             prober: Prober::new(address, connection, None).authorized(bearer),
             watch: Watch::new(&watched.ledger.traffic, now),
             patience: Patience::default(),
-            is_up: false,
+            was_gone: true,
             proved_at: now,
             well_at: None,
             free_at: now,
@@ -280,8 +280,9 @@ impl Canary {
             self.free_at = now;
         }
         let is_up = live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy);
-        if is_up && !self.is_up {
-            // Another process, perhaps.
+        // What drains is there: it has its verdict when it is back.
+        self.was_gone |= !is_up && !(live.heard && live.state.health == Health::Draining);
+        if is_up && std::mem::take(&mut self.was_gone) {
             self.answers.restart(now);
             self.truth.restart(now);
             self.prober.restart();
@@ -294,7 +295,6 @@ impl Canary {
         }
         // What fails while there is no engine says nothing about the next.
         self.accused &= is_up;
-        self.is_up = is_up;
         is_up
     }
 

@@ -8,7 +8,10 @@ use crate::{
     trace::{Exporters, Tracer},
 };
 use http::request::Parts;
-use outrigger_filters::{filter::Chain, services::Services};
+use outrigger_filters::{
+    filter::Chain,
+    services::{Services, is_loopback},
+};
 use outrigger_xds::{
     report::EngineId,
     resource::{
@@ -19,7 +22,7 @@ use outrigger_xds::{
         upgrade,
     },
 };
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 /// One listener's HTTP side.
 pub struct HttpConfig {
@@ -150,9 +153,8 @@ impl Addresses {
 /// Whoever watches an engine speaks plain text to it so far, and so do requests: that is fit for this machine only.
 fn secured_engine(cluster: &Cluster) -> Option<String> {
     let mut endpoints = cluster.load_assignment.endpoints.iter();
-    let is_near = |host: &str| host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
     let engine = endpoints
-        .any(|endpoint| endpoint.duty() == Duty::Engine && !is_near(&endpoint.address.host));
+        .any(|endpoint| endpoint.duty() == Duty::Engine && !is_loopback(&endpoint.address.host));
     (cluster.sockets().flatten().next().is_some() && engine).then(|| {
         let name = &cluster.name;
         format!(

@@ -5,7 +5,7 @@ use super::{
     ads_server::{AdsServer, ads, from_ads},
     dynamic::{address, answers, at, dump, endpoints, listener, routes_to, served_by, typed},
 };
-use outrigger_conformance::harness::{Client, ProxyBuilder, Upstream, eventually};
+use outrigger_conformance::harness::{Client, ProxyBuilder, Upstream, eventually, free_address};
 use outrigger_xds::{
     ads::Server,
     feed::Connection,
@@ -364,9 +364,7 @@ async fn what_comes_is_judged_beside_what_is_there() {
     for protocol in BOTH {
         let one = Upstream::named("one").await;
         let control = everything(one.address);
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let shared = port.local_addr().unwrap();
-        drop(port);
+        let shared = free_address();
         control.put(&[listener("first", shared, answers("first"))]);
         let proxy = driven(control.as_configured(protocol));
         served_by(at(&proxy, "first").await, "first").await;

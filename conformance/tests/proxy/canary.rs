@@ -4,7 +4,8 @@
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, ProxyBuilder, TestProxy, Version, eventually, hosts, metric, request, send_signal,
+        Client, ProxyBuilder, TestProxy, Version, eventually, free_address, hosts, metric, request,
+        send_signal,
     },
     sim::{Config, Fault, FaultKind, Profile, SimEngine},
 };
@@ -200,9 +201,7 @@ impl Drop for Stoppable {
 
 #[tokio::test]
 async fn a_process_that_is_stopped_is_found_before_its_polls_time_out() {
-    let address = std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .unwrap();
+    let address = free_address();
     let child = Command::new(PROGRAM)
         .args(["engine", "--port", &address.port().to_string()])
         .stdout(Stdio::null())
@@ -281,6 +280,43 @@ async fn requests_that_fail_bring_a_probe_forward() {
     assert!(reason.contains("answered 500"), "{reason}");
     // The fault is spent in time.
     wait_health(proxy.admin(), broken.http_addr, "healthy").await;
+}
+
+#[tokio::test]
+async fn an_engine_that_drained_and_is_back_has_its_verdict_still() {
+    let broken = engine();
+    let proxy = beside(&[broken.http_addr], hasty(|_, _| ())).start();
+    proxy.wait_alive(1).await;
+    let (probes, failed) = ("outrigger_canary_probes_total", r#"outcome="failed""#);
+    wait_counted(&proxy, probes, broken.http_addr, r#"outcome="well""#, 1.0).await;
+    broken.fault(Fault {
+        count: u64::MAX,
+        ..Fault::new(FaultKind::Http500)
+    });
+    let told = wait_health(proxy.admin(), broken.http_addr, "unhealthy").await;
+    let drain = format!(
+        "/drain?endpoint={}",
+        told["outrigger"]["engine_id"].as_str().unwrap()
+    );
+    let mut admin = Client::connect(proxy.admin(), Version::H1).await;
+    admin.send(request(Method::POST, &drain, "")).await;
+    wait_health(proxy.admin(), broken.http_addr, "draining").await;
+    // It is looked at every 100 ms.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = counted(&proxy, probes, broken.http_addr, failed).await;
+    admin
+        .send(request(Method::POST, &format!("{drain}&undo"), ""))
+        .await;
+    wait_counted(&proxy, probes, broken.http_addr, failed, before + 3.0).await;
+    wait_health(proxy.admin(), broken.http_addr, "unhealthy").await;
+    let cleared = counted(
+        &proxy,
+        "outrigger_canary_verdicts_total",
+        broken.http_addr,
+        r#"to="healthy""#,
+    )
+    .await;
+    assert_eq!(cleared, 0.0);
 }
 
 #[tokio::test]
@@ -588,8 +624,13 @@ async fn an_engine_that_serves_is_not_probed() {
     first.wait_alive(1).await;
     second.wait_alive(1).await;
     let probes = "outrigger_canary_probes_total";
-    stream(&first, 400).await;
-    assert_eq!(counted(&first, probes, busy.http_addr, "").await, 0.0);
+    let meanwhile = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        counted(&first, probes, busy.http_addr, "").await
+    };
+    let (before, _) = tokio::join!(meanwhile, stream(&first, 400));
+    let after = counted(&first, probes, busy.http_addr, "").await;
+    assert_eq!(after, before, "it was probed while it served");
     wait_counted(&second, probes, idle.http_addr, r#"outcome="well""#, 1.0).await;
     // Nothing proves any more that it works.
     wait_counted(&first, probes, busy.http_addr, r#"outcome="well""#, 1.0).await;

@@ -3,7 +3,8 @@
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, ControlPlane, Process, Reply, Version, eventually, request, scratch, wait_alive,
+        Client, ControlPlane, Process, Reply, Version, eventually, free_address, request, scratch,
+        wait_alive,
     },
     sim::{Config, SimEngine},
 };
@@ -79,11 +80,6 @@ dynamic_resources:
   lds_config: {{path_config_source: {{path: {files}/listeners.yaml}}}}
 "#
     )
-}
-
-async fn free() -> SocketAddr {
-    let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    socket.local_addr().unwrap()
 }
 
 fn generation() -> String {
@@ -183,7 +179,7 @@ async fn reaches(proxy: &Process, ids: &BTreeSet<String>) {
 #[tokio::test]
 async fn sidecars_and_a_gateway_of_short_resources_serve_as_one() {
     let (engines, files) = ([engine(), engine()], Directory::new());
-    let nodes = [free().await, free().await];
+    let nodes = [free_address(), free_address()];
     let text = fleet(
         [&engines[0], &engines[1]],
         nodes,
@@ -208,7 +204,7 @@ async fn sidecars_and_a_gateway_of_short_resources_serve_as_one() {
 #[tokio::test]
 async fn a_policy_that_changes_takes_effect_and_loses_no_request() {
     let (engines, files) = ([engine(), engine()], Directory::new());
-    let nodes = [free().await, free().await];
+    let nodes = [free_address(), free_address()];
     let of = |policy: &str| fleet([&engines[0], &engines[1]], nodes, policy);
     files.translate(&of(", routing: {policy: round_robin}"), &["a", "b"]);
     let (a, b) = (files.proxy("a").await, files.proxy("b").await);
@@ -281,7 +277,7 @@ async fn is_taken(control: &ControlPlane, proxies: usize) -> Option<()> {
 #[tokio::test]
 async fn a_control_plane_drives_sidecars_and_a_gateway_and_changes_them_without_a_loss() {
     let (engines, files) = ([engine(), engine()], Directory::new());
-    let nodes = [free().await, free().await];
+    let nodes = [free_address(), free_address()];
     let of = |policy: &str| fleet([&engines[0], &engines[1]], nodes, policy);
     let served = files.of("served");
     fs::create_dir_all(&served).unwrap();

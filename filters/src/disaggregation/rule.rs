@@ -144,7 +144,8 @@ impl Rule<'_> {
     }
 }
 
-fn is_there(endpoint: &Endpoint, part: Part, model: Option<&str>) -> bool {
+/// Whether somebody is there for a part of requests of this model.
+pub(super) fn is_there(endpoint: &Endpoint, part: Part, model: Option<&str>) -> bool {
     part.suits(endpoint) && endpoint.fits(model)
 }
 

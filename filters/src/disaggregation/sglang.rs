@@ -4,7 +4,10 @@
 //! opened, so each is named by chance and used by one pair. An engine waits minutes for a leg that is lost, and is not
 //! told: whichever fails first, the other one's connection is closed at once, which ends it.
 
-use super::{Failure, Head, Locality, Split, head::Pieces, leg, loan, near, none, pull, take_over};
+use super::{
+    Failure, Head, Locality, Split, head::Pieces, leg, loan, near, none, pull, rule::is_there,
+    take_over,
+};
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Via},
@@ -149,25 +152,41 @@ fn partner(split: &Split<'_>, decode: &Ranked, context: &Context) -> Result<Rank
     let own = split.filter.services.own_host.as_deref();
     let pairs = |prefill: &Endpoint| apart(prefill, &decode.endpoint, own).is_none();
     let chosen = split.choose(Part::Prefill, &ranked, context, &pairs);
-    chosen.ok_or_else(|| lonely(why_alone(split.view, &decode.endpoint, own)))
+    chosen.ok_or_else(|| lonely(why_alone(split.view, &decode.endpoint, own, context)))
 }
 
 /// Why nobody of the fleet pairs with `decode`.
-fn why_alone(view: &ClusterView, decode: &Endpoint, own: Option<&str>) -> &'static str {
-    let there = halves_for_prefill(view);
+fn why_alone(
+    view: &ClusterView,
+    decode: &Endpoint,
+    own: Option<&str>,
+    context: &Context,
+) -> &'static str {
+    let there = halves_for_prefill(view, context);
     let why = there.filter_map(|prefill| apart(prefill, decode, own));
     // One that would fit, if only it were reached, says more than one that does not fit.
     why.max_by_key(|why| *why == UNREACHABLE).unwrap_or("none")
 }
 
-/// Whether somebody of the fleet pairs with `decode`.
-pub(super) fn has_partner(view: &ClusterView, decode: &Endpoint, own: Option<&str>) -> bool {
-    halves_for_prefill(view).any(|prefill| apart(prefill, decode, own).is_none())
+/// Whether somebody of the fleet pairs with `decode` for this request's model.
+pub(super) fn has_partner(
+    view: &ClusterView,
+    decode: &Endpoint,
+    own: Option<&str>,
+    context: &Context,
+) -> bool {
+    let mut there = halves_for_prefill(view, context);
+    there.any(|prefill| apart(prefill, decode, own).is_none())
 }
 
-fn halves_for_prefill(view: &ClusterView) -> impl Iterator<Item = &Endpoint> {
+fn halves_for_prefill<'a>(
+    view: &'a ClusterView,
+    context: &'a Context,
+) -> impl Iterator<Item = &'a Endpoint> {
+    let openai = context.openai.as_deref();
+    let model = openai.and_then(|openai| openai.model.as_deref());
     let there = view.endpoints.iter().map(|endpoint| &**endpoint);
-    there.filter(|endpoint| Part::Prefill.suits(endpoint) && endpoint.is_alive())
+    there.filter(move |endpoint| is_there(endpoint, Part::Prefill, model))
 }
 
 const UNREACHABLE: &str = "no_bootstrap";

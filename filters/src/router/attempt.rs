@@ -126,8 +126,16 @@ struct Before {
     head: Option<Box<(Uri, HeaderMap)>>,
 }
 
-/// A response, who sees load reports, what is told of it, and whether its engine had to compute it.
-type Answer<'a> = (Response<ResponseBody>, Audience, &'a mut Option<Step>, bool);
+/// A response, and what is to become of it.
+struct Answer<'a> {
+    response: Response<ResponseBody>,
+    /// Who sees load reports.
+    audience: Audience,
+    /// What is told of it, where the request is traced.
+    step: &'a mut Option<Step>,
+    /// Its engine had to compute it.
+    is_computed: bool,
+}
 
 pub(crate) struct Attempt<'a> {
     services: &'a Services,
@@ -204,8 +212,13 @@ impl<'a> Attempt<'a> {
                     Ok(None)
                 };
                 span::answered(step, &response);
-                let response = (response, audience, step, is_computed);
-                self.judge(response, peeked, reservation, started, context)
+                let answer = Answer {
+                    response,
+                    audience,
+                    step,
+                    is_computed,
+                };
+                self.judge(answer, peeked, reservation, started, context)
             }
             Err(mut error) => {
                 if error.flag == Flag::UpstreamRequestTimeout && self.per_try_ended(started) {
@@ -374,12 +387,18 @@ impl<'a> Attempt<'a> {
 
     fn judge(
         &self,
-        (response, audience, step, is_computed): Answer<'_>,
+        answer: Answer<'_>,
         peeked: Result<Option<Frame<Bytes>>, Error>,
         mut reservation: Box<dyn Reservation>,
         started: Instant,
         context: &Context,
     ) -> Outcome {
+        let Answer {
+            response,
+            audience,
+            step,
+            is_computed,
+        } = answer;
         let peeked = match refusal(response.headers()).map_or(peeked, Err) {
             Ok(peeked) => peeked,
             Err(error) => return Outcome::Failed(self.failed(error, reservation)),

@@ -39,7 +39,7 @@ pub(super) fn find<'a, T>(
     step(&|wants| longest(&wants.direct_source_prefix_ranges, direct));
     step(&|wants| source_type(wants.source_type, local, remote));
     step(&|wants| longest(&wants.source_prefix_ranges, remote));
-    step(&|wants| one_of(&wants.source_ports, &seen.remote.port().unwrap_or(0)));
+    step(&|wants| source_port(&wants.source_ports, seen.remote.port()));
     left.first().copied()
 }
 
@@ -50,11 +50,11 @@ fn port(wanted: Option<u16>, port: Option<u16>) -> Fit {
     }
 }
 
-fn one_of<T: PartialEq>(wanted: &[T], it: &T) -> Fit {
+fn source_port(wanted: &[u16], port: Option<u16>) -> Fit {
     if wanted.is_empty() {
         return Some(0);
     }
-    wanted.contains(it).then_some(1)
+    port.is_some_and(|port| wanted.contains(&port)).then_some(1)
 }
 
 /// A longer prefix fits better, and one of no length better than no prefix.
