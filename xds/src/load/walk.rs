@@ -225,9 +225,18 @@ impl Walk {
             let Value::Array(list) = value else {
                 return self.mismatch(here, "a list", value);
             };
-            for (index, value) in list.iter_mut().enumerate() {
-                self.or_default(&field.kind(), value, format!("{here}[{index}]"));
-            }
+            let mut index = 0;
+            list.retain_mut(|value| {
+                let place = format!("{here}[{index}]");
+                index += 1;
+                let is_left_out = is_ignored(value);
+                if is_left_out {
+                    self.ignored.push(place);
+                } else {
+                    self.or_default(&field.kind(), value, place);
+                }
+                !is_left_out
+            });
             return true;
         }
         self.kind(&field.kind(), value, here)
@@ -419,6 +428,24 @@ impl Walk {
             .add(here, format!("expected {expected}, got {}", kind_of(value)));
         false
     }
+}
+
+/// Whether an element of a list is an extension that has no effect here.
+fn is_ignored(element: &Value) -> bool {
+    let Some(config) = member(element, ["typed_config", "typedConfig"]) else {
+        return false;
+    };
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let mut type_url = config.get("@type").and_then(text);
+    if type_url.as_deref().is_some_and(protobuf::is_typed_struct) {
+        type_url = member(config, ["type_url", "typeUrl"]).and_then(text);
+    }
+    type_url.is_some_and(|url| extensions::IGNORED.contains(&protobuf::type_name(&url)))
+}
+
+/// A field by either of its names.
+fn member<'a>(of: &'a Value, names: [&str; 2]) -> Option<&'a Value> {
+    names.into_iter().find_map(|name| of.get(name))
 }
 
 /// Whether an extension in this message may be of a type that nobody knows; `outer` says so of what is around it.

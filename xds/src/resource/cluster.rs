@@ -121,12 +121,14 @@ impl TryFrom<wire::Cluster> for Cluster {
         if let (Some(discovery), Some(assignment)) = (&discovery, &load_assignment) {
             check_addresses(&mut problems, discovery, assignment);
         }
-        let (protocol, of_http) = problems
-            .take(
-                "typed_extension_protocol_options",
-                protocol(&wire.typed_extension_protocol_options),
-            )
-            .unwrap_or_default();
+        let place = "typed_extension_protocol_options";
+        let typed = protocol(&wire.typed_extension_protocol_options);
+        let (typed, of_http) = problems.take(place, typed).unwrap_or_default();
+        let old = wire.http2_protocol_options.and_then(|options| {
+            let place = "http2_protocol_options";
+            problems.take(place, http2_options(&options))
+        });
+        let protocol = typed.or(old).unwrap_or_default();
         let given = connection::Given {
             options: wire.upstream_connection_options,
             bind: wire.upstream_bind_config,
@@ -301,9 +303,9 @@ fn check_addresses(
 /// The one extension whose options we know: how HTTP is spoken, and how often on one connection.
 fn protocol(
     options: &BTreeMap<String, Any>,
-) -> Result<(UpstreamProtocol, Option<u32>), ConfigErrors> {
+) -> Result<(Option<UpstreamProtocol>, Option<u32>), ConfigErrors> {
     let mut problems = ConfigErrors::default();
-    let mut protocol = UpstreamProtocol::default();
+    let mut protocol = None;
     let mut max_requests = None;
     for (name, any) in options {
         let place = format!("[\"{name}\"]");
@@ -329,9 +331,7 @@ fn protocol(
                         }
                     }
                 }
-                if let Some(explicit) = problems.take(&place, explicit(options)) {
-                    protocol = explicit;
-                }
+                protocol = problems.take(&place, explicit(options)).or(protocol);
             }
         }
     }
@@ -347,21 +347,25 @@ fn explicit(options: http::HttpProtocolOptions) -> Result<UpstreamProtocol, Conf
     };
     match config.protocol_config {
         Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
-        Some(ProtocolConfig::Http2ProtocolOptions(options))
-            if options.max_concurrent_streams.is_some() =>
-        {
+        Some(ProtocolConfig::Http2ProtocolOptions(options)) => {
+            let mut problems = ConfigErrors::default();
             let place = "explicit_http_config.http2_protocol_options";
-            Err(ConfigErrors::one(
-                place,
-                "not supported yet: max_concurrent_streams",
-            ))
+            let protocol = problems.take(place, http2_options(&options));
+            problems.finish(protocol)
         }
-        Some(ProtocolConfig::Http2ProtocolOptions(_)) => Ok(UpstreamProtocol::Http2),
         None => Err(ConfigErrors::one(
             "explicit_http_config",
             "required: http_protocol_options or http2_protocol_options",
         )),
     }
+}
+
+fn http2_options(options: &core::Http2ProtocolOptions) -> Result<UpstreamProtocol, ConfigErrors> {
+    if options.max_concurrent_streams.is_some() {
+        let message = "not supported yet: max_concurrent_streams";
+        return Err(ConfigErrors::one("", message));
+    }
+    Ok(UpstreamProtocol::Http2)
 }
 
 impl From<&Cluster> for wire::Cluster {
@@ -404,6 +408,7 @@ impl From<&Cluster> for wire::Cluster {
             transport_socket: plain.tls.as_ref().map(Into::into),
             transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),
             typed_extension_protocol_options: options,
+            http2_protocol_options: None,
             max_requests_per_connection: connection.max_requests,
             upstream_bind_config: connection.bind,
             upstream_connection_options: connection.options,

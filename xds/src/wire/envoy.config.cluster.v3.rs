@@ -210,6 +210,11 @@ pub struct Cluster {
     /// Limits.
     #[prost(message, optional, tag = "10")]
     pub circuit_breakers: ::core::option::Option<CircuitBreakers>,
+    /// Old form: if it is there, and typed_extension_protocol_options says nothing of HTTP, endpoints are spoken to in HTTP/2.
+    #[prost(message, optional, tag = "14")]
+    pub http2_protocol_options: ::core::option::Option<
+        super::super::core::v3::Http2ProtocolOptions,
+    >,
     /// Of type ORIGINAL_DST: endpoints that nobody used for so long go; 5 s unless said.
     #[prost(message, optional, tag = "20")]
     pub cleanup_interval: ::core::option::Option<::prost_types::Duration>,

@@ -1134,57 +1134,6 @@ impl HealthStatus {
         }
     }
 }
-/// Where we ask by HTTP.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct HttpUri {
-    /// Whole, with scheme and host.
-    #[prost(string, tag = "1")]
-    pub uri: ::prost::alloc::string::String,
-    /// Of one request.
-    #[prost(message, optional, tag = "3")]
-    pub timeout: ::core::option::Option<::prost_types::Duration>,
-    #[prost(oneof = "http_uri::HttpUpstreamType", tags = "2")]
-    pub http_upstream_type: ::core::option::Option<http_uri::HttpUpstreamType>,
-}
-/// Nested message and enum types in `HttpUri`.
-pub mod http_uri {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum HttpUpstreamType {
-        /// Where it is sent.
-        #[prost(string, tag = "2")]
-        Cluster(::prost::alloc::string::String),
-    }
-}
-impl ::prost::Name for HttpUri {
-    const NAME: &'static str = "HttpUri";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.HttpUri".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.HttpUri".into()
-    }
-}
-/// A service that we ask by HTTP.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct HttpService {
-    /// Where.
-    #[prost(message, optional, tag = "1")]
-    pub http_uri: ::core::option::Option<HttpUri>,
-    /// Headers of each request.
-    #[prost(message, repeated, tag = "2")]
-    pub request_headers_to_add: ::prost::alloc::vec::Vec<HeaderValueOption>,
-}
-impl ::prost::Name for HttpService {
-    const NAME: &'static str = "HttpService";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.HttpService".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.HttpService".into()
-    }
-}
 /// Options of both HTTP versions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HttpProtocolOptions {
@@ -1288,6 +1237,57 @@ impl ::prost::Name for Http2ProtocolOptions {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.core.v3.Http2ProtocolOptions".into()
+    }
+}
+/// Where we ask by HTTP.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HttpUri {
+    /// Whole, with scheme and host.
+    #[prost(string, tag = "1")]
+    pub uri: ::prost::alloc::string::String,
+    /// Of one request.
+    #[prost(message, optional, tag = "3")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    #[prost(oneof = "http_uri::HttpUpstreamType", tags = "2")]
+    pub http_upstream_type: ::core::option::Option<http_uri::HttpUpstreamType>,
+}
+/// Nested message and enum types in `HttpUri`.
+pub mod http_uri {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum HttpUpstreamType {
+        /// Where it is sent.
+        #[prost(string, tag = "2")]
+        Cluster(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for HttpUri {
+    const NAME: &'static str = "HttpUri";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HttpUri".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HttpUri".into()
+    }
+}
+/// A service that we ask by HTTP.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HttpService {
+    /// Where.
+    #[prost(message, optional, tag = "1")]
+    pub http_uri: ::core::option::Option<HttpUri>,
+    /// Headers of each request.
+    #[prost(message, repeated, tag = "2")]
+    pub request_headers_to_add: ::prost::alloc::vec::Vec<HeaderValueOption>,
+}
+impl ::prost::Name for HttpService {
+    const NAME: &'static str = "HttpService";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.HttpService".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.HttpService".into()
     }
 }
 /// How the header is written.

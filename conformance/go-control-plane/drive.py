@@ -1,0 +1,129 @@
+"""The integration test of go-control-plane, once a protocol: what it says of a proxy that it configures."""
+import argparse
+import http.server
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+MESSAGE = "Hi, there!\n"
+LIMIT_S = 60  # the test waits for its first request that long
+# What each protocol of its control plane is expected to show. With a stream for each type nothing begins: that is not built.
+EXPECTED = {"ads": "passed", "delta-ads": "passed", "xds": "refused", "delta": "refused"}
+REASON = "not supported yet: api_config_source"
+# No scoped routes (SRDS) and no virtual hosts on demand (VHDS): neither is built.
+LEFT_OUT = ["-scopedhttp", "0", "-vhdshttp", "0"]
+# Where the control plane offers them, two runtime layers; nobody asks for them.
+RUNTIMES = {"ads": "2"}
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Where the test's requests end."""
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", str(len(MESSAGE)))
+        self.end_headers()
+        self.wfile.write(MESSAGE.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def free_ports(count):
+    """The first of `count` ports in a row that nobody listens on, below those that systems hand out."""
+    for first in range(20000 + os.getpid() % 5000, 30000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise RuntimeError("no free ports")
+
+
+def bootstrap(home, mode, ports, logs):
+    """The project's own, with ports that are free here."""
+    text = (home / "sample" / f"bootstrap-{mode}.yaml").read_text()
+    for fixed, port in (("18000", ports["port"]), ("18090", ports["als"]), ("19000", ports["admin"])):
+        assert fixed in text, f"bootstrap-{mode}.yaml does not say {fixed}"
+        text = text.replace(f"port_value: {fixed}", f"port_value: {port}")
+    path = logs / f"bootstrap-{mode}.yaml"
+    path.write_text(text)
+    return path
+
+
+def ends_within(process, seconds):
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def outcome(home, proxy, mode, logs, upstream):
+    """("passed", ""), or what went wrong."""
+    first = free_ports(12)
+    names = ("port", "gateway", "als", "admin")
+    ports = {name: first + index for index, name in enumerate(names)}
+    argv = [proxy, "-c", bootstrap(home, mode, ports, logs), "--drain-time-s", "1", "-l", "info"]
+    log = logs / f"proxy-{mode}.log"
+    with open(log, "wb") as out:
+        envoy = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    test = None
+    try:
+        if ends_within(envoy, 10 if EXPECTED[mode] == "refused" else 1):
+            return "refused", log.read_text(errors="replace")
+        with open(logs / f"test-{mode}.log", "wb") as out:
+            argv = [home / "test", f"--xds={mode}", f"--runtimes={RUNTIMES.get(mode, '1')}", f"-message={MESSAGE}",
+                    "-upstream", str(upstream), "-base", str(first + len(names)), "-debug", *LEFT_OUT]
+            argv += [part for name in ("port", "gateway", "als") for part in (f"-{name}", str(ports[name]))]
+            test = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            code = test.wait(LIMIT_S)
+        return ("passed", "") if code == 0 else ("failed", f"exit code {code}")
+    except subprocess.TimeoutExpired:
+        return "failed", f"not over after {LIMIT_S} s"
+    finally:
+        for process in (test, envoy):
+            if process and process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=pathlib.Path, required=True, help="where the test and its bootstraps are")
+    parser.add_argument("--proxy", required=True)
+    parser.add_argument("--logs", type=pathlib.Path)
+    args = parser.parse_args()
+    logs = args.logs or pathlib.Path(tempfile.mkdtemp(prefix="outrigger-go-control-plane-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shown, good = {}, True
+    for mode, expected in EXPECTED.items():
+        begun = time.monotonic()
+        word, why = outcome(args.home, args.proxy, mode, logs, server.server_port)
+        holds = word == expected and (word != "refused" or REASON in why)
+        good &= holds
+        shown[mode] = f"refused: {REASON}" if holds and word == "refused" else word
+        print(f"{'ok  ' if holds else 'FAIL'} {mode}: {word} after {time.monotonic() - begun:.1f} s", flush=True)
+        if not holds:
+            print(why[-2000:])
+    print(json.dumps({"stage": "go-control-plane", "ok": good, "version": "0.14.0", "logs": str(logs), **shown}))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
