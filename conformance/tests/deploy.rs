@@ -212,7 +212,7 @@ fn every_example_of_short_resources_is_what_a_proxy_takes() {
 }
 
 #[test]
-fn a_route_to_nowhere_is_refused_with_its_place() {
+fn an_unknown_field_of_a_filter_is_refused_by_name() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/bootstrap");
     let text = std::fs::read_to_string(folder.join("sidecar.yaml")).unwrap();
     let broken = text.replace("decision_header: true", "no_such_weight: 1");

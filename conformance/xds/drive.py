@@ -28,6 +28,20 @@ OURS = {"name": "openai", "typed_config": {
 ADS = {"ads": {}, "resource_api_version": "V3"}
 
 
+# Its access log and its filters are ours: an Envoy is sent it without them.
+SHORT = """apiVersion: outrigger.dev/v1
+kind: Fleet
+metadata: {name: chat}
+spec:
+  pools: [{name: all, engines: ["127.0.0.1:%d"]}]
+---
+apiVersion: outrigger.dev/v1
+kind: Gateway
+metadata: {name: front}
+spec: {listeners: [{address: "127.0.0.1:%d"}], routes: [{fleet: chat}]}
+"""
+
+
 def address(port):
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
@@ -143,8 +157,11 @@ class Run:
         shutil.rmtree(self.directory)
 
     def put(self, name, *resources):
+        self.write(name, json.dumps({"resources": resources}))
+
+    def write(self, name, text):
         new = self.directory / ".new"
-        new.write_text(json.dumps({"resources": resources}))
+        new.write_text(text)
         new.rename(self.directory / name)
 
     def until(self, what, true, patience=PATIENCE_S):
@@ -186,6 +203,7 @@ class Run:
         self.until("a cold start", self.serves("one"))
         self.until("all is taken", self.all_synced)
         self.update(one, two)
+        self.short(two)
         self.refuse()
         self.survive(one)
 
@@ -203,6 +221,15 @@ class Run:
         (self.directory / "endpoints.yaml").unlink()
         self.until("a cluster is removed", lambda: "backend::" not in (get(self.envoy_admin, "/clusters") or "backend::"))
         self.until("all is taken again", self.all_synced)
+
+    def short(self, two):
+        gateway = free_port()
+        self.write("fleet.yaml", SHORT % (two, gateway))
+        self.until("a gateway of short resources", lambda: get(gateway) == "two")
+        self.until("all of it is taken", self.all_synced)
+        (self.directory / "fleet.yaml").unlink()
+        self.until("the gateway is removed", lambda: "chat::" not in (get(self.envoy_admin, "/clusters") or "chat::"))
+        self.until("nothing of it is left", self.all_synced)
 
     def refuse(self):
         good = free_port()

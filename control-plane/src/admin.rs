@@ -8,8 +8,9 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use outrigger_xds::{load::written, subscription::Kind};
 use serde_json::{Value, json};
-use std::{convert::Infallible, sync::Arc, time::Duration, time::SystemTime};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration, time::SystemTime};
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{sleep, timeout},
@@ -17,8 +18,12 @@ use tokio::{
 
 /// Connections that may be open at once.
 const ADMIN_CONNECTIONS_MAX: usize = 64;
-/// A connection is closed after that.
+/// A connection is closed after that, and after the answer that it is at.
 const ADMIN_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// To finish an answer on a connection that is too old, and to tell one too many that it is.
+const FAREWELL: Duration = Duration::from_secs(1);
+const REFUSAL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 27\r\nconnection: close\r\n\r\ntoo many admin connections\n";
 /// After an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -138,13 +143,38 @@ fn config_dump(admin: &Admin, query: &str) -> Answer {
     };
     let fields = || query.split('&').filter_map(|field| field.split_once('='));
     let node = fields().find(|(key, _)| *key == "node");
-    let view = published.view(node.map_or("", |(_, id)| id));
+    let node = node.map_or_else(String::new, |(_, id)| percent_decoded(id));
+    let view = published.view(&node);
+    // A node that nothing is for by itself is shown what is for all such.
+    let node = Some(node).filter(|node| published.nodes.contains_key(node));
     let snapshot = if fields().any(|field| field == ("for", "others")) {
         &view.others
     } else {
         &view.ours
     };
-    json_of(&json!({ "version": published.version, "configs": configs(snapshot) }))
+    json_of(&json!({ "version": published.version, "node": node, "configs": configs(snapshot) }))
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut pieces = text.split('%');
+    let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
+    for piece in pieces {
+        let hex = piece
+            .get(..2)
+            .filter(|hex| hex.bytes().all(|it| it.is_ascii_hexdigit()));
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                bytes.extend(&piece.as_bytes()[2..]);
+            }
+            // Nothing that means more.
+            None => {
+                bytes.push(b'%');
+                bytes.extend(piece.as_bytes());
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn configs(snapshot: &Snapshot) -> Vec<Value> {
@@ -194,7 +224,7 @@ impl Admin {
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
     let slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
     loop {
-        let stream = match listener.accept().await {
+        let mut stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!(%error, "admin: cannot accept");
@@ -205,19 +235,19 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             metrics::counter!("outrigger_control_plane_admin_connections_refused_total")
                 .increment(1);
+            // A fresh socket takes so little at once.
+            let _ = timeout(FAREWELL, stream.write_all(REFUSAL)).await;
             continue;
         };
         let admin = admin.clone();
         tokio::spawn(async move {
-            let serving = timeout(ADMIN_CONNECTION_TIMEOUT, serve_one(stream, admin));
-            // One that is kept open for too long is cut.
-            let _ = serving.await;
+            serve_one(stream, admin, ADMIN_CONNECTION_TIMEOUT).await;
             drop(slot);
         });
     }
 }
 
-async fn serve_one(stream: TcpStream, admin: Arc<Admin>) {
+async fn serve_one(stream: TcpStream, admin: Arc<Admin>, age_max: Duration) {
     let service = service_fn(move |request: Request<Incoming>| {
         let response = admin.answer(&request);
         async move { Ok::<_, Infallible>(response) }
@@ -225,7 +255,16 @@ async fn serve_one(stream: TcpStream, admin: Arc<Admin>) {
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = serving.await {
-        tracing::debug!(%error, "admin: connection ended");
+    let mut serving = pin!(serving);
+    tokio::select! {
+        served = &mut serving => {
+            if let Err(error) = served {
+                tracing::debug!(%error, "admin: connection ended");
+            }
+            return;
+        }
+        () = sleep(age_max) => {}
     }
+    serving.as_mut().graceful_shutdown();
+    let _ = timeout(FAREWELL, serving).await;
 }

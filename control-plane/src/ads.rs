@@ -10,13 +10,14 @@ pub use services::Discovery;
 
 use crate::{
     catalog::Catalog,
-    clients::{Clients, Entry},
+    clients::{Clients, Entry, STREAMS_MAX},
     session::{Client, Refusal, Request, Response},
     views::Published,
 };
 use dialect::Dialect;
 use outrigger_xds::subscription::Kind;
 use std::{
+    error::Error,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -25,7 +26,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 /// Longer requests end their stream.
 pub const REQUEST_BYTES_MAX: usize = 16 << 20;
@@ -87,9 +88,22 @@ impl Served {
     }
 }
 
-fn refused(reason: &'static str) {
+/// A stream is refused, or ended, because of what its client did.
+pub(crate) fn refused(reason: &'static str) {
     metrics::counter!("outrigger_control_plane_streams_refused_total", "reason" => reason)
         .increment(1);
+}
+
+/// Why no request can be read any more: silent if the client or its connection is gone, else what it is told.
+pub(crate) fn unread(status: Status) -> Result<(), Status> {
+    // Errors of the transport have a cause; those of what came have none.
+    if status.code() == Code::Cancelled || status.source().is_some() {
+        return Ok(());
+    }
+    let is_too_long = status.code() == Code::OutOfRange;
+    refused(if is_too_long { "limit" } else { "request" });
+    tracing::warn!(%status, "a request cannot be read");
+    Err(status)
 }
 
 fn status(refusal: &Refusal) -> Status {
@@ -110,7 +124,9 @@ impl Shared {
     /// What is served; nobody is told that there is nothing before the sources were read.
     fn served(&self) -> Result<Arc<Published>, Status> {
         let published = self.catalog.published();
-        published.ok_or_else(|| Status::unavailable("no configuration yet"))
+        published.ok_or_else(|| {
+            Status::unavailable("no good configuration yet: see /sources of its admin")
+        })
     }
 
     fn converse<D: Dialect>(
@@ -124,7 +140,8 @@ impl Shared {
             .enter(served.name, D::PROTOCOL, request.remote_addr());
         let entry = entry.ok_or_else(|| {
             refused("limit");
-            Status::resource_exhausted("too many streams")
+            let message = format!("more than {STREAMS_MAX} streams at this control plane");
+            Status::resource_exhausted(message)
         })?;
         let (sender, receiver) = mpsc::channel(1);
         let conversation = Conversation::<D> {
@@ -169,7 +186,8 @@ impl<D: Dialect> Conversation<D> {
                         self.hear(request)?;
                         is_news = true;
                     }
-                    Ok(None) | Err(_) => return Ok(()),
+                    Ok(None) => return Ok(()),
+                    Err(status) => return unread(status),
                 },
                 changed = self.published.changed() => match changed {
                     Ok(()) => is_news = true,

@@ -1,10 +1,12 @@
 //! What a client is sent that is not ours: the same resources without what only Outrigger understands.
 //!
-//! A filter of ours that says `is_optional` stays: who does not know it passes over it.
+//! A filter of ours that says `is_optional` stays: who does not know it passes over it. Of a JSON format, keys with operators of ours are left out; a text
+//! format with one of them is, as a whole, and what is written is Envoy's default.
 
 use outrigger_xds::{
-    load::written::{self, Written},
+    load::written::{self, Meaning, Written},
     problems::ConfigErrors,
+    resource::access_log::has_operators_of_ours,
 };
 use serde_json::Value;
 
@@ -16,13 +18,7 @@ const OURS: &str = "outrigger.";
 /// # Errors
 /// Without it, it is no resource.
 pub fn without_ours(written: &Written) -> Result<Option<Written>, ConfigErrors> {
-    let ours = OURS.as_bytes();
-    if !written
-        .any
-        .value
-        .windows(ours.len())
-        .any(|bytes| bytes == ours)
-    {
+    if !may_have_ours(written) {
         return Ok(None);
     }
     let mut json = written::to_json(&written.any)?;
@@ -30,10 +26,20 @@ pub fn without_ours(written: &Written) -> Result<Option<Written>, ConfigErrors> 
     written::resource(json, "").map(Some)
 }
 
+/// At a glance: most resources have nothing of ours, and need not be taken apart.
+fn may_have_ours(written: &Written) -> bool {
+    let bytes = &written.any.value;
+    let ours = OURS.as_bytes();
+    bytes.windows(ours.len()).any(|bytes| bytes == ours)
+        || (matches!(written.meaning, Meaning::Listener(_))
+            && has_operators_of_ours(&String::from_utf8_lossy(bytes)))
+}
+
 fn strip(value: &mut Value) {
     match value {
         Value::Array(list) => list.iter_mut().for_each(strip),
         Value::Object(fields) => {
+            fields.retain(|key, value| !is_format(key) || !is_text_of_ours(value));
             for (key, value) in fields {
                 match (key.as_str(), &mut *value) {
                     ("http_filters" | "monitors", Value::Array(list)) => {
@@ -45,10 +51,41 @@ fn strip(value: &mut Value) {
                     ("typed_per_filter_config", Value::Object(filters)) => {
                         filters.retain(|_, config| !is_ours(config));
                     }
+                    ("json_format", format) => strip_format(format),
                     _ => {}
                 }
                 strip(value);
             }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// Where a `SubstitutionFormatString` is.
+fn is_format(key: &str) -> bool {
+    ["log_format", "body_format", "body_format_override"].contains(&key)
+}
+
+fn is_text_of_ours(format: &Value) -> bool {
+    let texts = [
+        &format["text_format"],
+        &format["text_format_source"]["inline_string"],
+    ];
+    let mut texts = texts.into_iter().filter_map(Value::as_str);
+    texts.any(has_operators_of_ours)
+}
+
+/// Keys go with their operators; objects in it stay, if empty.
+fn strip_format(format: &mut Value) {
+    let has_ours = |value: &Value| value.as_str().is_some_and(has_operators_of_ours);
+    match format {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !has_ours(value));
+            fields.values_mut().for_each(strip_format);
+        }
+        Value::Array(list) => {
+            list.retain(|value| !has_ours(value));
+            list.iter_mut().for_each(strip_format);
         }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
@@ -141,6 +178,40 @@ mod tests {
             .collect();
         assert_eq!(names, ["cors", "b", "router"]);
         assert_eq!(foreign(listener(&json!([cors, router]))), None);
+    }
+
+    #[test]
+    fn access_logs_say_nothing_that_only_we_know() {
+        let log = |format: Value| {
+            json!({ "name": "log", "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+                "log_format": format,
+            } })
+        };
+        let text = |text: &str| log(json!({ "text_format_source": { "inline_string": text } }));
+        let logs = json!([
+            log(
+                json!({ "json_format": { "ttft": "%TTFT%", "in": { "a": "%MODEL(x):9%", "b": "%PROTOCOL%" } } })
+            ),
+            text("%MIGRATIONS%\n"),
+            text("%RESPONSE_CODE% 100%MODELS\n"),
+        ]);
+        let router = json!({
+            "name": "router",
+            "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" },
+        });
+        let mut value = listener(&json!([router]));
+        value["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = logs;
+        let json = foreign(value).unwrap();
+        let logs = &json["filter_chains"][0]["filters"][0]["typed_config"]["access_log"];
+        let format = |index: usize| &logs[index]["typed_config"]["log_format"];
+        assert_eq!(
+            format(0)["json_format"],
+            json!({ "in": { "b": "%PROTOCOL%" } })
+        );
+        assert_eq!(*format(1), Value::Null, "{logs}");
+        let kept = &format(2)["text_format_source"]["inline_string"];
+        assert_eq!(*kept, "%RESPONSE_CODE% 100%MODELS\n", "{logs}");
     }
 
     #[test]

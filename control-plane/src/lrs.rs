@@ -1,5 +1,6 @@
 //! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown; nothing is made of it yet.
 
+use crate::ads::{refused, unread};
 use outrigger_xds::wire::envoy::{
     config::endpoint::v3::ClusterStats,
     service::load_stats::v3::{
@@ -19,6 +20,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+/// As metrics name it.
+const SERVICE: &str = "lrs";
 /// How often clients report.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Streams of reports that may be open at once.
@@ -93,6 +96,7 @@ impl Loads {
         }
         let id = self.last.fetch_add(1, Relaxed);
         open.insert(id, Report::default());
+        metrics::gauge!("outrigger_control_plane_streams", "service" => SERVICE).increment(1.0);
         Some(Stream {
             loads: self.clone(),
             id,
@@ -137,6 +141,7 @@ impl Stream {
             report.node = request.node.map(|node| node.id).unwrap_or_default();
         }
         if report.node.is_empty() {
+            refused("request");
             let message = "the first request of a stream needs a node with an id";
             return Err(Status::invalid_argument(message));
         }
@@ -152,6 +157,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.loads.lock().remove(&self.id);
+        metrics::gauge!("outrigger_control_plane_streams", "service" => SERVICE).decrement(1.0);
     }
 }
 
@@ -177,13 +183,27 @@ impl LoadReportingService for LoadReporting {
         request: Request<Streaming<LoadStatsRequest>>,
     ) -> Result<Response<Self::StreamLoadStatsStream>, Status> {
         let stream = self.0.enter();
-        let stream = stream.ok_or_else(|| Status::resource_exhausted("too many streams"))?;
+        let stream = stream.ok_or_else(|| {
+            refused("limit");
+            let message = format!(
+                "more than {LOAD_STREAMS_MAX} streams of load reports at this control plane"
+            );
+            Status::resource_exhausted(message)
+        })?;
         let mut requests = request.into_inner();
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let mut answer = Some(asked());
-            while let Ok(Some(request)) = requests.message().await {
-                let said = match stream.hear(request) {
+            loop {
+                let heard = match requests.message().await {
+                    Ok(Some(request)) => stream.hear(request),
+                    Ok(None) => return,
+                    Err(status) => match unread(status) {
+                        Ok(()) => return,
+                        Err(status) => Err(status),
+                    },
+                };
+                let said = match heard {
                     Ok(()) => answer.take().map(Ok),
                     Err(status) => Some(Err(status)),
                 };

@@ -79,9 +79,8 @@ fn named(meaning: &Meaning) -> Vec<(Kind, &str)> {
 
 fn of_cluster(cluster: &Cluster) -> Vec<(Kind, &str)> {
     let mut named = Vec::new();
-    if let Some(eds) = cluster.eds.as_ref().filter(|eds| is_ours(&eds.source)) {
-        let own = Some(&eds.service_name).filter(|name| !name.is_empty());
-        named.push((Kind::Endpoints, own.unwrap_or(&cluster.name).as_str()));
+    if cluster.eds.as_ref().is_some_and(|eds| is_ours(&eds.source)) {
+        named.push((Kind::Endpoints, cluster.eds_service_name()));
     }
     let matches = cluster.socket_matches.iter().map(|it| &it.tls);
     for tls in matches.chain([&cluster.tls]).flatten() {

@@ -157,7 +157,9 @@ async fn serve(
 
 fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
     let discovery = Arc::new(Discovery(shared.clone()));
-    let status = ClientStatus(shared.clients.clone());
+    let status = ClientStatus::new(shared.clients.clone());
+    let load_reporting = LoadReportingServiceServer::new(LoadReporting(loads))
+        .max_decoding_message_size(REQUEST_BYTES_MAX);
     macro_rules! service {
         ($server:ident) => {
             $server::from_arc(discovery.clone())
@@ -175,7 +177,7 @@ fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
         .add_service(service!(RouteDiscoveryServiceServer))
         .add_service(service!(SecretDiscoveryServiceServer))
         .add_service(ClientStatusDiscoveryServiceServer::new(status))
-        .add_service(LoadReportingServiceServer::new(LoadReporting(loads)))
+        .add_service(load_reporting)
 }
 
 impl Running {

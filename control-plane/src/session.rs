@@ -266,8 +266,9 @@ impl Session {
         if kind == Some(Kind::Endpoints) && !is_ours {
             request.ask.forgets_what_it_asks_for();
         }
-        self.types.values_mut().for_each(Watched::wake);
+        // Other types that may have something to say by now are awake: those with something that is gone do not rest.
         let watched = self.types.entry(request.type_url.clone()).or_default();
+        watched.wake();
         if let Ok(nonce) = request.nonce.parse() {
             watched.answered(self.protocol, nonce, request.error, now);
         }

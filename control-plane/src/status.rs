@@ -1,8 +1,9 @@
 //! Who has what: the sessions that are open, as Envoy's client status discovery service tells it, and as JSON for people.
 
 use crate::{
+    ads::{refused, unread},
     clients::{Clients, Stream},
-    session::{Client, State, Told, TypeStatus},
+    session::{Client, Session, State, Told, TypeStatus},
 };
 use outrigger_xds::{
     subscription::{Kind, Protocol},
@@ -20,10 +21,12 @@ use outrigger_xds::{
 use prost::Message;
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+/// Streams of client status discovery that may be open at once: each may hold an answer of [`STATUS_BYTES_MAX`].
+const STATUS_STREAMS_MAX: usize = 8;
 /// Of one answer of client status discovery.
 const STATUS_BYTES_MAX: usize = 64 << 20;
 
@@ -107,9 +110,21 @@ pub fn behind(clients: &Clients) -> BTreeMap<&'static str, usize> {
 
 /// Client status discovery, from the server's side.
 #[derive(Debug, Clone)]
-pub struct ClientStatus(pub Arc<Clients>);
+pub struct ClientStatus {
+    clients: Arc<Clients>,
+    slots: Arc<Semaphore>,
+}
 
 impl ClientStatus {
+    /// Of these clients.
+    #[must_use]
+    pub fn new(clients: Arc<Clients>) -> Self {
+        Self {
+            clients,
+            slots: Arc::new(Semaphore::new(STATUS_STREAMS_MAX)),
+        }
+    }
+
     fn answer(
         &self,
         request: &ClientStatusRequest,
@@ -122,15 +137,15 @@ impl ClientStatus {
         let with_contents = !request.exclude_resource_contents;
         let mut answer = ClientStatusResponse::default();
         let mut bytes = 0;
-        for stream in self.0.all() {
+        for stream in self.clients.all() {
             if !is_chosen(&stream, matchers) {
                 continue;
             }
-            let config = config(&stream, with_contents);
+            let room = bytes_max - bytes;
+            let config = config(&stream, with_contents, room);
+            let config = config.filter(|config| config.encoded_len() <= room);
+            let config = config.ok_or_else(|| too_long(bytes_max))?;
             bytes += config.encoded_len();
-            if bytes > bytes_max {
-                return Err(too_long(bytes_max));
-            }
             answer.config.push(config);
         }
         Ok(answer)
@@ -197,10 +212,9 @@ fn node(client: &Client) -> core::Node {
     }
 }
 
-/// All that a client was sent, resource by resource; of secrets only their names.
-fn config(stream: &Stream, with_contents: bool) -> ClientConfig {
-    let session = stream.session();
-    let nacks: BTreeMap<String, UpdateFailureState> = session
+/// Why responses were refused, by type.
+fn failures(session: &Session) -> BTreeMap<String, UpdateFailureState> {
+    session
         .status()
         .filter_map(|status| {
             let nack = status.nacked?;
@@ -211,7 +225,13 @@ fn config(stream: &Stream, with_contents: bool) -> ClientConfig {
             };
             Some((status.type_url, failure))
         })
-        .collect();
+        .collect()
+}
+
+/// All that a client was sent, resource by resource; of secrets only their names. None if it is longer than there is room for: no more of it is copied then.
+fn config(stream: &Stream, with_contents: bool, room: usize) -> Option<ClientConfig> {
+    let session = stream.session();
+    let nacks = failures(&session);
     let resources = session.sent().map(|(type_url, name, sent)| {
         let (server, client) = match sent.state {
             State::NotSent => (ConfigStatus::NotSent, ClientResourceStatus::Requested),
@@ -237,10 +257,19 @@ fn config(stream: &Stream, with_contents: bool) -> ClientConfig {
             }),
         }
     });
-    ClientConfig {
+    let mut config = ClientConfig {
         node: session.client().map(node),
-        generic_xds_configs: resources.collect(),
+        generic_xds_configs: Vec::new(),
+    };
+    let mut bytes = 0;
+    for resource in resources {
+        bytes += resource.encoded_len();
+        if bytes > room {
+            return None;
+        }
+        config.generic_xds_configs.push(resource);
     }
+    Some(config)
 }
 
 #[tonic::async_trait]
@@ -251,12 +280,27 @@ impl ClientStatusDiscoveryService for ClientStatus {
         &self,
         request: Request<Streaming<ClientStatusRequest>>,
     ) -> Result<Response<Self::StreamClientStatusStream>, Status> {
+        let slot = self.slots.clone().try_acquire_owned().map_err(|_| {
+            refused("limit");
+            let message = format!(
+                "more than {STATUS_STREAMS_MAX} streams of client status discovery at this control plane"
+            );
+            Status::resource_exhausted(message)
+        })?;
         let mut requests = request.into_inner();
         let (sender, receiver) = mpsc::channel(1);
         let asked = self.clone();
         tokio::spawn(async move {
-            while let Ok(Some(request)) = requests.message().await {
-                let answer = asked.answer(&request, STATUS_BYTES_MAX);
+            let _slot = slot;
+            loop {
+                let answer = match requests.message().await {
+                    Ok(Some(request)) => asked.answer(&request, STATUS_BYTES_MAX),
+                    Ok(None) => return,
+                    Err(status) => match unread(status) {
+                        Ok(()) => return,
+                        Err(status) => Err(status),
+                    },
+                };
                 let is_over = answer.is_err();
                 if sender.send(answer).await.is_err() || is_over {
                     return;
@@ -331,7 +375,7 @@ mod tests {
     fn what_is_in_secrets_is_not_told() {
         let clients = Arc::new(Clients::default());
         let _entry = client(&clients);
-        let status = ClientStatus(clients);
+        let status = ClientStatus::new(clients);
         let told = |exclude_resource_contents| {
             let request = ClientStatusRequest {
                 exclude_resource_contents,
@@ -354,7 +398,7 @@ mod tests {
     fn an_answer_is_so_long_and_no_longer() {
         let clients = Arc::new(Clients::default());
         let _entries = [client(&clients), client(&clients)];
-        let status = ClientStatus(clients);
+        let status = ClientStatus::new(clients);
         let request = ClientStatusRequest::default();
         let whole = status.answer(&request, STATUS_BYTES_MAX).unwrap();
         assert_eq!(whole.config.len(), 2);

@@ -25,6 +25,24 @@ fn a_refusal_is_remembered_and_not_answered() {
     }
 }
 
+/// All other types would be looked at anew, and hashed, for each answer of each client.
+#[test]
+fn an_answer_wakes_its_own_type_alone() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        assert_eq!(talk.told(WORLD), [""; 0]);
+        talk.answer(Routes, &["r"], None);
+        let rests = |kind: Kind| {
+            let watched = &talk.session.types[kind.type_url()];
+            watched.is_at_rest(talk.snapshot.of(kind))
+        };
+        assert_eq!(
+            [Clusters, Endpoints, Routes].map(rests),
+            [true, true, false]
+        );
+    }
+}
+
 /// Some clients take nothing of a response in which one resource is bad.
 #[test]
 fn what_came_with_something_bad_is_sent_again_when_that_is_mended() {

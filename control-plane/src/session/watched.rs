@@ -7,6 +7,7 @@ use super::{
 use crate::snapshot::{ByName, Resource, version_of};
 use outrigger_xds::subscription::{Kind, Protocol, WILDCARD};
 use std::{
+    cell::LazyCell,
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::SystemTime,
@@ -242,9 +243,10 @@ impl Watched {
     }
 
     /// Some refuse a response as a whole: when there is something else, all that it brought is told again, once.
+    /// To be asked of what [`Self::is_refused`].
     fn was_refused_before(&self, name: &str, version: &str) -> bool {
         let sent = self.sent.get(name);
-        sent.is_some_and(|sent| sent.state == State::Nacked && sent.by.version != version)
+        sent.is_some_and(|sent| sent.by.version != version)
     }
 
     /// All of a type of which a response holds all. Clusters that are gone stay in it: routes may still lead to them.
@@ -316,8 +318,8 @@ impl Watched {
     pub(super) fn part(&mut self, all: &ByName, owed: &BTreeSet<String>) -> Option<Content> {
         let content = self.lacking(all, owed, true);
         self.asked.retain(|name| content.left.contains(name));
-        (!content.resources.is_empty()).then_some(Content {
-            version: content.version,
+        (!content.resources.is_empty()).then(|| Content {
+            version: self.version(all),
             resources: content.resources,
             removed: Vec::new(),
         })
@@ -343,8 +345,8 @@ impl Watched {
         self.asked.retain(|name| content.left.contains(name));
         let due = std::mem::take(&mut self.due);
         let is_news = due || !content.resources.is_empty() || !removed.is_empty();
-        is_news.then_some(Content {
-            version: content.version,
+        is_news.then(|| Content {
+            version: self.version(all),
             resources: content.resources,
             removed: removed.into_iter().collect(),
         })
@@ -352,13 +354,14 @@ impl Watched {
 
     /// What was refused goes by itself: with something new in the same response, that would be refused, too. `is_alone` says whether nothing else goes with it.
     fn lacking(&self, all: &ByName, owed: &BTreeSet<String>, is_alone: bool) -> Lacking {
-        let version = self.version(all);
+        // To make it takes time, and mostly nothing was refused.
+        let version = LazyCell::new(|| self.version(all));
         let (mut news, mut refused) = (Vec::new(), Vec::new());
         for (name, resource) in self.wanted(all) {
             let is_due = self.asked.contains(name) || owed.contains(name);
             if !self.has(resource) || (is_due && !self.is_refused(name)) {
                 news.push(resource);
-            } else if is_due || self.was_refused_before(name, &version) {
+            } else if is_due || (self.is_refused(name) && self.was_refused_before(name, &version)) {
                 refused.push(resource);
             }
         }
@@ -367,7 +370,7 @@ impl Watched {
         } else {
             (news, refused)
         };
-        Lacking::cut(version, now, later)
+        Lacking::cut(now, later)
     }
 
     /// Of all that it wants and that there is.
@@ -473,16 +476,14 @@ impl Watched {
 
 /// What is to be sent now, and what another time.
 struct Lacking {
-    version: String,
     resources: Vec<Arc<Resource>>,
     left: BTreeSet<String>,
 }
 
 impl Lacking {
     /// As much as one response takes; what is for another time is left.
-    fn cut(version: String, now: Vec<&Arc<Resource>>, later: Vec<&Arc<Resource>>) -> Self {
+    fn cut(now: Vec<&Arc<Resource>>, later: Vec<&Arc<Resource>>) -> Self {
         let mut lacking = Self {
-            version,
             resources: Vec::new(),
             left: later.into_iter().map(|it| it.name.clone()).collect(),
         };

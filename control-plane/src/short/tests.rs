@@ -155,6 +155,24 @@ fn texts_that_mean_more_are_read_or_refused() {
     assert!(text::check("bogus", "").is_err());
 }
 
+#[test]
+fn what_a_node_binds_has_its_place_when_it_is_wrong() {
+    let fleet = |listen: &str| {
+        let spec = format!(
+            "{{pools: [{{name: p, engines: ['127.0.0.1:1']}}], nodes: {{n: {{address: 'h:1', listen: '{listen}'}}}}}}"
+        );
+        read("f.yaml", &of("Fleet", &spec), Syntax::Yaml)
+    };
+    for good in [":8081", "0.0.0.0:8081", "[::]:8081"] {
+        assert!(fleet(good).is_ok(), "{good}");
+    }
+    let problems = fleet("localhost:8081").unwrap_err().to_string();
+    assert!(
+        problems.contains("spec.nodes.n.listen: expected IP:PORT or :PORT"),
+        "{problems}"
+    );
+}
+
 /// What is a keyword, and what is a name that somebody chose.
 fn keywords(rule: &Value, found: &mut BTreeSet<String>) {
     for (word, value) in rule.as_object().into_iter().flatten() {

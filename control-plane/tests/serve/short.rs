@@ -6,6 +6,7 @@ use outrigger_xds::{
     wire::envoy::config::{core::v3::Node, endpoint::v3::ClusterLoadAssignment},
 };
 use prost::Message;
+use serde_json::{Value, json};
 
 /// Two nodes with an engine each, and a gateway on all proxies; `LB` is how it balances.
 const FLEET: &str = r#"
@@ -83,8 +84,23 @@ async fn each_node_is_sent_what_is_for_it_and_all_that_is_envoys() {
         assert_eq!(clusters, if is_named { some } else { none }, "{id}");
         assert_eq!(endpoints_of_the_fleet(&mut client).await, hosts, "{id}");
         let dump = served.json(&format!("/config_dump?node={id}")).await;
+        let shown = if is_named { id.into() } else { Value::Null };
+        assert_eq!(dump["node"], shown, "{id}");
         let has_inbound = dump.to_string().contains("\"inbound\"");
         assert_eq!(has_inbound, is_named, "{dump}");
+    }
+}
+
+#[tokio::test]
+async fn the_node_of_a_dump_may_be_written_with_percent_signs() {
+    let served = served("percent").await;
+    for (asked, node) in [
+        ("%61", json!("a")),
+        ("%6", Value::Null),
+        ("%61%", Value::Null),
+    ] {
+        let dump = served.json(&format!("/config_dump?node={asked}")).await;
+        assert_eq!(dump["node"], node, "{asked}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a client is told, and what is known of it.
 
 use crate::harness::{PATIENCE, Served, as_str, endpoints, eventually, everything, node};
+use outrigger_control_plane::ads::REQUEST_BYTES_MAX;
 use outrigger_xds::{
     subscription::Kind,
     wire::envoy::{
@@ -26,7 +27,11 @@ use outrigger_xds::{
 use prost::Message;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, transport::Channel};
 
@@ -81,6 +86,77 @@ async fn who_does_not_say_who_it_is_is_refused() {
     client.sender.send(request).await.unwrap();
     let status = client.next().await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_long_ends_its_stream_and_counts() {
+    let files = everything();
+    let served = Served::new("long", &as_str(&files)).await;
+    let mut client = served.state().await.unwrap();
+    let name = "x".repeat(REQUEST_BYTES_MAX);
+    client
+        .sender
+        .send(ask(Kind::Endpoints, &[&name]))
+        .await
+        .unwrap();
+    let status = client.next().await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
+    let (_, stats) = served.get("/stats/prometheus").await;
+    assert!(
+        stats.contains("outrigger_control_plane_streams_refused_total{reason=\"limit\"}"),
+        "{stats}"
+    );
+}
+
+#[tokio::test]
+async fn one_admin_connection_too_many_is_told_so() {
+    let files = everything();
+    let served = Served::new("admin-full", &as_str(&files)).await;
+    let connect = async || TcpStream::connect(served.running.admin).await.unwrap();
+    let mut open = Vec::new();
+    for _ in 0..64 {
+        open.push(connect().await);
+    }
+    let mut answer = String::new();
+    let mut refused = connect().await;
+    let read = refused.read_to_string(&mut answer);
+    timeout(PATIENCE, read).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(
+        answer.ends_with("\r\n\r\ntoo many admin connections\n"),
+        "{answer}"
+    );
+    drop(open);
+    eventually("there is room again", async || {
+        let mut stream = connect().await;
+        let request = "GET /ready HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        answer.starts_with("HTTP/1.1 200 ").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn so_many_streams_of_status_discovery_and_no_more() {
+    let files = everything();
+    let served = Served::new("csds", &as_str(&files)).await;
+    let mut csds = ClientStatusDiscoveryServiceClient::new(served.channel().await);
+    let mut open = Vec::new();
+    let refused = loop {
+        match csds.stream_client_status(tokio_stream::pending()).await {
+            Ok(stream) => open.push(stream),
+            Err(status) => break status,
+        }
+        assert!(open.len() <= 8, "no limit");
+    };
+    assert_eq!(open.len(), 8);
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(
+        refused.message().contains("more than 8 streams"),
+        "{refused}"
+    );
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! Judging and building: whether a resource fits the others, and a listener as it is to run.
 
-use super::model::{self, Model, service_name};
+use super::model::{self, Model};
 use crate::{
     access_log::{AccessLogs, Sinks},
     listener::{Planned, PlannedChain, PlannedServes},
@@ -238,7 +238,7 @@ impl Builder {
         let mut addresses = Addresses::default();
         let others = model
             .all_clusters()
-            .filter(|known| !(asks(known) && coming.contains(service_name(known))));
+            .filter(|known| !(asks(known) && coming.contains(known.eds_service_name())));
         for known in others.filter_map(|known| model.complete_cluster(known)) {
             addresses.add(&known);
         }
@@ -246,7 +246,7 @@ impl Builder {
             check_ips(assignment)?;
             let mut errors = Vec::new();
             for cluster in model.all_clusters() {
-                if asks(cluster) && service_name(cluster) == assignment.cluster_name {
+                if asks(cluster) && cluster.eds_service_name() == assignment.cluster_name {
                     let complete = Cluster {
                         load_assignment: assignment.clone(),
                         ..cluster.clone()

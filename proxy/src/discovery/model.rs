@@ -78,14 +78,6 @@ pub(super) fn tls(listener: &Listener) -> impl Iterator<Item = &CommonTls> {
     chains.filter_map(|chain| chain.tls.as_ref().map(|tls| &tls.common))
 }
 
-/// The name of its endpoints where they come from.
-pub(super) fn service_name(cluster: &Cluster) -> &str {
-    match &cluster.eds {
-        Some(eds) if !eds.service_name.is_empty() => &eds.service_name,
-        _ => &cluster.name,
-    }
-}
-
 fn find<'a, R: PartialEq>(
     named: &'a Named<R>,
     source: &ConfigSource,
@@ -144,7 +136,7 @@ impl Model {
                 ask(
                     Kind::Endpoints,
                     &eds.source,
-                    service_name(cluster),
+                    cluster.eds_service_name(),
                     &cluster.name,
                 );
             }
@@ -357,7 +349,7 @@ impl Model {
     pub(super) fn complete_cluster(&self, cluster: &Cluster) -> Option<Cluster> {
         let mut complete = cluster.clone();
         if let Some(eds) = &cluster.eds {
-            let name = service_name(cluster);
+            let name = cluster.eds_service_name();
             match find(&self.assignments, &eds.source, name) {
                 Some(assignment) => complete.load_assignment = (**assignment).clone(),
                 None if self.is_given_up(Kind::Endpoints, &eds.source, name) => {}

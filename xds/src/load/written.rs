@@ -137,7 +137,7 @@ where
 /// # Errors
 /// It does not hold what it says.
 pub fn to_json(any: &Any) -> Result<Value, ConfigErrors> {
-    Packed(any.clone()).to_json()
+    Packed::from(any.clone()).to_json()
 }
 
 /// The version of a resource: of its bytes, so that it changes when they do, in every process alike.

@@ -44,6 +44,30 @@ pub enum AccessLogFormat {
     Json(BTreeMap<String, Value>),
 }
 
+/// Operators that only we have: an Envoy refuses a format with one of them.
+const OPERATORS_OF_OURS: [&str; 10] = [
+    "%MODEL",
+    "%TTFT",
+    "%ITL_P99",
+    "%PROMPT_TOKENS",
+    "%COMPLETION_TOKENS",
+    "%PREFIX_HIT_TOKENS",
+    "%PREFIX_HIT_TOKENS_CONFIRMED",
+    "%MIGRATIONS",
+    "%ROUTING_DECISION",
+    "%DISAGGREGATION",
+];
+
+/// Whether a format has an operator that only we have.
+#[must_use]
+pub fn has_operators_of_ours(format: &str) -> bool {
+    OPERATORS_OF_OURS.iter().any(|operator| {
+        let mut found = format.match_indices(operator);
+        // What goes on is another operator, `%MODEL_X%`.
+        found.any(|(at, _)| format[at + operator.len()..].starts_with(['%', '(', ':']))
+    })
+}
+
 /// The JSON format where nobody says another: of stand-alone proxies, and of what the control plane makes itself.
 #[must_use]
 pub fn default_json() -> BTreeMap<String, Value> {

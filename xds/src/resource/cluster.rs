@@ -85,6 +85,17 @@ impl Default for Cluster {
     }
 }
 
+impl Cluster {
+    /// The name under which its endpoints come: its own, unless `eds` has another.
+    #[must_use]
+    pub fn eds_service_name(&self) -> &str {
+        match &self.eds {
+            Some(eds) if !eds.service_name.is_empty() => &eds.service_name,
+            _ => &self.name,
+        }
+    }
+}
+
 /// `explicit_http_config`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum UpstreamProtocol {
