@@ -10,6 +10,7 @@ pub mod host;
 pub mod leg;
 pub mod mirror;
 mod original;
+mod outcome;
 pub mod report;
 pub mod retry;
 mod span;
@@ -24,8 +25,9 @@ use crate::{
     services::Services,
     spare,
 };
-use attempt::{Attempt, Outcome};
+use attempt::Attempt;
 use http::{Request, Response, StatusCode, header};
+use outcome::Outcome;
 use retry::Rules;
 use serde::Deserialize;
 use std::{net::SocketAddr, sync::Arc, time::Duration};

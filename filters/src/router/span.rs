@@ -1,6 +1,6 @@
 //! The span of one attempt, in Envoy's tags.
 
-use super::attempt::Outcome;
+use super::outcome::Outcome;
 use crate::{
     endpoints::{Endpoint, Part},
     error::Error,
