@@ -11,7 +11,9 @@ pub use services::Discovery;
 use crate::{
     catalog::Catalog,
     clients::{Clients, Entry, STREAMS_MAX},
+    issued::Seen,
     session::{Client, Refusal, Request, Response},
+    tls::Peer,
     views::Published,
 };
 use dialect::Dialect;
@@ -135,9 +137,8 @@ impl Shared {
         request: tonic::Request<Streaming<D::Request>>,
     ) -> Result<tonic::Response<Answers<D::Response>>, Status> {
         self.served()?;
-        let entry = self
-            .clients
-            .enter(served.name, D::PROTOCOL, request.remote_addr());
+        let peer = Peer::of(&request);
+        let entry = self.clients.enter(served.name, D::PROTOCOL, peer.address);
         let entry = entry.ok_or_else(|| {
             refused("limit");
             let message = format!("more than {STREAMS_MAX} streams at this control plane");
@@ -146,6 +147,8 @@ impl Shared {
         let (sender, receiver) = mpsc::channel(1);
         let conversation = Conversation::<D> {
             served,
+            seen: Seen::new(peer.clone(), entry.stream.id),
+            peer,
             entry,
             published: self.catalog.subscribe(),
             ending: self.ending.clone(),
@@ -159,6 +162,8 @@ impl Shared {
 /// One stream.
 struct Conversation<D: Dialect> {
     served: Served,
+    peer: Peer,
+    seen: Seen,
     entry: Entry,
     published: watch::Receiver<Option<Arc<Published>>>,
     ending: watch::Receiver<Option<Ending>>,
@@ -177,6 +182,7 @@ impl<D: Dialect> Conversation<D> {
     async fn talk(&mut self, mut requests: Streaming<D::Request>) -> Result<(), Status> {
         let mut is_news = false;
         let mut ending = self.ending.clone();
+        let mut checks = self.peer.checks();
         let id = self.entry.stream.id;
         loop {
             let held = self.entry.stream.session().held();
@@ -195,12 +201,16 @@ impl<D: Dialect> Conversation<D> {
                 },
                 slot = self.sender.reserve(), if is_news => {
                     let Ok(slot) = slot else { return Ok(()) };
-                    match next(&self.entry, &mut self.published) {
+                    match next(&self.entry, &mut self.published, &mut self.seen) {
                         Some(response) => slot.send(Ok(D::write(response))),
                         None => is_news = false,
                     }
                 }
                 () = over(held), if !is_news => is_news = true,
+                () = due(&mut checks) => {
+                    self.peer.check()?;
+                    is_news |= self.seen.is_due(SystemTime::now());
+                }
                 () = ended(&mut ending, id) => return Err(Status::unavailable("shutting down")),
             }
         }
@@ -208,6 +218,9 @@ impl<D: Dialect> Conversation<D> {
 
     fn hear(&self, request: D::Request) -> Result<(), Status> {
         let request = self.served.typed(D::read(request))?;
+        if let Some(client) = &request.node {
+            self.peer.admit(&client.node.id)?;
+        }
         let mut session = self.entry.stream.session();
         count(&request, session.client());
         session
@@ -220,11 +233,13 @@ impl<D: Dialect> Conversation<D> {
 fn next(
     entry: &Entry,
     published: &mut watch::Receiver<Option<Arc<Published>>>,
+    seen: &mut Seen,
 ) -> Option<Response> {
     let published = published.borrow_and_update().clone()?;
     let mut session = entry.stream.session();
-    let snapshot = published.snapshot(session.client()?);
-    let response = session.next(snapshot, SystemTime::now())?;
+    let now = SystemTime::now();
+    let snapshot = seen.snapshot(&published, session.client()?, now);
+    let response = session.next(snapshot, now)?;
     let type_url = label(&response.type_url);
     metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);
     metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)
@@ -253,6 +268,14 @@ fn label(type_url: &str) -> &'static str {
 async fn over(held: Option<Duration>) {
     match held {
         Some(held) => tokio::time::sleep(held).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When it is time to look at the client's certificate, and at those issued to it.
+async fn due(checks: &mut Option<tokio::time::Interval>) {
+    match checks {
+        Some(checks) => drop(checks.tick().await),
         None => std::future::pending().await,
     }
 }

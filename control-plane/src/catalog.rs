@@ -41,6 +41,8 @@ pub struct Catalog {
     judging: Mutex<()>,
     sources: Mutex<BTreeMap<String, OfSource>>,
     published: watch::Sender<Option<Arc<Published>>>,
+    /// Whether there are secrets that are issued to each node.
+    issues: bool,
 }
 
 impl Catalog {
@@ -53,7 +55,14 @@ impl Catalog {
             judging: Mutex::default(),
             sources: Mutex::new(sources.collect()),
             published: watch::Sender::new(None),
+            issues: false,
         }
+    }
+
+    /// Resources may name the [secrets that are issued](crate::issued), or may not.
+    #[must_use]
+    pub fn issuing(self, issues: bool) -> Self {
+        Self { issues, ..self }
     }
 
     /// What is served, now and later; none while nothing is.
@@ -125,7 +134,7 @@ impl Catalog {
         };
         let all: Vec<&Content> = others.iter().map(Arc::as_ref).chain([&content]).collect();
         let last = self.published().unwrap_or_default();
-        let published = views::publish(&all, &last)?;
+        let published = views::publish(&all, &last, self.issues)?;
         Ok((content, published))
     }
 

@@ -44,6 +44,18 @@ pub const ROWS: &[Row] = &[
         "Streams that were refused or ended because of what their client did, by reason.",
     ),
     counter(
+        "outrigger_control_plane_handshakes_total",
+        "TLS handshakes, by result: ok, no_certificate, expired, untrusted, identity, timeout, error.",
+    ),
+    counter(
+        "outrigger_control_plane_certificate_loads_total",
+        "Times when certificates and keys of the port of xDS were read, by result: good, bad.",
+    ),
+    counter(
+        "outrigger_control_plane_certificates_issued_total",
+        "Certificates issued to nodes by the CA, by result: good, bad.",
+    ),
+    counter(
         "outrigger_control_plane_requests_total",
         "Requests of clients, by type of resource; answers included.",
     ),

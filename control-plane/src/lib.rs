@@ -2,14 +2,18 @@
 //!
 //! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
 //! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
+//! Who asks is looked at in `tls` and `identity`; `ca` vouches for nodes, and `issued` is what each is sent of it.
 //! It never knows a proxy of ours from inside: all that passes is Envoy's API.
 
 pub mod admin;
 pub mod ads;
+pub mod ca;
 pub mod catalog;
 pub mod clients;
 pub mod figures;
 pub mod foreign;
+pub mod identity;
+pub mod issued;
 pub mod lrs;
 pub mod references;
 pub mod serve;
@@ -18,6 +22,7 @@ pub mod short;
 pub mod snapshot;
 pub mod source;
 pub mod status;
+pub mod tls;
 pub mod translate;
 pub mod validate;
 pub mod views;
@@ -54,6 +59,9 @@ enum Command {
     Translate(Translate),
     /// Prints the JSON schema of short resources.
     Schema,
+    /// The built-in CA: makes one, and issues certificates from it.
+    #[command(subcommand)]
+    Ca(ca::Command),
 }
 
 /// `translate`.
@@ -84,7 +92,8 @@ impl Translate {
         if !input.problems.0.is_empty() {
             return Err(input.problems.into());
         }
-        let secrets: BTreeSet<String> = input.secrets.keys().cloned().collect();
+        let secrets = input.secrets.keys().cloned();
+        let secrets: BTreeSet<String> = secrets.chain(issued::names()).collect();
         let resources = translate::translate(&input.documents, &secrets)?;
         let chosen = translate::for_node(&resources, self.node.as_deref());
         let Some(directory) = &self.out else {
@@ -128,6 +137,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
         },
         Command::Schema => (short::SCHEMA.to_owned(), true),
+        Command::Ca(command) => match command.run() {
+            Ok(text) => (text, true),
+            Err(error) => {
+                eprintln!("outrigger-control-plane: {error:#}");
+                (String::new(), false)
+            }
+        },
     };
     print!("{printed}");
     if is_good {

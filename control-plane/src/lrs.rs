@@ -1,6 +1,9 @@
 //! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown; nothing is made of it yet.
 
-use crate::ads::{refused, unread};
+use crate::{
+    ads::{refused, unread},
+    tls::Peer,
+};
 use outrigger_xds::wire::envoy::{
     config::endpoint::v3::ClusterStats,
     service::load_stats::v3::{
@@ -174,6 +177,14 @@ fn asked() -> LoadStatsResponse {
     }
 }
 
+/// Whether it may be who it says it is, and still is who it was.
+fn admitted(peer: &Peer, request: &LoadStatsRequest) -> Result<(), Status> {
+    match &request.node {
+        Some(node) => peer.admit(&node.id),
+        None => peer.check(),
+    }
+}
+
 #[tonic::async_trait]
 impl LoadReportingService for LoadReporting {
     type StreamLoadStatsStream = ReceiverStream<Result<LoadStatsResponse, Status>>;
@@ -190,13 +201,16 @@ impl LoadReportingService for LoadReporting {
             );
             Status::resource_exhausted(message)
         })?;
+        let peer = Peer::of(&request);
         let mut requests = request.into_inner();
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let mut answer = Some(asked());
             loop {
                 let heard = match requests.message().await {
-                    Ok(Some(request)) => stream.hear(request),
+                    Ok(Some(request)) => {
+                        admitted(&peer, &request).and_then(|()| stream.hear(request))
+                    }
                     Ok(None) => return,
                     Err(status) => match unread(status) {
                         Ok(()) => return,

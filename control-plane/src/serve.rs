@@ -9,6 +9,7 @@ use crate::{
     lrs::{LoadReporting, Loads},
     source::{Source, files::Directory},
     status::ClientStatus,
+    tls::{self, Access},
 };
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -30,10 +31,8 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, timeout},
 };
-use tonic::transport::{
-    Server,
-    server::{Router, TcpIncoming},
-};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Server, server::Router};
 
 /// Between two HTTP/2 pings of a connection on which nothing happens.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -48,12 +47,15 @@ pub struct Options {
     /// Directory with resources: YAML, or JSON if a name ends in .json.
     #[arg(long, value_name = "DIR")]
     pub config: PathBuf,
-    /// Where proxies come for their resources: xDS over gRPC, without TLS.
+    /// Where proxies come for their resources: xDS over gRPC.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18000")]
     pub listen: SocketAddr,
     /// Where people and Prometheus look.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
     pub admin: SocketAddr,
+    /// Who may come for them.
+    #[command(flatten)]
+    pub tls: tls::Options,
     /// After SIGTERM, streams end over so many seconds, so that not all proxies go elsewhere at once.
     #[arg(long, value_name = "S", default_value_t = 5)]
     pub drain_time_s: u64,
@@ -86,6 +88,8 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         directory.display()
     );
     figures::install();
+    let access = Access::new(&options.tls)?;
+    warn_of_plain_text(options.listen, access.as_deref());
     let bound = |address: SocketAddr| async move {
         let listener = TcpListener::bind(address).await;
         listener.with_context(|| format!("cannot listen on {address}"))
@@ -93,7 +97,9 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
     let mut source = Directory::new(directory.clone());
-    let catalog = Arc::new(Catalog::new([source.name()]));
+    let catalog = Arc::new(
+        Catalog::new([source.name()]).issuing(access.as_ref().is_some_and(|it| it.issues())),
+    );
     let clients = Arc::new(Clients::default());
     // So that who comes first finds something.
     take(&mut source, &catalog).await;
@@ -104,7 +110,8 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         ending: ended,
     };
     let loads = Arc::new(Loads::default());
-    let serving = tokio::spawn(serve(listener, shared, loads.clone()));
+    let incoming = tls::incoming(listener, access.clone());
+    let serving = tokio::spawn(serve(incoming, shared, loads.clone()));
     let shown = Admin {
         catalog: catalog.clone(),
         clients,
@@ -121,11 +128,21 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         admin: admin_address,
         ending,
         serving,
-        tasks: vec![
+        tasks: [
             tokio::spawn(follow),
             tokio::spawn(admin::serve(admin, Arc::new(shown))),
-        ],
+        ]
+        .into_iter()
+        .chain(access.map(|access| tokio::spawn(access.follow())))
+        .collect(),
     })
+}
+
+/// Said once: on a loopback address, or behind TLS of somebody else's, it may be what is wanted.
+fn warn_of_plain_text(listen: SocketAddr, access: Option<&Access>) {
+    if access.is_none() && !listen.ip().is_loopback() {
+        tracing::warn!(%listen, "xDS without TLS: everybody who reaches this address is the node that they say, and is sent its secrets");
+    }
 }
 
 /// What a source has next. Judging it takes time, and is done beside the runtime.
@@ -140,12 +157,11 @@ async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
 
 /// Until streams are to end and all have.
 async fn serve(
-    listener: TcpListener,
+    incoming: ReceiverStream<std::io::Result<tls::Connection>>,
     shared: Shared,
     loads: Arc<Loads>,
 ) -> Result<(), tonic::transport::Error> {
     let mut ending = shared.ending.clone();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let ended = async move {
         // If nobody can tell, nobody waits either.
         let _ = ending.wait_for(Option::is_some).await;

@@ -2,6 +2,7 @@
 
 use crate::{
     catalog::Catalog,
+    issued,
     short::Problems,
     source::files,
     translate::{self, input},
@@ -68,7 +69,7 @@ pub fn validate(paths: &[PathBuf]) -> Report {
 /// As if it were to be served: problems by where they are.
 fn of_directory(path: &Path) -> Vec<FileReport> {
     const SOURCE: &str = "directory";
-    let catalog = Catalog::new([SOURCE]);
+    let catalog = Catalog::new([SOURCE]).issuing(true);
     catalog.take(SOURCE, files::load(path));
     let status = catalog.status().remove(SOURCE).unwrap_or_default();
     let report = |path: &Path, problems: Vec<String>| FileReport {
@@ -94,7 +95,8 @@ fn apart_or_short(paths: &[PathBuf]) -> Report {
         }
     };
     let input = input::read(&files);
-    let secrets = input.secrets.keys().cloned().collect();
+    let secrets = input.secrets.keys().cloned();
+    let secrets = secrets.chain(issued::names()).collect();
     let mut problems = input.problems;
     // What is wrong as a whole can be said when each document is good.
     if problems.0.is_empty()

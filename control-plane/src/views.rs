@@ -1,11 +1,11 @@
 //! What each client is sent: the resources of all sources and what short ones become, as the node of the client sees them, with or
 //! without what only our proxies understand.
 //!
-//! Nodes that a short resource names have a view of their own; all others share the general one. Envoy's resources are in all views. A
-//! view is judged as a whole: what is wrong with one of them is wrong.
+//! Nodes that a short resource names have a view of their own; all others share the general one. Envoy's resources are in all views, but for secrets
+//! that nothing in a view names: keys are for those who use them. A view is judged as a whole: what is wrong with one of them is wrong.
 
 use crate::{
-    foreign, references,
+    foreign, issued, references,
     session::Client,
     short::{Document, Problems},
     snapshot::{self, Resource, Snapshot},
@@ -85,6 +85,13 @@ impl View {
         Ok(())
     }
 
+    /// Of secrets only those.
+    fn keep_secrets(&mut self, named: &BTreeSet<&str>) {
+        for snapshot in [&mut self.ours, &mut self.others] {
+            snapshot.keep(Kind::Secrets, |name| named.contains(name));
+        }
+    }
+
     fn share(&mut self, last: &Self) {
         self.ours.share(&last.ours);
         self.others.share(&last.others);
@@ -134,37 +141,51 @@ impl Made {
 /// What is to be served of what all sources have. What did not change is shared with what is served by now.
 ///
 /// # Errors
-/// Everything that is wrong with it as a whole.
-pub fn publish(all: &[&Content], last: &Published) -> Result<Published, Vec<Problem>> {
+/// Everything that is wrong with it as a whole. Secrets that are issued may be named if `issues` says so.
+pub fn publish(
+    all: &[&Content],
+    last: &Published,
+    issues: bool,
+) -> Result<Published, Vec<Problem>> {
     let raw: Vec<&Placed> = all.iter().flat_map(|content| &content.raw).collect();
     let short = all.iter().flat_map(|content| content.short.iter().cloned());
-    let made = made(&short.collect::<Vec<_>>(), &raw)?;
-    judge(&raw, &made)?;
+    let issued: BTreeSet<String> = issued::names().filter(|_| issues).collect();
+    let made = made(&short.collect::<Vec<_>>(), &raw, &issued)?;
+    judge(&raw, &made, &issued)?;
     build(&raw, &made, last)
 }
 
-fn made(short: &[Document], raw: &[&Placed]) -> Result<Made, Vec<Problem>> {
+fn made(
+    short: &[Document],
+    raw: &[&Placed],
+    issued: &BTreeSet<String>,
+) -> Result<Made, Vec<Problem>> {
     let secrets = raw.iter().filter_map(|placed| match key(placed) {
         (Kind::Secrets, name) => Some(name.to_owned()),
         _ => None,
     });
+    let secrets = secrets.chain(issued.iter().cloned());
     let resources = translate(short, &secrets.collect())
         .map_err(|Problems(found)| found.into_iter().map(Problem::from).collect::<Vec<_>>())?;
     Ok(Made::new(resources))
 }
 
 /// Whether each view fits together. What is wrong with several is said once.
-fn judge(raw: &[&Placed], made: &Made) -> Result<(), Vec<Problem>> {
-    let mut problems = misfits(raw, made.general.iter());
+fn judge(raw: &[&Placed], made: &Made, issued: &BTreeSet<String>) -> Result<(), Vec<Problem>> {
+    let mut problems = misfits(raw, made.general.iter(), issued);
     for own in made.nodes.values() {
-        problems.extend(misfits(raw, made.of_node(own)));
+        problems.extend(misfits(raw, made.of_node(own), issued));
     }
     finish(problems)
 }
 
-fn misfits<'a>(raw: &[&'a Placed], short: impl Iterator<Item = &'a Placed>) -> Vec<Problem> {
+fn misfits<'a>(
+    raw: &[&'a Placed],
+    short: impl Iterator<Item = &'a Placed>,
+    issued: &BTreeSet<String>,
+) -> Vec<Problem> {
     let all: Vec<&Placed> = raw.iter().copied().chain(short).collect();
-    references::problems(&all)
+    references::problems(&all, issued)
 }
 
 fn finish(mut problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
@@ -179,18 +200,24 @@ fn finish(mut problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
 
 fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Vec<Problem>> {
     let mut problems = Vec::new();
-    let mut general = View::default();
+    let mut whole = View::default();
     for placed in raw.iter().copied().chain(&made.general) {
-        problems.extend(general.insert(placed, &last.general).err());
+        problems.extend(whole.insert(placed, &last.general).err());
     }
+    let mut general = whole.clone();
+    general.keep_secrets(&references::secrets_of(
+        raw.iter().copied().chain(&made.general),
+    ));
     general.share(&last.general);
     let mut nodes = BTreeMap::new();
     for (node, own) in &made.nodes {
         let before = last.view(node);
-        let mut view = general.clone();
+        let mut view = whole.clone();
         for placed in own {
             problems.extend(view.insert(placed, before).err());
         }
+        let all = raw.iter().copied().chain(made.of_node(own));
+        view.keep_secrets(&references::secrets_of(all));
         view.share(before);
         nodes.insert(node.clone(), view);
     }
@@ -260,11 +287,11 @@ spec:
     }
 
     fn published(content: &Content, last: &Published) -> Published {
-        publish(&[content], last).unwrap()
+        publish(&[content], last, false).unwrap()
     }
 
     fn problems(content: &Content) -> Vec<String> {
-        let problems = publish(&[content], &Published::default()).unwrap_err();
+        let problems = publish(&[content], &Published::default(), false).unwrap_err();
         problems.iter().map(ToString::to_string).collect()
     }
 

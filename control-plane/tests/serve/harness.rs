@@ -2,7 +2,10 @@
 
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
-use outrigger_control_plane::serve::{Options, Running, start};
+use outrigger_control_plane::{
+    serve::{Options, Running, start},
+    tls,
+};
 use outrigger_xds::{
     subscription::Kind,
     wire::envoy::{
@@ -36,6 +39,11 @@ pub(crate) struct Served {
 impl Served {
     /// With these files.
     pub(crate) async fn new(test: &str, files: &[(&str, &str)]) -> Self {
+        Self::secured(test, files, tls::Options::default()).await
+    }
+
+    /// For those who may come.
+    pub(crate) async fn secured(test: &str, files: &[(&str, &str)], tls: tls::Options) -> Self {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serve-{test}"));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
@@ -47,6 +55,7 @@ impl Served {
             config: directory.clone(),
             listen: any,
             admin: any,
+            tls,
             drain_time_s: 0,
             log_level: "info".into(),
         };
@@ -98,15 +107,7 @@ impl Served {
 
     /// Of a node that says this of itself.
     pub(crate) async fn delta_of(&self, node: Node) -> Delta {
-        let (sender, receiver) = mpsc::channel(16);
-        let mut client = AggregatedDiscoveryServiceClient::new(self.channel().await);
-        let requests = ReceiverStream::new(receiver);
-        let answers = client.delta_aggregated_resources(requests).await.unwrap();
-        Delta {
-            node: Some(node),
-            sender,
-            answers: answers.into_inner(),
-        }
+        Delta::over(self.channel().await, node).await
     }
 
     pub(crate) async fn state(&self) -> Result<State, Status> {
@@ -162,6 +163,18 @@ pub(crate) struct Delta {
 }
 
 impl Delta {
+    pub(crate) async fn over(channel: Channel, node: Node) -> Self {
+        let (sender, receiver) = mpsc::channel(16);
+        let mut client = AggregatedDiscoveryServiceClient::new(channel);
+        let requests = ReceiverStream::new(receiver);
+        let answers = client.delta_aggregated_resources(requests).await.unwrap();
+        Self {
+            node: Some(node),
+            sender,
+            answers: answers.into_inner(),
+        }
+    }
+
     pub(crate) async fn send(&mut self, request: DeltaDiscoveryRequest) {
         let node = self.node.take();
         let request = DeltaDiscoveryRequest { node, ..request };

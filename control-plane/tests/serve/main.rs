@@ -7,6 +7,9 @@
 
 mod files;
 mod harness;
+mod identity;
+mod issued;
 mod process;
+mod secure;
 mod short;
 mod streams;
