@@ -26,7 +26,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tonic::Status;
 use verify::OfTrustDomain;
 
@@ -330,6 +330,8 @@ struct Proven {
     id: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
     access: Arc<Access>,
+    /// Told when it is no longer who it was: what goes over its connection next would be refused, too, for ever.
+    over: Arc<Notify>,
 }
 
 impl Peer {
@@ -362,8 +364,10 @@ impl Peer {
     /// Takes it as this node.
     ///
     /// # Errors
-    /// `PERMISSION_DENIED`, counted and logged.
+    /// `PERMISSION_DENIED`, or what [`Self::check`] says; counted and logged.
     pub fn admit(&self, node: &str) -> Result<(), Status> {
+        // Its connection may be older than its certificate is good.
+        self.check()?;
         if self.may_be(node) {
             return Ok(());
         }
@@ -384,7 +388,7 @@ impl Peer {
         Some(tokio::time::interval_at(first, interval))
     }
 
-    /// Whether it would be let in now.
+    /// Whether it would be let in now; if not, its connection is closed a moment later, so that it comes back with what it has then.
     ///
     /// # Errors
     /// `UNAUTHENTICATED`, counted and logged: its certificate holds no longer, or nobody vouches for it any more.
@@ -402,6 +406,7 @@ impl Peer {
         };
         tracing::warn!(address = ?self.address, id = %proven.id, %error, "the certificate of a client holds no longer");
         refuse_stream("certificate");
+        proven.over.notify_one();
         Err(Status::unauthenticated(format!(
             "the certificate holds no longer: {error}"
         )))

@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc},
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -24,6 +24,8 @@ use tonic::transport::server::Connected;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes at once; further connections wait until there is room.
 const HANDSHAKES_MAX: usize = 1024;
+/// For its streams to be told why their connection is closed.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// After a connection could not be accepted, which is mostly for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -35,6 +37,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
 pub struct Connection {
     bytes: Box<dyn Bytes>,
     peer: Peer,
+    /// When it is closed from our side, whatever goes on.
+    over: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl Connected for Connection {
@@ -51,6 +55,10 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.over.as_mut().poll(context).is_ready() {
+            self.over = Box::pin(std::future::ready(()));
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.bytes).poll_read(context, buffer)
     }
 }
@@ -129,6 +137,7 @@ async fn take(
         None => Connection {
             bytes: Box::new(socket),
             peer,
+            over: Box::pin(std::future::pending()),
         },
         Some(access) => {
             let address = peer.address;
@@ -157,13 +166,19 @@ async fn shake(socket: TcpStream, peer: Peer, access: Arc<Access>) -> io::Result
     let leaf = chain
         .first()
         .ok_or_else(|| io::Error::other("no certificate"))?;
+    let over = Arc::new(Notify::new());
     let proven = Proven {
         id: ca::id_of(leaf).map_err(io::Error::other)?,
         chain,
         access,
+        over: over.clone(),
     };
     Ok(Connection {
         bytes: Box::new(stream),
+        over: Box::pin(async move {
+            over.notified().await;
+            sleep(FAREWELL).await;
+        }),
         peer: Peer {
             proven: Some(Arc::new(proven)),
             ..peer

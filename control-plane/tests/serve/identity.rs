@@ -2,7 +2,7 @@
 
 use crate::{
     harness::{Delta, PATIENCE, Served, as_str, cluster, endpoints, eventually, everything, node},
-    secure::{Ca, HOUR, channel, client, der, shake},
+    secure::{Ca, HOUR, channel, client, der, reconnecting, shake},
 };
 use outrigger_control_plane::{ca::Pair, tls};
 use outrigger_xds::{
@@ -31,6 +31,7 @@ use rustls::{
 };
 use std::{
     fs,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 use tokio::time::timeout;
@@ -293,10 +294,26 @@ async fn a_stream_ends_with_its_certificate() {
         SystemTime::now(),
         Duration::from_secs(15),
     );
-    let at = channel(served.running.address, client(&ca, Some(&brief), &TLS13));
-    let mut stream = Delta::over(at, named("a")).await;
+    let current = Arc::new(Mutex::new(client(&ca, Some(&brief), &TLS13)));
+    let known = current.clone();
+    let at = reconnecting(served.running.address, move || {
+        known.lock().unwrap().clone()
+    });
+    let mut stream = Delta::over(at.clone(), named("a")).await;
     stream.want(Kind::Clusters, &[]).await;
     assert_eq!(stream.take(None).await, "Clusters[a]");
+    // What is new counts once its connection is closed, though it never lost it itself.
+    let good = ca.good("spiffe://fleet/node/a");
+    *current.lock().unwrap() = client(&ca, Some(&good), &TLS13);
     let ended = timeout(PATIENCE, stream.answers.message()).await;
     assert_eq!(ended.unwrap().unwrap_err().code(), Code::Unauthenticated);
+    let request = || DiscoveryRequest {
+        node: Some(named("a")),
+        ..DiscoveryRequest::default()
+    };
+    eventually("it is let in again", async || {
+        let mut client = ClusterDiscoveryServiceClient::new(at.clone());
+        client.fetch_clusters(request()).await.ok()
+    })
+    .await;
 }

@@ -170,8 +170,16 @@ pub(crate) async fn shake(
 
 /// A channel of gRPC; an error is known when it is used.
 pub(crate) fn channel(at: SocketAddr, config: ClientConfig) -> Channel {
+    reconnecting(at, move || config.clone())
+}
+
+/// Each connection of it asks what to be.
+pub(crate) fn reconnecting(
+    at: SocketAddr,
+    config: impl Fn() -> ClientConfig + Send + 'static,
+) -> Channel {
     let connector = tower::service_fn(move |_: http::Uri| {
-        let shaking = shake(at, config.clone());
+        let shaking = shake(at, config());
         async move { shaking.await.map(TokioIo::new) }
     });
     Endpoint::from_static("http://xds").connect_with_connector_lazy(connector)
