@@ -216,6 +216,19 @@ impl ControlPlane {
     /// # Panics
     /// If it does not.
     pub async fn start(program: &str, directory: &str, listen: SocketAddr) -> Self {
+        Self::with_flags(program, directory, listen, &[]).await
+    }
+
+    /// The same, with these flags.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    pub async fn with_flags(
+        program: &str,
+        directory: &str,
+        listen: SocketAddr,
+        flags: &[&str],
+    ) -> Self {
         let error_path = scratch("stderr");
         let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
         let mut command = Command::new(program);
@@ -223,6 +236,7 @@ impl ControlPlane {
             .args(["control-plane", "serve", "--config", directory])
             .args(["--listen", &listen.to_string(), "--admin", "127.0.0.1:0"])
             .args(["--drain-time-s", "0"])
+            .args(flags)
             .env("NO_COLOR", "1")
             .stdout(Stdio::null())
             .stderr(errors);
