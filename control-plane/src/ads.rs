@@ -11,8 +11,9 @@ pub use services::Discovery;
 use crate::{
     catalog::Catalog,
     clients::{Clients, Entry, STREAMS_MAX},
+    rollout,
     session::{Client, Refusal, Request, Response},
-    views::Published,
+    views,
 };
 use dialect::Dialect;
 use outrigger_xds::subscription::Kind;
@@ -122,9 +123,9 @@ fn status(refusal: &Refusal) -> Status {
 
 impl Shared {
     /// What is served; nobody is told that there is nothing before the sources were read.
-    fn served(&self) -> Result<Arc<Published>, Status> {
-        let published = self.catalog.published();
-        published.ok_or_else(|| {
+    fn served(&self) -> Result<Arc<views::Served>, Status> {
+        let served = self.catalog.served();
+        served.ok_or_else(|| {
             Status::unavailable("no good configuration yet: see /sources of its admin")
         })
     }
@@ -147,7 +148,9 @@ impl Shared {
         let conversation = Conversation::<D> {
             served,
             entry,
+            catalog: self.catalog.clone(),
             published: self.catalog.subscribe(),
+            made_of: MadeOf::default(),
             ending: self.ending.clone(),
             sender,
         };
@@ -156,11 +159,36 @@ impl Shared {
     }
 }
 
+/// What the last responses were made of: so a refusal tells which version it is of.
+#[derive(Debug, Default)]
+struct MadeOf {
+    version: u64,
+    /// Of the first of them.
+    nonce: u64,
+}
+
+impl MadeOf {
+    fn said(&mut self, version: u64, response: &Response) {
+        if self.version != version {
+            self.version = version;
+            self.nonce = response.nonce.parse().unwrap_or_default();
+        }
+    }
+
+    /// Of which version a response is, if it is one of them.
+    fn version(&self, nonce: &str) -> Option<u64> {
+        let nonce: u64 = nonce.parse().ok()?;
+        (nonce >= self.nonce).then_some(self.version)
+    }
+}
+
 /// One stream.
 struct Conversation<D: Dialect> {
     served: Served,
     entry: Entry,
-    published: watch::Receiver<Option<Arc<Published>>>,
+    catalog: Arc<Catalog>,
+    published: watch::Receiver<Option<Arc<views::Served>>>,
+    made_of: MadeOf,
     ending: watch::Receiver<Option<Ending>>,
     sender: mpsc::Sender<Result<D::Response, Status>>,
 }
@@ -195,7 +223,7 @@ impl<D: Dialect> Conversation<D> {
                 },
                 slot = self.sender.reserve(), if is_news => {
                     let Ok(slot) = slot else { return Ok(()) };
-                    match next(&self.entry, &mut self.published) {
+                    match next(&self.entry, &mut self.published, &mut self.made_of) {
                         Some(response) => slot.send(Ok(D::write(response))),
                         None => is_news = false,
                     }
@@ -210,21 +238,39 @@ impl<D: Dialect> Conversation<D> {
         let request = self.served.typed(D::read(request))?;
         let mut session = self.entry.stream.session();
         count(&request, session.client());
+        self.tell_refusal(&request, session.client());
         session
             .hear(request, SystemTime::now())
             .map_err(|refusal| status(&refusal))
+    }
+
+    /// It speaks against the version that was sent.
+    fn tell_refusal(&self, request: &Request, client: Option<&Client>) {
+        let version = self.made_of.version(&request.nonce);
+        if let (Some(error), Some(version), Some(client)) = (&request.error, version, client) {
+            let refusal = rollout::Refusal {
+                node: client.node.id.clone(),
+                type_url: request.type_url.clone(),
+                error: error.clone(),
+            };
+            self.catalog.refused(version, refusal);
+        }
     }
 }
 
 /// What a client is to be told now.
 fn next(
     entry: &Entry,
-    published: &mut watch::Receiver<Option<Arc<Published>>>,
+    published: &mut watch::Receiver<Option<Arc<views::Served>>>,
+    made_of: &mut MadeOf,
 ) -> Option<Response> {
-    let published = published.borrow_and_update().clone()?;
+    let served = published.borrow_and_update().clone()?;
     let mut session = entry.stream.session();
-    let snapshot = published.snapshot(session.client()?);
+    let client = session.client()?;
+    let version = served.of(&client.node.id);
+    let snapshot = version.published.snapshot(client);
     let response = session.next(snapshot, SystemTime::now())?;
+    made_of.said(version.number, &response);
     let type_url = label(&response.type_url);
     metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);
     metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)

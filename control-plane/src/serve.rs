@@ -4,11 +4,13 @@ use crate::{
     admin::{self, Admin},
     ads::{Discovery, Ending, REQUEST_BYTES_MAX, Shared},
     catalog::Catalog,
-    clients::Clients,
     figures,
     lrs::{LoadReporting, Loads},
+    rollout::{Plan, seen::Observed},
     source::{Source, files::Directory},
     status::ClientStatus,
+    store::{Store, VERSIONS_MAX_DEFAULT},
+    versions::Versions,
 };
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -41,6 +43,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// After the last stream was told to end, its connection may take so long to do so.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Between two attempts to keep what could not be kept.
+const KEEP_RETRY: Duration = Duration::from_secs(2);
 
 /// How a control plane runs.
 #[derive(Debug, Clone, Args)]
@@ -54,6 +58,23 @@ pub struct Options {
     /// Where people and Prometheus look.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
     pub admin: SocketAddr,
+    /// Directory where versions are kept; without it they are until the process ends.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Versions that are kept at most.
+    #[arg(long, value_name = "N", default_value_t = VERSIONS_MAX_DEFAULT)]
+    pub versions_max: usize,
+    /// A new version goes to so many per cent of the nodes, step by step, such as 10,50,100.
+    #[arg(
+        long,
+        value_name = "PERCENT,…",
+        value_delimiter = ',',
+        default_value = "100"
+    )]
+    pub rollout: Vec<u8>,
+    /// How long each step is watched before the next.
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    pub rollout_step_s: u64,
     /// After SIGTERM, streams end over so many seconds, so that not all proxies go elsewhere at once.
     #[arg(long, value_name = "S", default_value_t = 5)]
     pub drain_time_s: u64,
@@ -93,9 +114,12 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
     let mut source = Directory::new(directory.clone());
-    let catalog = Arc::new(Catalog::new([source.name()]));
-    let clients = Arc::new(Clients::default());
+    let observed = Observed::default();
+    let (clients, loads) = (observed.clients.clone(), observed.loads.clone());
+    let versions = versions(options)?;
+    let catalog = Arc::new(Catalog::with([source.name()], versions, observed));
     // So that who comes first finds something.
+    beside(&catalog, Catalog::restore).await;
     take(&mut source, &catalog).await;
     let (ending, ended) = watch::channel(None);
     let shared = Shared {
@@ -103,13 +127,13 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         clients: clients.clone(),
         ending: ended,
     };
-    let loads = Arc::new(Loads::default());
     let serving = tokio::spawn(serve(listener, shared, loads.clone()));
     let shown = Admin {
         catalog: catalog.clone(),
         clients,
         loads,
     };
+    let watched = catalog.clone();
     let follow = async move {
         loop {
             take(&mut source, &catalog).await;
@@ -123,9 +147,46 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         serving,
         tasks: vec![
             tokio::spawn(follow),
+            tokio::spawn(watch_versions(watched)),
             tokio::spawn(admin::serve(admin, Arc::new(shown))),
         ],
     })
+}
+
+/// With those that are kept.
+fn versions(options: &Options) -> anyhow::Result<Versions> {
+    let step = Duration::from_secs(options.rollout_step_s);
+    let plan =
+        Plan::new(&options.rollout, step).map_err(|error| anyhow::anyhow!("--rollout: {error}"))?;
+    let store = match &options.state {
+        Some(directory) => Store::open(directory, options.versions_max)?,
+        None => Store::in_memory(options.versions_max),
+    };
+    Ok(Versions::new(store, plan))
+}
+
+/// Follows what is tried, and tries again what could not be kept.
+async fn watch_versions(catalog: Arc<Catalog>) {
+    let interval = catalog.versions().plan().look_interval();
+    let mut tried = Instant::now();
+    loop {
+        tokio::time::sleep(interval).await;
+        if catalog.rollout().is_some() {
+            beside(&catalog, Catalog::look).await;
+        }
+        if tried.elapsed() >= KEEP_RETRY {
+            tried = Instant::now();
+            beside(&catalog, Catalog::retry).await;
+        }
+    }
+}
+
+/// What takes time is done beside the runtime.
+async fn beside(catalog: &Arc<Catalog>, what: fn(&Catalog)) {
+    let catalog = catalog.clone();
+    if let Err(error) = tokio::task::spawn_blocking(move || what(&catalog)).await {
+        tracing::error!(%error, "a step of the configuration failed");
+    }
 }
 
 /// What a source has next. Judging it takes time, and is done beside the runtime.

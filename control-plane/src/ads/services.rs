@@ -106,7 +106,7 @@ impl Shared {
         served: Served,
         request: DiscoveryRequest,
     ) -> Result<DiscoveryResponse, Status> {
-        let published = self.served()?;
+        let versions = self.served()?;
         let mut request = served.typed(State::read(request))?;
         // Who fetches wants an answer, whatever it has.
         if let Ask::State { version, .. } = &mut request.ask {
@@ -120,7 +120,7 @@ impl Shared {
             .map_err(|refusal: Refusal| super::status(&refusal))?;
         let client = session.client().ok_or(Refusal::Anonymous);
         let snapshot = client
-            .map(|client| published.snapshot(client))
+            .map(|client| versions.of(&client.node.id).published.snapshot(client))
             .map_err(|refusal| super::status(&refusal))?;
         // If nothing of it exists, that is what is told.
         let mut response = Response {

@@ -5,8 +5,11 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod disk;
 mod files;
 mod harness;
 mod process;
+mod rollout;
 mod short;
 mod streams;
+mod versions;
