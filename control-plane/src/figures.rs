@@ -95,6 +95,27 @@ pub const ROWS: &[Row] = &[
         "outrigger_control_plane_problems",
         "What is wrong with what the sources have; while it is not 0, what was good last is served.",
     ),
+    gauge(
+        "outrigger_control_plane_versions",
+        "Versions of the configuration that are kept.",
+    ),
+    gauge("outrigger_control_plane_versions_bytes", "What they hold."),
+    gauge(
+        "outrigger_control_plane_store_ok",
+        "1, or 0 while the last change could not be kept.",
+    ),
+    counter(
+        "outrigger_control_plane_store_failures_total",
+        "Changes that could not be kept.",
+    ),
+    gauge(
+        "outrigger_control_plane_rollout_percent",
+        "Per cent of the nodes that try a version; 0 while there is none.",
+    ),
+    counter(
+        "outrigger_control_plane_rollouts_total",
+        "Versions that were tried to an end, by result: done, rolled_back.",
+    ),
     counter(
         "outrigger_control_plane_admin_connections_refused_total",
         "Connections to the admin that were closed because too many were open.",

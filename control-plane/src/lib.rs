@@ -10,21 +10,26 @@ pub mod ads;
 pub mod ca;
 pub mod catalog;
 pub mod clients;
+pub mod diff;
 pub mod figures;
 pub mod foreign;
 pub mod identity;
 pub mod issued;
 pub mod lrs;
+pub mod operate;
 pub mod references;
+pub mod rollout;
 pub mod serve;
 pub mod session;
 pub mod short;
 pub mod snapshot;
 pub mod source;
 pub mod status;
+pub mod store;
 pub mod tls;
 pub mod translate;
 pub mod validate;
+pub mod versions;
 pub mod views;
 
 use anyhow::Context;
@@ -57,6 +62,14 @@ enum Command {
     },
     /// Prints the Envoy resources that short resources become.
     Translate(Translate),
+    /// Prints the versions that a control plane has, the newest first.
+    Versions(operate::Running),
+    /// Prints what is different between two versions of a control plane, or what a directory would change there, and for how many nodes.
+    Diff(operate::Diff),
+    /// Makes a control plane serve a version again, to all, until what is in its directory changes.
+    Rollback(operate::Rollback),
+    /// Ends a rollback: a control plane serves what is in its directory again.
+    Resume(operate::Running),
     /// Prints the JSON schema of short resources.
     Schema,
     /// The built-in CA: makes one, and issues certificates from it.
@@ -106,6 +119,17 @@ impl Translate {
     }
 }
 
+/// What is to be printed, and whether all is well.
+fn printed(text: anyhow::Result<String>) -> (String, bool) {
+    match text {
+        Ok(text) => (text, true),
+        Err(error) => {
+            eprintln!("{error:#}");
+            (String::new(), false)
+        }
+    }
+}
+
 /// Does what the command line asks for: exit code 0 if all is well, 1 if a file is not good or it cannot serve, 2 if the command line is wrong.
 #[must_use]
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -129,13 +153,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             let report = validate::validate(&files);
             (report.to_string(), report.is_good())
         }
-        Command::Translate(translate) => match translate.run() {
-            Ok(text) => (text, true),
-            Err(error) => {
-                eprintln!("{error:#}");
-                (String::new(), false)
-            }
-        },
+        Command::Translate(translate) => printed(translate.run()),
+        Command::Versions(running) => printed(running.versions()),
+        Command::Diff(diff) => printed(diff.run()),
+        Command::Rollback(rollback) => printed(rollback.run()),
+        Command::Resume(running) => printed(running.resume()),
         Command::Schema => (short::SCHEMA.to_owned(), true),
         Command::Ca(command) => match command.run() {
             Ok(text) => (text, true),

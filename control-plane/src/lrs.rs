@@ -1,7 +1,9 @@
-//! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown; nothing is made of it yet.
+//! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown;
+//! how many requests failed says how a version gets on that is tried.
 
 use crate::{
     ads::{refused, unread},
+    rollout::Requests,
     tls::Peer,
 };
 use outrigger_xds::wire::envoy::{
@@ -37,6 +39,8 @@ const CLUSTERS_REPORTED_MAX: usize = 10_000;
 struct Report {
     node: String,
     at: Option<SystemTime>,
+    /// Requests that are over, since the stream is open.
+    total: Requests,
     clusters: BTreeMap<String, Load>,
 }
 
@@ -90,6 +94,16 @@ impl Loads {
         let open = self.lock();
         let reports: Vec<Value> = open.values().map(Report::to_json).collect();
         reports.into()
+    }
+
+    /// Requests that are over, of each stream since it is open, with the node that it is of.
+    #[must_use]
+    pub fn requests(&self) -> Vec<(String, Requests)> {
+        let open = self.lock();
+        let reports = open.values();
+        reports
+            .map(|report| (report.node.clone(), report.total))
+            .collect()
     }
 
     fn enter(self: &Arc<Self>) -> Option<Stream> {
@@ -152,6 +166,12 @@ impl Stream {
         report.clusters = clusters
             .map(|stats| (stats.cluster_name.clone(), Load::from(stats)))
             .collect();
+        report.total = report.clusters.values().fold(report.total, |sum, load| {
+            sum.and(Requests {
+                finished: load.succeeded.saturating_add(load.failed),
+                failed: load.failed,
+            })
+        });
         report.at = Some(SystemTime::now());
         Ok(())
     }

@@ -4,12 +4,14 @@ use crate::{
     admin::{self, Admin},
     ads::{Discovery, Ending, REQUEST_BYTES_MAX, Shared},
     catalog::Catalog,
-    clients::Clients,
     figures,
     lrs::{LoadReporting, Loads},
+    rollout::{Plan, seen::Observed},
     source::{Source, files::Directory},
     status::ClientStatus,
+    store::{Store, VERSIONS_MAX_DEFAULT},
     tls::{self, Access},
+    versions::Versions,
 };
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -40,6 +42,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// After the last stream was told to end, its connection may take so long to do so.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Between two attempts to keep what could not be kept.
+const KEEP_RETRY: Duration = Duration::from_secs(2);
 
 /// How a control plane runs.
 #[derive(Debug, Clone, Args)]
@@ -53,6 +57,23 @@ pub struct Options {
     /// Where people and Prometheus look.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
     pub admin: SocketAddr,
+    /// Directory where versions are kept; without it they are until the process ends.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Versions that are kept at most.
+    #[arg(long, value_name = "N", default_value_t = VERSIONS_MAX_DEFAULT)]
+    pub versions_max: usize,
+    /// A new version goes to so many per cent of the nodes, step by step, such as 10,50,100.
+    #[arg(
+        long,
+        value_name = "PERCENT,…",
+        value_delimiter = ',',
+        default_value = "100"
+    )]
+    pub rollout: Vec<u8>,
+    /// How long each step is watched before the next.
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    pub rollout_step_s: u64,
     /// Who may come for them.
     #[command(flatten)]
     pub tls: tls::Options,
@@ -97,11 +118,13 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
     let mut source = Directory::new(directory.clone());
-    let catalog = Arc::new(
-        Catalog::new([source.name()]).issuing(access.as_ref().is_some_and(|it| it.issues())),
-    );
-    let clients = Arc::new(Clients::default());
+    let observed = Observed::default();
+    let (clients, loads) = (observed.clients.clone(), observed.loads.clone());
+    let issues = access.as_ref().is_some_and(|access| access.issues());
+    let versions = versions(options)?.issuing(issues);
+    let catalog = Arc::new(Catalog::with([source.name()], versions, observed));
     // So that who comes first finds something.
+    beside(&catalog, Catalog::restore).await;
     take(&mut source, &catalog).await;
     let (ending, ended) = watch::channel(None);
     let shared = Shared {
@@ -109,7 +132,6 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         clients: clients.clone(),
         ending: ended,
     };
-    let loads = Arc::new(Loads::default());
     let incoming = tls::incoming(listener, access.clone());
     let serving = tokio::spawn(serve(incoming, shared, loads.clone()));
     let shown = Admin {
@@ -117,6 +139,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         clients,
         loads,
     };
+    let watched = catalog.clone();
     let follow = async move {
         loop {
             take(&mut source, &catalog).await;
@@ -130,6 +153,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         serving,
         tasks: [
             tokio::spawn(follow),
+            tokio::spawn(watch_versions(watched)),
             tokio::spawn(admin::serve(admin, Arc::new(shown))),
         ]
         .into_iter()
@@ -142,6 +166,42 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
 fn warn_of_plain_text(listen: SocketAddr, access: Option<&Access>) {
     if access.is_none() && !listen.ip().is_loopback() {
         tracing::warn!(%listen, "xDS without TLS: everybody who reaches this address is the node that they say, and is sent its secrets");
+    }
+}
+
+/// With those that are kept.
+fn versions(options: &Options) -> anyhow::Result<Versions> {
+    let step = Duration::from_secs(options.rollout_step_s);
+    let plan =
+        Plan::new(&options.rollout, step).map_err(|error| anyhow::anyhow!("--rollout: {error}"))?;
+    let store = match &options.state {
+        Some(directory) => Store::open(directory, options.versions_max)?,
+        None => Store::in_memory(options.versions_max),
+    };
+    Ok(Versions::new(store, plan))
+}
+
+/// Follows what is tried, and tries again what could not be kept.
+async fn watch_versions(catalog: Arc<Catalog>) {
+    let interval = catalog.versions().plan().look_interval();
+    let mut tried = Instant::now();
+    loop {
+        tokio::time::sleep(interval).await;
+        if catalog.rollout().is_some() {
+            beside(&catalog, Catalog::look).await;
+        }
+        if tried.elapsed() >= KEEP_RETRY {
+            tried = Instant::now();
+            beside(&catalog, Catalog::retry).await;
+        }
+    }
+}
+
+/// What takes time is done beside the runtime.
+async fn beside(catalog: &Arc<Catalog>, what: fn(&Catalog)) {
+    let catalog = catalog.clone();
+    if let Err(error) = tokio::task::spawn_blocking(move || what(&catalog)).await {
+        tracing::error!(%error, "a step of the configuration failed");
     }
 }
 

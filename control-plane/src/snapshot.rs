@@ -84,6 +84,13 @@ impl Snapshot {
         }
     }
 
+    /// Whether this is known to be as another one, without a look at each resource: what is the same and not shared counts as another.
+    #[must_use]
+    pub fn shares_all(&self, other: &Self) -> bool {
+        let mut kinds = Kind::ALL.into_iter();
+        kinds.all(|kind| Arc::ptr_eq(self.of(kind), other.of(kind)))
+    }
+
     /// Of all that it has.
     #[must_use]
     pub fn version(&self) -> String {

@@ -3,9 +3,11 @@
 use crate::{
     catalog::Catalog,
     issued,
+    rollout::seen::Observed,
     short::Problems,
     source::files,
     translate::{self, input},
+    versions::Versions,
 };
 use anyhow::Context;
 use outrigger_xds::load;
@@ -69,7 +71,8 @@ pub fn validate(paths: &[PathBuf]) -> Report {
 /// As if it were to be served: problems by where they are.
 fn of_directory(path: &Path) -> Vec<FileReport> {
     const SOURCE: &str = "directory";
-    let catalog = Catalog::new([SOURCE]).issuing(true);
+    let versions = Versions::in_memory().issuing(true);
+    let catalog = Catalog::with([SOURCE], versions, Observed::default());
     catalog.take(SOURCE, files::load(path));
     let status = catalog.status().remove(SOURCE).unwrap_or_default();
     let report = |path: &Path, problems: Vec<String>| FileReport {

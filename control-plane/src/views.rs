@@ -5,7 +5,7 @@
 //! that nothing in a view names: keys are for those who use them. A view is judged as a whole: what is wrong with one of them is wrong.
 
 use crate::{
-    foreign, issued, references,
+    foreign, issued, references, rollout,
     session::Client,
     short::{Document, Problems},
     snapshot::{self, Resource, Snapshot},
@@ -45,6 +45,56 @@ impl Published {
         } else {
             &view.others
         }
+    }
+}
+
+/// What is served at a moment: one version to all, or another one to some.
+#[derive(Debug)]
+pub struct Served {
+    /// To all, or to all others.
+    pub live: Numbered,
+    /// To nodes whose place is not above this.
+    pub trial: Option<(Numbered, u64)>,
+}
+
+/// What is served of a version.
+#[derive(Debug, Clone)]
+pub struct Numbered {
+    /// Which.
+    pub number: u64,
+    /// It.
+    pub published: Arc<Published>,
+}
+
+impl Served {
+    /// To a node.
+    #[must_use]
+    pub fn of(&self, node: &str) -> &Numbered {
+        match &self.trial {
+            Some((trial, last)) if rollout::place(node) <= *last => trial,
+            _ => &self.live,
+        }
+    }
+
+    /// Whether what is tried is anything else for a client than what is live.
+    #[must_use]
+    pub fn concerns(&self, client: &Client) -> bool {
+        let live = self.live.published.snapshot(client);
+        let trial = self.trial.as_ref();
+        trial.is_some_and(|(trial, _)| !trial.published.snapshot(client).shares_all(live))
+    }
+
+    /// Whether everybody is sent the same of both.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let key = |served: &Self| {
+            let version = |it: &Numbered| (it.number, it.published.version.clone());
+            let trial = served.trial.as_ref();
+            (
+                version(&served.live),
+                trial.map(|(it, last)| (version(it), *last)),
+            )
+        };
+        key(self) == key(other)
     }
 }
 

@@ -112,7 +112,7 @@ impl Shared {
         peer: &Peer,
         request: DiscoveryRequest,
     ) -> Result<DiscoveryResponse, Status> {
-        let published = self.served()?;
+        let versions = self.served()?;
         let mut request = served.typed(State::read(request))?;
         // Who fetches wants an answer, whatever it has.
         if let Ask::State { version, .. } = &mut request.ask {
@@ -130,7 +130,7 @@ impl Shared {
         let mut seen = Seen::new(peer.clone(), 0);
         let client = session.client().ok_or(Refusal::Anonymous);
         let snapshot = client
-            .map(|client| seen.snapshot(&published, client, now))
+            .map(|client| seen.snapshot(&versions.of(&client.node.id).published, client, now))
             .map_err(|refusal| super::status(&refusal))?;
         // If nothing of it exists, that is what is told.
         let mut response = Response {

@@ -33,17 +33,27 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A directory and who serves it.
 pub(crate) struct Served {
     pub(crate) directory: PathBuf,
+    options: Options,
     pub(crate) running: Running,
 }
 
 impl Served {
     /// With these files.
     pub(crate) async fn new(test: &str, files: &[(&str, &str)]) -> Self {
-        Self::secured(test, files, tls::Options::default()).await
+        Self::with(test, files, |_| {}).await
     }
 
     /// For those who may come.
     pub(crate) async fn secured(test: &str, files: &[(&str, &str)], tls: tls::Options) -> Self {
+        Self::with(test, files, |options| options.tls = tls).await
+    }
+
+    /// With these files, and other options.
+    pub(crate) async fn with(
+        test: &str,
+        files: &[(&str, &str)],
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serve-{test}"));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
@@ -51,17 +61,41 @@ impl Served {
             fs::write(directory.join(name), text).unwrap();
         }
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let options = Options {
+        let mut options = Options {
             config: directory.clone(),
             listen: any,
             admin: any,
-            tls,
+            tls: tls::Options::default(),
+            state: None,
+            versions_max: 50,
+            rollout: vec![100],
+            rollout_step_s: 60,
             drain_time_s: 0,
             log_level: "info".into(),
         };
+        change(&mut options);
         Self {
             running: start(&options).await.unwrap(),
             directory,
+            options,
+        }
+    }
+
+    /// Ends, and begins anew; meanwhile this happens.
+    pub(crate) async fn restarted(self, meanwhile: impl FnOnce(&Path)) -> Self {
+        let Self {
+            directory,
+            options,
+            running,
+        } = self;
+        running.end(Duration::ZERO).await.unwrap();
+        meanwhile(&directory);
+        // What is left of the one before lets go of its state.
+        let running = eventually("it starts again", async || start(&options).await.ok()).await;
+        Self {
+            directory,
+            options,
+            running,
         }
     }
 
@@ -73,21 +107,11 @@ impl Served {
     }
 
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        let stream = tokio::net::TcpStream::connect(self.running.admin)
-            .await
-            .unwrap();
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .unwrap();
-        tokio::spawn(connection);
-        let request = http::Request::get(path)
-            .header("host", "admin")
-            .body(Empty::<bytes::Bytes>::new())
-            .unwrap();
-        let response = sender.send_request(request).await.unwrap();
-        let status = response.status().as_u16();
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        (status, String::from_utf8(body.to_vec()).unwrap())
+        ask(self.running.admin, http::Request::get(path)).await
+    }
+
+    pub(crate) async fn post(&self, path: &str) -> (u16, String) {
+        ask(self.running.admin, http::Request::post(path)).await
     }
 
     pub(crate) async fn json(&self, path: &str) -> Value {
@@ -120,6 +144,23 @@ impl Served {
             answers: answers.into_inner(),
         })
     }
+}
+
+/// Of an admin.
+pub(crate) async fn ask(admin: SocketAddr, request: http::request::Builder) -> (u16, String) {
+    let stream = tokio::net::TcpStream::connect(admin).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let request = request
+        .header("host", "admin")
+        .body(Empty::<bytes::Bytes>::new())
+        .unwrap();
+    let response = sender.send_request(request).await.unwrap();
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
 }
 
 pub(crate) fn node(user_agent: &str) -> Node {
@@ -200,6 +241,11 @@ impl Delta {
     /// Takes the next answer, or refuses it, and gives it as `Kind[names] -[names]`.
     pub(crate) async fn take(&mut self, error: Option<&str>) -> String {
         let answer = self.next().await;
+        self.answer(&answer, error).await;
+        written(&answer)
+    }
+
+    pub(crate) async fn answer(&mut self, answer: &DeltaDiscoveryResponse, error: Option<&str>) {
         self.send(DeltaDiscoveryRequest {
             type_url: answer.type_url.clone(),
             response_nonce: answer.nonce.clone(),
@@ -210,7 +256,6 @@ impl Delta {
             ..DeltaDiscoveryRequest::default()
         })
         .await;
-        written(&answer)
     }
 
     /// Nothing more is on its way: an answer that was asked for after all else comes first.
