@@ -474,7 +474,7 @@ spec: {{listeners: [{{address: "{gateway}"}}], routes: [{{fleet: {FLEET}}}], nod
 
 /// A proxy that wants to hear the feed of this inbound listener, with this certificate, does so or is refused.
 async fn listens_in(inbound: SocketAddr, believed: &str, pair: Option<Pair>, is_heard: bool) {
-    let pem = |text: String| DataSource::Inline(text.into_bytes().into());
+    let pem = |text: String| DataSource::Inline(text.into_bytes());
     let tls = UpstreamTls {
         common: CommonTls {
             certificates: pair

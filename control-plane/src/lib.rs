@@ -52,7 +52,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serves the short resources and the Envoy resources in a directory over xDS, and follows what changes there.
-    Serve(serve::Options),
+    Serve(Box<serve::Options>),
     /// Reads bootstrap files, short resources and directories of Envoy resources (YAML, or JSON if the name ends in .json) and prints everything that is wrong
     /// with them.
     Validate {
