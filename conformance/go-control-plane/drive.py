@@ -13,8 +13,9 @@ import time
 
 MESSAGE = "Hi, there!\n"
 LIMIT_S = 60  # the test waits for its first request that long
+DRIVEN = "delta-ads, driven.yaml"  # with a bootstrap of ours
 # What each protocol of its control plane is expected to show. With a stream for each type nothing begins: that is not built.
-EXPECTED = {"ads": "passed", "delta-ads": "passed", "xds": "refused", "delta": "refused"}
+EXPECTED = {"ads": "passed", "delta-ads": "passed", DRIVEN: "passed", "xds": "refused", "delta": "refused"}
 REASON = "not supported yet: api_config_source"
 # No scoped routes (SRDS) and no virtual hosts on demand (VHDS): neither is built.
 LEFT_OUT = ["-scopedhttp", "0", "-vhdshttp", "0"]
@@ -49,13 +50,15 @@ def free_ports(count):
     raise RuntimeError("no free ports")
 
 
-def bootstrap(home, mode, ports, logs):
-    """The project's own, with ports that are free here."""
-    text = (home / "sample" / f"bootstrap-{mode}.yaml").read_text()
-    for fixed, port in (("18000", ports["port"]), ("18090", ports["als"]), ("19000", ports["admin"])):
-        assert fixed in text, f"bootstrap-{mode}.yaml does not say {fixed}"
-        text = text.replace(f"port_value: {fixed}", f"port_value: {port}")
-    path = logs / f"bootstrap-{mode}.yaml"
+def bootstrap(args, mode, ports, logs):
+    """The project's own, or ours, with ports that are free here."""
+    source = args.driven if mode == DRIVEN else args.home / "sample" / f"bootstrap-{mode}.yaml"
+    fixed = {"18000": "port", "9901": "admin"} if mode == DRIVEN else {"18000": "port", "18090": "als", "19000": "admin"}
+    text = source.read_text()
+    for port, name in fixed.items():
+        assert f"port_value: {port}" in text, f"{source} does not say {port}"
+        text = text.replace(f"port_value: {port}", f"port_value: {ports[name]}")
+    path = logs / source.name
     path.write_text(text)
     return path
 
@@ -68,12 +71,13 @@ def ends_within(process, seconds):
         return False
 
 
-def outcome(home, proxy, mode, logs, upstream):
+def outcome(args, mode, logs, upstream):
     """("passed", ""), or what went wrong."""
+    xds, node = ("delta-ads", "a") if mode == DRIVEN else (mode, "test-id")
     first = free_ports(12)
     names = ("port", "gateway", "als", "admin")
     ports = {name: first + index for index, name in enumerate(names)}
-    argv = [proxy, "-c", bootstrap(home, mode, ports, logs), "--drain-time-s", "1", "-l", "info"]
+    argv = [args.proxy, "-c", bootstrap(args, mode, ports, logs), "--drain-time-s", "1", "-l", "info"]
     log = logs / f"proxy-{mode}.log"
     with open(log, "wb") as out:
         envoy = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -82,7 +86,7 @@ def outcome(home, proxy, mode, logs, upstream):
         if ends_within(envoy, 10 if EXPECTED[mode] == "refused" else 1):
             return "refused", log.read_text(errors="replace")
         with open(logs / f"test-{mode}.log", "wb") as out:
-            argv = [home / "test", f"--xds={mode}", f"--runtimes={RUNTIMES.get(mode, '1')}", f"-message={MESSAGE}",
+            argv = [args.home / "test", f"--xds={xds}", f"-nodeID={node}", f"--runtimes={RUNTIMES.get(xds, '1')}", f"-message={MESSAGE}",
                     "-upstream", str(upstream), "-base", str(first + len(names)), "-debug", *LEFT_OUT]
             argv += [part for name in ("port", "gateway", "als") for part in (f"-{name}", str(ports[name]))]
             test = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -104,6 +108,7 @@ def outcome(home, proxy, mode, logs, upstream):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=pathlib.Path, required=True, help="where the test and its bootstraps are")
+    parser.add_argument("--driven", type=pathlib.Path, required=True, help="a bootstrap of ours")
     parser.add_argument("--proxy", required=True)
     parser.add_argument("--logs", type=pathlib.Path)
     args = parser.parse_args()
@@ -114,7 +119,7 @@ def main():
     shown, good = {}, True
     for mode, expected in EXPECTED.items():
         begun = time.monotonic()
-        word, why = outcome(args.home, args.proxy, mode, logs, server.server_port)
+        word, why = outcome(args, mode, logs, server.server_port)
         holds = word == expected and (word != "refused" or REASON in why)
         good &= holds
         shown[mode] = f"refused: {REASON}" if holds and word == "refused" else word
