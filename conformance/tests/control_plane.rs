@@ -525,7 +525,7 @@ async fn generated(gateway: SocketAddr) {
     assert_eq!(reply.status, 200, "{}", reply.text());
 }
 
-/// Who is none of the fleet hears nothing of it; who is, does.
+/// Who was issued no identity hears nothing of the fleet, though it may come to the control plane; who was, hears it.
 async fn strangers_hear_nothing(secured: &Secured, inbound: SocketAddr) {
     let authority = Authority::load(Path::new(&secured.at("ca"))).unwrap();
     secured.init("other");
@@ -535,11 +535,13 @@ async fn strangers_hear_nothing(secured: &Secured, inbound: SocketAddr) {
         let issued = of.issue(&id.parse().unwrap(), hour, SystemTime::now());
         Some(issued.unwrap())
     };
-    let own = format!("spiffe://{TRUST_DOMAIN}/node/c");
+    let own = format!("spiffe://{TRUST_DOMAIN}/peer/c");
+    let bootstrap = format!("spiffe://{TRUST_DOMAIN}/node/c");
     for (pair, is_heard) in [
         (None, false),
         (pair(&other, &own), false),
-        (pair(&authority, "spiffe://elsewhere/node/c"), false),
+        (pair(&authority, "spiffe://elsewhere/peer/c"), false),
+        (pair(&authority, &bootstrap), false),
         (pair(&authority, &own), true),
     ] {
         listens_in(inbound, &authority.bundle, pair, is_heard).await;

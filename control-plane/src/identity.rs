@@ -1,6 +1,8 @@
 //! Who may be which node: SPIFFE ids, and the rules between them and the `id` of a node.
 //!
 //! `spiffe://TRUST_DOMAIN/node/ID` is the node `ID` and no other. For ids that look otherwise, such as Istio's `/ns/NAMESPACE/sa/ACCOUNT`, rules say it.
+//! `spiffe://TRUST_DOMAIN/peer/ID` is what that node is to other nodes. It is issued over a stream, so it never opens one: else whoever was let in once could
+//! renew what it has for ever.
 //! What an id is worth is not decided here: that a certificate has it, and that somebody vouches for that, is looked at when hands are shaken.
 
 use std::{fmt, str::FromStr};
@@ -9,6 +11,8 @@ use std::{fmt, str::FromStr};
 const ID_BYTES_MAX: usize = 2048;
 /// What ids of nodes begin with, behind the trust domain.
 const NODE: &str = "/node/";
+/// What ids begin with that nodes have to each other.
+const PEER: &str = "/peer/";
 
 /// An id as the SPIFFE standard has it: `spiffe://TRUST_DOMAIN/PATH`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,17 +106,29 @@ impl TrustDomain {
         }
     }
 
-    /// The id of a node.
+    /// The id with which a node comes to the control plane.
     ///
     /// # Errors
     /// SPIFFE allows fewer characters than ids of nodes may have.
     pub fn node(&self, id: &str) -> Result<SpiffeId, Malformed> {
+        self.of_node(NODE, id)
+    }
+
+    /// The id that a node has to other nodes, and nothing to the control plane.
+    ///
+    /// # Errors
+    /// SPIFFE allows fewer characters than ids of nodes may have.
+    pub fn peer(&self, id: &str) -> Result<SpiffeId, Malformed> {
+        self.of_node(PEER, id)
+    }
+
+    fn of_node(&self, kind: &str, id: &str) -> Result<SpiffeId, Malformed> {
         if !is_segment(id) {
             let what =
                 "not the id of a node that a SPIFFE id can hold: a-z, A-Z, 0-9, '.', '-' and '_'";
             return Err(malformed(id, what));
         }
-        format!("spiffe://{self}{NODE}{id}").parse()
+        format!("spiffe://{self}{kind}{id}").parse()
     }
 
     /// The id of this control plane.
@@ -124,10 +140,10 @@ impl TrustDomain {
         }
     }
 
-    /// What the ids of all nodes begin with.
+    /// What the ids begin with that nodes have to each other.
     #[must_use]
-    pub fn nodes(&self) -> String {
-        format!("spiffe://{self}{NODE}")
+    pub fn peers(&self) -> String {
+        format!("spiffe://{self}{PEER}")
     }
 }
 
@@ -159,6 +175,10 @@ impl FromStr for Rule {
         }
         if path.starts_with(NODE) {
             return Err(malformed(path, "who has this path is known without a rule"));
+        }
+        if path.starts_with(PEER) {
+            let what = "what is issued over a stream opens none";
+            return Err(malformed(path, what));
         }
         let prefix = node.strip_suffix('*');
         if node.is_empty() || prefix.unwrap_or(node).contains('*') {
@@ -248,6 +268,7 @@ mod tests {
             ("/node/a", "", false),
             ("/node/a/b", "a/b", false),
             ("/node", "", false),
+            ("/peer/a", "a", false),
             ("/ns/prod/sa/proxy", "prod-1", true),
             ("/ns/prod/sa/proxy", "prod", false),
             ("/ns/prod/sa/edge", "edge", true),
@@ -259,7 +280,17 @@ mod tests {
             let id: SpiffeId = format!("spiffe://d{path}").parse().unwrap();
             assert_eq!(may_be(&id, node, &rules), expected, "{path} {node}");
         }
-        for bad in ["", "/a", "a=b", "/a=", "/a=*b", "/a=b**", "/node/a=b", "=b"] {
+        for bad in [
+            "",
+            "/a",
+            "a=b",
+            "/a=",
+            "/a=*b",
+            "/a=b**",
+            "/node/a=b",
+            "/peer/a=b",
+            "=b",
+        ] {
             assert!(bad.parse::<Rule>().is_err(), "{bad}");
         }
         let any: Rule = "/operator=*".parse().unwrap();

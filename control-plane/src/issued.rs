@@ -1,4 +1,5 @@
-//! Secrets that the built-in CA issues to each node, beside what is published for it: who it is, and whom it believes. They are renewed while its stream goes on.
+//! Secrets that the built-in CA issues to each node, beside what is published for it: who it is to other nodes, and whom it believes. They are renewed while its
+//! stream goes on, and open none.
 
 use crate::{
     ca::Authority,
@@ -16,9 +17,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// A certificate with its key, whose SPIFFE id is `spiffe://TRUST_DOMAIN/node/ID`.
+/// A certificate with its key, whose SPIFFE id is `spiffe://TRUST_DOMAIN/peer/ID`.
 pub const IDENTITY: &str = "outrigger_identity";
-/// The CAs of the trust domain, and that an id must be one of its nodes.
+/// The CAs of the trust domain, and that an id must be one that was issued so.
 pub const TRUST: &str = "outrigger_trust";
 /// Streams are spread over so many moments before half of a certificate's time is over.
 const RENEWAL_STEPS: u32 = 64;
@@ -143,7 +144,7 @@ fn issue(
     ttl: Duration,
     now: SystemTime,
 ) -> anyhow::Result<Vec<Arc<Resource>>> {
-    let pair = authority.issue(&authority.trust_domain.node(node)?, ttl, now)?;
+    let pair = authority.issue(&authority.trust_domain.peer(node)?, ttl, now)?;
     let identity = json!({ "tls_certificate": {
         "certificate_chain": { "inline_string": pair.chain },
         "private_key": { "inline_string": pair.key },
@@ -155,12 +156,12 @@ fn issue(
         .collect()
 }
 
-/// Whom a node believes: other nodes.
+/// Whom a node believes: who was issued an identity, too.
 fn trust(bundle: &str, domain: &TrustDomain) -> Value {
     json!({ "validation_context": {
         "trusted_ca": { "inline_string": bundle },
         "match_typed_subject_alt_names": [
-            { "san_type": "URI", "matcher": { "prefix": domain.nodes() } },
+            { "san_type": "URI", "matcher": { "prefix": domain.peers() } },
         ],
     } })
 }

@@ -133,6 +133,8 @@ async fn a_client_is_the_node_that_its_certificate_says_and_no_other() {
         (istio, "prod-1", true),
         (istio, "a", false),
         ("spiffe://fleet/ns/test/sa/proxy", "prod-1", false),
+        // What is issued over a stream opens none: a stolen certificate would live for ever.
+        ("spiffe://fleet/peer/a", "a", false),
     ];
     for (id, node, expected) in cases {
         let result = admitted(&served, config(id), node).await;

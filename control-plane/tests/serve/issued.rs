@@ -63,7 +63,7 @@ async fn secrets(stream: &mut Delta) -> (Vec<String>, Vec<String>) {
             Type::ValidationContext(context) => {
                 assert_eq!(secret.name, "outrigger_trust");
                 let names = format!("{:?}", context.match_typed_subject_alt_names);
-                assert!(names.contains("spiffe://fleet/node/"), "{names}");
+                assert!(names.contains("spiffe://fleet/peer/"), "{names}");
                 trusted.push(text(context.trusted_ca));
             }
         }
@@ -89,17 +89,17 @@ async fn certificates_are_renewed_while_streams_go_on_and_a_new_ca_is_told() {
     a.want(Kind::Secrets, &["outrigger_identity", "outrigger_trust"])
         .await;
     let (first, trusted) = secrets(&mut a).await;
-    assert_eq!(ids(&first[0]), ["spiffe://fleet/node/a"]);
+    assert_eq!(ids(&first[0]), ["spiffe://fleet/peer/a"]);
     assert_eq!(trusted, [ca.pem()]);
     // What did not change is not sent again.
     let (second, again) = secrets(&mut a).await;
-    assert_eq!(ids(&second[0]), ["spiffe://fleet/node/a"]);
+    assert_eq!(ids(&second[0]), ["spiffe://fleet/peer/a"]);
     assert!(second != first && again.is_empty(), "{again:?}");
     // Each node has its own.
     let mut b = stream(&served, &ca, "b").await;
     b.want(Kind::Secrets, &["outrigger_identity"]).await;
     let (of_b, _) = secrets(&mut b).await;
-    assert_eq!(ids(&of_b[0]), ["spiffe://fleet/node/b"]);
+    assert_eq!(ids(&of_b[0]), ["spiffe://fleet/peer/b"]);
     let other = Ca::new("issues-other", "fleet");
     let both = format!("{}{}", ca.pem(), other.pem());
     fs::write(ca.dir.join(".new"), &both).unwrap();
