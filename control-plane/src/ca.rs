@@ -15,7 +15,7 @@ use rustls::{
     RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, UnixTime, pem::PemObject},
-    server::WebPkiClientVerifier,
+    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use std::{
     fs,
@@ -28,7 +28,7 @@ use std::{
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a CA holds.
-const CA_TTL: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
+const CA_TTL: Duration = DAY.saturating_mul(3650);
 /// Certificates hold from so long ago, for clocks that are behind ours.
 const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 /// Larger files are no certificates.
@@ -181,16 +181,24 @@ pub(crate) fn certificates(pem: &str) -> anyhow::Result<Vec<CertificateDer<'stat
     Ok(found)
 }
 
-/// Certificates as whom to believe.
-///
-/// # Errors
-/// One cannot be a CA.
-pub(crate) fn roots(certificates: &[CertificateDer<'static>]) -> anyhow::Result<RootCertStore> {
+fn roots(certificates: &[CertificateDer<'static>]) -> anyhow::Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(certificate.clone())?;
     }
     Ok(roots)
+}
+
+/// Who believes what these vouch for.
+///
+/// # Errors
+/// One cannot be a CA.
+pub(crate) fn verifier(
+    certificates: &[CertificateDer<'static>],
+) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
+    let roots = Arc::new(roots(certificates)?);
+    let provider = Arc::new(ring::default_provider());
+    Ok(WebPkiClientVerifier::builder_with_provider(roots, provider).build()?)
 }
 
 /// The one URI that a certificate of the SPIFFE standard has.
@@ -251,6 +259,28 @@ pub struct Pair {
     pub key: String,
 }
 
+/// When something was issued, and when it is to be issued anew.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Renewal {
+    at: SystemTime,
+    renew_at: SystemTime,
+}
+
+impl Renewal {
+    /// What is issued now, to be renewed after so long.
+    pub(crate) fn new(now: SystemTime, after: Duration) -> Self {
+        Self {
+            at: now,
+            renew_at: now + after,
+        }
+    }
+
+    /// A clock before the time of issue was set back: by it, what was issued may not hold yet.
+    pub(crate) fn is_due(self, now: SystemTime) -> bool {
+        now < self.at || now >= self.renew_at
+    }
+}
+
 /// A CA that issues.
 pub struct Authority {
     /// Of all its ids.
@@ -303,11 +333,8 @@ impl Authority {
     fn check(&self, own: &[CertificateDer<'static>]) -> anyhow::Result<()> {
         let id = self.trust_domain.control_plane();
         let pair = self.issue(&id, DAY, SystemTime::now())?;
-        let provider = Arc::new(ring::default_provider());
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(Arc::new(roots(own)?), provider).build()?;
         let leaf = &certificates(&pair.chain)?[0];
-        verifier.verify_client_cert(leaf, &[], UnixTime::now())?;
+        verifier(own)?.verify_client_cert(leaf, &[], UnixTime::now())?;
         Ok(())
     }
 
@@ -330,5 +357,26 @@ impl Authority {
             chain: params.signed_by(&key, &self.issuer)?.pem(),
             key: key.serialize_pem(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_issued_is_renewed_in_time_and_when_the_clock_was_set_back() {
+        let now = SystemTime::now();
+        let renewal = Renewal::new(now, DAY);
+        let second = Duration::from_secs(1);
+        for (at, expected) in [
+            (now, false),
+            (now + DAY - second, false),
+            (now + DAY, true),
+            (now - second, true),
+            (now - DAY, true),
+        ] {
+            assert_eq!(renewal.is_due(at), expected);
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! stream goes on, and open none.
 
 use crate::{
-    ca::Authority,
+    ca::{Authority, Renewal},
     identity::TrustDomain,
     session::Client,
     snapshot::{Resource, Snapshot},
@@ -35,8 +35,7 @@ struct Issued {
     /// By whom.
     authority: Arc<Authority>,
     secrets: Vec<Arc<Resource>>,
-    at: SystemTime,
-    renew_at: SystemTime,
+    renewal: Renewal,
 }
 
 impl Issued {
@@ -44,8 +43,7 @@ impl Issued {
         let is_same = access
             .authority()
             .is_some_and(|authority| Arc::ptr_eq(&authority, &self.authority));
-        // Of a clock that was set back nobody knows how long it is right: what is new holds by it.
-        !is_same || now >= self.renew_at || now < self.at
+        !is_same || self.renewal.is_due(now)
     }
 }
 
@@ -131,8 +129,7 @@ impl Seen {
         self.issued = Some(Issued {
             authority,
             secrets,
-            at: now,
-            renew_at: now + ttl / 2 - early,
+            renewal: Renewal::new(now, ttl / 2 - early),
         });
         true
     }

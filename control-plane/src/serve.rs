@@ -120,7 +120,9 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let mut source = Directory::new(directory.clone());
     let observed = Observed::default();
     let (clients, loads) = (observed.clients.clone(), observed.loads.clone());
-    let issues = access.as_ref().is_some_and(|access| access.issues());
+    let issues = access
+        .as_ref()
+        .is_some_and(|access| access.authority().is_some());
     let versions = versions(options)?.issuing(issues);
     let catalog = Arc::new(Catalog::with([source.name()], versions, observed));
     // So that who comes first finds something.

@@ -9,7 +9,8 @@ mod verify;
 pub use port::{Connection, incoming};
 
 use crate::{
-    ca::{self, Authority, Pair},
+    ads,
+    ca::{self, Authority, Pair, Renewal},
     identity::{self, Rule, SpiffeId, TrustDomain},
 };
 use anyhow::Context;
@@ -18,7 +19,7 @@ use rustls::{
     ServerConfig,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
-    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    server::{NoServerSessionStorage, danger::ClientCertVerifier},
 };
 use std::{
     net::SocketAddr,
@@ -30,6 +31,8 @@ use tokio::sync::{Notify, watch};
 use tonic::Status;
 use verify::OfTrustDomain;
 
+/// How long certificates hold unless it is said otherwise: a day.
+const TTL_S: u64 = 24 * 60 * 60;
 /// Between two looks at the files.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two looks whether a client's certificate still holds; less where certificates hold for a short time.
@@ -58,7 +61,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR", conflicts_with = "tls_cert")]
     pub ca: Option<PathBuf>,
     /// How long certificates hold that the CA issues while it runs; they are renewed at half of it.
-    #[arg(long, value_name = "S", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=31_536_000))]
+    #[arg(long, value_name = "S", default_value_t = TTL_S, value_parser = clap::value_parser!(u64).range(2..=31_536_000))]
     pub certificate_ttl_s: u64,
     /// Clients whose SPIFFE id has this path may be this node; an ID that ends in * is all that begins so. May be given several times.
     #[arg(long, value_name = "PATH=ID")]
@@ -73,7 +76,7 @@ impl Default for Options {
             tls_client_ca: None,
             trust_domain: None,
             ca: None,
-            certificate_ttl_s: 86_400,
+            certificate_ttl_s: TTL_S,
             identity: Vec::new(),
         }
     }
@@ -94,12 +97,17 @@ enum Origin {
 /// What hands are shaken with at one moment.
 #[derive(Debug)]
 struct Material {
+    /// What the files held.
+    texts: Vec<String>,
     server: Arc<ServerConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
     authority: Option<Arc<Authority>>,
-    /// When our own certificate is to be renewed; files are not ours to renew.
-    renew_at: Option<SystemTime>,
+    /// Of our own certificate; files are not ours to renew.
+    renewal: Option<Renewal>,
 }
+
+/// What a look at the files found: what they hold, or why they cannot be read.
+type Found = Result<Vec<String>, String>;
 
 /// Who may come, and as whom.
 #[derive(Debug)]
@@ -130,7 +138,7 @@ impl Access {
             _ => return Ok(None),
         };
         let ttl = Duration::from_secs(options.certificate_ttl_s);
-        let material = origin.build(&origin.read()?, ttl)?;
+        let material = origin.build(origin.read()?, ttl)?;
         Ok(Some(Arc::new(Self {
             origin,
             rules: options.identity.clone(),
@@ -155,70 +163,65 @@ impl Access {
         self.ttl
     }
 
-    /// Whether certificates are issued.
-    #[must_use]
-    pub fn issues(&self) -> bool {
-        matches!(self.origin, Origin::Ca(_))
-    }
-
     /// Takes up what changes, for ever.
     pub async fn follow(self: Arc<Self>) {
         let mut last = None;
         let mut looks = tokio::time::interval(LOOK_INTERVAL.min(self.ttl / 8));
         loop {
             looks.tick().await;
-            let (access, seen) = (self.clone(), last.clone());
-            let look = tokio::task::spawn_blocking(move || access.look(seen));
+            let (access, before) = (self.clone(), last.take());
+            let look = tokio::task::spawn_blocking(move || access.look(before.as_ref()));
             match look.await {
-                Ok(seen) => last = seen,
+                Ok(found) => last = Some(found),
                 Err(error) => tracing::error!(%error, "looking at certificates failed"),
             }
         }
     }
 
-    /// One look; gives what was seen. What is as it was at the last look is not tried again.
-    fn look(&self, last: Option<Vec<String>>) -> Option<Vec<String>> {
-        let renew_at = self.material().renew_at;
-        let is_due = renew_at.is_some_and(|at| {
-            let now = SystemTime::now();
-            now >= at || now + self.ttl < at
-        });
-        let texts = match self.origin.read() {
-            Ok(texts) => texts,
-            // Files are being replaced, or gone: said once, when it is known what is wrong.
-            Err(error) => {
-                if last.as_ref().is_none_or(|last| !last.is_empty()) {
-                    refused(&error);
-                }
-                return Some(Vec::new());
+    /// One look; gives what was found. What is as it was at the last look is not tried again.
+    fn look(&self, last: Option<&Found>) -> Found {
+        let found = self.origin.read().map_err(|error| format!("{error:#}"));
+        if last != Some(&found) {
+            match &found {
+                Ok(texts) => self.read_again(texts),
+                // They are being replaced, or gone.
+                Err(error) => refused(error),
             }
-        };
-        if last.as_ref() == Some(&texts) && !is_due {
-            return last;
         }
-        // At the first look nothing is new, but for what changed since the start.
-        match self.origin.build(&texts, self.ttl) {
-            Ok(material) => {
-                if last.is_some() && !is_due {
-                    tracing::info!("certificates are read again");
-                }
-                self.take(material, last.as_ref() == Some(&texts));
-            }
-            Err(error) => refused(&error),
-        }
-        Some(texts)
+        // Whatever became of the files: nobody could come any more.
+        self.renew(SystemTime::now());
+        found
     }
 
-    /// If only our own certificate is new, the CA stays the same one.
-    fn take(&self, material: Material, is_same_ca: bool) {
+    fn read_again(&self, texts: &[String]) {
+        if self.material().texts == texts {
+            return;
+        }
+        match self.origin.build(texts.to_vec(), self.ttl) {
+            Ok(material) => {
+                tracing::info!("certificates are read again");
+                self.take(material);
+            }
+            Err(error) => refused(&format!("{error:#}")),
+        }
+    }
+
+    /// Renews our own certificate if it is time, by the CA that was good last.
+    fn renew(&self, now: SystemTime) {
+        let current = self.material();
+        let is_due = current.renewal.is_some_and(|renewal| renewal.is_due(now));
+        let Some(authority) = current.authority.clone().filter(|_| is_due) else {
+            return;
+        };
+        match of_ca(authority, current.texts.clone(), self.ttl, now) {
+            Ok(material) => self.take(material),
+            Err(error) => tracing::error!("our own certificate cannot be renewed: {error:#}"),
+        }
+    }
+
+    fn take(&self, material: Material) {
         count("good");
-        self.current.send_modify(|current| {
-            let before = current.authority.clone().filter(|_| is_same_ca);
-            *current = Arc::new(Material {
-                authority: before.or(material.authority),
-                ..material
-            });
-        });
+        self.current.send_replace(Arc::new(material));
     }
 }
 
@@ -227,9 +230,9 @@ fn count(result: &'static str) {
         .increment(1);
 }
 
-fn refused(error: &anyhow::Error) {
+fn refused(error: &str) {
     count("bad");
-    tracing::warn!("certificates are not taken, those that were good last stay: {error:#}");
+    tracing::warn!("certificates are not taken, those that were good last stay: {error}");
 }
 
 impl Origin {
@@ -249,8 +252,8 @@ impl Origin {
         }
     }
 
-    fn build(&self, texts: &[String], ttl: Duration) -> anyhow::Result<Material> {
-        let [first, second, rest @ ..] = texts else {
+    fn build(&self, texts: Vec<String>, ttl: Duration) -> anyhow::Result<Material> {
+        let [first, second, rest @ ..] = &*texts else {
             anyhow::bail!("no files");
         };
         match (self, rest) {
@@ -271,35 +274,42 @@ impl Origin {
                 let verifier = verifier(bundle, trust_domain).with_context(|| at(client_ca))?;
                 let server = server(&pair, verifier.clone()).with_context(|| at(certificate))?;
                 Ok(Material {
+                    texts,
                     server,
                     verifier,
                     authority: None,
-                    renew_at: None,
+                    renewal: None,
                 })
             }
-            _ => of_ca(Authority::new(first.clone(), second)?, ttl),
+            _ => {
+                let authority = Arc::new(Authority::new(first.clone(), second)?);
+                of_ca(authority, texts, ttl, SystemTime::now())
+            }
         }
     }
 }
 
 /// The CA vouches for clients, and for us.
-fn of_ca(authority: Authority, ttl: Duration) -> anyhow::Result<Material> {
-    let now = SystemTime::now();
+fn of_ca(
+    authority: Arc<Authority>,
+    texts: Vec<String>,
+    ttl: Duration,
+    now: SystemTime,
+) -> anyhow::Result<Material> {
     let domain = &authority.trust_domain;
     let pair = authority.issue(&domain.control_plane(), ttl, now)?;
     let verifier = verifier(&authority.bundle, domain)?;
     Ok(Material {
+        texts,
         server: server(&pair, verifier.clone())?,
         verifier,
-        authority: Some(Arc::new(authority)),
-        renew_at: Some(now + ttl / 2),
+        authority: Some(authority),
+        renewal: Some(Renewal::new(now, ttl / 2)),
     })
 }
 
 fn verifier(bundle: &str, domain: &TrustDomain) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
-    let roots = ca::roots(&ca::certificates(bundle)?)?;
-    let provider = Arc::new(ring::default_provider());
-    let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build()?;
+    let chain = ca::verifier(&ca::certificates(bundle)?)?;
     Ok(Arc::new(OfTrustDomain::new(chain, domain.clone())))
 }
 
@@ -373,7 +383,7 @@ impl Peer {
         }
         let id = self.id().map(ToString::to_string).unwrap_or_default();
         tracing::warn!(address = ?self.address, id, node, "a client may not be the node that it says it is");
-        refuse_stream("identity");
+        ads::refused("identity");
         Err(Status::permission_denied(format!(
             "{id} may not be node '{node}'"
         )))
@@ -405,15 +415,10 @@ impl Peer {
             return Ok(());
         };
         tracing::warn!(address = ?self.address, id = %proven.id, %error, "the certificate of a client holds no longer");
-        refuse_stream("certificate");
+        ads::refused("certificate");
         proven.over.notify_one();
         Err(Status::unauthenticated(format!(
             "the certificate holds no longer: {error}"
         )))
     }
-}
-
-fn refuse_stream(reason: &'static str) {
-    metrics::counter!("outrigger_control_plane_streams_refused_total", "reason" => reason)
-        .increment(1);
 }

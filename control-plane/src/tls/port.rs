@@ -1,7 +1,7 @@
 //! Connections to the port of xDS, with or without TLS. Each shakes hands in a task of its own, so that none waits for another.
 
 use super::{Access, Peer, Proven, verify::Foreign};
-use crate::ca;
+use crate::{admin::ACCEPT_PAUSE, ca};
 use rustls::{CertificateError, Error};
 use std::{
     io,
@@ -26,8 +26,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 1024;
 /// For its streams to be told why their connection is closed.
 const FAREWELL: Duration = Duration::from_millis(500);
-/// After a connection could not be accepted, which is mostly for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
 

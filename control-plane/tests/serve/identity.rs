@@ -27,6 +27,7 @@ use outrigger_xds::{
 };
 use rustls::{
     ClientConfig,
+    pki_types::CertificateDer,
     version::{TLS12, TLS13},
 };
 use std::{
@@ -64,10 +65,19 @@ async fn admitted(served: &Served, config: ClientConfig, id: &str) -> Result<(),
     answer.expect("an answer").map(drop)
 }
 
-async fn counted(served: &Served, line: &str) {
-    eventually(line, async || {
-        let (_, page) = served.get("/stats/prometheus").await;
-        page.contains(line).then_some(())
+const BAD_LOADS: &str = "outrigger_control_plane_certificate_loads_total{result=\"bad\"}";
+
+/// A metric by now; those of all tests of this process are in it.
+async fn count(served: &Served, metric: &str) -> u64 {
+    let (_, page) = served.get("/stats/prometheus").await;
+    let mut values = page.lines().filter_map(|line| line.strip_prefix(metric));
+    let value = values.next().map(|value| value.trim().parse());
+    value.transpose().unwrap().unwrap_or_default()
+}
+
+async fn counted(served: &Served, metric: &str, least: u64) {
+    eventually(metric, async || {
+        (count(served, metric).await >= least).then_some(())
     })
     .await;
 }
@@ -95,13 +105,15 @@ async fn strangers_shake_no_hands_and_are_counted() {
         (Some(ca.pair(own, now + 2 * HOUR, HOUR)), "expired"),
     ];
     for (pair, reason) in &cases {
+        let metric = format!("outrigger_control_plane_handshakes_total{{result=\"{reason}\"}}");
+        let before = count(&served, &metric).await;
         for version in [&TLS12, &TLS13] {
             let config = client(&ca, pair.as_ref(), version);
             let refused = admitted(&served, config, "a").await;
             assert!(refused.is_err(), "{reason}");
         }
-        let line = format!("outrigger_control_plane_handshakes_total{{result=\"{reason}\"}}");
-        counted(&served, &line).await;
+        // Of both.
+        counted(&served, &metric, before + 2).await;
     }
     // Plain text is none of it.
     let plain = format!("http://{}", served.running.address);
@@ -136,6 +148,8 @@ async fn a_client_is_the_node_that_its_certificate_says_and_no_other() {
         // What is issued over a stream opens none: a stolen certificate would live for ever.
         ("spiffe://fleet/peer/a", "a", false),
     ];
+    let metric = "outrigger_control_plane_streams_refused_total{reason=\"identity\"}";
+    let before = count(&served, metric).await;
     for (id, node, expected) in cases {
         let result = admitted(&served, config(id), node).await;
         assert_eq!(result.is_ok(), expected, "{id} {node}: {result:?}");
@@ -143,7 +157,8 @@ async fn a_client_is_the_node_that_its_certificate_says_and_no_other() {
             assert_eq!(status.code(), Code::PermissionDenied, "{id} {node}");
         }
     }
-    counted(&served, "streams_refused_total{reason=\"identity\"}").await;
+    let refused = cases.iter().filter(|(.., is_good)| !is_good).count() as u64;
+    counted(&served, metric, before + refused).await;
     // So it is with all that names a node.
     let as_b = || channel(served.running.address, config(a));
     let request = DiscoveryRequest {
@@ -233,11 +248,16 @@ impl Files {
 /// Until new connections are shown this certificate.
 async fn shown(served: &Served, config: &ClientConfig, pair: &Pair) {
     eventually("the certificate is shown", async || {
-        let stream = shake(served.running.address, config.clone()).await.ok()?;
-        let leaf = stream.get_ref().1.peer_certificates()?[0].clone();
-        (leaf == der(&pair.chain)).then_some(())
+        (leaf(served, config).await? == der(&pair.chain)).then_some(())
     })
     .await;
+}
+
+/// What a new connection is shown, if it is good.
+async fn leaf(served: &Served, config: &ClientConfig) -> Option<CertificateDer<'static>> {
+    let stream = shake(served.running.address, config.clone()).await.ok()?;
+    let chain = stream.get_ref().1.peer_certificates()?;
+    chain.first().map(|leaf| leaf.clone().into_owned())
 }
 
 #[tokio::test]
@@ -257,8 +277,9 @@ async fn files_are_read_again_and_streams_go_on_until_nobody_vouches_for_them() 
     stream.want(Kind::Clusters, &[]).await;
     assert_eq!(stream.take(None).await, "Clusters[a]");
     // A key of another certificate changes nothing.
+    let before = count(&served, BAD_LOADS).await;
     files.put("key.pem", &new.key);
-    counted(&served, "certificate_loads_total{result=\"bad\"}").await;
+    counted(&served, BAD_LOADS, before + 1).await;
     shown(&served, &config, &old).await;
     files.put("cert.pem", &new.chain);
     shown(&served, &config, &new).await;
@@ -287,7 +308,8 @@ async fn files_are_read_again_and_streams_go_on_until_nobody_vouches_for_them() 
 async fn a_stream_ends_with_its_certificate() {
     let ca = Ca::new("ends", "fleet");
     let tls = tls::Options {
-        certificate_ttl_s: 2,
+        // The control plane's own outlives a slow machine; clients are looked at each second.
+        certificate_ttl_s: 8,
         ..ca.options()
     };
     let served = everything_served("ends", tls).await;
@@ -318,4 +340,37 @@ async fn a_stream_ends_with_its_certificate() {
         client.fetch_clusters(request()).await.ok()
     })
     .await;
+}
+
+/// Without it no node comes any more.
+#[tokio::test]
+async fn the_own_certificate_is_renewed_whatever_becomes_of_the_files_of_the_ca() {
+    let ca = Ca::new("broken", "fleet");
+    let tls = tls::Options {
+        certificate_ttl_s: 2,
+        ..ca.options()
+    };
+    let served = everything_served("broken", tls).await;
+    let own = ca.good("spiffe://fleet/node/a");
+    let config = client(&ca, Some(&own), &TLS13);
+    let key = ca.dir.join("ca.key");
+    let breaks: [&dyn Fn(); 2] = [&|| fs::write(&key, "none").unwrap(), &|| {
+        fs::remove_file(&key).unwrap()
+    }];
+    for broken in breaks {
+        let before = count(&served, BAD_LOADS).await;
+        broken();
+        counted(&served, BAD_LOADS, before + 1).await;
+        // Not one that was made before the files were known to be bad.
+        let known = leaf(&served, &config).await;
+        eventually("another certificate is shown", async || {
+            let shown = leaf(&served, &config).await?;
+            (Some(shown) != known).then_some(())
+        })
+        .await;
+        eventually("it is let in", async || {
+            admitted(&served, config.clone(), "a").await.ok()
+        })
+        .await;
+    }
 }
