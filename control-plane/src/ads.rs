@@ -281,9 +281,10 @@ fn next(
     let served = published.borrow_and_update().clone()?;
     let mut session = entry.stream.session();
     let now = SystemTime::now();
+    let with_secrets = session.has_asked(Kind::Secrets);
     let client = session.client()?;
     let version = served.of(&client.node.id);
-    let snapshot = seen.snapshot(&version.published, client, now);
+    let snapshot = seen.snapshot(&version.published, client, with_secrets, now);
     let response = session.next(snapshot, now)?;
     made_of.said(version.number, &response);
     let type_url = label(&response.type_url);

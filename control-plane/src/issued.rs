@@ -79,14 +79,15 @@ impl Seen {
         }
     }
 
-    /// What the client is to have now. Types of which nothing changed stay the same.
+    /// What the client is to have now, with what is issued if it asked for secrets. Types of which nothing changed stay the same.
     pub fn snapshot(
         &mut self,
         published: &Arc<Published>,
         client: &Client,
+        with_secrets: bool,
         now: SystemTime,
     ) -> &Snapshot {
-        let is_new = self.renew(&client.node.id, now);
+        let is_new = with_secrets && self.renew(&client.node.id, now);
         let last = self.last.take();
         let last = last.filter(|(of, _)| !is_new && Arc::ptr_eq(of, published));
         let (_, snapshot) = self.last.insert(
@@ -168,4 +169,28 @@ fn secret(name: &str, mut content: Value) -> anyhow::Result<Arc<Resource>> {
     content["name"] = name.into();
     let written = written::resource(content, "").map_err(|errors| anyhow!("{name}: {errors}"))?;
     Ok(Arc::new(Resource::from(&written)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_xds::resource::bootstrap::Node;
+
+    #[test]
+    fn who_asks_for_no_secrets_is_issued_none() {
+        let mut seen = Seen::new(Peer::proven("issued", "spiffe://fleet/node/a"), 0);
+        let client = Client {
+            node: Node {
+                id: "a".into(),
+                ..Node::default()
+            },
+            ..Client::default()
+        };
+        let published = Arc::new(Published::default());
+        let now = SystemTime::now();
+        for (with_secrets, expected) in [(false, 0), (true, 2)] {
+            let snapshot = seen.snapshot(&published, &client, with_secrets, now);
+            assert_eq!(snapshot.of(Kind::Secrets).len(), expected);
+        }
+    }
 }

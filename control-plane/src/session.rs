@@ -233,6 +233,12 @@ impl Session {
         self.client.as_ref()
     }
 
+    /// Whether it asked for resources of this type.
+    #[must_use]
+    pub fn has_asked(&self, kind: Kind) -> bool {
+        self.types.contains_key(kind.type_url())
+    }
+
     /// What is known of each type that it asks for.
     pub fn status(&self) -> impl Iterator<Item = TypeStatus> {
         let types = self.types.iter();

@@ -126,23 +126,18 @@ impl ClientStatus {
         }
     }
 
-    /// What is told of nodes that who asks may not be is not for them.
     fn answer_to(
         &self,
         peer: &Peer,
         request: &ClientStatusRequest,
     ) -> Result<ClientStatusResponse, Status> {
         peer.check()?;
-        let mut answer = self.answer(request, STATUS_BYTES_MAX)?;
-        answer.config.retain(|config| {
-            let node = config.node.as_ref();
-            node.is_some_and(|node| peer.may_be(&node.id))
-        });
-        Ok(answer)
+        self.answer(peer, request, STATUS_BYTES_MAX)
     }
 
     fn answer(
         &self,
+        peer: &Peer,
         request: &ClientStatusRequest,
         bytes_max: usize,
     ) -> Result<ClientStatusResponse, Status> {
@@ -154,7 +149,7 @@ impl ClientStatus {
         let mut answer = ClientStatusResponse::default();
         let mut bytes = 0;
         for stream in self.clients.all() {
-            if !is_chosen(&stream, matchers) {
+            if !is_chosen(&stream, peer, matchers) {
                 continue;
             }
             let room = bytes_max - bytes;
@@ -175,12 +170,12 @@ fn too_long(bytes_max: usize) -> Status {
     Status::resource_exhausted(message)
 }
 
-/// By all who said who they are, if nobody is named.
-fn is_chosen(stream: &Stream, matchers: &[NodeMatcher]) -> bool {
+/// Of those who said who they are, all if nobody is named. Nodes that who asks may not be are not for them, nor is how much there is of them.
+fn is_chosen(stream: &Stream, peer: &Peer, matchers: &[NodeMatcher]) -> bool {
     let session = stream.session();
     session.client().is_some_and(|client| {
         let id = &client.node.id;
-        matchers.is_empty() || matchers.iter().any(|it| is_match(it, id))
+        peer.may_be(id) && (matchers.is_empty() || matchers.iter().any(|it| is_match(it, id)))
     })
 }
 
@@ -399,7 +394,9 @@ mod tests {
                 exclude_resource_contents,
                 ..ClientStatusRequest::default()
             };
-            let answer = status.answer(&request, STATUS_BYTES_MAX).unwrap();
+            let answer = status
+                .answer(&Peer::default(), &request, STATUS_BYTES_MAX)
+                .unwrap();
             let configs = answer.config.into_iter();
             configs
                 .flat_map(|config| config.generic_xds_configs)
@@ -418,11 +415,27 @@ mod tests {
         let _entries = [client(&clients), client(&clients)];
         let status = ClientStatus::new(clients);
         let request = ClientStatusRequest::default();
-        let whole = status.answer(&request, STATUS_BYTES_MAX).unwrap();
+        let whole = status
+            .answer(&Peer::default(), &request, STATUS_BYTES_MAX)
+            .unwrap();
         assert_eq!(whole.config.len(), 2);
         let bytes: usize = whole.config.iter().map(Message::encoded_len).sum();
-        assert!(status.answer(&request, bytes).is_ok());
-        let refused = status.answer(&request, bytes - 1).unwrap_err();
+        assert!(status.answer(&Peer::default(), &request, bytes).is_ok());
+        let refused = status
+            .answer(&Peer::default(), &request, bytes - 1)
+            .unwrap_err();
         assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn what_one_is_not_told_leaves_room() {
+        let clients = Arc::new(Clients::default());
+        let _entry = client(&clients);
+        let status = ClientStatus::new(clients);
+        let request = ClientStatusRequest::default();
+        let other = Peer::proven("status", "spiffe://fleet/node/other");
+        assert_eq!(status.answer(&other, &request, 0).unwrap().config, []);
+        let own = Peer::proven("status-own", "spiffe://fleet/node/n");
+        assert!(status.answer(&own, &request, 0).is_err());
     }
 }

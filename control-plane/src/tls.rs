@@ -46,7 +46,7 @@ const CHECK_INTERVAL_MIN: Duration = Duration::from_millis(250);
 #[group(skip)]
 pub struct Options {
     /// Certificate chain of the port of xDS, as PEM; read again when it changes.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_client_ca", "trust_domain"])]
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_client_ca", "trust_domain"], group = "tls")]
     pub tls_cert: Option<PathBuf>,
     /// Its private key.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
@@ -58,13 +58,13 @@ pub struct Options {
     #[arg(long, value_name = "NAME", requires = "tls_cert")]
     pub trust_domain: Option<TrustDomain>,
     /// Directory of the built-in CA (`ca init`), in place of those files: it issues certificates, to nodes by SDS, too.
-    #[arg(long, value_name = "DIR", conflicts_with = "tls_cert")]
+    #[arg(long, value_name = "DIR", conflicts_with = "tls_cert", group = "tls")]
     pub ca: Option<PathBuf>,
     /// How long certificates hold that the CA issues while it runs; they are renewed at half of it.
     #[arg(long, value_name = "S", default_value_t = TTL_S, value_parser = clap::value_parser!(u64).range(2..=31_536_000))]
     pub certificate_ttl_s: u64,
     /// Clients whose SPIFFE id has this path may be this node; an ID that ends in * is all that begins so. May be given several times.
-    #[arg(long, value_name = "PATH=ID")]
+    #[arg(long, value_name = "PATH=ID", requires = "tls")]
     pub identity: Vec<Rule>,
 }
 
@@ -345,6 +345,29 @@ struct Proven {
 }
 
 impl Peer {
+    /// Who proved to have this id of the trust domain `fleet`, at a port with a CA of its own.
+    #[cfg(test)]
+    pub(crate) fn proven(test: &str, id: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("outrigger-{}-{test}", std::process::id()));
+        ca::init(&dir, &"fleet".parse().unwrap()).unwrap();
+        let options = Options {
+            ca: Some(dir.clone()),
+            ..Options::default()
+        };
+        let access = Access::new(&options).unwrap().unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+        let proven = Proven {
+            id: id.parse().unwrap(),
+            chain: Vec::new(),
+            access,
+            over: Arc::default(),
+        };
+        Self {
+            address: None,
+            proven: Some(Arc::new(proven)),
+        }
+    }
+
     /// Of a request.
     #[must_use]
     pub fn of<T>(request: &tonic::Request<T>) -> Self {

@@ -128,10 +128,11 @@ impl Shared {
             .hear(request, now)
             .map_err(|refusal: Refusal| super::status(&refusal))?;
         let mut seen = Seen::new(peer.clone(), 0);
+        let with_secrets = session.has_asked(Kind::Secrets);
         let client = session.client().ok_or(Refusal::Anonymous);
-        let snapshot = client
-            .map(|client| seen.snapshot(&versions.of(&client.node.id).published, client, now))
-            .map_err(|refusal| super::status(&refusal))?;
+        let client = client.map_err(|refusal| super::status(&refusal))?;
+        let published = &versions.of(&client.node.id).published;
+        let snapshot = seen.snapshot(published, client, with_secrets, now);
         // If nothing of it exists, that is what is told.
         let mut response = Response {
             type_url,

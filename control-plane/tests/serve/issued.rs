@@ -237,6 +237,7 @@ fn the_command_makes_a_ca_and_issues_what_a_node_comes_with() {
         &["serve", "--config", dir, "--tls-cert", "c"][..],
         &["serve", "--config", dir, "--ca", dir, "--tls-cert", "c"],
         &["serve", "--config", dir, "--trust-domain", "fleet"],
+        &["serve", "--config", dir, "--identity", "/operator=*"],
     ] {
         let (is_good, text) = program(bad);
         assert!(!is_good && text.contains("Usage:"), "{bad:?}: {text}");
