@@ -48,6 +48,10 @@ pub const ROWS: &[Row] = &[
         "TLS handshakes, by result: ok, no_certificate, expired, untrusted, identity, timeout, error.",
     ),
     counter(
+        "outrigger_control_plane_handshakes_delayed_total",
+        "Times when connections had to wait because too many were shaking hands.",
+    ),
+    counter(
         "outrigger_control_plane_certificate_loads_total",
         "Times when certificates and keys of the port of xDS were read, by result: good, bad.",
     ),

@@ -101,7 +101,7 @@ pub fn incoming(
     tokio::spawn(async move {
         let room = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         loop {
-            let Ok(permit) = room.clone().acquire_owned().await else {
+            let Some(permit) = enter(&room).await else {
                 return;
             };
             tokio::select! {
@@ -120,6 +120,15 @@ pub fn incoming(
         }
     });
     ReceiverStream::new(receiver)
+}
+
+/// Waits for room, which is counted; None when there will be none any more.
+async fn enter(room: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    if let Ok(permit) = room.clone().try_acquire_owned() {
+        return Some(permit);
+    }
+    metrics::counter!("outrigger_control_plane_handshakes_delayed_total").increment(1);
+    room.clone().acquire_owned().await.ok()
 }
 
 async fn take(
@@ -208,5 +217,27 @@ fn reason(error: &io::Error) -> &'static str {
         )) => "expired",
         Some(Error::InvalidCertificate(_)) => "untrusted",
         _ => "error",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figures;
+
+    #[tokio::test]
+    async fn who_waits_for_room_is_counted() {
+        figures::install();
+        let metric = "outrigger_control_plane_handshakes_delayed_total 1";
+        let room = Arc::new(Semaphore::new(1));
+        let first = enter(&room).await.unwrap();
+        assert!(!figures::page().contains(metric));
+        let waiting = tokio::spawn(async move { enter(&room).await.is_some() });
+        while !figures::page().contains(metric) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!waiting.is_finished());
+        drop(first);
+        assert!(waiting.await.unwrap());
     }
 }
