@@ -570,10 +570,11 @@ async fn a_fleet_with_identities_refuses_strangers_and_loses_nothing_by_new_cert
     // Each is issued a new one while requests go to both, over connections that are open and new ones.
     let issued = "outrigger_control_plane_certificates_issued_total";
     let before = metric(control.admin, issued, "good").await;
-    while metric(control.admin, issued, "good").await < before + 4.0 {
+    eventually("each is issued a new one", || async {
         generated(gateway).await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        (metric(control.admin, issued, "good").await >= before + 4.0).then_some(())
+    })
+    .await;
     for engine in &engines {
         let page = Client::get(engine.http_addr, "/metrics").await.text();
         let mut counts = page
