@@ -22,6 +22,7 @@ use rustls::{
     server::{NoServerSessionStorage, danger::ClientCertVerifier},
 };
 use std::{
+    fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -98,7 +99,7 @@ enum Origin {
 #[derive(Debug)]
 struct Material {
     /// What the files held.
-    texts: Vec<String>,
+    texts: Texts,
     server: Arc<ServerConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
     authority: Option<Arc<Authority>>,
@@ -106,8 +107,18 @@ struct Material {
     renewal: Option<Renewal>,
 }
 
+/// What files hold. Keys are among it: it is never printed.
+#[derive(Clone, PartialEq, Eq)]
+struct Texts(Vec<String>);
+
+impl fmt::Debug for Texts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Texts").finish_non_exhaustive()
+    }
+}
+
 /// What a look at the files found: what they hold, or why they cannot be read.
-type Found = Result<Vec<String>, String>;
+type Found = Result<Texts, String>;
 
 /// Who may come, and as whom.
 #[derive(Debug)]
@@ -193,11 +204,11 @@ impl Access {
         found
     }
 
-    fn read_again(&self, texts: &[String]) {
-        if self.material().texts == texts {
+    fn read_again(&self, texts: &Texts) {
+        if self.material().texts == *texts {
             return;
         }
-        match self.origin.build(texts.to_vec(), self.ttl) {
+        match self.origin.build(texts.clone(), self.ttl) {
             Ok(material) => {
                 tracing::info!("certificates are read again");
                 self.take(material);
@@ -237,8 +248,8 @@ fn refused(error: &str) {
 
 impl Origin {
     /// What its files hold.
-    fn read(&self) -> anyhow::Result<Vec<String>> {
-        match self {
+    fn read(&self) -> anyhow::Result<Texts> {
+        let texts: anyhow::Result<Vec<String>> = match self {
             Self::Files {
                 certificate,
                 key,
@@ -249,11 +260,12 @@ impl Origin {
                 .map(|path| ca::read(path))
                 .collect(),
             Self::Ca(dir) => ca::files(dir),
-        }
+        };
+        texts.map(Texts)
     }
 
-    fn build(&self, texts: Vec<String>, ttl: Duration) -> anyhow::Result<Material> {
-        let [first, second, rest @ ..] = &*texts else {
+    fn build(&self, texts: Texts, ttl: Duration) -> anyhow::Result<Material> {
+        let [first, second, rest @ ..] = &*texts.0 else {
             anyhow::bail!("no files");
         };
         match (self, rest) {
@@ -292,7 +304,7 @@ impl Origin {
 /// The CA vouches for clients, and for us.
 fn of_ca(
     authority: Arc<Authority>,
-    texts: Vec<String>,
+    texts: Texts,
     ttl: Duration,
     now: SystemTime,
 ) -> anyhow::Result<Material> {
