@@ -275,12 +275,12 @@ impl Catalog {
         match versions.trial() {
             None => *self.rollout() = None,
             Some(trial) if tried != Some(trial.version) => {
-                // Sessions are not looked at while this is held: they tell it of refusals.
-                let (nodes, known) = (self.nodes(versions), self.observed.refusals());
+                // Sessions are not looked at while this is held: they tell it what they send, and of refusals.
+                let (nodes, told) = (self.nodes(versions), self.observed.requests());
                 let plan = versions.plan().clone();
-                let begun = Rollout::new(trial, plan, nodes, known, Instant::now());
+                let begun = Rollout::new(trial, plan, &nodes, told, Instant::now());
                 // So that the same nodes have it after a restart. Without, about as many do.
-                let _ = versions.go_on(begun.step(), begun.threshold());
+                let _ = versions.go_on(begun.percent(), begun.threshold());
                 *self.rollout() = Some(begun);
             }
             Some(_) => {}
@@ -300,8 +300,10 @@ impl Catalog {
     fn nodes(&self, versions: &Versions) -> Nodes {
         let served = versions.served(0);
         let served = served.as_ref();
+        let version = versions.trial().map(|trial| trial.version);
+        let is_concerned = |client: &_| served.is_some_and(|served| served.concerns(client));
         self.observed
-            .nodes(|client| served.is_some_and(|served| served.concerns(client)))
+            .nodes(version.unwrap_or_default(), is_concerned)
     }
 
     fn summarise(&self, versions: &Versions) {
@@ -345,7 +347,14 @@ impl Catalog {
 
 /// What is tried, and what is done by hand.
 impl Catalog {
-    /// A node refuses something of a version.
+    /// A node is sent something of a version that is not live.
+    pub fn sent(&self, version: u64, node: &str) {
+        if let Some(rollout) = self.rollout().as_mut().filter(|it| it.version == version) {
+            rollout.sent(node);
+        }
+    }
+
+    /// A node refuses something that is new in a version.
     pub fn refused(&self, version: u64, refusal: Refusal) {
         if let Some(rollout) = self.rollout().as_mut().filter(|it| it.version == version) {
             rollout.refused(refusal);
@@ -358,8 +367,17 @@ impl Catalog {
             return;
         }
         let mut versions = self.versions();
-        let (nodes, now) = (self.nodes(&versions), Instant::now());
-        let Some(verdict) = self.rollout().as_mut().map(|it| it.look(&nodes, now)) else {
+        let (nodes, told) = (self.nodes(&versions), self.observed.requests());
+        let now = Instant::now();
+        let verdict = self.rollout().as_mut().map(|it| {
+            let verdict = it.look(&nodes, &told, now);
+            let percent = match verdict {
+                Verdict::GoOn { step, .. } => it.percent_of(step),
+                Verdict::Wait | Verdict::Done | Verdict::GoBack(_) => it.percent(),
+            };
+            (verdict, percent)
+        });
+        let Some((verdict, percent)) = verdict else {
             return;
         };
         let Some(number) = versions.trial().map(|trial| trial.version) else {
@@ -369,11 +387,11 @@ impl Catalog {
             Verdict::Wait => {}
             Verdict::GoOn { step, threshold } => {
                 // What cannot be kept is tried at the next look.
-                if versions.go_on(step, threshold).is_ok()
+                if versions.go_on(percent, threshold).is_ok()
                     && let Some(rollout) = self.rollout().as_mut()
                 {
-                    rollout.go_on((step, threshold), nodes, now);
-                    tracing::info!(number, percent = rollout.percent(), "a version goes on");
+                    rollout.go_on((step, threshold), told, now);
+                    tracing::info!(number, percent, "a version goes on");
                 }
             }
             Verdict::Done => {

@@ -114,8 +114,9 @@ pub struct Situation {
 pub struct Trial {
     /// Which.
     pub version: u64,
-    /// How far it got.
-    pub step: usize,
+    /// How many per cent of the nodes try it; 0 before it began.
+    #[serde(default)]
+    pub percent: u8,
     /// Up to which place nodes have it, once that is known.
     pub threshold: Option<u64>,
 }

@@ -298,7 +298,7 @@ impl Versions {
             },
             trial: trial.then_some(Trial {
                 version: serving.number,
-                step: 0,
+                percent: 0,
                 threshold: None,
             }),
             pinned: false,
@@ -369,14 +369,14 @@ impl Versions {
         }
     }
 
-    /// What is tried is at this step, and nodes up to this place have it.
+    /// So many per cent of the nodes try it: those up to this place.
     ///
     /// # Errors
     /// It cannot be kept, and should not be so.
-    pub fn go_on(&mut self, step: usize, threshold: u64) -> Result<(), StoreError> {
+    pub fn go_on(&mut self, percent: u8, threshold: u64) -> Result<(), StoreError> {
         let mut situation = self.store.situation().clone();
         if let Some(trial) = &mut situation.trial {
-            trial.step = step;
+            trial.percent = percent;
             trial.threshold = Some(threshold);
         }
         if situation == *self.store.situation() {

@@ -252,6 +252,7 @@ fn of_evidence(evidence: &Evidence) -> Value {
     let requests = |it: Requests| json!({ "finished": it.finished, "failed": it.failed });
     json!({
         "nodes": evidence.nodes,
+        "gone": evidence.gone,
         "not_answered": evidence.pending,
         "waits_for": evidence.waits_for,
         "refusals": refusals.collect::<Vec<_>>(),
