@@ -1,10 +1,11 @@
 //! What all sources have, judged as a whole, and what of that is served: the last that was good, in the version that is to be served to whom.
 
 use crate::{
+    figures::as_gauge,
     rollout::{Nodes, Refusal, Rollout, Verdict, seen::Observed},
     source::{Content, News, Problem},
     store::{Contents, Trial},
-    versions::{VersionError, Versions},
+    versions::{self, VersionError, Versions},
     views::{self, Published, Served},
 };
 use outrigger_xds::subscription::Kind;
@@ -199,7 +200,7 @@ impl Catalog {
                     of_source.status.problems.clear();
                     of_source.good = content;
                     is_whole = sources.values().all(|it| it.status.good_at.is_some());
-                    published = Some(news);
+                    published = news;
                     "good"
                 }
                 Err(problems) => {
@@ -230,7 +231,15 @@ impl Catalog {
         source: &str,
         content: Arc<Content>,
         versions: &mut Versions,
-    ) -> Result<(Arc<Content>, Published), Vec<Problem>> {
+    ) -> Result<(Arc<Content>, Option<Published>), Vec<Problem>> {
+        if self.passing.contains(source) && versions.live_contents().is_some() {
+            // It must fit what is served, which may be another version than what the sources say.
+            let passing = self.passing_contents(Some((source, &content)));
+            if let Some(number) = versions.renew(&borrowed(&passing))? {
+                over(number, "rolled_back");
+            }
+            return Ok((content, None));
+        }
         let others: Vec<Arc<Content>> = {
             let sources = self.lock();
             let others = sources.iter().filter(|(name, _)| *name != source);
@@ -241,12 +250,7 @@ impl Catalog {
         let all: Vec<&Content> = others.iter().chain([&content]).map(Arc::as_ref).collect();
         let last = self.published().unwrap_or_default();
         let published = views::publish(&all, &last, versions.issues())?;
-        if self.passing.contains(source) {
-            // It must fit what is served, too, which may be another version than what the sources say.
-            let passing = self.passing_contents(Some((source, &content)));
-            versions.renew(&borrowed(&passing))?;
-        }
-        Ok((content, published))
+        Ok((content, Some(published)))
     }
 
     /// What passing sources have; of one of them, what it has now.
@@ -309,7 +313,8 @@ impl Catalog {
     fn summarise(&self, versions: &Versions) {
         let store = versions.store();
         let situation = store.situation();
-        let said = store.versions().rev().find(|it| it.hash == situation.said);
+        let mut saying = store.versions().rev();
+        let said = saying.find(|it| it.hash == situation.said && !versions.is_live_said());
         let taken_back = said.and_then(|it| Some((it.number, it.rolled_back.clone()?)));
         let summary = Summary {
             live: versions.live_number(),
@@ -317,7 +322,7 @@ impl Catalog {
             is_pinned: situation.pinned,
             taken_back,
             is_on_disk: store.is_on_disk(),
-            problem: store.problem(),
+            problem: versions.problem(),
             is_waiting: versions.is_waiting(),
             notice: store.notice().map(ToOwned::to_owned),
         };
@@ -453,8 +458,14 @@ impl Catalog {
     /// # Errors
     /// It is not good.
     pub fn tried(&self, contents: &Contents) -> Result<Published, VersionError> {
-        let passing = self.passing_contents(None);
-        self.versions().tried(contents, &borrowed(&passing))
+        let (passing, last) = (self.passing_contents(None), self.published());
+        let issues = self.versions().issues();
+        versions::publish(
+            contents,
+            &borrowed(&passing),
+            &last.unwrap_or_default(),
+            issues,
+        )
     }
 }
 
@@ -477,16 +488,16 @@ fn log(source: &str, problems: &[Problem]) {
     tracing::warn!(source, "what was good last is served on, if anything was");
 }
 
-#[expect(clippy::cast_precision_loss, reason = "counts are small")]
-fn as_gauge(count: usize) -> f64 {
-    count as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{session::Client, store::contents_tests::contents};
+    use crate::{
+        rollout::Plan,
+        session::Client,
+        store::{Store, contents_tests::contents},
+    };
     use outrigger_xds::resource::bootstrap::Node;
+    use std::time::Duration;
 
     const PASSING: &str = "leases";
 
@@ -548,6 +559,64 @@ mod tests {
         catalog.resume().unwrap();
         assert_eq!(served(&catalog), (3, all(&["chat", "raw", "three"])));
         assert_eq!(catalog.versions().store().versions().count(), 3);
+    }
+
+    /// With steps, the first version live, and something else tried.
+    fn trying(tried: News) -> Catalog {
+        let plan = Plan::new(&[10, 100], Duration::from_secs(60)).unwrap();
+        let versions = Versions::new(Store::in_memory(9), plan);
+        let catalog = Catalog::with(["directory"], versions, Observed::default());
+        let catalog = catalog.with_passing(PASSING);
+        catalog.take("directory", said("5s"));
+        catalog.take(PASSING, leased("one"));
+        catalog.take("directory", tried);
+        assert_eq!(catalog.summary().trial.unwrap().version, 2);
+        catalog
+    }
+
+    #[test]
+    fn what_passes_concerns_nobody_who_tries_something() {
+        let mut tried = said("5s").unwrap();
+        let more = serde_json::json!({
+            "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            "cluster_name": "more",
+        });
+        let written = outrigger_xds::load::written::resource(more, "").unwrap();
+        let placed = &tried.raw[0];
+        tried.raw.push(crate::source::Placed {
+            written,
+            ..placed.clone()
+        });
+        let catalog = trying(Ok(tried));
+        catalog.take(PASSING, leased("two"));
+        let served = catalog.served().unwrap();
+        let (trial, _) = served.trial.as_ref().unwrap();
+        let client = Client::default();
+        let of = |it: &views::Numbered| it.published.snapshot(&client).of(Kind::Clusters).clone();
+        assert!(of(trial).contains_key("two"));
+        assert!(Arc::ptr_eq(&of(trial), &of(&served.live)));
+    }
+
+    #[test]
+    fn what_passes_takes_back_what_is_tried_and_does_not_fit() {
+        let catalog = trying(leased("two"));
+        catalog.take(PASSING, leased("two"));
+        assert_eq!(catalog.status()[PASSING].problems, []);
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "two"])));
+        let (number, why) = catalog.summary().taken_back.unwrap();
+        assert!(number == 2 && why.contains("two"), "{why}");
+    }
+
+    #[test]
+    fn nothing_was_taken_back_if_what_is_live_says_the_same() {
+        let catalog = trying(said("6s"));
+        catalog.versions().finish().unwrap();
+        catalog.take("directory", said("5s"));
+        catalog.versions().go_back("for a test");
+        catalog.pin(1).unwrap();
+        let summary = catalog.summary();
+        assert_eq!((summary.live, summary.taken_back), (Some(1), None));
+        assert!(!summary.is_pinned);
     }
 
     #[test]

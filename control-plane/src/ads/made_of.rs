@@ -2,6 +2,7 @@
 
 use crate::{
     session::{Client, Request, Response},
+    snapshot::ByName,
     views::Served,
 };
 use outrigger_xds::subscription::{Kind, Protocol};
@@ -49,18 +50,20 @@ impl MadeOf {
     }
 }
 
-/// Whether it brings, or takes away, anything that is not so for this client in what is live.
+/// Whether it brings, or takes away, anything in which what is tried is not as what is live, for this client. Certificates that are issued to it are of neither.
 fn is_other(served: &Served, client: &Client, response: &Response) -> bool {
     let Some(kind) = Kind::of(&response.type_url) else {
         return false;
     };
-    let live = served.live.published.snapshot(client).of(kind);
-    let mut brought = response.resources.iter();
-    let is_new = brought.any(|resource| {
-        let live = live.get(&resource.name);
-        live.is_none_or(|live| live.version != resource.version)
-    });
-    is_new || response.removed.iter().any(|name| live.contains_key(name))
+    let tried = served.of(&client.node.id).published.snapshot(client);
+    let (tried, live) = (
+        tried.of(kind),
+        served.live.published.snapshot(client).of(kind),
+    );
+    let version = |all: &ByName, name: &String| all.get(name).map(|it| it.version.clone());
+    let brought = response.resources.iter().map(|resource| &resource.name);
+    let mut names = brought.chain(&response.removed);
+    names.any(|name| version(tried, name) != version(live, name))
 }
 
 #[cfg(test)]
@@ -145,6 +148,8 @@ mod tests {
             (&[("b", "1"), ("a", "2")], &[], Some(2)),
             (&[], &["c"], Some(2)),
             (&[], &["never there"], None),
+            // Of neither.
+            (&[("issued", "7")], &[], None),
         ] {
             let mut made_of = MadeOf::default();
             made_of.said(&tried(), &client(), &response(7, resources, removed));
