@@ -2,7 +2,7 @@
 
 use crate::{
     session::{Client, Request, Response},
-    snapshot::ByName,
+    snapshot::{ByName, Resource},
     views::Served,
 };
 use outrigger_xds::subscription::{Kind, Protocol};
@@ -60,10 +60,14 @@ fn is_other(served: &Served, client: &Client, response: &Response) -> bool {
         tried.of(kind),
         served.live.published.snapshot(client).of(kind),
     );
-    let version = |all: &ByName, name: &String| all.get(name).map(|it| it.version.clone());
-    let brought = response.resources.iter().map(|resource| &resource.name);
-    let mut names = brought.chain(&response.removed);
-    names.any(|name| version(tried, name) != version(live, name))
+    let has = |all: &ByName, resource: &Resource| {
+        let known = all.get(&resource.name);
+        known.is_some_and(|known| known.version == resource.version)
+    };
+    let mut brought = response.resources.iter();
+    let is_new = brought.any(|it| has(tried, it) && !has(live, it));
+    let mut removed = response.removed.iter();
+    is_new || removed.any(|name| live.contains_key(name) && !tried.contains_key(name))
 }
 
 #[cfg(test)]
@@ -71,7 +75,6 @@ mod tests {
     use super::*;
     use crate::{
         rollout::place,
-        snapshot::Resource,
         views::{Numbered, Published},
     };
     use outrigger_xds::resource::bootstrap::Node;
