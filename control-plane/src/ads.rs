@@ -4,6 +4,7 @@
 //! slow gets changes merged, and nothing queues up for it.
 
 mod dialect;
+mod made_of;
 mod services;
 
 pub use services::Discovery;
@@ -18,6 +19,7 @@ use crate::{
     views,
 };
 use dialect::Dialect;
+use made_of::MadeOf;
 use outrigger_xds::subscription::Kind;
 use std::{
     error::Error,
@@ -162,29 +164,6 @@ impl Shared {
     }
 }
 
-/// What the last responses were made of: so a refusal tells which version it is of.
-#[derive(Debug, Default)]
-struct MadeOf {
-    version: u64,
-    /// Of the first of them.
-    nonce: u64,
-}
-
-impl MadeOf {
-    fn said(&mut self, version: u64, response: &Response) {
-        if self.version != version {
-            self.version = version;
-            self.nonce = response.nonce.parse().unwrap_or_default();
-        }
-    }
-
-    /// Of which version a response is, if it is one of them.
-    fn version(&self, nonce: &str) -> Option<u64> {
-        let nonce: u64 = nonce.parse().ok()?;
-        (nonce >= self.nonce).then_some(self.version)
-    }
-}
-
 /// One stream.
 struct Conversation<D: Dialect> {
     served: Served,
@@ -211,7 +190,7 @@ impl<D: Dialect> Conversation<D> {
         let mut is_news = false;
         let mut ending = self.ending.clone();
         let mut checks = self.peer.checks();
-        let id = self.entry.stream.id;
+        let (id, sender) = (self.entry.stream.id, self.sender.clone());
         loop {
             let held = self.entry.stream.session().held();
             tokio::select! {
@@ -227,9 +206,9 @@ impl<D: Dialect> Conversation<D> {
                     Ok(()) => is_news = true,
                     Err(_) => return Ok(()),
                 },
-                slot = self.sender.reserve(), if is_news => {
+                slot = sender.reserve(), if is_news => {
                     let Ok(slot) = slot else { return Ok(()) };
-                    match next(&self.entry, &mut self.published, &mut self.seen, &mut self.made_of) {
+                    match self.next() {
                         Some(response) => slot.send(Ok(D::write(response))),
                         None => is_news = false,
                     }
@@ -244,54 +223,61 @@ impl<D: Dialect> Conversation<D> {
         }
     }
 
-    fn hear(&self, request: D::Request) -> Result<(), Status> {
+    fn hear(&mut self, request: D::Request) -> Result<(), Status> {
         let request = self.served.typed(D::read(request))?;
         if let Some(client) = &request.node {
             self.peer.admit(&client.node.id)?;
         }
         let mut session = self.entry.stream.session();
         count(&request, session.client());
-        self.tell_refusal(&request, session.client());
+        let against = self.made_of.speaks_against(D::PROTOCOL, &request);
+        if let (Some(version), Some(client)) = (against, session.client()) {
+            self.catalog.refused(version, refusal(&request, client));
+        }
         session
             .hear(request, SystemTime::now())
             .map_err(|refusal| status(&refusal))
     }
 
-    /// It speaks against the version that was sent.
-    fn tell_refusal(&self, request: &Request, client: Option<&Client>) {
-        let version = self.made_of.version(&request.nonce);
-        if let (Some(error), Some(version), Some(client)) = (&request.error, version, client) {
-            let refusal = rollout::Refusal {
-                node: client.node.id.clone(),
-                type_url: request.type_url.clone(),
-                error: error.clone(),
-            };
-            self.catalog.refused(version, refusal);
+    /// What the client is to be told now.
+    fn next(&mut self) -> Option<Response> {
+        let served = self.published.borrow_and_update().clone()?;
+        let stream = &self.entry.stream;
+        let mut session = stream.session();
+        let now = SystemTime::now();
+        let with_secrets = session.has_asked(Kind::Secrets);
+        let client = session.client()?.clone();
+        let version = served.of(&client.node.id);
+        let snapshot = self
+            .seen
+            .snapshot(&version.published, &client, with_secrets, now);
+        let Some(response) = session.next(snapshot, now) else {
+            // What is held back is to be told yet.
+            if session.held().is_none() {
+                stream.told_all(version.number);
+            }
+            return None;
+        };
+        self.made_of.said(&served, &client, &response);
+        if version.number != served.live.number {
+            self.catalog.sent(version.number, &client.node.id);
         }
+        let type_url = label(&response.type_url);
+        metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url)
+            .increment(1);
+        metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)
+            .increment(response.resources.len() as u64);
+        Some(response)
     }
 }
 
-/// What a client is to be told now.
-fn next(
-    entry: &Entry,
-    published: &mut watch::Receiver<Option<Arc<views::Served>>>,
-    seen: &mut Seen,
-    made_of: &mut MadeOf,
-) -> Option<Response> {
-    let served = published.borrow_and_update().clone()?;
-    let mut session = entry.stream.session();
-    let now = SystemTime::now();
-    let with_secrets = session.has_asked(Kind::Secrets);
-    let client = session.client()?;
-    let version = served.of(&client.node.id);
-    let snapshot = seen.snapshot(&version.published, client, with_secrets, now);
-    let response = session.next(snapshot, now)?;
-    made_of.said(version.number, &response);
-    let type_url = label(&response.type_url);
-    metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);
-    metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)
-        .increment(response.resources.len() as u64);
-    Some(response)
+/// It speaks against the version that was sent.
+fn refusal(request: &Request, client: &Client) -> rollout::Refusal {
+    rollout::Refusal {
+        node: client.node.id.clone(),
+        type_url: request.type_url.clone(),
+        error: request.error.clone().unwrap_or_default(),
+    }
 }
 
 fn count(request: &Request, client: Option<&Client>) {

@@ -1,10 +1,11 @@
 //! What all sources have, judged as a whole, and what of that is served: the last that was good, in the version that is to be served to whom.
 
 use crate::{
+    figures::as_gauge,
     rollout::{Nodes, Refusal, Rollout, Verdict, seen::Observed},
     source::{Content, News, Problem},
     store::{Contents, Trial},
-    versions::{VersionError, Versions},
+    versions::{self, VersionError, Versions},
     views::{self, Published, Served},
 };
 use outrigger_xds::subscription::Kind;
@@ -199,7 +200,7 @@ impl Catalog {
                     of_source.status.problems.clear();
                     of_source.good = content;
                     is_whole = sources.values().all(|it| it.status.good_at.is_some());
-                    published = Some(news);
+                    published = news;
                     "good"
                 }
                 Err(problems) => {
@@ -230,7 +231,15 @@ impl Catalog {
         source: &str,
         content: Arc<Content>,
         versions: &mut Versions,
-    ) -> Result<(Arc<Content>, Published), Vec<Problem>> {
+    ) -> Result<(Arc<Content>, Option<Published>), Vec<Problem>> {
+        if self.passing.contains(source) && versions.live_contents().is_some() {
+            // It must fit what is served, which may be another version than what the sources say.
+            let passing = self.passing_contents(Some((source, &content)));
+            if let Some(number) = versions.renew(&borrowed(&passing))? {
+                over(number, "rolled_back");
+            }
+            return Ok((content, None));
+        }
         let others: Vec<Arc<Content>> = {
             let sources = self.lock();
             let others = sources.iter().filter(|(name, _)| *name != source);
@@ -241,12 +250,7 @@ impl Catalog {
         let all: Vec<&Content> = others.iter().chain([&content]).map(Arc::as_ref).collect();
         let last = self.published().unwrap_or_default();
         let published = views::publish(&all, &last, versions.issues())?;
-        if self.passing.contains(source) {
-            // It must fit what is served, too, which may be another version than what the sources say.
-            let passing = self.passing_contents(Some((source, &content)));
-            versions.renew(&borrowed(&passing))?;
-        }
-        Ok((content, published))
+        Ok((content, Some(published)))
     }
 
     /// What passing sources have; of one of them, what it has now.
@@ -275,12 +279,12 @@ impl Catalog {
         match versions.trial() {
             None => *self.rollout() = None,
             Some(trial) if tried != Some(trial.version) => {
-                // Sessions are not looked at while this is held: they tell it of refusals.
-                let (nodes, known) = (self.nodes(versions), self.observed.refusals());
+                // Sessions are not looked at while this is held: they tell it what they send, and of refusals.
+                let (nodes, told) = (self.nodes(versions), self.observed.requests());
                 let plan = versions.plan().clone();
-                let begun = Rollout::new(trial, plan, nodes, known, Instant::now());
+                let begun = Rollout::new(trial, plan, &nodes, told, Instant::now());
                 // So that the same nodes have it after a restart. Without, about as many do.
-                let _ = versions.go_on(begun.step(), begun.threshold());
+                let _ = versions.go_on(begun.percent(), begun.threshold());
                 *self.rollout() = Some(begun);
             }
             Some(_) => {}
@@ -300,14 +304,17 @@ impl Catalog {
     fn nodes(&self, versions: &Versions) -> Nodes {
         let served = versions.served(0);
         let served = served.as_ref();
+        let version = versions.trial().map(|trial| trial.version);
+        let is_concerned = |client: &_| served.is_some_and(|served| served.concerns(client));
         self.observed
-            .nodes(|client| served.is_some_and(|served| served.concerns(client)))
+            .nodes(version.unwrap_or_default(), is_concerned)
     }
 
     fn summarise(&self, versions: &Versions) {
         let store = versions.store();
         let situation = store.situation();
-        let said = store.versions().rev().find(|it| it.hash == situation.said);
+        let mut saying = store.versions().rev();
+        let said = saying.find(|it| it.hash == situation.said && !versions.is_live_said());
         let taken_back = said.and_then(|it| Some((it.number, it.rolled_back.clone()?)));
         let summary = Summary {
             live: versions.live_number(),
@@ -315,7 +322,7 @@ impl Catalog {
             is_pinned: situation.pinned,
             taken_back,
             is_on_disk: store.is_on_disk(),
-            problem: store.problem(),
+            problem: versions.problem(),
             is_waiting: versions.is_waiting(),
             notice: store.notice().map(ToOwned::to_owned),
         };
@@ -345,7 +352,14 @@ impl Catalog {
 
 /// What is tried, and what is done by hand.
 impl Catalog {
-    /// A node refuses something of a version.
+    /// A node is sent something of a version that is not live.
+    pub fn sent(&self, version: u64, node: &str) {
+        if let Some(rollout) = self.rollout().as_mut().filter(|it| it.version == version) {
+            rollout.sent(node);
+        }
+    }
+
+    /// A node refuses something that is new in a version.
     pub fn refused(&self, version: u64, refusal: Refusal) {
         if let Some(rollout) = self.rollout().as_mut().filter(|it| it.version == version) {
             rollout.refused(refusal);
@@ -358,8 +372,17 @@ impl Catalog {
             return;
         }
         let mut versions = self.versions();
-        let (nodes, now) = (self.nodes(&versions), Instant::now());
-        let Some(verdict) = self.rollout().as_mut().map(|it| it.look(&nodes, now)) else {
+        let (nodes, told) = (self.nodes(&versions), self.observed.requests());
+        let now = Instant::now();
+        let verdict = self.rollout().as_mut().map(|it| {
+            let verdict = it.look(&nodes, &told, now);
+            let percent = match verdict {
+                Verdict::GoOn { step, .. } => it.percent_of(step),
+                Verdict::Wait | Verdict::Done | Verdict::GoBack(_) => it.percent(),
+            };
+            (verdict, percent)
+        });
+        let Some((verdict, percent)) = verdict else {
             return;
         };
         let Some(number) = versions.trial().map(|trial| trial.version) else {
@@ -369,11 +392,11 @@ impl Catalog {
             Verdict::Wait => {}
             Verdict::GoOn { step, threshold } => {
                 // What cannot be kept is tried at the next look.
-                if versions.go_on(step, threshold).is_ok()
+                if versions.go_on(percent, threshold).is_ok()
                     && let Some(rollout) = self.rollout().as_mut()
                 {
-                    rollout.go_on((step, threshold), nodes, now);
-                    tracing::info!(number, percent = rollout.percent(), "a version goes on");
+                    rollout.go_on((step, threshold), told, now);
+                    tracing::info!(number, percent, "a version goes on");
                 }
             }
             Verdict::Done => {
@@ -435,8 +458,14 @@ impl Catalog {
     /// # Errors
     /// It is not good.
     pub fn tried(&self, contents: &Contents) -> Result<Published, VersionError> {
-        let passing = self.passing_contents(None);
-        self.versions().tried(contents, &borrowed(&passing))
+        let (passing, last) = (self.passing_contents(None), self.published());
+        let issues = self.versions().issues();
+        versions::publish(
+            contents,
+            &borrowed(&passing),
+            &last.unwrap_or_default(),
+            issues,
+        )
     }
 }
 
@@ -459,16 +488,16 @@ fn log(source: &str, problems: &[Problem]) {
     tracing::warn!(source, "what was good last is served on, if anything was");
 }
 
-#[expect(clippy::cast_precision_loss, reason = "counts are small")]
-fn as_gauge(count: usize) -> f64 {
-    count as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{session::Client, store::contents_tests::contents};
+    use crate::{
+        rollout::Plan,
+        session::Client,
+        store::{Store, contents_tests::contents},
+    };
     use outrigger_xds::resource::bootstrap::Node;
+    use std::time::Duration;
 
     const PASSING: &str = "leases";
 
@@ -530,6 +559,64 @@ mod tests {
         catalog.resume().unwrap();
         assert_eq!(served(&catalog), (3, all(&["chat", "raw", "three"])));
         assert_eq!(catalog.versions().store().versions().count(), 3);
+    }
+
+    /// With steps, the first version live, and something else tried.
+    fn trying(tried: News) -> Catalog {
+        let plan = Plan::new(&[10, 100], Duration::from_secs(60)).unwrap();
+        let versions = Versions::new(Store::in_memory(9), plan);
+        let catalog = Catalog::with(["directory"], versions, Observed::default());
+        let catalog = catalog.with_passing(PASSING);
+        catalog.take("directory", said("5s"));
+        catalog.take(PASSING, leased("one"));
+        catalog.take("directory", tried);
+        assert_eq!(catalog.summary().trial.unwrap().version, 2);
+        catalog
+    }
+
+    #[test]
+    fn what_passes_concerns_nobody_who_tries_something() {
+        let mut tried = said("5s").unwrap();
+        let more = serde_json::json!({
+            "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            "cluster_name": "more",
+        });
+        let written = outrigger_xds::load::written::resource(more, "").unwrap();
+        let placed = &tried.raw[0];
+        tried.raw.push(crate::source::Placed {
+            written,
+            ..placed.clone()
+        });
+        let catalog = trying(Ok(tried));
+        catalog.take(PASSING, leased("two"));
+        let served = catalog.served().unwrap();
+        let (trial, _) = served.trial.as_ref().unwrap();
+        let client = Client::default();
+        let of = |it: &views::Numbered| it.published.snapshot(&client).of(Kind::Clusters).clone();
+        assert!(of(trial).contains_key("two"));
+        assert!(Arc::ptr_eq(&of(trial), &of(&served.live)));
+    }
+
+    #[test]
+    fn what_passes_takes_back_what_is_tried_and_does_not_fit() {
+        let catalog = trying(leased("two"));
+        catalog.take(PASSING, leased("two"));
+        assert_eq!(catalog.status()[PASSING].problems, []);
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "two"])));
+        let (number, why) = catalog.summary().taken_back.unwrap();
+        assert!(number == 2 && why.contains("two"), "{why}");
+    }
+
+    #[test]
+    fn nothing_was_taken_back_if_what_is_live_says_the_same() {
+        let catalog = trying(said("6s"));
+        catalog.versions().finish().unwrap();
+        catalog.take("directory", said("5s"));
+        catalog.versions().go_back("for a test");
+        catalog.pin(1).unwrap();
+        let summary = catalog.summary();
+        assert_eq!((summary.live, summary.taken_back), (Some(1), None));
+        assert!(!summary.is_pinned);
     }
 
     #[test]

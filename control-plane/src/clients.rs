@@ -27,12 +27,23 @@ pub struct Stream {
     /// Since when.
     pub since: SystemTime,
     session: Mutex<Session>,
+    told_all: AtomicU64,
 }
 
 impl Stream {
     /// Its session; nobody keeps it for long. What a panic leaves of it is as good as before.
     pub fn session(&self) -> MutexGuard<'_, Session> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its client was told all of this version, for which it asked. Who says so has its session.
+    pub fn told_all(&self, version: u64) {
+        self.told_all.store(version, Relaxed);
+    }
+
+    /// Of which version its client was told all last; who asks has its session.
+    pub fn knows(&self) -> u64 {
+        self.told_all.load(Relaxed)
     }
 }
 
@@ -67,6 +78,7 @@ impl Clients {
             peer,
             since: SystemTime::now(),
             session: Mutex::new(Session::new(protocol)),
+            told_all: AtomicU64::new(0),
         });
         open.insert(id, stream.clone());
         metrics::gauge!("outrigger_control_plane_streams", "service" => service).increment(1.0);

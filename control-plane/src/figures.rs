@@ -23,6 +23,13 @@ pub struct Row {
     pub help: &'static str,
 }
 
+/// As gauges want it.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "counts are small")]
+pub fn as_gauge(count: usize) -> f64 {
+    count as f64
+}
+
 const fn counter(name: &'static str, help: &'static str) -> Row {
     let kind = Kind::Counter;
     Row { name, kind, help }

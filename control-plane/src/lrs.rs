@@ -19,7 +19,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,14 +33,14 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 const LOAD_STREAMS_MAX: usize = 20_000;
 /// Clusters of a report that are kept.
 const CLUSTERS_REPORTED_MAX: usize = 10_000;
+/// What a node told is forgotten when it told nothing for so long, and others come.
+const TOTAL_AGE_MAX: Duration = Duration::from_secs(3600);
 
 /// What a client reported last.
 #[derive(Debug, Default)]
 struct Report {
     node: String,
     at: Option<SystemTime>,
-    /// Requests that are over, since the stream is open.
-    total: Requests,
     clusters: BTreeMap<String, Load>,
 }
 
@@ -76,38 +76,71 @@ impl From<&ClusterStats> for Load {
     }
 }
 
-/// The reports of streams that are open.
+/// The reports of streams that are open, and what nodes told on all of theirs.
 #[derive(Debug, Default)]
 pub struct Loads {
     last: AtomicU64,
-    open: Mutex<BTreeMap<u64, Report>>,
+    reports: Mutex<Reports>,
+}
+
+#[derive(Debug, Default)]
+struct Reports {
+    open: BTreeMap<u64, Report>,
+    totals: BTreeMap<String, Total>,
+}
+
+/// Requests of a node that are over. It only grows, over its streams, so that a difference says what came since.
+#[derive(Debug)]
+struct Total {
+    requests: Requests,
+    at: Instant,
+}
+
+impl Reports {
+    fn add(&mut self, node: &str, requests: Requests, now: Instant) {
+        if !self.totals.contains_key(node) {
+            let is_young = |total: &Total| now.duration_since(total.at) < TOTAL_AGE_MAX;
+            self.totals.retain(|_, total| is_young(total));
+            if self.totals.len() >= LOAD_STREAMS_MAX {
+                return;
+            }
+        }
+        let total = self.totals.entry(node.to_owned()).or_insert(Total {
+            requests: Requests::default(),
+            at: now,
+        });
+        *total = Total {
+            requests: total.requests.and(requests),
+            at: now,
+        };
+    }
 }
 
 impl Loads {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Report>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of them.
     #[must_use]
     pub fn to_json(&self) -> Value {
-        let open = self.lock();
+        let open = &self.lock().open;
         let reports: Vec<Value> = open.values().map(Report::to_json).collect();
         reports.into()
     }
 
-    /// Requests that are over, of each stream since it is open, with the node that it is of.
+    /// Requests that are over, by node, over all its streams.
     #[must_use]
-    pub fn requests(&self) -> Vec<(String, Requests)> {
-        let open = self.lock();
-        let reports = open.values();
-        reports
-            .map(|report| (report.node.clone(), report.total))
+    pub fn requests(&self) -> BTreeMap<String, Requests> {
+        let reports = self.lock();
+        let totals = reports.totals.iter();
+        totals
+            .map(|(node, total)| (node.clone(), total.requests))
             .collect()
     }
 
     fn enter(self: &Arc<Self>) -> Option<Stream> {
-        let mut open = self.lock();
+        let open = &mut self.lock().open;
         if open.len() >= LOAD_STREAMS_MAX {
             return None;
         }
@@ -152,8 +185,8 @@ struct Stream {
 impl Stream {
     /// Takes a report in. The first says only who it is.
     fn hear(&self, request: LoadStatsRequest) -> Result<(), Status> {
-        let mut open = self.loads.lock();
-        let report = open.entry(self.id).or_default();
+        let mut reports = self.loads.lock();
+        let report = reports.open.entry(self.id).or_default();
         if report.node.is_empty() {
             report.node = request.node.map(|node| node.id).unwrap_or_default();
         }
@@ -166,20 +199,23 @@ impl Stream {
         report.clusters = clusters
             .map(|stats| (stats.cluster_name.clone(), Load::from(stats)))
             .collect();
-        report.total = report.clusters.values().fold(report.total, |sum, load| {
+        report.at = Some(SystemTime::now());
+        let loads = report.clusters.values();
+        let requests = loads.fold(Requests::default(), |sum, load| {
             sum.and(Requests {
                 finished: load.succeeded.saturating_add(load.failed),
                 failed: load.failed,
             })
         });
-        report.at = Some(SystemTime::now());
+        let node = report.node.clone();
+        reports.add(&node, requests, Instant::now());
         Ok(())
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        self.loads.lock().remove(&self.id);
+        self.loads.lock().open.remove(&self.id);
         metrics::gauge!("outrigger_control_plane_streams", "service" => SERVICE).decrement(1.0);
     }
 }

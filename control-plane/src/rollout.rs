@@ -2,11 +2,11 @@
 //!
 //! Nodes are ordered by a hash of their ids, and a step takes the first so many per cent of those that are connected and that it concerns, one at least. So who has it keeps it while it
 //! spreads. What speaks against it: a node that has it refuses something that it did not refuse before, or requests fail that did not, and do not elsewhere.
-//! Silence does not speak for it: it waits for nodes that have it and have answered.
+//! Silence does not speak for it: it waits for nodes that have it and have answered. Who was sent it and is gone may be so because of it, and has not answered either.
 
 pub mod seen;
 
-use crate::store::Trial;
+use crate::{clients::STREAMS_MAX, store::Trial};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// Finished requests, of the nodes that are looked at and of those that they are compared with, below which their failures prove nothing.
 const REQUESTS_MIN: u64 = 20;
-/// So much higher the share of failures may be.
+/// More than so much higher the share of failures may be.
 const FAILURES_MORE: f64 = 0.05;
 /// Refusals that are told of one version.
 const REFUSALS_TOLD_MAX: usize = 10;
@@ -35,11 +35,14 @@ impl Plan {
     /// Steps in per cent of the nodes, each for this time.
     ///
     /// # Errors
-    /// They do not go up, or not to 100.
+    /// They do not go up, or not to 100; or there are several, and they take no time.
     pub fn new(steps: &[u8], step: Duration) -> Result<Self, String> {
         let goes_up = steps.windows(2).all(|pair| pair[0] < pair[1]);
         if !goes_up || steps.first().is_none_or(|first| *first == 0) || steps.last() != Some(&ALL) {
             return Err("steps must go up, from 1 at least, to 100".to_owned());
+        }
+        if steps.len() > 1 && step.is_zero() {
+            return Err("several steps must take some time each".to_owned());
         }
         Ok(Self {
             steps: steps.to_owned(),
@@ -107,14 +110,15 @@ impl Requests {
 pub struct Seen {
     /// What is tried is something else for it than what is live. Others are sent nothing of it, and are compared with.
     pub is_concerned: bool,
-    /// It was sent something that it has not answered.
+    /// Of what is tried, it was not told all yet, or has not answered all: to refuse is to answer.
     pub is_pending: bool,
-    /// As it told of them, since some time.
-    pub requests: Requests,
 }
 
 /// Of all nodes that are connected.
 pub type Nodes = BTreeMap<String, Seen>;
+
+/// Requests by node, of all that told of them: each since some time, so that only differences mean anything.
+pub type Told = BTreeMap<String, Requests>;
 
 /// A refusal: which node, which type, why.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,7 +154,9 @@ pub enum Verdict {
 pub struct Evidence {
     /// Nodes that have it, of those that are connected.
     pub nodes: usize,
-    /// Of these, those that have not answered.
+    /// Nodes that were sent something of it and are gone.
+    pub gone: usize,
+    /// Of both, those that have not answered: who is gone has not.
     pub pending: usize,
     /// What it waits for; empty if it is over.
     pub waits_for: String,
@@ -174,25 +180,22 @@ pub struct Rollout {
     since: Instant,
     /// Nodes have it whose hash is not above this.
     threshold: u64,
-    /// What was refused before it came.
-    known: BTreeSet<Refusal>,
+    /// Nodes that were sent something of it.
+    sent: BTreeSet<String>,
     /// When the version came, and when the step began.
-    before: Nodes,
-    at_step: Nodes,
+    before: Told,
+    at_step: Told,
     evidence: Evidence,
 }
 
 impl Rollout {
-    /// At this step of its plan.
+    /// As far as it got.
     #[must_use]
-    pub fn new(
-        trial: &Trial,
-        plan: Plan,
-        nodes: Nodes,
-        known: BTreeSet<Refusal>,
-        now: Instant,
-    ) -> Self {
-        let step = trial.step.min(plan.steps.len() - 1);
+    pub fn new(trial: &Trial, plan: Plan, nodes: &Nodes, told: Told, now: Instant) -> Self {
+        // The plan may be another one by now: no step is left out for that.
+        let mut steps = plan.steps.iter();
+        let step = steps.rposition(|step| *step <= trial.percent);
+        let step = step.unwrap_or_default();
         let percent = plan.steps[step];
         let threshold = trial.threshold.filter(|_| percent < ALL);
         Self {
@@ -200,18 +203,18 @@ impl Rollout {
             step,
             plan,
             since: now,
-            threshold: threshold.unwrap_or_else(|| self::threshold(percent, &nodes)),
-            known,
-            before: nodes.clone(),
-            at_step: nodes,
+            threshold: threshold.unwrap_or_else(|| self::threshold(percent, nodes)),
+            sent: BTreeSet::new(),
+            before: told.clone(),
+            at_step: told,
             evidence: Evidence::default(),
         }
     }
 
     /// As [`Self::look`] said.
-    pub fn go_on(&mut self, (step, threshold): (usize, u64), nodes: Nodes, now: Instant) {
+    pub fn go_on(&mut self, (step, threshold): (usize, u64), told: Told, now: Instant) {
         (self.step, self.threshold) = (step, threshold);
-        (self.since, self.at_step) = (now, nodes);
+        (self.since, self.at_step) = (now, told);
     }
 
     fn to(&self, step: usize, nodes: &Nodes) -> Verdict {
@@ -219,16 +222,16 @@ impl Rollout {
         Verdict::GoOn { step, threshold }
     }
 
-    /// Which step, counted from 0.
-    #[must_use]
-    pub fn step(&self) -> usize {
-        self.step
-    }
-
     /// So many per cent of the nodes have it.
     #[must_use]
     pub fn percent(&self) -> u8 {
         self.plan.steps[self.step]
+    }
+
+    /// The same, of this step.
+    #[must_use]
+    pub fn percent_of(&self, step: usize) -> u8 {
+        self.plan.steps[step]
     }
 
     /// All its steps.
@@ -255,21 +258,31 @@ impl Rollout {
         &self.evidence
     }
 
-    /// A node refuses something of this version.
+    /// A node is sent something of this version.
+    pub fn sent(&mut self, node: &str) {
+        if self.sent.len() < STREAMS_MAX && !self.sent.contains(node) {
+            self.sent.insert(node.to_owned());
+        }
+    }
+
+    /// A node refuses something that is new in this version.
     pub fn refused(&mut self, refusal: Refusal) {
         let refusals = &mut self.evidence.refusals;
-        if !self.known.contains(&refusal) && refusals.len() < REFUSALS_TOLD_MAX {
+        if refusals.len() < REFUSALS_TOLD_MAX {
             refusals.push(refusal);
         }
     }
 
     /// Looks at what is seen now.
-    pub fn look(&mut self, nodes: &Nodes, now: Instant) -> Verdict {
+    pub fn look(&mut self, nodes: &Nodes, told: &Told, now: Instant) -> Verdict {
         let chosen = nodes.iter().filter(|(id, seen)| self.is_chosen(id, seen));
         let chosen: Vec<&Seen> = chosen.map(|(_, seen)| seen).collect();
-        self.evidence.nodes = chosen.len();
-        self.evidence.pending = chosen.iter().filter(|seen| seen.is_pending).count();
-        self.count(nodes);
+        let sent = self.sent.iter();
+        let gone = sent.filter(|id| !nodes.contains_key(*id)).count();
+        let pending = chosen.iter().filter(|seen| seen.is_pending).count();
+        (self.evidence.nodes, self.evidence.gone) = (chosen.len(), gone);
+        self.evidence.pending = pending + gone;
+        self.count(nodes, told);
         if let Some(why) = self.why_not() {
             self.evidence.waits_for.clear();
             return Verdict::GoBack(why);
@@ -277,11 +290,11 @@ impl Rollout {
         let elapsed = self.elapsed(now);
         let (verdict, waits_for) = match () {
             () if elapsed < self.plan.step => (Verdict::Wait, "the time of the step"),
-            () if !nodes.values().any(|seen| seen.is_concerned) => {
+            () if gone == 0 && !nodes.values().any(|seen| seen.is_concerned) => {
                 (Verdict::Wait, "a node that it concerns")
             }
-            // Those that were to have it are not there, and had the time of the step to come back.
-            () if self.evidence.nodes == 0 => (self.to(self.step, nodes), "other nodes"),
+            // Those that were to have it never came, and had the time of the step to do so. Who left with it is not replaced: the next might do so, too.
+            () if self.evidence.nodes + gone == 0 => (self.to(self.step, nodes), "other nodes"),
             () if self.evidence.pending > 0 && elapsed < self.plan.step + ANSWER_TIMEOUT => {
                 (Verdict::Wait, "answers")
             }
@@ -300,11 +313,11 @@ impl Rollout {
         seen.is_concerned && place(id) <= self.threshold
     }
 
-    fn count(&mut self, nodes: &Nodes) {
+    fn count(&mut self, nodes: &Nodes, told: &Told) {
         let [mut chosen, mut others, mut before] = [Requests::default(); 3];
-        let of = |before: &Nodes, id: &String| before.get(id).copied().unwrap_or_default().requests;
+        let of = |told: &Told, id: &String| told.get(id).copied().unwrap_or_default();
         for (id, seen) in nodes {
-            let now = seen.requests.since(of(&self.at_step, id));
+            let now = of(told, id).since(of(&self.at_step, id));
             if self.is_chosen(id, seen) {
                 chosen = chosen.and(now);
                 before = before.and(of(&self.before, id));

@@ -123,7 +123,9 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let issues = access
         .as_ref()
         .is_some_and(|access| access.authority().is_some());
-    let versions = versions(options)?.issuing(issues);
+    let plan = plan(options)?;
+    let look_interval = plan.look_interval();
+    let versions = Versions::new(store(options).await?, plan).issuing(issues);
     let catalog = Arc::new(Catalog::with([source.name()], versions, observed));
     // So that who comes first finds something.
     beside(&catalog, Catalog::restore).await;
@@ -155,7 +157,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         serving,
         tasks: [
             tokio::spawn(follow),
-            tokio::spawn(watch_versions(watched)),
+            tokio::spawn(watch_versions(watched, look_interval)),
             tokio::spawn(admin::serve(admin, Arc::new(shown))),
         ]
         .into_iter()
@@ -171,21 +173,24 @@ fn warn_of_plain_text(listen: SocketAddr, access: Option<&Access>) {
     }
 }
 
-/// With those that are kept.
-fn versions(options: &Options) -> anyhow::Result<Versions> {
+fn plan(options: &Options) -> anyhow::Result<Plan> {
     let step = Duration::from_secs(options.rollout_step_s);
-    let plan =
-        Plan::new(&options.rollout, step).map_err(|error| anyhow::anyhow!("--rollout: {error}"))?;
-    let store = match &options.state {
-        Some(directory) => Store::open(directory, options.versions_max)?,
-        None => Store::in_memory(options.versions_max),
+    let plan = Plan::new(&options.rollout, step);
+    plan.map_err(|error| anyhow::anyhow!("--rollout, --rollout-step-s: {error}"))
+}
+
+/// Versions that are kept. To open it takes time, and is done beside the runtime.
+async fn store(options: &Options) -> anyhow::Result<Store> {
+    let versions_max = options.versions_max;
+    let Some(directory) = options.state.clone() else {
+        return Ok(Store::in_memory(versions_max));
     };
-    Ok(Versions::new(store, plan))
+    let opening = tokio::task::spawn_blocking(move || Store::open(&directory, versions_max));
+    Ok(opening.await??)
 }
 
 /// Follows what is tried, and tries again what could not be kept.
-async fn watch_versions(catalog: Arc<Catalog>) {
-    let interval = catalog.versions().plan().look_interval();
+async fn watch_versions(catalog: Arc<Catalog>, interval: Duration) {
     let mut tried = Instant::now();
     loop {
         tokio::time::sleep(interval).await;

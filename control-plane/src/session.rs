@@ -245,6 +245,12 @@ impl Session {
         types.map(|(type_url, watched)| watched.status(type_url))
     }
 
+    /// Whether something that was sent was neither taken nor refused yet.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.types.values().any(Watched::is_pending)
+    }
+
     /// What was sent of each type, with what became of it.
     pub fn sent(&self) -> impl Iterator<Item = (&str, &str, &Sent)> {
         let types = self.types.iter();

@@ -12,6 +12,7 @@ mod tests;
 pub(crate) use contents::tests as contents_tests;
 pub use contents::{Contents, Named, decode, encode, hash, named};
 
+use crate::figures::as_gauge;
 use database::{Database, Opened};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -114,8 +115,9 @@ pub struct Situation {
 pub struct Trial {
     /// Which.
     pub version: u64,
-    /// How far it got.
-    pub step: usize,
+    /// How many per cent of the nodes try it; 0 before it began.
+    #[serde(default)]
+    pub percent: u8,
     /// Up to which place nodes have it, once that is known.
     pub threshold: Option<u64>,
 }
@@ -419,9 +421,4 @@ impl Next {
 pub fn milliseconds(at: SystemTime) -> u64 {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts are small")]
-fn as_gauge(count: usize) -> f64 {
-    count as f64
 }

@@ -67,6 +67,8 @@ pub struct Versions {
     waiting: Option<Contents>,
     /// Whether there are [secrets that are issued](crate::issued) to each node.
     issues: bool,
+    /// Why that never can be, as it is: then it is not tried again.
+    too_long: Option<StoreError>,
 }
 
 impl Versions {
@@ -80,6 +82,7 @@ impl Versions {
             trial: None,
             waiting: None,
             issues: false,
+            too_long: None,
         }
     }
 
@@ -144,6 +147,20 @@ impl Versions {
         self.live.as_ref().map(|live| &live.contents)
     }
 
+    /// Whether that is what the sources say.
+    #[must_use]
+    pub fn is_live_said(&self) -> bool {
+        let said = &self.store.situation().said;
+        self.live.as_ref().is_some_and(|live| live.hash == *said)
+    }
+
+    /// Why something could not be kept.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        let too_long = self.too_long.as_ref().map(ToString::to_string);
+        too_long.or_else(|| self.store.problem())
+    }
+
     /// Whether something could not be kept, and is not served for that.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
@@ -205,32 +222,36 @@ impl Versions {
         contents: &Contents,
         passing: &[&Content],
     ) -> Result<Published, VersionError> {
-        let kept = contents.values().map(Arc::as_ref);
-        let all: Vec<&Content> = kept.chain(passing.iter().copied()).collect();
         let last = self.live.as_ref().map(|live| live.published.clone());
-        let published = views::publish(&all, &last.unwrap_or_default(), self.issues);
-        published.map_err(VersionError::Bad)
+        publish(contents, passing, &last.unwrap_or_default(), self.issues)
     }
 
-    /// What passing sources have is new: what is served is made again with it.
+    /// What passing sources have is new: what is served is made again with it. What is tried is taken back if only that does not fit it; its number is given then.
     ///
     /// # Errors
-    /// It does not fit the version that is served.
-    pub fn renew(&mut self, passing: &[&Content]) -> Result<(), Vec<Problem>> {
-        let renewed = |serving: &Option<Serving>| -> Result<Option<Serving>, Vec<Problem>> {
-            let Some(serving) = serving else {
-                return Ok(None);
-            };
-            let contents = &serving.contents;
-            let published = self.publish(contents, passing).map_err(problems)?;
-            Ok(Some(Serving {
-                published: Arc::new(published),
-                ..serving.clone()
-            }))
+    /// It does not fit the version that is live.
+    pub fn renew(&mut self, passing: &[&Content]) -> Result<Option<u64>, Vec<Problem>> {
+        let Some(live) = self.live.clone() else {
+            return Ok(None);
         };
-        let (live, trial) = (renewed(&self.live)?, renewed(&self.trial)?);
-        (self.live, self.trial) = (live, trial);
-        Ok(())
+        let published = self.publish(&live.contents, passing).map_err(problems)?;
+        let published = Arc::new(published);
+        self.live = Some(Serving { published, ..live });
+        let Some(trial) = self.trial.clone() else {
+            return Ok(None);
+        };
+        // After the live one, so that what is the same in both is shared.
+        match self.publish(&trial.contents, passing) {
+            Ok(published) => {
+                let published = Arc::new(published);
+                self.trial = Some(Serving { published, ..trial });
+                Ok(None)
+            }
+            Err(error) => {
+                self.go_back(&error.to_string());
+                Ok(Some(trial.number))
+            }
+        }
     }
 
     /// The sources say this, and it is good. Until it is kept it is not served, unless nothing is.
@@ -238,15 +259,16 @@ impl Versions {
     /// # Errors
     /// It cannot be kept; it is tried again.
     pub fn offer(&mut self, contents: Contents, published: Published) -> Result<(), StoreError> {
-        self.waiting = None;
+        (self.waiting, self.too_long) = (None, None);
         let hash = store::hash(&contents);
         let is_said = self.store.situation().said == hash;
         if is_said && self.live.is_some() {
             return Ok(());
         }
         let taken = self.take(&contents, &hash, published);
-        if taken.is_err() {
+        if let Err(error) = &taken {
             self.waiting = Some(contents);
+            self.too_long = Some(error.clone()).filter(|it| matches!(it, StoreError::TooLong(_)));
         }
         taken
     }
@@ -298,7 +320,7 @@ impl Versions {
             },
             trial: trial.then_some(Trial {
                 version: serving.number,
-                step: 0,
+                percent: 0,
                 threshold: None,
             }),
             pinned: false,
@@ -335,16 +357,14 @@ impl Versions {
             ),
             rolled_back: None,
         };
-        tracing::info!(
-            number = version.number,
-            changes = version.changes.count,
-            "a new version"
-        );
+        let (number, changes) = (version.number, version.changes.count);
         self.store.commit(Change {
             situation,
             new: Some((version, Arc::new(bytes))),
             marks,
-        })
+        })?;
+        tracing::info!(number, changes, "a new version");
+        Ok(())
     }
 
     /// What could not be kept is tried again.
@@ -353,12 +373,15 @@ impl Versions {
             // What is served now was never kept: it is as if the sources said it to what was.
             let unkept = self.live.take().map(|live| live.contents);
             self.waiting = self.waiting.take().or(unkept);
-            self.trial = None;
+            (self.trial, self.too_long) = (None, None);
             self.restore(passing);
         }
         if self.store.is_behind() {
             // It is remembered as the store's problem.
             let _ = self.store.catch_up();
+        }
+        if self.too_long.is_some() {
+            return;
         }
         if let Some(contents) = self.waiting.take() {
             match self.publish(&contents, passing) {
@@ -369,14 +392,14 @@ impl Versions {
         }
     }
 
-    /// What is tried is at this step, and nodes up to this place have it.
+    /// So many per cent of the nodes try it: those up to this place.
     ///
     /// # Errors
     /// It cannot be kept, and should not be so.
-    pub fn go_on(&mut self, step: usize, threshold: u64) -> Result<(), StoreError> {
+    pub fn go_on(&mut self, percent: u8, threshold: u64) -> Result<(), StoreError> {
         let mut situation = self.store.situation().clone();
         if let Some(trial) = &mut situation.trial {
-            trial.step = step;
+            trial.percent = percent;
             trial.threshold = Some(threshold);
         }
         if situation == *self.store.situation() {
@@ -436,12 +459,15 @@ impl Versions {
         let why = format!("by hand, to version {number}");
         let mut marks: Vec<_> = others.map(|it| (it, Some(why.clone()))).collect();
         marks.push((number, None));
+        // What waits to be kept is what they say, and is not forgotten.
+        let waiting = self.waiting.as_ref().map(store::hash);
+        let said = waiting.unwrap_or_else(|| self.store.situation().said.clone());
         let situation = Situation {
             live: Some(number),
             trial: None,
             // A candidate that is made live by hand is what the sources say.
-            pinned: self.store.situation().said != serving.hash,
-            ..self.store.situation().clone()
+            pinned: said != serving.hash,
+            said,
         };
         self.store.commit(Change {
             situation,
@@ -449,7 +475,7 @@ impl Versions {
             marks,
         })?;
         (self.live, self.trial) = (Some(serving), None);
-        self.waiting = None;
+        (self.waiting, self.too_long) = (None, None);
         Ok(())
     }
 
@@ -465,29 +491,32 @@ impl Versions {
             return Ok(());
         }
         self.take(said, &hash, published)?;
+        (self.waiting, self.too_long) = (None, None);
         Ok(())
     }
 
-    /// What a version holds.
+    /// What a version holds, as it is kept: to decode it takes time.
     ///
     /// # Errors
     /// It is not there, or cannot be read.
-    pub fn contents(&mut self, number: u64) -> Result<Contents, VersionError> {
-        let bytes = self.store.bytes(number)?;
-        store::decode(&bytes).map_err(VersionError::Bad)
+    pub fn bytes(&mut self, number: u64) -> Result<Arc<Vec<u8>>, StoreError> {
+        self.store.bytes(number)
     }
+}
 
-    /// What would be served of this.
-    ///
-    /// # Errors
-    /// It is not good.
-    pub fn tried(
-        &self,
-        contents: &Contents,
-        passing: &[&Content],
-    ) -> Result<Published, VersionError> {
-        self.publish(contents, passing)
-    }
+/// What would be served of this, beside what passes. What is as it was is shared.
+///
+/// # Errors
+/// It is not good.
+pub fn publish(
+    contents: &Contents,
+    passing: &[&Content],
+    last: &Published,
+    issues: bool,
+) -> Result<Published, VersionError> {
+    let kept = contents.values().map(Arc::as_ref);
+    let all: Vec<&Content> = kept.chain(passing.iter().copied()).collect();
+    views::publish(&all, last, issues).map_err(VersionError::Bad)
 }
 
 fn problems(error: VersionError) -> Vec<Problem> {
@@ -497,5 +526,45 @@ fn problems(error: VersionError) -> Vec<Problem> {
             origin: "versions".to_owned(),
             message: error.to_string(),
         }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::contents_tests::contents;
+
+    fn versions() -> Versions {
+        let mut versions = Versions::new(Store::in_memory(9), Plan::at_once());
+        let first = contents("5s");
+        let published = versions.publish(&first, &[]).unwrap();
+        versions.offer(first, published).unwrap();
+        versions
+    }
+
+    #[test]
+    fn what_waits_is_what_the_sources_say() {
+        let mut versions = versions();
+        versions.waiting = Some(contents("6s"));
+        versions.pin(1, &[]).unwrap();
+        assert!(versions.store().situation().pinned && !versions.is_live_said());
+        versions.resume(&contents("6s"), &[]).unwrap();
+        assert_eq!(versions.live_number(), Some(2));
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_tried_again() {
+        let mut versions = versions();
+        versions.waiting = Some(contents("6s"));
+        versions.too_long = Some(StoreError::TooLong(7));
+        versions.retry(&[]);
+        assert!(versions.is_waiting() && versions.problem().is_some());
+        assert_eq!(versions.live_number(), Some(1));
+        // Something else is.
+        let other = contents("7s");
+        let published = versions.publish(&other, &[]).unwrap();
+        versions.offer(other, published).unwrap();
+        assert!(!versions.is_waiting() && versions.problem().is_none());
+        assert_eq!(versions.live_number(), Some(2));
     }
 }

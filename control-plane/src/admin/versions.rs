@@ -7,7 +7,7 @@ use crate::{
     diff,
     rollout::{Evidence, Refusal, Requests},
     session::Client,
-    store::{self, Contents, Named, StoreError, Version},
+    store::{self, Named, StoreError, Version},
     versions::VersionError,
     views::Served,
 };
@@ -132,9 +132,9 @@ fn version(served: &Served, client: &Client) -> String {
 }
 
 fn live(admin: &Admin) -> Named {
-    let versions = admin.catalog.versions();
-    let contents: Option<&Contents> = versions.live_contents();
-    contents.map(store::named).unwrap_or_default()
+    // Nobody waits while it is written out.
+    let contents = admin.catalog.versions().live_contents().cloned();
+    contents.as_ref().map(store::named).unwrap_or_default()
 }
 
 /// What is different between two versions.
@@ -144,8 +144,12 @@ pub(super) fn difference(admin: &Admin, query: &str) -> Answer {
         (Ok(from), Ok(to)) => (from, to),
         (Err(answer), _) | (_, Err(answer)) => return answer,
     };
-    let mut versions = admin.catalog.versions();
-    let mut named = |number| versions.contents(number).map(|it| store::named(&it));
+    // Nobody waits while they are read and compared.
+    let named = |number| {
+        let bytes = admin.catalog.versions().bytes(number)?;
+        let contents = store::decode(&bytes).map_err(VersionError::Bad)?;
+        Ok(store::named(&contents))
+    };
     match (named(from), named(to)) {
         (Ok(from), Ok(to)) => text(StatusCode::OK, diff::text(&from, &to)),
         (Err(error), _) | (_, Err(error)) => refused(&error),
@@ -155,7 +159,10 @@ pub(super) fn difference(admin: &Admin, query: &str) -> Answer {
 /// All versions, the newest first.
 pub(super) fn versions(admin: &Admin, _: &str) -> Answer {
     let summary = admin.catalog.summary();
-    let versions = admin.catalog.versions();
+    let all: Vec<Version> = {
+        let versions = admin.catalog.versions();
+        versions.store().versions().rev().cloned().collect()
+    };
     let trial = summary.trial.as_ref().map(|trial| trial.version);
     let state = |version: &Version| match version {
         it if Some(it.number) == summary.live => "live",
@@ -163,10 +170,8 @@ pub(super) fn versions(admin: &Admin, _: &str) -> Answer {
         it if it.rolled_back.is_some() => "rolled back",
         _ => "past",
     };
-    let all: Vec<Value> = versions
-        .store()
-        .versions()
-        .rev()
+    let all: Vec<Value> = all
+        .iter()
         .map(|version| {
             let then = UNIX_EPOCH + Duration::from_millis(version.at_ms);
             json!({
@@ -252,6 +257,7 @@ fn of_evidence(evidence: &Evidence) -> Value {
     let requests = |it: Requests| json!({ "finished": it.finished, "failed": it.failed });
     json!({
         "nodes": evidence.nodes,
+        "gone": evidence.gone,
         "not_answered": evidence.pending,
         "waits_for": evidence.waits_for,
         "refusals": refusals.collect::<Vec<_>>(),

@@ -1,12 +1,8 @@
 //! What is seen of the nodes that are connected: what they took and refused, and how their requests fare.
 
-use super::{Nodes, Refusal};
-use crate::{
-    clients::Clients,
-    lrs::Loads,
-    session::{Client, State},
-};
-use std::{collections::BTreeSet, sync::Arc};
+use super::{Nodes, Told};
+use crate::{clients::Clients, lrs::Loads, session::Client};
+use std::sync::Arc;
 
 /// Who can be seen.
 #[derive(Debug, Clone, Default)]
@@ -18,46 +14,27 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// All that are connected, with what they told of their requests, and whether what is tried concerns them. Who tells of no requests has none.
+    /// All that are connected, whether this version, which is tried, concerns them, and whether they have answered all of it.
     #[must_use]
-    pub fn nodes(&self, is_concerned: impl Fn(&Client) -> bool) -> Nodes {
+    pub fn nodes(&self, version: u64, is_concerned: impl Fn(&Client) -> bool) -> Nodes {
         let mut nodes = Nodes::new();
         for stream in self.clients.all() {
             let session = stream.session();
             let Some(client) = session.client() else {
                 continue;
             };
-            let is_pending = session.status().any(|it| it.state == State::Pending);
+            let is_pending = stream.knows() != version || session.is_pending();
             let seen = nodes.entry(client.node.id.clone()).or_default();
             seen.is_pending |= is_pending;
             seen.is_concerned |= is_concerned(client);
         }
-        for (node, requests) in self.loads.requests() {
-            if let Some(seen) = nodes.get_mut(&node) {
-                seen.requests = seen.requests.and(requests);
-            }
-        }
         nodes
     }
 
-    /// What is refused now.
+    /// Requests that are over, as nodes reported them since they do.
     #[must_use]
-    pub fn refusals(&self) -> BTreeSet<Refusal> {
-        let mut refusals = BTreeSet::new();
-        for stream in self.clients.all() {
-            let session = stream.session();
-            let node = session.client().map(|client| client.node.id.clone());
-            for status in session.status() {
-                if let (Some(node), Some(nack)) = (&node, status.nacked) {
-                    refusals.insert(Refusal {
-                        node: node.clone(),
-                        type_url: status.type_url,
-                        error: nack.error,
-                    });
-                }
-            }
-        }
-        refusals
+    pub fn requests(&self) -> Told {
+        self.loads.requests()
     }
 
     /// Everybody who is connected, once.

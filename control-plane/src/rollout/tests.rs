@@ -12,10 +12,6 @@ fn plan() -> Plan {
 const SEEN: Seen = Seen {
     is_concerned: true,
     is_pending: false,
-    requests: Requests {
-        finished: 0,
-        failed: 0,
-    },
 };
 
 /// Nodes without requests, all of which have answered.
@@ -26,13 +22,20 @@ fn nodes(count: usize) -> Nodes {
 }
 
 fn rollout(nodes: &Nodes, now: Instant) -> Rollout {
-    Rollout::new(&trial(0), plan(), nodes.clone(), BTreeSet::new(), now)
+    Rollout::new(&trial(0), plan(), nodes, Told::new(), now)
 }
 
-fn trial(step: usize) -> Trial {
+impl Rollout {
+    /// With nothing told of requests.
+    fn see(&mut self, nodes: &Nodes, now: Instant) -> Verdict {
+        self.look(nodes, &Told::new(), now)
+    }
+}
+
+fn trial(percent: u8) -> Trial {
     Trial {
         version: 7,
-        step,
+        percent,
         threshold: None,
     }
 }
@@ -74,6 +77,7 @@ fn plans_go_up_to_all() {
     ] {
         assert_eq!(Plan::new(steps, STEP).is_ok(), is_good, "{steps:?}");
     }
+    assert!(Plan::new(&[10, 100], Duration::ZERO).is_err());
     assert!(plan().is_staged() && !Plan::at_once().is_staged());
 }
 
@@ -89,16 +93,16 @@ fn it_spreads_and_who_has_it_keeps_it() {
         assert!(before.iter().all(|id| these.contains(id)));
         before = these;
         assert_eq!(
-            rollout.look(&nodes, now + STEP - Duration::from_millis(1)),
+            rollout.see(&nodes, now + STEP - Duration::from_millis(1)),
             Verdict::Wait
         );
         now += STEP;
-        let verdict = rollout.look(&nodes, now);
+        let verdict = rollout.see(&nodes, now);
         assert_eq!(rollout.evidence().nodes, count);
         if count == 40 {
             assert_eq!(verdict, Verdict::Done);
         } else {
-            rollout.go_on(next(&verdict).unwrap(), nodes.clone(), now);
+            rollout.go_on(next(&verdict).unwrap(), Told::new(), now);
         }
     }
 }
@@ -108,18 +112,18 @@ fn one_node_at_least_has_it_and_without_nodes_it_waits() {
     let mut now = Instant::now();
     let mut rollout = rollout(&Nodes::new(), now);
     now += STEP * 100;
-    assert_eq!(rollout.look(&Nodes::new(), now), Verdict::Wait);
+    assert_eq!(rollout.see(&Nodes::new(), now), Verdict::Wait);
     assert_eq!(rollout.evidence().waits_for, "a node that it concerns");
     // Of those that come then, one is the first to try it, wherever it is.
     let mut tries = |nodes: &Nodes| {
-        let mut verdict = rollout.look(nodes, now);
+        let mut verdict = rollout.see(nodes, now);
         if let Some((0, threshold)) = next(&verdict) {
-            rollout.go_on((0, threshold), nodes.clone(), now);
-            verdict = rollout.look(nodes, now);
+            rollout.go_on((0, threshold), Told::new(), now);
+            verdict = rollout.see(nodes, now);
         }
         assert_eq!(verdict, Verdict::Wait);
         now += STEP;
-        assert_eq!(next(&rollout.look(nodes, now)).unwrap().0, 1);
+        assert_eq!(next(&rollout.see(nodes, now)).unwrap().0, 1);
         chosen(&rollout, nodes)
     };
     let far = |id: &&String| place(id) > u64::MAX / 2;
@@ -141,14 +145,14 @@ fn who_is_connected_alone_for_a_while_does_not_try_it_for_that() {
     let mut rollout = rollout(&nodes, now);
     let last = nodes.keys().max_by_key(|id| place(id)).unwrap();
     let alone = Nodes::from([(last.clone(), SEEN)]);
-    assert_eq!(rollout.look(&alone, now + STEP / 2), Verdict::Wait);
+    assert_eq!(rollout.see(&alone, now + STEP / 2), Verdict::Wait);
     assert_eq!(chosen(&rollout, &nodes).len(), 4);
     // Nor after a restart.
     let kept = Trial {
         threshold: Some(rollout.threshold()),
         ..trial(0)
     };
-    let again = Rollout::new(&kept, plan(), alone, BTreeSet::new(), now);
+    let again = Rollout::new(&kept, plan(), &alone, Told::new(), now);
     assert_eq!(chosen(&again, &nodes).len(), 4);
 }
 
@@ -161,28 +165,55 @@ fn who_does_not_answer_is_waited_for_and_not_for_ever() {
     // Of no matter: it does not have it.
     let other = nodes.keys().find(|id| !tried.contains(id)).unwrap().clone();
     nodes.get_mut(&other).unwrap().is_pending = true;
-    assert_eq!(next(&rollout.look(&nodes, now + STEP)).unwrap().0, 1);
+    assert_eq!(next(&rollout.see(&nodes, now + STEP)).unwrap().0, 1);
     nodes.get_mut(&tried[0]).unwrap().is_pending = true;
-    assert_eq!(rollout.look(&nodes, now + STEP), Verdict::Wait);
+    assert_eq!(rollout.see(&nodes, now + STEP), Verdict::Wait);
     assert_eq!(rollout.evidence().waits_for, "answers");
-    let verdict = rollout.look(&nodes, now + STEP + ANSWER_TIMEOUT);
+    let verdict = rollout.see(&nodes, now + STEP + ANSWER_TIMEOUT);
     assert_eq!(verdict, Verdict::GoBack("1 nodes did not answer".into()));
 }
 
+/// It may be gone because of it: that others try it in its place would take it through the fleet.
 #[test]
-fn a_new_refusal_takes_it_back_at_once_and_an_old_one_does_not() {
+fn who_was_sent_it_and_is_gone_is_not_replaced() {
+    let mut now = Instant::now();
+    let all = nodes(40);
+    let mut rollout = rollout(&all, now);
+    let tried = chosen(&rollout, &all);
+    let mut left = all.clone();
+    for id in &tried {
+        rollout.sent(id);
+        left.remove(id);
+    }
+    now += STEP;
+    assert_eq!(rollout.see(&left, now), Verdict::Wait);
+    assert_eq!(rollout.evidence().waits_for, "answers");
+    let evidence = rollout.evidence();
+    assert_eq!((evidence.nodes, evidence.gone, evidence.pending), (0, 4, 4));
+    // Not even with nobody left.
+    assert_eq!(rollout.see(&Nodes::new(), now), Verdict::Wait);
+    // Back for a moment, and not told all again.
+    let mut back = all.clone();
+    back.get_mut(&tried[0]).unwrap().is_pending = true;
+    assert_eq!(rollout.see(&back, now), Verdict::Wait);
+    // Whoever comes back and answers is as good as before.
+    assert_eq!(next(&rollout.see(&all, now)).unwrap().0, 1);
+    let verdict = rollout.see(&left, now + ANSWER_TIMEOUT);
+    assert_eq!(verdict, Verdict::GoBack("4 nodes did not answer".into()));
+}
+
+#[test]
+fn a_refusal_takes_it_back_at_once() {
     let nodes = nodes(10);
     let now = Instant::now();
-    let known = BTreeSet::from([refusal("node-1", "as ever")]);
-    let mut rollout = Rollout::new(&trial(0), plan(), nodes.clone(), known, now);
-    rollout.refused(refusal("node-1", "as ever"));
-    assert_eq!(next(&rollout.look(&nodes, now + STEP)).unwrap().0, 1);
+    let mut rollout = rollout(&nodes, now);
+    assert_eq!(rollout.see(&nodes, now), Verdict::Wait);
     for count in 0..2 * REFUSALS_TOLD_MAX {
         rollout.refused(refusal("node-1", &format!("something new: {count}")));
     }
     assert_eq!(rollout.evidence().refusals.len(), REFUSALS_TOLD_MAX);
     let expected = "node node-1 refuses type: something new: 0";
-    assert_eq!(rollout.look(&nodes, now), Verdict::GoBack(expected.into()));
+    assert_eq!(rollout.see(&nodes, now), Verdict::GoBack(expected.into()));
 }
 
 /// Requests of nodes that have it and of others: before it came, and since.
@@ -207,21 +238,24 @@ fn failures_are_compared_with_others_and_with_before() {
     ];
     for (case, before, tried, others, is_bad) in cases {
         let now = Instant::now();
-        let mut nodes = nodes(10);
+        let nodes = nodes(10);
         let probe = rollout(&nodes, now);
         let id = chosen(&probe, &nodes).remove(0);
         let other = nodes.keys().find(|it| **it != id).unwrap().clone();
-        let add = |nodes: &mut Nodes, id: &str, (finished, failed): Of| {
-            let seen = nodes.get_mut(id).unwrap();
-            seen.requests = seen.requests.and(Requests { finished, failed });
+        let mut told = Told::new();
+        let add = |told: &mut Told, id: &str, (finished, failed): Of| {
+            let sum = told.entry(id.to_owned()).or_default();
+            *sum = sum.and(Requests { finished, failed });
         };
-        add(&mut nodes, &id, before);
-        // What others did before says nothing.
-        add(&mut nodes, &other, (1000, 1000));
-        let mut rollout = rollout(&nodes, now);
-        add(&mut nodes, &id, tried);
-        add(&mut nodes, &other, others);
-        let verdict = rollout.look(&nodes, now);
+        add(&mut told, &id, before);
+        // What others did before says nothing, and neither does it of one that is not connected yet.
+        add(&mut told, &other, (1000, 1000));
+        let mut connected = nodes.clone();
+        connected.remove(&other);
+        let mut rollout = Rollout::new(&trial(0), plan(), &connected, told.clone(), now);
+        add(&mut told, &id, tried);
+        add(&mut told, &other, others);
+        let verdict = rollout.look(&nodes, &told, now);
         assert_eq!(
             matches!(verdict, Verdict::GoBack(_)),
             is_bad,
@@ -244,20 +278,25 @@ fn those_try_it_that_it_concerns() {
     }
     let now = Instant::now();
     let mut rollout = rollout(&nodes, now);
-    for seen in nodes.values_mut() {
+    let mut told = Told::new();
+    for (id, seen) in &mut nodes {
         seen.is_pending = seen.is_concerned;
-        seen.requests.finished += 10;
+        let requests = Requests {
+            finished: 10,
+            failed: 0,
+        };
+        told.insert(id.clone(), requests);
     }
-    assert_eq!(rollout.look(&nodes, now + STEP), Verdict::Wait);
+    assert_eq!(rollout.look(&nodes, &told, now + STEP), Verdict::Wait);
     let evidence = rollout.evidence();
     assert_eq!((evidence.nodes, evidence.pending), (1, 1));
     let finished = (evidence.chosen.finished, evidence.others.finished);
     assert_eq!(finished, (10, 390));
     nodes.get_mut(&last).unwrap().is_pending = false;
-    assert_eq!(next(&rollout.look(&nodes, now + STEP)).unwrap().0, 1);
+    assert_eq!(next(&rollout.see(&nodes, now + STEP)).unwrap().0, 1);
     // With none of them there, it waits.
     nodes.remove(&last);
-    assert_eq!(rollout.look(&nodes, now + STEP), Verdict::Wait);
+    assert_eq!(rollout.see(&nodes, now + STEP), Verdict::Wait);
     assert_eq!(rollout.evidence().waits_for, "a node that it concerns");
 }
 
@@ -265,9 +304,19 @@ fn those_try_it_that_it_concerns() {
 fn it_goes_on_where_it_was() {
     let nodes = nodes(10);
     let now = Instant::now();
-    let again = |step| Rollout::new(&trial(step), plan(), nodes.clone(), BTreeSet::new(), now);
-    assert_eq!((again(1).percent(), again(1).step()), (50, 1));
-    assert_eq!(chosen(&again(1), &nodes).len(), 5);
-    // The plan may be another one by then.
-    assert_eq!(again(9).percent(), 100);
+    let again = |percent, steps: &[u8]| {
+        let plan = Plan::new(steps, STEP).unwrap();
+        Rollout::new(&trial(percent), plan, &nodes, Told::new(), now)
+    };
+    let same = again(50, &[10, 50, 100]);
+    assert_eq!((same.percent(), chosen(&same, &nodes).len()), (50, 5));
+    // The plan may be another one by then: who does not have it yet is not sent it without a watch.
+    for (percent, steps, expected) in [
+        (50, &[10, 100][..], 10),
+        (50, &[1, 2, 40, 60, 100], 40),
+        (5, &[10, 50, 100], 10),
+        (100, &[10, 100], 100),
+    ] {
+        assert_eq!(again(percent, steps).percent(), expected, "{steps:?}");
+    }
 }

@@ -460,6 +460,12 @@ impl Watched {
         self.sent.is_empty() && last != acked
     }
 
+    /// Whether something was not answered at all, whatever was refused.
+    pub(super) fn is_pending(&self) -> bool {
+        let is_unanswered = self.is_unanswered() && self.nacked.is_none();
+        is_unanswered || self.sent.values().any(|it| it.state == State::Pending)
+    }
+
     fn state(&self) -> State {
         let has = |state| self.sent.values().any(|sent| sent.state == state);
         if has(State::Nacked) {

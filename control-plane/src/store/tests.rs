@@ -60,7 +60,7 @@ fn what_is_kept_is_there_again() {
         live: Some(1),
         trial: Some(Trial {
             version: 3,
-            step: 1,
+            percent: 50,
             threshold: Some(u64::MAX),
         }),
         ..store.situation().clone()

@@ -13,7 +13,8 @@ use outrigger_xds::{
             endpoint::v3::{ClusterStats, UpstreamLocalityStats},
         },
         service::load_stats::v3::{
-            LoadStatsRequest, load_reporting_service_client::LoadReportingServiceClient,
+            LoadStatsRequest, LoadStatsResponse,
+            load_reporting_service_client::LoadReportingServiceClient,
         },
     },
 };
@@ -99,19 +100,59 @@ async fn a_version_that_is_good_goes_through() {
     assert!(served.json("/rollout").await["candidate"].is_null());
 }
 
-/// What a node refused before speaks against nothing new.
+/// What a node refused before, and is sent again as it was, speaks against nothing new.
 #[tokio::test]
 async fn an_old_refusal_does_not_hold_up_what_is_new() {
     let served = served("old-refusal", &[10, 100], 1).await;
+    let both = |port| format!("[{}, {}]", endpoints("a", port), endpoints("b", 7));
+    let put = |port| served.put("endpoints.yaml", &both(port));
+    put(1);
+    says_states(&served, "1 live, 2 candidate").await;
+    assert_eq!(served.post("/rollback?version=2").await.0, 200);
     let [first, second] = ids();
     let mut first = client(&served, first).await;
-    assert_eq!(takes(&mut first, Some("never")).await, 1);
+    assert_eq!(takes(&mut first, None).await, 1);
+    first.want(Kind::Endpoints, &["b"]).await;
+    assert_eq!(takes(&mut first, Some("never")).await, 7);
     let mut second = client(&served, second).await;
     assert_eq!(takes(&mut second, None).await, 1);
-    served.put("endpoints.yaml", &endpoints("a", 2));
-    assert_eq!(takes(&mut first, Some("never")).await, 2);
+    put(2);
+    assert_eq!(takes(&mut first, None).await, 2);
+    // It is tried again with what is new, and refused as ever.
+    assert_eq!(takes(&mut first, Some("never")).await, 7);
     assert_eq!(takes(&mut second, None).await, 2);
-    says_states(&served, "1 past, 2 live").await;
+    says_states(&served, "1 past, 2 past, 3 live").await;
+    // The same words of something that is new are another matter.
+    put(3);
+    assert_eq!(takes(&mut first, Some("never")).await, 3);
+    says_states(&served, "1 past, 2 past, 3 live, 4 rolled back").await;
+}
+
+/// One that a version kills, again and again, is waited for: nobody else tries it in its place.
+#[tokio::test]
+async fn a_node_that_leaves_each_time_that_it_is_sent_it_holds_it_up() {
+    let served = served("crashes", &[10, 100], 1).await;
+    let [first, mut second] = clients(&served).await;
+    let mut first = Some(first);
+    served.put("endpoints.yaml", &endpoints("a", 2));
+    for _ in 0..4 {
+        let mut it = match first.take() {
+            Some(it) => it,
+            None => client(&served, ids()[0]).await,
+        };
+        assert_eq!(crate::versions::port(&it.next().await), 2);
+        drop(it);
+        tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+    }
+    eventually("it waits for it", async || {
+        let page = served.json("/rollout").await;
+        let evidence = &page["candidate"]["evidence"];
+        let is_waiting = evidence["waits_for"] == "answers" && evidence["gone"] == 1;
+        is_waiting.then_some(())
+    })
+    .await;
+    second.is_quiet().await;
+    assert_eq!(states(&served).await, "1 live, 2 candidate");
 }
 
 #[tokio::test]
@@ -151,16 +192,24 @@ fn report(id: &str, succeeded: u64, failed: u64) -> LoadStatsRequest {
     }
 }
 
+/// A stream of load reports.
+async fn loads(
+    served: &Served,
+) -> (
+    mpsc::Sender<LoadStatsRequest>,
+    tonic::Streaming<LoadStatsResponse>,
+) {
+    let (sender, receiver) = mpsc::channel(16);
+    let mut loads = LoadReportingServiceClient::new(served.channel().await);
+    let answers = loads.stream_load_stats(ReceiverStream::new(receiver));
+    (sender, answers.await.unwrap().into_inner())
+}
+
 #[tokio::test]
 async fn a_version_with_which_requests_fail_is_taken_back_unattended() {
     let served = served("failures", &[10, 100], 3600).await;
     let [mut first, mut second] = clients(&served).await;
-    let (sender, receiver) = mpsc::channel(16);
-    let mut loads = LoadReportingServiceClient::new(served.channel().await);
-    let _answers = loads
-        .stream_load_stats(ReceiverStream::new(receiver))
-        .await
-        .unwrap();
+    let (sender, answers) = loads(&served).await;
     sender.send(report(ids()[0], 100, 1)).await.unwrap();
     eventually("the report is there", async || {
         let loads = served.json("/clients").await["loads"].to_string();
@@ -169,6 +218,9 @@ async fn a_version_with_which_requests_fail_is_taken_back_unattended() {
     .await;
     served.put("endpoints.yaml", &endpoints("a", 2));
     assert_eq!(takes(&mut first, None).await, 2);
+    // Another stream goes on where that ended.
+    drop((sender, answers));
+    let (sender, _answers) = loads(&served).await;
     sender.send(report(ids()[0], 60, 40)).await.unwrap();
     assert_eq!(takes(&mut first, None).await, 1);
     second.is_quiet().await;
