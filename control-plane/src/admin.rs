@@ -1,6 +1,9 @@
 //! The admin: what is served, who takes it, whether all is well. Over HTTP, for people and Prometheus; nothing can be changed by it.
 
-use crate::{catalog::Catalog, clients::Clients, figures, lrs::Loads, snapshot::Snapshot, status};
+use crate::{
+    catalog::Catalog, clients::Clients, figures, lrs::Loads, registry::Registry,
+    snapshot::Snapshot, status,
+};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::Full;
@@ -36,6 +39,8 @@ pub struct Admin {
     pub clients: Arc<Clients>,
     /// What load they report.
     pub loads: Arc<Loads>,
+    /// Who registered, if anybody may.
+    pub registry: Option<Arc<Registry>>,
 }
 
 type Shown = fn(&Admin, &str) -> Answer;
@@ -59,6 +64,11 @@ const ENDPOINTS: &[(&str, Shown, &str)] = &[
         "/sources",
         |admin, _| json_of(&sources(admin)),
         "where resources come from, and what is wrong there",
+    ),
+    (
+        "/leases",
+        leases,
+        "which engines registered, from where, until when, and which pools they are in",
     ),
     (
         "/config_dump",
@@ -135,6 +145,20 @@ fn sources(admin: &Admin) -> Value {
         .collect();
     let published = admin.catalog.published();
     json!({ "version": published.map(|it| it.version.clone()), "sources": sources })
+}
+
+fn leases(admin: &Admin, _: &str) -> Answer {
+    let places = admin.catalog.places();
+    let placed = |node: &str, engine: &str| {
+        let place = places.get(node).and_then(|engines| engines.get(engine));
+        match place {
+            Some(Ok(pool)) => json!(pool),
+            Some(Err(why)) => json!({ "none": why }),
+            None => json!({ "none": "not judged yet" }),
+        }
+    };
+    let leases = admin.registry.as_ref().map(|it| it.to_json(placed));
+    json_of(&json!({ "leases": leases }))
 }
 
 fn config_dump(admin: &Admin, query: &str) -> Answer {

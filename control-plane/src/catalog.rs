@@ -1,6 +1,7 @@
 //! What all sources have, judged as a whole, and what of that is served: the last that was good.
 
 use crate::{
+    registered::Places,
     source::{Content, News, Problem},
     views::{self, Published},
 };
@@ -40,6 +41,8 @@ pub struct Catalog {
     /// Held while something is judged, so that each is judged with what the others have by then.
     judging: Mutex<()>,
     sources: Mutex<BTreeMap<String, OfSource>>,
+    /// Which pools engines that registered are in. Beside what is served: it may change alone.
+    places: Mutex<Arc<Places>>,
     published: watch::Sender<Option<Arc<Published>>>,
 }
 
@@ -52,6 +55,7 @@ impl Catalog {
         Self {
             judging: Mutex::default(),
             sources: Mutex::new(sources.collect()),
+            places: Mutex::default(),
             published: watch::Sender::new(None),
         }
     }
@@ -66,6 +70,13 @@ impl Catalog {
     #[must_use]
     pub fn published(&self) -> Option<Arc<Published>> {
         self.published.borrow().clone()
+    }
+
+    /// Which pools engines that registered are in.
+    #[must_use]
+    pub fn places(&self) -> Arc<Places> {
+        let places = self.places.lock();
+        places.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is known of each source.
@@ -93,7 +104,8 @@ impl Catalog {
         of_source.status.tried_at = Some(now);
         let result = match judged {
             Ok((content, published)) => {
-                of_source.status.resources = content.raw.len() + content.short.len();
+                of_source.status.resources =
+                    content.raw.len() + content.short.len() + content.nodes.len();
                 of_source.status.good_at = Some(now);
                 of_source.status.problems.clear();
                 of_source.good = Arc::new(content);
@@ -129,7 +141,9 @@ impl Catalog {
         Ok((content, published))
     }
 
-    fn publish(&self, published: Published) {
+    fn publish(&self, mut published: Published) {
+        let places = Arc::new(std::mem::take(&mut published.places));
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
         for kind in Kind::ALL {
             let count = published.general.ours.of(kind).len();
             metrics::gauge!("outrigger_control_plane_resources", "type" => kind.type_url())

@@ -83,6 +83,18 @@ pub const ROWS: &[Row] = &[
         "outrigger_control_plane_problems",
         "What is wrong with what the sources have; while it is not 0, what was good last is served.",
     ),
+    gauge(
+        "outrigger_control_plane_leases",
+        "Nodes that registered engines and whose lease runs.",
+    ),
+    counter(
+        "outrigger_control_plane_registrations_total",
+        "Registrations of nodes, by result: new, changed, renewed, left, refused.",
+    ),
+    counter(
+        "outrigger_control_plane_leases_expired_total",
+        "Leases that were not renewed in time.",
+    ),
     counter(
         "outrigger_control_plane_admin_connections_refused_total",
         "Connections to the admin that were closed because too many were open.",

@@ -1,7 +1,7 @@
 //! The control plane: sources of configuration, checked as a whole, and served to proxies as Envoy v3 resources over xDS.
 //!
 //! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
-//! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
+//! `status` and `admin` tell who has what. Engines register at `registry`, which is a source, too. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
 //! It never knows a proxy of ours from inside: all that passes is Envoy's API.
 
 pub mod admin;
@@ -12,6 +12,8 @@ pub mod figures;
 pub mod foreign;
 pub mod lrs;
 pub mod references;
+pub mod registered;
+pub mod registry;
 pub mod serve;
 pub mod session;
 pub mod short;

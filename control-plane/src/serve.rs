@@ -7,20 +7,28 @@ use crate::{
     clients::Clients,
     figures,
     lrs::{LoadReporting, Loads},
-    source::{Source, files::Directory},
+    registry::{self, REGISTRATION_BYTES_MAX, Registry, table},
+    source::{
+        Source,
+        files::Directory,
+        leases::{self, Leases},
+    },
     status::ClientStatus,
 };
 use anyhow::{Context, ensure};
 use clap::Args;
-use outrigger_xds::wire::envoy::service::{
-    cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
-    discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
-    endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
-    listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
-    load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
-    route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
-    secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
-    status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
+use outrigger_xds::wire::{
+    envoy::service::{
+        cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
+        discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
+        endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
+        listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
+        load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
+        route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
+        secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+        status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
+    },
+    outrigger::registry::v1::registry_server::RegistryServer,
 };
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -54,6 +62,12 @@ pub struct Options {
     /// Where people and Prometheus look.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
     pub admin: SocketAddr,
+    /// File in which leases of engines that register are kept over a restart; without it nobody may register.
+    #[arg(long, value_name = "FILE")]
+    pub leases: Option<PathBuf>,
+    /// For so many seconds a registration counts, unless it is renewed; 1 to 3600.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(table::LEASE_MIN.as_secs()..=table::LEASE_MAX.as_secs()))]
+    pub lease_s: u64,
     /// After SIGTERM, streams end over so many seconds, so that not all proxies go elsewhere at once.
     #[arg(long, value_name = "S", default_value_t = 5)]
     pub drain_time_s: u64,
@@ -92,11 +106,13 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     };
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
-    let mut source = Directory::new(directory.clone());
-    let catalog = Arc::new(Catalog::new([source.name()]));
+    let (mut sources, registry) = sources(options)?;
+    let catalog = Arc::new(Catalog::new(sources.iter().map(|source| source.name())));
     let clients = Arc::new(Clients::default());
     // So that who comes first finds something.
-    take(&mut source, &catalog).await;
+    for source in &mut sources {
+        take(source.as_mut(), &catalog).await;
+    }
     let (ending, ended) = watch::channel(None);
     let shared = Shared {
         catalog: catalog.clone(),
@@ -104,32 +120,50 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         ending: ended,
     };
     let loads = Arc::new(Loads::default());
-    let serving = tokio::spawn(serve(listener, shared, loads.clone()));
+    let serving = tokio::spawn(serve(listener, shared, (loads.clone(), registry.clone())));
+    let mut tasks: Vec<JoinHandle<()>> = Vec::new();
+    for source in sources {
+        tasks.push(tokio::spawn(follow(source, catalog.clone())));
+    }
+    tasks.extend(registry.clone().map(|it| tokio::spawn(it.look())));
     let shown = Admin {
-        catalog: catalog.clone(),
+        catalog,
         clients,
         loads,
+        registry,
     };
-    let follow = async move {
-        loop {
-            take(&mut source, &catalog).await;
-        }
-    };
+    tasks.push(tokio::spawn(admin::serve(admin, Arc::new(shown))));
     tracing::info!(%address, admin = %admin_address, directory = %directory.display(), "serving xDS");
     Ok(Running {
         address,
         admin: admin_address,
         ending,
         serving,
-        tasks: vec![
-            tokio::spawn(follow),
-            tokio::spawn(admin::serve(admin, Arc::new(shown))),
-        ],
+        tasks,
     })
 }
 
+/// Where resources come from, and where engines register, if they may.
+fn sources(options: &Options) -> anyhow::Result<(Vec<Box<dyn Source>>, Option<Arc<Registry>>)> {
+    let mut sources: Vec<Box<dyn Source>> = vec![Box::new(Directory::new(options.config.clone()))];
+    let Some(path) = &options.leases else {
+        return Ok((sources, None));
+    };
+    let length = Duration::from_secs(options.lease_s);
+    let registry = Registry::new(leases::load(path, length)?);
+    sources.push(Box::new(Leases::new(registry.clone(), path.clone())));
+    Ok((sources, Some(registry)))
+}
+
+/// All that a source has, again and again.
+async fn follow(mut source: Box<dyn Source>, catalog: Arc<Catalog>) {
+    loop {
+        take(source.as_mut(), &catalog).await;
+    }
+}
+
 /// What a source has next. Judging it takes time, and is done beside the runtime.
-async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
+async fn take(source: &mut dyn Source, catalog: &Arc<Catalog>) {
     let news = source.next().await;
     let (name, catalog) = (source.name().to_owned(), catalog.clone());
     let taking = tokio::task::spawn_blocking(move || catalog.take(&name, news));
@@ -142,7 +176,7 @@ async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
 async fn serve(
     listener: TcpListener,
     shared: Shared,
-    loads: Arc<Loads>,
+    beside: (Arc<Loads>, Option<Arc<Registry>>),
 ) -> Result<(), tonic::transport::Error> {
     let mut ending = shared.ending.clone();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -150,16 +184,21 @@ async fn serve(
         // If nobody can tell, nobody waits either.
         let _ = ending.wait_for(Option::is_some).await;
     };
-    router(&shared, loads)
+    router(&shared, beside)
         .serve_with_incoming_shutdown(incoming, ended)
         .await
 }
 
-fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
+fn router(shared: &Shared, (loads, registry): (Arc<Loads>, Option<Arc<Registry>>)) -> Router {
     let discovery = Arc::new(Discovery(shared.clone()));
     let status = ClientStatus::new(shared.clients.clone());
     let load_reporting = LoadReportingServiceServer::new(LoadReporting(loads))
         .max_decoding_message_size(REQUEST_BYTES_MAX);
+    let registry = registry::Service {
+        ending: shared.ending.clone(),
+        registry,
+    };
+    let registry = RegistryServer::new(registry).max_decoding_message_size(REGISTRATION_BYTES_MAX);
     macro_rules! service {
         ($server:ident) => {
             $server::from_arc(discovery.clone())
@@ -178,6 +217,7 @@ fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
         .add_service(service!(SecretDiscoveryServiceServer))
         .add_service(ClientStatusDiscoveryServiceServer::new(status))
         .add_service(load_reporting)
+        .add_service(registry)
 }
 
 impl Running {

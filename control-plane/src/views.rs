@@ -6,13 +6,14 @@
 
 use crate::{
     foreign, references,
+    registered::{self, Places},
     session::Client,
     short::{Document, Problems},
     snapshot::{self, Resource, Snapshot},
     source::{Content, Placed, Problem},
     translate::{self, translate},
 };
-use outrigger_xds::subscription::Kind;
+use outrigger_xds::{registry::Registration, subscription::Kind};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -27,6 +28,8 @@ pub struct Published {
     pub general: View,
     /// What the others are sent, by their node's id.
     pub nodes: BTreeMap<String, View>,
+    /// Which pools engines that registered are in.
+    pub places: Places,
 }
 
 impl Published {
@@ -138,9 +141,16 @@ impl Made {
 pub fn publish(all: &[&Content], last: &Published) -> Result<Published, Vec<Problem>> {
     let raw: Vec<&Placed> = all.iter().flat_map(|content| &content.raw).collect();
     let short = all.iter().flat_map(|content| content.short.iter().cloned());
-    let made = made(&short.collect::<Vec<_>>(), &raw)?;
+    let mut short: Vec<Document> = short.collect();
+    let registered: Vec<&Registration> = all.iter().flat_map(|content| &content.nodes).collect();
+    let places = registered::place(&mut short, &registered);
+    let made = made(&short, &raw)?;
     judge(&raw, &made)?;
-    build(&raw, &made, last)
+    let published = build(&raw, &made, last)?;
+    Ok(Published {
+        places,
+        ..published
+    })
 }
 
 fn made(short: &[Document], raw: &[&Placed]) -> Result<Made, Vec<Problem>> {
@@ -199,6 +209,7 @@ fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Ve
         version: version(&general, &nodes),
         general,
         nodes,
+        places: Places::new(),
     })
 }
 
@@ -256,6 +267,7 @@ spec:
         Content {
             raw: raw.collect(),
             short: short::read("fleet.yaml", short, Syntax::Yaml).unwrap(),
+            nodes: Vec::new(),
         }
     }
 

@@ -5,23 +5,30 @@ use crate::{
     options::{self, Options, Policy, Switch},
 };
 use outrigger_filters::{kv_routing, openai, router};
-use outrigger_xds::resource::{
-    bootstrap::{Admin, Bootstrap, Node},
-    canary::Canary,
-    cluster::{Cluster, Discovery, Dns, LbPolicy},
-    endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
-    filter_chain::FilterChain,
-    header_mutation::HeaderMutations,
-    health_check::{Checker, HealthCheck},
-    listener::{
-        AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
-        TrafficDirection,
+use outrigger_xds::{
+    resource::{
+        ads::{Ads, GrpcService, Target},
+        bootstrap::{Admin, Bootstrap, Node},
+        canary::Canary,
+        cluster::{Cluster, Discovery, Dns, LbPolicy},
+        config_source::{ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT, Origin},
+        endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+        filter_chain::FilterChain,
+        header_mutation::HeaderMutations,
+        health_check::{Checker, HealthCheck},
+        listener::{
+            AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
+            TrafficDirection,
+        },
+        route::{
+            Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+        },
+        server_header::ServerHeader,
+        tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
+        tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
+        upgrade::Upgrade,
     },
-    route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
-    server_header::ServerHeader,
-    tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
-    tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
-    upgrade::Upgrade,
+    subscription::Protocol,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
@@ -74,6 +81,17 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .cloned()
         .chain(peers.iter().map(peer_endpoint))
         .collect();
+    if let Some(url) = &options.control_plane {
+        let server = options::url(url, "--control-plane").map_err(|error| vec![error])?;
+        let inbound = (inbound, local);
+        return Ok(driven(
+            options,
+            (node, admin),
+            server,
+            inbound,
+            collector.as_ref(),
+        ));
+    }
     Ok(Bootstrap {
         node: Node {
             id: node,
@@ -107,6 +125,59 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .collect(),
         ..Bootstrap::default()
     })
+}
+
+/// `--control-plane`: what is beside us is ours to say, and all else comes.
+fn driven(
+    options: &Options,
+    (id, admin): (String, Address),
+    server: Address,
+    (inbound, local): (Address, Vec<LbEndpoint>),
+    collector: Option<&Address>,
+) -> Bootstrap {
+    let is_gateway = local.is_empty();
+    let listeners = (!is_gateway).then(|| inbound_listener(options, inbound));
+    let local = (!is_gateway).then(|| Cluster {
+        health_check: (options.canary == Switch::On).then(canary),
+        ..cluster(LOCAL, options.policy, local)
+    });
+    let from_ads = Some(ConfigSource {
+        origin: Origin::Ads,
+        initial_fetch_timeout: INITIAL_FETCH_TIMEOUT_DEFAULT,
+    });
+    let service = GrpcService {
+        target: Target::Address {
+            uri: server.to_string(),
+            address: server,
+            stat_prefix: "control_plane".into(),
+        },
+        initial_metadata: Vec::new(),
+    };
+    Bootstrap {
+        node: Node {
+            id,
+            cluster: "outrigger".into(),
+            ..Node::default()
+        },
+        admin: Some(Admin {
+            pipe_mode: 0,
+            address: admin,
+            access_log: Vec::new(),
+        }),
+        listeners: listeners.into_iter().collect(),
+        clusters: local
+            .into_iter()
+            .chain(collector.map(collector_cluster))
+            .collect(),
+        lds: from_ads.clone(),
+        cds: from_ads,
+        ads: Some(Ads {
+            protocol: Protocol::Delta,
+            servers: vec![service],
+            rate_limit: None,
+        }),
+        ..Bootstrap::default()
+    }
 }
 
 /// `--otlp-endpoint`: a name is looked up as long as we run.

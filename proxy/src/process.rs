@@ -13,7 +13,7 @@ use crate::{
     engines::Watcher,
     feed,
     fleet::Fleet,
-    options::{Mode, Options},
+    options::{Mode, Options, registrar},
     run::{Proxy, Settings, main_runtime},
     upstream::Pools,
 };
@@ -140,6 +140,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
     for flag in options.envoy.without_effect() {
         tracing::warn!(flag, "a flag of Envoy's that has no effect here");
     }
+    let register = registrar(options)?;
     let bootstrap = resources(options)?;
     if options.mode == Mode::Validate {
         return validate(&bootstrap, options);
@@ -178,6 +179,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
             drain_time: options.drain_time(),
             stream_gather: Duration::from_micros(options.stream_gather_us),
             config_cache: options.config_cache.clone(),
+            register,
             command_line,
             log: Some(log),
         },

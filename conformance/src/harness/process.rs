@@ -62,6 +62,12 @@ impl Process {
         .await
     }
 
+    /// Starts `program proxy` with exactly these flags, an admin and one worker, and waits until it listens.
+    pub async fn driven(program: &str, flags: &[&str]) -> Self {
+        let own = ["--admin", "127.0.0.1:0", "--concurrency", "1"];
+        Self::start(program, &[&own, flags].concat()).await
+    }
+
     async fn start(program: &str, flags: &[&str]) -> Self {
         let (admin_path, error_path) = (scratch("admin"), scratch("stderr"));
         let mut command = Command::new(program);
@@ -216,6 +222,19 @@ impl ControlPlane {
     /// # Panics
     /// If it does not.
     pub async fn start(program: &str, directory: &str, listen: SocketAddr) -> Self {
+        Self::with_flags(program, directory, listen, &[]).await
+    }
+
+    /// The same with further flags.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    pub async fn with_flags(
+        program: &str,
+        directory: &str,
+        listen: SocketAddr,
+        flags: &[&str],
+    ) -> Self {
         let error_path = scratch("stderr");
         let errors = std::fs::File::create(&error_path).expect("invariant: a scratch file");
         let mut command = Command::new(program);
@@ -223,6 +242,7 @@ impl ControlPlane {
             .args(["control-plane", "serve", "--config", directory])
             .args(["--listen", &listen.to_string(), "--admin", "127.0.0.1:0"])
             .args(["--drain-time-s", "0"])
+            .args(flags)
             .env("NO_COLOR", "1")
             .stdout(Stdio::null())
             .stderr(errors);

@@ -10,7 +10,7 @@ use super::{
     rules::{Named, Whole},
     tls,
 };
-use crate::short::fleet::{Engine, Fleet, Node, Pool};
+use crate::short::fleet::{Engine, Fleet, Node, Pool, Role};
 use outrigger_xds::resource::{
     cluster::{Cluster, Discovery},
     config_source::Eds,
@@ -46,6 +46,9 @@ pub(super) fn of_fleet(whole: &Whole<'_>, named: &Named<'_, Fleet>, resources: &
     for (node, at) in &fleet.nodes {
         let node = Some(node.as_str());
         push(node, V3::Endpoints(assignment(name, fleet, node)));
+        if at.is_registered {
+            continue;
+        }
         let cluster = Cluster {
             health_check: whole.base(name).canary().map(health_check),
             ..cluster(whole, named, &local(name))
@@ -111,8 +114,9 @@ fn assignment(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssig
     };
     let near = engines(fleet)
         .filter(|(_, engine)| engine.node.is_none() || engine.node.as_deref() == node)
-        .map(|(pool, engine)| {
-            endpoint(&engine.address.0, metadata(pool, engine), pool, place(pool))
+        .map(|(pool, engine)| LbEndpoint {
+            health_status: health([engine].into_iter()),
+            ..endpoint(&engine.address.0, metadata(pool, engine), pool, place(pool))
         });
     let others = fleet
         .nodes
@@ -121,7 +125,11 @@ fn assignment(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssig
     let far = others.filter_map(|(other, at)| {
         let pool = pool_of(fleet, other)?;
         let peer = json!({"duty": "peer"});
-        Some(endpoint(&at.address.0, peer, pool, place(pool)))
+        let beside = engines(fleet).filter(|(_, engine)| engine.node.as_ref() == Some(other));
+        Some(LbEndpoint {
+            health_status: health(beside.map(|(_, engine)| engine)),
+            ..endpoint(&at.address.0, peer, pool, place(pool))
+        })
     });
     let localities = if zones.len() > 1 { zones.len() } else { 0 };
     ClusterLoadAssignment {
@@ -144,7 +152,21 @@ fn beside(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssignmen
     }
 }
 
+/// Whether the engines behind an address are to be left, all of them. (How they are otherwise is told by feeds.)
+fn health<'a>(mut engines: impl Iterator<Item = &'a Engine>) -> HealthStatus {
+    let is_left = |engine: &Engine| engine.lease.as_ref().is_some_and(|it| it.is_draining);
+    if engines.all(is_left) {
+        HealthStatus::Draining
+    } else {
+        HealthStatus::Healthy
+    }
+}
+
 fn metadata(pool: &Pool, engine: &Engine) -> Value {
+    if let Some(lease) = &engine.lease {
+        // Its node knows the rest better.
+        return json!({"duty": "engine", "role": Role::Both.as_str(), "id": lease.id});
+    }
     let mut ours = json!({"duty": "engine", "role": pool.role.as_str()});
     if let Some(node) = &engine.node {
         ours["id"] = format!("{node}/{}", engine.address).into();

@@ -36,6 +36,11 @@ pub(crate) struct Served {
 impl Served {
     /// With these files.
     pub(crate) async fn new(test: &str, files: &[(&str, &str)]) -> Self {
+        Self::leasing(test, files, 30).await
+    }
+
+    /// The same, with leases of so many seconds.
+    pub(crate) async fn leasing(test: &str, files: &[(&str, &str)], lease_s: u64) -> Self {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serve-{test}"));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
@@ -47,6 +52,8 @@ impl Served {
             config: directory.clone(),
             listen: any,
             admin: any,
+            leases: Some(leases_of(&directory)),
+            lease_s,
             drain_time_s: 0,
             log_level: "info".into(),
         };
@@ -119,6 +126,11 @@ impl Served {
             answers: answers.into_inner(),
         })
     }
+}
+
+/// Where leases are kept.
+fn leases_of(directory: &Path) -> PathBuf {
+    directory.join(".leases")
 }
 
 pub(crate) fn node(user_agent: &str) -> Node {

@@ -7,6 +7,7 @@
 
 mod files;
 mod harness;
+mod leases;
 mod process;
 mod short;
 mod streams;
