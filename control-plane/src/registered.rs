@@ -325,6 +325,22 @@ spec: {pools: [{name: all, registered: {}}]}
     }
 
     #[test]
+    fn a_pool_is_written_or_chosen_and_not_both() {
+        let both = "{name: a, registered: {}, engines: ['e:1']}";
+        for pool in ["{name: a}", both] {
+            let text = format!(
+                "apiVersion: outrigger.dev/v1\nkind: Fleet\nmetadata: {{name: f}}\nspec: {{pools: [{pool}]}}\n"
+            );
+            let documents = short::read("f", &text, Syntax::Yaml).unwrap();
+            let problems = translate(&documents, &BTreeSet::new())
+                .unwrap_err()
+                .to_string();
+            let expected = "spec.pools[0]: expected either engines or registered";
+            assert!(problems.contains(expected), "{pool}: {problems}");
+        }
+    }
+
+    #[test]
     fn zones_are_the_nodes_where_a_pool_has_none_and_what_drains_is_left() {
         let mut one = node("a", &[("m", Told::Both), ("m", Told::Both)]);
         one.node.zone = "z1".into();
