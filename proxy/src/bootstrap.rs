@@ -81,18 +81,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .cloned()
         .chain(peers.iter().map(peer_endpoint))
         .collect();
-    if let Some(url) = &options.control_plane {
-        let server = options::url(url, "--control-plane").map_err(|error| vec![error])?;
-        let inbound = (inbound, local);
-        return Ok(driven(
-            options,
-            (node, admin),
-            server,
-            inbound,
-            collector.as_ref(),
-        ));
-    }
-    Ok(Bootstrap {
+    let ours = Bootstrap {
         node: Node {
             id: node,
             cluster: "outrigger".into(),
@@ -103,44 +92,56 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             address: admin,
             access_log: Vec::new(),
         }),
+        clusters: collector.iter().map(collector_cluster).collect(),
+        ..Bootstrap::default()
+    };
+    match &options.control_plane {
+        Some(url) => driven(options, ours, url, (inbound, local)),
+        None => Ok(alone(options, ours, (outbound, inbound), (fleet, local))),
+    }
+}
+
+/// Engines beside us.
+fn local_cluster(options: &Options, engines: Vec<LbEndpoint>) -> Cluster {
+    Cluster {
+        health_check: (options.canary == Switch::On).then(canary),
+        ..cluster(LOCAL, options.policy, engines)
+    }
+}
+
+/// With `--engine` and `--peer` there is all that is needed.
+fn alone(
+    options: &Options,
+    ours: Bootstrap,
+    (outbound, inbound): (Address, Address),
+    (fleet, local): (Vec<LbEndpoint>, Vec<LbEndpoint>),
+) -> Bootstrap {
+    let fleet = Cluster {
+        tls: peers_tls(options).map(|common| UpstreamTls {
+            common,
+            sni: String::new(),
+        }),
+        ..cluster(FLEET, options.policy, fleet)
+    };
+    let clusters = [fleet, local_cluster(options, local)].into_iter();
+    Bootstrap {
         listeners: vec![
             outbound_listener(options, outbound),
             inbound_listener(options, inbound),
         ],
-        clusters: [
-            Cluster {
-                tls: peers_tls(options).map(|common| UpstreamTls {
-                    common,
-                    sni: String::new(),
-                }),
-                ..cluster(FLEET, options.policy, fleet)
-            },
-            Cluster {
-                health_check: (options.canary == Switch::On).then(canary),
-                ..cluster(LOCAL, options.policy, local)
-            },
-        ]
-        .into_iter()
-        .chain(collector.as_ref().map(collector_cluster))
-        .collect(),
-        ..Bootstrap::default()
-    })
+        clusters: clusters.chain(ours.clusters).collect(),
+        ..ours
+    }
 }
 
 /// `--control-plane`: what is beside us is ours to say, and all else comes.
 fn driven(
     options: &Options,
-    (id, admin): (String, Address),
-    server: Address,
+    ours: Bootstrap,
+    url: &str,
     (inbound, local): (Address, Vec<LbEndpoint>),
-    collector: Option<&Address>,
-) -> Bootstrap {
-    let is_gateway = local.is_empty();
-    let listeners = (!is_gateway).then(|| inbound_listener(options, inbound));
-    let local = (!is_gateway).then(|| Cluster {
-        health_check: (options.canary == Switch::On).then(canary),
-        ..cluster(LOCAL, options.policy, local)
-    });
+) -> Result<Bootstrap, Vec<String>> {
+    let server = options::url(url, "--control-plane").map_err(|error| vec![error])?;
     let from_ads = Some(ConfigSource {
         origin: Origin::Ads,
         initial_fetch_timeout: INITIAL_FETCH_TIMEOUT_DEFAULT,
@@ -153,22 +154,7 @@ fn driven(
         },
         initial_metadata: Vec::new(),
     };
-    Bootstrap {
-        node: Node {
-            id,
-            cluster: "outrigger".into(),
-            ..Node::default()
-        },
-        admin: Some(Admin {
-            pipe_mode: 0,
-            address: admin,
-            access_log: Vec::new(),
-        }),
-        listeners: listeners.into_iter().collect(),
-        clusters: local
-            .into_iter()
-            .chain(collector.map(collector_cluster))
-            .collect(),
+    let mut driven = Bootstrap {
         lds: from_ads.clone(),
         cds: from_ads,
         ads: Some(Ads {
@@ -176,8 +162,14 @@ fn driven(
             servers: vec![service],
             rate_limit: None,
         }),
-        ..Bootstrap::default()
+        ..ours
+    };
+    // Without engines nobody has to be let in.
+    if !local.is_empty() {
+        driven.listeners.push(inbound_listener(options, inbound));
+        driven.clusters.push(local_cluster(options, local));
     }
+    Ok(driven)
 }
 
 /// `--otlp-endpoint`: a name is looked up as long as we run.
