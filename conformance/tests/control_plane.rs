@@ -483,5 +483,5 @@ async fn an_engine_that_registers_is_live_elsewhere_for_as_long_as_its_lease() {
     until(&gateway, peer, false).await;
     // It renews at a third at the latest.
     let held = renewed.elapsed();
-    assert!(held >= Duration::from_millis(1500), "{held:?}");
+    assert!(held >= Duration::from_secs(1), "{held:?}");
 }
