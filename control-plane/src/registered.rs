@@ -148,7 +148,7 @@ fn pool_in_zone(fleet: &mut Fleet, index: usize, zone: String) -> &mut Pool {
     // No pool that is written has such a name.
     let name = format!("{}/{zone}", fleet.pools[index].name);
     let known = fleet.pools.iter().position(|pool| pool.name == name);
-    let part = known.unwrap_or_else(|| fleet.pools.len());
+    let part = known.unwrap_or(fleet.pools.len());
     if known.is_none() {
         let whole = fleet.pools[index].clone();
         fleet.pools.push(Pool {

@@ -6,7 +6,6 @@
 pub mod table;
 
 use crate::ads::Ending;
-use futures_util::StreamExt;
 use outrigger_xds::{
     registry::{self, Registration},
     wire::outrigger::registry::v1::{self as wire, registry_server},
@@ -221,7 +220,7 @@ impl Talk {
     ) {
         loop {
             let message = tokio::select! {
-                message = said.next() => message,
+                message = said.message() => message.transpose(),
                 () = answers.closed() => return,
                 _ = ending.wait_for(Option::is_some) => return,
             };

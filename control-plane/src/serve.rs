@@ -143,9 +143,12 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     })
 }
 
+/// All sources of a process.
+type Sources = Vec<Box<dyn Source>>;
+
 /// Where resources come from, and where engines register, if they may.
-fn sources(options: &Options) -> anyhow::Result<(Vec<Box<dyn Source>>, Option<Arc<Registry>>)> {
-    let mut sources: Vec<Box<dyn Source>> = vec![Box::new(Directory::new(options.config.clone()))];
+fn sources(options: &Options) -> anyhow::Result<(Sources, Option<Arc<Registry>>)> {
+    let mut sources: Sources = vec![Box::new(Directory::new(options.config.clone()))];
     let Some(path) = &options.leases else {
         return Ok((sources, None));
     };
