@@ -1,4 +1,6 @@
-//! The admin: what is served, who takes it, whether all is well. Over HTTP, for people and Prometheus; nothing can be changed by it.
+//! The admin: what is served, who takes it, whether all is well. Over HTTP, for people and Prometheus; what can be changed by it is in `versions`.
+
+mod versions;
 
 use crate::{
     catalog::Catalog, clients::Clients, figures, lrs::Loads, registry::Registry,
@@ -6,12 +8,14 @@ use crate::{
 };
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Collected, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use outrigger_xds::{load::written, subscription::Kind};
 use serde_json::{Value, json};
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration, time::SystemTime};
+use std::{
+    convert::Infallible, net::IpAddr, pin::pin, sync::Arc, time::Duration, time::SystemTime,
+};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
@@ -75,6 +79,21 @@ const ENDPOINTS: &[(&str, Shown, &str)] = &[
         config_dump,
         "what is served; ?node=ID: to this node; for=others: to who is not an Outrigger proxy",
     ),
+    (
+        "/versions",
+        versions::versions,
+        "all versions that are kept, and which of them is served",
+    ),
+    (
+        "/diff",
+        versions::difference,
+        "?from=N&to=M: what is different between two versions",
+    ),
+    (
+        "/rollout",
+        versions::rollout,
+        "how a version gets on that some nodes try",
+    ),
     ("/stats/prometheus", stats, "metrics"),
 ];
 
@@ -96,8 +115,10 @@ fn json_of(value: &Value) -> Answer {
 }
 
 fn help(_: &Admin, _: &str) -> Answer {
-    let lines = ENDPOINTS.iter();
-    let lines = lines.map(|(path, _, what)| format!("{path}: {what}\n"));
+    let lines = ENDPOINTS.iter().map(|(path, _, what)| (path, what));
+    let changes = versions::CHANGES.iter();
+    let lines = lines.chain(changes.map(|(path, _, what)| (path, what)));
+    let lines = lines.map(|(path, what)| format!("{path}: {what}\n"));
     text(StatusCode::OK, lines.collect())
 }
 
@@ -144,7 +165,14 @@ fn sources(admin: &Admin) -> Value {
         })
         .collect();
     let published = admin.catalog.published();
-    json!({ "version": published.map(|it| it.version.clone()), "sources": sources })
+    let against = versions::against_sources(admin);
+    json!({
+        "version": published.map(|it| it.version.clone()),
+        "number": admin.catalog.summary().live,
+        "not_as_sources_say": against,
+        "store": versions::of_store(admin),
+        "sources": sources,
+    })
 }
 
 fn leases(admin: &Admin, _: &str) -> Answer {
@@ -162,12 +190,14 @@ fn leases(admin: &Admin, _: &str) -> Answer {
 }
 
 fn config_dump(admin: &Admin, query: &str) -> Answer {
-    let Some(published) = admin.catalog.published() else {
+    let Some(served) = admin.catalog.served() else {
         return json_of(&json!({ "configs": [] }));
     };
     let fields = || query.split('&').filter_map(|field| field.split_once('='));
     let node = fields().find(|(key, _)| *key == "node");
     let node = node.map_or_else(String::new, |(_, id)| percent_decoded(id));
+    let numbered = served.of(&node);
+    let published = &numbered.published;
     let view = published.view(&node);
     // A node that nothing is for by itself is shown what is for all such.
     let node = Some(node).filter(|node| published.nodes.contains_key(node));
@@ -176,7 +206,12 @@ fn config_dump(admin: &Admin, query: &str) -> Answer {
     } else {
         &view.ours
     };
-    json_of(&json!({ "version": published.version, "node": node, "configs": configs(snapshot) }))
+    json_of(&json!({
+        "version": published.version,
+        "number": numbered.number,
+        "node": node,
+        "configs": configs(snapshot),
+    }))
 }
 
 fn percent_decoded(text: &str) -> String {
@@ -223,6 +258,14 @@ fn configs(snapshot: &Snapshot) -> Vec<Value> {
 }
 
 impl Admin {
+    /// Some pages wait for what is judged: they are made beside the runtime.
+    async fn answer_beside(self: Arc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let answering = tokio::task::spawn_blocking(move || self.answer(&request));
+        answering.await.unwrap_or_else(|error| {
+            text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into()
+        })
+    }
+
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         let found = ENDPOINTS.iter().find(|(known, ..)| *known == path);
@@ -236,7 +279,43 @@ impl Admin {
                 "no such path; / has all\n".to_owned(),
             ),
         };
-        let mut response = Response::new(Full::from(answer.body));
+        answer.into()
+    }
+
+    /// Takes time, and is done beside the runtime.
+    async fn change(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: Request<Incoming>,
+    ) -> Response<Full<Bytes>> {
+        if !versions::may_change(peer, request.headers()) {
+            let message = "only from this machine, and not from a page in a browser\n";
+            return text(StatusCode::FORBIDDEN, message.to_owned()).into();
+        }
+        let (head, body) = request.into_parts();
+        let body = Limited::new(body, versions::BODY_BYTES_MAX).collect().await;
+        let Ok(body) = body.map(Collected::to_bytes) else {
+            let message = "the body is too long, or did not come\n".to_owned();
+            return text(StatusCode::PAYLOAD_TOO_LARGE, message).into();
+        };
+        let changing = tokio::task::spawn_blocking(move || {
+            let query = head.uri.query().unwrap_or_default();
+            versions::change(&self, head.uri.path(), query, &body)
+        });
+        let unknown = || {
+            let message = "no such path for POST; / has all\n".to_owned();
+            text(StatusCode::METHOD_NOT_ALLOWED, message)
+        };
+        match changing.await {
+            Ok(answer) => answer.unwrap_or_else(unknown).into(),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into(),
+        }
+    }
+}
+
+impl From<Answer> for Response<Full<Bytes>> {
+    fn from(answer: Answer) -> Self {
+        let mut response = Self::new(Full::from(answer.body));
         *response.status_mut() = answer.status;
         let value = http::HeaderValue::from_static(answer.content_type);
         response.headers_mut().insert(CONTENT_TYPE, value);
@@ -272,9 +351,17 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
 }
 
 async fn serve_one(stream: TcpStream, admin: Arc<Admin>, age_max: Duration) {
+    let peer = stream.peer_addr().ok().map(|peer| peer.ip());
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = admin.answer(&request);
-        async move { Ok::<_, Infallible>(response) }
+        let admin = admin.clone();
+        async move {
+            let response = if request.method() == Method::POST {
+                admin.change(peer, request).await
+            } else {
+                admin.answer_beside(request).await
+            };
+            Ok::<_, Infallible>(response)
+        }
     });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -11,8 +11,11 @@ pub use services::Discovery;
 use crate::{
     catalog::Catalog,
     clients::{Clients, Entry, STREAMS_MAX},
+    issued::Seen,
+    rollout,
     session::{Client, Refusal, Request, Response},
-    views::Published,
+    tls::Peer,
+    views,
 };
 use dialect::Dialect;
 use outrigger_xds::subscription::Kind;
@@ -122,9 +125,9 @@ fn status(refusal: &Refusal) -> Status {
 
 impl Shared {
     /// What is served; nobody is told that there is nothing before the sources were read.
-    fn served(&self) -> Result<Arc<Published>, Status> {
-        let published = self.catalog.published();
-        published.ok_or_else(|| {
+    fn served(&self) -> Result<Arc<views::Served>, Status> {
+        let served = self.catalog.served();
+        served.ok_or_else(|| {
             Status::unavailable("no good configuration yet: see /sources of its admin")
         })
     }
@@ -135,9 +138,8 @@ impl Shared {
         request: tonic::Request<Streaming<D::Request>>,
     ) -> Result<tonic::Response<Answers<D::Response>>, Status> {
         self.served()?;
-        let entry = self
-            .clients
-            .enter(served.name, D::PROTOCOL, request.remote_addr());
+        let peer = Peer::of(&request);
+        let entry = self.clients.enter(served.name, D::PROTOCOL, peer.address);
         let entry = entry.ok_or_else(|| {
             refused("limit");
             let message = format!("more than {STREAMS_MAX} streams at this control plane");
@@ -146,8 +148,12 @@ impl Shared {
         let (sender, receiver) = mpsc::channel(1);
         let conversation = Conversation::<D> {
             served,
+            seen: Seen::new(peer.clone(), entry.stream.id),
+            peer,
             entry,
+            catalog: self.catalog.clone(),
             published: self.catalog.subscribe(),
+            made_of: MadeOf::default(),
             ending: self.ending.clone(),
             sender,
         };
@@ -156,11 +162,38 @@ impl Shared {
     }
 }
 
+/// What the last responses were made of: so a refusal tells which version it is of.
+#[derive(Debug, Default)]
+struct MadeOf {
+    version: u64,
+    /// Of the first of them.
+    nonce: u64,
+}
+
+impl MadeOf {
+    fn said(&mut self, version: u64, response: &Response) {
+        if self.version != version {
+            self.version = version;
+            self.nonce = response.nonce.parse().unwrap_or_default();
+        }
+    }
+
+    /// Of which version a response is, if it is one of them.
+    fn version(&self, nonce: &str) -> Option<u64> {
+        let nonce: u64 = nonce.parse().ok()?;
+        (nonce >= self.nonce).then_some(self.version)
+    }
+}
+
 /// One stream.
 struct Conversation<D: Dialect> {
     served: Served,
+    peer: Peer,
+    seen: Seen,
     entry: Entry,
-    published: watch::Receiver<Option<Arc<Published>>>,
+    catalog: Arc<Catalog>,
+    published: watch::Receiver<Option<Arc<views::Served>>>,
+    made_of: MadeOf,
     ending: watch::Receiver<Option<Ending>>,
     sender: mpsc::Sender<Result<D::Response, Status>>,
 }
@@ -177,6 +210,7 @@ impl<D: Dialect> Conversation<D> {
     async fn talk(&mut self, mut requests: Streaming<D::Request>) -> Result<(), Status> {
         let mut is_news = false;
         let mut ending = self.ending.clone();
+        let mut checks = self.peer.checks();
         let id = self.entry.stream.id;
         loop {
             let held = self.entry.stream.session().held();
@@ -195,12 +229,16 @@ impl<D: Dialect> Conversation<D> {
                 },
                 slot = self.sender.reserve(), if is_news => {
                     let Ok(slot) = slot else { return Ok(()) };
-                    match next(&self.entry, &mut self.published) {
+                    match next(&self.entry, &mut self.published, &mut self.seen, &mut self.made_of) {
                         Some(response) => slot.send(Ok(D::write(response))),
                         None => is_news = false,
                     }
                 }
                 () = over(held), if !is_news => is_news = true,
+                () = due(&mut checks) => {
+                    self.peer.check()?;
+                    is_news |= self.seen.is_due(SystemTime::now());
+                }
                 () = ended(&mut ending, id) => return Err(Status::unavailable("shutting down")),
             }
         }
@@ -208,23 +246,46 @@ impl<D: Dialect> Conversation<D> {
 
     fn hear(&self, request: D::Request) -> Result<(), Status> {
         let request = self.served.typed(D::read(request))?;
+        if let Some(client) = &request.node {
+            self.peer.admit(&client.node.id)?;
+        }
         let mut session = self.entry.stream.session();
         count(&request, session.client());
+        self.tell_refusal(&request, session.client());
         session
             .hear(request, SystemTime::now())
             .map_err(|refusal| status(&refusal))
+    }
+
+    /// It speaks against the version that was sent.
+    fn tell_refusal(&self, request: &Request, client: Option<&Client>) {
+        let version = self.made_of.version(&request.nonce);
+        if let (Some(error), Some(version), Some(client)) = (&request.error, version, client) {
+            let refusal = rollout::Refusal {
+                node: client.node.id.clone(),
+                type_url: request.type_url.clone(),
+                error: error.clone(),
+            };
+            self.catalog.refused(version, refusal);
+        }
     }
 }
 
 /// What a client is to be told now.
 fn next(
     entry: &Entry,
-    published: &mut watch::Receiver<Option<Arc<Published>>>,
+    published: &mut watch::Receiver<Option<Arc<views::Served>>>,
+    seen: &mut Seen,
+    made_of: &mut MadeOf,
 ) -> Option<Response> {
-    let published = published.borrow_and_update().clone()?;
+    let served = published.borrow_and_update().clone()?;
     let mut session = entry.stream.session();
-    let snapshot = published.snapshot(session.client()?);
-    let response = session.next(snapshot, SystemTime::now())?;
+    let now = SystemTime::now();
+    let client = session.client()?;
+    let version = served.of(&client.node.id);
+    let snapshot = seen.snapshot(&version.published, client, now);
+    let response = session.next(snapshot, now)?;
+    made_of.said(version.number, &response);
     let type_url = label(&response.type_url);
     metrics::counter!("outrigger_control_plane_responses_total", "type" => type_url).increment(1);
     metrics::counter!("outrigger_control_plane_resources_sent_total", "type" => type_url)
@@ -253,6 +314,14 @@ fn label(type_url: &str) -> &'static str {
 async fn over(held: Option<Duration>) {
     match held {
         Some(held) => tokio::time::sleep(held).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When it is time to look at the client's certificate, and at those issued to it.
+async fn due(checks: &mut Option<tokio::time::Interval>) {
+    match checks {
+        Some(checks) => drop(checks.tick().await),
         None => std::future::pending().await,
     }
 }

@@ -1,15 +1,18 @@
-//! What all sources have, judged as a whole, and what of that is served: the last that was good.
+//! What all sources have, judged as a whole, and what of that is served: the last that was good, in the version that is to be served to whom.
 
 use crate::{
     registered::Places,
+    rollout::{Nodes, Refusal, Rollout, Verdict, seen::Observed},
     source::{Content, News, Problem},
-    views::{self, Published},
+    store::{Contents, Trial},
+    versions::{VersionError, Versions},
+    views::{self, Published, Served},
 };
 use outrigger_xds::subscription::Kind;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 use tokio::sync::watch;
 
@@ -35,48 +38,102 @@ struct OfSource {
     status: SourceStatus,
 }
 
+/// What is served, in short, for those who look.
+#[derive(Debug, Clone, Default)]
+pub struct Summary {
+    /// The version that is live.
+    pub live: Option<u64>,
+    /// One that is tried.
+    pub trial: Option<Trial>,
+    /// Whether the live one was chosen by hand.
+    pub is_pinned: bool,
+    /// What the sources say, if it was taken back: its version, and why.
+    pub taken_back: Option<(u64, String)>,
+    /// Whether versions outlive the process.
+    pub is_on_disk: bool,
+    /// Why the last version could not be kept.
+    pub problem: Option<String>,
+    /// Whether something is not served because it could not be kept.
+    pub is_waiting: bool,
+    /// What was found when versions were read.
+    pub notice: Option<String>,
+}
+
 /// The last good state of all sources.
 #[derive(Debug)]
 pub struct Catalog {
     /// Held while something is judged, so that each is judged with what the others have by then.
-    judging: Mutex<()>,
+    judging: Mutex<Versions>,
     sources: Mutex<BTreeMap<String, OfSource>>,
     /// Which pools engines that registered are in. Beside what is served: it may change alone.
     places: Mutex<Arc<Places>>,
-    published: watch::Sender<Option<Arc<Published>>>,
+    /// Sources whose news are no version: they are told beside each.
+    passing: BTreeSet<String>,
+    rollout: Mutex<Option<Rollout>>,
+    observed: Observed,
+    summary: Mutex<Summary>,
+    published: watch::Sender<Option<Arc<Served>>>,
 }
 
 impl Catalog {
-    /// Of sources with these names. Until all of them were good once, nothing is served: a part would take the rest away.
+    /// Of sources with these names, with versions that are kept in memory. Until all of them were good once, nothing is served: a part would take the rest away.
     #[must_use]
     pub fn new<'a>(sources: impl IntoIterator<Item = &'a str>) -> Self {
+        Self::with(sources, Versions::in_memory(), Observed::default())
+    }
+
+    /// The same, with versions and nodes that are watched while one spreads.
+    #[must_use]
+    pub fn with<'a>(
+        sources: impl IntoIterator<Item = &'a str>,
+        versions: Versions,
+        observed: Observed,
+    ) -> Self {
         let sources = sources.into_iter();
         let sources = sources.map(|name| (name.to_owned(), OfSource::default()));
         Self {
-            judging: Mutex::default(),
+            judging: Mutex::new(versions),
             sources: Mutex::new(sources.collect()),
             places: Mutex::default(),
+            passing: BTreeSet::new(),
+            rollout: Mutex::default(),
+            observed,
+            summary: Mutex::default(),
             published: watch::Sender::new(None),
         }
     }
 
+    /// What this source has is no part of versions: it is told beside each, as it is now.
+    #[must_use]
+    pub fn with_passing(mut self, source: &str) -> Self {
+        self.lock().entry(source.to_owned()).or_default();
+        self.passing.insert(source.to_owned());
+        self
+    }
+
     /// What is served, now and later; none while nothing is.
     #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Published>>> {
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Served>>> {
         self.published.subscribe()
     }
 
     /// What is served now.
     #[must_use]
-    pub fn published(&self) -> Option<Arc<Published>> {
+    pub fn served(&self) -> Option<Arc<Served>> {
         self.published.borrow().clone()
     }
 
-    /// Which pools engines that registered are in.
+    /// Which pools engines that registered are in, as the live version has it.
     #[must_use]
     pub fn places(&self) -> Arc<Places> {
         let places = self.places.lock();
         places.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is served now to all, or to all others than those that try something.
+    #[must_use]
+    pub fn published(&self) -> Option<Arc<Published>> {
+        self.served().map(|served| served.live.published.clone())
     }
 
     /// What is known of each source.
@@ -89,45 +146,103 @@ impl Catalog {
             .collect()
     }
 
+    /// What is served, in short.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let summary = self.summary.lock();
+        summary.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Nothing in it can be half done: what is written is written as one.
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, OfSource>> {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// All versions. Whoever judges something has them for as long.
+    pub fn versions(&self) -> MutexGuard<'_, Versions> {
+        self.judging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is tried, if something is.
+    pub fn rollout(&self) -> MutexGuard<'_, Option<Rollout>> {
+        self.rollout.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who is connected.
+    #[must_use]
+    pub fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
+    /// Serves what was served before the process ended, as soon as sources that are no part of it are there.
+    pub fn restore(&self) {
+        let mut versions = self.versions();
+        self.restore_with(&mut versions);
+        self.settle(&mut versions);
+    }
+
+    fn restore_with(&self, versions: &mut Versions) {
+        let is_there =
+            |of_source: Option<&OfSource>| of_source.is_some_and(|it| it.status.good_at.is_some());
+        let is_whole = {
+            let sources = self.lock();
+            self.passing.iter().all(|name| is_there(sources.get(name)))
+        };
+        if is_whole {
+            versions.restore(&borrowed(&self.passing_contents(None)));
+        }
+    }
+
     /// Takes what a source has now, if all is good with it; else remembers why not. Takes time.
     pub fn take(&self, source: &str, news: News) {
-        let _one = self.judging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut versions = self.versions();
         let now = SystemTime::now();
-        let judged = news.and_then(|content| self.judge(source, content));
-        let mut sources = self.lock();
-        let of_source = sources.entry(source.to_owned()).or_default();
-        of_source.status.tried_at = Some(now);
-        let result = match judged {
-            Ok((content, published)) => {
-                of_source.status.resources =
-                    content.raw.len() + content.short.len() + content.nodes.len();
-                of_source.status.good_at = Some(now);
-                of_source.status.problems.clear();
-                of_source.good = Arc::new(content);
-                let is_whole = sources.values().all(|it| it.status.good_at.is_some());
-                if is_whole {
-                    self.publish(published);
+        let judged = news.and_then(|content| self.judge(source, Arc::new(content), &mut versions));
+        let (mut is_whole, mut published) = (false, None);
+        let result = {
+            let mut sources = self.lock();
+            let of_source = sources.entry(source.to_owned()).or_default();
+            of_source.status.tried_at = Some(now);
+            match judged {
+                Ok((content, news)) => {
+                    of_source.status.resources =
+                        content.raw.len() + content.short.len() + content.nodes.len();
+                    of_source.status.good_at = Some(now);
+                    of_source.status.problems.clear();
+                    of_source.good = content;
+                    is_whole = sources.values().all(|it| it.status.good_at.is_some());
+                    published = Some(news);
+                    "good"
                 }
-                "good"
-            }
-            Err(problems) => {
-                log(source, &problems);
-                of_source.status.problems = problems;
-                "bad"
+                Err(problems) => {
+                    log(source, &problems);
+                    of_source.status.problems = problems;
+                    "bad"
+                }
             }
         };
+        if self.passing.contains(source) {
+            self.restore_with(&mut versions);
+        }
+        let is_news = !self.passing.contains(source) || versions.live_contents().is_none();
+        if let Some(published) = published.filter(|_| is_whole && is_news) {
+            // What cannot be kept is remembered as the store's problem, and tried again.
+            let _ = versions.offer(self.said(), published);
+        }
+        self.settle(&mut versions);
+        let sources = self.lock();
         let count: usize = sources.values().map(|it| it.status.problems.len()).sum();
         metrics::counter!("outrigger_control_plane_loads_total", "result" => result).increment(1);
         metrics::gauge!("outrigger_control_plane_problems").set(as_gauge(count));
     }
 
-    /// What would be served with this in place of what the source had.
-    fn judge(&self, source: &str, content: Content) -> Result<(Content, Published), Vec<Problem>> {
+    /// What all sources would be with this in place of what the source had.
+    fn judge(
+        &self,
+        source: &str,
+        content: Arc<Content>,
+        versions: &mut Versions,
+    ) -> Result<(Arc<Content>, Published), Vec<Problem>> {
         let others: Vec<Arc<Content>> = {
             let sources = self.lock();
             let others = sources.iter().filter(|(name, _)| *name != source);
@@ -135,14 +250,93 @@ impl Catalog {
                 .map(|(_, of_source)| of_source.good.clone())
                 .collect()
         };
-        let all: Vec<&Content> = others.iter().map(Arc::as_ref).chain([&content]).collect();
+        let all: Vec<&Content> = others.iter().chain([&content]).map(Arc::as_ref).collect();
         let last = self.published().unwrap_or_default();
-        let published = views::publish(&all, &last)?;
+        let published = views::publish(&all, &last, versions.issues())?;
+        if self.passing.contains(source) {
+            // It must fit what is served, too, which may be another version than what the sources say.
+            let passing = self.passing_contents(Some((source, &content)));
+            versions.renew(&borrowed(&passing))?;
+        }
         Ok((content, published))
     }
 
-    fn publish(&self, mut published: Published) {
-        let places = Arc::new(std::mem::take(&mut published.places));
+    /// What passing sources have; of one of them, what it has now.
+    fn passing_contents(&self, news: Option<(&str, &Arc<Content>)>) -> Vec<Arc<Content>> {
+        let sources = self.lock();
+        let passing = self.passing.iter().filter_map(|name| match news {
+            Some((source, content)) if source == name => Some(content.clone()),
+            _ => sources.get(name).map(|it| it.good.clone()),
+        });
+        passing.collect()
+    }
+
+    /// What all other sources had when they were good last.
+    fn said(&self) -> Contents {
+        let sources = self.lock();
+        let kept = sources
+            .iter()
+            .filter(|(name, _)| !self.passing.contains(*name));
+        kept.map(|(name, it)| (name.clone(), it.good.clone()))
+            .collect()
+    }
+
+    /// What is served now is told, to whom it is to be.
+    fn settle(&self, versions: &mut Versions) {
+        let tried = self.rollout().as_ref().map(|rollout| rollout.version);
+        match versions.trial() {
+            None => *self.rollout() = None,
+            Some(trial) if tried != Some(trial.version) => {
+                // Sessions are not looked at while this is held: they tell it of refusals.
+                let (nodes, known) = (self.nodes(versions), self.observed.refusals());
+                let plan = versions.plan().clone();
+                let begun = Rollout::new(trial, plan, nodes, known, Instant::now());
+                // So that the same nodes have it after a restart. Without, about as many do.
+                let _ = versions.go_on(begun.step(), begun.threshold());
+                *self.rollout() = Some(begun);
+            }
+            Some(_) => {}
+        }
+        let shown = self
+            .rollout()
+            .as_ref()
+            .map(|it| (it.percent(), it.threshold()));
+        let (percent, threshold) = shown.unwrap_or_default();
+        metrics::gauge!("outrigger_control_plane_rollout_percent").set(f64::from(percent));
+        self.summarise(versions);
+        if let Some(served) = versions.served(threshold) {
+            self.publish(served);
+        }
+    }
+
+    fn nodes(&self, versions: &Versions) -> Nodes {
+        let served = versions.served(0);
+        let served = served.as_ref();
+        self.observed
+            .nodes(|client| served.is_some_and(|served| served.concerns(client)))
+    }
+
+    fn summarise(&self, versions: &Versions) {
+        let store = versions.store();
+        let situation = store.situation();
+        let said = store.versions().rev().find(|it| it.hash == situation.said);
+        let taken_back = said.and_then(|it| Some((it.number, it.rolled_back.clone()?)));
+        let summary = Summary {
+            live: versions.live_number(),
+            trial: versions.trial().cloned(),
+            is_pinned: situation.pinned,
+            taken_back,
+            is_on_disk: store.is_on_disk(),
+            problem: store.problem(),
+            is_waiting: versions.is_waiting(),
+            notice: store.notice().map(ToOwned::to_owned),
+        };
+        *self.summary.lock().unwrap_or_else(PoisonError::into_inner) = summary;
+    }
+
+    fn publish(&self, served: Served) {
+        let published = &served.live.published;
+        let places = published.places.clone();
         *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
         for kind in Kind::ALL {
             let count = published.general.ours.of(kind).len();
@@ -151,16 +345,122 @@ impl Catalog {
         }
         metrics::gauge!("outrigger_control_plane_nodes").set(as_gauge(published.nodes.len()));
         self.published.send_if_modified(|last| {
-            let is_news = last
-                .as_ref()
-                .is_none_or(|last| last.version != published.version);
+            let is_news = last.as_ref().is_none_or(|last| !last.is_same(&served));
             if is_news {
-                tracing::info!(version = %published.version, "serving");
-                *last = Some(Arc::new(published));
+                let (number, trial) = (served.live.number, served.trial.as_ref());
+                let trial = trial.map(|(trial, _)| trial.number);
+                tracing::info!(number, trial, version = %served.live.published.version, "serving");
+                *last = Some(Arc::new(served));
             }
             is_news
         });
     }
+}
+
+/// What is tried, and what is done by hand.
+impl Catalog {
+    /// A node refuses something of a version.
+    pub fn refused(&self, version: u64, refusal: Refusal) {
+        if let Some(rollout) = self.rollout().as_mut().filter(|it| it.version == version) {
+            rollout.refused(refusal);
+        }
+    }
+
+    /// Looks how what is tried gets on, and does what follows. Takes time.
+    pub fn look(&self) {
+        if self.rollout().is_none() {
+            return;
+        }
+        let mut versions = self.versions();
+        let (nodes, now) = (self.nodes(&versions), Instant::now());
+        let Some(verdict) = self.rollout().as_mut().map(|it| it.look(&nodes, now)) else {
+            return;
+        };
+        let Some(number) = versions.trial().map(|trial| trial.version) else {
+            return;
+        };
+        match verdict {
+            Verdict::Wait => {}
+            Verdict::GoOn { step, threshold } => {
+                // What cannot be kept is tried at the next look.
+                if versions.go_on(step, threshold).is_ok()
+                    && let Some(rollout) = self.rollout().as_mut()
+                {
+                    rollout.go_on((step, threshold), nodes, now);
+                    tracing::info!(number, percent = rollout.percent(), "a version goes on");
+                }
+            }
+            Verdict::Done => {
+                if versions.finish().is_ok() {
+                    over(number, "done");
+                }
+            }
+            Verdict::GoBack(why) => {
+                tracing::warn!(number, why, "a version is taken back");
+                versions.go_back(&why);
+                over(number, "rolled_back");
+            }
+        }
+        self.settle(&mut versions);
+    }
+
+    /// What could not be kept is tried again. Takes time.
+    pub fn retry(&self) {
+        if !self.summary().is_waiting {
+            return;
+        }
+        let mut versions = self.versions();
+        versions.retry(&borrowed(&self.passing_contents(None)));
+        self.settle(&mut versions);
+    }
+
+    /// This version is live from now on, until the sources say something else. Takes time.
+    ///
+    /// # Errors
+    /// It is not there, does not fit, or that cannot be kept.
+    pub fn pin(&self, number: u64) -> Result<(), VersionError> {
+        let mut versions = self.versions();
+        let pinned = versions.pin(number, &borrowed(&self.passing_contents(None)));
+        self.settle(&mut versions);
+        pinned
+    }
+
+    /// What the sources say counts again. Takes time.
+    ///
+    /// # Errors
+    /// It is not good, or cannot be kept.
+    pub fn resume(&self) -> Result<(), VersionError> {
+        let mut versions = self.versions();
+        let is_good = self.lock().iter().all(|(name, of_source)| {
+            let status = &of_source.status;
+            self.passing.contains(name) || (status.problems.is_empty() && status.good_at.is_some())
+        });
+        if !is_good {
+            return Err(VersionError::NothingSaid);
+        }
+        let passing = self.passing_contents(None);
+        let resumed = versions.resume(&self.said(), &borrowed(&passing));
+        self.settle(&mut versions);
+        resumed
+    }
+
+    /// What would be served if the sources had this, beside those that pass. Takes time.
+    ///
+    /// # Errors
+    /// It is not good.
+    pub fn tried(&self, contents: &Contents) -> Result<Published, VersionError> {
+        let passing = self.passing_contents(None);
+        self.versions().tried(contents, &borrowed(&passing))
+    }
+}
+
+fn over(number: u64, result: &'static str) {
+    tracing::info!(number, result, "a version is tried no longer");
+    metrics::counter!("outrigger_control_plane_rollouts_total", "result" => result).increment(1);
+}
+
+fn borrowed(contents: &[Arc<Content>]) -> Vec<&Content> {
+    contents.iter().map(Arc::as_ref).collect()
 }
 
 fn log(source: &str, problems: &[Problem]) {
@@ -176,4 +476,92 @@ fn log(source: &str, problems: &[Problem]) {
 #[expect(clippy::cast_precision_loss, reason = "counts are small")]
 fn as_gauge(count: usize) -> f64 {
     count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{session::Client, store::contents_tests::contents};
+    use outrigger_xds::resource::bootstrap::Node;
+
+    const PASSING: &str = "leases";
+
+    fn said(timeout: &str) -> News {
+        Ok(Content::clone(&contents(timeout)["directory"]))
+    }
+
+    /// What leases have: a cluster of this name.
+    fn leased(name: &str) -> News {
+        let mut content = Content::clone(&contents("5s")["directory"]);
+        content.short.clear();
+        let written = &mut content.raw[0].written;
+        let json = outrigger_xds::load::written::to_json(&written.any).unwrap();
+        let text = json.to_string().replace("\"raw\"", &format!("\"{name}\""));
+        let value = serde_json::from_str(&text).unwrap();
+        *written = outrigger_xds::load::written::resource(value, "").unwrap();
+        Ok(content)
+    }
+
+    /// Clusters of the version that a node is sent, with its number.
+    fn served(catalog: &Catalog) -> (u64, Vec<String>) {
+        let served = catalog.served().unwrap();
+        let client = Client {
+            node: Node::default(),
+            ..Client::default()
+        };
+        let snapshot = served.live.published.snapshot(&client);
+        let names = snapshot.of(Kind::Clusters).keys().cloned().collect();
+        (served.live.number, names)
+    }
+
+    fn all(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn what_passes_is_no_version_and_is_told_beside_each() {
+        let catalog = Catalog::new(["directory"]).with_passing(PASSING);
+        catalog.take("directory", said("5s"));
+        assert!(
+            catalog.served().is_none(),
+            "a part would take the rest away"
+        );
+        catalog.take(PASSING, leased("one"));
+        assert_eq!(served(&catalog), (1, all(&["chat", "one", "raw"])));
+        catalog.take(PASSING, leased("two"));
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "two"])));
+        catalog.take("directory", said("6s"));
+        assert_eq!(served(&catalog), (2, all(&["chat", "raw", "two"])));
+        // To go back does not bring back what has passed, and what passes does not end it.
+        catalog.pin(1).unwrap();
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "two"])));
+        catalog.take(PASSING, leased("three"));
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "three"])));
+        // What does not fit is not taken.
+        catalog.take(PASSING, leased("raw"));
+        assert_eq!(served(&catalog), (1, all(&["chat", "raw", "three"])));
+        assert!(!catalog.status()[PASSING].problems.is_empty());
+        catalog.resume().unwrap();
+        assert_eq!(served(&catalog), (3, all(&["chat", "raw", "three"])));
+        assert_eq!(catalog.versions().store().versions().count(), 3);
+    }
+
+    #[test]
+    fn the_same_again_and_what_was_live_are_no_versions() {
+        let catalog = Catalog::new(["directory"]);
+        for timeout in ["5s", "5s", "6s"] {
+            catalog.take("directory", said(timeout));
+        }
+        assert_eq!(served(&catalog).0, 2);
+        // Bad news are none.
+        catalog.take("directory", Err(Vec::new()));
+        assert_eq!(served(&catalog).0, 2);
+        assert_eq!(
+            catalog.pin(9).unwrap_err().to_string(),
+            "there is no version 9"
+        );
+        catalog.take("directory", said("6s"));
+        catalog.resume().unwrap();
+        assert_eq!(served(&catalog).0, 2);
+    }
 }

@@ -44,6 +44,18 @@ pub const ROWS: &[Row] = &[
         "Streams that were refused or ended because of what their client did, by reason.",
     ),
     counter(
+        "outrigger_control_plane_handshakes_total",
+        "TLS handshakes, by result: ok, no_certificate, expired, untrusted, identity, timeout, error.",
+    ),
+    counter(
+        "outrigger_control_plane_certificate_loads_total",
+        "Times when certificates and keys of the port of xDS were read, by result: good, bad.",
+    ),
+    counter(
+        "outrigger_control_plane_certificates_issued_total",
+        "Certificates issued to nodes by the CA, by result: good, bad.",
+    ),
+    counter(
         "outrigger_control_plane_requests_total",
         "Requests of clients, by type of resource; answers included.",
     ),
@@ -94,6 +106,27 @@ pub const ROWS: &[Row] = &[
     counter(
         "outrigger_control_plane_leases_expired_total",
         "Leases that were not renewed in time.",
+    ),
+    gauge(
+        "outrigger_control_plane_versions",
+        "Versions of the configuration that are kept.",
+    ),
+    gauge("outrigger_control_plane_versions_bytes", "What they hold."),
+    gauge(
+        "outrigger_control_plane_store_ok",
+        "1, or 0 while the last change could not be kept.",
+    ),
+    counter(
+        "outrigger_control_plane_store_failures_total",
+        "Changes that could not be kept.",
+    ),
+    gauge(
+        "outrigger_control_plane_rollout_percent",
+        "Per cent of the nodes that try a version; 0 while there is none.",
+    ),
+    counter(
+        "outrigger_control_plane_rollouts_total",
+        "Versions that were tried to an end, by result: done, rolled_back.",
     ),
     counter(
         "outrigger_control_plane_admin_connections_refused_total",

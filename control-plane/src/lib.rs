@@ -2,26 +2,36 @@
 //!
 //! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
 //! `status` and `admin` tell who has what. Engines register at `registry`, which is a source, too. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
+//! Who asks is looked at in `tls` and `identity`; `ca` vouches for nodes, and `issued` is what each is sent of it.
 //! It never knows a proxy of ours from inside: all that passes is Envoy's API.
 
 pub mod admin;
 pub mod ads;
+pub mod ca;
 pub mod catalog;
 pub mod clients;
+pub mod diff;
 pub mod figures;
 pub mod foreign;
+pub mod identity;
+pub mod issued;
 pub mod lrs;
+pub mod operate;
 pub mod references;
 pub mod registered;
 pub mod registry;
+pub mod rollout;
 pub mod serve;
 pub mod session;
 pub mod short;
 pub mod snapshot;
 pub mod source;
 pub mod status;
+pub mod store;
+pub mod tls;
 pub mod translate;
 pub mod validate;
+pub mod versions;
 pub mod views;
 
 use anyhow::Context;
@@ -54,8 +64,19 @@ enum Command {
     },
     /// Prints the Envoy resources that short resources become.
     Translate(Translate),
+    /// Prints the versions that a control plane has, the newest first.
+    Versions(operate::Running),
+    /// Prints what is different between two versions of a control plane, or what a directory would change there, and for how many nodes.
+    Diff(operate::Diff),
+    /// Makes a control plane serve a version again, to all, until what is in its directory changes.
+    Rollback(operate::Rollback),
+    /// Ends a rollback: a control plane serves what is in its directory again.
+    Resume(operate::Running),
     /// Prints the JSON schema of short resources.
     Schema,
+    /// The built-in CA: makes one, and issues certificates from it.
+    #[command(subcommand)]
+    Ca(ca::Command),
 }
 
 /// `translate`.
@@ -86,7 +107,8 @@ impl Translate {
         if !input.problems.0.is_empty() {
             return Err(input.problems.into());
         }
-        let secrets: BTreeSet<String> = input.secrets.keys().cloned().collect();
+        let secrets = input.secrets.keys().cloned();
+        let secrets: BTreeSet<String> = secrets.chain(issued::names()).collect();
         let resources = translate::translate(&input.documents, &secrets)?;
         let chosen = translate::for_node(&resources, self.node.as_deref());
         let Some(directory) = &self.out else {
@@ -96,6 +118,17 @@ impl Translate {
             .with_context(|| format!("{}: cannot be written", directory.display()))?;
         let lines = written.iter().map(|path| format!("{}\n", path.display()));
         Ok(lines.collect())
+    }
+}
+
+/// What is to be printed, and whether all is well.
+fn printed(text: anyhow::Result<String>) -> (String, bool) {
+    match text {
+        Ok(text) => (text, true),
+        Err(error) => {
+            eprintln!("{error:#}");
+            (String::new(), false)
+        }
     }
 }
 
@@ -122,14 +155,19 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             let report = validate::validate(&files);
             (report.to_string(), report.is_good())
         }
-        Command::Translate(translate) => match translate.run() {
+        Command::Translate(translate) => printed(translate.run()),
+        Command::Versions(running) => printed(running.versions()),
+        Command::Diff(diff) => printed(diff.run()),
+        Command::Rollback(rollback) => printed(rollback.run()),
+        Command::Resume(running) => printed(running.resume()),
+        Command::Schema => (short::SCHEMA.to_owned(), true),
+        Command::Ca(command) => match command.run() {
             Ok(text) => (text, true),
             Err(error) => {
-                eprintln!("{error:#}");
+                eprintln!("outrigger-control-plane: {error:#}");
                 (String::new(), false)
             }
         },
-        Command::Schema => (short::SCHEMA.to_owned(), true),
     };
     print!("{printed}");
     if is_good {

@@ -1,6 +1,11 @@
-//! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown; nothing is made of it yet.
+//! Load reports (LRS): clients tell how many requests they gave to which cluster. The last report of each stream is kept, and shown;
+//! how many requests failed says how a version gets on that is tried.
 
-use crate::ads::{refused, unread};
+use crate::{
+    ads::{refused, unread},
+    rollout::Requests,
+    tls::Peer,
+};
 use outrigger_xds::wire::envoy::{
     config::endpoint::v3::ClusterStats,
     service::load_stats::v3::{
@@ -34,6 +39,8 @@ const CLUSTERS_REPORTED_MAX: usize = 10_000;
 struct Report {
     node: String,
     at: Option<SystemTime>,
+    /// Requests that are over, since the stream is open.
+    total: Requests,
     clusters: BTreeMap<String, Load>,
 }
 
@@ -87,6 +94,16 @@ impl Loads {
         let open = self.lock();
         let reports: Vec<Value> = open.values().map(Report::to_json).collect();
         reports.into()
+    }
+
+    /// Requests that are over, of each stream since it is open, with the node that it is of.
+    #[must_use]
+    pub fn requests(&self) -> Vec<(String, Requests)> {
+        let open = self.lock();
+        let reports = open.values();
+        reports
+            .map(|report| (report.node.clone(), report.total))
+            .collect()
     }
 
     fn enter(self: &Arc<Self>) -> Option<Stream> {
@@ -149,6 +166,12 @@ impl Stream {
         report.clusters = clusters
             .map(|stats| (stats.cluster_name.clone(), Load::from(stats)))
             .collect();
+        report.total = report.clusters.values().fold(report.total, |sum, load| {
+            sum.and(Requests {
+                finished: load.succeeded.saturating_add(load.failed),
+                failed: load.failed,
+            })
+        });
         report.at = Some(SystemTime::now());
         Ok(())
     }
@@ -174,6 +197,14 @@ fn asked() -> LoadStatsResponse {
     }
 }
 
+/// Whether it may be who it says it is, and still is who it was.
+fn admitted(peer: &Peer, request: &LoadStatsRequest) -> Result<(), Status> {
+    match &request.node {
+        Some(node) => peer.admit(&node.id),
+        None => peer.check(),
+    }
+}
+
 #[tonic::async_trait]
 impl LoadReportingService for LoadReporting {
     type StreamLoadStatsStream = ReceiverStream<Result<LoadStatsResponse, Status>>;
@@ -190,13 +221,16 @@ impl LoadReportingService for LoadReporting {
             );
             Status::resource_exhausted(message)
         })?;
+        let peer = Peer::of(&request);
         let mut requests = request.into_inner();
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let mut answer = Some(asked());
             loop {
                 let heard = match requests.message().await {
-                    Ok(Some(request)) => stream.hear(request),
+                    Ok(Some(request)) => {
+                        admitted(&peer, &request).and_then(|()| stream.hear(request))
+                    }
                     Ok(None) => return,
                     Err(status) => match unread(status) {
                         Ok(()) => return,

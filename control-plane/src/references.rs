@@ -16,11 +16,11 @@ use outrigger_xds::{
     },
     subscription::Kind,
 };
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-/// What does not fit.
+/// What does not fit; `issued` are secrets that each node is issued, and that nobody else may have the names of.
 #[must_use]
-pub fn problems(resources: &[&Placed]) -> Vec<Problem> {
+pub fn problems(resources: &[&Placed], issued: &BTreeSet<String>) -> Vec<Problem> {
     let mut there = HashMap::new();
     let mut problems = Vec::new();
     for &placed in resources {
@@ -30,16 +30,27 @@ pub fn problems(resources: &[&Placed]) -> Vec<Problem> {
             let message = format!("is also in {}", at.trim_end());
             problems.push(problem(placed, &message));
         }
+        if key.0 == Kind::Secrets && issued.contains(key.1) {
+            problems.push(problem(placed, "is issued to each node by the CA"));
+        }
     }
     for &placed in resources {
         for (kind, name) in named(&placed.written.meaning) {
-            if !there.contains_key(&(kind, name)) {
+            let is_issued = kind == Kind::Secrets && issued.contains(name);
+            if !is_issued && !there.contains_key(&(kind, name)) {
                 let message = format!("names the {} '{name}', which does not exist", noun(kind));
                 problems.push(problem(placed, &message));
             }
         }
     }
     problems
+}
+
+/// The secrets that these name.
+pub fn secrets_of<'a>(resources: impl Iterator<Item = &'a Placed>) -> BTreeSet<&'a str> {
+    let named = resources.flat_map(|placed| named(&placed.written.meaning));
+    let secrets = named.filter(|(kind, _)| *kind == Kind::Secrets);
+    secrets.map(|(_, name)| name).collect()
 }
 
 fn problem(placed: &Placed, message: &str) -> Problem {

@@ -5,7 +5,7 @@
 
 pub mod table;
 
-use crate::ads::Ending;
+use crate::{ads::Ending, tls::Peer};
 use outrigger_xds::{
     registry::{self, Registration},
     wire::outrigger::registry::v1::{self as wire, registry_server},
@@ -175,11 +175,15 @@ impl registry_server::Registry for Service {
             count("refused");
             Status::resource_exhausted("too many streams")
         })?;
-        let from = request.remote_addr();
+        let peer = Peer::of(&request);
         let (sender, receiver) = mpsc::channel(1);
         let talk = Talk {
             slot,
-            from: from.map(|from| from.to_string()).unwrap_or_default(),
+            from: peer
+                .address
+                .map(|from| from.to_string())
+                .unwrap_or_default(),
+            peer,
             node: None,
         };
         tokio::spawn(talk.run(request.into_inner(), sender, self.ending.clone()));
@@ -206,6 +210,7 @@ impl Drop for Slot {
 /// One stream. Its end says nothing of the lease.
 struct Talk {
     slot: Slot,
+    peer: Peer,
     from: String,
     /// Who speaks on it.
     node: Option<String>,
@@ -246,6 +251,7 @@ impl Talk {
     fn judge(&mut self, said: wire::Registration) -> Result<wire::Lease, Status> {
         let said = Registration::try_from(said)
             .map_err(|errors| Status::invalid_argument(errors.to_string()))?;
+        self.peer.admit(&said.node.id)?;
         let node = self.node.get_or_insert_with(|| said.node.id.clone());
         if *node != said.node.id {
             let message = format!("this stream is node '{node}', not '{}'", said.node.id);

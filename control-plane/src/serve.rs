@@ -4,16 +4,19 @@ use crate::{
     admin::{self, Admin},
     ads::{Discovery, Ending, REQUEST_BYTES_MAX, Shared},
     catalog::Catalog,
-    clients::Clients,
     figures,
     lrs::{LoadReporting, Loads},
     registry::{self, REGISTRATION_BYTES_MAX, Registry, table},
+    rollout::{Plan, seen::Observed},
     source::{
         Source,
         files::Directory,
         leases::{self, Leases},
     },
     status::ClientStatus,
+    store::{Store, VERSIONS_MAX_DEFAULT},
+    tls::{self, Access},
+    versions::Versions,
 };
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -38,10 +41,8 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, timeout},
 };
-use tonic::transport::{
-    Server,
-    server::{Router, TcpIncoming},
-};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Server, server::Router};
 
 /// Between two HTTP/2 pings of a connection on which nothing happens.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -49,6 +50,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// After the last stream was told to end, its connection may take so long to do so.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Between two attempts to keep what could not be kept.
+const KEEP_RETRY: Duration = Duration::from_secs(2);
 
 /// How a control plane runs.
 #[derive(Debug, Clone, Args)]
@@ -56,7 +59,7 @@ pub struct Options {
     /// Directory with resources: YAML, or JSON if a name ends in .json.
     #[arg(long, value_name = "DIR")]
     pub config: PathBuf,
-    /// Where proxies come for their resources: xDS over gRPC, without TLS.
+    /// Where proxies come for their resources: xDS over gRPC.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18000")]
     pub listen: SocketAddr,
     /// Where people and Prometheus look.
@@ -68,6 +71,26 @@ pub struct Options {
     /// For so many seconds a registration counts, unless it is renewed; 1 to 3600.
     #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(table::LEASE_MIN.as_secs()..=table::LEASE_MAX.as_secs()))]
     pub lease_s: u64,
+    /// Directory where versions are kept; without it they are until the process ends.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Versions that are kept at most.
+    #[arg(long, value_name = "N", default_value_t = VERSIONS_MAX_DEFAULT)]
+    pub versions_max: usize,
+    /// A new version goes to so many per cent of the nodes, step by step, such as 10,50,100.
+    #[arg(
+        long,
+        value_name = "PERCENT,…",
+        value_delimiter = ',',
+        default_value = "100"
+    )]
+    pub rollout: Vec<u8>,
+    /// How long each step is watched before the next.
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    pub rollout_step_s: u64,
+    /// Who may come for them.
+    #[command(flatten)]
+    pub tls: tls::Options,
     /// After SIGTERM, streams end over so many seconds, so that not all proxies go elsewhere at once.
     #[arg(long, value_name = "S", default_value_t = 5)]
     pub drain_time_s: u64,
@@ -100,6 +123,8 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         directory.display()
     );
     figures::install();
+    let access = Access::new(&options.tls)?;
+    warn_of_plain_text(options.listen, access.as_deref());
     let bound = |address: SocketAddr| async move {
         let listener = TcpListener::bind(address).await;
         listener.with_context(|| format!("cannot listen on {address}"))
@@ -107,9 +132,18 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
     let (mut sources, registry) = sources(options)?;
-    let catalog = Arc::new(Catalog::new(sources.iter().map(|source| source.name())));
-    let clients = Arc::new(Clients::default());
+    let observed = Observed::default();
+    let (clients, loads) = (observed.clients.clone(), observed.loads.clone());
+    let issues = access.as_ref().is_some_and(|access| access.issues());
+    let versions = versions(options)?.issuing(issues);
+    let names = sources.iter().map(|source| source.name());
+    let catalog = Catalog::with(names, versions, observed);
+    let catalog = Arc::new(match &registry {
+        Some(_) => catalog.with_passing(leases::NAME),
+        None => catalog,
+    });
     // So that who comes first finds something.
+    beside(&catalog, Catalog::restore).await;
     for source in &mut sources {
         take(source.as_mut(), &catalog).await;
     }
@@ -119,13 +153,16 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         clients: clients.clone(),
         ending: ended,
     };
-    let loads = Arc::new(Loads::default());
-    let serving = tokio::spawn(serve(listener, shared, (loads.clone(), registry.clone())));
+    let incoming = tls::incoming(listener, access.clone());
+    let beside = (loads.clone(), registry.clone());
+    let serving = tokio::spawn(serve(incoming, shared, beside));
     let mut tasks: Vec<JoinHandle<()>> = Vec::new();
     for source in sources {
         tasks.push(tokio::spawn(follow(source, catalog.clone())));
     }
+    tasks.push(tokio::spawn(watch_versions(catalog.clone())));
     tasks.extend(registry.clone().map(|it| tokio::spawn(it.look())));
+    tasks.extend(access.map(|access| tokio::spawn(access.follow())));
     let shown = Admin {
         catalog,
         clients,
@@ -148,20 +185,66 @@ type Sources = Vec<Box<dyn Source>>;
 
 /// Where resources come from, and where engines register, if they may.
 fn sources(options: &Options) -> anyhow::Result<(Sources, Option<Arc<Registry>>)> {
-    let mut sources: Sources = vec![Box::new(Directory::new(options.config.clone()))];
-    let Some(path) = &options.leases else {
-        return Ok((sources, None));
-    };
-    let length = Duration::from_secs(options.lease_s);
-    let registry = Registry::new(leases::load(path, length)?);
-    sources.push(Box::new(Leases::new(registry.clone(), path.clone())));
-    Ok((sources, Some(registry)))
+    let mut sources: Sources = Vec::new();
+    let mut registry = None;
+    if let Some(path) = &options.leases {
+        let length = Duration::from_secs(options.lease_s);
+        let leases = Registry::new(leases::load(path, length)?);
+        // First: versions that are kept are served when it is known who registered, and what the directory says comes after.
+        sources.push(Box::new(Leases::new(leases.clone(), path.clone())));
+        registry = Some(leases);
+    }
+    sources.push(Box::new(Directory::new(options.config.clone())));
+    Ok((sources, registry))
 }
 
 /// All that a source has, again and again.
 async fn follow(mut source: Box<dyn Source>, catalog: Arc<Catalog>) {
     loop {
         take(source.as_mut(), &catalog).await;
+    }
+}
+
+/// Said once: on a loopback address, or behind TLS of somebody else's, it may be what is wanted.
+fn warn_of_plain_text(listen: SocketAddr, access: Option<&Access>) {
+    if access.is_none() && !listen.ip().is_loopback() {
+        tracing::warn!(%listen, "xDS without TLS: everybody who reaches this address is the node that they say, and is sent its secrets");
+    }
+}
+
+/// With those that are kept.
+fn versions(options: &Options) -> anyhow::Result<Versions> {
+    let step = Duration::from_secs(options.rollout_step_s);
+    let plan =
+        Plan::new(&options.rollout, step).map_err(|error| anyhow::anyhow!("--rollout: {error}"))?;
+    let store = match &options.state {
+        Some(directory) => Store::open(directory, options.versions_max)?,
+        None => Store::in_memory(options.versions_max),
+    };
+    Ok(Versions::new(store, plan))
+}
+
+/// Follows what is tried, and tries again what could not be kept.
+async fn watch_versions(catalog: Arc<Catalog>) {
+    let interval = catalog.versions().plan().look_interval();
+    let mut tried = Instant::now();
+    loop {
+        tokio::time::sleep(interval).await;
+        if catalog.rollout().is_some() {
+            beside(&catalog, Catalog::look).await;
+        }
+        if tried.elapsed() >= KEEP_RETRY {
+            tried = Instant::now();
+            beside(&catalog, Catalog::retry).await;
+        }
+    }
+}
+
+/// What takes time is done beside the runtime.
+async fn beside(catalog: &Arc<Catalog>, what: fn(&Catalog)) {
+    let catalog = catalog.clone();
+    if let Err(error) = tokio::task::spawn_blocking(move || what(&catalog)).await {
+        tracing::error!(%error, "a step of the configuration failed");
     }
 }
 
@@ -177,12 +260,11 @@ async fn take(source: &mut dyn Source, catalog: &Arc<Catalog>) {
 
 /// Until streams are to end and all have.
 async fn serve(
-    listener: TcpListener,
+    incoming: ReceiverStream<std::io::Result<tls::Connection>>,
     shared: Shared,
     beside: (Arc<Loads>, Option<Arc<Registry>>),
 ) -> Result<(), tonic::transport::Error> {
     let mut ending = shared.ending.clone();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let ended = async move {
         // If nobody can tell, nobody waits either.
         let _ = ending.wait_for(Option::is_some).await;

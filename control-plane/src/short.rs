@@ -12,7 +12,7 @@ pub mod text;
 use outrigger_xds::load::{self, Syntax};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 /// The one version that there is.
 pub const API_VERSION: &str = "outrigger.dev/v1";
@@ -26,6 +26,8 @@ pub struct Document {
     pub origin: Origin,
     /// What it says.
     pub spec: Spec,
+    /// As it was written, to be kept.
+    pub written: Arc<Value>,
 }
 
 /// What a document says, by its kind.
@@ -172,18 +174,23 @@ pub(crate) fn read_values(file: &str, values: &[Value]) -> Result<Vec<Document>,
     let mut problems = Problems::default();
     let mut documents = Vec::new();
     for (index, value) in values.iter().enumerate() {
-        let origin = Origin {
-            document: index + 1,
-            kind: text_at(value, "/kind"),
-            name: text_at(value, "/metadata/name"),
-            ..of_file(file)
-        };
-        match document(&origin, value) {
+        match read_one(file, index + 1, value) {
             Ok(document) => documents.push(document),
             Err(found) => problems.0.extend(found.0),
         }
     }
     problems.finish(documents)
+}
+
+/// A document of a file.
+pub(crate) fn read_one(file: &str, number: usize, value: &Value) -> Result<Document, Problems> {
+    let origin = Origin {
+        document: number,
+        kind: text_at(value, "/kind"),
+        name: text_at(value, "/metadata/name"),
+        ..of_file(file)
+    };
+    document(&origin, value)
 }
 
 fn text_at(value: &Value, pointer: &str) -> String {
@@ -218,6 +225,7 @@ fn document(origin: &Origin, value: &Value) -> Result<Document, Problems> {
     Ok(Document {
         origin: origin.clone(),
         spec,
+        written: Arc::new(value.clone()),
     })
 }
 

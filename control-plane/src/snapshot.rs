@@ -67,6 +67,13 @@ impl Snapshot {
         of_kind.insert(resource.name.clone(), resource);
     }
 
+    /// Has of this type only those.
+    pub fn keep(&mut self, kind: Kind, is_kept: impl Fn(&str) -> bool) {
+        if let Some(of_kind) = self.kinds.get_mut(&kind) {
+            Arc::make_mut(of_kind).retain(|name, _| is_kept(name));
+        }
+    }
+
     /// Types that are as they were in another one become the same, so that it shows at a glance that nothing of them changed.
     pub fn share(&mut self, last: &Self) {
         for (kind, of_kind) in &mut self.kinds {
@@ -75,6 +82,13 @@ impl Snapshot {
                 of_kind.clone_from(before);
             }
         }
+    }
+
+    /// Whether this is known to be as another one, without a look at each resource: what is the same and not shared counts as another.
+    #[must_use]
+    pub fn shares_all(&self, other: &Self) -> bool {
+        let mut kinds = Kind::ALL.into_iter();
+        kinds.all(|kind| Arc::ptr_eq(self.of(kind), other.of(kind)))
     }
 
     /// Of all that it has.

@@ -4,6 +4,7 @@ use crate::{
     ads::{refused, unread},
     clients::{Clients, Stream},
     session::{Client, Session, State, Told, TypeStatus},
+    tls::Peer,
 };
 use outrigger_xds::{
     subscription::{Kind, Protocol},
@@ -123,6 +124,21 @@ impl ClientStatus {
             clients,
             slots: Arc::new(Semaphore::new(STATUS_STREAMS_MAX)),
         }
+    }
+
+    /// What is told of nodes that who asks may not be is not for them.
+    fn answer_to(
+        &self,
+        peer: &Peer,
+        request: &ClientStatusRequest,
+    ) -> Result<ClientStatusResponse, Status> {
+        peer.check()?;
+        let mut answer = self.answer(request, STATUS_BYTES_MAX)?;
+        answer.config.retain(|config| {
+            let node = config.node.as_ref();
+            node.is_some_and(|node| peer.may_be(&node.id))
+        });
+        Ok(answer)
     }
 
     fn answer(
@@ -287,6 +303,7 @@ impl ClientStatusDiscoveryService for ClientStatus {
             );
             Status::resource_exhausted(message)
         })?;
+        let peer = Peer::of(&request);
         let mut requests = request.into_inner();
         let (sender, receiver) = mpsc::channel(1);
         let asked = self.clone();
@@ -294,7 +311,7 @@ impl ClientStatusDiscoveryService for ClientStatus {
             let _slot = slot;
             loop {
                 let answer = match requests.message().await {
-                    Ok(Some(request)) => asked.answer(&request, STATUS_BYTES_MAX),
+                    Ok(Some(request)) => asked.answer_to(&peer, &request),
                     Ok(None) => return,
                     Err(status) => match unread(status) {
                         Ok(()) => return,
@@ -314,7 +331,8 @@ impl ClientStatusDiscoveryService for ClientStatus {
         &self,
         request: Request<ClientStatusRequest>,
     ) -> Result<Response<ClientStatusResponse>, Status> {
-        let answer = self.answer(&request.into_inner(), STATUS_BYTES_MAX);
+        let peer = Peer::of(&request);
+        let answer = self.answer_to(&peer, &request.into_inner());
         answer.map(Response::new)
     }
 }

@@ -2,9 +2,12 @@
 
 use crate::{
     catalog::Catalog,
+    issued,
+    rollout::seen::Observed,
     short::Problems,
     source::files,
     translate::{self, input},
+    versions::Versions,
 };
 use anyhow::Context;
 use outrigger_xds::load;
@@ -68,7 +71,8 @@ pub fn validate(paths: &[PathBuf]) -> Report {
 /// As if it were to be served: problems by where they are.
 fn of_directory(path: &Path) -> Vec<FileReport> {
     const SOURCE: &str = "directory";
-    let catalog = Catalog::new([SOURCE]);
+    let versions = Versions::in_memory().issuing(true);
+    let catalog = Catalog::with([SOURCE], versions, Observed::default());
     catalog.take(SOURCE, files::load(path));
     let status = catalog.status().remove(SOURCE).unwrap_or_default();
     let report = |path: &Path, problems: Vec<String>| FileReport {
@@ -94,7 +98,8 @@ fn apart_or_short(paths: &[PathBuf]) -> Report {
         }
     };
     let input = input::read(&files);
-    let secrets = input.secrets.keys().cloned().collect();
+    let secrets = input.secrets.keys().cloned();
+    let secrets = secrets.chain(issued::names()).collect();
     let mut problems = input.problems;
     // What is wrong as a whole can be said when each document is good.
     if problems.0.is_empty()

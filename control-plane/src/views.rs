@@ -1,12 +1,13 @@
 //! What each client is sent: the resources of all sources and what short ones become, as the node of the client sees them, with or
 //! without what only our proxies understand.
 //!
-//! Nodes that a short resource names have a view of their own; all others share the general one. Envoy's resources are in all views. A
-//! view is judged as a whole: what is wrong with one of them is wrong.
+//! Nodes that a short resource names have a view of their own; all others share the general one. Envoy's resources are in all views, but for secrets
+//! that nothing in a view names: keys are for those who use them. A view is judged as a whole: what is wrong with one of them is wrong.
 
 use crate::{
-    foreign, references,
+    foreign, issued, references,
     registered::{self, Places},
+    rollout,
     session::Client,
     short::{Document, Problems},
     snapshot::{self, Resource, Snapshot},
@@ -29,7 +30,7 @@ pub struct Published {
     /// What the others are sent, by their node's id.
     pub nodes: BTreeMap<String, View>,
     /// Which pools engines that registered are in.
-    pub places: Places,
+    pub places: Arc<Places>,
 }
 
 impl Published {
@@ -48,6 +49,56 @@ impl Published {
         } else {
             &view.others
         }
+    }
+}
+
+/// What is served at a moment: one version to all, or another one to some.
+#[derive(Debug)]
+pub struct Served {
+    /// To all, or to all others.
+    pub live: Numbered,
+    /// To nodes whose place is not above this.
+    pub trial: Option<(Numbered, u64)>,
+}
+
+/// What is served of a version.
+#[derive(Debug, Clone)]
+pub struct Numbered {
+    /// Which.
+    pub number: u64,
+    /// It.
+    pub published: Arc<Published>,
+}
+
+impl Served {
+    /// To a node.
+    #[must_use]
+    pub fn of(&self, node: &str) -> &Numbered {
+        match &self.trial {
+            Some((trial, last)) if rollout::place(node) <= *last => trial,
+            _ => &self.live,
+        }
+    }
+
+    /// Whether what is tried is anything else for a client than what is live.
+    #[must_use]
+    pub fn concerns(&self, client: &Client) -> bool {
+        let live = self.live.published.snapshot(client);
+        let trial = self.trial.as_ref();
+        trial.is_some_and(|(trial, _)| !trial.published.snapshot(client).shares_all(live))
+    }
+
+    /// Whether everybody is sent the same of both.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let key = |served: &Self| {
+            let version = |it: &Numbered| (it.number, it.published.version.clone());
+            let trial = served.trial.as_ref();
+            (
+                version(&served.live),
+                trial.map(|(it, last)| (version(it), *last)),
+            )
+        };
+        key(self) == key(other)
     }
 }
 
@@ -86,6 +137,13 @@ impl View {
         self.others.insert(kind, other);
         self.ours.insert(kind, own);
         Ok(())
+    }
+
+    /// Of secrets only those.
+    fn keep_secrets(&mut self, named: &BTreeSet<&str>) {
+        for snapshot in [&mut self.ours, &mut self.others] {
+            snapshot.keep(Kind::Secrets, |name| named.contains(name));
+        }
     }
 
     fn share(&mut self, last: &Self) {
@@ -137,44 +195,58 @@ impl Made {
 /// What is to be served of what all sources have. What did not change is shared with what is served by now.
 ///
 /// # Errors
-/// Everything that is wrong with it as a whole.
-pub fn publish(all: &[&Content], last: &Published) -> Result<Published, Vec<Problem>> {
+/// Everything that is wrong with it as a whole. Secrets that are issued may be named if `issues` says so.
+pub fn publish(
+    all: &[&Content],
+    last: &Published,
+    issues: bool,
+) -> Result<Published, Vec<Problem>> {
     let raw: Vec<&Placed> = all.iter().flat_map(|content| &content.raw).collect();
     let short = all.iter().flat_map(|content| content.short.iter().cloned());
     let mut short: Vec<Document> = short.collect();
     let registered: Vec<&Registration> = all.iter().flat_map(|content| &content.nodes).collect();
     let places = registered::place(&mut short, &registered);
-    let made = made(&short, &raw)?;
-    judge(&raw, &made)?;
+    let issued: BTreeSet<String> = issued::names().filter(|_| issues).collect();
+    let made = made(&short, &raw, &issued)?;
+    judge(&raw, &made, &issued)?;
     let published = build(&raw, &made, last)?;
     Ok(Published {
-        places,
+        places: Arc::new(places),
         ..published
     })
 }
 
-fn made(short: &[Document], raw: &[&Placed]) -> Result<Made, Vec<Problem>> {
+fn made(
+    short: &[Document],
+    raw: &[&Placed],
+    issued: &BTreeSet<String>,
+) -> Result<Made, Vec<Problem>> {
     let secrets = raw.iter().filter_map(|placed| match key(placed) {
         (Kind::Secrets, name) => Some(name.to_owned()),
         _ => None,
     });
+    let secrets = secrets.chain(issued.iter().cloned());
     let resources = translate(short, &secrets.collect())
         .map_err(|Problems(found)| found.into_iter().map(Problem::from).collect::<Vec<_>>())?;
     Ok(Made::new(resources))
 }
 
 /// Whether each view fits together. What is wrong with several is said once.
-fn judge(raw: &[&Placed], made: &Made) -> Result<(), Vec<Problem>> {
-    let mut problems = misfits(raw, made.general.iter());
+fn judge(raw: &[&Placed], made: &Made, issued: &BTreeSet<String>) -> Result<(), Vec<Problem>> {
+    let mut problems = misfits(raw, made.general.iter(), issued);
     for own in made.nodes.values() {
-        problems.extend(misfits(raw, made.of_node(own)));
+        problems.extend(misfits(raw, made.of_node(own), issued));
     }
     finish(problems)
 }
 
-fn misfits<'a>(raw: &[&'a Placed], short: impl Iterator<Item = &'a Placed>) -> Vec<Problem> {
+fn misfits<'a>(
+    raw: &[&'a Placed],
+    short: impl Iterator<Item = &'a Placed>,
+    issued: &BTreeSet<String>,
+) -> Vec<Problem> {
     let all: Vec<&Placed> = raw.iter().copied().chain(short).collect();
-    references::problems(&all)
+    references::problems(&all, issued)
 }
 
 fn finish(mut problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
@@ -189,18 +261,24 @@ fn finish(mut problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
 
 fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Vec<Problem>> {
     let mut problems = Vec::new();
-    let mut general = View::default();
+    let mut whole = View::default();
     for placed in raw.iter().copied().chain(&made.general) {
-        problems.extend(general.insert(placed, &last.general).err());
+        problems.extend(whole.insert(placed, &last.general).err());
     }
+    let mut general = whole.clone();
+    general.keep_secrets(&references::secrets_of(
+        raw.iter().copied().chain(&made.general),
+    ));
     general.share(&last.general);
     let mut nodes = BTreeMap::new();
     for (node, own) in &made.nodes {
         let before = last.view(node);
-        let mut view = general.clone();
+        let mut view = whole.clone();
         for placed in own {
             problems.extend(view.insert(placed, before).err());
         }
+        let all = raw.iter().copied().chain(made.of_node(own));
+        view.keep_secrets(&references::secrets_of(all));
         view.share(before);
         nodes.insert(node.clone(), view);
     }
@@ -209,7 +287,7 @@ fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Ve
         version: version(&general, &nodes),
         general,
         nodes,
-        places: Places::new(),
+        places: Arc::default(),
     })
 }
 
@@ -272,11 +350,11 @@ spec:
     }
 
     fn published(content: &Content, last: &Published) -> Published {
-        publish(&[content], last).unwrap()
+        publish(&[content], last, false).unwrap()
     }
 
     fn problems(content: &Content) -> Vec<String> {
-        let problems = publish(&[content], &Published::default()).unwrap_err();
+        let problems = publish(&[content], &Published::default(), false).unwrap_err();
         problems.iter().map(ToString::to_string).collect()
     }
 

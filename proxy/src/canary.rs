@@ -281,7 +281,8 @@ impl Canary {
         }
         let is_up = live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy);
         // What drains is there: it has its verdict when it is back.
-        self.was_gone |= !is_up && !(live.heard && live.state.health == Health::Draining);
+        let drains = live.heard && live.state.health == Health::Draining;
+        self.was_gone |= !(is_up || drains);
         if is_up && std::mem::take(&mut self.was_gone) {
             self.answers.restart(now);
             self.truth.restart(now);

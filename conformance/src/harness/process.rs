@@ -225,7 +225,7 @@ impl ControlPlane {
         Self::with_flags(program, directory, listen, &[]).await
     }
 
-    /// The same with further flags.
+    /// The same, with these flags.
     ///
     /// # Panics
     /// If it does not listen.

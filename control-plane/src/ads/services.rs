@@ -5,8 +5,10 @@ use super::{
     dialect::{Delta, Dialect, State},
 };
 use crate::{
+    issued::Seen,
     session::{Ask, Refusal, Response, Session},
     snapshot::version_of,
+    tls::Peer,
 };
 use outrigger_xds::{
     subscription::{Kind, Protocol},
@@ -80,7 +82,10 @@ macro_rules! of_one_type {
                 &self,
                 request: Request<DiscoveryRequest>,
             ) -> Result<Reply<DiscoveryResponse>, Status> {
-                self.0.fetch($served, request.into_inner()).map(Reply::new)
+                let peer = Peer::of(&request);
+                self.0
+                    .fetch($served, &peer, request.into_inner())
+                    .map(Reply::new)
             }
         }
     };
@@ -104,13 +109,17 @@ impl Shared {
     fn fetch(
         &self,
         served: Served,
+        peer: &Peer,
         request: DiscoveryRequest,
     ) -> Result<DiscoveryResponse, Status> {
-        let published = self.served()?;
+        let versions = self.served()?;
         let mut request = served.typed(State::read(request))?;
         // Who fetches wants an answer, whatever it has.
         if let Ask::State { version, .. } = &mut request.ask {
             version.clear();
+        }
+        if let Some(client) = &request.node {
+            peer.admit(&client.node.id)?;
         }
         let type_url = request.type_url.clone();
         let mut session = Session::new(Protocol::State);
@@ -118,9 +127,10 @@ impl Shared {
         session
             .hear(request, now)
             .map_err(|refusal: Refusal| super::status(&refusal))?;
+        let mut seen = Seen::new(peer.clone(), 0);
         let client = session.client().ok_or(Refusal::Anonymous);
         let snapshot = client
-            .map(|client| published.snapshot(client))
+            .map(|client| seen.snapshot(&versions.of(&client.node.id).published, client, now))
             .map_err(|refusal| super::status(&refusal))?;
         // If nothing of it exists, that is what is told.
         let mut response = Response {

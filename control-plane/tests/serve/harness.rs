@@ -2,7 +2,10 @@
 
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
-use outrigger_control_plane::serve::{Options, Running, start};
+use outrigger_control_plane::{
+    serve::{Options, Running, start},
+    tls,
+};
 use outrigger_xds::{
     subscription::Kind,
     wire::envoy::{
@@ -30,17 +33,36 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A directory and who serves it.
 pub(crate) struct Served {
     pub(crate) directory: PathBuf,
+    options: Options,
     pub(crate) running: Running,
 }
 
 impl Served {
     /// With these files.
     pub(crate) async fn new(test: &str, files: &[(&str, &str)]) -> Self {
-        Self::leasing(test, files, 30).await
+        Self::with(test, files, |_| {}).await
     }
 
-    /// The same, with leases of so many seconds.
+    /// With leases of so many seconds.
     pub(crate) async fn leasing(test: &str, files: &[(&str, &str)], lease_s: u64) -> Self {
+        Self::with(test, files, |options| {
+            options.leases = Some(leases_of(&options.config));
+            options.lease_s = lease_s;
+        })
+        .await
+    }
+
+    /// For those who may come.
+    pub(crate) async fn secured(test: &str, files: &[(&str, &str)], tls: tls::Options) -> Self {
+        Self::with(test, files, |options| options.tls = tls).await
+    }
+
+    /// With these files, and other options.
+    pub(crate) async fn with(
+        test: &str,
+        files: &[(&str, &str)],
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serve-{test}"));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
@@ -48,18 +70,43 @@ impl Served {
             fs::write(directory.join(name), text).unwrap();
         }
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let options = Options {
+        let mut options = Options {
             config: directory.clone(),
             listen: any,
             admin: any,
-            leases: Some(leases_of(&directory)),
-            lease_s,
+            leases: None,
+            lease_s: 30,
+            tls: tls::Options::default(),
+            state: None,
+            versions_max: 50,
+            rollout: vec![100],
+            rollout_step_s: 60,
             drain_time_s: 0,
             log_level: "info".into(),
         };
+        change(&mut options);
         Self {
             running: start(&options).await.unwrap(),
             directory,
+            options,
+        }
+    }
+
+    /// Ends, and begins anew; meanwhile this happens.
+    pub(crate) async fn restarted(self, meanwhile: impl FnOnce(&Path)) -> Self {
+        let Self {
+            directory,
+            options,
+            running,
+        } = self;
+        running.end(Duration::ZERO).await.unwrap();
+        meanwhile(&directory);
+        // What is left of the one before lets go of its state.
+        let running = eventually("it starts again", async || start(&options).await.ok()).await;
+        Self {
+            directory,
+            options,
+            running,
         }
     }
 
@@ -71,21 +118,11 @@ impl Served {
     }
 
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        let stream = tokio::net::TcpStream::connect(self.running.admin)
-            .await
-            .unwrap();
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .unwrap();
-        tokio::spawn(connection);
-        let request = http::Request::get(path)
-            .header("host", "admin")
-            .body(Empty::<bytes::Bytes>::new())
-            .unwrap();
-        let response = sender.send_request(request).await.unwrap();
-        let status = response.status().as_u16();
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        (status, String::from_utf8(body.to_vec()).unwrap())
+        ask(self.running.admin, http::Request::get(path)).await
+    }
+
+    pub(crate) async fn post(&self, path: &str) -> (u16, String) {
+        ask(self.running.admin, http::Request::post(path)).await
     }
 
     pub(crate) async fn json(&self, path: &str) -> Value {
@@ -105,15 +142,7 @@ impl Served {
 
     /// Of a node that says this of itself.
     pub(crate) async fn delta_of(&self, node: Node) -> Delta {
-        let (sender, receiver) = mpsc::channel(16);
-        let mut client = AggregatedDiscoveryServiceClient::new(self.channel().await);
-        let requests = ReceiverStream::new(receiver);
-        let answers = client.delta_aggregated_resources(requests).await.unwrap();
-        Delta {
-            node: Some(node),
-            sender,
-            answers: answers.into_inner(),
-        }
+        Delta::over(self.channel().await, node).await
     }
 
     pub(crate) async fn state(&self) -> Result<State, Status> {
@@ -131,6 +160,23 @@ impl Served {
 /// Where leases are kept.
 fn leases_of(directory: &Path) -> PathBuf {
     directory.join(".leases")
+}
+
+/// Of an admin.
+pub(crate) async fn ask(admin: SocketAddr, request: http::request::Builder) -> (u16, String) {
+    let stream = tokio::net::TcpStream::connect(admin).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let request = request
+        .header("host", "admin")
+        .body(Empty::<bytes::Bytes>::new())
+        .unwrap();
+    let response = sender.send_request(request).await.unwrap();
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
 }
 
 pub(crate) fn node(user_agent: &str) -> Node {
@@ -174,6 +220,18 @@ pub(crate) struct Delta {
 }
 
 impl Delta {
+    pub(crate) async fn over(channel: Channel, node: Node) -> Self {
+        let (sender, receiver) = mpsc::channel(16);
+        let mut client = AggregatedDiscoveryServiceClient::new(channel);
+        let requests = ReceiverStream::new(receiver);
+        let answers = client.delta_aggregated_resources(requests).await.unwrap();
+        Self {
+            node: Some(node),
+            sender,
+            answers: answers.into_inner(),
+        }
+    }
+
     pub(crate) async fn send(&mut self, request: DeltaDiscoveryRequest) {
         let node = self.node.take();
         let request = DeltaDiscoveryRequest { node, ..request };
@@ -199,6 +257,11 @@ impl Delta {
     /// Takes the next answer, or refuses it, and gives it as `Kind[names] -[names]`.
     pub(crate) async fn take(&mut self, error: Option<&str>) -> String {
         let answer = self.next().await;
+        self.answer(&answer, error).await;
+        written(&answer)
+    }
+
+    pub(crate) async fn answer(&mut self, answer: &DeltaDiscoveryResponse, error: Option<&str>) {
         self.send(DeltaDiscoveryRequest {
             type_url: answer.type_url.clone(),
             response_nonce: answer.nonce.clone(),
@@ -209,7 +272,6 @@ impl Delta {
             ..DeltaDiscoveryRequest::default()
         })
         .await;
-        written(&answer)
     }
 
     /// Nothing more is on its way: an answer that was asked for after all else comes first.

@@ -1,7 +1,6 @@
 //! Engines that register: they appear, drain and vanish by lease, whatever becomes of streams and of the control plane.
 
 use crate::harness::{Served, eventually, node};
-use outrigger_control_plane::serve::{Options, start};
 use outrigger_xds::{
     subscription::Kind,
     wire::outrigger::{
@@ -172,31 +171,17 @@ async fn a_lease_outlives_its_stream_and_not_its_time() {
     assert_eq!(found["resources"], 0, "{page}");
 }
 
-fn options(served: &Served, leases: bool) -> Options {
-    let any = "127.0.0.1:0".parse().unwrap();
-    Options {
-        config: served.directory.clone(),
-        listen: any,
-        admin: any,
-        leases: leases.then(|| served.directory.join(".leases")),
-        lease_s: SHORT_S,
-        drain_time_s: 0,
-        log_level: "info".into(),
-    }
-}
-
 #[tokio::test]
 async fn after_a_restart_nothing_is_removed_before_a_whole_lease() {
     let served = Served::leasing("leases-restart", &[("fleet.yaml", FLEET)], SHORT_S).await;
     until_served(&served).await;
-    let options = options(&served, true);
-    let Served { directory, running } = served;
-    running.end(Duration::ZERO).await.unwrap();
-    // Longer than its lease was: nobody could renew it.
-    tokio::time::sleep(Duration::from_secs(SHORT_S)).await;
-    let since = Instant::now();
-    let running = start(&options).await.unwrap();
-    let served = Served { directory, running };
+    let mut since = Instant::now();
+    let restarting = served.restarted(|_| {
+        // Longer than its lease was: nobody could renew it.
+        std::thread::sleep(Duration::from_secs(SHORT_S));
+        since = Instant::now();
+    });
+    let served = restarting.await;
     assert_eq!(endpoints(&served, "b").await, ["a.test:8081 HEALTHY"]);
     has(&served, "b", &[]).await;
     assert!(since.elapsed() >= Duration::from_secs(SHORT_S));
@@ -258,10 +243,7 @@ async fn what_cannot_be_is_refused_with_why_and_nothing_changes() {
 #[tokio::test]
 async fn without_a_place_for_leases_nobody_may_register() {
     let served = Served::new("leases-none", &[("fleet.yaml", FLEET)]).await;
-    let running = start(&options(&served, false)).await.unwrap();
-    let channel = Channel::from_shared(format!("http://{}", running.address));
-    let channel = channel.unwrap().connect().await.unwrap();
-    let Err(status) = Speaker::new(channel).await else {
+    let Err(status) = Speaker::new(served.channel().await).await else {
         panic!("taken");
     };
     assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");

@@ -15,7 +15,7 @@ use std::{
 use tonic::transport::Channel;
 
 /// Ends with its test.
-struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
