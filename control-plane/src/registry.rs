@@ -5,7 +5,10 @@
 
 pub mod table;
 
-use crate::{ads::Ending, tls::Peer};
+use crate::{
+    ads::{Ending, ended, unread},
+    tls::Peer,
+};
 use outrigger_xds::{
     registry::{self, Registration},
     wire::outrigger::registry::v1::{self as wire, registry_server},
@@ -14,7 +17,7 @@ use serde_json::{Value, json};
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
 };
@@ -35,6 +38,8 @@ pub struct Registry {
     /// The table's generation.
     news: watch::Sender<u64>,
     streams: AtomicUsize,
+    /// Streams ever, each with its number.
+    last: AtomicU64,
 }
 
 impl Registry {
@@ -45,6 +50,7 @@ impl Registry {
             news: watch::Sender::new(table.generation()),
             table: Mutex::new(table),
             streams: AtomicUsize::new(0),
+            last: AtomicU64::new(0),
         })
     }
 
@@ -69,7 +75,7 @@ impl Registry {
         });
     }
 
-    fn hear(&self, said: Registration, from: &str) -> Result<wire::Lease, Refusal> {
+    pub(crate) fn hear(&self, said: Registration, from: &str) -> Result<wire::Lease, Refusal> {
         let node = said.node.id.clone();
         let mut table = self.table();
         let heard = table.hear(said, from, Instant::now());
@@ -223,14 +229,23 @@ impl Talk {
         answers: mpsc::Sender<Result<wire::Lease, Status>>,
         mut ending: watch::Receiver<Option<Ending>>,
     ) {
+        let number = self.slot.0.last.fetch_add(1, Relaxed);
+        let over = ended(&mut ending, number);
+        tokio::pin!(over);
         loop {
             let message = tokio::select! {
-                message = said.message() => message.transpose(),
+                message = said.message() => message,
                 () = answers.closed() => return,
-                _ = ending.wait_for(Option::is_some) => return,
+                () = &mut over => return,
             };
-            let Some(message) = message else {
-                return;
+            let message = match message {
+                Ok(Some(message)) => Ok(message),
+                Ok(None) => return,
+                // A stream that breaks refuses nobody.
+                Err(status) => match unread(status) {
+                    Ok(()) => return,
+                    Err(status) => Err(status),
+                },
             };
             let answer = self.answer(message);
             let is_last = answer.is_err();

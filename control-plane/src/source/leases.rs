@@ -6,8 +6,9 @@
 use super::{Content, News, Problem, Source};
 use crate::registry::{Registry, table::Table};
 use anyhow::Context;
-use outrigger_xds::registry;
+use outrigger_xds::registry::{self, Registration};
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -23,15 +24,25 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Its name among the sources.
 pub const NAME: &str = "leases";
 
+/// Registrations by node, and for how long each counts.
+type Said = BTreeMap<String, (Registration, Duration)>;
+
 /// The leases of a registry.
 #[derive(Debug)]
 pub struct Leases {
     registry: Arc<Registry>,
     path: PathBuf,
     news: watch::Receiver<u64>,
-    is_first: bool,
-    /// Why the last write failed: what is not on disk is not served.
+    /// As far as we know.
+    on_disk: Said,
+    /// What was told last; nothing was before the first time.
+    told: Option<Vec<Registration>>,
+    /// Whether it was tried to write at all.
+    was_tried: bool,
+    /// Why the last write failed.
     failed: Option<String>,
+    /// To be told next: what is told after it, as far as it goes, would hide it.
+    problem: Option<Problem>,
 }
 
 /// The leases in a file; of none if it does not exist, as at the first start.
@@ -52,54 +63,89 @@ pub fn load(path: &Path, length: Duration) -> anyhow::Result<Table> {
 }
 
 impl Leases {
-    /// Of this registry, kept in this file.
+    /// Of this registry, kept in this file; what it has now is what was loaded from there.
     #[must_use]
     pub fn new(registry: Arc<Registry>, path: PathBuf) -> Self {
         Self {
             news: registry.subscribe(),
+            on_disk: said(&registry),
             registry,
             path,
-            is_first: true,
+            told: None,
+            was_tried: false,
             failed: None,
+            problem: None,
         }
     }
 
     /// Until there is something else to serve, or to write again.
     async fn change(&mut self) {
-        if std::mem::take(&mut self.is_first) {
+        // A disk that takes nothing is told of before somebody registers.
+        if !std::mem::replace(&mut self.was_tried, true) {
             return;
         }
-        if self.failed.is_some() {
-            return sleep(RETRY).await;
+        let again = async {
+            match self.failed {
+                Some(_) => sleep(RETRY).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // The registry lives as long as we do.
+            _ = self.news.changed() => sleep(GATHER).await,
+            () = again => {}
         }
-        // The registry lives as long as we do.
-        let _ = self.news.changed().await;
-        sleep(GATHER).await;
     }
 
-    /// What is registered, when it is on disk.
-    async fn taken(&mut self) -> Result<Content, String> {
-        let content = {
-            let table = self.registry.table();
-            self.news.borrow_and_update();
-            let leases = table.leases().values();
-            let nodes = leases.map(|lease| (lease.registration.clone(), lease.length));
-            nodes.collect::<Vec<_>>()
-        };
+    /// Writes what is registered, and gives it, as far as it may be served.
+    async fn keep(&mut self) -> Vec<Registration> {
+        self.news.borrow_and_update();
+        let now = said(&self.registry);
+        let leases = now.values().map(|(said, length)| (said, *length));
+        let text = registry::kept_to_json(leases).to_string();
         let path = self.path.clone();
-        let writing = tokio::task::spawn_blocking(move || {
-            let leases = content.iter().map(|(said, length)| (said, *length));
-            let text = registry::kept_to_json(leases).to_string();
-            let nodes = content.into_iter().map(|(said, _)| said).collect();
-            write(&path, &text).map(|()| nodes)
-        });
-        let written = writing.await.map_err(|error| error.to_string())?;
-        let nodes = written.map_err(|error| format!("cannot be written: {error}"))?;
-        Ok(Content {
-            nodes,
-            ..Content::default()
-        })
+        let writing = tokio::task::spawn_blocking(move || write(&path, &text));
+        let written = writing.await.map_err(|error| error.to_string());
+        match written.and_then(|it| it.map_err(|error| error.to_string())) {
+            Ok(()) => {
+                self.failed = None;
+                self.on_disk = now;
+                all(&self.on_disk)
+            }
+            Err(error) => {
+                self.failed = Some(format!("cannot be written: {error}"));
+                let nodes = now.into_values();
+                nodes
+                    .filter_map(|(said, _)| known(said, &self.on_disk))
+                    .collect()
+            }
+        }
     }
+}
+
+fn said(registry: &Registry) -> Said {
+    let table = registry.table();
+    let leases = table.leases().iter();
+    leases
+        .map(|(id, lease)| (id.clone(), (lease.registration.clone(), lease.length)))
+        .collect()
+}
+
+fn all(said: &Said) -> Vec<Registration> {
+    said.values().map(|(said, _)| said.clone()).collect()
+}
+
+/// What a restart would not take away: engines that are on disk, as they are now.
+fn known(mut said: Registration, on_disk: &Said) -> Option<Registration> {
+    let (before, _) = on_disk.get(&said.node.id)?;
+    if before.node.address != said.node.address {
+        return None;
+    }
+    said.engines.retain(|engine| {
+        let mut known = before.engines.iter();
+        known.any(|it| (&it.id, &it.address) == (&engine.id, &engine.address))
+    });
+    Some(said)
 }
 
 /// As a whole or not at all, and there after a crash.
@@ -122,28 +168,46 @@ impl Source for Leases {
     }
 
     async fn next(&mut self) -> News {
+        // Whatever becomes of the disk, who held a lease is there.
+        if self.told.is_none() {
+            return Ok(content(self.told.insert(all(&self.on_disk))));
+        }
         loop {
+            if let Some(problem) = self.problem.take() {
+                return Err(vec![problem]);
+            }
             self.change().await;
-            match self.taken().await {
-                Ok(content) => {
-                    self.failed = None;
-                    return Ok(content);
-                }
-                Err(message) if self.failed.as_ref() == Some(&message) => {}
-                Err(message) => {
-                    self.failed = Some(message.clone());
-                    let origin = self.path.display().to_string();
-                    return Err(vec![Problem { origin, message }]);
-                }
+            let failed = self.failed.take();
+            let nodes = self.keep().await;
+            let is_news = self.told.as_ref() != Some(&nodes);
+            if self.failed.is_some() && (is_news || self.failed != failed) {
+                self.problem = self.failed.clone().map(|message| Problem {
+                    origin: self.path.display().to_string(),
+                    message,
+                });
+            }
+            // What is well again is told, too.
+            if is_news || (failed.is_some() && self.failed.is_none()) {
+                return Ok(content(self.told.insert(nodes)));
             }
         }
+    }
+}
+
+fn content(nodes: &[Registration]) -> Content {
+    Content {
+        nodes: nodes.to_vec(),
+        ..Content::default()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use outrigger_xds::registry::{Node, Registration, address};
+    use outrigger_xds::{
+        registry::{Node, address},
+        report::{EngineState, Health},
+    };
 
     const LENGTH: Duration = Duration::from_secs(30);
 
@@ -170,23 +234,81 @@ mod tests {
         table.leases().keys().map(String::as_str).collect()
     }
 
+    /// With an engine, that drains or not.
+    fn with_engine(id: &str, health: Health) -> Registration {
+        let engine = registry::Engine {
+            id: format!("{id}/e"),
+            address: address("127.0.0.1:8000").unwrap(),
+            state: EngineState {
+                health,
+                ..EngineState::default()
+            },
+        };
+        Registration {
+            engines: vec![engine],
+            ..said(id)
+        }
+    }
+
+    async fn nodes(source: &mut Leases) -> Vec<Registration> {
+        source.next().await.unwrap().nodes
+    }
+
+    async fn problem(source: &mut Leases) -> String {
+        source.next().await.unwrap_err()[0].message.clone()
+    }
+
     #[tokio::test]
     async fn what_is_served_is_on_disk_and_what_cannot_be_written_is_not_served() {
         let directory = scratch("leases");
         let path = directory.join("sub/leases.json");
         let registry = Registry::new(load(&path, LENGTH).unwrap());
         let mut source = Leases::new(registry.clone(), path.clone());
-        registry
-            .table()
-            .hear(said("a"), "", Instant::now())
-            .unwrap();
+        registry.hear(said("a"), "").unwrap();
+        assert_eq!(nodes(&mut source).await, []);
         // There is no such directory.
-        let problems = source.next().await.unwrap_err();
-        assert!(problems[0].message.contains("cannot be written"));
+        assert!(problem(&mut source).await.contains("cannot be written"));
         fs::create_dir(directory.join("sub")).unwrap();
-        let content = source.next().await.unwrap();
-        assert_eq!(content.nodes, [said("a")]);
+        assert_eq!(nodes(&mut source).await, [said("a")]);
         assert_eq!(held(&load(&path, LENGTH).unwrap()), ["a"]);
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_takes_nothing_holds_up_only_who_comes() {
+        let directory = scratch("leases-full");
+        let path = directory.join("leases.json");
+        let [a, b] = ["a", "b"].map(|id| with_engine(id, Health::Healthy));
+        let text = registry::kept_to_json([(&a, LENGTH), (&b, LENGTH)]).to_string();
+        write(&path, &text).unwrap();
+        // Nobody can write there, not even root.
+        let half = directory.join("leases.json.part");
+        fs::create_dir(&half).unwrap();
+        let registry = Registry::new(load(&path, LENGTH).unwrap());
+        let mut source = Leases::new(registry.clone(), path.clone());
+        assert_eq!(nodes(&mut source).await, [a.clone(), b.clone()]);
+        assert!(problem(&mut source).await.contains("cannot be written"));
+        let mut draining = with_engine("a", Health::Draining);
+        let mut more = draining.clone();
+        more.engines.push(registry::Engine {
+            id: "a/more".into(),
+            address: address("127.0.0.1:8001").unwrap(),
+            ..registry::Engine::default()
+        });
+        let leaving = Registration { leaving: true, ..b };
+        for said in [more.clone(), leaving, said("c")] {
+            registry.hear(said, "").unwrap();
+        }
+        assert_eq!(nodes(&mut source).await, [draining.clone()]);
+        assert!(problem(&mut source).await.contains("cannot be written"));
+        draining.node.zone = "z".into();
+        more.node.zone = "z".into();
+        registry.hear(more.clone(), "").unwrap();
+        assert_eq!(nodes(&mut source).await, [draining]);
+        fs::remove_dir(&half).unwrap();
+        assert!(problem(&mut source).await.contains("cannot be written"));
+        assert_eq!(nodes(&mut source).await, [more, said("c")]);
+        assert_eq!(held(&load(&path, LENGTH).unwrap()), ["a", "c"]);
         fs::remove_dir_all(directory).unwrap();
     }
 
