@@ -604,7 +604,7 @@ const REGISTERED: &str = r#"
 apiVersion: outrigger.dev/v1
 kind: Fleet
 metadata: {name: chat}
-spec: {pools: [{name: all, registered: {labels: {gpu: l4}}}]}
+spec: {pools: [{name: all, registered: {models: [sim], labels: {gpu: l4}}}]}
 ---
 apiVersion: outrigger.dev/v1
 kind: Gateway

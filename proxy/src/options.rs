@@ -7,7 +7,7 @@ pub use envoy::{DrainStrategy, EnvoyFlags};
 use crate::run::Registrar;
 use clap::Parser;
 use outrigger_xds::{registry, report::Role, resource::endpoint::Address};
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 /// Default of `--stream-gather-us`: little beside an inter-token time, and several looks long.
 pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
@@ -261,6 +261,12 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
         if address.is_none() {
             errors.push(format!("--advertise {text}: must be HOST:PORT"));
         }
+        let ip = address
+            .as_ref()
+            .and_then(|it| it.host.parse::<IpAddr>().ok());
+        if ip.is_some_and(|ip| ip.is_unspecified()) {
+            errors.push(format!("--advertise {text}: nobody can reach that"));
+        }
         address
     });
     let mut labels = BTreeMap::new();
@@ -406,6 +412,10 @@ mod tests {
             (all, "need --control-plane or --register"),
             ("--register cp:1", "must begin with http://"),
             ("--register http://cp --advertise a", "--advertise a"),
+            (
+                "--register http://cp --advertise [::]:1",
+                "nobody can reach",
+            ),
             ("--register http://cp --label gpu", "--label gpu"),
             (
                 "--control-plane http://cp --peer http://b",

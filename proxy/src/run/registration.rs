@@ -8,7 +8,7 @@ use super::{
 };
 use crate::engines;
 use futures_util::StreamExt;
-use outrigger_filters::end_address::EndAddress;
+use outrigger_filters::{end_address::EndAddress, services::is_loopback};
 use outrigger_xds::{
     ads::Server,
     feed::{FeedBody, FeedSource},
@@ -20,14 +20,16 @@ use outrigger_xds::{
     resource::{endpoint::Address, listener::TrafficDirection},
 };
 use rand::Rng;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 use tokio::{
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
-/// How long an answer may take.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an attempt may take, to the answer; of a short lease a part, see [`Registering::limit`].
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it is waited until all engines said how they are. Who registers before says that it serves nothing.
+const STATES_TIMEOUT: Duration = Duration::from_secs(10);
 /// Shortest time between two renewals.
 const RENEW_MIN: Duration = Duration::from_millis(100);
 /// What a lease is taken for before one was given.
@@ -79,6 +81,7 @@ pub(super) fn start(
         node,
         states,
         lease: LEASE_GUESS,
+        until: None,
     };
     shared.runtime.spawn(async move {
         registering.run().await;
@@ -91,7 +94,7 @@ fn node(shared: &Shared, registrar: &Registrar) -> Result<Node, String> {
     let written = shared.bootstrap.load();
     let address = match &registrar.advertise {
         Some(address) => address.clone(),
-        None => inbound(shared)?,
+        None => inbound(shared, &registrar.server)?,
     };
     let [region, zone, _] = written.node.locality.clone();
     Ok(Node {
@@ -105,7 +108,7 @@ fn node(shared: &Shared, registrar: &Registrar) -> Result<Node, String> {
 }
 
 /// Where the first inbound listener really is.
-fn inbound(shared: &Shared) -> Result<Address, String> {
+fn inbound(shared: &Shared, server: &Address) -> Result<Address, String> {
     let written = shared.bootstrap.load();
     let mut listeners = written.listeners.iter();
     let is_inbound = |direction: TrafficDirection| direction == TrafficDirection::Inbound;
@@ -113,7 +116,7 @@ fn inbound(shared: &Shared) -> Result<Address, String> {
     let listener = listener.ok_or("registering: there is no inbound listener, give --advertise")?;
     let bound = shared.listeners.addresses().remove(&listener.name);
     match bound {
-        Some(EndAddress::Ip(at)) if !at.ip().is_unspecified() => Ok(Address {
+        Some(EndAddress::Ip(at)) if is_for_others(at.ip(), server) => Ok(Address {
             host: at.ip().to_string(),
             port: at.port(),
         }),
@@ -122,6 +125,11 @@ fn inbound(shared: &Shared) -> Result<Address, String> {
             listener.name
         )),
     }
+}
+
+/// Whether whoever hears of an address from this control plane can reach us there: of loopback, only who is on our machine.
+fn is_for_others(ip: IpAddr, server: &Address) -> bool {
+    !ip.is_unspecified() && (!ip.is_loopback() || is_loopback(&server.host))
 }
 
 /// Follows what peers are told of our engines, for as long as the process lives.
@@ -165,7 +173,7 @@ fn cut(text: &str) -> String {
 fn engine(
     id: &EngineId,
     written: &engines::ConfiguredEngine,
-    known: Option<&EngineState>,
+    (known, is_left): (Option<&EngineState>, bool),
 ) -> Engine {
     let role = match written.role.as_str() {
         "prefill" => Some(Role::Prefill),
@@ -185,7 +193,12 @@ fn engine(
             version: cut(&known.version),
             models: models.take(MODELS_MAX).collect(),
             role: role.unwrap_or(known.role),
-            health: known.health,
+            // It stays so when it is stopped: else it would be for others again, and dead.
+            health: if is_left {
+                Health::Draining
+            } else {
+                known.health
+            },
             reason: cut(&known.reason),
             block_tokens: known.block_tokens,
             kv_blocks: known.kv_blocks,
@@ -198,8 +211,22 @@ fn count(result: &'static str) {
     metrics::counter!("outrigger_registrations_total", "result" => result).increment(1);
 }
 
-fn late(_: tokio::time::error::Elapsed) -> RegistryError {
-    RegistryError::Broken(format!("no answer within {ANSWER_TIMEOUT:?}"))
+/// What is said, answered in time.
+async fn within<T>(
+    limit: Duration,
+    said: impl Future<Output = Result<T, RegistryError>>,
+) -> Result<T, RegistryError> {
+    let late = |_| RegistryError::Broken(format!("no answer within {limit:?}"));
+    timeout(limit, said).await.map_err(late)?
+}
+
+/// Whether all these engines said how they are.
+fn are_told(engines: &BTreeMap<EngineId, engines::ConfiguredEngine>, states: &States) -> bool {
+    let mut ids = engines.keys();
+    ids.all(|id| {
+        let state = states.get(id);
+        state.is_some_and(|it| !it.models.is_empty() || it.health != Health::Unknown)
+    })
 }
 
 struct Registering {
@@ -209,6 +236,8 @@ struct Registering {
     states: watch::Receiver<States>,
     /// The last one that was given.
     lease: Duration,
+    /// When it is over, if one was.
+    until: Option<Instant>,
 }
 
 impl Registering {
@@ -219,16 +248,44 @@ impl Registering {
         Registration {
             node: self.node.clone(),
             engines: engines
-                .map(|(id, written)| engine(id, written, states.get(id)))
+                .map(|(id, written)| {
+                    let is_left = self.shared.local.is_left(id);
+                    engine(id, written, (states.get(id), is_left))
+                })
                 .collect(),
             leaving: false,
         }
+    }
+
+    /// Until all engines said how they are, or that takes too long.
+    async fn told(&mut self) {
+        let (configured, _) = engines::configured(&self.shared.bootstrap.load().clusters);
+        let told = self.states.wait_for(|states| are_told(&configured, states));
+        // Those that say nothing are told as they are.
+        let _ = timeout(STATES_TIMEOUT, told).await;
+    }
+
+    /// How long an attempt may take.
+    fn limit(&self) -> Duration {
+        (self.lease / 6).clamp(RENEW_MIN, ATTEMPT_TIMEOUT)
+    }
+
+    /// Longest pause after an attempt. While a lease runs, two more fit into it after a renewal at a third of it that failed: 1/3 and
+    /// three times 1/6 for attempts, two times 1/12 for pauses. Later nothing is lost any more, but a control plane that was away gives
+    /// whom it knew a whole lease to come back in.
+    fn pause_max(&self) -> Duration {
+        let runs = self.until.is_some_and(|until| Instant::now() < until);
+        self.lease / if runs { 12 } else { 3 }
     }
 
     /// Until the process drains; then says that it goes.
     async fn run(mut self) {
         let drain = self.shared.drain.clone();
         let mut backoff = Backoff::new();
+        tokio::select! {
+            () = self.told() => {}
+            () = drain.begun() => return self.leave(None).await,
+        }
         loop {
             metrics::gauge!("outrigger_registered").set(0.0);
             let mut was_taken = false;
@@ -247,8 +304,7 @@ impl Registering {
             });
             let server = &self.server.authority;
             tracing::warn!(server, %error, "not registered at the control plane: the next attempt comes soon");
-            // Three attempts fit into a lease whatever the pause.
-            let pause = backoff.pause().min(self.lease / 3);
+            let pause = backoff.pause().min(self.pause_max());
             tokio::select! {
                 () = sleep(pause) => {}
                 () = drain.begun() => return self.leave(None).await,
@@ -260,11 +316,16 @@ impl Registering {
     async fn hold(&mut self, was_taken: &mut bool) -> Result<RegistryStream, RegistryError> {
         let drain = self.shared.drain.clone();
         let mut said = self.registration();
-        let opening = timeout(ANSWER_TIMEOUT, open(&self.server, &said)).await;
-        let mut stream = opening.map_err(late)??;
+        let mut asked = Instant::now();
+        let opening = async {
+            let mut stream = open(&self.server, &said).await?;
+            let lease = stream.lease().await?;
+            Ok((stream, lease))
+        };
+        let (mut stream, mut lease) = within(self.limit(), opening).await?;
         loop {
-            let lease = timeout(ANSWER_TIMEOUT, stream.lease()).await;
-            self.lease = lease.map_err(late)??;
+            self.lease = lease;
+            self.until = Some(asked + lease);
             count("taken");
             metrics::gauge!("outrigger_registered").set(1.0);
             if !std::mem::replace(was_taken, true) {
@@ -288,7 +349,12 @@ impl Registering {
                 }
             }
             said = self.registration();
-            stream.say(&said).await?;
+            asked = Instant::now();
+            let renewing = async {
+                stream.say(&said).await?;
+                stream.lease().await
+            };
+            lease = within(self.limit(), renewing).await?;
         }
     }
 
@@ -313,6 +379,89 @@ impl Registering {
             Ok(Ok(_)) => tracing::info!("the control plane knows that we go"),
             Ok(Err(error)) => tracing::warn!(%error, "the control plane does not know that we go"),
             Err(_) => tracing::warn!("the control plane does not know that we go"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ours() -> BTreeMap<EngineId, engines::ConfiguredEngine> {
+        let written = engines::ConfiguredEngine {
+            address: Address {
+                host: "127.0.0.1".into(),
+                port: 8000,
+            },
+            role: String::new(),
+            bootstrap: String::new(),
+        };
+        BTreeMap::from([(EngineId::from("e"), written)])
+    }
+
+    fn state(health: Health, models: &[&str]) -> EngineState {
+        let models = models.iter().map(|id| Model {
+            id: (*id).into(),
+            ..Model::default()
+        });
+        EngineState {
+            health,
+            models: models.collect(),
+            ..EngineState::default()
+        }
+    }
+
+    #[test]
+    fn who_is_drained_and_then_dead_is_to_be_left_still() {
+        let (id, written) = ours().pop_first().unwrap();
+        let told = |health, is_left| {
+            let known = state(health, &[]);
+            engine(&id, &written, (Some(&known), is_left)).state.health
+        };
+        for health in [Health::Healthy, Health::Dead, Health::Unknown] {
+            assert_eq!(told(health, true), Health::Draining);
+            assert_eq!(told(health, false), health);
+        }
+    }
+
+    #[test]
+    fn who_serves_nothing_yet_is_waited_for() {
+        let mut states = States::new();
+        assert!(!are_told(&ours(), &states));
+        for (said, is_told) in [
+            (state(Health::Unknown, &[]), false),
+            (state(Health::Unknown, &["m"]), true),
+            (state(Health::Dead, &[]), true),
+            (state(Health::Healthy, &["m"]), true),
+        ] {
+            states.insert(EngineId::from("e"), said);
+            assert_eq!(are_told(&ours(), &states), is_told);
+        }
+        // One that does not answer any more serves what it did.
+        assert!(take(&mut states, "e".into(), state(Health::Dead, &[])));
+        assert_eq!(&*states[&EngineId::from("e")].models[0].id, "m");
+    }
+
+    #[test]
+    fn loopback_is_for_those_on_this_machine() {
+        for (ip, server, expected) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.1", "localhost", true),
+            ("127.0.0.1", "10.0.0.9", false),
+            ("::1", "control-plane", false),
+            ("10.0.0.1", "10.0.0.9", true),
+            ("0.0.0.0", "127.0.0.1", false),
+            ("::", "10.0.0.9", false),
+        ] {
+            let server = Address {
+                host: server.into(),
+                port: 1,
+            };
+            assert_eq!(
+                is_for_others(ip.parse().unwrap(), &server),
+                expected,
+                "{ip}"
+            );
         }
     }
 }
