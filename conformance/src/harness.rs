@@ -239,6 +239,7 @@ impl ProxyBuilder {
             drain_time: options.drain_time(),
             stream_gather: Duration::from_micros(options.stream_gather_us),
             config_cache: None,
+            register: None,
             command_line: Value::Null,
             log: None,
         };

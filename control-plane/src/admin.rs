@@ -2,7 +2,10 @@
 
 mod versions;
 
-use crate::{catalog::Catalog, clients::Clients, figures, lrs::Loads, snapshot::Snapshot, status};
+use crate::{
+    catalog::Catalog, clients::Clients, figures, lrs::Loads, registry::Registry,
+    snapshot::Snapshot, status,
+};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Collected, Full, Limited};
@@ -40,6 +43,8 @@ pub struct Admin {
     pub clients: Arc<Clients>,
     /// What load they report.
     pub loads: Arc<Loads>,
+    /// Who registered, if anybody may.
+    pub registry: Option<Arc<Registry>>,
 }
 
 type Shown = fn(&Admin, &str) -> Answer;
@@ -63,6 +68,11 @@ const ENDPOINTS: &[(&str, Shown, &str)] = &[
         "/sources",
         |admin, _| json_of(&sources(admin)),
         "where resources come from, and what is wrong there",
+    ),
+    (
+        "/leases",
+        leases,
+        "which engines registered, from where, until when, and which pools they are in",
     ),
     (
         "/config_dump",
@@ -163,6 +173,20 @@ fn sources(admin: &Admin) -> Value {
         "store": versions::of_store(admin),
         "sources": sources,
     })
+}
+
+fn leases(admin: &Admin, _: &str) -> Answer {
+    let places = admin.catalog.places();
+    let placed = |node: &str, engine: &str| {
+        let place = places.get(node).and_then(|engines| engines.get(engine));
+        match place {
+            Some(Ok(pool)) => json!(pool),
+            Some(Err(why)) => json!({ "none": why }),
+            None => json!({ "none": "not judged yet" }),
+        }
+    };
+    let leases = admin.registry.as_ref().map(|it| it.to_json(placed));
+    json_of(&json!({ "leases": leases }))
 }
 
 fn config_dump(admin: &Admin, query: &str) -> Answer {

@@ -314,7 +314,7 @@ async fn due(checks: &mut Option<tokio::time::Interval>) {
 }
 
 /// When this stream is to end.
-async fn ended(ending: &mut watch::Receiver<Option<Ending>>, id: u64) {
+pub(crate) async fn ended(ending: &mut watch::Receiver<Option<Ending>>, id: u64) {
     let Ok(ending) = ending.wait_for(Option::is_some).await.map(|it| *it) else {
         return std::future::pending().await;
     };

@@ -2,6 +2,7 @@
 
 use crate::{
     figures::as_gauge,
+    registered::Places,
     rollout::{Nodes, Refusal, Rollout, Verdict, seen::Observed},
     source::{Content, News, Problem},
     store::{Contents, Trial},
@@ -65,6 +66,8 @@ pub struct Catalog {
     /// Held while something is judged, so that each is judged with what the others have by then.
     judging: Mutex<Versions>,
     sources: Mutex<BTreeMap<String, OfSource>>,
+    /// Which pools engines that registered are in. Beside what is served: it may change alone.
+    places: Mutex<Arc<Places>>,
     /// Sources whose news are no version: they are told beside each.
     passing: BTreeSet<String>,
     rollout: Mutex<Option<Rollout>>,
@@ -92,6 +95,7 @@ impl Catalog {
         Self {
             judging: Mutex::new(versions),
             sources: Mutex::new(sources.collect()),
+            places: Mutex::default(),
             passing: BTreeSet::new(),
             rollout: Mutex::default(),
             observed,
@@ -118,6 +122,13 @@ impl Catalog {
     #[must_use]
     pub fn served(&self) -> Option<Arc<Served>> {
         self.published.borrow().clone()
+    }
+
+    /// Which pools engines that registered are in, as the live version has it.
+    #[must_use]
+    pub fn places(&self) -> Arc<Places> {
+        let places = self.places.lock();
+        places.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is served now to all, or to all others than those that try something.
@@ -195,7 +206,8 @@ impl Catalog {
             of_source.status.tried_at = Some(now);
             match judged {
                 Ok((content, news)) => {
-                    of_source.status.resources = content.raw.len() + content.short.len();
+                    of_source.status.resources =
+                        content.raw.len() + content.short.len() + content.nodes.len();
                     of_source.status.good_at = Some(now);
                     of_source.status.problems.clear();
                     of_source.good = content;
@@ -331,6 +343,8 @@ impl Catalog {
 
     fn publish(&self, served: Served) {
         let published = &served.live.published;
+        let places = published.places.clone();
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
         for kind in Kind::ALL {
             let count = published.general.ours.of(kind).len();
             metrics::gauge!("outrigger_control_plane_resources", "type" => kind.type_url())

@@ -107,6 +107,18 @@ pub const ROWS: &[Row] = &[
         "What is wrong with what the sources have; while it is not 0, what was good last is served.",
     ),
     gauge(
+        "outrigger_control_plane_leases",
+        "Nodes that registered engines and whose lease runs.",
+    ),
+    counter(
+        "outrigger_control_plane_registrations_total",
+        "Registrations of nodes, by result: new, changed, renewed, left, refused.",
+    ),
+    counter(
+        "outrigger_control_plane_leases_expired_total",
+        "Leases that were not renewed in time.",
+    ),
+    gauge(
         "outrigger_control_plane_versions",
         "Versions of the configuration that are kept.",
     ),

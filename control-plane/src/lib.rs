@@ -1,7 +1,7 @@
 //! The control plane: sources of configuration, checked as a whole, and served to proxies as Envoy v3 resources over xDS.
 //!
 //! `source` reads, `catalog` judges and keeps the last good state, `session` knows what a client has and lacks, `ads` carries it over gRPC;
-//! `status` and `admin` tell who has what. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
+//! `status` and `admin` tell who has what. Engines register at `registry`, which is a source, too. What [`short`] resources become ([`translate`]) depends on the proxy that asks: `views` has what each is sent.
 //! Who asks is looked at in `tls` and `identity`; `ca` vouches for nodes, and `issued` is what each is sent of it.
 //! It never knows a proxy of ours from inside: all that passes is Envoy's API.
 
@@ -18,6 +18,8 @@ pub mod issued;
 pub mod lrs;
 pub mod operate;
 pub mod references;
+pub mod registered;
+pub mod registry;
 pub mod rollout;
 pub mod serve;
 pub mod session;

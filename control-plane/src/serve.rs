@@ -6,8 +6,13 @@ use crate::{
     catalog::Catalog,
     figures,
     lrs::{LoadReporting, Loads},
+    registry::{self, REGISTRATION_BYTES_MAX, Registry, table},
     rollout::{Plan, seen::Observed},
-    source::{Source, files::Directory},
+    source::{
+        Source,
+        files::Directory,
+        leases::{self, Leases},
+    },
     status::ClientStatus,
     store::{Store, VERSIONS_MAX_DEFAULT},
     tls::{self, Access},
@@ -15,15 +20,18 @@ use crate::{
 };
 use anyhow::{Context, ensure};
 use clap::Args;
-use outrigger_xds::wire::envoy::service::{
-    cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
-    discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
-    endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
-    listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
-    load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
-    route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
-    secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
-    status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
+use outrigger_xds::wire::{
+    envoy::service::{
+        cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
+        discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
+        endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
+        listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
+        load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
+        route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
+        secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+        status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
+    },
+    outrigger::registry::v1::registry_server::RegistryServer,
 };
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -57,6 +65,12 @@ pub struct Options {
     /// Where people and Prometheus look.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18001")]
     pub admin: SocketAddr,
+    /// File in which leases of engines that register are kept over a restart; without it nobody may register.
+    #[arg(long, value_name = "FILE")]
+    pub leases: Option<PathBuf>,
+    /// For so many seconds a registration counts, unless it is renewed; 1 to 3600.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(table::LEASE_MIN.as_secs()..=table::LEASE_MAX.as_secs()))]
+    pub lease_s: u64,
     /// Directory where versions are kept; without it they are until the process ends.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -117,7 +131,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     };
     let (listener, admin) = (bound(options.listen).await?, bound(options.admin).await?);
     let (address, admin_address) = (listener.local_addr()?, admin.local_addr()?);
-    let mut source = Directory::new(directory.clone());
+    let (mut sources, registry) = sources(options)?;
     let observed = Observed::default();
     let (clients, loads) = (observed.clients.clone(), observed.loads.clone());
     let issues = access
@@ -126,10 +140,17 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     let plan = plan(options)?;
     let look_interval = plan.look_interval();
     let versions = Versions::new(store(options).await?, plan).issuing(issues);
-    let catalog = Arc::new(Catalog::with([source.name()], versions, observed));
+    let names = sources.iter().map(|source| source.name());
+    let catalog = Catalog::with(names, versions, observed);
+    let catalog = Arc::new(match &registry {
+        Some(_) => catalog.with_passing(leases::NAME),
+        None => catalog,
+    });
     // So that who comes first finds something.
     beside(&catalog, Catalog::restore).await;
-    take(&mut source, &catalog).await;
+    for source in &mut sources {
+        take(source.as_mut(), &catalog).await;
+    }
     let (ending, ended) = watch::channel(None);
     let shared = Shared {
         catalog: catalog.clone(),
@@ -137,33 +158,55 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         ending: ended,
     };
     let incoming = tls::incoming(listener, access.clone());
-    let serving = tokio::spawn(serve(incoming, shared, loads.clone()));
+    let beside = (loads.clone(), registry.clone());
+    let serving = tokio::spawn(serve(incoming, shared, beside));
+    let mut tasks: Vec<JoinHandle<()>> = Vec::new();
+    for source in sources {
+        tasks.push(tokio::spawn(follow(source, catalog.clone())));
+    }
+    tasks.push(tokio::spawn(watch_versions(catalog.clone(), look_interval)));
+    tasks.extend(registry.clone().map(|it| tokio::spawn(it.look())));
+    tasks.extend(access.map(|access| tokio::spawn(access.follow())));
     let shown = Admin {
-        catalog: catalog.clone(),
+        catalog,
         clients,
         loads,
+        registry,
     };
-    let watched = catalog.clone();
-    let follow = async move {
-        loop {
-            take(&mut source, &catalog).await;
-        }
-    };
+    tasks.push(tokio::spawn(admin::serve(admin, Arc::new(shown))));
     tracing::info!(%address, admin = %admin_address, directory = %directory.display(), "serving xDS");
     Ok(Running {
         address,
         admin: admin_address,
         ending,
         serving,
-        tasks: [
-            tokio::spawn(follow),
-            tokio::spawn(watch_versions(watched, look_interval)),
-            tokio::spawn(admin::serve(admin, Arc::new(shown))),
-        ]
-        .into_iter()
-        .chain(access.map(|access| tokio::spawn(access.follow())))
-        .collect(),
+        tasks,
     })
+}
+
+/// All sources of a process.
+type Sources = Vec<Box<dyn Source>>;
+
+/// Where resources come from, and where engines register, if they may.
+fn sources(options: &Options) -> anyhow::Result<(Sources, Option<Arc<Registry>>)> {
+    let mut sources: Sources = Vec::new();
+    let mut registry = None;
+    if let Some(path) = &options.leases {
+        let length = Duration::from_secs(options.lease_s);
+        let leases = Registry::new(leases::load(path, length)?);
+        // First: versions that are kept are served when it is known who registered, and what the directory says comes after.
+        sources.push(Box::new(Leases::new(leases.clone(), path.clone())));
+        registry = Some(leases);
+    }
+    sources.push(Box::new(Directory::new(options.config.clone())));
+    Ok((sources, registry))
+}
+
+/// All that a source has, again and again.
+async fn follow(mut source: Box<dyn Source>, catalog: Arc<Catalog>) {
+    loop {
+        take(source.as_mut(), &catalog).await;
+    }
 }
 
 /// Said once: on a loopback address, or behind TLS of somebody else's, it may be what is wanted.
@@ -213,7 +256,7 @@ async fn beside(catalog: &Arc<Catalog>, what: fn(&Catalog)) {
 }
 
 /// What a source has next. Judging it takes time, and is done beside the runtime.
-async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
+async fn take(source: &mut dyn Source, catalog: &Arc<Catalog>) {
     let news = source.next().await;
     let (name, catalog) = (source.name().to_owned(), catalog.clone());
     let taking = tokio::task::spawn_blocking(move || catalog.take(&name, news));
@@ -226,23 +269,28 @@ async fn take(source: &mut Directory, catalog: &Arc<Catalog>) {
 async fn serve(
     incoming: ReceiverStream<std::io::Result<tls::Connection>>,
     shared: Shared,
-    loads: Arc<Loads>,
+    beside: (Arc<Loads>, Option<Arc<Registry>>),
 ) -> Result<(), tonic::transport::Error> {
     let mut ending = shared.ending.clone();
     let ended = async move {
         // If nobody can tell, nobody waits either.
         let _ = ending.wait_for(Option::is_some).await;
     };
-    router(&shared, loads)
+    router(&shared, beside)
         .serve_with_incoming_shutdown(incoming, ended)
         .await
 }
 
-fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
+fn router(shared: &Shared, (loads, registry): (Arc<Loads>, Option<Arc<Registry>>)) -> Router {
     let discovery = Arc::new(Discovery(shared.clone()));
     let status = ClientStatus::new(shared.clients.clone());
     let load_reporting = LoadReportingServiceServer::new(LoadReporting(loads))
         .max_decoding_message_size(REQUEST_BYTES_MAX);
+    let registry = registry::Service {
+        ending: shared.ending.clone(),
+        registry,
+    };
+    let registry = RegistryServer::new(registry).max_decoding_message_size(REGISTRATION_BYTES_MAX);
     macro_rules! service {
         ($server:ident) => {
             $server::from_arc(discovery.clone())
@@ -261,6 +309,7 @@ fn router(shared: &Shared, loads: Arc<Loads>) -> Router {
         .add_service(service!(SecretDiscoveryServiceServer))
         .add_service(ClientStatusDiscoveryServiceServer::new(status))
         .add_service(load_reporting)
+        .add_service(registry)
 }
 
 impl Running {

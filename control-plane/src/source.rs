@@ -1,9 +1,10 @@
 //! Where resources come from. A source gives all that it has, as a whole, each time something of it changes.
 
 pub mod files;
+pub mod leases;
 
 use crate::short::{self, Document};
-use outrigger_xds::load::written::Written;
+use outrigger_xds::{load::written::Written, registry::Registration};
 use std::fmt;
 
 /// A resource, and where it stands.
@@ -48,6 +49,8 @@ pub struct Content {
     pub raw: Vec<Placed>,
     /// Short resources: what they become is decided with those of all sources at hand.
     pub short: Vec<Document>,
+    /// Nodes that registered, with the engines beside them: pools of short resources choose among them.
+    pub nodes: Vec<Registration>,
 }
 
 /// All that a source has, or everything that is wrong with it.

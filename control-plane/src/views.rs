@@ -5,14 +5,16 @@
 //! that nothing in a view names: keys are for those who use them. A view is judged as a whole: what is wrong with one of them is wrong.
 
 use crate::{
-    foreign, issued, references, rollout,
+    foreign, issued, references,
+    registered::{self, Places},
+    rollout,
     session::Client,
     short::{Document, Problems},
     snapshot::{self, Resource, Snapshot},
     source::{Content, Placed, Problem},
     translate::{self, translate},
 };
-use outrigger_xds::subscription::Kind;
+use outrigger_xds::{registry::Registration, subscription::Kind};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -27,6 +29,8 @@ pub struct Published {
     pub general: View,
     /// What the others are sent, by their node's id.
     pub nodes: BTreeMap<String, View>,
+    /// Which pools engines that registered are in.
+    pub places: Arc<Places>,
 }
 
 impl Published {
@@ -199,10 +203,17 @@ pub fn publish(
 ) -> Result<Published, Vec<Problem>> {
     let raw: Vec<&Placed> = all.iter().flat_map(|content| &content.raw).collect();
     let short = all.iter().flat_map(|content| content.short.iter().cloned());
+    let mut short: Vec<Document> = short.collect();
+    let registered: Vec<&Registration> = all.iter().flat_map(|content| &content.nodes).collect();
+    let places = registered::place(&mut short, &registered);
     let issued: BTreeSet<String> = issued::names().filter(|_| issues).collect();
-    let made = made(&short.collect::<Vec<_>>(), &raw, &issued)?;
+    let made = made(&short, &raw, &issued)?;
     judge(&raw, &made, &issued)?;
-    build(&raw, &made, last)
+    let published = build(&raw, &made, last)?;
+    Ok(Published {
+        places: Arc::new(places),
+        ..published
+    })
 }
 
 fn made(
@@ -276,6 +287,7 @@ fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Ve
         version: version(&general, &nodes),
         general,
         nodes,
+        places: Arc::default(),
     })
 }
 
@@ -333,6 +345,7 @@ spec:
         Content {
             raw: raw.collect(),
             short: short::read("fleet.yaml", short, Syntax::Yaml).unwrap(),
+            nodes: Vec::new(),
         }
     }
 

@@ -5,23 +5,30 @@ use crate::{
     options::{self, Options, Policy, Switch},
 };
 use outrigger_filters::{kv_routing, openai, router};
-use outrigger_xds::resource::{
-    bootstrap::{Admin, Bootstrap, Node},
-    canary::Canary,
-    cluster::{Cluster, Discovery, Dns, LbPolicy},
-    endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
-    filter_chain::FilterChain,
-    header_mutation::HeaderMutations,
-    health_check::{Checker, HealthCheck},
-    listener::{
-        AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
-        TrafficDirection,
+use outrigger_xds::{
+    resource::{
+        ads::{Ads, GrpcService, Target},
+        bootstrap::{Admin, Bootstrap, Node},
+        canary::Canary,
+        cluster::{Cluster, Discovery, Dns, LbPolicy},
+        config_source::{ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT, Origin},
+        endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
+        filter_chain::FilterChain,
+        header_mutation::HeaderMutations,
+        health_check::{Checker, HealthCheck},
+        listener::{
+            AccessLog, AccessLogFormat, AccessLogSink, HttpConnectionManager, HttpFilter, Listener,
+            TrafficDirection,
+        },
+        route::{
+            Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
+        },
+        server_header::ServerHeader,
+        tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
+        tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
+        upgrade::Upgrade,
     },
-    route::{Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost},
-    server_header::ServerHeader,
-    tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
-    tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
-    upgrade::Upgrade,
+    subscription::Protocol,
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
@@ -74,7 +81,7 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
         .cloned()
         .chain(peers.iter().map(peer_endpoint))
         .collect();
-    Ok(Bootstrap {
+    let ours = Bootstrap {
         node: Node {
             id: node,
             cluster: "outrigger".into(),
@@ -85,28 +92,84 @@ pub fn from_options(options: &Options) -> Result<Bootstrap, Vec<String>> {
             address: admin,
             access_log: Vec::new(),
         }),
+        clusters: collector.iter().map(collector_cluster).collect(),
+        ..Bootstrap::default()
+    };
+    match &options.control_plane {
+        Some(url) => driven(options, ours, url, (inbound, local)),
+        None => Ok(alone(options, ours, (outbound, inbound), (fleet, local))),
+    }
+}
+
+/// Engines beside us.
+fn local_cluster(options: &Options, engines: Vec<LbEndpoint>) -> Cluster {
+    Cluster {
+        health_check: (options.canary == Switch::On).then(canary),
+        ..cluster(LOCAL, options.policy, engines)
+    }
+}
+
+/// With `--engine` and `--peer` there is all that is needed.
+fn alone(
+    options: &Options,
+    ours: Bootstrap,
+    (outbound, inbound): (Address, Address),
+    (fleet, local): (Vec<LbEndpoint>, Vec<LbEndpoint>),
+) -> Bootstrap {
+    let fleet = Cluster {
+        tls: peers_tls(options).map(|common| UpstreamTls {
+            common,
+            sni: String::new(),
+        }),
+        ..cluster(FLEET, options.policy, fleet)
+    };
+    let clusters = [fleet, local_cluster(options, local)].into_iter();
+    Bootstrap {
         listeners: vec![
             outbound_listener(options, outbound),
             inbound_listener(options, inbound),
         ],
-        clusters: [
-            Cluster {
-                tls: peers_tls(options).map(|common| UpstreamTls {
-                    common,
-                    sni: String::new(),
-                }),
-                ..cluster(FLEET, options.policy, fleet)
-            },
-            Cluster {
-                health_check: (options.canary == Switch::On).then(canary),
-                ..cluster(LOCAL, options.policy, local)
-            },
-        ]
-        .into_iter()
-        .chain(collector.as_ref().map(collector_cluster))
-        .collect(),
-        ..Bootstrap::default()
-    })
+        clusters: clusters.chain(ours.clusters).collect(),
+        ..ours
+    }
+}
+
+/// `--control-plane`: what is beside us is ours to say, and all else comes.
+fn driven(
+    options: &Options,
+    ours: Bootstrap,
+    url: &str,
+    (inbound, local): (Address, Vec<LbEndpoint>),
+) -> Result<Bootstrap, Vec<String>> {
+    let server = options::url(url, "--control-plane").map_err(|error| vec![error])?;
+    let from_ads = Some(ConfigSource {
+        origin: Origin::Ads,
+        initial_fetch_timeout: INITIAL_FETCH_TIMEOUT_DEFAULT,
+    });
+    let service = GrpcService {
+        target: Target::Address {
+            uri: server.to_string(),
+            address: server,
+            stat_prefix: "control_plane".into(),
+        },
+        initial_metadata: Vec::new(),
+    };
+    let mut driven = Bootstrap {
+        lds: from_ads.clone(),
+        cds: from_ads,
+        ads: Some(Ads {
+            protocol: Protocol::Delta,
+            servers: vec![service],
+            rate_limit: None,
+        }),
+        ..ours
+    };
+    // Without engines nobody has to be let in.
+    if !local.is_empty() {
+        driven.listeners.push(inbound_listener(options, inbound));
+        driven.clusters.push(local_cluster(options, local));
+    }
+    Ok(driven)
 }
 
 /// `--otlp-endpoint`: a name is looked up as long as we run.

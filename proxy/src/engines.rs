@@ -46,7 +46,10 @@ pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>
                     role: told("role"),
                     bootstrap: told("bootstrap"),
                 };
-                engines.insert(crate::cluster::engine_id(endpoint), engine);
+                // What is written comes first, and knows its engines better than who was told of them.
+                engines
+                    .entry(crate::cluster::engine_id(endpoint))
+                    .or_insert(engine);
             }
             Duty::Peer if !peers.contains(&endpoint.address) => {
                 peers.push(endpoint.address.clone())

@@ -4,16 +4,17 @@ mod envoy;
 
 pub use envoy::{DrainStrategy, EnvoyFlags};
 
+use crate::run::Registrar;
 use clap::Parser;
-use outrigger_xds::{report::Role, resource::endpoint::Address};
-use std::{path::PathBuf, time::Duration};
+use outrigger_xds::{registry, report::Role, resource::endpoint::Address};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 /// Default of `--stream-gather-us`: little beside an inter-token time, and several looks long.
 pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
 /// Longer, and clients would see it.
 pub const STREAM_GATHER_US_MAX: u64 = 1000;
 /// Flags that say what a bootstrap says.
-pub(crate) const OF_A_FILE: [&str; 13] = [
+pub(crate) const OF_A_FILE: [&str; 14] = [
     "engine",
     "peer",
     "listen",
@@ -27,6 +28,7 @@ pub(crate) const OF_A_FILE: [&str; 13] = [
     "peer_tls_cert",
     "otlp_endpoint",
     "otlp_sampling",
+    "control_plane",
 ];
 
 /// A proxy beside an inference server. With `--engine` it needs nothing else; `-c` takes Envoy's bootstrap.
@@ -43,6 +45,18 @@ pub struct Options {
     /// Another proxy's inbound address: http://HOST:PORT
     #[arg(long, value_name = "URL")]
     pub peer: Vec<String>,
+    /// A control plane, http://HOST:PORT: all else comes from it (ADS), and engines beside this proxy are registered there
+    #[arg(long, value_name = "URL", conflicts_with_all = ["peer", "listen", "policy", "access_log", "body_bytes_max", "tls_cert"])]
+    pub control_plane: Option<String>,
+    /// A control plane where engines beside this proxy are registered; what is configured comes from elsewhere
+    #[arg(long, value_name = "URL", conflicts_with = "control_plane")]
+    pub register: Option<String>,
+    /// Where other proxies reach this one, as it is registered: HOST:PORT; default is where peers arrive
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<String>,
+    /// What this proxy is registered with, to be chosen by; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub label: Vec<String>,
     /// Where clients arrive
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8080")]
     pub listen: String,
@@ -225,6 +239,53 @@ pub fn engine(text: &str) -> Result<EngineOption, String> {
     Ok(engine)
 }
 
+/// Where engines are registered (`--control-plane`, `--register`), and with what.
+///
+/// # Errors
+/// Everything that is wrong with these flags.
+pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
+    let flags = [
+        (&options.control_plane, "--control-plane"),
+        (&options.register, "--register"),
+    ];
+    let mut told = flags.into_iter();
+    let Some((text, flag)) = told.find_map(|(text, flag)| Some((text.as_ref()?, flag))) else {
+        let is_idle = options.advertise.is_none() && options.label.is_empty();
+        let error = "--advertise and --label need --control-plane or --register";
+        return is_idle.then_some(None).ok_or_else(|| vec![error.into()]);
+    };
+    let mut errors = Vec::new();
+    let server = url(text, flag).map_err(|error| errors.push(error)).ok();
+    let advertise = options.advertise.as_ref().and_then(|text| {
+        let address = registry::address(text);
+        if address.is_none() {
+            errors.push(format!("--advertise {text}: must be HOST:PORT"));
+        }
+        let ip = address
+            .as_ref()
+            .and_then(|it| it.host.parse::<IpAddr>().ok());
+        if ip.is_some_and(|ip| ip.is_unspecified()) {
+            errors.push(format!("--advertise {text}: nobody can reach that"));
+        }
+        address
+    });
+    let mut labels = BTreeMap::new();
+    for label in &options.label {
+        match label.split_once('=') {
+            Some((key, value)) if !key.is_empty() => drop(labels.insert(key.into(), value.into())),
+            _ => errors.push(format!("--label {label}: must be KEY=VALUE")),
+        }
+    }
+    let Some(server) = server.filter(|_| errors.is_empty()) else {
+        return Err(errors);
+    };
+    Ok(Some(Registrar {
+        server,
+        advertise,
+        labels,
+    }))
+}
+
 fn is_host_and_port(text: &str) -> bool {
     let parts = text.rsplit_once(':');
     parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
@@ -327,6 +388,49 @@ mod tests {
         let error = read("proxy -c file --otlp-sampling 1").unwrap_err();
         assert!(error.to_string().contains("cannot be used with"), "{error}");
         assert!(read("proxy -c file").is_ok());
+    }
+
+    #[test]
+    fn where_engines_are_registered_is_read_or_refused() {
+        let read = |flags: &str| {
+            let flags = format!("proxy {flags}");
+            let options = Options::try_parse_from(flags.split_whitespace());
+            let options = options.map_err(|error| error.to_string())?;
+            registrar(&options).map_err(|errors| errors.join("; "))
+        };
+        assert!(read("").unwrap().is_none());
+        let all = "--advertise a.svc:81 --label gpu=l4 --label rack=";
+        for flag in ["--control-plane", "--register"] {
+            let told = read(&format!("{flag} http://cp:18000 {all}"));
+            let told = told.unwrap().unwrap();
+            assert_eq!(told.server.to_string(), "cp:18000");
+            assert_eq!(told.advertise.unwrap().to_string(), "a.svc:81");
+            assert_eq!(told.labels["gpu"], "l4");
+            assert_eq!(told.labels["rack"], "");
+        }
+        for (flags, reason) in [
+            (all, "need --control-plane or --register"),
+            ("--register cp:1", "must begin with http://"),
+            ("--register http://cp --advertise a", "--advertise a"),
+            (
+                "--register http://cp --advertise [::]:1",
+                "nobody can reach",
+            ),
+            ("--register http://cp --label gpu", "--label gpu"),
+            (
+                "--control-plane http://cp --peer http://b",
+                "cannot be used",
+            ),
+            ("--control-plane http://cp -c file", "cannot be used"),
+            (
+                "--control-plane http://cp --register http://cp",
+                "cannot be used",
+            ),
+        ] {
+            let error = read(flags).unwrap_err();
+            assert!(error.contains(reason), "{flags}: {error}");
+        }
+        assert!(read("-c file --register http://cp").unwrap().is_some());
     }
 
     #[test]

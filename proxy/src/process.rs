@@ -13,7 +13,7 @@ use crate::{
     engines::Watcher,
     feed,
     fleet::Fleet,
-    options::{Mode, Options},
+    options::{Mode, Options, registrar},
     run::{Proxy, Settings, main_runtime},
     upstream::Pools,
 };
@@ -61,23 +61,30 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn resources(options: &Options) -> Result<Bootstrap, Vec<String>> {
-    if options.config_path.is_none() && options.envoy.config_yaml.is_none() {
-        let bootstrap = bootstrap::from_options(options)?;
-        // The same checks as a file's.
-        return load::bootstrap_from_value(load::bootstrap_to_json(&bootstrap))
-            .map_err(|errors| vec![errors.to_string()]);
-    }
-    let mut read = written(options)?;
+    let is_written = options.config_path.is_some() || options.envoy.config_yaml.is_some();
+    let mut read = if is_written {
+        written(options)?
+    } else {
+        bootstrap::from_options(options)?
+    };
     if let Some(node) = &options.node_id {
         read.node.id.clone_from(node);
     }
     if let Some(cluster) = &options.envoy.service_cluster {
         read.node.cluster.clone_from(cluster);
     }
+    if let Some(zone) = &options.envoy.service_zone {
+        read.node.locality[1].clone_from(zone);
+    }
     if read.node.id.is_empty() {
         read.node.id = options.node();
     }
-    Ok(read)
+    if is_written {
+        return Ok(read);
+    }
+    // The same checks as a file's.
+    load::bootstrap_from_value(load::bootstrap_to_json(&read))
+        .map_err(|errors| vec![errors.to_string()])
 }
 
 /// The bootstrap of `-c`, with that of `--config-yaml` over it.
@@ -140,6 +147,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
     for flag in options.envoy.without_effect() {
         tracing::warn!(flag, "a flag of Envoy's that has no effect here");
     }
+    let register = registrar(options)?;
     let bootstrap = resources(options)?;
     if options.mode == Mode::Validate {
         return validate(&bootstrap, options);
@@ -178,6 +186,7 @@ fn serve(options: &Options, log: LogHandle) -> Result<(), Vec<String>> {
             drain_time: options.drain_time(),
             stream_gather: Duration::from_micros(options.stream_gather_us),
             config_cache: options.config_cache.clone(),
+            register,
             command_line,
             log: Some(log),
         },
@@ -257,4 +266,26 @@ fn tell_admin_address(proxy: &Proxy, options: &Options) -> Result<(), Vec<String
     std::fs::write(&half, address.to_string())
         .and_then(|()| std::fs::rename(&half, path))
         .map_err(|error| vec![format!("--admin-address-path {}: {error}", path.display())])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[test]
+    fn who_the_node_is_flags_say_last() {
+        let told = "--node-id n --service-cluster c --service-zone z";
+        for how in [
+            "",
+            "--control-plane http://127.0.0.1:1",
+            "--config-yaml {\"node\":{\"id\":\"x\",\"cluster\":\"y\",\"locality\":{\"zone\":\"w\"}}}",
+        ] {
+            let flags = format!("proxy {how} {told}");
+            let options = Options::try_parse_from(flags.split_whitespace()).unwrap();
+            let node = resources(&options).unwrap().node;
+            assert_eq!((&*node.id, &*node.cluster), ("n", "c"), "{how}");
+            assert_eq!(node.locality[1], "z", "{how}");
+        }
+    }
 }

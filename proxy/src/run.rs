@@ -4,7 +4,10 @@
 //! adapters. Everything that can fail to start fails before the first connection is accepted.
 
 mod control_plane;
+mod registration;
 mod watching;
+
+pub use registration::Registrar;
 
 use crate::{
     access_log::Sinks,
@@ -80,6 +83,8 @@ pub struct Settings {
     pub stream_gather: Duration,
     /// Directory where the control plane's last configuration is kept; none keeps nothing.
     pub config_cache: Option<PathBuf>,
+    /// Where the engines beside us are registered, if anywhere.
+    pub register: Option<Registrar>,
     /// Shown by the admin.
     pub command_line: serde_json::Value,
     /// For `/logging`; none where somebody else owns the process's log.
@@ -94,6 +99,8 @@ pub struct Proxy {
     admin: Option<EndAddress>,
     /// Ends (without ever saying anything) when the admin's last answer is out.
     admin_ended: std::sync::mpsc::Receiver<()>,
+    /// Ends when the control plane knows that we go, or nobody is to be told.
+    left: std::sync::mpsc::Receiver<()>,
     stop: watch::Sender<bool>,
     workers: Vec<thread::JoinHandle<()>>,
     main: Option<runtime::Runtime>,
@@ -144,6 +151,7 @@ impl Proxy {
             drain_time,
             stream_gather,
             config_cache,
+            register,
             command_line,
             log,
         } = settings;
@@ -165,6 +173,8 @@ impl Proxy {
         let state = admin_state(&shared, (command_line, log));
         let admin = start_admin(&shared, state, (&stop, ended)).map_err(|error| vec![error])?;
         start_tasks(&shared);
+        let (leaving, left) = std::sync::mpsc::channel();
+        registration::start(&shared, register, leaving).map_err(|error| vec![error])?;
         let workers = worker::start(receivers, &stopped, stream_gather)
             .map_err(|error| vec![format!("cannot start a worker thread: {error}")])?;
         drop(guard);
@@ -173,6 +183,7 @@ impl Proxy {
             shared,
             admin,
             admin_ended,
+            left,
             stop,
             workers,
             main: Some(main),
@@ -264,6 +275,7 @@ impl Proxy {
         self.shared.store();
         self.shared.sinks.flush(Duration::from_secs(1));
         self.shared.exporters.flush(SPANS_FAREWELL);
+        let _ = self.left.recv_timeout(registration::FAREWELL);
         // Whoever asked for the end by the admin is to get its answer.
         let _ = self.admin_ended.recv_timeout(ADMIN_FAREWELL);
         if let Some(main) = self.main.take() {

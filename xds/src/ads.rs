@@ -120,7 +120,7 @@ pub async fn open(server: &Server, protocol: Protocol, node: &Node) -> Result<Ad
     })
 }
 
-async fn connect(server: &Server) -> Result<Channel, AdsError> {
+pub(crate) async fn connect(server: &Server) -> Result<Channel, AdsError> {
     let refused = |error: &dyn std::error::Error| AdsError::Connect(causes(error));
     let uri = format!("http://{}", server.authority);
     let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(&error))?;
@@ -150,7 +150,7 @@ fn client(channel: Channel, server: &Server) -> AggregatedDiscoveryServiceClient
 }
 
 /// Whatever is put into the sender, with the server's headers.
-fn outgoing<T: Send + 'static>(
+pub(crate) fn outgoing<T: Send + 'static>(
     server: &Server,
 ) -> (
     mpsc::Sender<T>,

@@ -16,6 +16,7 @@ pub mod orca;
 pub mod otlp;
 pub mod problems;
 mod protobuf;
+pub mod registry;
 pub mod report;
 pub mod resource;
 pub mod subscription;

@@ -62,6 +62,12 @@ impl Process {
         .await
     }
 
+    /// Starts `program proxy` with exactly these flags, an admin and one worker, and waits until it listens.
+    pub async fn driven(program: &str, flags: &[&str]) -> Self {
+        let own = ["--admin", "127.0.0.1:0", "--concurrency", "1"];
+        Self::start(program, &[&own, flags].concat()).await
+    }
+
     async fn start(program: &str, flags: &[&str]) -> Self {
         let (admin_path, error_path) = (scratch("admin"), scratch("stderr"));
         let mut command = Command::new(program);

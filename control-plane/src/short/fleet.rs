@@ -47,8 +47,32 @@ pub struct Pool {
     /// Share of the requests against other pools.
     #[serde(default = "weight")]
     pub weight: u32,
-    /// At least one.
+    /// At least one, if none are chosen of those that registered.
+    #[serde(default)]
     pub engines: Vec<Engine>,
+    /// Which engines that registered are in it, instead of `engines`.
+    #[serde(default)]
+    pub registered: Option<Registered>,
+}
+
+/// Which engines that registered are in a pool: those that are all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Registered {
+    /// Serve one of these; empty is whatever they serve.
+    pub models: Vec<String>,
+    /// Stand beside a proxy with all of these.
+    pub labels: BTreeMap<String, String>,
+    /// Stand beside a proxy of this cluster.
+    pub cluster: Option<String>,
+}
+
+impl Pool {
+    /// Whether its engines are written down.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.engines.iter().any(|engine| engine.lease.is_none())
+    }
 }
 
 fn weight() -> u32 {
@@ -90,6 +114,17 @@ pub struct Engine {
     pub node: Option<String>,
     /// Where an SGLang for prefill meets engines that decode.
     pub bootstrap: Option<Address>,
+    /// What is known of it if it registered.
+    pub lease: Option<Leased>,
+}
+
+/// An engine that registered itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leased {
+    /// As its node calls it.
+    pub id: String,
+    /// It is to get no new requests.
+    pub is_draining: bool,
 }
 
 #[derive(Deserialize)]
@@ -110,6 +145,7 @@ impl From<EngineText> for Engine {
                 address,
                 node: None,
                 bootstrap: None,
+                lease: None,
             },
             EngineText::Long {
                 address,
@@ -119,6 +155,7 @@ impl From<EngineText> for Engine {
                 address,
                 node,
                 bootstrap,
+                lease: None,
             },
         }
     }
@@ -141,6 +178,8 @@ pub struct Node {
     pub address: Address,
     /// What it binds, if that is not its address.
     pub listen: Option<Listen>,
+    /// It registered itself, and has an inbound listener of its own.
+    pub is_registered: bool,
 }
 
 #[derive(Deserialize)]
@@ -159,8 +198,13 @@ impl From<NodeText> for Node {
             NodeText::Short(address) => Self {
                 address,
                 listen: None,
+                is_registered: false,
             },
-            NodeText::Long { address, listen } => Self { address, listen },
+            NodeText::Long { address, listen } => Self {
+                address,
+                listen,
+                is_registered: false,
+            },
         }
     }
 }

@@ -173,6 +173,7 @@ spec: {pools: [{name: all, engines: ['127.0.0.1:8000']}]}
         let content = Content {
             raw: raw.collect(),
             short: short::read("fleet.yaml", FLEET, Syntax::Yaml).unwrap(),
+            nodes: Vec::new(),
         };
         Contents::from([("directory".into(), Arc::new(content))])
     }

@@ -68,6 +68,10 @@ fn pools(named: &Named<'_, Fleet>, problems: &mut Problems) {
             let message = format!("there is another pool {}", pool.name);
             problems.add(named.origin, format!("{at}.name"), message);
         }
+        if pool.registered.is_some() == pool.is_written() {
+            let message = "expected either engines or registered";
+            problems.add(named.origin, &*at, message.into());
+        }
         for (index, engine) in pool.engines.iter().enumerate() {
             let at = format!("{at}.engines[{index}]");
             if twice(&mut engines, (&engine.node, &engine.address)) {
@@ -449,7 +453,9 @@ struct Socket<'a> {
 fn addresses(whole: &Whole<'_>, problems: &mut Problems) {
     let mut sockets: Vec<Socket<'_>> = Vec::new();
     for fleet in whole.fleets.values() {
-        sockets.extend(fleet.spec.nodes.iter().map(|(node, at)| Socket {
+        let nodes = fleet.spec.nodes.iter();
+        let made = nodes.filter(|(_, at)| !at.is_registered);
+        sockets.extend(made.map(|(node, at)| Socket {
             node: Some(node),
             address: bound(at),
             owner: fleet.origin,

@@ -10,7 +10,7 @@ use super::{
     rules::{Named, Whole},
     tls,
 };
-use crate::short::fleet::{Engine, Fleet, Node, Pool};
+use crate::short::fleet::{Engine, Fleet, Node, Pool, Role};
 use outrigger_xds::resource::{
     cluster::{Cluster, Discovery},
     config_source::Eds,
@@ -42,10 +42,14 @@ pub(super) fn of_fleet(whole: &Whole<'_>, named: &Named<'_, Fleet>, resources: &
     };
     let (name, fleet) = (named.name(), named.spec);
     push(None, V3::Cluster(Box::new(everybody(whole, named))));
-    push(None, V3::Endpoints(assignment(name, fleet, None)));
+    let behind = behind(fleet);
+    push(None, V3::Endpoints(assignment(name, fleet, &behind, None)));
     for (node, at) in &fleet.nodes {
         let node = Some(node.as_str());
-        push(node, V3::Endpoints(assignment(name, fleet, node)));
+        push(node, V3::Endpoints(assignment(name, fleet, &behind, node)));
+        if at.is_registered {
+            continue;
+        }
         let cluster = Cluster {
             health_check: whole.base(name).canary().map(health_check),
             ..cluster(whole, named, &local(name))
@@ -94,14 +98,37 @@ fn engines(fleet: &Fleet) -> impl Iterator<Item = (&Pool, &Engine)> {
     pools.flat_map(|pool| pool.engines.iter().map(move |engine| (pool, engine)))
 }
 
-/// The pool of a node's engines: those of one node are alike in weight and zone.
-fn pool_of<'a>(fleet: &'a Fleet, node: &str) -> Option<&'a Pool> {
-    let mut beside = engines(fleet).filter(|(_, engine)| engine.node.as_deref() == Some(node));
-    beside.next().map(|(pool, _)| pool)
+/// What stands behind a node's address.
+struct Behind<'a> {
+    /// Of its engines: those of one node are alike in weight and zone.
+    pool: &'a Pool,
+    health: HealthStatus,
+}
+
+/// That of all nodes. Made once for all views: each has an endpoint for every node.
+fn behind(fleet: &Fleet) -> BTreeMap<&str, Behind<'_>> {
+    let mut nodes: BTreeMap<&str, Behind<'_>> = BTreeMap::new();
+    for (pool, engine) in engines(fleet) {
+        let Some(node) = &engine.node else {
+            continue;
+        };
+        let own = health(engine);
+        let known = nodes.entry(node).or_insert(Behind { pool, health: own });
+        // It is to be left when all its engines are.
+        if own == HealthStatus::Healthy {
+            known.health = own;
+        }
+    }
+    nodes
 }
 
 /// All endpoints of a fleet as a node sees them, or one that is none of its nodes.
-fn assignment(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssignment {
+fn assignment(
+    name: &str,
+    fleet: &Fleet,
+    behind: &BTreeMap<&str, Behind<'_>>,
+    node: Option<&str>,
+) -> ClusterLoadAssignment {
     let zones: BTreeSet<&str> = fleet.pools.iter().map(|pool| pool.zone.as_str()).collect();
     let place = |pool: &Pool| {
         zones
@@ -111,17 +138,21 @@ fn assignment(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssig
     };
     let near = engines(fleet)
         .filter(|(_, engine)| engine.node.is_none() || engine.node.as_deref() == node)
-        .map(|(pool, engine)| {
-            endpoint(&engine.address.0, metadata(pool, engine), pool, place(pool))
+        .map(|(pool, engine)| LbEndpoint {
+            health_status: health(engine),
+            ..endpoint(&engine.address.0, metadata(pool, engine), pool, place(pool))
         });
     let others = fleet
         .nodes
         .iter()
         .filter(|(other, _)| Some(other.as_str()) != node);
     let far = others.filter_map(|(other, at)| {
-        let pool = pool_of(fleet, other)?;
+        let Behind { pool, health } = behind.get(other.as_str())?;
         let peer = json!({"duty": "peer"});
-        Some(endpoint(&at.address.0, peer, pool, place(pool)))
+        Some(LbEndpoint {
+            health_status: *health,
+            ..endpoint(&at.address.0, peer, pool, place(pool))
+        })
     });
     let localities = if zones.len() > 1 { zones.len() } else { 0 };
     ClusterLoadAssignment {
@@ -144,7 +175,20 @@ fn beside(name: &str, fleet: &Fleet, node: Option<&str>) -> ClusterLoadAssignmen
     }
 }
 
+/// Whether an engine is to be left. (How it is otherwise is told by feeds.)
+fn health(engine: &Engine) -> HealthStatus {
+    if engine.lease.as_ref().is_some_and(|it| it.is_draining) {
+        HealthStatus::Draining
+    } else {
+        HealthStatus::Healthy
+    }
+}
+
 fn metadata(pool: &Pool, engine: &Engine) -> Value {
+    if let Some(lease) = &engine.lease {
+        // Its node knows the rest better.
+        return json!({"duty": "engine", "role": Role::Both.as_str(), "id": lease.id});
+    }
     let mut ours = json!({"duty": "engine", "role": pool.role.as_str()});
     if let Some(node) = &engine.node {
         ours["id"] = format!("{node}/{}", engine.address).into();

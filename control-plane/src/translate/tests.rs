@@ -1,8 +1,15 @@
 //! What documents become, by example; what is refused; what does not matter.
 
 use super::*;
-use crate::short::{self, SCHEMA};
-use outrigger_xds::load::Syntax;
+use crate::{
+    registered,
+    short::{self, SCHEMA},
+};
+use outrigger_xds::{
+    load::Syntax,
+    registry::{self, Registration},
+    report::{EngineState, Model},
+};
 use std::{collections::BTreeMap, fs, path::Path};
 
 fn example(name: &str) -> String {
@@ -143,13 +150,45 @@ fn without(value: &Value, pointer: &str) -> Value {
     value
 }
 
+/// Nodes that registered, each with all but one of what the example chooses by.
+fn strangers() -> Vec<Registration> {
+    let mut said = [("embedder", "l4", "embedders"); 3];
+    (said[0].0, said[1].1, said[2].2) = ("other", "other", "other");
+    let numbered = said.into_iter().enumerate();
+    let each = numbered.map(|(number, (model, gpu, cluster))| Registration {
+        node: registry::Node {
+            id: format!("n{number}"),
+            address: registry::address(&format!("n{number}:1")).expect("an address"),
+            cluster: cluster.into(),
+            labels: [("gpu".to_owned(), gpu.to_owned())].into(),
+            ..registry::Node::default()
+        },
+        engines: vec![registry::Engine {
+            id: "e".into(),
+            address: registry::address("e:1").expect("an address"),
+            state: EngineState {
+                models: vec![Model {
+                    id: model.into(),
+                    ..Model::default()
+                }],
+                ..EngineState::default()
+            },
+        }],
+        leaving: false,
+    });
+    each.collect()
+}
+
 #[test]
 fn every_field_is_in_the_complete_example_and_has_an_effect() {
     let text = example("complete.yaml");
     let values = outrigger_xds::load::documents(&text, Syntax::Yaml).expect("YAML");
     let translated = |values: &[Value]| -> Result<Vec<(Option<String>, Any)>, Problems> {
         let texts: Vec<String> = values.iter().map(Value::to_string).collect();
-        bytes(&short::read("f", &texts.join("\n---\n"), Syntax::Yaml)?)
+        let mut documents = short::read("f", &texts.join("\n---\n"), Syntax::Yaml)?;
+        let nodes = strangers();
+        registered::place(&mut documents, &nodes.iter().collect::<Vec<_>>());
+        bytes(&documents)
     };
     let whole = translated(&values).unwrap_or_else(|problems| panic!("{problems}"));
     let mut seen = BTreeSet::new();

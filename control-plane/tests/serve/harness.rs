@@ -43,6 +43,15 @@ impl Served {
         Self::with(test, files, |_| {}).await
     }
 
+    /// With leases of so many seconds.
+    pub(crate) async fn leasing(test: &str, files: &[(&str, &str)], lease_s: u64) -> Self {
+        Self::with(test, files, |options| {
+            options.leases = Some(leases_of(&options.config));
+            options.lease_s = lease_s;
+        })
+        .await
+    }
+
     /// For those who may come.
     pub(crate) async fn secured(test: &str, files: &[(&str, &str)], tls: tls::Options) -> Self {
         Self::with(test, files, |options| options.tls = tls).await
@@ -65,6 +74,8 @@ impl Served {
             config: directory.clone(),
             listen: any,
             admin: any,
+            leases: None,
+            lease_s: 30,
             tls: tls::Options::default(),
             state: None,
             versions_max: 50,
@@ -144,6 +155,11 @@ impl Served {
             answers: answers.into_inner(),
         })
     }
+}
+
+/// Where leases are kept.
+fn leases_of(directory: &Path) -> PathBuf {
+    directory.join(".leases")
 }
 
 /// Of an admin.

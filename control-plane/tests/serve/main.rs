@@ -10,6 +10,7 @@ mod files;
 mod harness;
 mod identity;
 mod issued;
+mod leases;
 mod process;
 mod rollout;
 mod secure;

@@ -54,6 +54,12 @@ impl LocalFeed {
         self.ledgers.open(engine).leave(leaving);
     }
 
+    /// See [`Self::leave`].
+    #[must_use]
+    pub fn is_left(&self, engine: &EngineId) -> bool {
+        self.ledgers.open(engine).is_left()
+    }
+
     /// Tells of exactly these engines.
     pub fn configure(&self, beside: AHashSet<EngineId>) {
         self.beside.send_if_modified(|known| {

@@ -340,6 +340,8 @@ pub const ROWS: &[Row] = &[
     gauge("envoy_control_plane_connected_state", NONE, "Whether a stream to a control plane is open that is known to be there (0, 1)."),
     gauge("envoy_control_plane_pending_requests", NONE, "Whether requests to the control plane are held back (0, 1)."),
     counter("envoy_control_plane_rate_limit_enforced", NONE, "Times when requests to the control plane were held back."),
+    gauge("outrigger_registered", NONE, "Whether a control plane holds a lease of ours (0, 1)."),
+    counter("outrigger_registrations_total", &["result"], "What became of what we told a control plane of our engines: taken, refused, broken."),
     counter("envoy_sds_update_attempt", SECRET, "Updates of a secret that came."),
     counter("envoy_sds_update_success", SECRET, "Updates of a secret that were taken."),
     counter("envoy_sds_update_failure", SECRET, "Updates of a secret that could not be read at all."),

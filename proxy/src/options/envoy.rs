@@ -13,6 +13,9 @@ pub struct EnvoyFlags {
     /// Name of the group that this proxy belongs to; overrides the bootstrap's
     #[arg(long, value_name = "NAME")]
     pub service_cluster: Option<String>,
+    /// Zone that this proxy runs in; overrides the bootstrap's
+    #[arg(long, value_name = "ZONE")]
+    pub service_zone: Option<String>,
     /// A field of the bootstrap that nobody knows is counted instead of refused
     #[arg(long)]
     pub allow_unknown_static_fields: bool,
@@ -65,9 +68,6 @@ struct Ignored {
     /// No effect: lines are the proxy's own
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
-    /// No effect: zones play no part
-    #[arg(long, value_name = "ZONE")]
-    service_zone: Option<String>,
     /// No effect: both are spoken
     #[arg(long, value_name = "v4|v6")]
     local_address_ip_version: Option<String>,
@@ -106,7 +106,6 @@ impl EnvoyFlags {
                 ignored.component_log_level.is_some(),
             ),
             ("--log-format", ignored.log_format.is_some()),
-            ("--service-zone", ignored.service_zone.is_some()),
             (
                 "--local-address-ip-version",
                 ignored.local_address_ip_version.is_some(),
@@ -174,8 +173,9 @@ mod tests {
         )
         .unwrap();
         assert_eq!(options.envoy.service_cluster.as_deref(), Some("c"));
+        assert_eq!(options.envoy.service_zone.as_deref(), Some("z"));
         assert_eq!(options.node_id.as_deref(), Some("n"));
-        assert_eq!(options.envoy.without_effect().len(), 6);
+        assert_eq!(options.envoy.without_effect().len(), 5);
         assert!(parse("envoy --restart-epoch 1").is_err());
         assert!(parse("envoy --config-yaml {} --engine http://a:1").is_err());
         assert!(parse("envoy").unwrap().envoy.without_effect().is_empty());

@@ -70,16 +70,16 @@ impl Cache {
 }
 
 /// Pauses that grow, each chosen at random below a limit that doubles.
-struct Backoff {
+pub(super) struct Backoff {
     limit: Duration,
 }
 
 impl Backoff {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { limit: RETRY_MIN }
     }
 
-    fn pause(&mut self) -> Duration {
+    pub(super) fn pause(&mut self) -> Duration {
         let pause = self.limit.mul_f64(rand::rng().random());
         self.limit = (self.limit * 2).min(RETRY_MAX);
         pause
@@ -202,6 +202,20 @@ fn servers(shared: &Shared, ads: &Ads) -> Vec<Server> {
         }
     })
     .collect()
+}
+
+/// A server by its address, in plain text.
+pub(super) fn at(address: &Address) -> Server {
+    let service = GrpcService {
+        target: Target::Address {
+            address: address.clone(),
+            uri: address.to_string(),
+            stat_prefix: String::new(),
+        },
+        initial_metadata: Vec::new(),
+    };
+    let way = (address, None, ConnectionOptions::default());
+    server(&service, way, address.to_string())
 }
 
 fn of_cluster(

@@ -341,6 +341,11 @@ pub mod outrigger {
             include!("outrigger.feed.v1.rs");
         }
     }
+    pub mod registry {
+        pub mod v1 {
+            include!("outrigger.registry.v1.rs");
+        }
+    }
 }
 pub mod udpa {
     pub mod r#type {
