@@ -258,8 +258,8 @@ impl<D: Dialect> Conversation<D> {
             }
             return None;
         };
-        self.made_of.said(&served, &client, &response);
-        if version.number != served.live.number {
+        let of_trial = self.made_of.said(D::PROTOCOL, &served, &client, &response);
+        if of_trial {
             self.catalog.sent(version.number, &client.node.id);
         }
         let type_url = label(&response.type_url);

@@ -467,19 +467,26 @@ impl Catalog {
         resumed
     }
 
-    /// What would be served if the sources had this, beside those that pass. Takes time.
+    /// What would be served if the sources had this, beside those that pass; and what was served at that moment. Takes time.
     ///
     /// # Errors
     /// It is not good.
-    pub fn tried(&self, contents: &Contents) -> Result<Published, VersionError> {
-        let (passing, last) = (self.passing_contents(None), self.published());
-        let issues = self.versions().issues();
-        versions::publish(
-            contents,
-            &borrowed(&passing),
-            &last.unwrap_or_default(),
-            issues,
-        )
+    pub fn tried(
+        &self,
+        contents: &Contents,
+    ) -> Result<(Published, Option<Arc<Served>>), VersionError> {
+        let (issues, passing, served) = {
+            let versions = self.versions();
+            (
+                versions.issues(),
+                self.passing_contents(None),
+                self.served(),
+            )
+        };
+        let last = served.as_ref().map(|it| it.live.published.clone());
+        let last = last.unwrap_or_default();
+        let published = versions::publish(contents, &borrowed(&passing), &last, issues)?;
+        Ok((published, served))
     }
 }
 

@@ -96,7 +96,7 @@ pub const ROWS: &[Row] = &[
     ),
     gauge(
         "outrigger_control_plane_nodes",
-        "Nodes that short resources name, and that are served what is for them.",
+        "Nodes that short resources name or that registered, and that are served what is for them.",
     ),
     counter(
         "outrigger_control_plane_loads_total",

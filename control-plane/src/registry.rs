@@ -46,12 +46,14 @@ impl Registry {
     /// With this table.
     #[must_use]
     pub fn new(table: Table) -> Arc<Self> {
-        Arc::new(Self {
+        let registry = Self {
             news: watch::Sender::new(table.generation()),
             table: Mutex::new(table),
             streams: AtomicUsize::new(0),
             last: AtomicU64::new(0),
-        })
+        };
+        registry.tell(&registry.table());
+        Arc::new(registry)
     }
 
     /// Nothing in it can be half done: what is decided is done at once.

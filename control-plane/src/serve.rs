@@ -108,6 +108,8 @@ pub struct Running {
     pub admin: SocketAddr,
     ending: watch::Sender<Option<Ending>>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    /// Ends leases that are over.
+    expiry: Option<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -124,7 +126,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
     );
     figures::install();
     let access = Access::new(&options.tls)?;
-    warn_of_plain_text(options.listen, access.as_deref());
+    warn_of_who_may_come(options, access.as_deref());
     let bound = |address: SocketAddr| async move {
         let listener = TcpListener::bind(address).await;
         listener.with_context(|| format!("cannot listen on {address}"))
@@ -165,7 +167,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         tasks.push(tokio::spawn(follow(source, catalog.clone())));
     }
     tasks.push(tokio::spawn(watch_versions(catalog.clone(), look_interval)));
-    tasks.extend(registry.clone().map(|it| tokio::spawn(it.look())));
+    let expiry = registry.clone().map(|it| tokio::spawn(it.look()));
     tasks.extend(access.map(|access| tokio::spawn(access.follow())));
     let shown = Admin {
         catalog,
@@ -180,6 +182,7 @@ pub async fn start(options: &Options) -> anyhow::Result<Running> {
         admin: admin_address,
         ending,
         serving,
+        expiry,
         tasks,
     })
 }
@@ -210,9 +213,15 @@ async fn follow(mut source: Box<dyn Source>, catalog: Arc<Catalog>) {
 }
 
 /// Said once: on a loopback address, or behind TLS of somebody else's, it may be what is wanted.
-fn warn_of_plain_text(listen: SocketAddr, access: Option<&Access>) {
+fn warn_of_who_may_come(options: &Options, access: Option<&Access>) {
+    let listen = options.listen;
     if access.is_none() && !listen.ip().is_loopback() {
-        tracing::warn!(%listen, "xDS without TLS: everybody who reaches this address is the node that they say, and is sent its secrets");
+        tracing::warn!(%listen, "xDS without TLS: everybody who reaches this address is the node that they say, is sent its secrets, and may register engines if --leases is given");
+    }
+    if access.is_some() && options.leases.is_some() {
+        tracing::warn!(
+            "--leases with TLS: outrigger-proxy does not register over TLS yet, so its engines will be missing"
+        );
     }
 }
 
@@ -322,6 +331,10 @@ impl Running {
             since: Instant::now(),
             over,
         }));
+        // Nobody can renew a lease any more.
+        if let Some(expiry) = self.expiry {
+            expiry.abort();
+        }
         let served = timeout(over + FAREWELL, self.serving).await;
         for task in self.tasks {
             task.abort();

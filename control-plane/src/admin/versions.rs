@@ -100,12 +100,11 @@ fn dry_run(admin: &Admin, _: &str, body: &[u8]) -> Answer {
         Ok(contents) => contents,
         Err(problems) => return refused(&VersionError::Bad(problems)),
     };
-    let published = match admin.catalog.tried(&contents) {
-        Ok(published) => published,
+    let (published, served) = match admin.catalog.tried(&contents) {
+        Ok(tried) => tried,
         Err(error) => return refused(&error),
     };
     let clients = admin.catalog.observed().clients();
-    let served = admin.catalog.served();
     let is_changed = |client: &Client| {
         let now = served.as_deref().map(|served| version(served, client));
         now != Some(published.snapshot(client).version())

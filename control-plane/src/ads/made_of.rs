@@ -21,12 +21,18 @@ pub(super) struct MadeOf {
 }
 
 impl MadeOf {
-    /// A client is told this.
-    pub(super) fn said(&mut self, served: &Served, client: &Client, response: &Response) {
+    /// A client is told this; gives whether it is something of the version that is tried.
+    pub(super) fn said(
+        &mut self,
+        protocol: Protocol,
+        served: &Served,
+        client: &Client,
+        response: &Response,
+    ) -> bool {
         let version = served.of(&client.node.id).number;
         let is_tried = version != served.live.number;
-        if !is_tried || !is_other(served, client, response) {
-            return;
+        if !is_tried || !is_other(protocol, served, client, response) {
+            return false;
         }
         if let Ok(nonce) = response.nonce.parse() {
             self.awaited.insert(nonce, version);
@@ -34,6 +40,7 @@ impl MadeOf {
         if self.awaited.len() > AWAITED_MAX {
             self.awaited.pop_first();
         }
+        true
     }
 
     /// A client answers: the version that this speaks against, if it does.
@@ -51,7 +58,7 @@ impl MadeOf {
 }
 
 /// Whether it brings, or takes away, anything in which what is tried is not as what is live, for this client. Certificates that are issued to it are of neither.
-fn is_other(served: &Served, client: &Client, response: &Response) -> bool {
+fn is_other(protocol: Protocol, served: &Served, client: &Client, response: &Response) -> bool {
     let Some(kind) = Kind::of(&response.type_url) else {
         return false;
     };
@@ -66,8 +73,12 @@ fn is_other(served: &Served, client: &Client, response: &Response) -> bool {
     };
     let mut brought = response.resources.iter();
     let is_new = brought.any(|it| has(tried, it) && !has(live, it));
-    let mut removed = response.removed.iter();
-    is_new || removed.any(|name| live.contains_key(name) && !tried.contains_key(name))
+    let mut gone = live.keys().filter(|name| !tried.contains_key(*name));
+    // What is gone is named, or, where a response holds all of a type, left out.
+    let is_whole = protocol == Protocol::State && kind.is_whole();
+    let is_left_out =
+        |name: &str| is_whole && response.resources.iter().all(|it| &*it.name != name);
+    is_new || gone.any(|name| response.removed.contains(name) || is_left_out(name))
 }
 
 #[cfg(test)]
@@ -155,7 +166,13 @@ mod tests {
             (&[("issued", "7")], &[], None),
         ] {
             let mut made_of = MadeOf::default();
-            made_of.said(&tried(), &client(), &response(7, resources, removed));
+            let is_of_it = made_of.said(
+                Protocol::Delta,
+                &tried(),
+                &client(),
+                &response(7, resources, removed),
+            );
+            assert_eq!(is_of_it, expected.is_some(), "{resources:?} {removed:?}");
             let against = made_of.speaks_against(Protocol::Delta, &nack(7, "no"));
             assert_eq!(against, expected, "{resources:?} {removed:?}");
             let again = made_of.speaks_against(Protocol::Delta, &nack(7, "no"));
@@ -165,7 +182,12 @@ mod tests {
         let mut served = tried();
         served.trial = None;
         let mut made_of = MadeOf::default();
-        made_of.said(&served, &client(), &response(7, &[("a", "2")], &[]));
+        made_of.said(
+            Protocol::Delta,
+            &served,
+            &client(),
+            &response(7, &[("a", "2")], &[]),
+        );
         let against = made_of.speaks_against(Protocol::Delta, &nack(7, "no"));
         assert_eq!(against, None);
     }
@@ -176,13 +198,35 @@ mod tests {
         for (error, expected) in [("b is bad", None), ("a is bad", Some(2))] {
             let mut made_of = MadeOf::default();
             let live = [("a", "1"), ("b", "1"), ("c", "1")];
-            made_of.said(&tried(), &client(), &response(1, &live, &[]));
+            made_of.said(
+                Protocol::State,
+                &tried(),
+                &client(),
+                &response(1, &live, &[]),
+            );
             let of_live = made_of.speaks_against(Protocol::State, &nack(1, "b is bad"));
             assert_eq!(of_live, None);
             let news = [("a", "2"), ("b", "1")];
-            made_of.said(&tried(), &client(), &response(2, &news, &[]));
+            made_of.said(
+                Protocol::State,
+                &tried(),
+                &client(),
+                &response(2, &news, &[]),
+            );
             let against = made_of.speaks_against(Protocol::State, &nack(2, error));
             assert_eq!(against, expected, "{error}");
+        }
+    }
+
+    /// There, nothing is named that is gone.
+    #[test]
+    fn what_a_whole_type_leaves_out_is_of_what_is_tried() {
+        let all = response(3, &[("b", "1"), ("c", "1")], &[]);
+        let fewer = response(4, &[("b", "1")], &[]);
+        for (response, expected) in [(all, false), (fewer, true)] {
+            let mut made_of = MadeOf::default();
+            let is_of_it = made_of.said(Protocol::State, &tried(), &client(), &response);
+            assert_eq!(is_of_it, expected, "{response:?}");
         }
     }
 
@@ -190,7 +234,12 @@ mod tests {
     fn answers_are_not_waited_for_without_end() {
         let mut made_of = MadeOf::default();
         for nonce in 0..=AWAITED_MAX as u64 {
-            made_of.said(&tried(), &client(), &response(nonce, &[("a", "2")], &[]));
+            made_of.said(
+                Protocol::Delta,
+                &tried(),
+                &client(),
+                &response(nonce, &[("a", "2")], &[]),
+            );
         }
         let mut against = |nonce| made_of.speaks_against(Protocol::Delta, &nack(nonce, "no"));
         assert_eq!((against(0), against(1)), (None, Some(2)));

@@ -94,12 +94,21 @@ impl Served {
 
     /// Ends, and begins anew; meanwhile this happens.
     pub(crate) async fn restarted(self, meanwhile: impl FnOnce(&Path)) -> Self {
+        self.restarted_after(Duration::ZERO, meanwhile).await
+    }
+
+    /// The same; streams end over this time.
+    pub(crate) async fn restarted_after(
+        self,
+        leave: Duration,
+        meanwhile: impl FnOnce(&Path),
+    ) -> Self {
         let Self {
             directory,
             options,
             running,
         } = self;
-        running.end(Duration::ZERO).await.unwrap();
+        running.end(leave).await.unwrap();
         meanwhile(&directory);
         // What is left of the one before lets go of its state.
         let running = eventually("it starts again", async || start(&options).await.ok()).await;

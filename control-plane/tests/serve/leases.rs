@@ -187,6 +187,25 @@ async fn after_a_restart_nothing_is_removed_before_a_whole_lease() {
     assert!(since.elapsed() >= Duration::from_secs(SHORT_S));
 }
 
+/// Nobody can renew while it takes leave, so nobody is taken away.
+#[tokio::test]
+async fn who_takes_leave_ends_no_lease() {
+    let served = Served::leasing("leases-leave", &[("fleet.yaml", FLEET)], SHORT_S).await;
+    // Streams end one after the other, a 64th of the time apart: the last of these late.
+    let mut streams = Vec::new();
+    for _ in 0..60 {
+        streams.push(speaker(&served).await);
+    }
+    let since = until_served(&served).await;
+    let leave = Duration::from_secs(2 * SHORT_S);
+    let served = served.restarted_after(leave, |_| {}).await;
+    assert!(
+        since.elapsed() > Duration::from_secs(SHORT_S),
+        "its lease would be over"
+    );
+    assert_eq!(endpoints(&served, "b").await, ["a.test:8081 HEALTHY"]);
+}
+
 #[tokio::test]
 async fn what_cannot_be_is_refused_with_why_and_nothing_changes() {
     let served = Served::leasing("leases-refused", &[("fleet.yaml", FLEET)], LONG_S).await;
