@@ -167,7 +167,7 @@ impl Served {
 }
 
 /// Where leases are kept.
-fn leases_of(directory: &Path) -> PathBuf {
+pub(crate) fn leases_of(directory: &Path) -> PathBuf {
     directory.join(".leases")
 }
 

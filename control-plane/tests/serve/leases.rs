@@ -1,6 +1,9 @@
 //! Engines that register: they appear, drain and vanish by lease, whatever becomes of streams and of the control plane.
 
-use crate::harness::{Served, eventually, node};
+use crate::{
+    harness::{Served, eventually, leases_of, node},
+    secure::{Ca, channel, client},
+};
 use outrigger_xds::{
     subscription::Kind,
     wire::outrigger::{
@@ -185,6 +188,33 @@ async fn after_a_restart_nothing_is_removed_before_a_whole_lease() {
     assert_eq!(endpoints(&served, "b").await, ["a.test:8081 HEALTHY"]);
     has(&served, "b", &[]).await;
     assert!(since.elapsed() >= Duration::from_secs(SHORT_S));
+}
+
+/// With certificates, a node registers itself and no other; what was issued to it over a stream is not enough.
+#[tokio::test]
+async fn a_node_registers_as_one_that_its_certificate_may_be() {
+    let ca = Ca::new("leases-identity", "fleet");
+    let served = Served::with("leases-identity", &[("fleet.yaml", FLEET)], |options| {
+        options.leases = Some(leases_of(&options.config));
+        options.tls = ca.options();
+    })
+    .await;
+    for (id, expected) in [
+        ("spiffe://fleet/node/b", Some(Code::PermissionDenied)),
+        ("spiffe://fleet/peer/a", Some(Code::PermissionDenied)),
+        ("spiffe://fleet/node/a", None),
+    ] {
+        let config = client(&ca, Some(&ca.good(id)), &rustls::version::TLS13);
+        let channel = channel(served.running.address, config);
+        let result = match Speaker::new(channel).await {
+            Ok(mut speaker) => speaker.say(said("a")).await,
+            Err(status) => Err(status),
+        };
+        assert_eq!(result.err().map(|status| status.code()), expected, "{id}");
+        let leases = served.json("/leases").await;
+        let is_there = leases["leases"].to_string().contains("a.test:8081");
+        assert_eq!(is_there, expected.is_none(), "{id}: {leases}");
+    }
 }
 
 /// Nobody can renew while it takes leave, so nobody is taken away.
