@@ -1,15 +1,17 @@
-//! Shows in a minute what Outrigger does, on simulated engines: two of them, a proxy beside each, every one a process
-//! of its own (this program again, see [`crate::reexec`]), on free ports.
+//! Shows in a minute what Outrigger does, on simulated engines: two of them, a proxy beside each, and the control
+//! plane of the proxies, every one a process of its own (this program again, see [`crate::reexec`]), on free ports.
 //!
 //! Without flags it prints what to try and a live summary until Ctrl-C; `--check` runs a script against expectations
 //! and ends. It judges the product only from outside: HTTP, metrics, admin.
 
 mod check;
+mod control_plane;
 mod conversation;
 mod exchange;
 mod fleet;
 mod live;
 mod outage;
+mod policy;
 mod process;
 mod report;
 mod reuse;
@@ -19,11 +21,11 @@ use clap::Parser;
 use std::{ffi::OsString, process::ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Two simulated engines, a proxy beside each. What to try is printed; Ctrl-C ends everything.
+/// Two simulated engines, a proxy beside each, and a control plane. What to try is printed; Ctrl-C ends everything.
 #[derive(Debug, Parser)]
 #[command(name = "outrigger-demo", version)]
 struct Flags {
-    /// Run a scripted conversation mix, kill an engine, print a JSON report as the last line; exit 1 if an expectation fails
+    /// Run a scripted conversation mix, change the policy, kill an engine, print a JSON report as the last line; exit 1 if an expectation fails
     #[arg(long)]
     check: bool,
     /// Send nothing of our own, only show what happens

@@ -1,11 +1,12 @@
 //! `--check`: does the fleet do what it is for? A scripted conversation mix entering at both proxies, one request at a
-//! time and many at once, its texts compared with an engine's own, and then an engine killed ([`super::outage`]).
+//! time and many at once, its texts compared with an engine's own; then the policy changed ([`policy`]) and an engine
+//! killed ([`outage`]) under load.
 
 use super::{
     conversation::{Ask, Conversation},
     exchange::{self, Flight, Generation},
     fleet::{Fleet, Speed, wait_until},
-    outage,
+    outage, policy,
     report::{Report, quantile_ms},
     reuse::{BLOCK_TOKENS, Held},
 };
@@ -64,7 +65,10 @@ async fn stages(report: &mut Report, seed: u64) -> Result<()> {
     let mut turns = one_at_a_time(report, &fleet, seed, &mut held).await;
     turns.extend(at_once(report, &fleet, seed, &mut held).await);
     texts(report, &fleet, &turns).await;
-    let result = outage::run(report, &mut fleet, seed).await;
+    let mut result = policy::run(report, &fleet, seed).await;
+    if result.is_ok() {
+        result = outage::run(report, &mut fleet, seed).await;
+    }
     fleet.stop().await;
     result
 }

@@ -1,7 +1,9 @@
-//! Two simulated engines with a proxy beside each: starting, killing, stopping, and what their proxies know of them.
+//! Two simulated engines with a proxy beside each, and a control plane that tells the proxies what to do: starting,
+//! killing, stopping, and what the proxies know of the engines.
 //! Sends no generation.
 
 use super::{
+    control_plane::{self, ControlPlane, Directory},
     conversation::MODEL,
     exchange::{self, Reply},
     process::Process,
@@ -9,6 +11,7 @@ use super::{
     samples::Page,
 };
 use anyhow::{Context, Result, bail};
+use futures_util::future::try_join_all;
 use outrigger_proxy::bootstrap::{FLEET, INBOUND, OUTBOUND};
 use serde_json::Value;
 use std::{
@@ -18,13 +21,15 @@ use std::{
 };
 
 /// For a process to bind its sockets.
-const START_LIMIT: Duration = Duration::from_secs(20);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(20);
 /// For both proxies to know both engines.
 const READY_LIMIT: Duration = Duration::from_secs(20);
 /// For an answer of an admin listener or of `/metrics`.
 pub(super) const ASK_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at something awaited.
-const LOOK: Duration = Duration::from_millis(10);
+pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// With a proxy beside each.
+const ENGINES: usize = 2;
 /// Tries to start the proxies, whose inbound ports are chosen before they are bound and may be taken meanwhile.
 const PROXY_STARTS_MAX: usize = 3;
 
@@ -156,74 +161,44 @@ pub(super) struct Known {
 }
 
 impl Proxy {
-    async fn start(
-        number: usize,
-        engine: SocketAddr,
-        inbound: u16,
-        peer: u16,
-        dir: &Path,
-    ) -> Result<Self> {
-        let admin_file = dir.join(format!("proxy-{number}.admin"));
+    /// Starts one that comes to a control plane at `xds` for what it does, and waits until it has its listeners.
+    async fn start(number: usize, xds: SocketAddr, dir: &Path) -> Result<Self> {
+        let file = |kind: &str| dir.join(format!("proxy-{number}.{kind}"));
+        let (bootstrap, admin_file) = (file("yaml"), file("admin"));
+        std::fs::write(
+            &bootstrap,
+            control_plane::bootstrap(&format!("proxy-{number}"), xds),
+        )?;
         // What an earlier try left there would be taken for this one's.
         let _ = std::fs::remove_file(&admin_file);
         let arguments = [
-            ("--engine", format!("http://{engine}")),
-            ("--peer", format!("http://127.0.0.1:{peer}")),
-            ("--listen", "127.0.0.1:0".into()),
-            ("--inbound", format!("127.0.0.1:{inbound}")),
-            ("--admin", "127.0.0.1:0".into()),
+            ("-c", bootstrap.display().to_string()),
             ("--admin-address-path", admin_file.display().to_string()),
-            ("--policy", "kv".into()),
-            ("--access-log", "none".into()),
             ("--concurrency", "1".into()),
-            ("--node-id", format!("proxy-{number}")),
         ];
         let arguments: Vec<String> = arguments
             .into_iter()
             .flat_map(|(name, value)| [name.into(), value])
             .collect();
-        let process = Process::start(
-            "proxy",
-            &arguments,
-            &dir.join(format!("proxy-{number}.log")),
-        )?;
+        let process = Process::start("proxy", &arguments, &file("log"))?;
         let begun = Instant::now();
-        let admin = loop {
+        loop {
             let text = std::fs::read_to_string(&admin_file).unwrap_or_default();
-            if let Ok(admin) = text.trim().parse() {
-                break admin;
+            if let Ok(admin) = text.trim().parse()
+                && let Ok(outbound) = listener(admin, OUTBOUND).await
+                && listener(admin, INBOUND).await.is_ok()
+            {
+                return Ok(Self {
+                    process,
+                    admin,
+                    outbound,
+                });
             }
             if process.has_ended() || begun.elapsed() > START_LIMIT {
                 bail!("proxy {number} does not start: {}", process.log_tail());
             }
             tokio::time::sleep(LOOK).await;
-        };
-        let mut proxy = Self {
-            process,
-            admin,
-            outbound: admin,
-        };
-        proxy.outbound = proxy.listener(OUTBOUND).await?;
-        if proxy.listener(INBOUND).await?.port() != inbound {
-            bail!("proxy {number} listens for its peer where the peer does not look");
         }
-        Ok(proxy)
-    }
-
-    async fn listener(&self, name: &str) -> Result<SocketAddr> {
-        let reply = exchange::get(self.admin, "/listeners?format=json", ASK_LIMIT).await;
-        let all: Value = serde_json::from_slice(&reply.body).context("/listeners of a proxy")?;
-        let found = all["listener_statuses"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|status| status["name"] == name);
-        let socket = &found.with_context(|| format!("a proxy without listener {name}"))?["local_address"]
-            ["socket_address"];
-        let address = socket["address"].as_str().unwrap_or_default();
-        format!("{address}:{}", socket["port_value"])
-            .parse()
-            .context("the address of a listener")
     }
 
     /// Its `/stats/prometheus`; empty if it does not answer.
@@ -257,6 +232,23 @@ impl Proxy {
     }
 }
 
+/// The address of a listener of the proxy with this admin.
+async fn listener(admin: SocketAddr, name: &str) -> Result<SocketAddr> {
+    let reply = exchange::get(admin, "/listeners?format=json", ASK_LIMIT).await;
+    let all: Value = serde_json::from_slice(&reply.body).context("/listeners of a proxy")?;
+    let found = all["listener_statuses"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|status| status["name"] == name);
+    let socket = &found.with_context(|| format!("a proxy without listener {name}"))?["local_address"]
+        ["socket_address"];
+    let address = socket["address"].as_str().unwrap_or_default();
+    format!("{address}:{}", socket["port_value"])
+        .parse()
+        .context("the address of a listener")
+}
+
 impl Known {
     fn of(host: &Value) -> Self {
         let own = &host["outrigger"];
@@ -287,53 +279,56 @@ pub(super) fn index_blocks(stats: &Page, engine: &Engine) -> u64 {
 pub(super) struct Fleet {
     pub(super) engines: Vec<Engine>,
     pub(super) proxies: Vec<Proxy>,
-    dir: PathBuf,
+    pub(super) control_plane: ControlPlane,
+    /// What the control plane serves.
+    pub(super) directory: Directory,
+    /// Removed when the processes have ended.
+    _scratch: Scratch,
+}
+
+/// Files of our own.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("outrigger-demo-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Best effort.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Fleet {
     /// Starts everything and waits until each proxy is ready for both engines.
     pub(super) async fn start(speed: Speed) -> Result<Self> {
-        let dir = std::env::temp_dir().join(format!("outrigger-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        let mut fleet = Self {
-            engines: Vec::new(),
-            proxies: Vec::new(),
-            dir,
-        };
-        for number in 0..2 {
-            fleet
-                .engines
-                .push(Engine::start(number, speed, &fleet.dir).await?);
+        let scratch = Scratch::new()?;
+        let dir = &scratch.0;
+        let mut engines = Vec::new();
+        for number in 0..ENGINES {
+            engines.push(Engine::start(number, speed, dir).await?);
         }
-        fleet.start_proxies().await?;
+        let directory = Directory::new(dir)?;
+        let http: Vec<_> = engines.iter().map(|engine| engine.http).collect();
+        directory.write(&http, &free_ports()?)?;
+        let control_plane = ControlPlane::start(&directory, &dir.join("control-plane.log")).await?;
+        let proxies = start_proxies(&directory, &http, control_plane.address, dir).await?;
+        let fleet = Self {
+            engines,
+            proxies,
+            control_plane,
+            directory,
+            _scratch: scratch,
+        };
         for engine in 0..fleet.engines.len() {
             fleet.wait_known(engine, READY_LIMIT).await?;
         }
         Ok(fleet)
-    }
-
-    async fn start_proxies(&mut self) -> Result<()> {
-        for left in (0..PROXY_STARTS_MAX).rev() {
-            let inbound = free_ports()?;
-            let start = |number: usize| {
-                Proxy::start(
-                    number,
-                    self.engines[number].http,
-                    inbound[number],
-                    inbound[1 - number],
-                    &self.dir,
-                )
-            };
-            match tokio::try_join!(start(0), start(1)) {
-                Ok((first, second)) => {
-                    self.proxies = vec![first, second];
-                    return Ok(());
-                }
-                Err(error) if left == 0 => return Err(error),
-                Err(error) => tracing::warn!("{error:#}; trying other ports"),
-            }
-        }
-        Ok(())
     }
 
     /// Waits until each proxy finds an engine healthy and hears its KV events.
@@ -418,18 +413,30 @@ impl Fleet {
         for engine in &mut self.engines {
             engine.process.stop().await;
         }
+        self.control_plane.process.stop().await;
     }
 }
 
-impl Drop for Fleet {
-    fn drop(&mut self) {
-        // Best effort: scratch files of our own.
-        let _ = std::fs::remove_dir_all(&self.dir);
+/// Starts a proxy beside each engine.
+async fn start_proxies(
+    directory: &Directory,
+    engines: &[SocketAddr],
+    xds: SocketAddr,
+    dir: &Path,
+) -> Result<Vec<Proxy>> {
+    for left in (0..PROXY_STARTS_MAX).rev() {
+        match try_join_all((0..ENGINES).map(|number| Proxy::start(number, xds, dir))).await {
+            Ok(proxies) => return Ok(proxies),
+            Err(error) if left == 0 => return Err(error),
+            Err(error) => tracing::warn!("{error:#}; trying other ports"),
+        }
+        directory.write(engines, &free_ports()?)?;
     }
+    bail!("no try is left")
 }
 
 /// Ports that were free a moment ago.
-fn free_ports() -> Result<[u16; 2]> {
+fn free_ports() -> Result<[u16; ENGINES]> {
     let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port");
     let (first, second) = (bind()?, bind()?);
     Ok([first.local_addr()?.port(), second.local_addr()?.port()])

@@ -39,7 +39,7 @@ const DEAD_FOR: Duration = Duration::from_secs(8);
 /// Runs until `told` to end.
 pub(super) async fn run(traffic: bool, seed: u64, told: impl Future<Output = ()>) -> Result<()> {
     let mut told = std::pin::pin!(told);
-    println!("Starting two simulated engines and a proxy beside each ...");
+    println!("Starting two simulated engines, a proxy beside each, and a control plane ...");
     let mut fleet = tokio::select! {
         started = Fleet::start(SPEED) => started?,
         () = &mut told => return Ok(()),
@@ -66,6 +66,8 @@ pub(super) async fn run(traffic: bool, seed: u64, told: impl Future<Output = ()>
 fn to_try(fleet: &Fleet) -> String {
     let (a, b) = (fleet.proxies[0].outbound, fleet.proxies[1].outbound);
     let (admin_a, admin_b) = (fleet.proxies[0].admin, fleet.proxies[1].admin);
+    let (control, file) = (fleet.control_plane.admin, fleet.directory.file());
+    let file = file.display();
     let chat = format!(
         r#"{{"model":"{MODEL}","messages":[{{"role":"user","content":"Tell me about the sea."}}],"max_tokens":40"#
     );
@@ -100,6 +102,18 @@ fn to_try(fleet: &Fleet) -> String {
         (
             "Its metrics",
             format!("curl -s http://{admin_b}/stats/prometheus"),
+        ),
+        (
+            "Choose engines in another way (kv, round_robin, least_request, random), while all goes on",
+            format!("sed -i 's/policy: [a-z_]*/policy: round_robin/' {file}"),
+        ),
+        (
+            "What the control plane knows of its proxies, and its versions",
+            format!("curl -s http://{control}/clients; curl -s http://{control}/versions"),
+        ),
+        (
+            "Kill the control plane: the proxies go on as they are",
+            format!("kill -9 {}", fleet.control_plane.process.pid),
         ),
         (
             "Kill an engine (it comes back by itself)",
@@ -175,6 +189,8 @@ async fn show(fleet: &mut Fleet, refused: &Cell<u64>) -> Result<()> {
 
 /// What proxies and engines say at one moment.
 struct Seen {
+    /// Of what the control plane serves; `None` if it is dead.
+    version: Option<u64>,
     proxies: Vec<(Page, Vec<Known>)>,
     engines: Vec<Page>,
 }
@@ -182,6 +198,7 @@ struct Seen {
 impl Seen {
     async fn look(fleet: &Fleet) -> Self {
         let mut seen = Self {
+            version: fleet.control_plane.version().await,
             proxies: Vec::new(),
             engines: Vec::new(),
         };
@@ -249,6 +266,10 @@ impl Seen {
             ));
         }
         lines.push(String::new());
+        lines.push(match self.version {
+            Some(version) => format!("control plane: version {version} of fleet.yaml"),
+            None => "control plane: does not answer".into(),
+        });
         lines.push(format!("background requests not answered whole: {refused}"));
         lines.join("\n") + "\n"
     }

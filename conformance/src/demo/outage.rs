@@ -32,8 +32,8 @@ const YOUNG: Duration = Duration::from_millis(120);
 const TRANSIT: Duration = Duration::from_millis(10);
 /// A client that was let down breathes before it asks again.
 const BREATH: Duration = Duration::from_millis(50);
-/// Long answers, so that there is something to cut.
-const ANSWER_TOKENS: u32 = 120;
+/// Long answers, so that there is something to cut; of several lengths, or clients of a slow machine run in step.
+const ANSWER_TOKENS: std::ops::RangeInclusive<u32> = 80..=160;
 const PROMPT_WORDS: usize = 40;
 /// For a moment in which the victim's death hurts.
 const MOMENT_LIMIT: Duration = Duration::from_secs(10);
@@ -69,7 +69,7 @@ impl Load<'_> {
         let stream = number % 3 != 2;
         while !self.stopped.get() {
             let mut body = json!({
-                "model": MODEL, "temperature": 0, "max_tokens": ANSWER_TOKENS, "ignore_eos": true, "stream": stream,
+                "model": MODEL, "temperature": 0, "max_tokens": rng.random_range(ANSWER_TOKENS), "ignore_eos": true, "stream": stream,
                 "return_token_ids": true, "messages": [{"role": "user", "content": prose(&mut rng, PROMPT_WORDS)}],
             });
             if stream {

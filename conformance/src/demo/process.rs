@@ -1,4 +1,4 @@
-//! A part of the demo as a process of its own: this program again, told to be a proxy or an engine. It ends with us,
+//! A part of the demo as a process of its own: this program again, told to be a proxy, an engine or a control plane. It ends with us,
 //! however we end, and never hears our terminal's Ctrl-C.
 
 use crate::reexec;
@@ -44,6 +44,8 @@ impl Process {
             .arg(part)
             .args(arguments)
             .env(reexec::ENDS_WITH_STDIN, "1")
+            // Its log is a file.
+            .env("NO_COLOR", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(errors)
