@@ -191,8 +191,8 @@ impl<D: Dialect> Conversation<D> {
         let mut ending = self.ending.clone();
         let mut checks = self.peer.checks();
         let (id, sender) = (self.entry.stream.id, self.sender.clone());
+        let mut held_until = None;
         loop {
-            let held = self.entry.stream.session().held();
             tokio::select! {
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
@@ -212,8 +212,10 @@ impl<D: Dialect> Conversation<D> {
                         Some(response) => slot.send(Ok(D::write(response))),
                         None => is_news = false,
                     }
+                    let held = self.entry.stream.session().held();
+                    held_until = held.map(|held| Instant::now() + held);
                 }
-                () = over(held), if !is_news => is_news = true,
+                () = over(held_until), if !is_news => is_news = true,
                 () = due(&mut checks) => {
                     self.peer.check()?;
                     is_news |= self.seen.is_due(SystemTime::now());
@@ -298,9 +300,9 @@ fn label(type_url: &str) -> &'static str {
 }
 
 /// When what is held back is so no longer.
-async fn over(held: Option<Duration>) {
-    match held {
-        Some(held) => tokio::time::sleep(held).await,
+async fn over(held_until: Option<Instant>) {
+    match held_until {
+        Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
     }
 }

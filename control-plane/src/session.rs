@@ -40,6 +40,8 @@ pub const NAMES_MAX: usize = 100_000;
 pub const NAME_BYTES_MAX: usize = 4096;
 /// What is gone stays so long for listeners and routes that are not taken. Who refuses them for good must not keep everything for ever.
 pub const HOLD_MAX: Duration = Duration::from_secs(60);
+/// Listeners and routes wait so long for the client to ask for the endpoints of clusters that it was just sent. Who never asks must not wait for ever.
+pub const ENDPOINTS_MAX: Duration = Duration::from_secs(5);
 /// A response is cut when it is longer, where the protocol lets it be: many clients take no more than 4 MiB.
 pub const RESPONSE_BYTES_MAX: usize = 2 << 20;
 
@@ -203,7 +205,7 @@ pub struct Session {
     nonces: u64,
     /// Endpoints whose cluster was sent: they are sent again, or some clients wait for them for ever.
     owed: BTreeSet<String>,
-    /// How long what is gone is held back yet.
+    /// How long something is held back yet.
     held: Option<Duration>,
 }
 
@@ -316,7 +318,7 @@ impl Session {
         Ok(())
     }
 
-    /// After which time [`Self::next`] may have something to say though nothing happened: what is gone, and was held back.
+    /// After which time [`Self::next`] may have something to say though nothing happened: what was held back.
     #[must_use]
     pub fn held(&self) -> Option<Duration> {
         self.held
@@ -324,9 +326,18 @@ impl Session {
 
     /// The next response, if there is something to say.
     pub fn next(&mut self, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
-        let news = Kind::ALL
-            .into_iter()
-            .find_map(|kind| self.news(kind, snapshot, now));
+        let mut first = [Kind::Clusters, Kind::Endpoints].into_iter();
+        let news = first.find_map(|kind| self.news(kind, snapshot, now));
+        if news.is_some() {
+            return news;
+        }
+        self.held = self.awaits(snapshot, now);
+        if self.held.is_some() {
+            let secrets = self.news(Kind::Secrets, snapshot, now);
+            return secrets.or_else(|| self.unknown(now));
+        }
+        let mut then = [Kind::Listeners, Kind::Routes, Kind::Secrets].into_iter();
+        let news = then.find_map(|kind| self.news(kind, snapshot, now));
         let next = news
             .or_else(|| self.unknown(now))
             .or_else(|| self.removal(snapshot, now));
@@ -334,6 +345,22 @@ impl Session {
             self.rest(snapshot);
         }
         next
+    }
+
+    /// How long listeners and routes wait for endpoints of clusters that are new to the client: a request that they lead to such a cluster
+    /// finds nobody there, and the client asks for its endpoints only when it has it.
+    fn awaits(&self, snapshot: &Snapshot, now: SystemTime) -> Option<Duration> {
+        let clusters = self.types.get(Kind::Clusters.type_url())?;
+        let endpoints = snapshot.of(Kind::Endpoints);
+        let is_owed = |name: &String| self.owed.contains(name) && endpoints.contains_key(name);
+        let awaited = snapshot.of(Kind::Clusters).values();
+        let awaited = awaited.filter(|cluster| cluster.endpoints.as_ref().is_some_and(is_owed));
+        let since = awaited.filter_map(|cluster| clusters.told_since(cluster));
+        // A clock that was set back says nothing.
+        let age = now.duration_since(since.max()?).unwrap_or_default();
+        ENDPOINTS_MAX
+            .checked_sub(age)
+            .filter(|left| !left.is_zero())
     }
 
     /// Until it says something, types of which nothing changes need not be looked at.

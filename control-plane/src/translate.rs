@@ -23,7 +23,7 @@ use outrigger_xds::{
     resource::{
         cluster::Cluster,
         config_source::{self, ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT},
-        endpoint::ClusterLoadAssignment,
+        endpoint::{Address, ClusterLoadAssignment, LbEndpoint, Locality},
         listener::Listener,
         route::RouteConfiguration,
     },
@@ -36,7 +36,7 @@ use prost::Message;
 use prost_types::Any;
 use rules::Whole;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 /// A resource, for whom it is meant, and which document it was made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -172,10 +172,51 @@ pub fn translate(
 ) -> Result<Vec<Resource>, Problems> {
     let resources = made(documents, secrets)?;
     let mut problems = Problems::default();
+    let of_all = endpoints_of_all(&resources);
     for resource in &resources {
-        judge(resource, &mut problems);
+        let errors = match &resource.v3 {
+            // Nearly all of them are those of all: reading these for each node would take longer by the square of the nodes.
+            V3::Endpoints(own) if resource.node.is_some() => {
+                V3::Endpoints(less(own, &of_all)).judge()
+            }
+            v3 => v3.judge(),
+        };
+        tell(resource, errors, &mut problems);
     }
     problems.finish(resources)
+}
+
+/// By cluster and address: what is judged already.
+type Judged<'a> = HashMap<(&'a str, &'a Address), (&'a LbEndpoint, Locality)>;
+
+/// Endpoints that are meant for all nodes.
+fn endpoints_of_all(resources: &[Resource]) -> Judged<'_> {
+    let assignments = resources.iter().filter_map(|resource| match &resource.v3 {
+        V3::Endpoints(assignment) if resource.node.is_none() => Some(assignment),
+        _ => None,
+    });
+    let mut all = Judged::default();
+    for assignment in assignments {
+        for endpoint in &assignment.endpoints {
+            let key = (assignment.cluster_name.as_str(), &endpoint.address);
+            all.insert(key, (endpoint, assignment.locality(endpoint)));
+        }
+    }
+    all
+}
+
+/// Of endpoints those that are not judged already.
+fn less(own: &ClusterLoadAssignment, judged: &Judged<'_>) -> ClusterLoadAssignment {
+    let is_new = |endpoint: &&LbEndpoint| {
+        let found = judged.get(&(own.cluster_name.as_str(), &endpoint.address));
+        found != Some(&(*endpoint, own.locality(endpoint)))
+    };
+    ClusterLoadAssignment {
+        cluster_name: own.cluster_name.clone(),
+        endpoints: own.endpoints.iter().filter(is_new).cloned().collect(),
+        localities: own.localities.clone(),
+        overprovisioning_factor: own.overprovisioning_factor,
+    }
 }
 
 /// The same, before anybody has looked whether a proxy would take it.
@@ -200,8 +241,8 @@ fn key(resource: &Resource) -> (usize, Option<&str>, &str) {
     (v3.rank(), resource.node.as_deref(), v3.name())
 }
 
-fn judge(resource: &Resource, problems: &mut Problems) {
-    let Err(errors) = resource.v3.judge() else {
+fn tell(resource: &Resource, judged: Result<(), ConfigErrors>, problems: &mut Problems) {
+    let Err(errors) = judged else {
         return;
     };
     let v3 = &resource.v3;

@@ -6,7 +6,7 @@ use super::{
     dynamic::{any_port, endpoints, listener, served_by},
 };
 use outrigger_conformance::harness::{Client, Process, Upstream, eventually, scratch};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
@@ -36,9 +36,19 @@ async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
 }
 
 async fn driven_by(api_type: &str, control: SocketAddr, cache: &Cache, node: &str) -> Process {
+    let config = bootstrap(api_type, control, node);
+    let path = scratch("driven.json");
+    fs::write(&path, config.to_string()).unwrap();
+    let directory = cache.0.to_str().unwrap();
+    let flags = ["--config-cache", directory];
+    Process::with_config(PROGRAM, path.to_str().unwrap(), &flags).await
+}
+
+/// A proxy that has everything but its admin from a control plane.
+pub(super) fn bootstrap(api_type: &str, control: SocketAddr, node: &str) -> Value {
     let source = ads_source();
     let at = any_port();
-    let config = json!({
+    json!({
         "node": { "id": node, "cluster": "fleet" },
         "admin": { "address": super::dynamic::address(at) },
         "dynamic_resources": {
@@ -68,12 +78,7 @@ async fn driven_by(api_type: &str, control: SocketAddr, cache: &Cache, node: &st
                 ] }],
             },
         }] },
-    });
-    let path = scratch("driven.json");
-    fs::write(&path, config.to_string()).unwrap();
-    let directory = cache.0.to_str().unwrap();
-    let flags = ["--config-cache", directory];
-    Process::with_config(PROGRAM, path.to_str().unwrap(), &flags).await
+    })
 }
 
 /// Where the listener is that came from the control plane, or from the disk.

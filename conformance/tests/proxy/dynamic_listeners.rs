@@ -10,7 +10,7 @@ use tokio::net::TcpSocket;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 
 /// An address where nobody listens, kept from others; see `config::held`.
-fn held() -> (SocketAddr, TcpSocket) {
+pub(super) fn held() -> (SocketAddr, TcpSocket) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_reuseaddr(true).unwrap();
     socket.bind(any_port()).unwrap();

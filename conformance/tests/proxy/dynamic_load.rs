@@ -26,15 +26,30 @@ const ROUNDS: usize = 12;
 
 /// What clients saw.
 #[derive(Default)]
-struct Seen {
-    good: AtomicUsize,
+pub(super) struct Seen {
+    pub(super) good: AtomicUsize,
     bad: Mutex<Vec<String>>,
-    over: AtomicBool,
+    pub(super) over: AtomicBool,
 }
 
 impl Seen {
-    fn bad(&self, what: String) {
+    pub(super) fn bad(&self, what: String) {
         self.bad.lock().unwrap().push(what);
+    }
+
+    /// Panics if anything failed, or too little was asked.
+    pub(super) fn conclude(&self, servers: &[Upstream]) {
+        let bad = self.bad.lock().unwrap();
+        assert!(
+            bad.is_empty(),
+            "{} failures, first {:?}",
+            bad.len(),
+            &bad[..bad.len().min(5)]
+        );
+        let good = self.good.load(SeqCst);
+        assert!(good > 200, "{good} requests");
+        let served: usize = servers.iter().map(|server| server.exchanges().len()).sum();
+        assert_eq!(served, good, "what was served is what was answered");
     }
 
     async fn judge(&self, answer: hyper::Result<Response<Incoming>>, who: &str) {
@@ -57,7 +72,7 @@ fn ask(place: SocketAddr, path: &str) -> Request<Empty<Bytes>> {
 }
 
 /// Asks on one connection for as long as it is not told to end.
-async fn http1(place: SocketAddr, path: &'static str, seen: Arc<Seen>) {
+pub(super) async fn http1(place: SocketAddr, path: &'static str, seen: Arc<Seen>) {
     while !seen.over.load(SeqCst) {
         let socket = match TcpStream::connect(place).await {
             Ok(socket) => socket,
@@ -86,7 +101,7 @@ async fn http1(place: SocketAddr, path: &'static str, seen: Arc<Seen>) {
 }
 
 /// Several at once on one connection for as long as it is not told to end.
-async fn http2(place: SocketAddr, seen: Arc<Seen>) {
+pub(super) async fn http2(place: SocketAddr, seen: Arc<Seen>) {
     while !seen.over.load(SeqCst) {
         let socket = TcpStream::connect(place).await.unwrap();
         let (mut sender, driver) = http2::handshake(TokioExecutor::new(), TokioIo::new(socket))
@@ -119,7 +134,7 @@ fn was_not_taken(error: &hyper::Error) -> bool {
     error.is_canceled() || cause.is_some_and(told)
 }
 
-async fn server() -> Upstream {
+pub(super) async fn server() -> Upstream {
     Upstream::start(|mut conn, asked| async move {
         if asked.path() == "/slow" {
             conn.begin_events().await;
@@ -235,15 +250,5 @@ async fn no_request_fails_and_no_stream_breaks_while_everything_changes() {
     for client in clients {
         client.await.unwrap();
     }
-    let bad = seen.bad.lock().unwrap();
-    assert!(
-        bad.is_empty(),
-        "{} failures, first {:?}",
-        bad.len(),
-        &bad[..bad.len().min(5)]
-    );
-    let good = seen.good.load(SeqCst);
-    assert!(good > 200, "{good} requests");
-    let served: usize = servers.iter().map(|server| server.exchanges().len()).sum();
-    assert_eq!(served, good, "what was served is what was answered");
+    seen.conclude(&servers);
 }

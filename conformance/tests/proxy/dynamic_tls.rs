@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-fn secret(name: &str, content: Value) -> Value {
+pub(super) fn secret(name: &str, content: Value) -> Value {
     let mut secret = content;
     secret["name"] = json!(name);
     typed("envoy.extensions.transport_sockets.tls.v3.Secret", secret)
 }
 
-fn certificate(pair: &Pair) -> Value {
+pub(super) fn certificate(pair: &Pair) -> Value {
     let (chain, key) = (&pair.chain, &pair.key);
     json!({ "tls_certificate": {
         "certificate_chain": { "inline_string": chain }, "private_key": { "inline_string": key },

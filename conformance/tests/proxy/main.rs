@@ -49,6 +49,7 @@ mod own_answers;
 mod per_filter;
 mod pipes;
 mod protocol;
+mod random_changes;
 mod regression;
 mod reuse;
 mod routes;

@@ -206,7 +206,7 @@ impl TlsClient {
 }
 
 pub(super) struct Answer {
-    status: StatusCode,
+    pub(super) status: StatusCode,
     body: String,
     pub(super) leaf: CertificateDer<'static>,
     h2: bool,

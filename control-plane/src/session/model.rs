@@ -97,6 +97,8 @@ fn answer(response: Response) -> Answer {
 struct Run {
     dice: StdRng,
     now: Instant,
+    /// The server's.
+    clock: SystemTime,
     protocol: Protocol,
     world: BTreeMap<Kind, Versions>,
     /// As whom the client speaks.
@@ -122,6 +124,7 @@ impl Run {
         let mut run = Self {
             dice: StdRng::seed_from_u64(seed),
             now,
+            clock: SystemTime::UNIX_EPOCH,
             protocol,
             world: Kind::ALL.map(|kind| (kind, Versions::new())).into(),
             user_agent: if seed.is_multiple_of(2) {
@@ -190,7 +193,7 @@ impl Run {
         };
         let session = self.session.as_mut().expect("only then it asks");
         session
-            .hear(heard(self.user_agent, request), SystemTime::UNIX_EPOCH)
+            .hear(heard(self.user_agent, request), self.clock)
             .expect("a client of ours does nothing wrong");
         true
     }
@@ -206,7 +209,7 @@ impl Run {
         let mut snapshot = snapshot(&self.world);
         snapshot.share(&self.snapshot);
         self.snapshot = snapshot;
-        let next = session.next(&self.snapshot, SystemTime::UNIX_EPOCH);
+        let next = session.next(&self.snapshot, self.clock);
         let is_some = next.is_some();
         self.on_the_way.extend(next.map(answer));
         is_some
@@ -257,7 +260,9 @@ impl Run {
             // Not one after the other: whoever has something to do does it.
             let moved = [self.ask(), self.serve(), self.receive()];
             if moved == [false; 3] {
-                return;
+                let held = self.session.as_ref().and_then(Session::held);
+                let Some(held) = held else { return };
+                self.clock += held;
             }
         }
     }

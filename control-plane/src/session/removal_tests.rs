@@ -17,15 +17,17 @@ fn what_is_gone_is_told_last() {
         (Routes, "other", "1"),
     ];
     let mut talk = settled(Protocol::State);
-    assert_eq!(
-        talk.told(after),
-        ["Clusters[a@1 b@1 c@1]", "Listeners[l@2]"]
-    );
+    assert_eq!(talk.told(after), ["Clusters[a@1 b@1 c@1]"]);
+    talk.want(Endpoints, &["a", "b", "c"]);
+    assert_eq!(talk.told(after), ["Endpoints[c@1]", "Listeners[l@2]"]);
+    talk.answer(Endpoints, &["a", "b", "c"], None);
     talk.answer(Listeners, &[], None);
     assert_eq!(talk.told(after), ["Clusters[b@1 c@1]"]);
     assert_eq!(talk.told(after), [""; 0]);
     let mut talk = settled(Protocol::Delta);
-    assert_eq!(talk.told(after), ["Clusters[c@1]", "Listeners[l@2]"]);
+    assert_eq!(talk.told(after), ["Clusters[c@1]"]);
+    talk.want(Endpoints, &["c"]);
+    assert_eq!(talk.told(after), ["Endpoints[c@1]", "Listeners[l@2]"]);
     talk.answer(Listeners, &[], None);
     let expected = [
         "Routes[] -[r]",
@@ -35,6 +37,42 @@ fn what_is_gone_is_told_last() {
     ];
     assert_eq!(talk.told(after), expected);
     assert_eq!(talk.told(after), [""; 0]);
+}
+
+/// They may lead there, and a client asks for endpoints only when it has their cluster.
+#[test]
+fn listeners_and_routes_wait_for_endpoints_of_what_is_new_and_not_for_ever() {
+    let mut after = WORLD.to_vec();
+    after.extend([(Clusters, "c", "1"), (Endpoints, "c", "1")]);
+    after[5].2 = "2";
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let clusters = match protocol {
+            Protocol::State => "Clusters[a@1 b@1 c@1]",
+            Protocol::Delta => "Clusters[c@1]",
+        };
+        assert_eq!(talk.told(&after), [clusters], "{protocol:?}");
+        assert_eq!(talk.session.held(), Some(ENDPOINTS_MAX));
+        let mut renewed = after.clone();
+        renewed[6].2 = "2";
+        assert_eq!(
+            talk.told(&renewed),
+            ["Secrets[s@2]"],
+            "these need no endpoints"
+        );
+        talk.told(&after);
+        talk.answer(Clusters, &[], None);
+        assert_eq!(talk.told(&after), [""; 0], "{protocol:?}");
+        talk.now += ENDPOINTS_MAX;
+        assert_eq!(talk.told(&after), ["Routes[r@2]"], "{protocol:?}");
+    }
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        talk.told(&after);
+        // It will not ask for them.
+        talk.answer(Clusters, &[], Some("no"));
+        assert_eq!(talk.told(&after), ["Routes[r@2]"], "{protocol:?}");
+    }
 }
 
 /// The old routes are in effect still, and lead there.

@@ -446,6 +446,13 @@ impl Watched {
         }
     }
 
+    /// Since when it has this, unless it refused it.
+    pub(super) fn told_since(&self, resource: &Resource) -> Option<SystemTime> {
+        let sent = self.sent.get(&resource.name)?;
+        let is_told = sent.version() == resource.version && sent.state != State::Nacked;
+        is_told.then_some(sent.since)
+    }
+
     /// Since when something that is there was not taken, the newest of it. What is gone is waited for by nobody.
     pub(super) fn open_since(&self, all: &ByName) -> Option<SystemTime> {
         let sent = self.sent.iter();
