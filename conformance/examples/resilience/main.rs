@@ -11,7 +11,6 @@ mod report;
 use clap::Parser;
 use client::{Clients, PROMPTS, Story, read};
 use dialect::EnginesOf;
-use pod::Pod;
 use report::Report;
 use std::{
     net::SocketAddr,
@@ -52,10 +51,13 @@ struct Args {
     #[arg(long, default_value_t = 90.0)]
     moved_min: f64,
     /// Leave the filter out, for contrast: then nothing is promised.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "proxy")]
     without: bool,
+    /// Take this `outrigger-proxy`; the default is one that is built in.
+    #[arg(long)]
+    proxy: Option<PathBuf>,
     /// Where the proxies' access logs are.
-    #[arg(long, hide = true, default_value = "")]
+    #[arg(long, hide = true, default_value = ".")]
     logs: PathBuf,
     /// Be the proxy of this pod.
     #[arg(long, hide = true)]

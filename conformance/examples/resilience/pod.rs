@@ -57,26 +57,37 @@ impl Addresses {
     }
 }
 
-/// Runs the proxy of a pod until whoever started it ends. But for the addresses all is as shipped, with one worker.
-pub(crate) fn run_proxy(at: usize, args: &Args) -> ExitCode {
+/// Flags of the proxy of a pod: who is where. All else is as shipped, but for the threads: one, since pods share cores.
+fn flags(at: usize, args: &Args) -> Vec<(&'static str, String)> {
     let pods: Vec<_> = args.addresses.chunks(4).map(Addresses::of).collect();
     let role = side(at, args).map_or("both", |side| match side {
         Side::Prefill => "prefill",
         Side::Decode => "decode",
     });
     let log = args.logs.join(format!("{at}.log"));
-    let builder = ProxyBuilder::new()
-        .flag(
+    let mut flags = vec![
+        (
             "--engine",
-            &format!("http://{};role={role}", pods[at].engine),
-        )
-        .flag("--listen", &pods[at].outbound.to_string())
-        .flag("--inbound", &pods[at].inbound.to_string())
-        .flag("--admin", &pods[at].admin.to_string())
-        .flag("--policy", "kv")
-        .flag("--access-log", &log.to_string_lossy());
+            format!("http://{};role={role}", pods[at].engine),
+        ),
+        ("--listen", pods[at].outbound.to_string()),
+        ("--inbound", pods[at].inbound.to_string()),
+        ("--admin", pods[at].admin.to_string()),
+        ("--node-id", format!("pod-{at}")),
+        ("--access-log", log.to_string_lossy().into_owned()),
+        ("--policy", "kv".to_owned()),
+    ];
     let others = (0..pods.len()).filter(|other| *other != at);
-    let builder = others.fold(builder, |builder, other| builder.peer(pods[other].inbound));
+    flags.extend(others.map(|other| ("--peer", format!("http://{}", pods[other].inbound))));
+    flags
+}
+
+/// Runs the proxy of a pod until whoever started it ends.
+pub(crate) fn run_proxy(at: usize, args: &Args) -> ExitCode {
+    let flags = flags(at, args).into_iter();
+    let builder = flags.fold(ProxyBuilder::new(), |builder, (name, value)| {
+        builder.flag(name, &value)
+    });
     let without = args.without;
     let edit = move |bootstrap: &mut Bootstrap| {
         let outbound = |listener: &&mut Listener| listener.name == OUTBOUND;
@@ -170,8 +181,24 @@ impl Pod {
     }
 }
 
-/// This program again.
 fn start_proxy(at: usize, args: &Args) -> std::io::Result<Child> {
+    let mut command = match &args.proxy {
+        Some(program) => {
+            let mut command = Command::new(program);
+            command.args(["--concurrency", "1", "--log-level", "error"]);
+            for (name, value) in flags(at, args) {
+                command.args([name, &value]);
+            }
+            command
+        }
+        None => this_again(at, args)?,
+    };
+    command.stdin(Stdio::piped()).kill_on_drop(true);
+    command.spawn()
+}
+
+/// This program, as the proxy of a pod.
+fn this_again(at: usize, args: &Args) -> std::io::Result<Command> {
     let addresses: Vec<_> = args.addresses.iter().map(ToString::to_string).collect();
     let engines_of = args.engines_of.to_possible_value();
     let engines_of = engines_of.expect("invariant: no value is skipped");
@@ -182,15 +209,13 @@ fn start_proxy(at: usize, args: &Args) -> std::io::Result<Child> {
         .args(["--engines-of", engines_of.get_name()])
         .args(["--engines", &args.engines.to_string()])
         .arg("--logs")
-        .arg(&args.logs)
-        .stdin(Stdio::piped())
-        .kill_on_drop(true);
+        .arg(&args.logs);
     for (flag, on) in [("--without", args.without), ("--split", args.split)] {
         if on {
             command.arg(flag);
         }
     }
-    command.spawn()
+    Ok(command)
 }
 
 /// Starts all pods and waits until every proxy knows every engine.
