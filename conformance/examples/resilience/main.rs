@@ -20,6 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// For the last lines of access logs to be written.
+const LOG_LAG: Duration = Duration::from_millis(500);
+
 /// Streams on a fleet whose engines break.
 #[derive(Parser, Clone)]
 struct Args {
@@ -113,6 +116,7 @@ async fn main() -> ExitCode {
     for pod in &pods {
         fire.figures.add(pod).await;
     }
+    tokio::time::sleep(LOG_LAG).await;
     drop(pods);
     let report = Report::of(&ended, &args, &fire, report::logged(&logs));
     // Best effort: scratch files.

@@ -7,10 +7,15 @@ use crate::{
 };
 use clap::ValueEnum;
 use serde_json::{Map, Value, json};
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
 
 /// Failures whose words are reported.
 const WORDS_MAX: usize = 8;
+/// Why streams fail where engines die faster than first tokens come.
+const REASONS: [&str; 4] = ["poison", "attempts", "budget", "timeout"];
 /// Streams that moved at least so often, in one row.
 const MOVES: [u64; 8] = [0, 1, 2, 3, 4, 6, 8, 12];
 
@@ -77,6 +82,7 @@ impl Report {
     ) -> Self {
         let count = |is: fn(&Outcome) -> bool| ended.iter().filter(|one| is(&one.outcome)).count();
         let failed = count(|outcome| matches!(outcome, Outcome::Failed(_)));
+        let failed_by = reasons(ended);
         let wrong = count(|outcome| matches!(outcome, Outcome::Wrong));
         let lost = count(|outcome| matches!(outcome, Outcome::LostWithEntry));
         let whole = ended
@@ -93,7 +99,7 @@ impl Report {
             "stage": "resilience", "engines_of": args.engines_of.to_possible_value().map(|value| value.get_name().to_owned()),
             "split": args.split, "migration": !args.without, "engines": args.engines, "streams_at_once": open.get(open.len() / 2),
             "streams_at_once_min": open.first(), "seconds": args.seconds, "tokens": args.tokens, "itl_ms": args.itl_ms,
-            "faults": fire.faults, "pods_killed": fire.pods, "streams": ended.len(), "failed": failed, "wrong_text": wrong,
+            "faults": fire.faults, "pods_killed": fire.pods, "streams": ended.len(), "failed": failed, "failed_by": failed_by, "wrong_text": wrong,
             "lost_with_their_entry": lost, "whole": whole.len(), "moved_percent": (moved_percent * 10.0).round() / 10.0,
             "moves": moves.distribution, "unlogged": moves.unlogged, "added_ms": spread(moves.delays), "gap_ms": spread(moves.gaps),
             "decisions": splits, "counters": fire.figures.0,
@@ -158,6 +164,18 @@ impl Moves {
         }
         moves
     }
+}
+
+/// Streams that failed by what they were told.
+fn reasons(ended: &[Ended]) -> BTreeMap<&str, usize> {
+    let mut all = BTreeMap::new();
+    for one in ended {
+        if let Outcome::Failed(words) = &one.outcome {
+            let known = REASONS.iter().find(|reason| words.contains(**reason));
+            *all.entry(known.copied().unwrap_or("other")).or_default() += 1;
+        }
+    }
+    all
 }
 
 fn spread(mut values: Vec<f32>) -> Value {
