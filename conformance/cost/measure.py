@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 
 import peers
 from peers import UPSTREAMS
@@ -31,14 +32,24 @@ WORKLOADS = {  # name: (arguments of load, which address, unit)
     "h2csse": (["--conns", "4", "--h2", "16", *STREAMED], "h2c", "events"),
     "tls": (["--conns", "32", "--tls", "--seconds", "1.5"], "tls", "ok"),
     "handshake": (["--conns", "16", "--tls", "--once", "--seconds", "1.5"], "tls", "ok"),
+    "chain": (["--conns", "16", "--stream", "256", "--seconds", "1"], "chain", "events"),
 }
-QUICK = ("json", "sse", "sse10ms")
+QUICK = ("json", "sse", "sse10ms", "chain")
+# A sidecar's outbound chain and what is left of it: what each filter is worth is the difference. The upstream tells ids to who asks.
+CHAINS = {
+    "whole": (),
+    "whole again": (),
+    "no migration": ("migration",),
+    "router": ("engine_api", "openai", "stored_responses", "migration", "kv_routing", "disaggregation"),
+}
 # What must hold, of the median ratio to the floor and of memory. json is today's, so that it does not grow; it is to be 1.5.
 CEILINGS = {"json": 2.2, "sse": 1.0, "kb_per_stream": 41, "idle_mb": 30}
 # What the finished proxy is to cost. Missing one is told, and fails nothing.
 GOALS = {"json": 1.05, "sse": 0.65, "sse10ms": 1.0, "request400k": 1.15, "connection": 1.15, "h2c": 1.0, "h2csse": 0.7, "tls": 1.15,
          "handshake": 1.15, "kb_per_stream": 20, "idle_mb": 15}
 STREAMS = 1000
+# For the bytes of a token: so many streams of so many tokens, and the tokens of their prompt.
+HELD_STREAMS, HELD_TOKENS = 400, 2000
 NICE = -10  # where that is allowed; the proxies, the load and the upstream alike
 
 
@@ -79,6 +90,13 @@ def rss_kb(pid):
     return total
 
 
+def gauge(admin, name):
+    """A metric without labels; 0 if there is none."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{admin}/stats/prometheus", timeout=10) as page:
+        lines = (line.split() for line in page.read().decode().splitlines())
+        return next((float(line[1]) for line in lines if line and line[0] == name), 0)
+
+
 def nicer():
     try:
         os.nice(NICE)
@@ -113,7 +131,7 @@ class Bench:
     def start(self, name):
         program = self.programs[name]
         self.spawn(name, program.argv(self.work))
-        plain = program.ports["http1"]
+        plain = program.ports.get("http1") or program.ports.get("chain")
         self.wait_ready(name, plain or program.ports["tls"], [] if plain else ["--tls"])
 
     def wait_ready(self, name, port, how):
@@ -171,6 +189,23 @@ class Bench:
             raise RuntimeError(f"{name}: {result}")
         return {"idle_mb": round(idle / 1024, 1), "with_1000_streams_mb": round(full / 1024, 1), "kb_per_stream": round((full - idle) / STREAMS, 1)}
 
+    def most_held(self, name):
+        """Most resident KB of a fresh process, and most bytes it said that it held for migration, while long streams run."""
+        self.stop(name)
+        self.start(name)
+        pid, port = self.running[name].pid, self.programs[name].ports["chain"]
+        streams = subprocess.Popen([f"{self.harness}/load", str(port), "--conns", str(HELD_STREAMS), "--requests", str(HELD_STREAMS), "--stream",
+                                    str(HELD_TOKENS), "--delay-us", "10000"], stdout=subprocess.PIPE, text=True)
+        resident, held = 0, 0
+        while streams.poll() is None:
+            resident = max(resident, rss_kb(pid))
+            held = max(held, gauge(port + 2, "outrigger_migration_held_bytes"))
+            time.sleep(0.25)
+        result = json.loads(streams.stdout.read())
+        if result["ok"] != HELD_STREAMS:
+            raise RuntimeError(f"{name}: {result}")
+        return resident, held
+
     def close(self):
         for name in list(self.running):
             self.stop(name)
@@ -216,9 +251,36 @@ def figures_of(workload, row):
     return found, ratio[ours]["median"]
 
 
-def report(rows, memory, repeats):
+def chain_figures(row):
+    """What the outbound chain costs an event, as a ratio to the router alone, and migration by itself."""
+    cost = {name: [spent for spent, _ in runs] for name, runs in row.items()}
+
+    def ratio(name, base):
+        return summary([a / b for a, b in zip(cost[name], cost[base])], 3)
+
+    bookkeeping = [1e3 * (a - b) for a, b in zip(cost["whole"], cost["no migration"])]
+    return {"cpu_us": {name: summary(values, 2) for name, values in cost.items()}, "against_router": ratio("whole", "router"),
+            "against_no_migration": ratio("whole", "no migration"), "again": ratio("whole again", "whole"), "migration_ns": summary(bookkeeping, 0)}
+
+
+def token_bytes(bench):
+    """What migration holds of a token, prompts included: by the resident set, and by its own account (in steps of 4 KiB a stream)."""
+    (whole, held), (without, _) = (bench.most_held(name) for name in ("whole", "no migration"))
+    # The upstream makes a token of every four bytes of the body.
+    prompt = bench.load(bench.programs["whole"].ports["chain"], ["--conns", "1", "--requests", "1", "--stream", "1"])["body_bytes"] // 4
+    tokens = HELD_STREAMS * (HELD_TOKENS + prompt)
+    return {"tokens": tokens, "resident": round((whole - without) * 1024 / tokens, 1), "accounted": round(held / tokens, 1)}
+
+
+def report(rows, memory, held, repeats):
     figures = {"stage": "cost", "repeats": repeats}
     judged = {name: memory["ours"][name] for name in ("kb_per_stream", "idle_mb")}
+    if "chain" in rows:
+        figures["chain"] = chain_figures(rows.pop("chain"))
+        print(f"chain, an event: {figures['chain']}")
+    if held:
+        figures["token_bytes"] = held
+        print(f"bytes a token: {held}")
     for workload, row in rows.items():
         figures[workload], judged[workload] = figures_of(workload, row)
         told = figures[workload]
@@ -241,9 +303,12 @@ def report(rows, memory, repeats):
     return not failed
 
 
-def programs(args, work):
+def programs(args, work, workloads):
     """What is measured, in the order of the first repeat."""
     found = {"floor": peers.floor(args.harness, 19003), "floor again": peers.floor(args.harness, 19004), "ours": peers.ours(args.proxy, 19010)}
+    if "chain" in workloads:
+        bootstrap = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../deploy/bootstrap/sidecar.yaml")
+        found |= {name: peers.chain(args.proxy, 19070 + 10 * at, bootstrap, without) for at, (name, without) in enumerate(CHAINS.items())}
     if args.quick:
         return found
     certificate = peers.Certificate(work)
@@ -262,7 +327,7 @@ def main():
     parser.add_argument("--envoy", help="an Envoy binary: then nginx and haproxy are measured, too")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--only", help="these workloads, with commas between them")
-    parser.add_argument("--quick", action="store_true", help="3 repeats in place of 9, of the first three workloads, without peers")
+    parser.add_argument("--quick", action="store_true", help="3 repeats in place of 9, of few workloads, without peers")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))
@@ -272,14 +337,15 @@ def main():
     workloads = args.only.split(",") if args.only else QUICK if args.quick else WORKLOADS
     work = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"outrigger-cost-{os.getpid()}")
     os.makedirs(work)
-    bench = Bench(args.harness, programs(args, work), work)
+    bench = Bench(args.harness, programs(args, work, workloads), work)
     try:
         rows = measure(bench, workloads, repeats)
         memory = {name: bench.memory(name) for name in bench.speaking("http1") if name != "floor again"}
+        held = None if args.quick or "chain" not in workloads else token_bytes(bench)
     finally:
         bench.close()
     shutil.rmtree(work)  # Kept where something failed: the logs are there.
-    sys.exit(0 if report(rows, memory, repeats) else 1)
+    sys.exit(0 if report(rows, memory, held, repeats) else 1)
 
 
 main()

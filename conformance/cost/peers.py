@@ -4,6 +4,7 @@ A peer has one address for HTTP/1.1, one for HTTP/2 with prior knowledge and one
 keeps its defaults where they do not spoil the comparison: nothing is logged, nothing buffered, no stream is cut.
 """
 import os
+import re
 import subprocess
 
 UPSTREAMS = (19001, 19002)
@@ -28,7 +29,7 @@ class Certificate:
 
 
 class Peer:
-    """`argv(work)` starts it; `ports` has "http1", and "h2c" and "tls" where it speaks them."""
+    """`argv(work)` starts it; `ports` has "http1", and "h2c" and "tls" where it speaks them; or "chain" alone, for HTTP/1.1 too."""
 
     def __init__(self, ports, argv):
         self.ports, self.argv = ports, argv
@@ -50,6 +51,27 @@ def ours(proxy, port, certificate=None, policy="round_robin"):
     return Peer(ports, lambda work: [
         proxy, "--policy", policy, "--concurrency", "1", *engines, "--listen", f"127.0.0.1:{port}", "--inbound", f"127.0.0.1:{port + 1}",
         "--admin", f"127.0.0.1:{port + 2}", *tls])
+
+
+def chain(proxy, port, bootstrap, without=()):
+    """A sidecar from the bootstrap that equals the shipped flags (a test compares them), less some of its outbound filters."""
+    with open(bootstrap) as file:
+        text = file.read()
+
+    def change(pattern, to):
+        nonlocal text
+        text, count = re.subn(pattern, to, text)
+        assert count, f"{bootstrap} has no {pattern}"
+
+    for name in without:
+        # The inbound chain comes later.
+        text, count = re.subn(rf"          - name: {name}\n(?:            .*\n)+", "", text, count=1)
+        assert count, f"{bootstrap} has no filter {name}"
+    change(r"        - endpoint: .*\n.*duty: peer.*\n", "")
+    change(r"\b8000\b", str(UPSTREAMS[0]))
+    for at, address in enumerate(("0.0.0.0, port_value: 8080", "10.0.0.1, port_value: 8081", "127.0.0.1, port_value: 9901")):
+        change(re.escape(address), f"127.0.0.1, port_value: {port + at}")
+    return Peer({"chain": port}, lambda work: [proxy, "--concurrency", "1", "-c", write(os.path.join(work, f"chain-{port}.yaml"), text)])
 
 
 def envoy(binary, port, certificate):

@@ -436,8 +436,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tally = load.tally.borrow();
     let (latencies, transit) = (sorted(&tally.latencies_us), sorted(&tally.transit_us));
     println!(
-        r#"{{"ok":{},"events":{},"seconds":{:.3},"p50_us":{},"p99_us":{},"transit_p50_us":{},"transit_p99_us":{},"errors":{},"error_kinds":{:?}}}"#,
+        r#"{{"ok":{},"body_bytes":{},"events":{},"seconds":{:.3},"p50_us":{},"p99_us":{},"transit_p50_us":{},"transit_p99_us":{},"errors":{},"error_kinds":{:?}}}"#,
         tally.ok,
+        load.body.len(),
         tally.events,
         begun.elapsed().as_secs_f64(),
         quantile(&latencies, 0.5),

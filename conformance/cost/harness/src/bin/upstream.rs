@@ -3,7 +3,8 @@
 //! Looks like a vLLM without KV events to whoever probes it; generates nothing and checks nothing.
 //! The request body steers it: `"max_tokens":N` content events, `"stream":true`, `delay_us=D` (anywhere) pauses
 //! before each event. One chunk and one write per event, which holds its number, so that the load generator can
-//! verify the order, and when it was written (CLOCK_MONOTONIC, ns).  usage: `upstream PORT…`
+//! verify the order, and when it was written (CLOCK_MONOTONIC, ns). Who asks for `return_token_ids` gets ids as from
+//! vLLM: those of the prompt with the first event, one with each other.  usage: `upstream PORT…`
 
 use memchr::memmem;
 use std::error::Error;
@@ -24,6 +25,11 @@ const REPLY: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completi
 const ROLE: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null}"#;
 const CONTENT: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"content":" token number NNNNNN written at TTTTTTTTTTTTTTTT"},"logprobs":null,"finish_reason":null,"token_ids":null}]}"#;
 const LAST: &str = r#"{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1763800000,"model":"bench-model","choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}]}"#;
+/// Stands for the ids that were not asked for.
+const NO_ID: &str = "\"token_ids\":null";
+/// In its place: five digits, as most ids have.
+const ONE_ID: &str = "\"token_ids\":[12345]";
+const NO_PROMPT_IDS: &str = "\"prompt_token_ids\":null";
 const MODELS: &str = r#"{"object":"list","data":[{"id":"bench-model","object":"model","created":1763800000,"owned_by":"vllm","root":"bench-model","parent":null,"max_model_len":131072}]}"#;
 const METRICS: &str = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\",model_name=\"bench-model\"} 0.0\n\
 # TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{engine=\"0\",model_name=\"bench-model\"} 0.0\n\
@@ -43,8 +49,11 @@ struct Content {
 }
 
 impl Content {
-    fn new() -> Self {
-        let bytes = chunk(CONTENT);
+    fn new(ids: bool) -> Self {
+        let bytes = match ids {
+            true => chunk(&CONTENT.replace(NO_ID, ONE_ID)),
+            false => chunk(CONTENT),
+        };
         let place = |digits: &[u8]| memmem::find(&bytes, digits).unwrap_or_default();
         let (number_at, time_at) = (place(b"NNNNNN"), place(b"TTTTTTTTTTTTTTTT"));
         Self {
@@ -196,29 +205,43 @@ async fn answer_probe(socket: &mut TcpStream, path: &str) -> io::Result<()> {
     }
 }
 
-/// The token ids of a prompt, as vLLM tells them: one for every four bytes, of a kind that depends on nothing else.
-fn rendered(body: &[u8]) -> String {
+/// The token ids of a prompt: one for every four bytes, of a kind that depends on nothing else.
+fn ids_of(body: &[u8]) -> String {
     let ids: Vec<String> = body
         .chunks(4)
         .map(|bytes| (bytes.iter().map(|&byte| usize::from(byte)).sum::<usize>() * 31).to_string())
         .collect();
+    ids.join(",")
+}
+
+/// As vLLM tells them of a prompt that is not generated from.
+fn rendered(body: &[u8]) -> String {
+    let ids = ids_of(body);
     format!(
-        r#"{{"request_id":"chatcmpl-0123456789abcdef","token_ids":[{}],"model":"bench-model"}}"#,
-        ids.join(",")
+        r#"{{"request_id":"chatcmpl-0123456789abcdef","token_ids":[{ids}],"model":"bench-model"}}"#
     )
 }
 
-async fn answer_stream(
-    socket: &mut TcpStream,
-    body: &[u8],
-    content: &mut Content,
-) -> io::Result<()> {
+/// The first event of a stream.
+fn opening(body: &[u8], ids: bool) -> Vec<u8> {
+    match ids {
+        true => {
+            let told = format!("\"prompt_token_ids\":[{}]", ids_of(body));
+            chunk(&ROLE.replace(NO_PROMPT_IDS, &told))
+        }
+        false => chunk(ROLE),
+    }
+}
+
+async fn answer_stream(socket: &mut TcpStream, body: &[u8]) -> io::Result<()> {
+    let ids = memmem::find(body, b"\"return_token_ids\":true").is_some();
+    let mut content = Content::new(ids);
     let delay = Duration::from_micros(number_after(body, b"delay_us=").unwrap_or(0));
     let events = number_after(body, b"\"max_tokens\":").unwrap_or(EVENTS_DEFAULT);
     socket
         .write_all(b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n")
         .await?;
-    socket.write_all(&chunk(ROLE)).await?;
+    socket.write_all(&opening(body, ids)).await?;
     let mut next = Instant::now();
     for number in 0..events {
         if delay.is_zero() {
@@ -238,7 +261,6 @@ async fn answer_stream(
 async fn serve(mut socket: TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     let mut buffer = Vec::with_capacity(READ_BYTES);
-    let mut content = Content::new();
     while let Some(request) = read_request(&mut socket, &mut buffer).await? {
         if !request.is_post {
             answer_probe(
@@ -263,7 +285,7 @@ async fn serve(mut socket: TcpStream) -> io::Result<()> {
             )
             .await?;
         } else if memmem::find(&request.body, b"\"stream\":true").is_some() {
-            answer_stream(&mut socket, &request.body, &mut content).await?;
+            answer_stream(&mut socket, &request.body).await?;
         } else {
             reply(&mut socket, "200 OK", "application/json", REPLY).await?;
         }
