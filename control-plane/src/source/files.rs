@@ -44,12 +44,28 @@ struct Stamp {
 /// The files of a directory as they stand, or why they cannot be told.
 type Listing = Result<BTreeMap<PathBuf, Stamp>, String>;
 
+/// What a file holds.
+#[derive(Debug)]
+struct File {
+    content: Content,
+    /// It has no document at all, so does not even say that there is nothing.
+    is_empty: bool,
+}
+
+/// What a file holds, or what is wrong with it.
+type Held = Result<File, Vec<Problem>>;
+
+/// What files held when they were read, with their stamps of then.
+type Known = BTreeMap<PathBuf, (Stamp, Held)>;
+
 /// A watched directory.
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
     name: String,
     taken: Option<Listing>,
+    /// Of a thousand files mostly one changes: the others need not be read again.
+    known: Known,
 }
 
 impl Directory {
@@ -60,6 +76,7 @@ impl Directory {
             name: path.display().to_string(),
             path,
             taken: None,
+            known: Known::new(),
         }
     }
 
@@ -102,13 +119,21 @@ impl Source for Directory {
             let listing = self.change().await;
             let path = self.path.clone();
             let files = listing.clone();
+            let before = std::mem::take(&mut self.known);
             let reading = tokio::task::spawn_blocking(move || match files {
-                Ok(files) => read(&path, files.into_keys()),
-                Err(error) => Err(vec![problem(&path, error)]),
+                Ok(files) => {
+                    let known = read(files, before);
+                    (whole(&path, &known), known)
+                }
+                Err(error) => (Err(vec![problem(&path, error)]), before),
             });
-            let news = reading
-                .await
-                .unwrap_or_else(|error| Err(vec![problem(&self.path, error.to_string())]));
+            let news = match reading.await {
+                Ok((news, known)) => {
+                    self.known = known;
+                    news
+                }
+                Err(error) => Err(vec![problem(&self.path, error.to_string())]),
+            };
             let is_first = self.taken.is_none();
             self.taken = Some(listing);
             // What was changed while it was read may be half of it; a change is seen by the next look.
@@ -125,7 +150,7 @@ impl Source for Directory {
 /// Everything that is wrong with them.
 pub fn load(directory: &Path) -> News {
     match list(directory) {
-        Ok(files) => read(directory, files.into_keys()),
+        Ok(files) => whole(directory, &read(files, Known::new())),
         Err(error) => Err(vec![problem(directory, error)]),
     }
 }
@@ -212,16 +237,42 @@ struct Document {
     value: Value,
 }
 
-fn read(directory: &Path, files: impl Iterator<Item = PathBuf>) -> News {
+/// What files hold: those that are as they were are not read again.
+fn read(files: BTreeMap<PathBuf, Stamp>, mut before: Known) -> Known {
+    let known = files.into_iter().map(|(path, stamp)| {
+        let held = match before.remove(&path) {
+            Some((of_then, held)) if of_then == stamp => held,
+            _ => held(&path),
+        };
+        (path, (stamp, held))
+    });
+    known.collect()
+}
+
+fn held(path: &Path) -> Held {
+    let values = read_file(path).map_err(|message| vec![problem(path, message)])?;
+    let (mut content, mut problems) = (Content::default(), Vec::new());
+    let is_empty = values.is_empty();
+    take(path, values, &mut content, &mut problems);
+    if problems.is_empty() {
+        Ok(File { content, is_empty })
+    } else {
+        Err(problems)
+    }
+}
+
+/// All of it together.
+fn whole(directory: &Path, known: &Known) -> News {
     let (mut content, mut problems) = (Content::default(), Vec::new());
     let mut is_empty = true;
-    for path in files {
-        match read_file(&path) {
-            Ok(values) => {
-                is_empty &= values.is_empty();
-                take(&path, values, &mut content, &mut problems);
+    for (_, held) in known.values() {
+        match held {
+            Ok(file) => {
+                is_empty &= file.is_empty;
+                content.raw.extend(file.content.raw.iter().cloned());
+                content.short.extend(file.content.short.iter().cloned());
             }
-            Err(message) => problems.push(problem(&path, message)),
+            Err(found) => problems.extend(found.iter().cloned()),
         }
     }
     if is_empty && problems.is_empty() {
