@@ -2,6 +2,7 @@
 
 Does not judge what it reads.
 """
+import concurrent.futures
 import http.client
 import json
 import re
@@ -65,6 +66,12 @@ def exchange(address, method, path, body=None, headers=None, timeout_s=60, reply
 def post(address, path, value, headers=None, timeout_s=60, reply=None):
     headers = {"content-type": "application/json", **(headers or {})}
     return exchange(address, "POST", path, json.dumps(value), headers, timeout_s, reply)
+
+
+def several(ask, items, at_once=8):
+    """Replies to all items, in their order, some of them asked for at a time."""
+    with concurrent.futures.ThreadPoolExecutor(at_once) as clients:
+        return list(clients.map(ask, items))
 
 
 def get(address, path, timeout_s=10):

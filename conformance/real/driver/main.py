@@ -9,19 +9,24 @@ import signal
 import sys
 import tempfile
 
+import canary
 import failures
+import golden
 import migration
 import mix
+import nixl
+import packets
 import prediction
 import wire
 from fleet import health, wait_until
-from processes import Engine, Proxy
+from processes import Engine, Process, Proxy
 from report import Report
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARTS = ("wire", "routing", "prediction", "failures")
-BY_HAND = ("migration",)  # what takes too long for every run
+BY_HAND = ("canary", "migration", "packets", "nixl", "golden")  # what takes too long for every run
+OWN_ENGINES = ("nixl",)  # it starts engines in a way of their own
 
 
 def arguments():
@@ -30,6 +35,7 @@ def arguments():
     parser.add_argument("--proxy", required=True, help="the outrigger-proxy binary")
     parser.add_argument("--recordings", required=True, help="directory with NAME.request.json files")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS + BY_HAND)}; default {','.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=60, help="how long canaries look at well engines; default 60")
     parser.add_argument("--logs", help="keep the logs here (default: a temporary directory, named when something fails)")
     return parser.parse_args()
 
@@ -60,11 +66,11 @@ class Stage:
         for engine in self.engines:
             engine.wait_healthy()
 
-    def restart_proxies(self, policy):
+    def restart_proxies(self, policy, *flags):
         for proxy in self.proxies:
             proxy.stop()
         for proxy in self.proxies:
-            proxy.start(policy, [p for p in self.proxies if p is not proxy])
+            proxy.start(policy, [p for p in self.proxies if p is not proxy], flags)
         for proxy in self.proxies:
             proxy.wait_ready()  # it listens; its engines may still be unknown to it
             for engine in self.engines:
@@ -105,18 +111,40 @@ class Stage:
         self.restart_proxies("least_request")
         return migration.run(report, self.engines, self.proxies)
 
+    def canary(self, report):
+        self.restart_proxies("kv", "--canary", "on")
+        return canary.run(report, self.engines, self.proxies, self.args.minutes)
+
+    def packets(self, report):
+        self.restart_proxies("least_request")
+        return packets.run(report, self.engines, self.proxies)
+
+    def nixl(self, report):
+        return nixl.run(report, self.args.engines, self.args.proxy, self.logs)
+
+    def golden(self, report):
+        for proxy in self.proxies:
+            proxy.stop()
+        return golden.run(report, self.engines, self.args.engines, self.args.proxy, self.logs)
+
     def run(self):
-        self.report.part("start", self.start_engines)
+        shared = [part for part in self.parts if part not in OWN_ENGINES]
+        if shared:
+            self.report.part("start", self.start_engines)
         if all(engine.alive() for engine in self.engines):
-            for part in self.parts:
+            for part in shared:
+                self.report.part(part, getattr(self, part))
+        for process in (*self.proxies, *self.engines):
+            process.stop(grace_s=5)  # memory may allow for no more than two engines
+        for part in self.parts:
+            if part in OWN_ENGINES:
                 self.report.part(part, getattr(self, part))
         return self.report.close(engine="vllm 0.32.0", model="SmolLM2-135M-Instruct", logs=self.logs)
 
     def stop(self):
         for number in ENDING:  # one signal is enough; the next must not keep processes alive
             signal.signal(number, signal.SIG_IGN)
-        lone = [proxy for side in self.sides for proxy in (side.entry, side.proxy)]
-        for process in (*lone, *self.proxies, *self.engines):
+        for process in reversed(Process.started):
             process.stop(grace_s=5)
 
 

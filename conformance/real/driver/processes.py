@@ -61,13 +61,17 @@ def title(pid):
 class Process:
     """One program in a session of its own, so that whatever it leaves behind is found again."""
 
+    started = []  # every one that ever was, to be ended at the end
+
     def __init__(self, name, logs):
         self.name, self.log = name, os.path.join(logs, f"{name}.log")
         self.child = None
 
-    def spawn(self, argv):
+    def spawn(self, argv, env=None):
         with open(self.log, "ab") as log:
-            self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                          env={**os.environ, **(env or {})})
+        Process.started.append(self)
 
     def alive(self):
         return self.child is not None and self.child.poll() is None
@@ -116,18 +120,18 @@ class Process:
 class Engine(Process):
     """One real vLLM. Its ports stay the same over restarts, as they do in a deployment."""
 
-    def __init__(self, name, home, logs):
+    def __init__(self, name, home, logs, also=(), env=None):
         super().__init__(name, logs)
-        self.home = home
+        self.home, self.also, self.env = home, also, env
         self.port, self.events_port = free_ports(), free_ports(2)
         self.address = f"127.0.0.1:{self.port}"
 
     def start(self, model="smollm2", *also):
         script = os.path.join(os.path.dirname(__file__), "..", "engine", "serve-vllm.sh")
         self.spawn(["bash", script, self.home, str(self.port), str(self.events_port),
-                    "--served-model-name", model, *also])
+                    "--served-model-name", model, *self.also, *also], self.env)
 
-    def wait_healthy(self, timeout_s=400):
+    def wait_healthy(self, timeout_s=3600):
         self.wait_for("a healthy answer", lambda: client.status(self.address, "/health") == 200, timeout_s)
 
     def worker_pid(self):
@@ -146,18 +150,22 @@ class Proxy(Process):
 
     def __init__(self, name, binary, engine, logs):
         super().__init__(name, logs)
-        self.binary, self.engine = binary, engine
+        self.binary, self.engine = binary, engine  # the engine is whatever has an address, and maybe options
         first = free_ports(3)
         self.address, self.inbound, self.admin = (f"127.0.0.1:{first + n}" for n in range(3))
 
-    def start(self, policy="kv", peers=()):
+    def start(self, policy="kv", peers=(), flags=()):
         argv = [self.binary, "--node-id", self.name, "--listen", self.address, "--inbound", self.inbound,
                 "--admin", self.admin, "--policy", policy]
         if self.engine is not None:
-            argv += ["--engine", f"http://{self.engine.address}"]
+            argv += ["--engine", f"http://{self.engine.address}{getattr(self.engine, 'options', '')}"]
         for peer in peers:
             argv += ["--peer", f"http://{peer.inbound}"]
-        self.spawn(argv)
+        self.spawn([*argv, *flags])
+
+    def start_with(self, file):
+        """As a configuration says, not flags."""
+        self.spawn([self.binary, "--node-id", self.name, "-c", file])
 
     def wait_ready(self, timeout_s=30):
         self.wait_for("ready", lambda: client.status(self.admin, "/ready") == 200, timeout_s)
