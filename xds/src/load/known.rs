@@ -57,7 +57,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "close_connections_on_host_health_failure",
             "common_http_protocol_options", "connection_pool_per_downstream_connection",
-            "dns_jitter", "dns_resolution_config", "dns_resolvers", "filters",
+            "dns_jitter", "dns_resolution_config", "dns_resolvers",
             "http_protocol_options", "lb_subset_config",
             "ignore_health_on_host_removal", "lrs_report_endpoint_metrics", "lrs_server",
             "per_connection_buffer_limit_bytes", "preconnect_policy",

@@ -6,6 +6,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig",
         &["metadata_key"],
     ),
+    ("envoy.config.cluster.v3.Filter", &["config_discovery"]),
     (
         "envoy.config.cluster.v3.UpstreamConnectionOptions",
         &[

@@ -132,6 +132,7 @@ impl TryFrom<wire::Cluster> for Cluster {
         if let (Some(discovery), Some(assignment)) = (&discovery, &load_assignment) {
             check_addresses(&mut problems, discovery, assignment);
         }
+        check_filters(&mut problems, &wire.filters);
         let place = "typed_extension_protocol_options";
         let typed = protocol(&wire.typed_extension_protocol_options);
         let (typed, of_http) = problems.take(place, typed).unwrap_or_default();
@@ -175,6 +176,14 @@ impl TryFrom<wire::Cluster> for Cluster {
             connection,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
+    }
+}
+
+/// Those that have no effect here were left out.
+fn check_filters(problems: &mut ConfigErrors, filters: &[wire::Filter]) {
+    for (index, filter) in filters.iter().enumerate() {
+        let message = format!("not supported yet: '{}', in a cluster", filter.name);
+        problems.add(format!("filters[{index}]"), message);
     }
 }
 
@@ -418,6 +427,7 @@ impl From<&Cluster> for wire::Cluster {
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
             transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),
+            filters: Vec::new(),
             typed_extension_protocol_options: options,
             http2_protocol_options: None,
             max_requests_per_connection: connection.max_requests,
