@@ -277,3 +277,36 @@ fn names_of_any_kind_count_where_there_are_no_others() {
         "{refused}"
     );
 }
+
+/// What istiod writes beside that; none of it can change what happens to a request.
+#[test]
+fn what_istiod_writes_without_effect_is_taken() {
+    let cluster = |discovery: &str| {
+        let text =
+            format!("static_resources: {{clusters: [{{name: c, dns_jitter: 0.1s, {discovery}}}]}}");
+        bootstrap(&text, Syntax::Yaml)
+    };
+    let read = cluster("type: STATIC").unwrap();
+    let nobody = &read.clusters[0].load_assignment;
+    assert_eq!((&*nobody.cluster_name, nobody.endpoints.len()), ("c", 0));
+    let shown = bootstrap_to_json(&read);
+    let again = bootstrap_from_value(shown).unwrap();
+    assert_eq!(again.clusters, read.clusters);
+    assert!(cluster("type: STRICT_DNS").is_err(), "names are needed");
+
+    let tag = "{tag: a, metadata: {kind: {route: {}}, metadata_key: {key: k}}}";
+    let told = "{tag: b, metadata: {kind: {host: {}}, metadata_key: {key: k}, default_value: d}}";
+    let manager = format!(
+        "stat_prefix: h\n          tracing: {{custom_tags: [{tag}, {told}]}}\n          proxy_100_continue: true"
+    );
+    let read = bootstrap(&TEXT.replace("stat_prefix: h", &manager), Syntax::Yaml).unwrap();
+    let tracing = read.listeners[0]
+        .http_managers()
+        .next()
+        .unwrap()
+        .tracing
+        .clone()
+        .unwrap();
+    let tags: Vec<_> = tracing.custom_tags.iter().map(|tag| &*tag.tag).collect();
+    assert_eq!(tags, ["b"]);
+}

@@ -29,10 +29,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &["filter_state"],
     ),
     (
-        "envoy.extensions.clusters.dns.v3.DnsCluster",
-        &["dns_jitter"],
-    ),
-    (
         "envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig",
         &["hash_balance_factor", "hash_policy"],
     ),
@@ -57,5 +53,5 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
 /// Fields by message that have no effect here and may be carried.
 pub(super) const IGNORED: &[(&str, &[&str])] = &[(
     "envoy.extensions.clusters.dns.v3.DnsCluster",
-    &["typed_dns_resolver_config"],
+    &["dns_jitter", "typed_dns_resolver_config"],
 )];

@@ -127,7 +127,8 @@ impl TryFrom<wire::Cluster> for Cluster {
             &mut problems,
             discovery.as_ref(),
             wire.eds_cluster_config,
-            wire.load_assignment,
+            wire.load_assignment
+                .or_else(|| nobody(discovery.as_ref(), &name)),
         );
         if let (Some(discovery), Some(assignment)) = (&discovery, &load_assignment) {
             check_addresses(&mut problems, discovery, assignment);
@@ -250,6 +251,14 @@ fn health_check(
 }
 
 /// Where its endpoints come from, or which they are.
+/// As in Envoy, a cluster whose endpoints are written may be without any.
+fn nobody(discovery: Option<&Discovery>, name: &str) -> Option<endpoint::ClusterLoadAssignment> {
+    (discovery == Some(&Discovery::Static)).then(|| endpoint::ClusterLoadAssignment {
+        cluster_name: name.to_owned(),
+        ..Default::default()
+    })
+}
+
 fn endpoints(
     problems: &mut ConfigErrors,
     discovery: Option<&Discovery>,
