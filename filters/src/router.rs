@@ -234,7 +234,7 @@ impl<'a> Walk<'a> {
 
     /// Where to next: the ranking first, then the cluster's policy over what was not tried yet.
     fn next_target(&self, context: &Context) -> Result<Option<Ranked>, Error> {
-        if context.route.inbound {
+        if context.route.inbound && !self.is_ordinary(context) {
             return if self.tried.is_empty() {
                 self.named(context).map(Some)
             } else {
@@ -349,7 +349,15 @@ impl<'a> Walk<'a> {
         self.tried.iter().any(|tried| tried.id == endpoint.id)
     }
 
-    /// Inbound never chooses: the peer said which engine, and only those beside us count.
+    /// Nobody names an endpoint, and none is an engine: what another mesh's sidecar has inbound is chosen from as anywhere.
+    fn is_ordinary(&self, context: &Context) -> bool {
+        let endpoints = &self.view.endpoints;
+        let are_plain = || endpoints.iter().all(|endpoint| endpoint.via == Via::Plain);
+        context.named.is_none()
+            && (self.view.original_dst.is_some() || !endpoints.is_empty() && are_plain())
+    }
+
+    /// Among engines, inbound never chooses: the peer said which engine, and only those beside us count.
     fn named(&self, context: &Context) -> Result<Ranked, Error> {
         let named = context.named.as_ref();
         let endpoint = self

@@ -10,6 +10,7 @@ use outrigger_xds::{
         health_check::Checker,
         listener::AccessLogFormat,
         log_filter::{How, LogFilter},
+        tls::{NameKind, NameMatch, NamePattern},
     },
 };
 use std::time::Duration;
@@ -209,4 +210,103 @@ admin:
         refused.contains("admin.access_log[1]") && refused.contains("RBAC"),
         "{refused}"
     );
+}
+
+/// A cluster as istiod writes it for a peer in its mesh.
+fn cluster_of_istio(filter: &str, names: &str) -> String {
+    format!(
+        r#"
+static_resources:
+  clusters:
+  - name: peer
+    load_assignment: {{cluster_name: peer}}
+    filters:
+    - name: f
+      typed_config: {{"@type": type.googleapis.com/udpa.type.v1.TypedStruct, type_url: "{filter}", value: {{protocol: istio-peer-exchange}}}}
+    transport_socket:
+      name: tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context:
+          alpn_protocols: [istio-peer-exchange, istio]
+          validation_context: {{trusted_ca: {{inline_string: x}}, {names}}}
+"#
+    )
+}
+
+/// Sidecars that agree on it send each other metadata ahead of a stream.
+#[test]
+fn metadata_of_istio_is_never_agreed_on() {
+    let exchange = "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange";
+    let read = bootstrap(&cluster_of_istio(exchange, ""), Syntax::Yaml).unwrap();
+    let tls = read.clusters[0].tls.as_ref().unwrap();
+    assert_eq!(tls.common.alpn, ["istio"]);
+    let other = "type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC";
+    let refused = bootstrap(&cluster_of_istio(other, ""), Syntax::Yaml).unwrap_err();
+    let refused = refused.to_string();
+    assert!(refused.contains("filters[0]"), "{refused}");
+}
+
+#[test]
+fn names_of_any_kind_count_where_there_are_no_others() {
+    let exchange = "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange";
+    let names = |names: &str| {
+        let read = bootstrap(&cluster_of_istio(exchange, names), Syntax::Yaml).unwrap();
+        let tls = read.clusters[0].tls.clone().unwrap();
+        tls.common.validation.unwrap().names
+    };
+    let named = |kind, name: &str| NameMatch {
+        kind,
+        pattern: NamePattern::Exact(name.to_owned()),
+    };
+    let old = "match_subject_alt_names: [{exact: old}]";
+    let both = [named(NameKind::Dns, "old"), named(NameKind::Uri, "old")];
+    assert_eq!(names(old), both);
+    let new = "match_typed_subject_alt_names: [{san_type: URI, matcher: {exact: new}}]";
+    assert_eq!(
+        names(&format!("{old}, {new}")),
+        [named(NameKind::Uri, "new")]
+    );
+    let wrong = cluster_of_istio(
+        exchange,
+        "match_subject_alt_names: [{exact: a, ignore_case: true}]",
+    );
+    let refused = bootstrap(&wrong, Syntax::Yaml).unwrap_err().to_string();
+    assert!(
+        refused.contains("match_subject_alt_names[0]: not supported yet: ignore_case"),
+        "{refused}"
+    );
+}
+
+/// What istiod writes beside that; none of it can change what happens to a request.
+#[test]
+fn what_istiod_writes_without_effect_is_taken() {
+    let cluster = |discovery: &str| {
+        let text =
+            format!("static_resources: {{clusters: [{{name: c, dns_jitter: 0.1s, {discovery}}}]}}");
+        bootstrap(&text, Syntax::Yaml)
+    };
+    let read = cluster("type: STATIC").unwrap();
+    let nobody = &read.clusters[0].load_assignment;
+    assert_eq!((&*nobody.cluster_name, nobody.endpoints.len()), ("c", 0));
+    let shown = bootstrap_to_json(&read);
+    let again = bootstrap_from_value(shown).unwrap();
+    assert_eq!(again.clusters, read.clusters);
+    assert!(cluster("type: STRICT_DNS").is_err(), "names are needed");
+
+    let tag = "{tag: a, metadata: {kind: {route: {}}, metadata_key: {key: k}}}";
+    let told = "{tag: b, metadata: {kind: {host: {}}, metadata_key: {key: k}, default_value: d}}";
+    let manager = format!(
+        "stat_prefix: h\n          tracing: {{custom_tags: [{tag}, {told}]}}\n          proxy_100_continue: true"
+    );
+    let read = bootstrap(&TEXT.replace("stat_prefix: h", &manager), Syntax::Yaml).unwrap();
+    let tracing = read.listeners[0]
+        .http_managers()
+        .next()
+        .unwrap()
+        .tracing
+        .clone()
+        .unwrap();
+    let tags: Vec<_> = tracing.custom_tags.iter().map(|tag| &*tag.tag).collect();
+    assert_eq!(tags, ["b"]);
 }

@@ -258,8 +258,11 @@ mod tests {
             packed.0.value.push(0);
             read(packed.to_json())
         };
-        let refused = with(40).unwrap_err();
-        assert_eq!(refused, "resources[0]: not supported yet: filters");
+        let refused = with(53).unwrap_err();
+        assert_eq!(
+            refused,
+            "resources[0]: not supported yet: dns_resolution_config"
+        );
         assert_eq!(with(25), read(Ok(cluster())), "metadata has no effect");
         assert_eq!(with(5000), read(Ok(cluster())), "nobody knows it");
     }

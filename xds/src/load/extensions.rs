@@ -45,6 +45,7 @@ pub(super) const IGNORED: &[&str] = &[
     "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
     "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig",
     "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+    "envoy.tcp.metadataexchange.config.MetadataExchange",
     "io.istio.http.peer_metadata.Config",
     "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig",
     "stats.PluginConfig",

@@ -57,7 +57,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "close_connections_on_host_health_failure",
             "common_http_protocol_options", "connection_pool_per_downstream_connection",
-            "dns_jitter", "dns_resolution_config", "dns_resolvers", "filters",
+            "dns_resolution_config", "dns_resolvers",
             "http_protocol_options", "lb_subset_config",
             "ignore_health_on_host_removal", "lrs_report_endpoint_metrics", "lrs_server",
             "per_connection_buffer_limit_bytes", "preconnect_policy",
@@ -189,14 +189,14 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "cluster_specifier_plugin", "cors", "early_data_policy", "flush_timeout",
             "grpc_timeout_offset", "hedge_policy", "host_rewrite", "host_rewrite_path_regex",
             "include_vh_rate_limits", "inline_cluster_specifier_plugin", "internal_redirect_action",
-            "internal_redirect_policy", "max_grpc_timeout", "max_internal_redirects",
+            "internal_redirect_policy", "max_internal_redirects",
             "metadata_match", "path_rewrite", "path_rewrite_policy", "rate_limits",
             "retry_policy_typed_config",
         ],
     ),
     (
         "envoy.config.route.v3.RouteAction.MaxStreamDuration",
-        &["grpc_timeout_header_max", "grpc_timeout_header_offset"],
+        &["grpc_timeout_header_offset"],
     ),
     (
         "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
@@ -319,6 +319,7 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
         "envoy.config.cluster.v3.Cluster",
         &[
             "alt_stat_name",
+            "dns_jitter",
             "metadata",
             "track_cluster_stats",
             "typed_dns_resolver_config",

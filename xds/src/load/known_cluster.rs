@@ -6,6 +6,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig",
         &["metadata_key"],
     ),
+    ("envoy.config.cluster.v3.Filter", &["config_discovery"]),
     (
         "envoy.config.cluster.v3.UpstreamConnectionOptions",
         &[
@@ -26,10 +27,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.route.v3.RouteAction.HashPolicy",
         &["filter_state"],
-    ),
-    (
-        "envoy.extensions.clusters.dns.v3.DnsCluster",
-        &["dns_jitter"],
     ),
     (
         "envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig",
@@ -56,5 +53,5 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
 /// Fields by message that have no effect here and may be carried.
 pub(super) const IGNORED: &[(&str, &[&str])] = &[(
     "envoy.extensions.clusters.dns.v3.DnsCluster",
-    &["typed_dns_resolver_config"],
+    &["dns_jitter", "typed_dns_resolver_config"],
 )];

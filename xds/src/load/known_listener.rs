@@ -18,10 +18,10 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.listener.v3.Listener",
         &[
-            "access_log", "additional_addresses", "api_listener",
+            "additional_addresses", "api_listener",
             "connection_balance_config", "deprecated_v1", "drain_type", "fcds_config", "filter_chain_matcher",
             "freebind", "internal_listener",
-            "max_connections_to_accept_per_socket_event", "per_connection_buffer_limit_bytes", "reuse_port",
+            "per_connection_buffer_limit_bytes", "reuse_port",
             "socket_options", "transparent", "udp_listener_config",
         ],
     ),
@@ -30,7 +30,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &["max_cache_size", "resource_detectors", "sampler"],
     ),
     ("envoy.config.trace.v3.Tracing", &["http"]),
-    ("envoy.type.tracing.v3.CustomTag", &["metadata", "value"]),
+    ("envoy.type.tracing.v3.CustomTag", &["value"]),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig", &["connect_config"]),
     ("envoy.config.listener.v3.ListenerFilter", &["config_discovery"]),
     (
@@ -50,9 +50,8 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "flush_access_log_on_new_request", "forward_client_cert_matcher",
             "http1_safe_max_connection_duration", "http3_protocol_options",
             "original_ip_detection_extensions", "path_normalization_options",
-            "proxy_100_continue",
             "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
-            "request_id_extension", "scheme_header_transformation", "scoped_routes",
+            "scheme_header_transformation", "scoped_routes",
             "stream_error_on_invalid_http_message",
             "stream_flush_timeout",
             "via",
@@ -85,12 +84,13 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
 /// Fields by message that have no effect here and may be carried.
 #[rustfmt::skip]
 pub(super) const IGNORED: &[(&str, &[&str])] = &[
+    ("envoy.type.tracing.v3.CustomTag.Metadata", &["kind", "metadata_key"]),
     ("envoy.config.listener.v3.FilterChain", &["metadata"]),
     (
         "envoy.config.listener.v3.Listener",
         &[
-            "bypass_overload_manager", "enable_mptcp", "ignore_global_conn_limit", "metadata",
-            "tcp_fast_open_queue_length",
+            "access_log", "bypass_overload_manager", "enable_mptcp", "ignore_global_conn_limit",
+            "max_connections_to_accept_per_socket_event", "metadata", "tcp_fast_open_queue_length",
         ],
     ),
     (
@@ -99,7 +99,10 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        &["proxy_status_config", "typed_header_validation_config"],
+        &[
+            "proxy_100_continue", "proxy_status_config", "request_id_extension",
+            "typed_header_validation_config",
+        ],
     ),
     (
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",

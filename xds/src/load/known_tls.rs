@@ -9,7 +9,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "ca_certificate_provider_instance",
             "crl",
             "custom_validator_config",
-            "match_subject_alt_names",
             "max_verify_depth",
             "only_verify_leaf_cert_crl",
             "require_signed_certificate_timestamp",

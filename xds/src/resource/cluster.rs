@@ -127,11 +127,13 @@ impl TryFrom<wire::Cluster> for Cluster {
             &mut problems,
             discovery.as_ref(),
             wire.eds_cluster_config,
-            wire.load_assignment,
+            wire.load_assignment
+                .or_else(|| nobody(discovery.as_ref(), &name)),
         );
         if let (Some(discovery), Some(assignment)) = (&discovery, &load_assignment) {
             check_addresses(&mut problems, discovery, assignment);
         }
+        check_filters(&mut problems, &wire.filters);
         let place = "typed_extension_protocol_options";
         let typed = protocol(&wire.typed_extension_protocol_options);
         let (typed, of_http) = problems.take(place, typed).unwrap_or_default();
@@ -175,6 +177,14 @@ impl TryFrom<wire::Cluster> for Cluster {
             connection,
             circuit_breakers: circuit_breakers.unwrap_or_default(),
         }))
+    }
+}
+
+/// Those that have no effect here were left out.
+fn check_filters(problems: &mut ConfigErrors, filters: &[wire::Filter]) {
+    for (index, filter) in filters.iter().enumerate() {
+        let message = format!("not supported yet: '{}', in a cluster", filter.name);
+        problems.add(format!("filters[{index}]"), message);
     }
 }
 
@@ -241,6 +251,14 @@ fn health_check(
 }
 
 /// Where its endpoints come from, or which they are.
+/// As in Envoy, a cluster whose endpoints are written may be without any.
+fn nobody(discovery: Option<&Discovery>, name: &str) -> Option<endpoint::ClusterLoadAssignment> {
+    (discovery == Some(&Discovery::Static)).then(|| endpoint::ClusterLoadAssignment {
+        cluster_name: name.to_owned(),
+        ..Default::default()
+    })
+}
+
 fn endpoints(
     problems: &mut ConfigErrors,
     discovery: Option<&Discovery>,
@@ -418,6 +436,7 @@ impl From<&Cluster> for wire::Cluster {
             circuit_breakers: Some((&plain.circuit_breakers).into()),
             transport_socket: plain.tls.as_ref().map(Into::into),
             transport_socket_matches: plain.socket_matches.iter().map(Into::into).collect(),
+            filters: Vec::new(),
             typed_extension_protocol_options: options,
             http2_protocol_options: None,
             max_requests_per_connection: connection.max_requests,

@@ -237,15 +237,8 @@ impl TryFrom<wire::RouteAction> for RouteAction {
         let idle_timeout = wire
             .idle_timeout
             .and_then(|limit| problems.take("idle_timeout", duration(limit)));
-        let max_stream_duration = wire.max_stream_duration.map(|limits| {
-            let limit = limits.max_stream_duration;
-            limit
-                .and_then(|limit| {
-                    let place = "max_stream_duration.max_stream_duration";
-                    problems.take(place, duration(limit))
-                })
-                .unwrap_or_default()
-        });
+        check_grpc(&mut problems, "max_grpc_timeout", wire.max_grpc_timeout);
+        let max_stream_duration = stream_limit(&mut problems, wire.max_stream_duration);
         let retry_policy = wire
             .retry_policy
             .and_then(|policy| problems.take("retry_policy", policy.try_into()));
@@ -288,6 +281,27 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             host_rewrite,
             append_x_forwarded_host: wire.append_x_forwarded_host,
         }))
+    }
+}
+
+fn stream_limit(
+    problems: &mut ConfigErrors,
+    wire: Option<wire::route_action::MaxStreamDuration>,
+) -> Option<Duration> {
+    let limits = wire?;
+    let place = "max_stream_duration.grpc_timeout_header_max";
+    check_grpc(problems, place, limits.grpc_timeout_header_max);
+    let limit = limits.max_stream_duration.and_then(|limit| {
+        let place = "max_stream_duration.max_stream_duration";
+        problems.take(place, duration(limit))
+    });
+    Some(limit.unwrap_or_default())
+}
+
+/// Nobody here shortens what `grpc-timeout` says, nor looks at it.
+fn check_grpc(problems: &mut ConfigErrors, place: &str, limit: Option<prost_types::Duration>) {
+    if limit.is_some_and(|limit| limit != prost_types::Duration::default()) {
+        problems.add(place, "not supported yet: other than 0s");
     }
 }
 
@@ -459,11 +473,13 @@ impl From<&RouteAction> for wire::RouteAction {
             append_x_forwarded_host: plain.append_x_forwarded_host,
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
+            max_grpc_timeout: None,
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
             upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             max_stream_duration: plain.max_stream_duration.map(|limit| {
                 wire::route_action::MaxStreamDuration {
                     max_stream_duration: Some(to_duration(limit)),
+                    grpc_timeout_header_max: None,
                 }
             }),
             retry_policy: plain.retry_policy.as_ref().map(Into::into),

@@ -2,7 +2,7 @@
 
 use super::{
     config_source::ConfigSource,
-    tls::{CommonTls, DataSource, NameMatch, TlsCertificate, Validation},
+    tls::{self, CommonTls, DataSource, NameMatch, TlsCertificate, Validation},
 };
 use crate::{problems::ConfigErrors, wire::envoy::extensions::transport_sockets::tls::v3 as wire};
 use std::sync::Arc;
@@ -165,9 +165,12 @@ impl TryFrom<CombinedCertificateValidationContext> for ValidationSecret {
             problems.add("default_validation_context", "required");
         }
         // The secret has a `trusted_ca` of its own, which takes the place of one that is here.
-        let names = problems.take_all(
-            "default_validation_context.match_typed_subject_alt_names",
-            default.unwrap_or_default().match_typed_subject_alt_names,
+        let default = default.unwrap_or_default();
+        let names = tls::names(
+            &mut problems,
+            "default_validation_context",
+            default.match_typed_subject_alt_names,
+            default.match_subject_alt_names,
         );
         let secret = problems.required(
             "validation_context_sds_secret_config",

@@ -4,7 +4,7 @@
 
 use super::secret::{self, SecretConfig, ValidationSecret};
 use crate::{
-    problems::ConfigErrors,
+    problems::{ConfigErrors, join},
     protobuf::{pack, unpack},
     wire::envoy::{
         config::core::v3 as core,
@@ -19,6 +19,8 @@ use wire::subject_alt_name_matcher::SanType;
 
 /// Names of the transport sockets, as Envoy's examples write them.
 const TLS: &str = "envoy.transport_sockets.tls";
+/// With whom an Istio proxy agrees on this, it exchanges its metadata ahead of the stream. We do not, so we never agree on it.
+const METADATA_AHEAD: &str = "istio-peer-exchange";
 /// What `/config_dump` shows in place of a key.
 const REDACTED: &str = "[redacted]";
 
@@ -320,13 +322,15 @@ impl TryFrom<wire::CommonTlsContext> for CommonTls {
                 );
             }
         }
+        let mut alpn = wire.alpn_protocols;
+        alpn.retain(|protocol| protocol != METADATA_AHEAD);
         problems.finish(Some(Self {
             params,
             certificates,
             certificate_secrets,
             validation,
             validation_secret,
-            alpn: wire.alpn_protocols,
+            alpn,
         }))
     }
 }
@@ -409,12 +413,31 @@ impl TryFrom<wire::CertificateValidationContext> for Validation {
     fn try_from(wire: wire::CertificateValidationContext) -> Result<Self, ConfigErrors> {
         let mut problems = ConfigErrors::default();
         let trusted_ca = problems.required("trusted_ca", wire.trusted_ca);
-        let names = problems.take_all(
-            "match_typed_subject_alt_names",
-            wire.match_typed_subject_alt_names,
-        );
+        let typed = wire.match_typed_subject_alt_names;
+        let names = names(&mut problems, "", typed, wire.match_subject_alt_names);
         problems.finish(trusted_ca.map(|trusted_ca| Self { trusted_ca, names }))
     }
+}
+
+/// Whom a context at `place` believes by name. As in Envoy, those of any kind do not count where others are.
+pub(super) fn names(
+    problems: &mut ConfigErrors,
+    place: &str,
+    typed: Vec<wire::SubjectAltNameMatcher>,
+    of_any_kind: Vec<StringMatcher>,
+) -> Vec<NameMatch> {
+    if !typed.is_empty() {
+        return problems.take_all(&join(place, "match_typed_subject_alt_names"), typed);
+    }
+    let place = join(place, "match_subject_alt_names");
+    let patterns: Vec<NamePattern> = problems.take_all(&place, of_any_kind);
+    let both = |pattern: NamePattern| {
+        [NameKind::Dns, NameKind::Uri].map(|kind| NameMatch {
+            kind,
+            pattern: pattern.clone(),
+        })
+    };
+    patterns.into_iter().flat_map(both).collect()
 }
 
 impl TryFrom<wire::SubjectAltNameMatcher> for NameMatch {
@@ -432,23 +455,29 @@ impl TryFrom<wire::SubjectAltNameMatcher> for NameMatch {
                 return Err(ConfigErrors::one("san_type", message));
             }
         };
-        let matcher = wire.matcher.unwrap_or_default();
-        if matcher.ignore_case {
-            let message = "not supported yet: ignore_case";
-            return Err(ConfigErrors::one("matcher", message));
+        let mut problems = ConfigErrors::default();
+        let pattern = wire.matcher.unwrap_or_default().try_into();
+        let pattern = problems.take("matcher", pattern);
+        problems.finish(pattern.map(|pattern| Self { kind, pattern }))
+    }
+}
+
+impl TryFrom<StringMatcher> for NamePattern {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: StringMatcher) -> Result<Self, ConfigErrors> {
+        let refused = |message: &str| Err(ConfigErrors::one("", message));
+        if wire.ignore_case {
+            return refused("not supported yet: ignore_case");
         }
-        let pattern = match matcher.match_pattern {
-            Some(MatchPattern::Exact(text)) => NamePattern::Exact(text),
-            Some(MatchPattern::Prefix(text)) => NamePattern::Prefix(text),
-            Some(MatchPattern::Suffix(text)) => NamePattern::Suffix(text),
-            Some(MatchPattern::Contains(text)) => NamePattern::Contains(text),
-            Some(MatchPattern::SafeRegex(_)) => {
-                let message = "not supported yet: safe_regex";
-                return Err(ConfigErrors::one("matcher", message));
-            }
-            None => return Err(ConfigErrors::one("matcher", "required")),
-        };
-        Ok(Self { kind, pattern })
+        match wire.match_pattern {
+            Some(MatchPattern::Exact(text)) => Ok(Self::Exact(text)),
+            Some(MatchPattern::Prefix(text)) => Ok(Self::Prefix(text)),
+            Some(MatchPattern::Suffix(text)) => Ok(Self::Suffix(text)),
+            Some(MatchPattern::Contains(text)) => Ok(Self::Contains(text)),
+            Some(MatchPattern::SafeRegex(_)) => refused("not supported yet: safe_regex"),
+            None => refused("required"),
+        }
     }
 }
 
@@ -537,6 +566,7 @@ impl From<&Validation> for wire::CertificateValidationContext {
             trusted_ca: Some((&plain.trusted_ca).into()),
             watched_directory: None,
             match_typed_subject_alt_names: plain.names.iter().map(Into::into).collect(),
+            match_subject_alt_names: Vec::new(),
         }
     }
 }

@@ -122,7 +122,11 @@ impl TryFrom<hcm::Tracing> for Tracing {
         let provider = wire
             .provider
             .and_then(|provider| problems.take("provider", provider.try_into()));
-        let custom_tags = problems.take_all("custom_tags", wire.custom_tags);
+        let mut custom_tags = Vec::new();
+        for (index, tag) in wire.custom_tags.into_iter().enumerate() {
+            let tag = problems.take(&format!("custom_tags[{index}]"), custom_tag(tag));
+            custom_tags.extend(tag.flatten());
+        }
         problems.finish(Some(Self {
             provider,
             client_sampling,
@@ -263,35 +267,37 @@ fn headers(
     headers
 }
 
-impl TryFrom<tag::CustomTag> for CustomTag {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: tag::CustomTag) -> Result<Self, ConfigErrors> {
-        use tag::custom_tag::Type;
-        let mut problems = ConfigErrors::default();
-        let tag = problems.not_empty("tag", wire.tag);
-        let value = match wire.r#type {
-            Some(Type::Literal(literal)) => {
-                TagValue::Literal(problems.not_empty("literal.value", literal.value))
+/// Nothing of one that could never have a value.
+fn custom_tag(wire: tag::CustomTag) -> Result<Option<CustomTag>, ConfigErrors> {
+    use tag::custom_tag::Type;
+    let mut problems = ConfigErrors::default();
+    let tag = problems.not_empty("tag", wire.tag);
+    let value = match wire.r#type {
+        // There are none, so it is always the default.
+        Some(Type::Metadata(metadata)) if metadata.default_value.is_empty() => {
+            return problems.finish(Some(None));
+        }
+        Some(Type::Metadata(metadata)) => TagValue::Literal(metadata.default_value),
+        Some(Type::Literal(literal)) => {
+            TagValue::Literal(problems.not_empty("literal.value", literal.value))
+        }
+        Some(Type::Environment(variable)) => TagValue::Environment(
+            problems.not_empty("environment.name", variable.name),
+            variable.default_value,
+        ),
+        Some(Type::RequestHeader(header)) => {
+            let name = header.name.to_ascii_lowercase();
+            if ::http::HeaderName::try_from(&name).is_err() {
+                problems.add("request_header.name", format!("'{name}' is no header name"));
             }
-            Some(Type::Environment(variable)) => TagValue::Environment(
-                problems.not_empty("environment.name", variable.name),
-                variable.default_value,
-            ),
-            Some(Type::RequestHeader(header)) => {
-                let name = header.name.to_ascii_lowercase();
-                if ::http::HeaderName::try_from(&name).is_err() {
-                    problems.add("request_header.name", format!("'{name}' is no header name"));
-                }
-                TagValue::RequestHeader(name, header.default_value)
-            }
-            None => {
-                problems.add("", "required: literal, environment or request_header");
-                return problems.finish(None);
-            }
-        };
-        problems.finish(Some(Self { tag, value }))
-    }
+            TagValue::RequestHeader(name, header.default_value)
+        }
+        None => {
+            problems.add("", "required: literal, environment or request_header");
+            return problems.finish(None);
+        }
+    };
+    problems.finish(Some(Some(CustomTag { tag, value })))
 }
 
 impl From<&Tracing> for hcm::Tracing {

@@ -85,6 +85,34 @@ impl ::prost::Name for CircuitBreakers {
         "/envoy.config.cluster.v3.CircuitBreakers".into()
     }
 }
+/// Around connections to endpoints. Only those that have no effect here are taken.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Filter {
+    /// Free.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(oneof = "filter::ConfigType", tags = "2")]
+    pub config_type: ::core::option::Option<filter::ConfigType>,
+}
+/// Nested message and enum types in `Filter`.
+pub mod filter {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum ConfigType {
+        /// Which filter, and its configuration.
+        #[prost(message, tag = "2")]
+        TypedConfig(::prost_types::Any),
+    }
+}
+impl ::prost::Name for Filter {
+    const NAME: &'static str = "Filter";
+    const PACKAGE: &'static str = "envoy.config.cluster.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.cluster.v3.Filter".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.cluster.v3.Filter".into()
+    }
+}
 /// When an endpoint gets no requests because those it had failed.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OutlierDetection {
@@ -245,6 +273,9 @@ pub struct Cluster {
     pub load_assignment: ::core::option::Option<
         super::super::endpoint::v3::ClusterLoadAssignment,
     >,
+    /// Around connections to endpoints.
+    #[prost(message, repeated, tag = "40")]
+    pub filters: ::prost::alloc::vec::Vec<Filter>,
     /// How one endpoint is chosen, instead of lb_policy.
     #[prost(message, optional, tag = "41")]
     pub load_balancing_policy: ::core::option::Option<LoadBalancingPolicy>,

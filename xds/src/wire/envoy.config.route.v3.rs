@@ -232,6 +232,9 @@ pub struct RouteAction {
     /// How long an exchange may take; timeout counts no more then.
     #[prost(message, optional, tag = "36")]
     pub max_stream_duration: ::core::option::Option<route_action::MaxStreamDuration>,
+    /// Old form of its grpc_timeout_header_max; only 0.
+    #[prost(message, optional, tag = "23")]
+    pub max_grpc_timeout: ::core::option::Option<::prost_types::Duration>,
     #[prost(oneof = "route_action::ClusterSpecifier", tags = "1, 2, 3")]
     pub cluster_specifier: ::core::option::Option<route_action::ClusterSpecifier>,
     #[prost(oneof = "route_action::HostRewriteSpecifier", tags = "6, 7, 29")]
@@ -272,6 +275,9 @@ pub mod route_action {
         /// From the first byte of the request to the last of the response; 0 is off.
         #[prost(message, optional, tag = "1")]
         pub max_stream_duration: ::core::option::Option<::prost_types::Duration>,
+        /// Most that `grpc-timeout` may say; only 0, which is no limit.
+        #[prost(message, optional, tag = "2")]
+        pub grpc_timeout_header_max: ::core::option::Option<::prost_types::Duration>,
     }
     impl ::prost::Name for MaxStreamDuration {
         const NAME: &'static str = "MaxStreamDuration";

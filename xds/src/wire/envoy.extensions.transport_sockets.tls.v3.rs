@@ -190,6 +190,11 @@ pub struct CertificateValidationContext {
     pub watched_directory: ::core::option::Option<
         super::super::super::super::config::core::v3::WatchedDirectory,
     >,
+    /// Old form: the same of names of any kind.
+    #[prost(message, repeated, tag = "9")]
+    pub match_subject_alt_names: ::prost::alloc::vec::Vec<
+        super::super::super::super::r#type::matcher::v3::StringMatcher,
+    >,
     /// Any one of these; none means any name.
     #[prost(message, repeated, tag = "15")]
     pub match_typed_subject_alt_names: ::prost::alloc::vec::Vec<SubjectAltNameMatcher>,

@@ -5,7 +5,7 @@ pub struct CustomTag {
     /// Name of the attribute.
     #[prost(string, tag = "1")]
     pub tag: ::prost::alloc::string::String,
-    #[prost(oneof = "custom_tag::Type", tags = "2, 3, 4")]
+    #[prost(oneof = "custom_tag::Type", tags = "2, 3, 4, 5")]
     pub r#type: ::core::option::Option<custom_tag::Type>,
 }
 /// Nested message and enum types in `CustomTag`.
@@ -67,6 +67,23 @@ pub mod custom_tag {
             "/envoy.type.tracing.v3.CustomTag.Header".into()
         }
     }
+    /// What metadata say, of which there are none here.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Metadata {
+        /// Where they do not say it; no attribute if this is empty.
+        #[prost(string, tag = "3")]
+        pub default_value: ::prost::alloc::string::String,
+    }
+    impl ::prost::Name for Metadata {
+        const NAME: &'static str = "Metadata";
+        const PACKAGE: &'static str = "envoy.type.tracing.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.type.tracing.v3.CustomTag.Metadata".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.type.tracing.v3.CustomTag.Metadata".into()
+        }
+    }
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Type {
         #[prost(message, tag = "2")]
@@ -75,6 +92,8 @@ pub mod custom_tag {
         Environment(Environment),
         #[prost(message, tag = "4")]
         RequestHeader(Header),
+        #[prost(message, tag = "5")]
+        Metadata(Metadata),
     }
 }
 impl ::prost::Name for CustomTag {
