@@ -196,6 +196,15 @@ pub enum Refusal {
     TooLong,
 }
 
+/// Why endpoints are owed.
+#[derive(Debug)]
+struct Owed {
+    /// The cluster that was sent.
+    cluster: String,
+    /// When it was sent first. If it is sent again, the client is not waited for anew.
+    since: SystemTime,
+}
+
 /// One client on one stream.
 #[derive(Debug)]
 pub struct Session {
@@ -204,7 +213,7 @@ pub struct Session {
     types: BTreeMap<String, Watched>,
     nonces: u64,
     /// Endpoints whose cluster was sent: they are sent again, or some clients wait for them for ever.
-    owed: BTreeSet<String>,
+    owed: BTreeMap<String, Owed>,
     /// How long something is held back yet.
     held: Option<Duration>,
 }
@@ -218,7 +227,7 @@ impl Session {
             client: None,
             types: BTreeMap::new(),
             nonces: 0,
-            owed: BTreeSet::new(),
+            owed: BTreeMap::new(),
             held: None,
         }
     }
@@ -332,15 +341,15 @@ impl Session {
             return news;
         }
         self.held = self.awaits(snapshot, now);
-        if self.held.is_some() {
-            let secrets = self.news(Kind::Secrets, snapshot, now);
-            return secrets.or_else(|| self.unknown(now));
-        }
-        let mut then = [Kind::Listeners, Kind::Routes, Kind::Secrets].into_iter();
+        let is_held = self.held.is_some();
+        let then = [Kind::Listeners, Kind::Routes, Kind::Secrets].into_iter();
+        let mut then = then.filter(|kind| !is_held || *kind == Kind::Secrets);
         let news = then.find_map(|kind| self.news(kind, snapshot, now));
-        let next = news
-            .or_else(|| self.unknown(now))
-            .or_else(|| self.removal(snapshot, now));
+        let next = news.or_else(|| self.unknown(now));
+        if next.is_some() || is_held {
+            return next;
+        }
+        let next = self.removal(snapshot, now);
         if next.is_none() {
             self.rest(snapshot);
         }
@@ -350,17 +359,27 @@ impl Session {
     /// How long listeners and routes wait for endpoints of clusters that are new to the client: a request that they lead to such a cluster
     /// finds nobody there, and the client asks for its endpoints only when it has it.
     fn awaits(&self, snapshot: &Snapshot, now: SystemTime) -> Option<Duration> {
-        let clusters = self.types.get(Kind::Clusters.type_url())?;
+        if !self.has_asked(Kind::Listeners) && !self.has_asked(Kind::Routes) {
+            return None;
+        }
         let endpoints = snapshot.of(Kind::Endpoints);
-        let is_owed = |name: &String| self.owed.contains(name) && endpoints.contains_key(name);
-        let awaited = snapshot.of(Kind::Clusters).values();
-        let awaited = awaited.filter(|cluster| cluster.endpoints.as_ref().is_some_and(is_owed));
-        let since = awaited.filter_map(|cluster| clusters.told_since(cluster));
+        let awaited = self.owed.iter().filter(|(name, owed)| {
+            endpoints.contains_key(*name) && self.may_ask(snapshot, &owed.cluster)
+        });
+        let newest = awaited.map(|(_, owed)| owed.since).max()?;
         // A clock that was set back says nothing.
-        let age = now.duration_since(since.max()?).unwrap_or_default();
+        let age = now.duration_since(newest).unwrap_or_default();
         ENDPOINTS_MAX
             .checked_sub(age)
             .filter(|left| !left.is_zero())
+    }
+
+    /// Whether a client may have a cluster that it was sent. Of a response with a bad one, ours take the others.
+    fn may_ask(&self, snapshot: &Snapshot, cluster: &str) -> bool {
+        let watched = self.types.get(Kind::Clusters.type_url());
+        let is_refused = watched.is_some_and(|watched| watched.is_refused(cluster));
+        let is_ours = self.client.as_ref().is_some_and(Client::is_ours);
+        snapshot.of(Kind::Clusters).contains_key(cluster) && (is_ours || !is_refused)
     }
 
     /// Until it says something, types of which nothing changes need not be looked at.
@@ -391,7 +410,15 @@ impl Session {
             match kind {
                 // A cluster that the client took as it is waits for nothing; one that it refused before does, now that it may take it.
                 Kind::Clusters if watched.is_content_with(resource) => {}
-                Kind::Clusters => self.owed.extend(resource.endpoints.clone()),
+                Kind::Clusters => {
+                    let owed = || Owed {
+                        cluster: resource.name.clone(),
+                        since: now,
+                    };
+                    if let Some(name) = &resource.endpoints {
+                        self.owed.entry(name.clone()).or_insert_with(owed);
+                    }
+                }
                 Kind::Endpoints => {
                     self.owed.remove(&resource.name);
                 }
@@ -474,8 +501,8 @@ impl Session {
     }
 }
 
-fn owed_of(kind: Kind, owed: &BTreeSet<String>) -> &BTreeSet<String> {
-    static NOBODY: BTreeSet<String> = BTreeSet::new();
+fn owed_of(kind: Kind, owed: &BTreeMap<String, Owed>) -> &BTreeMap<String, Owed> {
+    static NOBODY: BTreeMap<String, Owed> = BTreeMap::new();
     if kind == Kind::Endpoints {
         owed
     } else {

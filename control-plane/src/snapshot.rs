@@ -2,6 +2,7 @@
 
 use outrigger_xds::{
     load::written::{self, Meaning, Written},
+    resource::config_source::Origin,
     subscription::Kind,
 };
 use prost_types::Any;
@@ -44,7 +45,8 @@ fn endpoints(meaning: &Meaning) -> Option<String> {
     let Meaning::Cluster(cluster) = meaning else {
         return None;
     };
-    cluster.eds.as_ref()?;
+    let eds = cluster.eds.as_ref()?;
+    (eds.source.origin == Origin::Ads).then_some(())?;
     Some(cluster.eds_service_name().to_owned())
 }
 

@@ -177,7 +177,9 @@ pub fn translate(
         let errors = match &resource.v3 {
             // Nearly all of them are those of all: reading these for each node would take longer by the square of the nodes.
             V3::Endpoints(own) if resource.node.is_some() => {
-                V3::Endpoints(less(own, &of_all)).judge()
+                let new = V3::Endpoints(less(own, &of_all)).judge();
+                // Places are those in all of it.
+                new.or_else(|_| resource.v3.judge())
             }
             v3 => v3.judge(),
         };

@@ -118,7 +118,7 @@ async fn main() -> ExitCode {
     }
     tokio::time::sleep(LOG_LAG).await;
     drop(pods);
-    let report = Report::of(&ended, &args, &fire, report::logged(&logs));
+    let report = Report::of(&ended, &args, &fire, &report::logged(&logs));
     // Best effort: scratch files.
     let _ = std::fs::remove_dir_all(&logs);
     report.print();

@@ -78,7 +78,7 @@ impl Report {
         ended: &[Ended],
         args: &Args,
         fire: &Fire,
-        logged: HashMap<String, Logged>,
+        logged: &HashMap<String, Logged>,
     ) -> Self {
         let count = |is: fn(&Outcome) -> bool| ended.iter().filter(|one| is(&one.outcome)).count();
         let failed = count(|outcome| matches!(outcome, Outcome::Failed(_)));

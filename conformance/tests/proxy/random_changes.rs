@@ -75,6 +75,9 @@ struct World {
     clusters: BTreeMap<usize, Backend>,
     /// Which of them get requests, and how many of a sum.
     weights: BTreeMap<usize, u32>,
+    /// Those that may get some until the next change is live: several changes may come at once, and then endpoints that
+    /// leave go before routes do.
+    weighted: BTreeSet<usize>,
     filters: BTreeSet<usize>,
     /// Which certificate is shown.
     pair: usize,
@@ -91,6 +94,7 @@ impl World {
         Self {
             clusters: BTreeMap::from([(0, Backend::new(rng))]),
             weights: BTreeMap::from([(0, 1)]),
+            weighted: BTreeSet::from([0]),
             filters: BTreeSet::new(),
             pair: 0,
             chains: BTreeSet::new(),
@@ -102,7 +106,16 @@ impl World {
     /// Whether nothing that gets requests is without anybody who takes them.
     fn serves(&self) -> bool {
         let takes = |cluster: &usize| self.clusters.get(cluster).is_some_and(Backend::takes);
-        !self.weights.is_empty() && self.weights.keys().all(takes)
+        let mut there = self
+            .weighted
+            .iter()
+            .filter(|cluster| self.clusters.contains_key(cluster));
+        !self.weights.is_empty() && self.weights.keys().all(takes) && there.all(takes)
+    }
+
+    /// All changes so far are live.
+    fn is_live(&mut self) {
+        self.weighted = self.weights.keys().copied().collect();
     }
 
     /// Something is otherwise.
@@ -111,6 +124,7 @@ impl World {
             let mut next = self.clone();
             next.try_change(rng);
             if next.serves() {
+                next.weighted.extend(next.weights.keys());
                 *self = next;
                 return;
             }
@@ -410,6 +424,7 @@ async fn change_at_random(api_type: &str, seed: u64) {
         tokio::time::sleep(rng.random_range(Duration::ZERO..PAUSE)).await;
         if number % LIVE_EVERY == 0 {
             is_live(&proxy, number).await;
+            world.is_live();
         }
     }
     seen.over.store(true, SeqCst);

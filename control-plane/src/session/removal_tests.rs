@@ -1,7 +1,7 @@
 //! When a client is told that something is gone, case by case. Written as in [`super::tests`].
 
 use super::{
-    tests::{BOTH, WORLD, settled},
+    tests::{BOTH, Talk, WORLD, settled},
     *,
 };
 use Kind::{Clusters, Endpoints, Listeners, Routes};
@@ -73,6 +73,44 @@ fn listeners_and_routes_wait_for_endpoints_of_what_is_new_and_not_for_ever() {
         talk.answer(Clusters, &[], Some("no"));
         assert_eq!(talk.told(&after), ["Routes[r@2]"], "{protocol:?}");
     }
+}
+
+#[test]
+fn who_never_asks_for_endpoints_is_not_waited_for_anew_with_each_change() {
+    for protocol in BOTH {
+        let mut talk = settled(protocol);
+        let mut world = WORLD.to_vec();
+        world.extend([(Clusters, "c", "1"), (Endpoints, "c", "1")]);
+        talk.told(&world);
+        talk.answer(Clusters, &[], None);
+        // Another cluster changes more often than that.
+        talk.now += ENDPOINTS_MAX / 2;
+        world[0].2 = "2";
+        world[5].2 = "2";
+        let told = talk.told(&world);
+        assert!(
+            !told.contains(&"Routes[r@2]".to_owned()),
+            "{protocol:?}: {told:?}"
+        );
+        talk.answer(Clusters, &[], None);
+        talk.now += ENDPOINTS_MAX / 2;
+        world[0].2 = "3";
+        let told = talk.told(&world);
+        assert!(
+            told.contains(&"Routes[r@2]".to_owned()),
+            "{protocol:?}: {told:?}"
+        );
+    }
+}
+
+#[test]
+fn who_asks_for_clusters_alone_is_told_at_once_what_is_gone() {
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Clusters, &[]);
+    assert_eq!(talk.told(WORLD), ["Clusters[a@1 b@1]"]);
+    assert_eq!(talk.session.held(), None);
+    talk.answer(Clusters, &[], None);
+    assert_eq!(talk.told(&WORLD[1..]), ["Clusters[] -[a]"]);
 }
 
 /// The old routes are in effect still, and lead there.

@@ -1,7 +1,7 @@
 //! What one client has of one type, as far as we sent it, and what it still wants.
 
 use super::{
-    RESPONSE_BYTES_MAX,
+    Owed, RESPONSE_BYTES_MAX,
     sent::{By, Sent, State, What, restored},
 };
 use crate::snapshot::{ByName, Resource, version_of};
@@ -237,7 +237,7 @@ impl Watched {
         self.has(resource) && !self.is_refused(&resource.name)
     }
 
-    fn is_refused(&self, name: &str) -> bool {
+    pub(super) fn is_refused(&self, name: &str) -> bool {
         let sent = self.sent.get(name);
         sent.is_some_and(|sent| sent.state == State::Nacked)
     }
@@ -315,7 +315,7 @@ impl Watched {
     }
 
     /// What it lacks of a type of which a response may hold a part. That something is gone cannot be said.
-    pub(super) fn part(&mut self, all: &ByName, owed: &BTreeSet<String>) -> Option<Content> {
+    pub(super) fn part(&mut self, all: &ByName, owed: &BTreeMap<String, Owed>) -> Option<Content> {
         let content = self.lacking(all, owed, true);
         self.asked.retain(|name| content.left.contains(name));
         (!content.resources.is_empty()).then(|| Content {
@@ -330,7 +330,7 @@ impl Watched {
         &mut self,
         kind: Kind,
         all: &ByName,
-        owed: &BTreeSet<String>,
+        owed: &BTreeMap<String, Owed>,
     ) -> Option<Content> {
         let mut removed: BTreeSet<String> = self
             .asked
@@ -353,12 +353,12 @@ impl Watched {
     }
 
     /// What was refused goes by itself: with something new in the same response, that would be refused, too. `is_alone` says whether nothing else goes with it.
-    fn lacking(&self, all: &ByName, owed: &BTreeSet<String>, is_alone: bool) -> Lacking {
+    fn lacking(&self, all: &ByName, owed: &BTreeMap<String, Owed>, is_alone: bool) -> Lacking {
         // To make it takes time, and mostly nothing was refused.
         let version = LazyCell::new(|| self.version(all));
         let (mut news, mut refused) = (Vec::new(), Vec::new());
         for (name, resource) in self.wanted(all) {
-            let is_due = self.asked.contains(name) || owed.contains(name);
+            let is_due = self.asked.contains(name) || owed.contains_key(name);
             if !self.has(resource) || (is_due && !self.is_refused(name)) {
                 news.push(resource);
             } else if is_due || (self.is_refused(name) && self.was_refused_before(name, &version)) {
@@ -444,13 +444,6 @@ impl Watched {
             acked: self.acked.clone(),
             nacked: self.nacked.clone(),
         }
-    }
-
-    /// Since when it has this, unless it refused it.
-    pub(super) fn told_since(&self, resource: &Resource) -> Option<SystemTime> {
-        let sent = self.sent.get(&resource.name)?;
-        let is_told = sent.version() == resource.version && sent.state != State::Nacked;
-        is_told.then_some(sent.since)
     }
 
     /// Since when something that is there was not taken, the newest of it. What is gone is waited for by nobody.
