@@ -19,8 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// `cluster_type` (38), `filters` (40): what Envoy has and we do not comes by its number.
-const FILTERS_OF_A_CLUSTER: [u8; 4] = [0xc2, 0x02, 0x01, 0x0a];
+/// `lb_subset_config` (22), empty: what Envoy has and we do not comes by its number.
+const SUBSETS_OF_A_CLUSTER: [u8; 3] = [0xb2, 0x01, 0x00];
 
 fn is_refusal(request: &Value) -> bool {
     request["type"] == "Cluster" && !request["error"].is_null()
@@ -39,7 +39,7 @@ async fn the_good_apply_and_each_bad_one_is_named_with_its_field() {
         let mut bad = cluster("bad");
         bad["lb_policy"] = json!("CLUSTER_PROVIDED");
         let mut newer = bytes_of(&cluster("newer"));
-        newer.value.extend(FILTERS_OF_A_CLUSTER);
+        newer.value.extend(SUBSETS_OF_A_CLUSTER);
         control.put(&[bad]);
         control.put_any(vec![("newer".into(), newer)], None);
         let proxy = driven(control.as_configured(protocol));
@@ -51,7 +51,7 @@ async fn the_good_apply_and_each_bad_one_is_named_with_its_field() {
             "{why}"
         );
         assert!(
-            why.contains("'newer': ") && why.contains("filters"),
+            why.contains("'newer': ") && why.contains("lb_subset_config"),
             "{why}"
         );
         assert!(!why.contains("backend"), "{why}");
