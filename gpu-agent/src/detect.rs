@@ -20,6 +20,8 @@ pub struct Detected {
     pub state: EngineState,
     /// Where KV events come from, a source per rank; empty if there are none.
     pub sources: Vec<EventSource>,
+    /// KV events are had by asking for them, as TensorRT-LLM gives them.
+    pub drains_events: bool,
     /// Start of the process, seconds since the epoch.
     pub process_start: Option<f64>,
     /// Some endpoint answered 401 or 403: the key is missing or wrong.
@@ -71,7 +73,11 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
     let mut sources = match kind {
         EngineKind::Vllm => vllm::complete(&answers, host, &mut state),
         EngineKind::Sglang => sglang::complete(&answers, &figures, host, &mut state),
-        EngineKind::TrtLlm | EngineKind::Unknown => Vec::new(),
+        EngineKind::TrtLlm => {
+            state.version = version(answers.version.as_ref());
+            Vec::new()
+        }
+        EngineKind::Unknown => Vec::new(),
     };
     if let Some(configured) = &config.bootstrap {
         state.bootstrap.clone_from(configured);
@@ -83,6 +89,7 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
         state.reason = format!("{denied}: the API key is missing or wrong");
     }
     Ok(Detected {
+        drains_events: kind == EngineKind::TrtLlm && sources.is_empty(),
         state,
         sources,
         process_start: figures.process_start,

@@ -11,10 +11,11 @@ use crate::http::{ApiKey, HttpClient, HttpError};
 use crate::hub::Cell;
 use crate::lineage::Lineage;
 use crate::load::{Figures, parse};
+use crate::trtllm_events;
 use crate::zmq_events::{BeginReason, EventSource, RankEvent, follow};
 use http::StatusCode;
 use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
-use outrigger_xds::report::{EngineId, EngineKind, Health, Model, Role};
+use outrigger_xds::report::{EngineId, EngineKind, EngineState, Health, Model, Role};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -168,7 +169,7 @@ async fn watch(
         is_asleep: detected.state.health == Health::Draining,
         ..Reasons::default()
     };
-    let mut ranks = Ranks::new(&detected.sources);
+    let mut ranks = Ranks::new(&detected);
     // Dropping a set ends its tasks.
     let (mut followers, mut poller) = (JoinSet::new(), JoinSet::new());
     for source in &detected.sources {
@@ -177,6 +178,10 @@ async fn watch(
             cell.id().to_string(),
             events_sender.clone(),
         ));
+    }
+    if detected.drains_events {
+        let polling = trtllm_events::Polling::new(config, events_sender.clone());
+        followers.spawn(polling.run());
     }
     cell.begin(
         detected.state.clone(),
@@ -217,6 +222,7 @@ async fn watch(
         reasons.events = ranks.reason();
         cell.set_state(|state| {
             state.kv_events = ranks.all_connected();
+            ranks.complete_identity(state);
             state.health = health(reasons.is_asleep);
             state.reason = reasons.text();
         });
@@ -270,7 +276,11 @@ fn sizes_reason(unfit: &[usize], block_tokens: usize) -> String {
 }
 
 /// The subscriptions of an engine's ranks.
-struct Ranks(BTreeMap<u32, RankState>);
+struct Ranks {
+    states: BTreeMap<u32, RankState>,
+    /// Tokens in an engine block, as its events have it; `None` where the engine says it itself.
+    block_tokens: Option<u32>,
+}
 
 struct RankState {
     /// `Err` says why not.
@@ -282,26 +292,33 @@ struct RankState {
     complete: bool,
 }
 
-impl Ranks {
-    fn new(sources: &[EventSource]) -> Self {
-        let state = || RankState {
+impl RankState {
+    fn new() -> Self {
+        Self {
             connected: Err(String::new()),
             silent: true,
             histories: 0,
             complete: false,
-        };
-        Self(
-            sources
-                .iter()
-                .map(|source| (source.rank, state()))
+        }
+    }
+}
+
+impl Ranks {
+    fn new(detected: &Detected) -> Self {
+        // Further ones show with their events.
+        let asked = detected.drains_events.then_some(0);
+        let told = detected.sources.iter().map(|source| source.rank);
+        Self {
+            states: told
+                .chain(asked)
+                .map(|rank| (rank, RankState::new()))
                 .collect(),
-        )
+            block_tokens: (detected.state.block_tokens == 0).then_some(0),
+        }
     }
 
     fn on_event(&mut self, cell: &Cell, rank: u32, event: RankEvent) {
-        let Some(state) = self.0.get_mut(&rank) else {
-            return;
-        };
+        let state = self.states.entry(rank).or_insert_with(RankState::new);
         match event {
             RankEvent::Connected => state.connected = Ok(()),
             RankEvent::Lost(reason) => state.connected = Err(reason),
@@ -311,17 +328,30 @@ impl Ranks {
                 cell.void(rank, state.histories == 0 && reason == BeginReason::Start);
                 state.histories += 1;
             }
-            RankEvent::Batch(batch) => cell.apply(rank, &batch, state.silent),
+            RankEvent::Batch(batch) => {
+                let size = batch.block_tokens();
+                self.block_tokens = self.block_tokens.map(|known| known.max(size));
+                cell.apply(rank, &batch, state.silent);
+            }
             RankEvent::Settled { complete } => {
                 state.silent = false;
                 state.complete = complete;
-                cell.settle(self.0.values().all(|state| state.complete));
+                cell.settle(self.states.values().all(|state| state.complete));
             }
         }
     }
 
+    /// Fills in what only events say of an engine that tells it nowhere else.
+    fn complete_identity(&self, state: &mut EngineState) {
+        let ranks = self.states.keys().last().map_or(0, |last| last + 1);
+        state.dp_size = state.dp_size.max(ranks);
+        if let Some(learnt) = self.block_tokens {
+            state.block_tokens = learnt;
+        }
+    }
+
     fn all_connected(&self) -> bool {
-        !self.0.is_empty() && self.0.values().all(|state| state.connected.is_ok())
+        !self.states.is_empty() && self.states.values().all(|state| state.connected.is_ok())
     }
 
     fn reason(&self) -> String {
@@ -331,7 +361,7 @@ impl Ranks {
             }
             _ => None,
         };
-        self.0
+        self.states
             .iter()
             .filter_map(lost)
             .collect::<Vec<_>>()

@@ -1,11 +1,11 @@
-//! A small HTTP/1.1 client for an engine's own endpoints: GET with a time limit and a size limit.
+//! A small HTTP/1.1 client for an engine's own endpoints: GET, and POST of nothing, with a time limit and a size limit.
 //!
 //! One kept connection per client. No redirects, no TLS (the engine is beside us), no retries but one on a kept
 //! connection that turns out to be closed.
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
-use http::{Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
@@ -118,7 +118,19 @@ impl HttpClient {
     /// # Errors
     /// If there is no complete answer within the limits.
     pub async fn get(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
-        timeout(self.timeout, self.get_unlimited(path))
+        self.ask(Method::GET, path).await
+    }
+
+    /// POSTs nothing to `path`: status and body, whatever the status.
+    ///
+    /// # Errors
+    /// If there is no complete answer within the limits.
+    pub async fn post(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
+        self.ask(Method::POST, path).await
+    }
+
+    async fn ask(&self, method: Method, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
+        timeout(self.timeout, self.ask_unlimited(method, path))
             .await
             .map_err(|_| HttpError::Timeout(self.timeout))?
     }
@@ -135,12 +147,16 @@ impl HttpClient {
             .map_err(|error| connect_error(&error))
     }
 
-    async fn get_unlimited(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
+    async fn ask_unlimited(
+        &self,
+        method: Method,
+        path: &str,
+    ) -> Result<(StatusCode, Bytes), HttpError> {
         // Cancelled while it holds the connection: the connection is gone with it, and the next call opens another.
         let kept = self.kept.lock().await.take();
         if let Some(mut sender) = kept
             && sender.ready().await.is_ok()
-            && let Ok(answer) = self.exchange(sender, path).await
+            && let Ok(answer) = self.exchange(sender, &method, path).await
         {
             return Ok(answer);
         }
@@ -158,15 +174,18 @@ impl HttpClient {
                 tracing::debug!(%error, "connection to an engine ended");
             }
         });
-        self.exchange(sender, path).await
+        self.exchange(sender, &method, path).await
     }
 
     async fn exchange(
         &self,
         mut sender: SendRequest<Empty<Bytes>>,
+        method: &Method,
         path: &str,
     ) -> Result<(StatusCode, Bytes), HttpError> {
-        let mut request = Request::get(path)
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
             .header(HOST, &self.authority)
             .body(Empty::new())
             .map_err(|error| HttpError::Transport(error.to_string()))?;

@@ -18,6 +18,7 @@ pub mod publish;
 pub mod run;
 #[cfg(feature = "publish")]
 pub mod server;
+mod trtllm_events;
 pub mod zmq_events;
 mod zmtp;
 
