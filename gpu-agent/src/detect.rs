@@ -6,6 +6,7 @@
 use crate::engine::{EngineConfig, health, sglang, vllm};
 use crate::http::{HttpClient, HttpError};
 use crate::load::{Figures, parse};
+use crate::numerics;
 use crate::zmq_events::EventSource;
 use bytes::Bytes;
 use http::StatusCode;
@@ -79,6 +80,7 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
         }
         EngineKind::Unknown => Vec::new(),
     };
+    state.numerics = numerics(&answers, &figures, kind, config);
     if let Some(configured) = &config.bootstrap {
         state.bootstrap.clone_from(configured);
     }
@@ -99,6 +101,25 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
     })
 }
 
+/// What the engine says, and what somebody says for it.
+fn numerics(
+    answers: &Answers,
+    figures: &Figures,
+    kind: EngineKind,
+    config: &EngineConfig,
+) -> String {
+    let info = answers.server_info.as_ref();
+    let said = match kind {
+        EngineKind::Vllm => numerics::of_vllm(info, figures.cache_dtype.as_deref()),
+        EngineKind::Sglang => numerics::of_sglang(info),
+        EngineKind::TrtLlm | EngineKind::Unknown => String::new(),
+    };
+    match &config.cohort {
+        Some(label) => format!("{said} cohort={label}").trim_start().to_owned(),
+        None => said,
+    }
+}
+
 async fn ask(client: &HttpClient) -> Result<Answers, HttpError> {
     let mut answers = Answers::default();
     answers.version = answers.judge(client, "/version").await?;
@@ -106,9 +127,7 @@ async fn ask(client: &HttpClient) -> Result<Answers, HttpError> {
     answers.metrics = answers.judge(client, "/metrics").await?;
     answers.kv_event_sources = answers.judge(client, "/kv_event_sources").await?;
     // vLLM has one too, in development mode, and means something else by it.
-    if answers.kv_event_sources.is_none() {
-        answers.server_info = answers.judge(client, "/server_info").await?;
-    }
+    answers.server_info = answers.judge(client, "/server_info").await?;
     Ok(answers)
 }
 

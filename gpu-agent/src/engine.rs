@@ -45,6 +45,8 @@ pub struct EngineConfig {
     pub role: Role,
     /// Where it meets engines that decode, `host:port`, if not where it says itself.
     pub bootstrap: Option<String>,
+    /// Sets it apart from engines with which its answers are not to be compared, where they do not show that themselves.
+    pub cohort: Option<String>,
     /// Sent as `Authorization: Bearer`.
     pub api_key: Option<ApiKey>,
     /// Between two polls of health and load. Default 500 ms; a dead engine is tried at most a second apart.
@@ -70,6 +72,7 @@ impl EngineConfig {
             url: url.into(),
             role: Role::Both,
             bootstrap: None,
+            cohort: None,
             api_key: None,
             poll_interval: Duration::from_millis(500),
             block_tokens: BLOCK_TOKENS_DEFAULT,
@@ -171,18 +174,8 @@ async fn watch(
     };
     let mut ranks = Ranks::new(&detected);
     // Dropping a set ends its tasks.
-    let (mut followers, mut poller) = (JoinSet::new(), JoinSet::new());
-    for source in &detected.sources {
-        followers.spawn(follow(
-            source.clone(),
-            cell.id().to_string(),
-            events_sender.clone(),
-        ));
-    }
-    if detected.drains_events {
-        let polling = trtllm_events::Polling::new(config, events_sender.clone());
-        followers.spawn(polling.run());
-    }
+    let mut poller = JoinSet::new();
+    let mut followers = follow_all(config, &detected, &events_sender);
     cell.begin(
         detected.state.clone(),
         Lineage::new(model, config.block_tokens, config.blocks_max),
@@ -227,6 +220,27 @@ async fn watch(
             state.reason = reasons.text();
         });
     }
+}
+
+/// Follows the events of all ranks.
+fn follow_all(
+    config: &EngineConfig,
+    detected: &Detected,
+    events: &mpsc::Sender<(u32, RankEvent)>,
+) -> JoinSet<()> {
+    let mut followers = JoinSet::new();
+    for source in &detected.sources {
+        followers.spawn(follow(
+            source.clone(),
+            config.id.to_string(),
+            events.clone(),
+        ));
+    }
+    if detected.drains_events {
+        let polling = trtllm_events::Polling::new(config, events.clone());
+        followers.spawn(polling.run());
+    }
+    followers
 }
 
 /// Completes when following a rank's events ended, which it never should while the engine is watched; says how.

@@ -12,6 +12,7 @@ pub mod http;
 pub mod hub;
 pub mod lineage;
 pub mod load;
+mod numerics;
 #[cfg(feature = "nats")]
 pub mod publish;
 #[cfg(feature = "publish")]

@@ -65,10 +65,9 @@ impl Polling {
 
     /// Asks until nobody listens any more.
     pub(crate) async fn run(mut self) {
-        let client = match &self.client {
-            Ok(client) => client,
+        let Ok(client) = &self.client else {
             // Who watches the engine has found the same, and ended.
-            Err(_) => return std::future::pending().await,
+            return std::future::pending().await;
         };
         loop {
             let answer = client.post(PATH).await;

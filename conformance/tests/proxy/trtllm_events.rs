@@ -28,7 +28,9 @@ fn prompt(token: u32) -> String {
 /// Asks an engine past its proxy.
 async fn compute(engine: &SimEngine, token: u32) {
     let mut client = Client::connect(engine.http_addr, Version::H1).await;
-    let reply = client.send(request(Method::POST, COMPLETIONS, prompt(token))).await;
+    let reply = client
+        .send(request(Method::POST, COMPLETIONS, prompt(token)))
+        .await;
     assert_eq!(reply.status, 200, "{}", reply.text());
 }
 

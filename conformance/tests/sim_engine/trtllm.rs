@@ -15,7 +15,7 @@ fn engine(event_buffer_max_size: usize) -> SimEngine {
         event_buffer_max_size,
         ..Config::default()
     };
-    SimEngine::start(config).unwrap()
+    SimEngine::start(config).expect("an engine")
 }
 
 async fn post(engine: &SimEngine, path: &str, body: String) -> Value {
@@ -32,11 +32,11 @@ async fn compute(engine: &SimEngine, token: u32) {
 
 async fn drain(engine: &SimEngine) -> Vec<Value> {
     let told = post(engine, "/kv_cache_events", String::new()).await;
-    told.as_array().unwrap().clone()
+    told.as_array().expect("a list").clone()
 }
 
 fn ids(events: &[Value]) -> Vec<u64> {
-    let id = |event: &Value| event["event_id"].as_u64().unwrap();
+    let id = |event: &Value| event["event_id"].as_u64().expect("a number");
     events.iter().map(id).collect()
 }
 
@@ -48,7 +48,10 @@ async fn events_are_told_once() {
     assert_eq!(ids(&events), [0, 1]);
     assert_eq!(events[0]["data"]["type"], "created");
     let stored = &events[1]["data"];
-    assert_eq!((&stored["type"], &stored["parent_hash"]), (&json!("stored"), &Value::Null));
+    assert_eq!(
+        (&stored["type"], &stored["parent_hash"]),
+        (&json!("stored"), &Value::Null)
+    );
     let blocks = stored["blocks"].as_array().unwrap();
     assert_eq!(blocks.len(), 2, "the third is not full");
     let tokens = blocks[1]["tokens"].as_array().unwrap();
@@ -56,7 +59,10 @@ async fn events_are_told_once() {
     assert_eq!((tokens.len(), &tokens[31]), (32, &token));
     let asked = Instant::now();
     assert!(drain(&engine).await.is_empty(), "read is gone");
-    assert!(asked.elapsed() >= Duration::from_secs(1), "it waits for one");
+    assert!(
+        asked.elapsed() >= Duration::from_secs(1),
+        "it waits for one"
+    );
 }
 
 #[tokio::test]
