@@ -25,7 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 /// Longest wait between two tries of a dead engine.
 const DEAD_RETRY_MAX: Duration = Duration::from_secs(1);
-/// Wait before asking again where the key was refused.
+/// Wait before asking again where the key was refused, or `/server_info` did not come.
 const UNAUTHORIZED_RETRY: Duration = Duration::from_secs(30);
 /// How often the list of models is read again (adapters come and go at run time).
 const MODELS_INTERVAL: Duration = Duration::from_secs(5);
@@ -57,6 +57,9 @@ pub struct EngineConfig {
     pub kv_endpoints: Option<KvEndpoints>,
     /// Longest wait for an answer of the engine's own endpoints. Default 2 s.
     pub request_timeout: Duration,
+    /// Longest wait for TensorRT-LLM's KV events: it answers when nothing happened for 2 s, so on a busy engine not at
+    /// all. Default 8 s.
+    pub kv_events_timeout: Duration,
     /// Longest answer read. Default 16 MiB.
     pub response_bytes_max: usize,
     /// Engine blocks tracked at most. Default 2,000,000 (some 200 bytes each).
@@ -78,6 +81,7 @@ impl EngineConfig {
             block_tokens: BLOCK_TOKENS_DEFAULT,
             kv_endpoints: None,
             request_timeout: Duration::from_secs(2),
+            kv_events_timeout: Duration::from_secs(8),
             response_bytes_max: 16 << 20,
             blocks_max: 2_000_000,
         }
@@ -398,8 +402,8 @@ struct Poller {
     models: Vec<Model>,
     has_metrics: bool,
     has_health: bool,
-    /// Was refused at detection: admission now means detecting again.
-    shut_out: bool,
+    /// Was refused at detection, or not told all: an answer now means detecting again.
+    detect_again: bool,
     misses: u32,
     metrics_after: Instant,
     models_after: Instant,
@@ -417,6 +421,7 @@ impl Poller {
             metrics::counter!("outrigger_engine_unauthorized_total", "engine" => engine.clone())
                 .increment(1);
         }
+        let detect_again = shut_out || detected.lacks_server_info;
         Self {
             client,
             engine,
@@ -426,11 +431,11 @@ impl Poller {
             models: detected.state.models,
             has_metrics: detected.has_metrics,
             has_health: detected.has_health,
-            shut_out,
+            detect_again,
             misses: 0,
             metrics_after: Instant::now(),
             models_after: Instant::now()
-                + if shut_out {
+                + if detect_again {
                     UNAUTHORIZED_RETRY
                 } else {
                     MODELS_INTERVAL
@@ -530,7 +535,7 @@ impl Poller {
             return Ok(None);
         }
         let models = read_models(&body);
-        if self.shut_out || base_model(&models) != base_model(&self.models) {
+        if self.detect_again || base_model(&models) != base_model(&self.models) {
             return Ok(Some(Seen::Changed));
         }
         // Some engines date each entry anew in every answer: that is no change.

@@ -2,8 +2,9 @@
 //!
 //! What was read is gone and cannot be asked for again, so there may be one reader only: us, beside the engine. Events are
 //! numbered by rank; a number that does not follow the last means that somebody else reads too, that the engine's queue
-//! was too short, or that an answer was lost on the way: what was known of that rank is void. What an answer says is
-//! `told`'s business, what the events mean is `lineage`'s.
+//! was too short, or that an answer was lost on the way: what was known of that rank is void. The engine answers when
+//! nothing has happened for a while (2 s, in the newest source 0): one that is never quiet does not answer, and is left
+//! alone. What an answer says is `told`'s business, what the events mean is `lineage`'s.
 
 mod told;
 
@@ -20,8 +21,13 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 const PATH: &str = "/kv_cache_events";
-/// How long the engine may wait for a first event before it answers; 2 s as it comes.
-const ENGINE_WAIT: Duration = Duration::from_secs(3);
+/// After an answer that did not come: the engine goes on reading for it until nothing happened for 2 s, and a question
+/// beside that one would be a second reader.
+const ORPHAN_PAUSE: Duration = Duration::from_secs(3);
+/// Answers that may be missing in a row before the engine is left alone.
+const UNANSWERED_MAX: u32 = 3;
+/// Before asking an engine again that was left alone.
+const LEFT_ALONE: Duration = Duration::from_secs(60);
 /// Between an answer with events and the next question: what the engine does meanwhile comes in one answer.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// Before asking again where there is no such path, or the key was refused.
@@ -41,6 +47,8 @@ pub(crate) struct Polling {
     client: Result<HttpClient, HttpError>,
     /// Between an answer without events and the next question.
     idle_pause: Duration,
+    /// Answers that did not come in time, in a row.
+    unanswered: u32,
     follower: Follower,
 }
 
@@ -50,10 +58,11 @@ impl Polling {
             client: HttpClient::new(
                 &config.url,
                 config.api_key.clone(),
-                config.request_timeout + ENGINE_WAIT,
+                config.kv_events_timeout,
                 ANSWER_BYTES_MAX,
             ),
             idle_pause: config.poll_interval,
+            unanswered: 0,
             follower: Follower {
                 engine: config.id.to_string(),
                 events,
@@ -65,43 +74,78 @@ impl Polling {
 
     /// Asks until nobody listens any more.
     pub(crate) async fn run(mut self) {
-        let Ok(client) = &self.client else {
-            // Who watches the engine has found the same, and ended.
-            return std::future::pending().await;
-        };
         loop {
-            let answer = client.post(PATH).await;
-            let pause = match answer {
-                Ok((StatusCode::OK, body)) => match self.follower.hear(&body).await {
-                    Ok(true) => BUSY_PAUSE,
-                    Ok(false) => self.idle_pause,
-                    Err(Unheard) => return,
-                },
-                failed => {
-                    let (reason, pause) = refusal(failed, self.idle_pause);
-                    if self.follower.lost(reason).await.is_err() {
-                        return;
-                    }
-                    pause
-                }
+            let Ok(client) = &self.client else {
+                // Who watches the engine has found the same, and ended.
+                return std::future::pending().await;
             };
-            sleep(pause).await;
+            let answer = client.post(PATH).await;
+            match self.take(answer).await {
+                Ok(pause) => sleep(pause).await,
+                Err(Unheard) => return,
+            }
         }
     }
-}
 
-/// Why there are no events, and when to ask again.
-fn refusal(failed: Result<(StatusCode, Bytes), HttpError>, pause: Duration) -> (String, Duration) {
-    match failed {
-        Ok((status, _)) => {
-            let pause = if status.is_client_error() {
-                REFUSED_RETRY
-            } else {
-                pause
-            };
-            (format!("POST {PATH} answered {status}"), pause)
+    /// Takes in what came of a question; how long to wait before the next.
+    async fn take(
+        &mut self,
+        answer: Result<(StatusCode, Bytes), HttpError>,
+    ) -> Result<Duration, Unheard> {
+        if !matches!(answer, Err(HttpError::Timeout(_))) {
+            self.unanswered = 0;
         }
-        Err(error) => (format!("POST {PATH}: {error}"), pause),
+        match answer {
+            Ok((StatusCode::OK, body)) => Ok(match self.follower.hear(&body).await? {
+                true => BUSY_PAUSE,
+                false => self.idle_pause,
+            }),
+            Ok((status, _)) => {
+                let reason = format!("POST {PATH} answered {status}");
+                self.follower.lost(reason).await?;
+                Ok(match status.is_client_error() {
+                    true => REFUSED_RETRY,
+                    false => self.idle_pause,
+                })
+            }
+            Err(HttpError::Refused) => {
+                let reason = format!("POST {PATH}: {}", HttpError::Refused);
+                self.follower.lost(reason).await?;
+                Ok(self.idle_pause)
+            }
+            Err(error) => self.unanswered(&error).await,
+        }
+    }
+
+    /// What the engine said or will say to this question is lost, and it may be that blocks are gone.
+    async fn unanswered(&mut self, error: &HttpError) -> Result<Duration, Unheard> {
+        let engine = &self.follower.engine;
+        tracing::warn!(engine, %error, "an answer of {PATH} is lost: what was known of its cache is forgotten");
+        let mut reason = format!("POST {PATH}: {error}");
+        let pause = match error {
+            HttpError::Timeout(_) => {
+                self.unanswered += 1;
+                if self.unanswered >= UNANSWERED_MAX {
+                    self.unanswered = 0;
+                    self.follower
+                        .count("outrigger_kv_event_left_alone_total", 1);
+                    reason = format!(
+                        "{reason}, {UNANSWERED_MAX} times: it answers only when it is quiet; not asked for {LEFT_ALONE:?}"
+                    );
+                    LEFT_ALONE
+                } else {
+                    ORPHAN_PAUSE
+                }
+            }
+            HttpError::TooLong(_) => {
+                metrics::counter!("outrigger_engine_answers_too_long_total").increment(1);
+                BUSY_PAUSE
+            }
+            _ => self.idle_pause,
+        };
+        self.follower.forget(BeginReason::Unanswered).await?;
+        self.follower.lost(reason).await?;
+        Ok(pause)
     }
 }
 
@@ -196,7 +240,7 @@ impl Follower {
                     rank,
                     next,
                     got = id,
-                    "KV events missing: does somebody else read {PATH}, or is event_buffer_max_size too small?"
+                    "KV events are missing, and what was known of the rank is forgotten: does somebody else read {PATH}, or is event_buffer_max_size too small?"
                 );
                 Some(BeginReason::GapTooOld)
             }
@@ -223,9 +267,10 @@ impl Follower {
     /// An answer that nobody can read may have said that blocks are gone.
     async fn garbage(&mut self, error: &serde_json::Error) -> Result<(), Unheard> {
         self.count("outrigger_kv_event_garbage_total", 1);
-        tracing::warn!(engine = self.engine, %error, "unreadable KV events");
+        tracing::warn!(engine = self.engine, %error, "unreadable KV events: what was known of its cache is forgotten");
         self.forget(BeginReason::Unreadable).await?;
-        self.lost("unreadable KV events".to_owned()).await
+        self.lost("unreadable, and what was known is forgotten".to_owned())
+            .await
     }
 
     /// An engine that keeps no events answers as one that has none: only events show that there are any.

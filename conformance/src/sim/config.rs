@@ -62,6 +62,8 @@ pub struct Config {
     pub replay_port: u16,
     /// TensorRT-LLM's events kept for whoever reads them; 0: none.
     pub event_buffer_max_size: usize,
+    /// TensorRT-LLM tells its events when nothing happened for this long; 2,000 as 1.2 does, 0 as the newest source.
+    pub event_quiet_ms: u64,
     /// Topic of the events.
     pub topic: String,
     /// Seeds ids and sampling without a seed of its own. Greedy text does not depend on it.
@@ -116,6 +118,7 @@ impl Default for Config {
             events: Events::Bind(0),
             replay_port: 0,
             event_buffer_max_size: 4096,
+            event_quiet_ms: 2000,
             topic: "kv-events".to_owned(),
             seed: 0,
             block_size: 32,
@@ -214,6 +217,9 @@ pub(crate) struct Flags {
     /// TensorRT-LLM's KV events kept for whoever reads them (0: none)
     #[arg(long, default_value_t = 0)]
     event_buffer_max_size: usize,
+    /// TensorRT-LLM tells its KV events when nothing happened for this long
+    #[arg(long, default_value_t = 2000)]
+    event_quiet_ms: u64,
     /// Topic of the KV events
     #[arg(long, default_value = "kv-events")]
     topic: String,
@@ -295,6 +301,7 @@ impl From<Flags> for Config {
             events,
             replay_port: flags.replay_port,
             event_buffer_max_size: flags.event_buffer_max_size,
+            event_quiet_ms: flags.event_quiet_ms,
             topic: flags.topic,
             seed: flags.seed,
             block_size: flags.block_size,

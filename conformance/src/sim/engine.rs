@@ -76,6 +76,7 @@ impl Engine {
                 config.event_buffer_max_size,
                 config.kv_blocks,
                 config.max_model_len,
+                Duration::from_millis(config.event_quiet_ms),
             ),
             faults,
             responses: Store::default(),

@@ -1,7 +1,8 @@
 //! Answers "what does `POST /kv_cache_events` of TensorRT-LLM 1.2 say": a bounded queue that reading empties.
 //!
 //! All is from the reference, nothing was recorded. Events are numbered from 0, which is `created`; the oldest are dropped when
-//! the queue is full, and their numbers with them. A reader waits up to two seconds for a first event. Blocks that are not full,
+//! the queue is full, and their numbers with them. An answer comes when nothing happened for `event_quiet_ms`, so from an engine that
+//! is never quiet it does not; a reader that left does not end the reading. Blocks that are not full,
 //! a second cache level and several attention windows are not simulated; salts are part of blocks' names and not told, as in 1.2.
 
 use std::collections::VecDeque;
@@ -13,14 +14,13 @@ use tokio::sync::Notify;
 
 use super::events::Event;
 
-/// How long a reader waits for a first event.
-const WAIT: Duration = Duration::from_secs(2);
-
 /// The queue.
 pub(crate) struct EventQueue {
     /// Events kept; none at all if 0.
     max: usize,
     window: usize,
+    /// How long nothing must have happened before an answer.
+    quiet: Duration,
     state: Mutex<State>,
     more: Notify,
 }
@@ -35,10 +35,11 @@ struct State {
 
 impl EventQueue {
     /// A queue of `max` events of an engine with `blocks` blocks and a window of `window` tokens.
-    pub(crate) fn new(max: usize, blocks: usize, window: usize) -> Self {
+    pub(crate) fn new(max: usize, blocks: usize, window: usize, quiet: Duration) -> Self {
         let queue = Self {
             max,
             window,
+            quiet,
             state: Mutex::default(),
             more: Notify::new(),
         };
@@ -89,12 +90,20 @@ impl EventQueue {
 
     /// Everything told since the last reading, as one answer. What an engine without events says comes at once.
     pub(crate) async fn drain(&self) -> String {
-        if self.max > 0 && self.state().queue.is_empty() {
-            // Woken by what an earlier reading took already: an answer without events, as the engine may give at any time.
-            let _ = tokio::time::timeout(WAIT, self.more.notified()).await;
+        let mut events = self.take();
+        // What wakes it first may be what was taken already.
+        while self.max > 0
+            && tokio::time::timeout(self.quiet, self.more.notified())
+                .await
+                .is_ok()
+        {
+            events.extend(self.take());
         }
-        let events = Vec::from(std::mem::take(&mut self.state().queue));
         Value::Array(events).to_string()
+    }
+
+    fn take(&self) -> Vec<Value> {
+        Vec::from(std::mem::take(&mut self.state().queue))
     }
 }
 

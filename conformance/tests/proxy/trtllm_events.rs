@@ -3,10 +3,12 @@
 
 use http::Method;
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, eventually, request},
+    harness::{Client, ProxyBuilder, TestProxy, Version, eventually, hosts, request},
     sim::{Config, Fault, FaultKind, Profile, SimEngine},
 };
+use outrigger_proxy::bootstrap::FLEET;
 use serde_json::json;
+use std::time::{Duration, Instant};
 
 const COMPLETIONS: &str = "/v1/completions";
 /// Six blocks and a little more.
@@ -85,4 +87,40 @@ async fn what_another_reader_took_is_noticed_and_costs_what_was_known() {
     let label = engine.http_addr.to_string();
     let gaps = proxy.metric("outrigger_kv_event_gaps_total", &label).await;
     assert_eq!(gaps, 1.0);
+}
+
+#[tokio::test]
+async fn an_engine_under_steady_load_does_not_answer_and_is_known_again_when_it_is_quiet() {
+    let engine = engine();
+    compute(&engine, 300).await;
+    let proxy = ProxyBuilder::new()
+        .flag("--policy", "kv")
+        .engine(engine.http_addr)
+        .start();
+    proxy.wait_alive(1).await;
+    let begun = Instant::now();
+    let mut token = 301;
+    while begun.elapsed() < Duration::from_secs(9) {
+        compute(&engine, token).await;
+        token += 1;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let busy = eventually("nobody waits any longer", || async {
+        let host = hosts(proxy.admin(), FLEET).await.into_iter().next()?;
+        let reason = host["outrigger"]["health_reason"].as_str()?.to_owned();
+        reason.contains("no answer within 8s").then_some(host)
+    })
+    .await;
+    assert_eq!(busy["outrigger"]["kv_events"], false, "{busy}");
+    let mut client = proxy.client(Version::H1).await;
+    let reply = client.post(COMPLETIONS, prompt(300)).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    // The first of them may still go to the question that nobody waits for.
+    let label = engine.http_addr.to_string();
+    while proxy.metric("outrigger_kv_index_blocks", &label).await == 0.0 {
+        assert!(begun.elapsed() < Duration::from_secs(40), "it is quiet now");
+        compute(&engine, token).await;
+        token += 1;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
 }

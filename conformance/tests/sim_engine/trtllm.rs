@@ -8,11 +8,12 @@ use outrigger_conformance::{
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-fn engine(event_buffer_max_size: usize) -> SimEngine {
+fn engine(event_buffer_max_size: usize, event_quiet_ms: u64) -> SimEngine {
     let config = Config {
         profile: Profile::Trtllm,
         decode_itl_ms: 1.0,
         event_buffer_max_size,
+        event_quiet_ms,
         ..Config::default()
     };
     SimEngine::start(config).expect("an engine")
@@ -42,7 +43,7 @@ fn ids(events: &[Value]) -> Vec<u64> {
 
 #[tokio::test]
 async fn events_are_told_once() {
-    let engine = engine(16);
+    let engine = engine(16, 2000);
     compute(&engine, 300).await;
     let events = drain(&engine).await;
     assert_eq!(ids(&events), [0, 1]);
@@ -67,7 +68,7 @@ async fn events_are_told_once() {
 
 #[tokio::test]
 async fn what_does_not_fit_is_gone_and_so_is_its_number() {
-    let engine = engine(2);
+    let engine = engine(2, 0);
     for token in 300..304 {
         compute(&engine, token).await;
     }
@@ -76,9 +77,38 @@ async fn what_does_not_fit_is_gone_and_so_is_its_number() {
 
 #[tokio::test]
 async fn an_engine_that_keeps_none_says_so_at_once() {
-    let engine = engine(0);
+    let engine = engine(0, 2000);
     compute(&engine, 300).await;
     let asked = Instant::now();
+    assert!(drain(&engine).await.is_empty());
+    assert!(asked.elapsed() < Duration::from_millis(1500));
+}
+
+#[tokio::test]
+async fn an_answer_comes_when_nothing_happened_for_a_while() {
+    let engine = engine(64, 2000);
+    let load = async {
+        for token in 300..310 {
+            compute(&engine, token).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        Instant::now()
+    };
+    let answer = async { (drain(&engine).await, Instant::now()) };
+    let (last, (events, answered)) = tokio::join!(load, answer);
+    assert_eq!(ids(&events), (0..=10).collect::<Vec<_>>());
+    assert!(
+        answered >= last + Duration::from_secs(1),
+        "it waits for more"
+    );
+}
+
+#[tokio::test]
+async fn the_newest_source_does_not_wait() {
+    let engine = engine(16, 0);
+    compute(&engine, 300).await;
+    let asked = Instant::now();
+    assert_eq!(ids(&drain(&engine).await), [0, 1]);
     assert!(drain(&engine).await.is_empty());
     assert!(asked.elapsed() < Duration::from_millis(1500));
 }

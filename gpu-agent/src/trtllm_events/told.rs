@@ -153,6 +153,10 @@ pub(super) fn read(body: &[u8], sizes: &mut Sizes) -> Result<Told, serde_json::E
             Err(_) => told.garbage += 1,
         }
     }
+    // An engine that began anew may be of another model or configuration; its queue has nothing of the one before.
+    if read.iter().any(|element| element.event_id == 0) {
+        *sizes = Sizes::default();
+    }
     let windows = read.iter().filter_map(|element| element.window_size);
     sizes.window = windows.fold(sizes.window, u64::max);
     told.events = read

@@ -41,6 +41,8 @@ pub(crate) struct Inner {
     pub(crate) further_ranks: Vec<(SocketAddr, SocketAddr)>,
     /// Answers by path, of an engine that has no others.
     pub(crate) bodies: Option<HashMap<&'static str, String>>,
+    /// A path that is never answered.
+    pub(crate) silent: Option<&'static str>,
     /// The next answers of `POST /kv_cache_events`; without a status it never answers. After the last there are no events.
     pub(crate) drained: VecDeque<(Option<u16>, String)>,
 }
@@ -93,6 +95,7 @@ impl FakeEngine {
             rank: 0,
             further_ranks: Vec::new(),
             bodies: None,
+            silent: None,
             drained: VecDeque::new(),
         };
         change(&mut inner);
@@ -312,6 +315,7 @@ async fn serve_http(
                     let (status, body) = next.unwrap_or((Some(200), "[]".to_owned()));
                     (status.unwrap_or(NO_ANSWER), body)
                 }
+                _ if inner.silent == Some(path.as_str()) => (NO_ANSWER, String::new()),
                 _ => answer(&path, &inner, ports),
             }
         };

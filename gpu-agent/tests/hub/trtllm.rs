@@ -8,7 +8,7 @@ use outrigger_xds::feed::FeedSource;
 use outrigger_xds::report::{EngineKind, Shelf, Tier};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 async fn start() -> FakeEngine {
     let models = format!(
@@ -25,7 +25,7 @@ async fn start() -> FakeEngine {
 fn watch(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
     let hub = Hub::new();
     hub.watch(EngineConfig {
-        request_timeout: Duration::from_millis(500),
+        kv_events_timeout: Duration::from_millis(500),
         ..config(engine)
     });
     let listener = Listener::new(hub.subscribe());
@@ -178,8 +178,15 @@ async fn an_engine_that_begins_anew_has_forgotten_everything() {
     let late = holds(&mut listener, "what is told now", &[&a]).await;
     assert!(!late.complete, "what was before event 7 is not known");
     // So quickly that no poll sees it gone.
-    tell(&engine, &[created(0), event(1, &stored(&b, 0))]);
-    holds(&mut listener, "the new one's", &[&b]).await;
+    let narrower = |event: String| event.replace("2048", "512");
+    let new = [created(0), event(1, &stored(&b, 0))].map(narrower);
+    tell(&engine, &new);
+    holds(
+        &mut listener,
+        "the new one's, whose window is its own",
+        &[&b],
+    )
+    .await;
     listener
         .until(ID, "all of it", |picture| picture.complete)
         .await;
@@ -211,23 +218,62 @@ async fn an_answer_that_is_lost_shows_as_a_gap() {
     tell(&engine, &[created(0), event(1, &stored(&a, 0))]);
     let (_hub, mut listener) = watch(&engine);
     holds(&mut listener, "first events", &[&a]).await;
+    let asked = Instant::now();
     // Event 2 is in an answer that takes longer than anybody waits.
     answer(&engine, None, "");
     let slow = listener
-        .until(ID, "silence", |picture| !picture.state.kv_events)
+        .until(
+            ID,
+            "silence, and nothing known as blocks may be gone",
+            |picture| !picture.state.kv_events && picture.device().is_empty(),
+        )
         .await;
     assert!(
         slow.state.reason.contains("no answer within"),
         "{}",
         slow.state.reason
     );
-    assert_eq!(
-        slow.device(),
-        canonical(&[&a]),
-        "nothing says that they are gone"
-    );
     tell(&engine, &[event(3, &stored(&b, 0))]);
     holds(&mut listener, "what came after", &[&b]).await;
+    let pause = asked.elapsed();
+    assert!(
+        pause > Duration::from_secs(3),
+        "it reads for who does not listen any more: {pause:?}"
+    );
+}
+
+#[tokio::test]
+async fn an_engine_that_is_never_quiet_is_left_alone() {
+    let engine = start().await;
+    for _ in 0..3 {
+        answer(&engine, None, "");
+    }
+    let (_hub, mut listener) = watch(&engine);
+    let busy = listener
+        .until(ID, "it is left alone", |picture| {
+            picture
+                .state
+                .reason
+                .contains("answers only when it is quiet")
+        })
+        .await;
+    assert!(!busy.state.kv_events, "routing goes by what was sent");
+    listener.listen(Duration::from_secs(4)).await;
+    assert_eq!(engine.requests("/kv_cache_events"), 3);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_too_long_voids_what_was_known() {
+    let engine = start().await;
+    let (a, b) = (prompt(1, 2), prompt(2, 2));
+    tell(&engine, &[created(0), event(1, &stored(&a, 0))]);
+    let (_hub, mut listener) = watch(&engine);
+    holds(&mut listener, "first events", &[&a]).await;
+    answer(&engine, Some(200), " ".repeat((64 << 20) + 1));
+    holds(&mut listener, "nothing, as blocks may be gone", &[]).await;
+    tell(&engine, &[event(3, &stored(&b, 0))]);
+    let after = holds(&mut listener, "what came after", &[&b]).await;
+    assert!(!after.complete);
 }
 
 #[tokio::test]
