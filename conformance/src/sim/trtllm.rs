@@ -72,6 +72,13 @@ const FIELDS: &[&str] = &[
     PARAMS,
 ];
 
+/// In a task of its own: it goes on reading for a client that left.
+async fn kv_cache_events(engine: &Arc<Engine>) -> String {
+    let engine = Arc::clone(engine);
+    let drained = tokio::spawn(async move { engine.event_queue.drain().await });
+    drained.await.unwrap_or_default()
+}
+
 /// Answers one request.
 pub(crate) async fn answer(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
     let route = ROUTES.iter().find(|(path, _)| *path == request.path);
@@ -89,7 +96,7 @@ pub(crate) async fn answer(engine: &Arc<Engine>, request: &Request) -> Result<Re
         "/sim/fault" => routes::fault(engine, request),
         "/version" => Ok(Response::json(200, format!(r#"{{"version":"{VERSION}"}}"#))),
         "/metrics" => Ok(Response::json(200, "[]".to_owned())),
-        "/kv_cache_events" => Ok(Response::json(200, engine.event_queue.drain().await)),
+        "/kv_cache_events" => Ok(Response::json(200, kv_cache_events(engine).await)),
         "/v1/models" => {
             let card = json!({"id": config.model, "object": "model", "created": unix_s() as u64, "owned_by": "tensorrt_llm"});
             Ok(Response::json(
