@@ -51,6 +51,7 @@ mod stored;
 mod template;
 mod tokenizer;
 mod trtllm;
+mod trtllm_events;
 mod zmtp;
 
 use std::io::{Error, ErrorKind, Result};

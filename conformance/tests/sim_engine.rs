@@ -21,5 +21,7 @@ mod recordings;
 mod sglang;
 #[path = "sim_engine/stored.rs"]
 mod stored;
+#[path = "sim_engine/trtllm.rs"]
+mod trtllm;
 #[path = "sim_engine/zmtp.rs"]
 mod zmtp;

@@ -6,12 +6,18 @@
 use crate::engine::{EngineConfig, health, sglang, vllm};
 use crate::http::{HttpClient, HttpError};
 use crate::load::{Figures, parse};
+use crate::numerics;
 use crate::zmq_events::EventSource;
 use bytes::Bytes;
 use http::StatusCode;
 use outrigger_xds::report::{EngineKind, EngineState, Model};
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use std::time::Duration;
+
+/// Longest wait for `/server_info`: SGLang asks its scheduler for it, which may be busy, and vLLM (in development mode) looks
+/// at the whole machine.
+const SERVER_INFO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What was found.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,8 +26,12 @@ pub struct Detected {
     pub state: EngineState,
     /// Where KV events come from, a source per rank; empty if there are none.
     pub sources: Vec<EventSource>,
+    /// KV events are had by asking for them, as TensorRT-LLM gives them.
+    pub drains_events: bool,
     /// Start of the process, seconds since the epoch.
     pub process_start: Option<f64>,
+    /// `/server_info` of an SGLang did not come, and says where its KV events are.
+    pub lacks_server_info: bool,
     /// Some endpoint answered 401 or 403: the key is missing or wrong.
     pub unauthorized: Option<String>,
     /// Whether `/metrics` can be polled.
@@ -38,6 +48,8 @@ pub(crate) struct Answers {
     pub(crate) metrics: Option<Bytes>,
     pub(crate) kv_event_sources: Option<Bytes>,
     pub(crate) server_info: Option<Bytes>,
+    /// `/server_info` did not come in time, or not whole.
+    lacks_server_info: bool,
     unauthorized: Option<String>,
 }
 
@@ -71,8 +83,13 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
     let mut sources = match kind {
         EngineKind::Vllm => vllm::complete(&answers, host, &mut state),
         EngineKind::Sglang => sglang::complete(&answers, &figures, host, &mut state),
-        EngineKind::TrtLlm | EngineKind::Unknown => Vec::new(),
+        EngineKind::TrtLlm => {
+            state.version = version(answers.version.as_ref());
+            Vec::new()
+        }
+        EngineKind::Unknown => Vec::new(),
     };
+    state.numerics = numerics(&answers, &figures, kind, config);
     if let Some(configured) = &config.bootstrap {
         state.bootstrap.clone_from(configured);
     }
@@ -83,13 +100,44 @@ pub async fn detect(client: &HttpClient, config: &EngineConfig) -> Result<Detect
         state.reason = format!("{denied}: the API key is missing or wrong");
     }
     Ok(Detected {
+        drains_events: kind == EngineKind::TrtLlm && sources.is_empty(),
+        process_start: figures.process_start,
+        lacks_server_info: answers.lacks_server_info
+            && kind == EngineKind::Sglang
+            && sources.is_empty(),
         state,
         sources,
-        process_start: figures.process_start,
         unauthorized: answers.unauthorized,
         has_metrics: figures.kind != EngineKind::Unknown,
         has_health: kind == EngineKind::Vllm,
     })
+}
+
+/// What the engine says, and what somebody says for it.
+fn numerics(
+    answers: &Answers,
+    figures: &Figures,
+    kind: EngineKind,
+    config: &EngineConfig,
+) -> String {
+    let info = answers.server_info.as_ref();
+    let said = match kind {
+        EngineKind::Vllm => numerics::of_vllm(info, figures.cache_dtype.as_deref()),
+        EngineKind::Sglang => numerics::of_sglang(info),
+        EngineKind::TrtLlm | EngineKind::Unknown => String::new(),
+    };
+    // Shown, as it is compared with others of which no more is known.
+    let untold = answers.lacks_server_info.then_some("server_info=untold");
+    let label = config
+        .cohort
+        .as_ref()
+        .map(|label| format!("cohort={label}"));
+    [Some(said.as_str()), untold, label.as_deref()]
+        .into_iter()
+        .flatten()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 async fn ask(client: &HttpClient) -> Result<Answers, HttpError> {
@@ -98,14 +146,31 @@ async fn ask(client: &HttpClient) -> Result<Answers, HttpError> {
     answers.models = answers.judge(client, "/v1/models").await?;
     answers.metrics = answers.judge(client, "/metrics").await?;
     answers.kv_event_sources = answers.judge(client, "/kv_event_sources").await?;
-    // vLLM has one too, in development mode, and means something else by it.
-    if answers.kv_event_sources.is_none() {
-        answers.server_info = answers.judge(client, "/server_info").await?;
-    }
+    answers.ask_server_info(client).await;
     Ok(answers)
 }
 
 impl Answers {
+    /// Both SGLang and vLLM (in development mode) say here how they compute, each in its own way. It may be slow on an
+    /// engine that is well, and is no sign of life: without it less is known, and it is not asked again beside itself.
+    async fn ask_server_info(&mut self, client: &HttpClient) {
+        const PATH: &str = "/server_info";
+        match client.get_within(PATH, SERVER_INFO_TIMEOUT).await {
+            Ok((StatusCode::OK, body)) => self.server_info = Some(body),
+            Ok((status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN), _)) => {
+                self.unauthorized = Some(format!("GET {PATH} answered {status}"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.lacks_server_info = true;
+                if let HttpError::TooLong(_) = error {
+                    metrics::counter!("outrigger_engine_answers_too_long_total").increment(1);
+                }
+                tracing::warn!(engine = client.authority(), path = PATH, %error, "not told what decides its numbers, nor (SGLang) where its KV events are");
+            }
+        }
+    }
+
     /// The body of a 200; nothing for other statuses. No answer at all, or 503, ends the detection: the engine is not
     /// up.
     async fn judge(&mut self, client: &HttpClient, path: &str) -> Result<Option<Bytes>, HttpError> {

@@ -11,10 +11,11 @@ use crate::http::{ApiKey, HttpClient, HttpError};
 use crate::hub::Cell;
 use crate::lineage::Lineage;
 use crate::load::{Figures, parse};
+use crate::trtllm_events;
 use crate::zmq_events::{BeginReason, EventSource, RankEvent, follow};
 use http::StatusCode;
 use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
-use outrigger_xds::report::{EngineId, EngineKind, Health, Model, Role};
+use outrigger_xds::report::{EngineId, EngineKind, EngineState, Health, Model, Role};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 /// Longest wait between two tries of a dead engine.
 const DEAD_RETRY_MAX: Duration = Duration::from_secs(1);
-/// Wait before asking again where the key was refused.
+/// Wait before asking again where the key was refused, or `/server_info` did not come.
 const UNAUTHORIZED_RETRY: Duration = Duration::from_secs(30);
 /// How often the list of models is read again (adapters come and go at run time).
 const MODELS_INTERVAL: Duration = Duration::from_secs(5);
@@ -44,6 +45,8 @@ pub struct EngineConfig {
     pub role: Role,
     /// Where it meets engines that decode, `host:port`, if not where it says itself.
     pub bootstrap: Option<String>,
+    /// Sets it apart from engines with which its answers are not to be compared, where they do not show that themselves.
+    pub cohort: Option<String>,
     /// Sent as `Authorization: Bearer`.
     pub api_key: Option<ApiKey>,
     /// Between two polls of health and load. Default 500 ms; a dead engine is tried at most a second apart.
@@ -54,6 +57,9 @@ pub struct EngineConfig {
     pub kv_endpoints: Option<KvEndpoints>,
     /// Longest wait for an answer of the engine's own endpoints. Default 2 s.
     pub request_timeout: Duration,
+    /// Longest wait for TensorRT-LLM's KV events: it answers when nothing happened for 2 s, so on a busy engine not at
+    /// all. Default 8 s.
+    pub kv_events_timeout: Duration,
     /// Longest answer read. Default 16 MiB.
     pub response_bytes_max: usize,
     /// Engine blocks tracked at most. Default 2,000,000 (some 200 bytes each).
@@ -69,11 +75,13 @@ impl EngineConfig {
             url: url.into(),
             role: Role::Both,
             bootstrap: None,
+            cohort: None,
             api_key: None,
             poll_interval: Duration::from_millis(500),
             block_tokens: BLOCK_TOKENS_DEFAULT,
             kv_endpoints: None,
             request_timeout: Duration::from_secs(2),
+            kv_events_timeout: Duration::from_secs(8),
             response_bytes_max: 16 << 20,
             blocks_max: 2_000_000,
         }
@@ -168,16 +176,10 @@ async fn watch(
         is_asleep: detected.state.health == Health::Draining,
         ..Reasons::default()
     };
-    let mut ranks = Ranks::new(&detected.sources);
+    let mut ranks = Ranks::new(&detected);
     // Dropping a set ends its tasks.
-    let (mut followers, mut poller) = (JoinSet::new(), JoinSet::new());
-    for source in &detected.sources {
-        followers.spawn(follow(
-            source.clone(),
-            cell.id().to_string(),
-            events_sender.clone(),
-        ));
-    }
+    let mut poller = JoinSet::new();
+    let mut followers = follow_all(config, &detected, &events_sender);
     cell.begin(
         detected.state.clone(),
         Lineage::new(model, config.block_tokens, config.blocks_max),
@@ -217,10 +219,32 @@ async fn watch(
         reasons.events = ranks.reason();
         cell.set_state(|state| {
             state.kv_events = ranks.all_connected();
+            ranks.complete_identity(state);
             state.health = health(reasons.is_asleep);
             state.reason = reasons.text();
         });
     }
+}
+
+/// Follows the events of all ranks.
+fn follow_all(
+    config: &EngineConfig,
+    detected: &Detected,
+    events: &mpsc::Sender<(u32, RankEvent)>,
+) -> JoinSet<()> {
+    let mut followers = JoinSet::new();
+    for source in &detected.sources {
+        followers.spawn(follow(
+            source.clone(),
+            config.id.to_string(),
+            events.clone(),
+        ));
+    }
+    if detected.drains_events {
+        let polling = trtllm_events::Polling::new(config, events.clone());
+        followers.spawn(polling.run());
+    }
+    followers
 }
 
 /// Completes when following a rank's events ended, which it never should while the engine is watched; says how.
@@ -270,7 +294,11 @@ fn sizes_reason(unfit: &[usize], block_tokens: usize) -> String {
 }
 
 /// The subscriptions of an engine's ranks.
-struct Ranks(BTreeMap<u32, RankState>);
+struct Ranks {
+    states: BTreeMap<u32, RankState>,
+    /// Tokens in an engine block, as its events have it; `None` where the engine says it itself.
+    block_tokens: Option<u32>,
+}
 
 struct RankState {
     /// `Err` says why not.
@@ -282,26 +310,33 @@ struct RankState {
     complete: bool,
 }
 
-impl Ranks {
-    fn new(sources: &[EventSource]) -> Self {
-        let state = || RankState {
+impl RankState {
+    fn new() -> Self {
+        Self {
             connected: Err(String::new()),
             silent: true,
             histories: 0,
             complete: false,
-        };
-        Self(
-            sources
-                .iter()
-                .map(|source| (source.rank, state()))
+        }
+    }
+}
+
+impl Ranks {
+    fn new(detected: &Detected) -> Self {
+        // Further ones show with their events.
+        let asked = detected.drains_events.then_some(0);
+        let told = detected.sources.iter().map(|source| source.rank);
+        Self {
+            states: told
+                .chain(asked)
+                .map(|rank| (rank, RankState::new()))
                 .collect(),
-        )
+            block_tokens: (detected.state.block_tokens == 0).then_some(0),
+        }
     }
 
     fn on_event(&mut self, cell: &Cell, rank: u32, event: RankEvent) {
-        let Some(state) = self.0.get_mut(&rank) else {
-            return;
-        };
+        let state = self.states.entry(rank).or_insert_with(RankState::new);
         match event {
             RankEvent::Connected => state.connected = Ok(()),
             RankEvent::Lost(reason) => state.connected = Err(reason),
@@ -311,17 +346,30 @@ impl Ranks {
                 cell.void(rank, state.histories == 0 && reason == BeginReason::Start);
                 state.histories += 1;
             }
-            RankEvent::Batch(batch) => cell.apply(rank, &batch, state.silent),
+            RankEvent::Batch(batch) => {
+                let size = batch.block_tokens();
+                self.block_tokens = self.block_tokens.map(|known| known.max(size));
+                cell.apply(rank, &batch, state.silent);
+            }
             RankEvent::Settled { complete } => {
                 state.silent = false;
                 state.complete = complete;
-                cell.settle(self.0.values().all(|state| state.complete));
+                cell.settle(self.states.values().all(|state| state.complete));
             }
         }
     }
 
+    /// Fills in what only events say of an engine that tells it nowhere else.
+    fn complete_identity(&self, state: &mut EngineState) {
+        let ranks = self.states.keys().last().map_or(0, |last| last + 1);
+        state.dp_size = state.dp_size.max(ranks);
+        if let Some(learnt) = self.block_tokens {
+            state.block_tokens = learnt;
+        }
+    }
+
     fn all_connected(&self) -> bool {
-        !self.0.is_empty() && self.0.values().all(|state| state.connected.is_ok())
+        !self.states.is_empty() && self.states.values().all(|state| state.connected.is_ok())
     }
 
     fn reason(&self) -> String {
@@ -331,7 +379,7 @@ impl Ranks {
             }
             _ => None,
         };
-        self.0
+        self.states
             .iter()
             .filter_map(lost)
             .collect::<Vec<_>>()
@@ -354,8 +402,8 @@ struct Poller {
     models: Vec<Model>,
     has_metrics: bool,
     has_health: bool,
-    /// Was refused at detection: admission now means detecting again.
-    shut_out: bool,
+    /// Was refused at detection, or not told all: an answer now means detecting again.
+    detect_again: bool,
     misses: u32,
     metrics_after: Instant,
     models_after: Instant,
@@ -373,6 +421,7 @@ impl Poller {
             metrics::counter!("outrigger_engine_unauthorized_total", "engine" => engine.clone())
                 .increment(1);
         }
+        let detect_again = shut_out || detected.lacks_server_info;
         Self {
             client,
             engine,
@@ -382,11 +431,11 @@ impl Poller {
             models: detected.state.models,
             has_metrics: detected.has_metrics,
             has_health: detected.has_health,
-            shut_out,
+            detect_again,
             misses: 0,
             metrics_after: Instant::now(),
             models_after: Instant::now()
-                + if shut_out {
+                + if detect_again {
                     UNAUTHORIZED_RETRY
                 } else {
                     MODELS_INTERVAL
@@ -486,7 +535,7 @@ impl Poller {
             return Ok(None);
         }
         let models = read_models(&body);
-        if self.shut_out || base_model(&models) != base_model(&self.models) {
+        if self.detect_again || base_model(&models) != base_model(&self.models) {
             return Ok(Some(Seen::Changed));
         }
         // Some engines date each entry anew in every answer: that is no change.

@@ -28,6 +28,18 @@ pub struct EventBatch {
     pub unknown_fields: u64,
 }
 
+impl EventBatch {
+    /// Tokens in the largest block it tells of; 0 if it tells of none.
+    #[must_use]
+    pub fn block_tokens(&self) -> u32 {
+        let size = |event: &Event| match event {
+            Event::Stored(stored) => u32::try_from(stored.block_tokens).unwrap_or(u32::MAX),
+            _ => 0,
+        };
+        self.events.iter().map(size).max().unwrap_or(0)
+    }
+}
+
 /// One event.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -35,6 +47,8 @@ pub enum Event {
     Stored(BlockStored),
     /// Blocks were removed from a cache.
     Removed(BlockRemoved),
+    /// A block went from one tier to another.
+    Moved(BlockMoved),
     /// The rank's cache was emptied.
     Cleared,
     /// An event type this decoder does not know; its name.
@@ -88,10 +102,21 @@ pub enum Extra {
 pub struct BlockRemoved {
     /// Their names.
     pub hashes: Vec<EngineHash>,
-    /// From where.
-    pub tier: Tier,
+    /// From where; `None` from wherever it is.
+    pub tier: Option<Tier>,
     /// KV cache group.
     pub group: u32,
+}
+
+/// A block that went from one tier to another and is gone from the first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockMoved {
+    /// Its name.
+    pub hash: EngineHash,
+    /// Where it was.
+    pub from: Tier,
+    /// Where it is.
+    pub to: Tier,
 }
 
 /// Why a whole batch could not be read.
@@ -303,7 +328,7 @@ fn removed(fields: &Fields<'_, '_>) -> Event {
     match fields.list("block_hashes").and_then(hashes) {
         Some(hashes) => Event::Removed(BlockRemoved {
             hashes,
-            tier: tier(fields),
+            tier: Some(tier(fields)),
             group: group(fields),
         }),
         None => Event::Malformed("block_hashes"),
@@ -602,7 +627,7 @@ mod tests {
                 EngineHash(0x0102)
             ]
         );
-        assert_eq!(removed.tier, Tier::Host);
+        assert_eq!(removed.tier, Some(Tier::Host));
     }
 
     #[test]

@@ -1,12 +1,13 @@
-//! A small HTTP/1.1 client for an engine's own endpoints: GET with a time limit and a size limit.
+//! A small HTTP/1.1 client for an engine's own endpoints: GET, and POST of nothing, with a time limit and a size limit.
 //!
 //! One kept connection per client. No redirects, no TLS (the engine is beside us), no retries but one on a kept
-//! connection that turns out to be closed.
+//! connection that was closed before an answer began: what an answer had told may be told once only.
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
-use http::{Request, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use std::fmt;
@@ -118,9 +119,38 @@ impl HttpClient {
     /// # Errors
     /// If there is no complete answer within the limits.
     pub async fn get(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
-        timeout(self.timeout, self.get_unlimited(path))
+        self.ask(Method::GET, path, self.timeout).await
+    }
+
+    /// GETs `path` with a time limit of its own.
+    ///
+    /// # Errors
+    /// If there is no complete answer within the limits.
+    pub async fn get_within(
+        &self,
+        path: &str,
+        limit: Duration,
+    ) -> Result<(StatusCode, Bytes), HttpError> {
+        self.ask(Method::GET, path, limit).await
+    }
+
+    /// POSTs nothing to `path`: status and body, whatever the status.
+    ///
+    /// # Errors
+    /// If there is no complete answer within the limits.
+    pub async fn post(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
+        self.ask(Method::POST, path, self.timeout).await
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        limit: Duration,
+    ) -> Result<(StatusCode, Bytes), HttpError> {
+        timeout(limit, self.ask_unlimited(method, path))
             .await
-            .map_err(|_| HttpError::Timeout(self.timeout))?
+            .map_err(|_| HttpError::Timeout(limit))?
     }
 
     /// Whether the engine accepts connections, without a request.
@@ -135,14 +165,22 @@ impl HttpClient {
             .map_err(|error| connect_error(&error))
     }
 
-    async fn get_unlimited(&self, path: &str) -> Result<(StatusCode, Bytes), HttpError> {
+    async fn ask_unlimited(
+        &self,
+        method: Method,
+        path: &str,
+    ) -> Result<(StatusCode, Bytes), HttpError> {
         // Cancelled while it holds the connection: the connection is gone with it, and the next call opens another.
         let kept = self.kept.lock().await.take();
         if let Some(mut sender) = kept
             && sender.ready().await.is_ok()
-            && let Ok(answer) = self.exchange(sender, path).await
         {
-            return Ok(answer);
+            match sender.send_request(self.request(&method, path)?).await {
+                Ok(response) => return self.read(sender, response).await,
+                Err(error) if error.is_parse() => return Err(transport(&error)),
+                // It was closed meanwhile.
+                Err(_) => {}
+            }
         }
         let stream = TcpStream::connect(&self.authority)
             .await
@@ -150,7 +188,7 @@ impl HttpClient {
         stream
             .set_nodelay(true)
             .map_err(|error| HttpError::Transport(error.to_string()))?;
-        let (sender, connection) = handshake(TokioIo::new(stream))
+        let (mut sender, connection) = handshake(TokioIo::new(stream))
             .await
             .map_err(|error| transport(&error))?;
         tokio::spawn(async move {
@@ -158,25 +196,30 @@ impl HttpClient {
                 tracing::debug!(%error, "connection to an engine ended");
             }
         });
-        self.exchange(sender, path).await
+        match sender.send_request(self.request(&method, path)?).await {
+            Ok(response) => self.read(sender, response).await,
+            Err(error) => Err(transport(&error)),
+        }
     }
 
-    async fn exchange(
-        &self,
-        mut sender: SendRequest<Empty<Bytes>>,
-        path: &str,
-    ) -> Result<(StatusCode, Bytes), HttpError> {
-        let mut request = Request::get(path)
+    fn request(&self, method: &Method, path: &str) -> Result<Request<Empty<Bytes>>, HttpError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
             .header(HOST, &self.authority)
             .body(Empty::new())
             .map_err(|error| HttpError::Transport(error.to_string()))?;
         if let Some(value) = self.key.as_ref().and_then(ApiKey::bearer) {
             request.headers_mut().insert(AUTHORIZATION, value);
         }
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| transport(&error))?;
+        Ok(request)
+    }
+
+    async fn read(
+        &self,
+        sender: SendRequest<Empty<Bytes>>,
+        response: Response<Incoming>,
+    ) -> Result<(StatusCode, Bytes), HttpError> {
         let status = response.status();
         let body = Limited::new(response.into_body(), self.body_bytes_max)
             .collect()
@@ -205,6 +248,7 @@ fn transport(error: &hyper::Error) -> HttpError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[test]
     fn urls() {
@@ -223,5 +267,49 @@ mod tests {
         let header = key.bearer().unwrap();
         assert_eq!(header.as_bytes(), b"Bearer secret");
         assert!(!format!("{header:?}").contains("secret"));
+    }
+
+    /// Answers each connection's requests with these texts, and closes it after the last.
+    async fn serve(
+        connections: Vec<Vec<&'static str>>,
+    ) -> (HttpClient, tokio::task::JoinHandle<()>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let client = HttpClient::new(&url, None, Duration::from_secs(10), 1000).unwrap();
+        let served = tokio::spawn(async move {
+            for answers in connections {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                for answer in answers {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        assert_ne!(stream.read_buf(&mut head).await.unwrap(), 0);
+                    }
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+            }
+        });
+        (client, served)
+    }
+
+    const WHOLE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]";
+
+    #[tokio::test]
+    async fn a_kept_connection_that_was_closed_is_tried_once_more() {
+        let (client, served) = serve(vec![vec![WHOLE, ""], vec![WHOLE]]).await;
+        for _ in 0..2 {
+            assert_eq!(client.post("/").await.unwrap().1, "[]");
+        }
+        served.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_had_begun_is_not_asked_for_again() {
+        let cut = "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n[";
+        let (client, served) = serve(vec![vec![WHOLE, cut], vec![WHOLE]]).await;
+        client.post("/").await.unwrap();
+        let error = client.post("/").await.unwrap_err();
+        assert!(matches!(error, HttpError::Transport(_)), "{error}");
+        assert!(!served.is_finished(), "nobody asked again");
+        served.abort();
     }
 }

@@ -12,12 +12,14 @@ pub mod http;
 pub mod hub;
 pub mod lineage;
 pub mod load;
+mod numerics;
 #[cfg(feature = "nats")]
 pub mod publish;
 #[cfg(feature = "publish")]
 pub mod run;
 #[cfg(feature = "publish")]
 pub mod server;
+mod trtllm_events;
 pub mod zmq_events;
 mod zmtp;
 

@@ -8,10 +8,13 @@
 //! block is on a shelf (rank, tier) while at least one group there holds all its parts. Engines announce a block once
 //! per physical copy, so stores count references.
 
+mod node;
+
+use self::node::{BlockKey, Content, NONE, Node, NodeId, Part, Place, Store};
 use crate::block_extra::Items;
-use crate::event::{BlockRemoved, BlockStored, EngineHash, Event, Extra};
+use crate::event::{BlockMoved, BlockRemoved, BlockStored, EngineHash, Event, Extra};
 use ahash::AHashMap;
-use outrigger_xds::block_hash::{BlockHash, Namespace, block_hash};
+use outrigger_xds::block_hash::{BlockHash, block_hash};
 use outrigger_xds::report::{KvChange, Shelf, Tier};
 use std::collections::{BTreeSet, hash_map::Entry};
 
@@ -22,7 +25,7 @@ pub struct LineageCounts {
     pub unknown_parent: u64,
     /// Removals of blocks that are not tracked.
     pub unknown_removed: u64,
-    /// Blocks announced without content.
+    /// Blocks announced without content, or with less than a canonical block's.
     pub placeholder: u64,
     /// Blocks of groups that do not attend to the whole prefix.
     pub other_attention: u64,
@@ -34,63 +37,6 @@ pub struct LineageCounts {
     pub malformed: u64,
     /// Event types not known.
     pub unknown_type: u64,
-}
-
-/// Which engine block. Groups may differ in block size under equal hashes, so the group belongs to the name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct BlockKey {
-    hash: EngineHash,
-    group: u32,
-}
-
-type NodeId = u32;
-
-/// No node.
-const NONE: NodeId = NodeId::MAX;
-
-/// One engine block's content. Lives while a store holds it, or while a block that shares its canonical block does.
-#[derive(Debug)]
-struct Node {
-    key: BlockKey,
-    /// How many stores hold it.
-    stores: u32,
-    content: Content,
-}
-
-#[derive(Debug)]
-enum Content {
-    /// One or more whole canonical blocks.
-    Whole(Box<[BlockHash]>),
-    /// A part of one canonical block.
-    Part(Part),
-}
-
-#[derive(Debug)]
-struct Part {
-    /// Chain hash before the canonical block.
-    base: BlockHash,
-    /// Where in the canonical block it begins, in tokens.
-    start: usize,
-    tokens: Box<[u32]>,
-    extra: Box<[Extra]>,
-    /// The canonical block's hash, in its last part.
-    closes: Option<BlockHash>,
-    /// The part before; `NONE` if `start` is 0. Parts of one canonical block form trees: prompts that part ways in it
-    /// share their first parts. Siblings are a doubly linked list.
-    parent: NodeId,
-    first_child: NodeId,
-    next: NodeId,
-    previous: NodeId,
-}
-
-/// One cache of the engine, as its events tell them apart.
-#[derive(Debug)]
-struct Store {
-    rank: u32,
-    tier: Tier,
-    group: u32,
-    /// How many copies of each block it announced and has not removed.
-    copies: AHashMap<NodeId, u32>,
 }
 
 /// The blocks of one engine.
@@ -132,6 +78,7 @@ impl Lineage {
         match event {
             Event::Stored(stored) => self.store(rank, stored, changes),
             Event::Removed(removed) => self.remove(rank, removed, changes),
+            Event::Moved(moved) => self.relocate(rank, moved, changes),
             Event::Cleared => self.clear(rank, changes),
             Event::Unknown(_) => self.counts.unknown_type += 1,
             Event::Malformed(_) => self.counts.malformed += 1,
@@ -224,21 +171,46 @@ impl Lineage {
     }
 
     fn remove(&mut self, rank: u32, event: &BlockRemoved, changes: &mut Vec<KvChange>) {
-        let store = self.store_index(rank, event.tier, event.group);
         for hash in &event.hashes {
             let key = BlockKey {
                 hash: *hash,
                 group: event.group,
             };
-            let held = self
-                .by_key
-                .get(&key)
-                .copied()
-                .filter(|id| self.stores[store].copies.contains_key(id));
+            let is_meant = |store: &Store| {
+                store.rank == rank
+                    && store.group == event.group
+                    && event.tier.is_none_or(|tier| store.tier == tier)
+            };
+            let held = self.by_key.get(&key).and_then(|id| {
+                let holds = |store: &Store| is_meant(store) && store.copies.contains_key(id);
+                Some((*id, self.stores.iter().position(holds)?))
+            });
             match held {
-                Some(id) => self.release(store, id, changes),
+                Some((id, store)) => self.release(store, id, changes),
                 None => self.counts.unknown_removed += 1,
             }
+        }
+    }
+
+    fn relocate(&mut self, rank: u32, event: &BlockMoved, changes: &mut Vec<KvChange>) {
+        let key = BlockKey {
+            hash: event.hash,
+            group: 0,
+        };
+        let Some(id) = self.by_key.get(&key).copied() else {
+            self.counts.unknown_removed += 1;
+            return;
+        };
+        let (from, to) = (
+            self.store_index(rank, event.from, 0),
+            self.store_index(rank, event.to, 0),
+        );
+        if self.stores[from].copies.contains_key(&id) {
+            // In this order: its content is kept as long as somebody holds it.
+            self.hold(to, id, changes);
+            self.release(from, id, changes);
+        } else {
+            self.counts.unknown_removed += 1;
         }
     }
 
@@ -284,6 +256,11 @@ impl Lineage {
                 }
             },
         };
+        let tokens = self.usable(event, tokens);
+        if tokens.is_empty() {
+            self.counts.placeholder += 1;
+            return None;
+        }
         let content = if place.start == 0 && tokens.len().is_multiple_of(self.block_tokens) {
             Content::Whole(self.split(place.base, tokens, extra))
         } else if self.block_tokens.is_multiple_of(event.block_tokens)
@@ -300,6 +277,14 @@ impl Lineage {
             stores: 0,
             content,
         }))
+    }
+
+    /// Of a last block that is not full, the canonical blocks in it: nothing comes after it that could complete another.
+    fn usable<'a>(&self, event: &BlockStored, tokens: &'a [u32]) -> &'a [u32] {
+        if tokens.len() < event.block_tokens && self.block_tokens < event.block_tokens {
+            return &tokens[..tokens.len() - tokens.len() % self.block_tokens];
+        }
+        tokens
     }
 
     fn place_after(&self, parent: NodeId) -> Place {
@@ -580,28 +565,10 @@ impl Lineage {
     }
 }
 
-/// Where a new block goes.
-struct Place {
-    base: BlockHash,
-    start: usize,
-    parent: NodeId,
-}
-
-impl Place {
-    fn first(model: &str, event: &BlockStored) -> Self {
-        let (model, lora, salt) = (model.to_owned(), event.lora.clone(), event.salt.clone());
-        Self {
-            base: Namespace { model, lora, salt }.seed(),
-            start: 0,
-            parent: NONE,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use outrigger_xds::block_hash::chain;
+    use outrigger_xds::block_hash::{Namespace, chain};
     use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
     use std::collections::{BTreeMap, HashMap, HashSet};
     use std::hash::{DefaultHasher, Hash, Hasher};
@@ -761,6 +728,63 @@ mod tests {
             }]
         );
         assert_eq!(on_device(&lineage), set(&expected));
+    }
+
+    #[test]
+    fn a_block_that_moves_is_kept_whoever_else_leaves() {
+        let prompt: Vec<u32> = (0..64).collect();
+        let mut lineage = Lineage::new(MODEL, 32, 1000);
+        let mut listener = Listener::default();
+        let hash = engine_hash(&prompt[..32], 32);
+        let moved = |from, to| Event::Moved(BlockMoved { hash, from, to });
+        let mut step = |lineage: &mut Lineage, event: Event| {
+            listener.hear(&apply(lineage, event));
+            assert_eq!(listener.0, held(lineage));
+            let tiers = listener.0.iter();
+            tiers
+                .map(|(shelf, blocks)| (shelf.tier, blocks.len()))
+                .collect::<Vec<_>>()
+        };
+        let (device, host) = (Tier::Device, Tier::Host);
+        step(&mut lineage, stored(&prompt, 32, 0..2).into());
+        assert_eq!(
+            step(&mut lineage, moved(device, host)),
+            [(device, 1), (host, 1)]
+        );
+        assert_eq!(
+            step(&mut lineage, moved(device, host)),
+            [(device, 1), (host, 1)],
+            "it is not there any more"
+        );
+        let gone = BlockRemoved {
+            hashes: vec![hash],
+            tier: None,
+            group: 0,
+        };
+        assert_eq!(
+            step(&mut lineage, gone.into()),
+            [(device, 1)],
+            "from wherever it is"
+        );
+        assert_eq!(step(&mut lineage, moved(host, device)), [(device, 1)]);
+        assert_eq!(lineage.counts().unknown_removed, 2);
+        assert_eq!(lineage.tracked(), 1);
+    }
+
+    #[test]
+    fn of_a_last_block_that_is_not_full_whole_canonical_blocks_count() {
+        let prompt: Vec<u32> = (0..64).collect();
+        for (tokens, canonical) in [(20, 16), (20, 32), (15, 16), (32, 16), (7, 8)] {
+            let last = BlockStored {
+                tokens: prompt[..tokens].to_vec(),
+                ..stored(&prompt, 32, 0..1)
+            };
+            let mut lineage = Lineage::new(MODEL, canonical, 1000);
+            apply(&mut lineage, last);
+            let expected = set(&chain(seed(), &prompt[..tokens], canonical));
+            assert_eq!(on_device(&lineage), expected, "{tokens} of 32, {canonical}");
+            assert!(lineage.unfit_sizes().is_empty(), "{tokens} {canonical}");
+        }
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Figures {
     pub kv_usage: Option<f64>,
     /// Tokens in an engine block.
     pub block_tokens: Option<u32>,
+    /// Type of what is in the KV cache.
+    pub cache_dtype: Option<String>,
     /// KV blocks of all ranks.
     pub kv_blocks: Option<u64>,
     /// KV cache size in tokens, where the engine gives that instead of blocks.
@@ -130,6 +132,7 @@ pub fn parse(page: &str) -> Figures {
             let is_other = label(labels, "sleep_state").is_some_and(|state| state != "awake");
             figures.is_asleep |= is_other && value > 0.0;
         } else if name == "vllm:cache_config_info" {
+            figures.cache_dtype = label(labels, "cache_dtype").map(str::to_owned);
             figures.block_tokens = label(labels, "block_size").and_then(|size| size.parse().ok());
             if let Some(count) =
                 label(labels, "num_gpu_blocks").and_then(|count| count.parse().ok())

@@ -25,7 +25,7 @@ const NATS_RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug, Parser)]
 #[command(name = "outrigger-agent", version)]
 pub struct Args {
-    /// An engine: `http://HOST:PORT[;role=both|prefill|decode][;bootstrap=H:P][;events=tcp://H:P][;replay=tcp://H:P][;topic=T]`.
+    /// An engine: `http://HOST:PORT[;role=both|prefill|decode][;bootstrap=H:P][;cohort=L][;events=tcp://H:P][;replay=tcp://H:P][;topic=T]`.
     #[arg(long = "engine", value_name = "URL", required = true)]
     pub engines: Vec<String>,
     /// Where to serve the feed over gRPC, and /metrics.
@@ -61,6 +61,7 @@ pub fn parse_engine(text: &str, node: &str) -> anyhow::Result<EngineConfig> {
             Some(("role", "prefill")) => config.role = Role::Prefill,
             Some(("role", "decode")) => config.role = Role::Decode,
             Some(("bootstrap", address)) => config.bootstrap = Some(address.to_owned()),
+            Some(("cohort", label)) if !label.is_empty() => config.cohort = Some(label.to_owned()),
             Some(("events", endpoint)) => endpoint.clone_into(&mut endpoints.endpoint),
             Some(("replay", endpoint)) => endpoints.replay_endpoint = Some(endpoint.to_owned()),
             Some(("topic", topic)) => topic.clone_into(&mut endpoints.topic),

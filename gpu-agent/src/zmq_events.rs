@@ -110,15 +110,21 @@ pub(crate) enum BeginReason {
     GapTooOld,
     /// A batch says what nobody can read, and it may have been that blocks are gone.
     Unreadable,
+    /// An answer with events was lost on the way.
+    Unanswered,
+    /// What was indexed so far was of caches that do not keep all of a prompt.
+    WiderWindow,
 }
 
 impl BeginReason {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Start => "start",
             Self::Restart => "restart",
             Self::GapTooOld => "gap_too_old",
             Self::Unreadable => "unreadable",
+            Self::Unanswered => "unanswered",
+            Self::WiderWindow => "wider_window",
         }
     }
 }

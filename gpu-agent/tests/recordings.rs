@@ -82,6 +82,7 @@ fn meaning(value: &Value) -> Event {
         "AllBlocksCleared" => Event::Cleared,
         "BlockRemoved" => Event::Removed(BlockRemoved {
             hashes: hashes(&field("block_hashes")),
+            tier: Some(Tier::Device),
             ..BlockRemoved::default()
         }),
         "BlockStored" => {
@@ -234,6 +235,7 @@ fn the_golden_payload() {
     };
     let removed = BlockRemoved {
         hashes: vec![EngineHash(7)],
+        tier: Some(Tier::Device),
         ..BlockRemoved::default()
     };
     let events = vec![

@@ -268,6 +268,9 @@ fn engine_endpoint(node: &str, engine: &options::EngineOption) -> LbEndpoint {
     if !engine.bootstrap.is_empty() {
         ours["bootstrap"] = engine.bootstrap.as_str().into();
     }
+    if !engine.cohort.is_empty() {
+        ours["cohort"] = engine.cohort.as_str().into();
+    }
     endpoint(&engine.address, ours)
 }
 

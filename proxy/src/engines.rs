@@ -23,6 +23,8 @@ pub struct ConfiguredEngine {
     pub role: String,
     /// `bootstrap` of its metadata; empty is what the engine says.
     pub bootstrap: String,
+    /// `cohort` of its metadata; empty is what the engine shows.
+    pub cohort: String,
 }
 
 /// Engines and peers of all clusters.
@@ -45,6 +47,7 @@ pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>
                     address: endpoint.address.clone(),
                     role: told("role"),
                     bootstrap: told("bootstrap"),
+                    cohort: told("cohort"),
                 };
                 // What is written comes first, and knows its engines better than who was told of them.
                 engines
@@ -223,6 +226,7 @@ impl Embedded {
                 _ => Role::Both,
             };
             config.bootstrap = Some(engine.bootstrap.clone()).filter(|told| !told.is_empty());
+            config.cohort = Some(engine.cohort.clone()).filter(|told| !told.is_empty());
             config.api_key.clone_from(&self.api_key);
             config.block_tokens = self.block_tokens;
             self.hub.watch(config);

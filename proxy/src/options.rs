@@ -39,8 +39,9 @@ pub struct Options {
     #[arg(short = 'c', long = "config-path", value_name = "FILE", conflicts_with_all = OF_A_FILE)]
     pub config_path: Option<PathBuf>,
     /// An engine beside this proxy: http://HOST:PORT, with `;role=prefill|decode|both` if it is not both, and
-    /// `;bootstrap=HOST:PORT` if an SGLang for prefill meets others elsewhere than it says
-    #[arg(long, value_name = "URL[;role=R][;bootstrap=A]")]
+    /// `;bootstrap=HOST:PORT` if an SGLang for prefill meets others elsewhere than it says, `;cohort=LABEL` if its golden
+    /// answers are to be compared with those of the same label only
+    #[arg(long, value_name = "URL[;role=R][;bootstrap=A][;cohort=L]")]
     pub engine: Vec<String>,
     /// Another proxy's inbound address: http://HOST:PORT
     #[arg(long, value_name = "URL")]
@@ -185,6 +186,8 @@ pub struct EngineOption {
     pub role: Role,
     /// Where it meets engines that decode; empty is where it says itself.
     pub bootstrap: String,
+    /// Sets it apart from engines whose answers are not to be compared with its; empty if nothing does.
+    pub cohort: String,
 }
 
 impl Options {
@@ -209,7 +212,7 @@ impl Options {
     }
 }
 
-/// Reads `URL[;role=R][;bootstrap=HOST:PORT]`.
+/// Reads `URL[;role=R][;bootstrap=HOST:PORT][;cohort=LABEL]`.
 ///
 /// # Errors
 /// Says what is wrong with it.
@@ -220,6 +223,7 @@ pub fn engine(text: &str) -> Result<EngineOption, String> {
         address,
         role: Role::Both,
         bootstrap: String::new(),
+        cohort: String::new(),
     };
     for part in parts {
         match part.split_once('=') {
@@ -229,9 +233,10 @@ pub fn engine(text: &str) -> Result<EngineOption, String> {
             Some(("bootstrap", address)) if is_host_and_port(address) => {
                 address.clone_into(&mut engine.bootstrap);
             }
+            Some(("cohort", label)) if !label.is_empty() => label.clone_into(&mut engine.cohort),
             _ => {
                 return Err(format!(
-                    "--engine {text}: '{part}' is not role=prefill, role=decode, role=both or bootstrap=HOST:PORT"
+                    "--engine {text}: '{part}' is not role=prefill, role=decode, role=both, bootstrap=HOST:PORT or cohort=LABEL"
                 ));
             }
         }
@@ -442,7 +447,9 @@ mod tests {
         );
         let read = engine("http://a:1;bootstrap=b:2;role=prefill").unwrap();
         assert_eq!((&*read.bootstrap, read.role), ("b:2", Role::Prefill));
+        assert_eq!(engine("http://a:1;cohort=fp8").unwrap().cohort, "fp8");
         for (text, reason) in [
+            ("http://a:1;cohort=", "cohort="),
             ("localhost:8000", "must begin with http://"),
             ("https://a:1", "TLS"),
             ("http://a:1/v1", "path"),

@@ -144,6 +144,9 @@ pub struct EngineState {
     pub bootstrap: String,
     /// What it says to the fixed prompt, if it was asked.
     pub golden: Option<GoldenAnswer>,
+    /// What beside program, version and model decides its numbers (types, quantisation, parallelism), as far as it says
+    /// or somebody says for it; a text to compare.
+    pub numerics: String,
 }
 
 /// What an engine says to a prompt that all engines of its cohort answer alike.

@@ -60,6 +60,10 @@ pub struct Config {
     pub events: Events,
     /// Port of the replay socket; 0 picks a free one. Not opened when events are off.
     pub replay_port: u16,
+    /// TensorRT-LLM's events kept for whoever reads them; 0: none.
+    pub event_buffer_max_size: usize,
+    /// TensorRT-LLM tells its events when nothing happened for this long; 2,000 as 1.2 does, 0 as the newest source.
+    pub event_quiet_ms: u64,
     /// Topic of the events.
     pub topic: String,
     /// Seeds ids and sampling without a seed of its own. Greedy text does not depend on it.
@@ -113,6 +117,8 @@ impl Default for Config {
             model_path: None,
             events: Events::Bind(0),
             replay_port: 0,
+            event_buffer_max_size: 4096,
+            event_quiet_ms: 2000,
             topic: "kv-events".to_owned(),
             seed: 0,
             block_size: 32,
@@ -179,7 +185,7 @@ Faults, by --fault or POST /sim/fault (GET lists, DELETE disarms):
   wrong_answer   greedy answers are those of another model
   http_500       generation requests are answered 500
   refuse         no connection is accepted for for_ms
-  lose_events    count batches of KV events reach the replay buffer only
+  lose_events    count batches of KV events reach the replay buffer only (TensorRT-LLM: nobody)
 A fault strikes the first stream that has delivered after_tokens tokens, running ones included, and is spent
 after count of them.";
 
@@ -208,6 +214,12 @@ pub(crate) struct Flags {
     /// Port of the replay socket (0: a free one)
     #[arg(long, default_value_t = 0)]
     replay_port: u16,
+    /// TensorRT-LLM's KV events kept for whoever reads them (0: none)
+    #[arg(long, default_value_t = 0)]
+    event_buffer_max_size: usize,
+    /// TensorRT-LLM tells its KV events when nothing happened for this long
+    #[arg(long, default_value_t = 2000)]
+    event_quiet_ms: u64,
     /// Topic of the KV events
     #[arg(long, default_value = "kv-events")]
     topic: String,
@@ -288,6 +300,8 @@ impl From<Flags> for Config {
             model_path: flags.model_path,
             events,
             replay_port: flags.replay_port,
+            event_buffer_max_size: flags.event_buffer_max_size,
+            event_quiet_ms: flags.event_quiet_ms,
             topic: flags.topic,
             seed: flags.seed,
             block_size: flags.block_size,

@@ -8,13 +8,14 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::bootstrap::Rooms;
-use super::config::Config;
+use super::config::{Config, Profile};
 use super::events::{Event, encode_batch};
 use super::fault::{Fault, FaultKind, Faults};
 use super::model::{Model, mix};
 use super::scheduler::{NewSequence, Output, Sampling, Scheduler, Step};
 use super::stored::Store;
 use super::tokenizer::Tokenizer;
+use super::trtllm_events::EventQueue;
 use super::zmtp::Publisher;
 
 /// How long streams have to say their last words when the engine ends; vLLM takes about as long.
@@ -38,6 +39,8 @@ pub(crate) struct Engine {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) model: Arc<Model>,
     pub(crate) publisher: Publisher,
+    /// TensorRT-LLM's events.
+    pub(crate) event_queue: EventQueue,
     pub(crate) faults: Faults,
     /// Stored responses.
     pub(crate) responses: Store,
@@ -69,6 +72,12 @@ impl Engine {
         config.faults.iter().for_each(|fault| faults.arm(*fault));
         Self {
             publisher: Publisher::new(&config.topic),
+            event_queue: EventQueue::new(
+                config.event_buffer_max_size,
+                config.kv_blocks,
+                config.max_model_len,
+                Duration::from_millis(config.event_quiet_ms),
+            ),
             faults,
             responses: Store::default(),
             rooms: Rooms::default(),
@@ -216,6 +225,9 @@ impl Engine {
 
     fn publish(&self, events: &[Event]) {
         let (profile, size) = (self.config.profile, self.config.block_size);
+        if profile == Profile::Trtllm {
+            return self.event_queue.publish(events, size);
+        }
         self.publisher
             .publish(encode_batch(profile, unix_s(), events, size));
     }
@@ -248,6 +260,9 @@ impl Engine {
         match fault.kind {
             FaultKind::Die if fault.after_tokens == 0 => self.die(),
             FaultKind::CoreDies if fault.after_tokens == 0 => self.core_dies(fault),
+            FaultKind::LoseEvents if self.config.profile == Profile::Trtllm => {
+                self.event_queue.lose(fault.count);
+            }
             FaultKind::LoseEvents => self.publisher.lose(fault.count),
             FaultKind::Freeze if fault.after_tokens == 0 => self.freeze(fault),
             FaultKind::Refuse => {

@@ -2,8 +2,7 @@
 //!
 //! `/v1/chat/completions` and `/v1/completions` in OpenAI's common fields, chunks included; unknown fields are errors; a stream whose
 //! engine dies is cut off without a word. `disaggregated_params` as the reference has them: `context_only` keeps the blocks
-//! (`Config::nixl` says how long) and tells of them, `generation_only` takes them. `/metrics` has no iterations, there are no
-//! KV events, and `n`, logprobs, tools and structured output are refused with 501.
+//! (`Config::nixl` says how long) and tells of them, `generation_only` takes them. `/metrics` has no iterations, and `n`, logprobs, tools and structured output are refused with 501.
 
 use std::sync::Arc;
 
@@ -33,6 +32,7 @@ const ROUTES: &[(&str, &str)] = &[
     ("/version", "GET"),
     ("/v1/models", "GET"),
     ("/metrics", "GET"),
+    ("/kv_cache_events", "POST"),
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
     ("/sim/fault", "GET, POST, DELETE"),
@@ -72,6 +72,13 @@ const FIELDS: &[&str] = &[
     PARAMS,
 ];
 
+/// In a task of its own: it goes on reading for a client that left.
+async fn kv_cache_events(engine: &Arc<Engine>) -> String {
+    let engine = Arc::clone(engine);
+    let drained = tokio::spawn(async move { engine.event_queue.drain().await });
+    drained.await.unwrap_or_default()
+}
+
 /// Answers one request.
 pub(crate) async fn answer(engine: &Arc<Engine>, request: &Request) -> Result<Response, Response> {
     let route = ROUTES.iter().find(|(path, _)| *path == request.path);
@@ -89,6 +96,7 @@ pub(crate) async fn answer(engine: &Arc<Engine>, request: &Request) -> Result<Re
         "/sim/fault" => routes::fault(engine, request),
         "/version" => Ok(Response::json(200, format!(r#"{{"version":"{VERSION}"}}"#))),
         "/metrics" => Ok(Response::json(200, "[]".to_owned())),
+        "/kv_cache_events" => Ok(Response::json(200, kv_cache_events(engine).await)),
         "/v1/models" => {
             let card = json!({"id": config.model, "object": "model", "created": unix_s() as u64, "owned_by": "tensorrt_llm"});
             Ok(Response::json(

@@ -476,6 +476,32 @@ async fn of_two_that_differ_nobody_knows_which_is_wrong() {
 }
 
 #[tokio::test]
+async fn of_two_cohorts_that_differ_neither_is_wrong() {
+    let engines = [engine(), engine()];
+    answer_wrong(&engines[0]);
+    let labels = ["a", "b"];
+    let builder = engines.iter().zip(labels);
+    let proxy = builder
+        .fold(beside(&[], hasty(golden)), |builder, (engine, label)| {
+            let url = format!("http://{};cohort={label}", engine.http_addr);
+            builder.flag("--engine", &url)
+        })
+        .start();
+    proxy.wait_alive(2).await;
+    let total = "outrigger_canary_golden_total";
+    for (engine, label) in engines.iter().zip(labels) {
+        let address = engine.http_addr;
+        wait_counted(&proxy, total, address, r#"outcome="alone""#, 3.0).await;
+        let told = wait_health(proxy.admin(), address, "healthy").await;
+        let numerics = told["outrigger"]["numerics"].as_str().unwrap();
+        assert!(numerics.ends_with(&format!("cohort={label}")), "{numerics}");
+        for other in [r#"outcome="wrong""#, r#"outcome="unclear""#] {
+            assert_eq!(counted(&proxy, total, address, other).await, 0.0);
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_last_engine_is_not_ejected_for_what_it_says() {
     let only = engine();
     let check = hasty(|check, config| {

@@ -64,6 +64,7 @@ mod tls;
 mod token_limits;
 mod tracing;
 mod tracing_limits;
+mod trtllm_events;
 mod upgrades;
 mod upstream_h1;
 mod upstream_tls;

@@ -37,6 +37,19 @@ pub(crate) async fn following(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
 }
 
 #[tokio::test]
+async fn an_engine_that_is_slow_to_tell_of_itself_is_alive() {
+    let engine = FakeEngine::start_with(|inner| inner.silent = Some("/server_info")).await;
+    let (_hub, mut listener) = watch(&engine);
+    let picture = listener
+        .until(ID, "it is watched all the same", |picture| {
+            picture.state.health == Health::Healthy && picture.state.kv_events
+        })
+        .await;
+    assert_eq!(picture.state.numerics, "server_info=untold");
+    assert_eq!(engine.requests("/server_info"), 1);
+}
+
+#[tokio::test]
 async fn an_engine_is_detected_and_its_events_followed() {
     let engine = FakeEngine::start_with(|inner| inner.running = 3).await;
     let (_hub, mut listener) = following(&engine).await;

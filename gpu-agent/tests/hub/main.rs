@@ -12,3 +12,4 @@ mod listener;
 mod ranks;
 mod sglang;
 mod support;
+mod trtllm;

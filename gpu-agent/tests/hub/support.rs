@@ -3,7 +3,7 @@
 
 use outrigger_xds::block_hash::{Namespace, chain};
 use rmpv::Value;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -14,6 +14,8 @@ use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 
 pub(crate) const MODEL: &str = "tiny";
+/// Stands for an answer that never comes.
+const NO_ANSWER: u16 = 0;
 const TOPIC: &str = "kv-events";
 
 /// What the engine's tasks share.
@@ -39,6 +41,10 @@ pub(crate) struct Inner {
     pub(crate) further_ranks: Vec<(SocketAddr, SocketAddr)>,
     /// Answers by path, of an engine that has no others.
     pub(crate) bodies: Option<HashMap<&'static str, String>>,
+    /// A path that is never answered.
+    pub(crate) silent: Option<&'static str>,
+    /// The next answers of `POST /kv_cache_events`; without a status it never answers. After the last there are no events.
+    pub(crate) drained: VecDeque<(Option<u16>, String)>,
 }
 
 pub(crate) struct FakeEngine {
@@ -89,6 +95,8 @@ impl FakeEngine {
             rank: 0,
             further_ranks: Vec::new(),
             bodies: None,
+            silent: None,
+            drained: VecDeque::new(),
         };
         change(&mut inner);
         let mut engine = Self {
@@ -302,9 +310,18 @@ async fn serve_http(
                 Some(key) if path.starts_with("/v1") && bearer != Some(key) => {
                     (401, r#"{"error":"Unauthorized"}"#.to_owned())
                 }
+                _ if head.starts_with("POST /kv_cache_events ") && inner.bodies.is_some() => {
+                    let next = inner.drained.pop_front();
+                    let (status, body) = next.unwrap_or((Some(200), "[]".to_owned()));
+                    (status.unwrap_or(NO_ANSWER), body)
+                }
+                _ if inner.silent == Some(path.as_str()) => (NO_ANSWER, String::new()),
                 _ => answer(&path, &inner, ports),
             }
         };
+        if status == NO_ANSWER {
+            std::future::pending::<()>().await;
+        }
         let answer = format!(
             "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()

@@ -172,6 +172,7 @@ fn own_lines(endpoint: &Endpoint, put: &mut dyn FnMut(&str, &dyn Display)) {
     put("engine_version", &clean(&state.version));
     put("role", &state.role.as_str());
     put("bootstrap", &clean(&state.bootstrap));
+    put("numerics", &clean(&state.numerics));
     for model in &state.models {
         put("model", &clean(&model.id));
     }
@@ -265,6 +266,7 @@ fn own(endpoint: &Endpoint) -> Value {
         "engine_version": state.version,
         "role": state.role.as_str(),
         "bootstrap": state.bootstrap,
+        "numerics": state.numerics,
         "models": state.models.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(),
         "health": state.health.as_str(),
         "health_reason": state.reason,

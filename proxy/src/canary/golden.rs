@@ -9,7 +9,8 @@ const SHOWN_CHARS: usize = 60;
 /// Who is to answer alike, as far as is known.
 pub(super) fn cohort(state: &EngineState) -> String {
     let model = state.models.first().map_or("", |model| model.id.as_str());
-    format!("{} {} {model}", state.kind.as_str(), state.version)
+    let (kind, version, numerics) = (state.kind.as_str(), &state.version, &state.numerics);
+    format!("{kind} {version} {model} {numerics}")
 }
 
 /// Reads the answer of `/v1/completions`; `None` if it has no tokens with probabilities.
@@ -130,6 +131,26 @@ mod tests {
     use super::*;
     use outrigger_xds::report::Role;
     use serde_json::json;
+
+    #[test]
+    fn who_computes_otherwise_is_of_another_cohort() {
+        let of = |version: &str, numerics: &str| {
+            cohort(&EngineState {
+                version: version.into(),
+                numerics: numerics.into(),
+                ..EngineState::default()
+            })
+        };
+        let ours = of("1", "dtype=bfloat16 tp_size=1");
+        assert_eq!(ours, of("1", "dtype=bfloat16 tp_size=1"));
+        for other in [
+            of("2", "dtype=bfloat16 tp_size=1"),
+            of("1", "dtype=bfloat16 tp_size=2"),
+            of("1", "dtype=bfloat16 tp_size=1 cohort=a"),
+        ] {
+            assert_ne!(ours, other);
+        }
+    }
 
     fn answer(text: &str, clear: usize) -> GoldenAnswer {
         GoldenAnswer {

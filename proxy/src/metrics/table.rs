@@ -412,6 +412,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_tokens_local_verifications_total", &["kind", "result"], "Comparisons of local tokens with those of an engine."),
     counter("outrigger_engine_unauthorized_total", &["engine"], "Questions an engine answered 401."),
     counter("outrigger_kv_event_gaps_total", &["engine"], "Gaps in the sequence of an engine's KV events."),
+    counter("outrigger_kv_event_left_alone_total", &["engine"], "How often a TensorRT-LLM that answers only when it is quiet was not asked for its KV events for a minute."),
     counter("outrigger_kv_event_duplicates_total", &["engine"], "KV events of an engine that came twice."),
     counter("outrigger_kv_event_replays_total", &["engine"], "Replays asked of an engine."),
     counter("outrigger_kv_event_replay_failures_total", &["engine"], "Replays an engine did not give."),

@@ -395,6 +395,7 @@ mod tests {
             },
             role: String::new(),
             bootstrap: String::new(),
+            cohort: String::new(),
         };
         BTreeMap::from([(EngineId::from("e"), written)])
     }

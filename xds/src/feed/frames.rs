@@ -459,6 +459,7 @@ mod tests {
             dp_size: 2,
             kv_events: true,
             bootstrap: "10.0.0.1:8998".into(),
+            numerics: "dtype=bfloat16 cohort=a".into(),
             golden: Some(GoldenAnswer {
                 cohort: "vllm 0.32 m".into(),
                 tokens: vec![" 10".into(), ",".into()],

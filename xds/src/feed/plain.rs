@@ -46,6 +46,7 @@ impl From<&EngineState> for wire::EngineState {
             dp_size: plain.dp_size,
             kv_events: plain.kv_events,
             bootstrap: plain.bootstrap.clone(),
+            numerics: plain.numerics.clone(),
             golden: plain.golden.as_ref().map(Into::into),
         }
     }
@@ -89,6 +90,7 @@ impl TryFrom<wire::EngineState> for EngineState {
             dp_size: wire.dp_size,
             kv_events: wire.kv_events,
             bootstrap: wire.bootstrap,
+            numerics: wire.numerics,
             golden: wire.golden.map(TryInto::try_into).transpose()?,
         })
     }

@@ -124,6 +124,9 @@ pub struct EngineState {
     /// What it says to the fixed prompt, if it was asked.
     #[prost(message, optional, tag = "11")]
     pub golden: ::core::option::Option<GoldenAnswer>,
+    /// What beside program, version and model decides its numbers: types, quantisation, parallelism; a text to compare.
+    #[prost(string, tag = "13")]
+    pub numerics: ::prost::alloc::string::String,
 }
 impl ::prost::Name for EngineState {
     const NAME: &'static str = "EngineState";
