@@ -91,17 +91,9 @@ pub struct Filter {
     /// Free.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
-    #[prost(oneof = "filter::ConfigType", tags = "2")]
-    pub config_type: ::core::option::Option<filter::ConfigType>,
-}
-/// Nested message and enum types in `Filter`.
-pub mod filter {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum ConfigType {
-        /// Which filter, and its configuration.
-        #[prost(message, tag = "2")]
-        TypedConfig(::prost_types::Any),
-    }
+    /// Which filter, and its configuration.
+    #[prost(message, optional, tag = "2")]
+    pub typed_config: ::core::option::Option<::prost_types::Any>,
 }
 impl ::prost::Name for Filter {
     const NAME: &'static str = "Filter";
