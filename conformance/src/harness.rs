@@ -10,7 +10,7 @@ mod upstream;
 
 pub use client::{AnyBody, Client, Reply, Streaming, Version, raw, raw_within, request};
 pub use echo::EchoH2;
-pub use process::{Agent, ControlPlane, Process, send_signal};
+pub use process::{Agent, ControlPlane, Process, driven_bootstrap, send_signal};
 pub use upstream::{Conn, Exchange, Upstream};
 
 use outrigger_filters::end_address::EndAddress;

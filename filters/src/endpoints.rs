@@ -51,6 +51,8 @@ pub struct ClusterView {
     pub silent_peer: bool,
     /// A request goes where it was meant to, and nothing is chosen: there are no endpoints to choose from.
     pub original_dst: Option<Arc<OriginalDst>>,
+    /// There are endpoints, and all are ordinary servers.
+    pub plain: bool,
     /// All endpoints, whatever their health.
     pub endpoints: Vec<Arc<Endpoint>>,
 }

@@ -351,10 +351,7 @@ impl<'a> Walk<'a> {
 
     /// Nobody names an endpoint, and none is an engine: what another mesh's sidecar has inbound is chosen from as anywhere.
     fn is_ordinary(&self, context: &Context) -> bool {
-        let endpoints = &self.view.endpoints;
-        let are_plain = || endpoints.iter().all(|endpoint| endpoint.via == Via::Plain);
-        context.named.is_none()
-            && (self.view.original_dst.is_some() || !endpoints.is_empty() && are_plain())
+        context.named.is_none() && (self.view.original_dst.is_some() || self.view.plain)
     }
 
     /// Among engines, inbound never chooses: the peer said which engine, and only those beside us count.

@@ -219,7 +219,7 @@ async fn watch(
         reasons.events = ranks.reason();
         cell.set_state(|state| {
             state.kv_events = ranks.all_connected();
-            ranks.complete_identity(state);
+            ranks.fill_in_learnt(state);
             state.health = health(reasons.is_asleep);
             state.reason = reasons.text();
         });
@@ -360,7 +360,7 @@ impl Ranks {
     }
 
     /// Fills in what only events say of an engine that tells it nowhere else.
-    fn complete_identity(&self, state: &mut EngineState) {
+    fn fill_in_learnt(&self, state: &mut EngineState) {
         let ranks = self.states.keys().last().map_or(0, |last| last + 1);
         state.dp_size = state.dp_size.max(ranks);
         if let Some(learnt) = self.block_tokens {

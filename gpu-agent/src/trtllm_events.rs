@@ -8,13 +8,14 @@
 
 mod told;
 
-use self::told::{Numbered, Sizes, read};
+use self::told::{Numbered, Sizes, Told, read};
 use crate::engine::EngineConfig;
 use crate::event::EventBatch;
 use crate::http::{HttpClient, HttpError};
 use crate::zmq_events::{BeginReason, RankEvent};
 use bytes::Bytes;
 use http::StatusCode;
+use serde::de::Error as _;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -34,6 +35,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(20);
 const REFUSED_RETRY: Duration = Duration::from_secs(30);
 /// Longest answer read. A block of 32 tokens takes some 2 KB.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// A longer answer is read on a thread of its own.
+const READ_HERE_BYTES_MAX: usize = 64 << 10;
 /// Data-parallel ranks of one engine that are followed.
 const RANKS_MAX: u32 = 256;
 
@@ -96,7 +99,7 @@ impl Polling {
             self.unanswered = 0;
         }
         match answer {
-            Ok((StatusCode::OK, body)) => Ok(match self.follower.hear(&body).await? {
+            Ok((StatusCode::OK, body)) => Ok(match self.follower.hear(body).await? {
                 true => BUSY_PAUSE,
                 false => self.idle_pause,
             }),
@@ -168,9 +171,9 @@ struct Follower {
 
 impl Follower {
     /// Takes in an answer; whether it told of anything.
-    async fn hear(&mut self, body: &[u8]) -> Result<bool, Unheard> {
-        let (window, sizes) = (self.sizes.window, &mut self.sizes);
-        let told = match read(body, sizes) {
+    async fn hear(&mut self, body: Bytes) -> Result<bool, Unheard> {
+        let window = self.sizes.window;
+        let told = match self.read(body).await {
             Ok(told) => told,
             Err(error) => return self.garbage(&error).await.map(|()| false),
         };
@@ -192,6 +195,25 @@ impl Follower {
         Ok(any)
     }
 
+    /// Reads an answer; a long one beside the runtime, which others wait for.
+    async fn read(&mut self, body: Bytes) -> Result<Told, serde_json::Error> {
+        if body.len() <= READ_HERE_BYTES_MAX {
+            return read(&body, &mut self.sizes);
+        }
+        let mut sizes = self.sizes;
+        let reading = tokio::task::spawn_blocking(move || {
+            let told = read(&body, &mut sizes);
+            (told, sizes)
+        });
+        match reading.await {
+            Ok((told, sizes)) => {
+                self.sizes = sizes;
+                told
+            }
+            Err(error) => Err(serde_json::Error::custom(error)),
+        }
+    }
+
     /// Delivers what came of one rank, and begins anew where it does not follow.
     async fn follow(&mut self, rank: u32, told: Vec<Numbered>) -> Result<(), Unheard> {
         if rank >= RANKS_MAX {
@@ -201,7 +223,7 @@ impl Follower {
         let mut state = self.ranks.remove(&rank).unwrap_or_default();
         let mut batch = EventBatch::default();
         let mut first = None;
-        for Numbered { id, event, .. } in told {
+        for Numbered { id, events, .. } in told {
             if let Some(reason) = self.judge(rank, &state, id) {
                 // What came before it in this answer is as void as the rest.
                 batch.events.clear();
@@ -212,7 +234,7 @@ impl Follower {
                 first = Some(id);
             }
             state.next = Some(id.saturating_add(1));
-            batch.events.extend(event);
+            batch.events.extend(events);
         }
         self.ranks.insert(rank, state);
         self.tell(rank, RankEvent::Connected).await?;

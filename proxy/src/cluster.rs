@@ -438,6 +438,7 @@ impl Clusters {
             even: balancer.is_even(&endpoints),
             silent_peer,
             original_dst: original_dst(cluster),
+            plain: !endpoints.is_empty() && endpoints.iter().all(|it| it.via == Via::Plain),
             endpoints,
             name,
         }

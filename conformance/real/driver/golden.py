@@ -15,7 +15,7 @@ from processes import Engine, Proxy
 
 MINUTES = 5  # for as long at least the engines that are well must stay so
 INTERVAL_S = 20  # between golden answers: three times as often as shipped
-ASKED_MIN = 2  # a canary may take 2 % of an engine's time: on a slow machine that is few answers
+ASKED_MIN = 5  # right answers of each that is well: a canary may take 2 % of an engine's time, so a slow machine may not get there
 FOUND_S = 600  # three golden answers, on a loaded machine
 TRAFFIC = ("light", 1, 3, (10, 60))  # name, clients, pause, words
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -131,7 +131,7 @@ class Engine(Process):
         self.spawn(["bash", script, self.home, str(self.port), str(self.events_port),
                     "--served-model-name", model, *self.also, *also], self.env)
 
-    def wait_healthy(self, timeout_s=3600):
+    def wait_healthy(self, timeout_s=400):
         self.wait_for("a healthy answer", lambda: client.status(self.address, "/health") == 200, timeout_s)
 
     def worker_pid(self):

@@ -3,16 +3,15 @@
 
 use super::{
     exchange,
-    fleet::{ASK_LIMIT, LOOK, START_LIMIT},
+    fleet::{ASK_LIMIT, START_LIMIT},
     process::Process,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use outrigger_proxy::bootstrap::{FLEET, OUTBOUND};
 use serde_json::Value;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::Instant,
 };
 
 /// The policy that the demo begins with.
@@ -34,20 +33,15 @@ impl ControlPlane {
         let mut arguments = arguments.map(String::from).to_vec();
         arguments.extend(["--config".into(), directory.path.display().to_string()]);
         let process = Process::start("control-plane", &arguments, log)?;
-        let begun = Instant::now();
-        loop {
-            if let Some((address, admin)) = listens(log) {
-                return Ok(Self {
-                    process,
-                    address,
-                    admin,
-                });
-            }
-            if process.has_ended() || begun.elapsed() > START_LIMIT {
-                bail!("the control plane does not start: {}", process.log_tail());
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        let (address, admin) = process
+            .until(START_LIMIT, async || listens(log))
+            .await
+            .context("the control plane does not start")?;
+        Ok(Self {
+            process,
+            address,
+            admin,
+        })
     }
 
     /// The number of the version that it serves; `None` if it does not answer.
@@ -139,32 +133,4 @@ spec:
         std::fs::write(&new, text).with_context(|| new.display().to_string())?;
         std::fs::rename(&new, self.file()).context("the demo's fleet.yaml")
     }
-}
-
-/// The bootstrap of a proxy that comes to this control plane for everything but its admin.
-pub(super) fn bootstrap(node: &str, xds: SocketAddr) -> String {
-    let source = "{ads: {}, resource_api_version: V3}";
-    let (host, port) = (xds.ip(), xds.port());
-    format!(
-        "node: {{id: {node}, cluster: demo}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}}}
-dynamic_resources:
-  ads_config:
-    api_type: DELTA_GRPC
-    transport_api_version: V3
-    grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]
-  lds_config: {source}
-  cds_config: {source}
-static_resources:
-  clusters:
-  - name: xds
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    load_assignment:
-      cluster_name: xds
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: \"{host}\", port_value: {port}}}}}}}}}]}}]
-"
-    )
 }

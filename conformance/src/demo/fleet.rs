@@ -3,13 +3,14 @@
 //! Sends no generation.
 
 use super::{
-    control_plane::{self, ControlPlane, Directory},
+    control_plane::{ControlPlane, Directory},
     conversation::MODEL,
     exchange::{self, Reply},
     process::Process,
     reuse::BLOCK_TOKENS,
     samples::Page,
 };
+use crate::harness::driven_bootstrap;
 use anyhow::{Context, Result, bail};
 use futures_util::future::try_join_all;
 use outrigger_proxy::bootstrap::{FLEET, INBOUND, OUTBOUND};
@@ -165,10 +166,8 @@ impl Proxy {
     async fn start(number: usize, xds: SocketAddr, dir: &Path) -> Result<Self> {
         let file = |kind: &str| dir.join(format!("proxy-{number}.{kind}"));
         let (bootstrap, admin_file) = (file("yaml"), file("admin"));
-        std::fs::write(
-            &bootstrap,
-            control_plane::bootstrap(&format!("proxy-{number}"), xds),
-        )?;
+        let config = driven_bootstrap(xds, &format!("proxy-{number}"));
+        std::fs::write(&bootstrap, config.to_string())?;
         // What an earlier try left there would be taken for this one's.
         let _ = std::fs::remove_file(&admin_file);
         let arguments = [
@@ -181,24 +180,21 @@ impl Proxy {
             .flat_map(|(name, value)| [name.into(), value])
             .collect();
         let process = Process::start("proxy", &arguments, &file("log"))?;
-        let begun = Instant::now();
-        loop {
-            let text = std::fs::read_to_string(&admin_file).unwrap_or_default();
-            if let Ok(admin) = text.trim().parse()
-                && let Ok(outbound) = listener(admin, OUTBOUND).await
-                && listener(admin, INBOUND).await.is_ok()
-            {
-                return Ok(Self {
-                    process,
-                    admin,
-                    outbound,
-                });
-            }
-            if process.has_ended() || begun.elapsed() > START_LIMIT {
-                bail!("proxy {number} does not start: {}", process.log_tail());
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        let listening = async || {
+            let text = std::fs::read_to_string(&admin_file).ok()?;
+            let admin = text.trim().parse().ok()?;
+            listener(admin, INBOUND).await.ok()?;
+            Some((admin, listener(admin, OUTBOUND).await.ok()?))
+        };
+        let (admin, outbound) = process
+            .until(START_LIMIT, listening)
+            .await
+            .with_context(|| format!("proxy {number} does not start"))?;
+        Ok(Self {
+            process,
+            admin,
+            outbound,
+        })
     }
 
     /// Its `/stats/prometheus`; empty if it does not answer.

@@ -1,6 +1,7 @@
 //! A part of the demo as a process of its own: this program again, told to be a proxy, an engine or a control plane. It ends with us,
 //! however we end, and never hears our terminal's Ctrl-C.
 
+use super::fleet::LOOK;
 use crate::reexec;
 use anyhow::{Context, Result, bail};
 use std::{
@@ -8,7 +9,7 @@ use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -73,6 +74,24 @@ impl Process {
             Ok(Ok(count)) if count > 0 => Ok(line),
             Ok(_) => bail!("it ended: {}", self.log_tail()),
             Err(_) => bail!("it said nothing within {limit:?}: {}", self.log_tail()),
+        }
+    }
+
+    /// Waits until there is something to be seen of it.
+    pub(super) async fn until<T>(
+        &self,
+        limit: Duration,
+        mut look: impl AsyncFnMut() -> Option<T>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        loop {
+            if let Some(seen) = look().await {
+                return Ok(seen);
+            }
+            if self.has_ended() || begun.elapsed() > limit {
+                bail!("{}", self.log_tail());
+            }
+            tokio::time::sleep(LOOK).await;
         }
     }
 

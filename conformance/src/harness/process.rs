@@ -1,6 +1,8 @@
 //! A proxy, an agent or a control plane as a process of its own, to be killed, told to end, and watched as it does.
 
 use super::{Client, PATIENCE, eventually, scratch};
+use outrigger_xds::load::{Syntax, documents};
+use serde_json::Value;
 use std::{
     net::SocketAddr,
     path::PathBuf,
@@ -214,6 +216,29 @@ pub struct ControlPlane {
     pub address: SocketAddr,
     /// Where its admin is.
     pub admin: SocketAddr,
+}
+
+/// `deploy/bootstrap/driven.yaml` for a proxy of this id and the control plane at this address, its admin on any port.
+///
+/// # Panics
+/// If the file is not as it was.
+#[must_use]
+pub fn driven_bootstrap(control: SocketAddr, node: &str) -> Value {
+    const DRIVEN: &str = include_str!("../../../deploy/bootstrap/driven.yaml");
+    let mut documents = documents(DRIVEN, Syntax::Yaml).expect("invariant: a good file");
+    let mut config = documents.swap_remove(0);
+    let mut set = |pointer: &str, value: Value| {
+        let found = config.pointer_mut(pointer);
+        *found.expect("invariant: it is there") = value;
+    };
+    set("/node/id", node.into());
+    set("/admin/address/socket_address/port_value", 0.into());
+    let endpoint =
+        "/static_resources/clusters/0/load_assignment/endpoints/0/lb_endpoints/0/endpoint";
+    let at = |field: &str| format!("{endpoint}/address/socket_address/{field}");
+    set(&at("address"), control.ip().to_string().into());
+    set(&at("port_value"), control.port().into());
+    config
 }
 
 impl ControlPlane {

@@ -2,7 +2,7 @@
 
 use super::{PROGRAM, any_port};
 use outrigger_conformance::harness::{
-    Client, ControlPlane, Process, Upstream, eventually, scratch,
+    Client, ControlPlane, Process, Upstream, driven_bootstrap, eventually, scratch,
 };
 use serde_json::{Value, json};
 use std::{fs, net::SocketAddr, path::PathBuf};
@@ -81,37 +81,6 @@ fn routes_to(cluster: &str) -> Value {
     typed("envoy.config.route.v3.RouteConfiguration", routes)
 }
 
-/// What a proxy starts with.
-fn bootstrap(api_type: &str, control: SocketAddr) -> Value {
-    let http2 = typed(
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-        json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
-    );
-    json!({
-        "node": { "id": "node", "cluster": "fleet" },
-        "admin": { "address": address(any_port()) },
-        "dynamic_resources": {
-            "ads_config": {
-                "api_type": api_type,
-                "transport_api_version": "V3",
-                "grpc_services": [{ "envoy_grpc": { "cluster_name": "xds" } }],
-            },
-            "lds_config": ads(),
-            "cds_config": ads(),
-        },
-        "static_resources": { "clusters": [{
-            "name": "xds",
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2,
-            },
-            "load_assignment": {
-                "cluster_name": "xds",
-                "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": address(control) } }] }],
-            },
-        }] },
-    })
-}
-
 async fn served_by(at: SocketAddr, name: &str) {
     eventually(name, || async {
         let reply = Client::get(at, "/").await;
@@ -153,7 +122,9 @@ impl Driven {
         put(&directory, "routes.yaml", &[routes_to("backend")]);
         let control = ControlPlane::start(PROGRAM, directory.to_str().unwrap(), any_port()).await;
         let config = scratch("bootstrap.json");
-        fs::write(&config, bootstrap(api_type, control.address).to_string()).unwrap();
+        let mut bootstrap = driven_bootstrap(control.address, "node");
+        bootstrap["dynamic_resources"]["ads_config"]["api_type"] = json!(api_type);
+        fs::write(&config, bootstrap.to_string()).unwrap();
         let proxy = Process::with_config(PROGRAM, config.to_str().unwrap(), &[]).await;
         fs::remove_file(config).unwrap();
         Self {
@@ -195,6 +166,18 @@ impl Driven {
         found.unwrap_or_default()
     }
 
+    /// Everything was taken as it was sent.
+    async fn has_all(&self) {
+        for kind in [
+            "Cluster",
+            "ClusterLoadAssignment",
+            "Listener",
+            "RouteConfiguration",
+        ] {
+            self.has(kind, "SYNCED").await;
+        }
+    }
+
     /// Until the control plane knows this of a type.
     async fn has(&self, kind: &str, status: &str) -> Value {
         eventually("the control plane knows it", || async {
@@ -234,14 +217,7 @@ async fn files_of_a_control_plane_are_live_in_the_proxy() {
         let driven = Driven::new(api_type, &one).await;
         let edge = driven.listener("edge").await;
         served_by(edge, "one").await;
-        for kind in [
-            "Cluster",
-            "ClusterLoadAssignment",
-            "Listener",
-            "RouteConfiguration",
-        ] {
-            driven.has(kind, "SYNCED").await;
-        }
+        driven.has_all().await;
         // Endpoints alone; then a cluster more and routes to it; then the first one is gone.
         driven.put("endpoints.yaml", &[endpoints("backend", two.address)]);
         served_by(edge, "two").await;
@@ -314,14 +290,7 @@ async fn traffic_outlives_the_control_plane_and_nothing_is_sent_twice() {
         let directory = driven.directory.to_str().unwrap().to_owned();
         let at = driven.control.address;
         driven.control = ControlPlane::start(PROGRAM, &directory, at).await;
-        for kind in [
-            "Cluster",
-            "ClusterLoadAssignment",
-            "Listener",
-            "RouteConfiguration",
-        ] {
-            driven.has(kind, "SYNCED").await;
-        }
+        driven.has_all().await;
         assert_eq!(driven.sent(&["Cluster", "Listener"]).await, 0, "{api_type}");
         if api_type == "DELTA_GRPC" {
             let named = ["ClusterLoadAssignment", "RouteConfiguration"];

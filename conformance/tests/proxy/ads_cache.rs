@@ -5,8 +5,10 @@ use super::{
     ads_server::AdsServer,
     dynamic::{any_port, endpoints, listener, served_by},
 };
-use outrigger_conformance::harness::{Client, Process, Upstream, eventually, scratch};
-use serde_json::{Value, json};
+use outrigger_conformance::harness::{
+    Client, Process, Upstream, driven_bootstrap, eventually, scratch,
+};
+use serde_json::json;
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
@@ -36,49 +38,15 @@ async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
 }
 
 async fn driven_by(api_type: &str, control: SocketAddr, cache: &Cache, node: &str) -> Process {
-    let config = bootstrap(api_type, control, node);
+    let mut config = driven_bootstrap(control, node);
+    let ads = &mut config["dynamic_resources"]["ads_config"];
+    ads["api_type"] = json!(api_type);
+    ads["grpc_services"][0]["initial_metadata"] = json!([{ "key": "x-token", "value": "secret" }]);
     let path = scratch("driven.json");
     fs::write(&path, config.to_string()).unwrap();
     let directory = cache.0.to_str().unwrap();
     let flags = ["--config-cache", directory];
     Process::with_config(PROGRAM, path.to_str().unwrap(), &flags).await
-}
-
-/// A proxy that has everything but its admin from a control plane.
-pub(super) fn bootstrap(api_type: &str, control: SocketAddr, node: &str) -> Value {
-    let source = ads_source();
-    let at = any_port();
-    json!({
-        "node": { "id": node, "cluster": "fleet" },
-        "admin": { "address": super::dynamic::address(at) },
-        "dynamic_resources": {
-            "ads_config": {
-                "api_type": api_type,
-                "transport_api_version": "V3",
-                "grpc_services": [{
-                    "envoy_grpc": { "cluster_name": "xds" },
-                    "initial_metadata": [{ "key": "x-token", "value": "secret" }],
-                }],
-            },
-            "lds_config": source,
-            "cds_config": source,
-        },
-        "static_resources": { "clusters": [{
-            "name": "xds",
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": super::dynamic::typed(
-                    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                    json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
-                ),
-            },
-            "load_assignment": {
-                "cluster_name": "xds",
-                "endpoints": [{ "lb_endpoints": [
-                    { "endpoint": { "address": super::dynamic::address(control) } },
-                ] }],
-            },
-        }] },
-    })
 }
 
 /// Where the listener is that came from the control plane, or from the disk.

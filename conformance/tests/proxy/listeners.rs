@@ -571,3 +571,46 @@ async fn a_silent_client_of_a_tls_chain_with_a_tcp_proxy_was_never_closed() {
     let read = tokio::time::timeout(Duration::from_secs(5), socket.read(&mut [0; 8])).await;
     assert_eq!(read.expect("it is closed").unwrap_or(0), 0);
 }
+
+/// As a mesh's sidecar has it: nobody names an endpoint, and there are no engines.
+#[tokio::test]
+async fn an_inbound_listener_chooses_among_ordinary_servers_and_never_among_engines() {
+    let (server, engine) = (
+        Upstream::named("server").await,
+        Upstream::named("engine").await,
+    );
+    let cluster = |name: &str, at: SocketAddr, metadata: Value| {
+        json!({
+            "name": name, "type": "STATIC", "connect_timeout": "1s",
+            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{
+                "endpoint": {"address": {"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}}},
+                "metadata": {"filter_metadata": metadata},
+            }]}]},
+        })
+    };
+    let inbound = |name: &str| {
+        let mut manager = says("");
+        manager["typed_config"]["route_config"]["virtual_hosts"][0]["routes"][0] =
+            json!({"match": {"prefix": "/"}, "route": {"cluster": name}});
+        json!({"name": name, "traffic_direction": "INBOUND", "filter_chains": [{"filters": [manager]}]})
+    };
+    let clusters = [
+        cluster("servers", server.address, json!({})),
+        cluster(
+            "engines",
+            engine.address,
+            json!({"outrigger": {"duty": "engine"}}),
+        ),
+    ];
+    let proxy = start(&[inbound("servers"), inbound("engines")], &clusters);
+    let answer = get(at(&proxy, "servers")).await;
+    assert!(
+        answer.contains("200 OK") && answer.contains("\"server\""),
+        "{answer}"
+    );
+    let refused = get(at(&proxy, "engines")).await;
+    assert!(
+        refused.contains("503") && refused.contains("no endpoint named"),
+        "{refused}"
+    );
+}

@@ -3,7 +3,6 @@
 
 use super::{
     ads::ads_source,
-    ads_cache::bootstrap,
     dynamic::{address, answers, listener, table, typed},
     dynamic_listeners::held,
     dynamic_load::{Seen, http1, http2, server},
@@ -11,7 +10,8 @@ use super::{
     tls::{Ca, Pair, TlsClient},
 };
 use outrigger_conformance::harness::{
-    Client, ControlPlane, Process, Upstream, eventually, free_address, metric, scratch,
+    Client, ControlPlane, Process, Upstream, driven_bootstrap, eventually, free_address, metric,
+    scratch,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use serde_json::{Value, json};
@@ -393,13 +393,11 @@ async fn change_at_random(api_type: &str, seed: u64) {
     stage.put(&world, 0);
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     let control = ControlPlane::start(PROGRAM, stage.directory.to_str().unwrap(), any).await;
-    let config = stage.directory.join(".bootstrap.json");
-    fs::write(
-        &config,
-        bootstrap(api_type, control.address, "a").to_string(),
-    )
-    .unwrap();
-    let proxy = Process::with_config(PROGRAM, config.to_str().unwrap(), &[]).await;
+    let path = stage.directory.join(".bootstrap.json");
+    let mut config = driven_bootstrap(control.address, "a");
+    config["dynamic_resources"]["ads_config"]["api_type"] = json!(api_type);
+    fs::write(&path, config.to_string()).unwrap();
+    let proxy = Process::with_config(PROGRAM, path.to_str().unwrap(), &[]).await;
     is_live(&proxy, 0).await;
     for place in [edge, secure] {
         eventually("it listens", || async {

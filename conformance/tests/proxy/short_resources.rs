@@ -3,8 +3,8 @@
 use http::Method;
 use outrigger_conformance::{
     harness::{
-        Client, ControlPlane, Process, Reply, Version, eventually, free_address, request, scratch,
-        wait_alive,
+        Client, ControlPlane, Process, Reply, Version, driven_bootstrap, eventually, free_address,
+        request, scratch, wait_alive,
     },
     sim::{Config, SimEngine},
 };
@@ -235,34 +235,6 @@ async fn a_policy_that_changes_takes_effect_and_loses_no_request() {
     assert!(count > 0);
 }
 
-/// As docs/src/control-plane.md has it.
-fn driven_by(control: SocketAddr, node: &str) -> String {
-    let port = control.port();
-    format!(
-        r#"
-node: {{id: {node}}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}}}
-dynamic_resources:
-  ads_config:
-    api_type: DELTA_GRPC
-    transport_api_version: V3
-    grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]
-  lds_config: {{ads: {{}}, resource_api_version: V3}}
-  cds_config: {{ads: {{}}, resource_api_version: V3}}
-static_resources:
-  clusters:
-  - name: xds
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    load_assignment:
-      cluster_name: xds
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]
-"#
-    )
-}
-
 /// Every type of every proxy was taken as it was sent.
 async fn is_taken(control: &ControlPlane, proxies: usize) -> Option<()> {
     let page = Client::get(control.admin, "/clients").await.json();
@@ -291,7 +263,8 @@ async fn a_control_plane_drives_sidecars_and_a_gateway_and_changes_them_without_
     let mut proxies = Vec::new();
     for node in ["a", "b", "edge"] {
         let bootstrap = files.of(&format!("{node}.yaml"));
-        fs::write(&bootstrap, driven_by(control.address, node)).unwrap();
+        let config = driven_bootstrap(control.address, node);
+        fs::write(&bootstrap, config.to_string()).unwrap();
         proxies.push(Process::with_config(PROGRAM, bootstrap.to_str().unwrap(), &[]).await);
     }
     for proxy in &proxies {

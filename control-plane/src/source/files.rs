@@ -237,11 +237,12 @@ struct Document {
     value: Value,
 }
 
-/// What files hold: those that are as they were are not read again.
+/// What files hold: those that are as they were are not read again, unless something was wrong with them, which need not be
+/// theirs.
 fn read(files: BTreeMap<PathBuf, Stamp>, mut before: Known) -> Known {
     let known = files.into_iter().map(|(path, stamp)| {
         let held = match before.remove(&path) {
-            Some((of_then, held)) if of_then == stamp => held,
+            Some((of_then, held)) if of_then == stamp && held.is_ok() => held,
             _ => held(&path),
         };
         (path, (stamp, held))

@@ -4,7 +4,7 @@ use crate::{
     harness::{Delta, PATIENCE, Served, as_str, cluster, endpoints, eventually, everything, node},
     secure::{Ca, HOUR, channel, client, der, reconnecting, shake},
 };
-use outrigger_control_plane::{ca::Pair, tls};
+use outrigger_control_plane::{ca::Pair, session::ENDPOINTS_MAX, tls};
 use outrigger_xds::{
     subscription::Kind,
     wire::envoy::{
@@ -33,7 +33,7 @@ use rustls::{
 use std::{
     fs,
     sync::{Arc, Mutex},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::time::timeout;
 use tonic::{Code, Status};
@@ -302,6 +302,26 @@ async fn files_are_read_again_and_streams_go_on_until_nobody_vouches_for_them() 
     assert_eq!(ended.unwrap().unwrap_err().code(), Code::Unauthenticated);
     assert!(admitted(&served, config, "a").await.is_err());
     admitted(&served, as_b, "b").await.unwrap();
+}
+
+/// A client is looked at each second, which must not put off what is held back for it.
+#[tokio::test]
+async fn what_waits_for_endpoints_is_told_in_time_while_certificates_are_looked_at() {
+    let ca = Ca::new("waits", "fleet");
+    let served = everything_served("waits", ca.options()).await;
+    let own = ca.good("spiffe://fleet/node/a");
+    let at = channel(served.running.address, client(&ca, Some(&own), &TLS13));
+    let mut stream = Delta::over(at, named("a")).await;
+    stream.want(Kind::Routes, &["table"]).await;
+    assert_eq!(stream.take(None).await, "Routes[table]");
+    stream.want(Kind::Clusters, &[]).await;
+    assert_eq!(stream.take(None).await, "Clusters[a]");
+    // It never asks for endpoints of the cluster.
+    let begun = Instant::now();
+    stream.want(Kind::Listeners, &[]).await;
+    assert_eq!(stream.take(None).await, "Listeners[edge]");
+    let waited = begun.elapsed();
+    assert!(waited > ENDPOINTS_MAX / 2, "{waited:?}");
 }
 
 #[tokio::test]

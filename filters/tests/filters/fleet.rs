@@ -53,6 +53,7 @@ impl Endpoints for View {
                 connect_timeout: Duration::from_secs(5),
                 silent_peer: false,
                 original_dst: None,
+                plain: false,
                 even: true,
                 override_host: Arc::default(),
                 breakers: Arc::default(),

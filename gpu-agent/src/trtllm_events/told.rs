@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 /// What earlier answers showed of the engine's blocks.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Sizes {
     /// The widest attention window; 0 before any is known. Only blocks of that one say what the engine holds of a
     /// prompt: in a narrower one it forgets what the window has left behind.
@@ -45,7 +45,7 @@ pub(super) struct Numbered {
     pub(super) id: u64,
     pub(super) rank: u32,
     /// What it says of blocks; several where blocks of one event are not all alike.
-    pub(super) event: Vec<Event>,
+    pub(super) events: Vec<Event>,
 }
 
 #[derive(Deserialize)]
@@ -173,7 +173,7 @@ fn numbered(element: &Element<'_>, sizes: &mut Sizes) -> Numbered {
     Numbered {
         id: element.event_id,
         rank: element.attention_dp_rank.unwrap_or(0),
-        event: match serde_json::from_str::<Data<'_>>(element.data.get()) {
+        events: match serde_json::from_str::<Data<'_>>(element.data.get()) {
             Ok(data) => events(&data, is_widest, sizes),
             Err(_) => vec![Event::Malformed("data")],
         },
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(told.garbage, 0);
         told.events
             .into_iter()
-            .flat_map(|numbered| numbered.event)
+            .flat_map(|numbered| numbered.events)
             .collect()
     }
 
@@ -454,7 +454,7 @@ mod tests {
         let found: Vec<(u64, u32, &Event)> = told
             .events
             .iter()
-            .map(|numbered| (numbered.id, numbered.rank, &numbered.event[0]))
+            .map(|numbered| (numbered.id, numbered.rank, &numbered.events[0]))
             .collect();
         assert_eq!(
             found,

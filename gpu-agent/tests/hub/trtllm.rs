@@ -32,6 +32,15 @@ fn watch(engine: &FakeEngine) -> (Arc<Hub>, Listener) {
     (hub, listener)
 }
 
+/// An engine that told of this prompt, and is watched.
+async fn known(prompt: &[u32]) -> (FakeEngine, Arc<Hub>, Listener) {
+    let engine = start().await;
+    tell(&engine, &[created(0), event(1, &stored(prompt, 0))]);
+    let (hub, mut listener) = watch(&engine);
+    holds(&mut listener, "first events", &[prompt]).await;
+    (engine, hub, listener)
+}
+
 fn answer(engine: &FakeEngine, status: Option<u16>, body: impl Into<String>) {
     let mut inner = engine.inner.lock().unwrap();
     inner.drained.push_back((status, body.into()));
@@ -199,11 +208,8 @@ async fn an_engine_that_begins_anew_has_forgotten_everything() {
 
 #[tokio::test]
 async fn what_cannot_be_read_voids_what_was_known_and_is_survived() {
-    let engine = start().await;
     let (a, b) = (prompt(1, 2), prompt(2, 2));
-    tell(&engine, &[created(0), event(1, &stored(&a, 0))]);
-    let (_hub, mut listener) = watch(&engine);
-    holds(&mut listener, "first events", &[&a]).await;
+    let (engine, _hub, mut listener) = known(&a).await;
     answer(&engine, Some(200), "<html>");
     holds(&mut listener, "nothing, as blocks may be gone", &[]).await;
     tell(&engine, &[event(2, &stored(&b, 0))]);
@@ -213,11 +219,8 @@ async fn what_cannot_be_read_voids_what_was_known_and_is_survived() {
 
 #[tokio::test]
 async fn an_answer_that_is_lost_shows_as_a_gap() {
-    let engine = start().await;
     let (a, b) = (prompt(1, 2), prompt(2, 2));
-    tell(&engine, &[created(0), event(1, &stored(&a, 0))]);
-    let (_hub, mut listener) = watch(&engine);
-    holds(&mut listener, "first events", &[&a]).await;
+    let (engine, _hub, mut listener) = known(&a).await;
     let asked = Instant::now();
     // Event 2 is in an answer that takes longer than anybody waits.
     answer(&engine, None, "");
@@ -264,11 +267,8 @@ async fn an_engine_that_is_never_quiet_is_left_alone() {
 
 #[tokio::test]
 async fn an_answer_that_is_too_long_voids_what_was_known() {
-    let engine = start().await;
     let (a, b) = (prompt(1, 2), prompt(2, 2));
-    tell(&engine, &[created(0), event(1, &stored(&a, 0))]);
-    let (_hub, mut listener) = watch(&engine);
-    holds(&mut listener, "first events", &[&a]).await;
+    let (engine, _hub, mut listener) = known(&a).await;
     answer(&engine, Some(200), " ".repeat((64 << 20) + 1));
     holds(&mut listener, "nothing, as blocks may be gone", &[]).await;
     tell(&engine, &[event(3, &stored(&b, 0))]);

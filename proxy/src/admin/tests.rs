@@ -115,6 +115,7 @@ fn clusters() -> Vec<Arc<ClusterView>> {
         connect_timeout: Duration::from_secs(5),
         silent_peer: false,
         original_dst: None,
+        plain: false,
         even: true,
         override_host: Arc::default(),
         breakers: Arc::default(),

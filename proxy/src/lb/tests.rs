@@ -58,6 +58,7 @@ impl Case {
             connect_timeout: cluster.connect_timeout,
             silent_peer: false,
             original_dst: None,
+            plain: true,
             even: balancer.is_even(&endpoints),
             override_host: Arc::default(),
             breakers: Arc::default(),
