@@ -1,5 +1,7 @@
-"""A real Envoy that our control plane drives. Every step waits for what must become true, and says how long that took."""
+"""Real clients that our control plane drives: an Envoy, in both protocols, and one of gRPC. Every step waits for what must become true, and says
+how long that took."""
 import argparse
+import concurrent.futures
 import contextlib
 import http.server
 import json
@@ -16,6 +18,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+
+import grpc
 
 PATIENCE_S = 30
 FETCH_TIMEOUT_S = 15  # then Envoy goes on without what it waits for
@@ -124,18 +128,17 @@ def get(port, path="/"):
         return None
 
 
-class Run:
-    """One protocol, from a cold start to the end."""
+class Driven:
+    """A control plane, its directory, and one client."""
 
-    def __init__(self, api_type, options, logs):
-        self.api_type, self.options, self.logs = api_type, options, logs
+    def __init__(self, name, options, logs):
+        self.name, self.options, self.logs = name, options, logs
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="outrigger-xds-"))
         self.control_port, self.control_admin = free_port(), free_port()
-        self.envoy_admin, self.edge = free_port(), free_port()
         self.processes, self.control, self.steps = [], None, {}
 
     def start(self, name, command):
-        log = open(self.logs / f"{self.api_type}-{name}.log", "ab")
+        log = open(self.logs / f"{self.name}-{name}.log", "ab")
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.processes.append(process)
         return process
@@ -144,11 +147,6 @@ class Run:
         self.control = self.start("control-plane", [
             self.options.control_plane, "serve", "--config", str(self.directory), "--drain-time-s", "0",
             "--listen", f"127.0.0.1:{self.control_port}", "--admin", f"127.0.0.1:{self.control_admin}"])
-
-    def start_envoy(self):
-        config = self.logs / f"{self.api_type}-bootstrap.json"
-        config.write_text(json.dumps(bootstrap(self.api_type, self.control_port, self.envoy_admin)))
-        self.start("envoy", [self.options.envoy, "-c", str(config), "--disable-hot-restart", "--concurrency", "1"])
 
     def stop(self):
         for process in self.processes:
@@ -168,12 +166,9 @@ class Run:
         begin = time.monotonic()
         while not true():
             if time.monotonic() - begin > patience:
-                raise RuntimeError(f"{self.api_type}: never: {what}\n{get(self.control_admin, '/clients')}")
+                raise RuntimeError(f"{self.name}: never: {what}\n{get(self.control_admin, '/clients')}")
             time.sleep(0.02)
         self.steps[what] = round(time.monotonic() - begin, 2)
-
-    def serves(self, name):
-        return lambda: get(self.edge) == name
 
     def status(self, kind):
         page = json.loads(get(self.control_admin, "/clients") or '{"clients": []}')
@@ -188,6 +183,31 @@ class Run:
         page = get(self.control_admin, "/stats/prometheus") or ""
         counts = re.findall(r'resources_sent_total\{type="[^"]*\.(\w+)"\} (\d+)', page)
         return sum(int(count) for kind, count in counts if kind in kinds)
+
+    def kill_control(self):
+        self.control.send_signal(signal.SIGKILL)
+        self.control.wait()
+
+    def expect_none_sent_again(self, *kinds):
+        again = self.sent(*kinds)
+        if again:
+            raise RuntimeError(f"{self.name}: {again} resources were sent again")
+
+
+class Envoy(Driven):
+    """One protocol, from a cold start to the end."""
+
+    def __init__(self, api_type, options, logs):
+        super().__init__(api_type, options, logs)
+        self.envoy_admin, self.edge = free_port(), free_port()
+
+    def start_envoy(self):
+        config = self.logs / f"{self.name}-bootstrap.json"
+        config.write_text(json.dumps(bootstrap(self.name, self.control_port, self.envoy_admin)))
+        self.start("envoy", [self.options.envoy, "-c", str(config), "--disable-hot-restart", "--concurrency", "1"])
+
+    def serves(self, name):
+        return lambda: get(self.edge) == name
 
     def stat(self, name):
         found = re.search(rf"^{re.escape(name)}: (\d+)$", get(self.envoy_admin, f"/stats?filter={name}") or "", re.M)
@@ -239,26 +259,123 @@ class Run:
         self.until("the other is refused", lambda: self.status("Listener").get("status") == "ERROR")
         error = self.status("Listener")["nacked"]["error"]
         if "twice" not in error:
-            raise RuntimeError(f"{self.api_type}: refused for another reason: {error}")
+            raise RuntimeError(f"{self.name}: refused for another reason: {error}")
         self.put("extra.yaml", extra[1])
         self.until("nothing is refused any more", self.all_synced)
 
     def survive(self, one):
-        self.control.send_signal(signal.SIGKILL)
-        self.control.wait()
+        self.kill_control()
         lost = sum(get(self.edge) != "one" for _ in range(50))
         if lost:
-            raise RuntimeError(f"{self.api_type}: {lost} of 50 requests lost without a control plane")
+            raise RuntimeError(f"{self.name}: {lost} of 50 requests lost without a control plane")
         self.start_control()
         self.until("it is back", self.all_synced)
-        again = self.sent("Cluster", "Listener")
-        if self.api_type == "DELTA_GRPC":
-            # Endpoints are, since an Envoy may wait for those that it has.
-            again += self.sent("RouteConfiguration")
-        if again:
-            raise RuntimeError(f"{self.api_type}: {again} resources were sent again")
+        # Endpoints are sent again, since an Envoy may wait for those that it has.
+        routes_too = ("RouteConfiguration",) if self.name == "DELTA_GRPC" else ()
+        self.expect_none_sent_again("Cluster", "Listener", *routes_too)
         self.put("more.yaml", cluster("more", "3s"), endpoints("more", one))
         self.until("it drives on", lambda: self.sent("Cluster") == 1 and self.all_synced())
+
+
+ECHO = "/outrigger.conformance.Echo/Who"
+
+
+@contextlib.contextmanager
+def grpc_server(name):
+    """One that tells its name."""
+    who = grpc.unary_unary_rpc_method_handler(lambda _request, _context: name.encode())
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("outrigger.conformance.Echo", {"Who": who})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop(None)
+
+
+class GrpcClient(Driven):
+    """A channel of gRPC's own client to `xds:///echo`. It has the state of the world only, and asks for everything by name."""
+
+    def __init__(self, options, logs):
+        super().__init__("grpc", options, logs)
+        servers = [{"server_uri": f"127.0.0.1:{self.control_port}", "channel_creds": [{"type": "insecure"}], "server_features": ["xds_v3"]}]
+        # Read once, when the first channel of this process is made.
+        os.environ["GRPC_XDS_BOOTSTRAP_CONFIG"] = json.dumps({"xds_servers": servers, "node": {"id": "grpc-client"}})
+        self.channel = grpc.insecure_channel("xds:///echo")
+        self.call = self.channel.unary_unary(ECHO, request_serializer=bytes, response_deserializer=bytes.decode)
+
+    def stop(self):
+        self.channel.close()
+        super().stop()
+
+    def who(self):
+        try:
+            return self.call(b"", timeout=2)
+        except grpc.RpcError as error:
+            return error.code()
+
+    def is_served_by(self, name):
+        return lambda: self.who() == name
+
+    def backend(self, policy="ROUND_ROBIN"):
+        self.put("clusters.yaml", {**cluster("backend"), "lb_policy": policy})
+
+    def drive(self, one, two):
+        table = {"rds": {"route_config_name": "table", "config_source": ADS}}
+        echo = listener("echo", free_port(), table)
+        self.backend()
+        self.put("endpoints.yaml", endpoints("backend", one))
+        self.put("listeners.json", echo)
+        self.put("routes.yaml", routes("backend"))
+        self.start_control()
+        self.until("a cold start", self.is_served_by("one"))
+        self.until("all is taken", self.all_synced)
+        self.put("endpoints.yaml", endpoints("backend", two))
+        self.until("endpoints change", self.is_served_by("two"))
+        self.put("more.yaml", cluster("more"), endpoints("more", one))
+        self.put("routes.yaml", routes("more"))
+        self.until("routes lead to another cluster", self.is_served_by("one"))
+        self.put("routes.yaml", routes("backend"))
+        self.until("and back", self.is_served_by("two"))
+        (self.directory / "listeners.json").unlink()
+        self.until("the listener is removed", self.is_served_by(grpc.StatusCode.UNAVAILABLE))
+        self.put("listeners.json", echo)
+        self.until("it is there again", self.is_served_by("two"))
+        self.refuse()
+        self.survive(one)
+
+    def refuse(self):
+        self.until("all of it is taken", self.all_synced)
+        self.backend("MAGLEV")  # which it does not know
+        self.until("a cluster is refused", lambda: self.status("Cluster").get("status") == "ERROR")
+        error = self.status("Cluster")["nacked"]["error"]
+        if "backend" not in error:
+            raise RuntimeError(f"grpc: refused for another reason: {error}")
+        self.expect("two", "with a cluster that was refused")
+        self.backend()
+        self.until("nothing is refused any more", self.all_synced)
+
+    def expect(self, name, when):
+        others = [who for who in (self.who() for _ in range(50)) if who != name]
+        if others:
+            raise RuntimeError(f"grpc: {len(others)} of 50 calls went wrong {when}: {others[0]}")
+
+    def survive(self, one):
+        self.kill_control()
+        self.expect("two", "without a control plane")
+        self.start_control()
+        self.until("it is back", self.all_synced)
+        self.expect("two", "after its restart")
+        self.put("endpoints.yaml", endpoints("backend", one))
+        self.until("it drives on", self.is_served_by("one"))
+
+
+def runs(options, logs):
+    """Each client, and what tells which endpoint has answered it."""
+    for api_type in ("GRPC", "DELTA_GRPC"):
+        yield Envoy(api_type, options, logs), upstream
+    yield GrpcClient(options, logs), grpc_server
 
 
 def main():
@@ -270,17 +387,16 @@ def main():
     logs = options.logs or pathlib.Path(tempfile.mkdtemp(prefix="outrigger-xds-logs-"))
     os.makedirs(logs, exist_ok=True)
     result = {"stage": "xds", "ok": True}
-    for api_type in ("GRPC", "DELTA_GRPC"):
-        run = Run(api_type, options, logs)
+    for run, server in runs(options, logs):
         try:
-            with upstream("one") as one, upstream("two") as two:
+            with server("one") as one, server("two") as two:
                 run.drive(one, two)
         except RuntimeError as error:
             result["ok"] = False
             print(f"FAIL {error}\nlogs: {logs}")
         finally:
             run.stop()
-        result[api_type] = run.steps
+        result[run.name] = run.steps
     print(json.dumps(result))
     return 0 if result["ok"] else 1
 

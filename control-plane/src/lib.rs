@@ -13,6 +13,8 @@ pub mod clients;
 pub mod diff;
 pub mod figures;
 pub mod foreign;
+mod grpc;
+
 pub mod identity;
 pub mod issued;
 pub mod lrs;

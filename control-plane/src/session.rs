@@ -152,12 +152,20 @@ pub struct Client {
 
 /// What our own proxies call themselves.
 const OURS: &str = "outrigger";
+/// Begins what gRPC's own clients call themselves, in whatever language: "gRPC C-core …", "gRPC Go".
+const GRPC: &str = "gRPC";
 
 impl Client {
     /// Whether it knows our filters.
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.user_agent == OURS
+    }
+
+    /// Whether it is a client of gRPC, which is configured without a proxy.
+    #[must_use]
+    pub fn is_grpc(&self) -> bool {
+        self.user_agent.starts_with(GRPC)
     }
 }
 

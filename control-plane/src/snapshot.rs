@@ -69,6 +69,11 @@ impl Snapshot {
         of_kind.insert(resource.name.clone(), resource);
     }
 
+    /// Has of this type what another one has.
+    pub(crate) fn adopt(&mut self, kind: Kind, other: &Self) {
+        self.kinds.insert(kind, other.of(kind).clone());
+    }
+
     /// Has of this type only those.
     pub fn keep(&mut self, kind: Kind, is_kept: impl Fn(&str) -> bool) {
         if let Some(of_kind) = self.kinds.get_mut(&kind) {

@@ -5,7 +5,7 @@
 //! that nothing in a view names: keys are for those who use them. A view is judged as a whole: what is wrong with one of them is wrong.
 
 use crate::{
-    foreign, issued, references,
+    foreign, grpc, issued, references,
     registered::{self, Places},
     rollout,
     session::Client,
@@ -17,7 +17,7 @@ use crate::{
 use outrigger_xds::{registry::Registration, subscription::Kind};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 /// What is served.
@@ -43,6 +43,15 @@ impl Published {
     /// What a client is sent.
     #[must_use]
     pub fn snapshot(&self, client: &Client) -> &Snapshot {
+        let view = self.view(&client.node.id);
+        if client.is_grpc() {
+            return view.grpc.get_or_init(|| grpc::snapshot(&view.others));
+        }
+        self.basis(client)
+    }
+
+    /// What that is made of.
+    fn basis(&self, client: &Client) -> &Snapshot {
         let view = self.view(&client.node.id);
         if client.is_ours() {
             &view.ours
@@ -83,9 +92,9 @@ impl Served {
     /// Whether what is tried is anything else for a client than what is live.
     #[must_use]
     pub fn concerns(&self, client: &Client) -> bool {
-        let live = self.live.published.snapshot(client);
+        let live = self.live.published.basis(client);
         let trial = self.trial.as_ref();
-        trial.is_some_and(|(trial, _)| !trial.published.snapshot(client).shares_all(live))
+        trial.is_some_and(|(trial, _)| !trial.published.basis(client).shares_all(live))
     }
 
     /// Whether everybody is sent the same of both.
@@ -109,6 +118,8 @@ pub struct View {
     pub ours: Snapshot,
     /// Others.
     pub others: Snapshot,
+    /// Clients of gRPC: the same as they understand it, made when the first of them asks.
+    grpc: OnceLock<Snapshot>,
 }
 
 impl View {
@@ -407,6 +418,7 @@ spec:
                 String::from_utf8_lossy(&front.any.value).contains("outrigger.filters")
             };
             assert!(has_ours("outrigger") && !has_ours("envoy"), "{node}");
+            assert!(!has_ours("gRPC C-core linux"), "{node}");
         }
     }
 

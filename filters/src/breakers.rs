@@ -17,6 +17,8 @@ use std::sync::{
 pub struct Breakers {
     /// Its name, for metrics.
     pub cluster: Arc<str>,
+    /// Requests that were not sent because of them, or that the other side refused because of its own.
+    pub dropped: AtomicU64,
     default: Breaker,
     high: Breaker,
 }
@@ -173,6 +175,7 @@ impl Breakers {
     pub fn new(cluster: Arc<str>, config: &CircuitBreakers) -> Self {
         let breakers = Self {
             cluster,
+            dropped: AtomicU64::new(0),
             default: Breaker::default(),
             high: Breaker::default(),
         };

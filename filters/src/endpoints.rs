@@ -1,7 +1,9 @@
 //! The fleet as filters see it: clusters, their endpoints, and the way to them. The proxy implements the traits.
 
+mod tally;
 mod upstream;
 
+pub use tally::{Counts, Ended, Tally};
 pub use upstream::{SendOptions, Upstream};
 
 use crate::{
@@ -152,6 +154,8 @@ pub struct Host {
     flags: AtomicU32,
     /// When its turn is, in the virtual time of the cluster's weighted round robin.
     pub turn: AtomicU64,
+    /// How its requests went.
+    pub tally: Tally,
     /// What outlier detection counts.
     pub record: Record,
     /// What its load reports earn it.
@@ -316,6 +320,8 @@ pub struct Endpoint {
     pub priority: u32,
     /// Which of the cluster's localities.
     pub locality: usize,
+    /// Where that is: region, zone, sub-zone.
+    pub place: Arc<[String; 3]>,
     /// The cluster that uses it so.
     pub cluster: Arc<str>,
     /// How much of that cluster may be in use.
@@ -361,12 +367,6 @@ impl Default for Live {
 pub struct EndpointStats {
     /// Requests in flight.
     pub active: AtomicU64,
-    /// Requests ever.
-    pub total: AtomicU64,
-    /// Of these, ended well.
-    pub success: AtomicU64,
-    /// Of these, failed.
-    pub error: AtomicU64,
     /// Connections that could not be opened.
     pub connect_fail: AtomicU64,
     /// Of these, for want of time.
@@ -512,7 +512,7 @@ pub trait Reservation: Send + Sync {
     fn first_byte(&mut self);
     /// The status of its response came.
     fn status(&mut self, status: http::StatusCode);
-    /// Whether it wants to know how long tokens take.
+    /// Whether it wants to know how long tokens after the first take.
     fn watches_tokens(&self) -> bool {
         false
     }

@@ -154,7 +154,13 @@ fn driven(
         },
         initial_metadata: Vec::new(),
     };
+    let load_stats = Some(Ads {
+        protocol: Protocol::State,
+        servers: vec![service.clone()],
+        rate_limit: None,
+    });
     let mut driven = Bootstrap {
+        load_stats,
         lds: from_ads.clone(),
         cds: from_ads,
         ads: Some(Ads {

@@ -2,6 +2,7 @@
 
 mod counts;
 mod leg;
+mod load;
 mod original;
 
 use crate::{
@@ -18,10 +19,13 @@ use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
 use http::{HeaderName, HeaderValue};
 use leg::Leg;
+use load::Loads;
 use original::Originals;
 use outrigger_filters::{
     breakers::{Breakers, Kind},
-    endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
+    endpoints::{
+        ClusterView, Ended, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want,
+    },
     error::Error,
 };
 use outrigger_xds::{
@@ -53,6 +57,7 @@ pub struct Clusters {
     checks: Checks,
     canaries: Canaries,
     names: Arc<Names>,
+    loads: Loads,
 }
 
 /// How the endpoints of clusters are secured, by cluster: as [`Cluster::sockets`] orders them; none is plain text.
@@ -72,6 +77,8 @@ struct Entry {
     used: Arc<AtomicBool>,
     /// Of type `ORIGINAL_DST`.
     originals: Option<Originals>,
+    /// Since when there is a cluster of this name.
+    since: Instant,
 }
 
 impl Entry {
@@ -167,6 +174,7 @@ impl Clusters {
             checks: Checks::default(),
             canaries: Canaries::default(),
             names: Names::new(dns::system()),
+            loads: Loads::default(),
         })
     }
 
@@ -229,6 +237,7 @@ impl Clusters {
                 used: previous.map_or_else(Default::default, |entry| entry.used.clone()),
                 stats,
                 originals: originals(cluster, previous),
+                since: previous.map_or_else(Instant::now, |entry| entry.since),
             };
             let entry = Arc::new(entry);
             entry.watch();
@@ -236,6 +245,7 @@ impl Clusters {
         });
         self.entries.store(Arc::new(entries.collect()));
         self.renew_originals(&before);
+        self.depart(&before);
         self.forget_unnamed();
         self.check();
         drop(building);
@@ -270,7 +280,8 @@ impl Clusters {
             let sockets = &entry.sockets;
             let view = self.view_of(&entry.config, sockets, &entry.balancer, &entry.breakers);
             entry.ledgers.store(Arc::new(self.ledgers_of(&view)));
-            entry.view.store(Arc::new(view));
+            let before = entry.view.swap(Arc::new(view));
+            self.depart_from(entry, &before.endpoints);
             if let Some(detector) = &entry.detector {
                 detector.members(&entry.shown().endpoints);
             }
@@ -390,6 +401,7 @@ impl Clusters {
             let duty = configured.duty();
             let hash_key = hash_key(cluster, configured);
             let tls = sockets.get(cluster.socket_of(configured));
+            let locality = cluster.load_assignment.locality(configured);
             let mut way = Way {
                 address: &configured.address,
                 hostname: name_of(configured),
@@ -401,8 +413,9 @@ impl Clusters {
                 tls: tls.and_then(Option::as_ref),
                 weight: configured.load_balancing_weight,
                 health_status: configured.health_status,
-                priority: cluster.load_assignment.locality(configured).priority,
+                priority: locality.priority,
                 locality: configured.locality,
+                place: &locality.place,
                 cluster: &name,
             };
             if duty == Duty::Peer {
@@ -537,6 +550,7 @@ impl Endpoints for Clusters {
             .ok_or_else(Error::no_healthy_upstream)?;
         let Some(held) = entry.breakers.try_hold(want.priority, Kind::Request) else {
             entry.stats.upstream_rq_pending_overflow.increment(1);
+            entry.breakers.dropped.fetch_add(1, Relaxed);
             return Err(Error::overflow());
         };
         if !entry.used.load(Relaxed) {
@@ -548,6 +562,7 @@ impl Endpoints for Clusters {
             .get(&endpoint.id)
             .map(|ledger| ledger.enter(want));
         endpoint.stats.active.fetch_add(1, Relaxed);
+        endpoint.host.tally.begin();
         let prefill = want.prompt_tokens.saturating_sub(want.hit_tokens);
         endpoint.stats.prefill_tokens.fetch_add(prefill, Relaxed);
         entry.stats.upstream_rq_total.increment(1);
@@ -562,7 +577,7 @@ impl Endpoints for Clusters {
             prefill,
             begun: Instant::now(),
             status: None,
-            finished: false,
+            ended: Ended::Cancelled,
             _held: held,
         }))
     }

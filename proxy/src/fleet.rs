@@ -92,6 +92,8 @@ pub struct Way<'a> {
     pub priority: u32,
     /// Which of the cluster's.
     pub locality: usize,
+    /// Where that is.
+    pub place: &'a Arc<[String; 3]>,
     /// Who uses it so.
     pub cluster: &'a Arc<str>,
 }
@@ -106,6 +108,7 @@ impl Way<'_> {
             && endpoint.health_status == self.health_status
             && endpoint.priority == self.priority
             && endpoint.locality == self.locality
+            && endpoint.place == *self.place
             && endpoint.cluster == *self.cluster
             && *endpoint.hostname == *self.hostname
             && (self.via == Via::Peer || *endpoint.hash_key == *self.hash_key)
@@ -247,6 +250,7 @@ impl Fleet {
             health_status: way.health_status,
             priority: way.priority,
             locality: way.locality,
+            place: way.place.clone(),
             cluster: way.cluster.clone(),
             host: of_cluster.map_or_else(new_host, |twin| twin.host.clone()),
             slot: self.index.slot(id),
@@ -298,6 +302,7 @@ impl Fleet {
                 health_status: HealthStatus::default(),
                 priority: 0,
                 locality: 0,
+                place: &Arc::default(),
                 cluster: &Arc::default(),
                 hostname: &address.host,
                 hash_key: "",
@@ -343,7 +348,7 @@ impl Fleet {
             FeedBody::State(state) => self.take_state(&entry.variants, state),
             FeedBody::Load(load) => {
                 if entry.source == Source::Local {
-                    report::renew(endpoint, &load, &mut entry.rates);
+                    report::renew(&entry.variants, &load, &mut entry.rates);
                 }
                 take_load(endpoint, load);
             }

@@ -4,6 +4,7 @@
 //! adapters. Everything that can fail to start fails before the first connection is accepted.
 
 mod control_plane;
+mod load_reports;
 mod registration;
 mod watching;
 
@@ -531,6 +532,7 @@ fn start_tasks(shared: &Arc<Shared>) {
     });
     runtime.spawn(control_plane::follow(for_files.clone()));
     runtime.spawn(control_plane::keep(for_files.clone()));
+    runtime.spawn(load_reports::follow(for_files.clone()));
     runtime.spawn(watching::watch_files(for_files));
 }
 

@@ -12,7 +12,7 @@ use crate::{
 };
 use http::Method;
 use outrigger_filters::{
-    endpoints::{ClusterView, Endpoint, Endpoints, Via},
+    endpoints::{ClusterView, Ended, Endpoint, Endpoints, Via},
     error::Flag,
     filter::LogFields,
 };
@@ -85,11 +85,11 @@ impl TcpProxy {
             idle: Some(self.config.idle_timeout).filter(|idle| !idle.is_zero()),
             until: longest.map(|longest| (started + longest).into()),
         };
+        let mut counted = upstream.counted;
         let end = pump::run(client, upstream.stream, limits, passed).await;
-        let stats = &upstream.counted.0.stats;
-        match end {
-            End::Complete => stats.success.fetch_add(1, Relaxed),
-            _ => stats.error.fetch_add(1, Relaxed),
+        counted.ended = match end {
+            End::Complete => Ended::Succeeded,
+            _ => Ended::Failed,
         };
         match end {
             End::Idle => self.stats.idle_timeout.increment(1),
@@ -117,23 +117,24 @@ impl TcpProxy {
             };
             log.attempts = attempt;
             log.upstream_host = Some(endpoint.id.clone());
-            endpoint.stats.total.fetch_add(1, Relaxed);
+            let mut counted = Counted::new(endpoint.clone());
             match connect_raw(&endpoint, view.connect_timeout).await {
                 Ok((stream, open)) => {
                     log.flags.clear();
                     return Some(Upstream {
                         stream,
-                        counted: Active::new(endpoint),
+                        counted: counted.active(),
                         _open: open,
                     });
                 }
                 Err(error) if error.flag == Flag::UpstreamOverflow => {
+                    counted.ended = Ended::Failed;
                     log.flags = vec![error.flag];
                     log.details = error.details.to_string();
                     return None;
                 }
                 Err(error) => {
-                    endpoint.stats.error.fetch_add(1, Relaxed);
+                    counted.ended = Ended::Failed;
                     endpoint.inhibit();
                     log.flags = vec![error.flag];
                     log.details = error.details.to_string();
@@ -231,22 +232,39 @@ impl TcpProxy {
 
 struct Upstream {
     stream: Stream,
-    counted: Active,
+    counted: Counted,
     _open: OpenConnection,
 }
 
-/// Counts a connection as a request in flight there until dropped, for those who balance by that.
-struct Active(Arc<Endpoint>);
+/// Counts a connection as a request, and from when it is open as one in flight there, for those who balance by that.
+struct Counted {
+    endpoint: Arc<Endpoint>,
+    is_active: bool,
+    ended: Ended,
+}
 
-impl Active {
+impl Counted {
     fn new(endpoint: Arc<Endpoint>) -> Self {
-        endpoint.stats.active.fetch_add(1, Relaxed);
-        Self(endpoint)
+        endpoint.host.tally.begin();
+        Self {
+            endpoint,
+            is_active: false,
+            ended: Ended::Cancelled,
+        }
+    }
+
+    fn active(mut self) -> Self {
+        self.endpoint.stats.active.fetch_add(1, Relaxed);
+        self.is_active = true;
+        self
     }
 }
 
-impl Drop for Active {
+impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.stats.active.fetch_sub(1, Relaxed);
+        if self.is_active {
+            self.endpoint.stats.active.fetch_sub(1, Relaxed);
+        }
+        self.endpoint.host.tally.end(self.ended);
     }
 }

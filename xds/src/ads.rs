@@ -34,9 +34,9 @@ use tonic::{
 };
 
 /// Requests that wait for the connection.
-const REQUESTS_MAX: usize = 16;
+pub(crate) const REQUESTS_MAX: usize = 16;
 /// A request that is not even taken for so long will not be.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// What we understand beyond what every client does.
 const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.supports-resource-ttl",
@@ -149,14 +149,15 @@ fn client(channel: Channel, server: &Server) -> AggregatedDiscoveryServiceClient
         .max_encoding_message_size(usize::MAX)
 }
 
-/// Whatever is put into the sender, with the server's headers.
+/// Whatever is put into the sender, of which so many may wait, with the server's headers.
 pub(crate) fn outgoing<T: Send + 'static>(
     server: &Server,
+    waiting_max: usize,
 ) -> (
     mpsc::Sender<T>,
     tonic::Request<impl Stream<Item = T> + Send + 'static>,
 ) {
-    let (sender, receiver) = mpsc::channel(REQUESTS_MAX);
+    let (sender, receiver) = mpsc::channel(waiting_max);
     let requests = stream::unfold(receiver, |mut receiver| async move {
         Some((receiver.recv().await?, receiver))
     });
@@ -189,7 +190,7 @@ fn accepted<T>(
 }
 
 fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) {
-    let (sender, request) = outgoing(server);
+    let (sender, request) = outgoing(server, REQUESTS_MAX);
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.stream_aggregated_resources(request).await?;
@@ -202,7 +203,7 @@ fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) 
 }
 
 fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
-    let (sender, request) = outgoing(server);
+    let (sender, request) = outgoing(server, REQUESTS_MAX);
     let mut client = client(channel, server);
     let answers = async move {
         let answer = client.delta_aggregated_resources(request).await?;
@@ -250,11 +251,7 @@ impl AdsStream {
     pub async fn next(&mut self) -> Result<Event, AdsError> {
         match self.answers.next().await {
             Some(Ok(event)) => Ok(event),
-            Some(Err(status)) => Err(AdsError::Broken(format!(
-                "{:?}: {}",
-                status.code(),
-                causes(&status)
-            ))),
+            Some(Err(status)) => Err(broken(&status)),
             None => Err(AdsError::Broken("the server closed it".to_owned())),
         }
     }
@@ -266,8 +263,13 @@ impl AdsStream {
     }
 }
 
+/// A stream that ended with this.
+pub(crate) fn broken(status: &Status) -> AdsError {
+    AdsError::Broken(format!("{:?}: {}", status.code(), causes(status)))
+}
+
 /// Who we are, in full.
-fn introduced(node: &Node) -> core::Node {
+pub(crate) fn introduced(node: &Node) -> core::Node {
     let number = |text: &str| text.parse().unwrap_or_default();
     let version = SemanticVersion {
         major_number: number(env!("CARGO_PKG_VERSION_MAJOR")),

@@ -12,6 +12,7 @@ pub mod ads;
 pub mod block_hash;
 pub mod feed;
 pub mod load;
+pub mod lrs;
 pub mod orca;
 pub mod otlp;
 pub mod problems;

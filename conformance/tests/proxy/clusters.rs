@@ -153,7 +153,7 @@ async fn degraded_endpoints_and_later_priorities_are_used_where_too_few_are_heal
             Locality::default(),
             Locality {
                 priority: 1,
-                weight: None,
+                ..Locality::default()
             },
         ];
         cluster.load_assignment.endpoints[1].locality = 1;

@@ -25,7 +25,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Ur
 use http_body::Frame;
 use http_body_util::BodyExt;
 use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -129,7 +129,6 @@ impl<'a> Attempt<'a> {
         let audience = Audience::of(request.headers(), context.route.inbound);
         context.log.upstream_host = Some(endpoint.id.clone());
         context.log.hit_tokens_predicted = self.target.hit_tokens;
-        endpoint.stats.total.fetch_add(1, Relaxed);
         let started = Instant::now();
         let sent = self
             .services
@@ -309,7 +308,6 @@ impl<'a> Attempt<'a> {
     fn failed(&self, error: Error, mut reservation: Box<dyn Reservation>) -> Error {
         let endpoint = &self.target.endpoint;
         reservation.finish(Some(error.flag));
-        endpoint.stats.error.fetch_add(1, Relaxed);
         if !error.stale
             && matches!(
                 error.flag,
@@ -347,10 +345,10 @@ impl<'a> Attempt<'a> {
         report::take(&mut parts.headers, &mut *reservation, audience);
         report::tell(&mut parts.headers, &self.target.endpoint, audience);
         self.label(&mut parts.headers, started, context);
-        let success = !parts.status.is_server_error();
         let begun = matches!(&peeked, Some(frame) if frame.is_data());
-        let watches = begun && openai::tells_tokens(context) && reservation.watches_tokens();
-        if watches {
+        let tells_tokens = begun && openai::tells_tokens(context);
+        let watches = tells_tokens && reservation.watches_tokens();
+        if tells_tokens {
             reservation.first_token(started.elapsed(), self.uncached_tokens(context));
         }
         let is_watched = reservation.watches_answers()
@@ -361,7 +359,6 @@ impl<'a> Attempt<'a> {
             body,
             self.target.endpoint.clone(),
             reservation,
-            success,
             audience,
         );
         let leg = if watches { leg.watching() } else { leg };

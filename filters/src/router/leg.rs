@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use std::{
     pin::Pin,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -23,8 +23,6 @@ pub struct Leg {
     inner: ResponseBody,
     endpoint: Arc<Endpoint>,
     reservation: Option<Box<dyn Reservation>>,
-    /// Whether its status was a success.
-    success: bool,
     /// Who sees load reports.
     audience: Audience,
     /// How long tokens are waited for, if somebody wants to know.
@@ -79,7 +77,6 @@ impl Leg {
         inner: ResponseBody,
         endpoint: Arc<Endpoint>,
         reservation: Box<dyn Reservation>,
-        success: bool,
         audience: Audience,
     ) -> Self {
         Self {
@@ -87,7 +84,6 @@ impl Leg {
             inner,
             endpoint,
             reservation: Some(reservation),
-            success,
             audience,
             waits: None,
             step: None,
@@ -154,13 +150,6 @@ impl Leg {
             step.fail();
         }
         if let Some(mut reservation) = self.reservation.take() {
-            let stats = &self.endpoint.stats;
-            if self.success && broken.is_none() {
-                &stats.success
-            } else {
-                &stats.error
-            }
-            .fetch_add(1, Relaxed);
             reservation.finish(broken);
         }
     }

@@ -99,26 +99,17 @@ fn one(
         priority,
     };
     let upstream = services.upstream.clone();
-    endpoint.stats.total.fetch_add(1, Relaxed);
     tokio::spawn(async move {
         let _counted = counted;
         let exchange = async {
             let answer = upstream.send(&endpoint, &mut copy, options).await;
             let answer = answer.map_err(|error| error.flag)?;
             reservation.status(answer.status());
-            let success = !answer.status().is_server_error();
-            drain(answer.into_body()).await.map(|()| success)
+            drain(answer.into_body()).await
         };
         let outcome = tokio::time::timeout(limit, exchange)
             .await
             .unwrap_or(Err(Flag::UpstreamRequestTimeout));
-        let stats = &endpoint.stats;
-        if outcome == Ok(true) {
-            &stats.success
-        } else {
-            &stats.error
-        }
-        .fetch_add(1, Relaxed);
         reservation.finish(outcome.err());
     });
     Ok(())

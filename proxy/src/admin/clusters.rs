@@ -31,17 +31,30 @@ fn address(address: &Address) -> Value {
 fn stats(endpoint: &Endpoint) -> [(&'static str, u64, bool); 8] {
     let read = |value: &AtomicU64| value.load(Relaxed);
     let stats = &endpoint.stats;
+    let requests = endpoint.host.tally.counts();
     // Requests wait for connections in the request's own task, not in a queue of the endpoint: none are pending.
     [
         ("cx_active", read(&stats.connections_active), true),
         ("cx_connect_fail", read(&stats.connect_fail), false),
         ("cx_total", read(&stats.connections), false),
         ("rq_active", read(&stats.active), true),
-        ("rq_error", read(&stats.error), false),
+        ("rq_error", requests.failed, false),
         ("rq_pending_active", 0, true),
-        ("rq_success", read(&stats.success), false),
-        ("rq_total", read(&stats.total), false),
+        ("rq_success", requests.succeeded, false),
+        ("rq_total", requests.issued, false),
     ]
+}
+
+/// Parts of a locality.
+const PLACE: [&str; 3] = ["region", "zone", "sub_zone"];
+
+/// As `envoy.config.core.v3.Locality`.
+fn locality(endpoint: &Endpoint) -> Value {
+    let parts = PLACE.into_iter().zip(&*endpoint.place);
+    let said = parts.filter(|(_, name)| !name.is_empty());
+    said.map(|(part, name)| (part.to_owned(), json!(name)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 /// Envoy's flags, in its order.
@@ -153,8 +166,8 @@ fn endpoint_lines(endpoint: &Endpoint, put: &mut dyn FnMut(&str, &dyn Display)) 
         },
     );
     put("weight", &endpoint.weight);
-    for locality in ["region", "zone", "sub_zone"] {
-        put(locality, &"");
+    for (part, name) in PLACE.into_iter().zip(&*endpoint.place) {
+        put(part, &clean(name));
     }
     put("canary", &false);
     put("priority", &endpoint.priority);
@@ -237,7 +250,7 @@ fn host_status(endpoint: &Endpoint) -> Value {
         "health_status": health_status(endpoint),
         "weight": endpoint.weight,
         "priority": endpoint.priority,
-        "locality": {},
+        "locality": locality(endpoint),
         "outrigger": own(endpoint),
     })
 }

@@ -98,7 +98,7 @@ fn clusters() -> Vec<Arc<ClusterView>> {
             ..Live::default()
         },
     );
-    local.stats.total.store(5, Relaxed);
+    (0..5).for_each(|_| local.host.tally.begin());
     let dead = endpoint(
         "127.0.0.2",
         Via::Peer,

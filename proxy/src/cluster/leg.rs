@@ -4,7 +4,7 @@ use crate::{fleet, lb::Weights, ledger::Entered, metrics::ClusterStats, outlier:
 use http::{HeaderMap, StatusCode};
 use outrigger_filters::{
     breakers::Held,
-    endpoints::{Endpoint, Reservation, Via},
+    endpoints::{Ended, Endpoint, Reservation, Via},
     error::Flag,
 };
 use outrigger_xds::orca::LoadReport;
@@ -26,7 +26,7 @@ pub(super) struct Leg {
     pub(super) prefill: u64,
     pub(super) begun: Instant,
     pub(super) status: Option<StatusCode>,
-    pub(super) finished: bool,
+    pub(super) ended: Ended,
     pub(super) _held: Held,
 }
 
@@ -109,6 +109,7 @@ impl Reservation for Leg {
     }
 
     fn first_token(&mut self, took: Duration, uncached_tokens: u64) {
+        self.endpoint.host.tally.first_token(took);
         if let Some(detector) = &self.detector {
             detector.first_token(&self.endpoint, took, uncached_tokens);
         }
@@ -144,7 +145,12 @@ impl Reservation for Leg {
     }
 
     fn finish(&mut self, broken: Option<Flag>) {
-        self.finished = true;
+        let is_well = broken.is_none() && self.status.is_some_and(|it| !it.is_server_error());
+        self.ended = if is_well {
+            Ended::Succeeded
+        } else {
+            Ended::Failed
+        };
         if broken.is_some_and(blames_engine) {
             self.accuse();
         }
@@ -158,6 +164,9 @@ impl Reservation for Leg {
                 self.stats.upstream_rq_tx_reset.increment(1);
             }
             Some(Flag::UpstreamRemoteReset) => self.stats.upstream_rq_rx_reset.increment(1),
+            Some(Flag::UpstreamOverflow) => {
+                self.endpoint.breakers.dropped.fetch_add(1, Relaxed);
+            }
             _ => {}
         }
         // No answer counts as Envoy's local reply.
@@ -172,8 +181,9 @@ impl Drop for Leg {
         self.judged = true;
         self.end_prefill();
         self.endpoint.stats.active.fetch_sub(1, Relaxed);
+        self.endpoint.host.tally.end(self.ended);
         self.stats.upstream_rq_active.decrement(1.0);
-        if !self.finished {
+        if self.ended == Ended::Cancelled {
             self.stats.upstream_rq_cancelled.increment(1);
             self.stats.upstream_rq_tx_reset.increment(1);
         }

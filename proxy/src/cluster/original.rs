@@ -4,7 +4,7 @@
 
 use super::{Entry, counts::Connections};
 use ahash::AHashMap;
-use outrigger_filters::endpoints::{Endpoint, Host, Via, clock_ms};
+use outrigger_filters::endpoints::{Counts, Endpoint, Host, Via, clock_ms};
 use outrigger_xds::{
     report::EngineId,
     resource::{
@@ -39,6 +39,8 @@ struct Known {
     hosts: AHashMap<SocketAddr, Original>,
     /// Of those that are gone.
     departed: Connections,
+    /// What their requests came to that was not told in a load report.
+    untold: Counts,
 }
 
 struct Original {
@@ -88,6 +90,12 @@ impl Original {
 }
 
 impl Known {
+    /// One is gone, with no request left.
+    fn depart(&mut self, endpoint: &Endpoint) {
+        self.departed.add(endpoint);
+        self.untold = self.untold.and(endpoint.host.tally.take().0);
+    }
+
     /// The one at an address, which is made if need be; none where there are too many in use.
     fn at(
         &mut self,
@@ -113,7 +121,7 @@ impl Known {
         free.sort_unstable();
         for (_, address) in free.iter().take(EVICTED_MAX) {
             if let Some(host) = self.hosts.remove(address) {
-                self.departed.add(&host.endpoint);
+                self.depart(&host.endpoint);
             }
         }
         !free.is_empty()
@@ -122,14 +130,10 @@ impl Known {
     /// Whether some are gone.
     fn clean_up(&mut self, interval: Duration) -> bool {
         let (now_ms, before) = (clock_ms(), self.hosts.len());
-        let departed = &mut self.departed;
-        self.hosts.retain(|_, host| {
-            let goes = host.retire(now_ms, interval) && host.is_free();
-            if goes {
-                departed.add(&host.endpoint);
-            }
-            !goes
-        });
+        let goes = |host: &mut Original| host.retire(now_ms, interval) && host.is_free();
+        let gone = self.hosts.extract_if(|_, host| goes(host));
+        let gone: Vec<Original> = gone.map(|(_, host)| host).collect();
+        gone.iter().for_each(|host| self.depart(&host.endpoint));
         self.hosts.len() < before
     }
 }
@@ -169,6 +173,11 @@ impl Originals {
     /// What those counted that are gone.
     pub(super) fn departed(&self) -> Connections {
         self.read().departed
+    }
+
+    /// What was not told of requests to those that are gone. It is told once.
+    pub(super) fn take_untold(&self) -> Counts {
+        std::mem::take(&mut self.write().untold)
     }
 
     /// The one at an address, which is made if need be; none where there are too many.

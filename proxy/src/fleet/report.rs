@@ -4,11 +4,11 @@
 //! overloaded. Rates are of what ended here, an average of about ten seconds.
 
 use http::HeaderValue;
-use outrigger_filters::endpoints::{Endpoint, EndpointStats};
+use outrigger_filters::endpoints::{Endpoint, Host};
 use outrigger_xds::{orca::LoadReport, report::Load};
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -38,11 +38,9 @@ impl Default for Rates {
 }
 
 impl Rates {
-    fn look(&mut self, stats: &EndpointStats, now: Instant) -> (f64, f64) {
+    fn look(&mut self, (ended, failed): (u64, u64), now: Instant) -> (f64, f64) {
         let passed = now.saturating_duration_since(self.at);
         if passed >= SAMPLE {
-            let failed = stats.error.load(Relaxed);
-            let ended = stats.success.load(Relaxed) + failed;
             let rate =
                 |now: u64, before: u64| now.saturating_sub(before) as f64 / passed.as_secs_f64();
             let sample = (rate(ended, self.ended), rate(failed, self.failed));
@@ -56,13 +54,29 @@ impl Rates {
     }
 }
 
-/// Makes the report anew.
-pub(super) fn renew(endpoint: &Endpoint, load: &Load, rates: &mut Rates) {
-    let (rps, eps) = rates.look(&endpoint.stats, Instant::now());
+/// Requests that ended, and those that failed, over all clusters that use an endpoint.
+fn ended(variants: &[Arc<Endpoint>]) -> (u64, u64) {
+    let mut seen: Vec<&Arc<Host>> = Vec::new();
+    let (mut ended, mut failed) = (0, 0);
+    for host in variants.iter().map(|variant| &variant.host) {
+        if seen.iter().any(|known| Arc::ptr_eq(known, host)) {
+            continue;
+        }
+        seen.push(host);
+        let counts = host.tally.counts();
+        ended += counts.succeeded + counts.failed;
+        failed += counts.failed;
+    }
+    (ended, failed)
+}
+
+/// Makes the report of an endpoint anew, which clusters may use in several ways.
+pub(super) fn renew(variants: &[Arc<Endpoint>], load: &Load, rates: &mut Rates) {
+    let (rps, eps) = rates.look(ended(variants), Instant::now());
     let text = report(load, rps, eps).to_header();
     // Made of digits and names: it can be a header.
     let value = HeaderValue::from_str(&text).ok().map(Arc::new);
-    endpoint.stats.report.store(value);
+    variants[0].stats.report.store(value);
 }
 
 fn report(load: &Load, rps: f64, eps: f64) -> LoadReport {
@@ -120,16 +134,13 @@ mod tests {
 
     #[test]
     fn rates_follow_what_ends_and_fade() {
-        let stats = EndpointStats::default();
         let mut rates = Rates::default();
         let begin = rates.at;
-        stats.success.store(20, Relaxed);
-        assert_eq!(rates.look(&stats, begin), (0.0, 0.0), "too early to tell");
-        stats.error.store(10, Relaxed);
+        assert_eq!(rates.look((20, 0), begin), (0.0, 0.0), "too early to tell");
         let at = begin + Duration::from_secs(2);
-        assert_eq!(rates.look(&stats, at), (15.0, 5.0));
-        assert_eq!(rates.look(&stats, at), (15.0, 5.0));
-        let (rps, eps) = rates.look(&stats, at + WINDOW);
+        assert_eq!(rates.look((30, 10), at), (15.0, 5.0));
+        assert_eq!(rates.look((30, 10), at), (15.0, 5.0));
+        let (rps, eps) = rates.look((30, 10), at + WINDOW);
         assert!((rps - 15.0 / std::f64::consts::E).abs() < 0.01, "{rps}");
         assert!((eps - 5.0 / std::f64::consts::E).abs() < 0.01, "{eps}");
     }

@@ -220,8 +220,8 @@ fn two_localities(second: Locality) -> impl FnOnce(&mut Cluster) {
     move |cluster| {
         cluster.load_assignment.localities = vec![
             Locality {
-                priority: 0,
                 weight: Some(1),
+                ..Locality::default()
             },
             second,
         ];
@@ -239,7 +239,7 @@ fn far(health: HealthStatus) -> Spec {
 fn the_next_priority_takes_what_the_first_cannot() {
     let second = Locality {
         priority: 1,
-        weight: None,
+        ..Locality::default()
     };
     let healthy = far(HealthStatus::Healthy);
     let case = Case::new([spec(1), spec(1), healthy], two_localities(second));
@@ -263,8 +263,8 @@ fn the_next_priority_takes_what_the_first_cannot() {
 #[test]
 fn localities_are_chosen_by_weight_if_configured() {
     let second = Locality {
-        priority: 0,
         weight: Some(3),
+        ..Locality::default()
     };
     let specs = || {
         [
@@ -274,7 +274,7 @@ fn localities_are_chosen_by_weight_if_configured() {
         ]
     };
     let case = Case::new(specs(), |cluster| {
-        two_localities(second)(cluster);
+        two_localities(second.clone())(cluster);
         cluster.balancing.locality_weighted = true;
     });
     let spread = case.spread(3100);

@@ -276,6 +276,7 @@ fn dotted(id: &SeriesId) -> String {
         ("envoy_cluster_manager_", "cluster_manager"),
         ("envoy_listener_manager_", "listener_manager"),
         ("envoy_control_plane_", "control_plane"),
+        ("envoy_load_reporter_", "load_reporter"),
         ("envoy_server_", "server"),
         ("outrigger_", "outrigger"),
         ("process_", "process"),

@@ -32,7 +32,7 @@ const RETRY_MIN: Duration = Duration::from_millis(500);
 /// Longest pause before an attempt to open a stream again.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often it is looked whether there is a control plane at all.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a connection to a server by its address may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A dead server is noticed although nothing is said.
@@ -175,7 +175,7 @@ pub(super) async fn keep(shared: Arc<Shared>) {
 }
 
 /// All servers of the control plane, in order.
-fn servers(shared: &Shared, ads: &Ads) -> Vec<Server> {
+pub(super) fn servers(shared: &Shared, ads: &Ads) -> Vec<Server> {
     let each = ads.servers.iter();
     each.flat_map(|service| match &service.target {
         Target::Cluster {

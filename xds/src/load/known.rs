@@ -23,7 +23,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "application_log_config",
             "certificate_provider_instances",
-            "cluster_manager",
             "config_sources",
             "default_config_source",
             "default_regex_engine",
@@ -49,6 +48,10 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "xds_config_tracker_extension",
             "xds_delegate_extension",
         ],
+    ),
+    (
+        "envoy.config.bootstrap.v3.ClusterManager",
+        &["local_cluster_name", "outlier_detection", "upstream_bind_config"],
     ),
     ("envoy.config.bootstrap.v3.RuntimeLayer", &["disk_layer", "rtds_layer"]),
     ("envoy.config.cluster.v3.CircuitBreakers.Thresholds", &["max_connection_pools"]),
@@ -320,6 +323,10 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "envoy.config.bootstrap.v3.ClusterManager",
+        &["enable_deferred_cluster_creation"],
+    ),
+    (
         "envoy.config.cluster.v3.Cluster",
         &[
             "alt_stat_name",
@@ -339,7 +346,7 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",
-        &["locality", "metadata"],
+        &["metadata"],
     ),
     (
         "envoy.config.route.v3.Route",

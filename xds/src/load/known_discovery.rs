@@ -82,19 +82,21 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.endpoint.v3.ClusterStats",
-        &["cluster_service_name", "dropped_requests"],
+        &["dropped_requests"],
+    ),
+    (
+        "envoy.config.endpoint.v3.UpstreamEndpointStats",
+        &["metadata"],
     ),
     (
         "envoy.config.endpoint.v3.UpstreamLocalityStats",
         &[
             "application_utilization",
             "cpu_utilization",
-            "load_metric_stats",
             "mem_utilization",
             "total_active_connections",
             "total_fail_connections",
             "total_new_connections",
-            "upstream_endpoint_stats",
         ],
     ),
     (
@@ -108,10 +110,6 @@ pub(super) const IGNORED: &[(&str, &[&str])] = &[
     (
         "envoy.service.discovery.v3.Resource",
         &["cache_control", "metadata"],
-    ),
-    (
-        "envoy.service.load_stats.v3.LoadStatsResponse",
-        &["report_endpoint_granularity"],
     ),
     (
         "envoy.service.status.v3.ClientConfig",

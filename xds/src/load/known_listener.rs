@@ -18,7 +18,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.listener.v3.Listener",
         &[
-            "additional_addresses", "api_listener",
+            "additional_addresses",
             "connection_balance_config", "deprecated_v1", "drain_type", "fcds_config", "filter_chain_matcher",
             "freebind", "internal_listener",
             "per_connection_buffer_limit_bytes", "reuse_port",

@@ -2,7 +2,7 @@
 
 use super::Registration;
 use crate::{
-    ads::{Server, connect, outgoing},
+    ads::{REQUESTS_MAX, Server, connect, outgoing},
     problems::causes,
     protobuf,
     wire::outrigger::registry::v1::{self as wire, registry_client::RegistryClient},
@@ -55,7 +55,7 @@ pub async fn open(
 ) -> Result<RegistryStream, RegistryError> {
     let channel = connect(server).await;
     let channel = channel.map_err(|error| RegistryError::Broken(error.to_string()))?;
-    let (registrations, request) = outgoing(server);
+    let (registrations, request) = outgoing(server, REQUESTS_MAX);
     let mut client = RegistryClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
     let gone = |_| RegistryError::Broken("what is to be said is not taken".to_owned());
     // Before the call: some servers answer only when they have heard something.

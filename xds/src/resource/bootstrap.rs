@@ -13,6 +13,7 @@ use super::{
 use crate::{
     problems::ConfigErrors,
     protobuf::{struct_from_json, struct_to_json, type_name},
+    subscription::Protocol,
     wire::envoy::config::{bootstrap::v3 as wire, core::v3 as core},
 };
 use prost_types::value::Kind;
@@ -25,6 +26,9 @@ const EXTENSIONS: [&str; 2] = [
     "envoy.extensions.bootstrap.internal_listener.v3.InternalListener",
     "istio.workload.BootstrapExtension",
 ];
+
+/// Where load reports are configured.
+const LOAD_STATS: &str = "cluster_manager.load_stats_config";
 
 /// A limit that is none.
 const UNLIMITED: f64 = i32::MAX as f64;
@@ -48,6 +52,8 @@ pub struct Bootstrap {
     pub cds: Option<ConfigSource>,
     /// `dynamic_resources.ads_config`: the control plane of all that says `ads`.
     pub ads: Option<Ads>,
+    /// `cluster_manager.load_stats_config`: who is told of the load of clusters.
+    pub load_stats: Option<Ads>,
 }
 
 /// `envoy.config.core.v3.Node`.
@@ -158,7 +164,18 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
         let ads = dynamic
             .ads_config
             .and_then(|source| problems.take("dynamic_resources.ads_config", source.try_into()));
-        check_servers(&mut problems, ads.as_ref(), (&clusters, &cluster_names));
+        let load_stats = wire
+            .cluster_manager
+            .and_then(|manager| manager.load_stats_config)
+            .and_then(|source| problems.take(LOAD_STATS, source.try_into()));
+        check_load_stats(&mut problems, load_stats.as_ref());
+        for (place, from) in [
+            ("dynamic_resources.ads_config", &ads),
+            (LOAD_STATS, &load_stats),
+        ] {
+            let known = (&*clusters, &*cluster_names);
+            check_servers(&mut problems, place, from.as_ref(), known);
+        }
         check_unique(&mut problems, "static_resources.secrets", &secret_names);
         check_unique(&mut problems, "static_resources.listeners", &listener_names);
         check_unique(&mut problems, "static_resources.clusters", &cluster_names);
@@ -179,7 +196,16 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             lds,
             cds,
             ads,
+            load_stats,
         }))
+    }
+}
+
+/// Reports have one form only.
+fn check_load_stats(problems: &mut ConfigErrors, config: Option<&Ads>) {
+    if config.is_some_and(|config| config.protocol != Protocol::State) {
+        let message = "must be GRPC: load reports have no deltas";
+        problems.add(format!("{LOAD_STATS}.api_type"), message);
     }
 }
 
@@ -224,6 +250,7 @@ fn check_extensions(problems: &mut ConfigErrors, extensions: Vec<core::TypedExte
 /// A control plane cannot bring the cluster that it is reached by.
 fn check_servers(
     problems: &mut ConfigErrors,
+    place: &str,
     ads: Option<&Ads>,
     (clusters, names): (&[Cluster], &[String]),
 ) {
@@ -236,9 +263,7 @@ fn check_servers(
         let is_unknown = !name.is_empty() && !names.contains(name);
         if is_unknown || clusters.iter().any(is_eds) {
             problems.add(
-                format!(
-                    "dynamic_resources.ads_config.grpc_services[{index}].envoy_grpc.cluster_name"
-                ),
+                format!("{place}.grpc_services[{index}].envoy_grpc.cluster_name"),
                 format!(
                     "must name a statically defined non-EDS cluster: '{name}' does not exist or is an EDS cluster"
                 ),
@@ -364,11 +389,18 @@ impl From<&Bootstrap> for wire::Bootstrap {
             cds_config: plain.cds.as_ref().map(Into::into),
             ads_config: plain.ads.as_ref().map(Into::into),
         };
+        let manager = plain
+            .load_stats
+            .as_ref()
+            .map(|config| wire::ClusterManager {
+                load_stats_config: Some(config.into()),
+            });
         let is_dynamic = plain.lds.is_some() || plain.cds.is_some() || plain.ads.is_some();
         Self {
             node: Some(node),
             static_resources: Some(resources),
             dynamic_resources: is_dynamic.then_some(dynamic),
+            cluster_manager: manager,
             admin,
             ..Self::default()
         }

@@ -6,7 +6,7 @@ use crate::{
     wire::envoy::config::{core::v3 as core, endpoint::v3 as wire},
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 /// Name space of our keys in endpoint and filter metadata.
 pub const METADATA_NAMESPACE: &str = "outrigger";
@@ -69,14 +69,16 @@ impl ClusterLoadAssignment {
     pub fn locality(&self, endpoint: &LbEndpoint) -> Locality {
         self.localities
             .get(endpoint.locality)
-            .copied()
+            .cloned()
             .unwrap_or_default()
     }
 }
 
 /// `LocalityLbEndpoints`, less its endpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Locality {
+    /// Region, zone, sub-zone; empty if not said.
+    pub place: Arc<[String; 3]>,
     /// 0 is used first.
     pub priority: u32,
     /// `load_balancing_weight`; heeded with `locality_weighted_lb_config` only, where none is none of the load.
@@ -265,7 +267,13 @@ impl TryFrom<wire::ClusterLoadAssignment> for ClusterLoadAssignment {
                     "must be at least 1",
                 );
             }
+            let core::Locality {
+                region,
+                zone,
+                sub_zone,
+            } = locality.locality.unwrap_or_default();
             localities.push(Locality {
+                place: Arc::new([region, zone, sub_zone]),
                 priority: locality.priority,
                 weight: locality.load_balancing_weight,
             });
@@ -295,12 +303,19 @@ impl From<&ClusterLoadAssignment> for wire::ClusterLoadAssignment {
     fn from(plain: &ClusterLoadAssignment) -> Self {
         let some_locality = usize::from(!plain.endpoints.is_empty());
         let endpoints = (0..plain.localities.len().max(some_locality)).map(|index| {
-            let locality = plain.localities.get(index).copied().unwrap_or_default();
+            let locality = plain.localities.get(index).cloned().unwrap_or_default();
+            let [region, zone, sub_zone] = (*locality.place).clone();
+            let is_somewhere = locality.place.iter().any(|part| !part.is_empty());
             let here = plain
                 .endpoints
                 .iter()
                 .filter(|endpoint| endpoint.locality == index);
             wire::LocalityLbEndpoints {
+                locality: is_somewhere.then_some(core::Locality {
+                    region,
+                    zone,
+                    sub_zone,
+                }),
                 lb_endpoints: here.map(Into::into).collect(),
                 load_balancing_weight: locality.weight,
                 priority: locality.priority,

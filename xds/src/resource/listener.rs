@@ -249,6 +249,9 @@ impl TryFrom<wire::Listener> for Listener {
         let name = problems.not_empty("name", wire.name);
         let pipe_mode = problems.take("address", pipe_mode(wire.address.as_ref()));
         let address: Option<Address> = problems.required("address", wire.address);
+        if wire.api_listener.is_some() {
+            problems.add("", "not supported yet: api_listener");
+        }
         if wire.enable_reuse_port == Some(false) {
             problems.add(
                 "enable_reuse_port",

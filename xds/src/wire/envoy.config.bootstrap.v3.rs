@@ -11,6 +11,9 @@ pub struct Bootstrap {
     /// Configuration that comes from elsewhere.
     #[prost(message, optional, tag = "3")]
     pub dynamic_resources: ::core::option::Option<bootstrap::DynamicResources>,
+    /// What concerns all clusters.
+    #[prost(message, optional, tag = "4")]
+    pub cluster_manager: ::core::option::Option<ClusterManager>,
     /// The operator's interface; none if unset.
     #[prost(message, optional, tag = "12")]
     pub admin: ::core::option::Option<Admin>,
@@ -92,6 +95,25 @@ impl ::prost::Name for Bootstrap {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/envoy.config.bootstrap.v3.Bootstrap".into()
+    }
+}
+/// What concerns all clusters.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ClusterManager {
+    /// Who is told of their load.
+    #[prost(message, optional, tag = "4")]
+    pub load_stats_config: ::core::option::Option<
+        super::super::core::v3::ApiConfigSource,
+    >,
+}
+impl ::prost::Name for ClusterManager {
+    const NAME: &'static str = "ClusterManager";
+    const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.bootstrap.v3.ClusterManager".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.bootstrap.v3.ClusterManager".into()
     }
 }
 /// Switches of the process.

@@ -2,6 +2,9 @@
 /// Endpoints in one place.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LocalityLbEndpoints {
+    /// Where that is.
+    #[prost(message, optional, tag = "1")]
+    pub locality: ::core::option::Option<super::super::core::v3::Locality>,
     /// They.
     #[prost(message, repeated, tag = "2")]
     pub lb_endpoints: ::prost::alloc::vec::Vec<LbEndpoint>,
@@ -119,8 +122,63 @@ impl ::prost::Name for ClusterLoadAssignment {
         "/envoy.config.endpoint.v3.ClusterLoadAssignment".into()
     }
 }
+/// Values of one metric that requests brought.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EndpointLoadMetricStats {
+    /// Which.
+    #[prost(string, tag = "1")]
+    pub metric_name: ::prost::alloc::string::String,
+    /// Requests that brought one, in the interval.
+    #[prost(uint64, tag = "2")]
+    pub num_requests_finished_with_metric: u64,
+    /// The sum of what they brought.
+    #[prost(double, tag = "3")]
+    pub total_metric_value: f64,
+}
+impl ::prost::Name for EndpointLoadMetricStats {
+    const NAME: &'static str = "EndpointLoadMetricStats";
+    const PACKAGE: &'static str = "envoy.config.endpoint.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.endpoint.v3.EndpointLoadMetricStats".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.endpoint.v3.EndpointLoadMetricStats".into()
+    }
+}
+/// Load of one endpoint.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpstreamEndpointStats {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub address: ::core::option::Option<super::super::core::v3::Address>,
+    /// Requests that went well, in the interval.
+    #[prost(uint64, tag = "2")]
+    pub total_successful_requests: u64,
+    /// Requests that go on.
+    #[prost(uint64, tag = "3")]
+    pub total_requests_in_progress: u64,
+    /// Requests that failed, in the interval.
+    #[prost(uint64, tag = "4")]
+    pub total_error_requests: u64,
+    /// What requests brought, by metric.
+    #[prost(message, repeated, tag = "5")]
+    pub load_metric_stats: ::prost::alloc::vec::Vec<EndpointLoadMetricStats>,
+    /// Requests that began, in the interval.
+    #[prost(uint64, tag = "7")]
+    pub total_issued_requests: u64,
+}
+impl ::prost::Name for UpstreamEndpointStats {
+    const NAME: &'static str = "UpstreamEndpointStats";
+    const PACKAGE: &'static str = "envoy.config.endpoint.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.endpoint.v3.UpstreamEndpointStats".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.endpoint.v3.UpstreamEndpointStats".into()
+    }
+}
 /// Load of one locality.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct UpstreamLocalityStats {
     /// Which.
     #[prost(message, optional, tag = "1")]
@@ -134,9 +192,15 @@ pub struct UpstreamLocalityStats {
     /// Requests that failed, in the interval.
     #[prost(uint64, tag = "4")]
     pub total_error_requests: u64,
+    /// What requests brought, by metric.
+    #[prost(message, repeated, tag = "5")]
+    pub load_metric_stats: ::prost::alloc::vec::Vec<EndpointLoadMetricStats>,
     /// Which priority.
     #[prost(uint32, tag = "6")]
     pub priority: u32,
+    /// By endpoint, if that is asked for.
+    #[prost(message, repeated, tag = "7")]
+    pub upstream_endpoint_stats: ::prost::alloc::vec::Vec<UpstreamEndpointStats>,
     /// Requests that began, in the interval.
     #[prost(uint64, tag = "8")]
     pub total_issued_requests: u64,
@@ -166,6 +230,9 @@ pub struct ClusterStats {
     /// How long the interval was.
     #[prost(message, optional, tag = "4")]
     pub load_report_interval: ::core::option::Option<::prost_types::Duration>,
+    /// Its name where its endpoints come from, if that is another.
+    #[prost(string, tag = "6")]
+    pub cluster_service_name: ::prost::alloc::string::String,
 }
 impl ::prost::Name for ClusterStats {
     const NAME: &'static str = "ClusterStats";

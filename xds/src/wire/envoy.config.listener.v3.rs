@@ -236,6 +236,23 @@ impl ::prost::Name for ListenerFilter {
         "/envoy.config.listener.v3.ListenerFilter".into()
     }
 }
+/// What takes requests without a socket.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApiListener {
+    /// An HttpConnectionManager.
+    #[prost(message, optional, tag = "1")]
+    pub api_listener: ::core::option::Option<::prost_types::Any>,
+}
+impl ::prost::Name for ApiListener {
+    const NAME: &'static str = "ApiListener";
+    const PACKAGE: &'static str = "envoy.config.listener.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.listener.v3.ApiListener".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.listener.v3.ApiListener".into()
+    }
+}
 /// A socket that accepts connections.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Listener {
@@ -251,6 +268,9 @@ pub struct Listener {
     /// Connections go on to the listener of the address that they were sent to.
     #[prost(message, optional, tag = "4")]
     pub use_original_dst: ::core::option::Option<bool>,
+    /// What a client of gRPC is told in place of all else; our proxies refuse it.
+    #[prost(message, optional, tag = "19")]
+    pub api_listener: ::core::option::Option<ApiListener>,
     /// What looks at a connection before its chain is found, in order.
     #[prost(message, repeated, tag = "9")]
     pub listener_filters: ::prost::alloc::vec::Vec<ListenerFilter>,

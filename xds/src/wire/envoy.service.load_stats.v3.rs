@@ -30,6 +30,9 @@ pub struct LoadStatsResponse {
     /// How often.
     #[prost(message, optional, tag = "2")]
     pub load_reporting_interval: ::core::option::Option<::prost_types::Duration>,
+    /// By endpoint, too.
+    #[prost(bool, tag = "3")]
+    pub report_endpoint_granularity: bool,
     /// Of all clusters.
     #[prost(bool, tag = "4")]
     pub send_all_clusters: bool,
