@@ -10,7 +10,7 @@ use outrigger_xds::{
         ads::{Ads, GrpcService, Target},
         bootstrap::{Admin, Bootstrap, Node},
         canary::Canary,
-        cluster::{Cluster, Discovery, Dns, LbPolicy},
+        cluster::{Cluster, Discovery, Dns, LbPolicy, UpstreamProtocol},
         config_source::{ConfigSource, INITIAL_FETCH_TIMEOUT_DEFAULT, Origin},
         endpoint::{Address, ClusterLoadAssignment, HealthStatus, LbEndpoint, METADATA_NAMESPACE},
         filter_chain::FilterChain,
@@ -24,7 +24,10 @@ use outrigger_xds::{
             Action, Route, RouteAction, RouteConfiguration, RouteMatch, TypedConfig, VirtualHost,
         },
         server_header::ServerHeader,
-        tls::{CommonTls, DataSource, DownstreamTls, TlsCertificate, UpstreamTls, Validation},
+        tls::{
+            CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
+            UpstreamTls, Validation,
+        },
         tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
         upgrade::Upgrade,
     },
@@ -41,6 +44,10 @@ pub const INBOUND: &str = "inbound";
 pub const FLEET: &str = "fleet";
 /// Cluster of the engines beside us.
 pub const LOCAL: &str = "local";
+/// Cluster of the control plane, where it is spoken to by TLS.
+pub const CONTROL_PLANE: &str = "control_plane";
+/// Who the control plane is by its certificate, in whichever trust domain: any node has a certificate of the same CA.
+const CONTROL_PLANE_ID: &str = "spiffe://[^/]+/control-plane";
 /// Cluster of the collector that traces go to.
 pub const COLLECTOR: &str = "otlp_collector";
 
@@ -141,17 +148,27 @@ fn driven(
     url: &str,
     (inbound, local): (Address, Vec<LbEndpoint>),
 ) -> Result<Bootstrap, Vec<String>> {
-    let server = options::url(url, "--control-plane").map_err(|error| vec![error])?;
+    let (server, secured) = options::control_plane(options, url).map_err(|error| vec![error])?;
+    let cluster = secured.then(|| control_plane_cluster(options, &server));
     let from_ads = Some(ConfigSource {
         origin: Origin::Ads,
         initial_fetch_timeout: INITIAL_FETCH_TIMEOUT_DEFAULT,
     });
-    let service = GrpcService {
-        target: Target::Address {
+    let target = if secured {
+        Target::Cluster {
+            name: CONTROL_PLANE.into(),
+            authority: server.host.clone(),
+            message_bytes_max: None,
+        }
+    } else {
+        Target::Address {
             uri: server.to_string(),
             address: server,
-            stat_prefix: "control_plane".into(),
-        },
+            stat_prefix: CONTROL_PLANE.into(),
+        }
+    };
+    let service = GrpcService {
+        target,
         initial_metadata: Vec::new(),
     };
     let load_stats = Some(Ads {
@@ -170,6 +187,7 @@ fn driven(
         }),
         ..ours
     };
+    driven.clusters.extend(cluster);
     // Without engines nobody has to be let in.
     if !local.is_empty() {
         driven.listeners.push(inbound_listener(options, inbound));
@@ -178,8 +196,34 @@ fn driven(
     Ok(driven)
 }
 
-/// `--otlp-endpoint`: a name is looked up as long as we run.
+/// `--control-plane https://…`: this node's identity is the one that peers see.
+fn control_plane_cluster(options: &Options, address: &Address) -> Cluster {
+    let tls = peers_tls(options).map(|mut common| {
+        if let Some(validation) = &mut common.validation {
+            validation.names.push(NameMatch {
+                kind: NameKind::Uri,
+                pattern: NamePattern::Regex(CONTROL_PLANE_ID.into()),
+            });
+        }
+        UpstreamTls {
+            common,
+            sni: String::new(),
+        }
+    });
+    Cluster {
+        protocol: UpstreamProtocol::Http2,
+        tls,
+        ..server_cluster(CONTROL_PLANE, address)
+    }
+}
+
+/// `--otlp-endpoint`.
 fn collector_cluster(address: &Address) -> Cluster {
+    server_cluster(COLLECTOR, address)
+}
+
+/// One server that is no engine: a name is looked up as long as we run.
+fn server_cluster(name: &str, address: &Address) -> Cluster {
     let discovery = match address.host.parse::<std::net::IpAddr>() {
         Ok(_) => Discovery::Static,
         Err(_) => Discovery::Dns(Dns::default()),
@@ -190,7 +234,7 @@ fn collector_cluster(address: &Address) -> Cluster {
     };
     Cluster {
         discovery,
-        ..cluster(COLLECTOR, Policy::RoundRobin, vec![endpoint])
+        ..cluster(name, Policy::RoundRobin, vec![endpoint])
     }
 }
 

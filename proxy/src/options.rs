@@ -4,7 +4,10 @@ mod envoy;
 
 pub use envoy::{DrainStrategy, EnvoyFlags};
 
-use crate::run::Registrar;
+use crate::{
+    bootstrap::CONTROL_PLANE,
+    run::{Registrar, Registry},
+};
 use clap::Parser;
 use outrigger_xds::{registry, report::Role, resource::endpoint::Address};
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
@@ -46,10 +49,12 @@ pub struct Options {
     /// Another proxy's inbound address: http://HOST:PORT
     #[arg(long, value_name = "URL")]
     pub peer: Vec<String>,
-    /// A control plane, http://HOST:PORT: all else comes from it (ADS), and engines beside this proxy are registered there
+    /// A control plane, http://HOST:PORT: all else comes from it (ADS), and engines beside this proxy are registered there. https:// is
+    /// mutual TLS with `--peer-tls-cert`
     #[arg(long, value_name = "URL", conflicts_with_all = ["peer", "listen", "policy", "access_log", "body_bytes_max", "tls_cert"])]
     pub control_plane: Option<String>,
-    /// A control plane where engines beside this proxy are registered; what is configured comes from elsewhere
+    /// A control plane where engines beside this proxy are registered, http://HOST:PORT, or `cluster:NAME`: one of the bootstrap's, as it
+    /// is secured there; what is configured comes from elsewhere
     #[arg(long, value_name = "URL", conflicts_with = "control_plane")]
     pub register: Option<String>,
     /// Where other proxies reach this one, as it is registered: HOST:PORT; default is where peers arrive
@@ -260,7 +265,20 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
         return is_idle.then_some(None).ok_or_else(|| vec![error.into()]);
     };
     let mut errors = Vec::new();
-    let server = url(text, flag).map_err(|error| errors.push(error)).ok();
+    let server = match text.strip_prefix("cluster:") {
+        Some(name) if options.control_plane.is_none() => Ok(Registry::Cluster(name.to_owned())),
+        _ if options.control_plane.is_some() => {
+            control_plane(options, text).map(|(at, secured)| {
+                if secured {
+                    Registry::Cluster(CONTROL_PLANE.to_owned())
+                } else {
+                    Registry::Address(at)
+                }
+            })
+        }
+        _ => url(text, flag).map(Registry::Address),
+    };
+    let server = server.map_err(|error| errors.push(error)).ok();
     let advertise = options.advertise.as_ref().and_then(|text| {
         let address = registry::address(text);
         if address.is_none() {
@@ -289,6 +307,31 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
         advertise,
         labels,
     }))
+}
+
+/// Reads `--control-plane`: where it is, and whether it is spoken to by TLS.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn control_plane(options: &Options, text: &str) -> Result<(Address, bool), String> {
+    const FLAG: &str = "--control-plane";
+    let Some(rest) = text.strip_prefix("https://") else {
+        return Ok((url(text, FLAG)?, false));
+    };
+    if options.peer_tls_cert.is_none() {
+        return Err(format!(
+            "{FLAG} {text}: needs --peer-tls-cert, --peer-tls-key and --peer-tls-ca: who this node is, and whom it believes"
+        ));
+    }
+    let mut server = url(&format!("http://{rest}"), FLAG)?;
+    let host = rest.trim_end_matches('/');
+    let has_port = host
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    if !has_port {
+        server.port = 443;
+    }
+    Ok((server, true))
 }
 
 fn is_host_and_port(text: &str) -> bool {
@@ -408,7 +451,11 @@ mod tests {
         for flag in ["--control-plane", "--register"] {
             let told = read(&format!("{flag} http://cp:18000 {all}"));
             let told = told.unwrap().unwrap();
-            assert_eq!(told.server.to_string(), "cp:18000");
+            let server = Address {
+                host: "cp".into(),
+                port: 18000,
+            };
+            assert_eq!(told.server, Registry::Address(server));
             assert_eq!(told.advertise.unwrap().to_string(), "a.svc:81");
             assert_eq!(told.labels["gpu"], "l4");
             assert_eq!(told.labels["rack"], "");
@@ -422,6 +469,8 @@ mod tests {
                 "nobody can reach",
             ),
             ("--register http://cp --label gpu", "--label gpu"),
+            ("--control-plane https://cp:1", "needs --peer-tls-cert"),
+            ("--control-plane cluster:cp", "must begin with http://"),
             (
                 "--control-plane http://cp --peer http://b",
                 "cannot be used",
@@ -436,6 +485,16 @@ mod tests {
             assert!(error.contains(reason), "{flags}: {error}");
         }
         assert!(read("-c file --register http://cp").unwrap().is_some());
+        let server = |flags: &str| read(flags).unwrap().unwrap().server;
+        let peers = "--peer-tls-cert c --peer-tls-key k --peer-tls-ca a";
+        assert_eq!(
+            server(&format!("--control-plane https://cp:1 {peers}")),
+            Registry::Cluster(CONTROL_PLANE.into())
+        );
+        assert_eq!(
+            server("-c file --register cluster:xds"),
+            Registry::Cluster("xds".into())
+        );
     }
 
     #[test]

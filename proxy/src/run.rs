@@ -8,7 +8,7 @@ mod load_reports;
 mod registration;
 mod watching;
 
-pub use registration::Registrar;
+pub use registration::{Registrar, Registry};
 
 use crate::{
     access_log::Sinks,

@@ -1,6 +1,6 @@
 //! A fleet whose proxies know each other by what the control plane issues: strangers, and new certificates under load.
 
-use super::{PROGRAM, any_port};
+use super::{PROGRAM, any_port, leases::REGISTERED};
 use http::Method;
 use outrigger_conformance::{
     harness::{
@@ -65,6 +65,48 @@ impl Secured {
     async fn serve(&self, ca: &str, listen: SocketAddr) -> ControlPlane {
         let flags = ["--ca", &self.at(ca), "--certificate-ttl-s", "6"];
         ControlPlane::with_flags(PROGRAM, &self.at("resources"), listen, &flags).await
+    }
+
+    /// With leases, and with these flags.
+    async fn lease(&self, flags: &[&str]) -> ControlPlane {
+        let leases = self.at("leases.json");
+        let flags = [&["--leases", &leases], flags].concat();
+        ControlPlane::with_flags(PROGRAM, &self.at("resources"), any_port(), &flags).await
+    }
+
+    /// Beside an engine, by flags alone: says to be `id`, with what `node` comes with.
+    async fn beside(
+        &self,
+        engine: &SimEngine,
+        control: &ControlPlane,
+        (id, node): (&str, &str),
+    ) -> Process {
+        let engine = format!("http://{}", engine.http_addr);
+        let control = format!("https://{}", control.address);
+        let [cert, key, ca] = ["cert", "key", "ca"].map(|it| self.at(&format!("{node}/{it}.pem")));
+        let who = [
+            "--node-id",
+            id,
+            "--peer-tls-cert",
+            &cert,
+            "--peer-tls-key",
+            &key,
+            "--peer-tls-ca",
+            &ca,
+        ];
+        let what = [
+            "--engine",
+            &engine,
+            "--inbound",
+            "127.0.0.1:0",
+            "--label",
+            "gpu=l4",
+        ];
+        Process::driven(
+            PROGRAM,
+            &[&who[..], &what, &["--control-plane", &control]].concat(),
+        )
+        .await
     }
 
     /// With the bootstrap of `deploy`.
@@ -248,4 +290,74 @@ async fn a_fleet_with_identities_refuses_strangers_and_loses_nothing_by_new_cert
     })
     .await;
     generated(gateway).await;
+}
+
+/// Nodes that hold a lease.
+async fn leased(control: &ControlPlane) -> Vec<String> {
+    let page = Client::get(control.admin, "/leases").await.json();
+    let leases = page["leases"].as_array().cloned().unwrap_or_default();
+    let ids = leases
+        .iter()
+        .map(|lease| lease["node"].as_str().unwrap_or_default().to_owned());
+    ids.collect()
+}
+
+#[tokio::test]
+async fn engines_register_over_tls_as_who_their_node_is() {
+    let secured = Secured::new();
+    secured.init("ca");
+    secured.issue("ca", "a");
+    fs::write(secured.0.join("resources/fleet.yaml"), REGISTERED).unwrap();
+    let engine = SimEngine::start(Config {
+        model: "sim".into(),
+        ..Config::default()
+    })
+    .unwrap();
+    let control = secured.lease(&["--ca", &secured.at("ca")]).await;
+    let a = secured.beside(&engine, &control, ("a", "a")).await;
+    eventually("it holds a lease", || async {
+        (leased(&control).await == ["a"]).then_some(())
+    })
+    .await;
+    let connected = "envoy_control_plane_connected_state";
+    assert_eq!(metric(a.admin, connected, "").await, 1.0, "and is driven");
+    let refused = |proxy: SocketAddr| async move {
+        metric(proxy, "outrigger_registrations_total", "refused").await >= 2.0
+    };
+    let z = secured.beside(&engine, &control, ("z", "a")).await;
+    eventually("who says to be another is refused", || async {
+        refused(z.admin).await.then_some(())
+    })
+    .await;
+    assert_eq!(leased(&control).await, ["a"]);
+}
+
+/// All nodes have certificates of the CA that they believe.
+#[tokio::test]
+async fn another_node_is_not_believed_to_be_the_control_plane() {
+    let secured = Secured::new();
+    secured.init("ca");
+    for node in ["a", "control-plane"] {
+        secured.issue("ca", node);
+    }
+    let [cert, key, ca] =
+        ["cert", "key", "ca"].map(|it| secured.at(&format!("control-plane/{it}.pem")));
+    let flags = [
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--tls-client-ca",
+        &ca,
+        "--trust-domain",
+        TRUST_DOMAIN,
+    ];
+    let impostor = secured.lease(&flags).await;
+    let engine = SimEngine::start(Config::default()).unwrap();
+    let a = secured.beside(&engine, &impostor, ("a", "a")).await;
+    eventually("it does not register there", || async {
+        (metric(a.admin, "outrigger_registrations_total", "broken").await >= 2.0).then_some(())
+    })
+    .await;
+    assert!(leased(&impostor).await.is_empty());
 }

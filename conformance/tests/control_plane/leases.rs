@@ -13,7 +13,7 @@ use std::{
 };
 
 /// A fleet of whoever registers, and a door to it.
-const REGISTERED: &str = r#"
+pub(super) const REGISTERED: &str = r#"
 apiVersion: outrigger.dev/v1
 kind: Fleet
 metadata: {name: chat}

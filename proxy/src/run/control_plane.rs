@@ -218,6 +218,19 @@ pub(super) fn at(address: &Address) -> Server {
     server(&service, way, address.to_string())
 }
 
+/// The servers that a cluster has, secured as it says; none while it waits.
+pub(super) fn in_cluster(shared: &Shared, name: &str) -> Vec<Server> {
+    let service = GrpcService {
+        target: Target::Cluster {
+            name: name.to_owned(),
+            authority: String::new(),
+            message_bytes_max: None,
+        },
+        initial_metadata: Vec::new(),
+    };
+    of_cluster(shared, &service, (name, name), None)
+}
+
 fn of_cluster(
     shared: &Shared,
     service: &GrpcService,

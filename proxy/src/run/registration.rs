@@ -4,7 +4,7 @@
 
 use super::{
     Shared,
-    control_plane::{Backoff, at},
+    control_plane::{Backoff, at, in_cluster},
 };
 use crate::engines;
 use futures_util::StreamExt;
@@ -17,7 +17,7 @@ use outrigger_xds::{
         TEXT_BYTES_MAX, open,
     },
     report::{EngineId, EngineState, Health, Model, Role},
-    resource::{endpoint::Address, listener::TrafficDirection},
+    resource::{bootstrap::Bootstrap, endpoint::Address, listener::TrafficDirection},
 };
 use rand::Rng;
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
@@ -43,11 +43,45 @@ const FEED_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct Registrar {
     /// The control plane.
-    pub server: Address,
+    pub server: Registry,
     /// Where others reach us; none is where our inbound listener is.
     pub advertise: Option<Address>,
     /// To be chosen by.
     pub labels: BTreeMap<String, String>,
+}
+
+/// A control plane where engines are registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registry {
+    /// In plain text.
+    Address(Address),
+    /// An endpoint of a cluster of the bootstrap, secured as that says.
+    Cluster(String),
+}
+
+impl Registry {
+    /// Where it is, or the first of it.
+    fn address<'a>(&'a self, written: &'a Bootstrap) -> Result<&'a Address, String> {
+        match self {
+            Self::Address(address) => Ok(address),
+            Self::Cluster(name) => {
+                let mut clusters = written.clusters.iter();
+                let cluster = clusters.find(|cluster| cluster.name == *name);
+                let endpoint = cluster.and_then(|it| it.load_assignment.endpoints.first());
+                endpoint.map(|endpoint| &endpoint.address).ok_or_else(|| {
+                    format!("registering: no endpoint is written of a cluster '{name}'")
+                })
+            }
+        }
+    }
+
+    /// All of it, in order.
+    fn servers(&self, shared: &Shared) -> Vec<Server> {
+        match self {
+            Self::Address(address) => vec![at(address)],
+            Self::Cluster(name) => in_cluster(shared, name),
+        }
+    }
 }
 
 /// What is known of the engines beside us.
@@ -77,7 +111,8 @@ pub(super) fn start(
     shared.runtime.spawn(hear(shared.clone(), told));
     let registering = Registering {
         shared: shared.clone(),
-        server: at(&registrar.server),
+        registry: registrar.server,
+        attempts: 0,
         node,
         states,
         lease: LEASE_GUESS,
@@ -92,9 +127,10 @@ pub(super) fn start(
 
 fn node(shared: &Shared, registrar: &Registrar) -> Result<Node, String> {
     let written = shared.bootstrap.load();
+    registrar.server.address(&written)?;
     let address = match &registrar.advertise {
         Some(address) => address.clone(),
-        None => inbound(shared, &registrar.server)?,
+        None => inbound(shared, registrar.server.address(&written)?)?,
     };
     let [region, zone, _] = written.node.locality.clone();
     Ok(Node {
@@ -231,7 +267,9 @@ fn are_told(engines: &BTreeMap<EngineId, engines::ConfiguredEngine>, states: &St
 
 struct Registering {
     shared: Arc<Shared>,
-    server: Server,
+    registry: Registry,
+    /// So far; each goes to the next server.
+    attempts: usize,
     node: Node,
     states: watch::Receiver<States>,
     /// The last one that was given.
@@ -302,8 +340,8 @@ impl Registering {
                 RegistryError::Refused(_) => "refused",
                 RegistryError::Broken(_) => "broken",
             });
-            let server = &self.server.authority;
-            tracing::warn!(server, %error, "not registered at the control plane: the next attempt comes soon");
+            let registry = &self.registry;
+            tracing::warn!(?registry, %error, "not registered at the control plane: the next attempt comes soon");
             let pause = backoff.pause().min(self.pause_max());
             tokio::select! {
                 () = sleep(pause) => {}
@@ -312,13 +350,25 @@ impl Registering {
         }
     }
 
+    fn next_server(&mut self) -> Result<Server, RegistryError> {
+        let mut servers = self.registry.servers(&self.shared);
+        let next = self.attempts % servers.len().max(1);
+        self.attempts = self.attempts.wrapping_add(1);
+        if servers.is_empty() {
+            let none = "its cluster waits for something, or has no endpoint";
+            return Err(RegistryError::Broken(none.into()));
+        }
+        Ok(servers.swap_remove(next))
+    }
+
     /// Holds a lease until the process drains; the stream is what is left of it.
     async fn hold(&mut self, was_taken: &mut bool) -> Result<RegistryStream, RegistryError> {
         let drain = self.shared.drain.clone();
+        let server = self.next_server()?;
         let mut said = self.registration();
         let mut asked = Instant::now();
         let opening = async {
-            let mut stream = open(&self.server, &said).await?;
+            let mut stream = open(&server, &said).await?;
             let lease = stream.lease().await?;
             Ok((stream, lease))
         };
@@ -329,7 +379,7 @@ impl Registering {
             count("taken");
             metrics::gauge!("outrigger_registered").set(1.0);
             if !std::mem::replace(was_taken, true) {
-                let (server, lease) = (&self.server.authority, self.lease);
+                let (server, lease) = (&server.authority, self.lease);
                 tracing::info!(server, ?lease, "registered at the control plane");
             }
             // Not all at once.
@@ -367,7 +417,7 @@ impl Registering {
         };
         let leaving = async {
             let mut stream = match stream {
-                None => open(&self.server, &leaving).await?,
+                None => open(&self.next_server()?, &leaving).await?,
                 Some(mut stream) => {
                     stream.say(&leaving).await?;
                     stream

@@ -2,7 +2,10 @@
 //!
 //! Only what was written: files are read, and certificates judged, by whoever builds a context of it.
 
-use super::secret::{self, SecretConfig, ValidationSecret};
+use super::{
+    matching,
+    secret::{self, SecretConfig, ValidationSecret},
+};
 use crate::{
     problems::{ConfigErrors, join},
     protobuf::{pack, unpack},
@@ -150,6 +153,8 @@ pub enum NamePattern {
     Suffix(String),
     /// Contains.
     Contains(String),
+    /// All of it fits.
+    Regex(String),
 }
 
 impl NamePattern {
@@ -161,6 +166,8 @@ impl NamePattern {
             Self::Prefix(text) => name.starts_with(text.as_str()),
             Self::Suffix(text) => name.ends_with(text.as_str()),
             Self::Contains(text) => name.contains(text.as_str()),
+            // Built anew for each handshake, which takes many times as long.
+            Self::Regex(text) => matching::whole(text).is_ok_and(|regex| regex.is_match(name)),
         }
     }
 }
@@ -475,7 +482,11 @@ impl TryFrom<StringMatcher> for NamePattern {
             Some(MatchPattern::Prefix(text)) => Ok(Self::Prefix(text)),
             Some(MatchPattern::Suffix(text)) => Ok(Self::Suffix(text)),
             Some(MatchPattern::Contains(text)) => Ok(Self::Contains(text)),
-            Some(MatchPattern::SafeRegex(_)) => refused("not supported yet: safe_regex"),
+            Some(MatchPattern::SafeRegex(matcher)) => {
+                let mut problems = ConfigErrors::default();
+                let regex = problems.take("safe_regex", matching::regex(matcher));
+                problems.finish(regex.map(Self::Regex))
+            }
             None => refused("required"),
         }
     }
@@ -582,6 +593,7 @@ impl From<&NameMatch> for wire::SubjectAltNameMatcher {
             NamePattern::Prefix(text) => MatchPattern::Prefix(text),
             NamePattern::Suffix(text) => MatchPattern::Suffix(text),
             NamePattern::Contains(text) => MatchPattern::Contains(text),
+            NamePattern::Regex(text) => MatchPattern::SafeRegex(matching::to_regex(&text)),
         };
         Self {
             san_type: san_type.into(),
