@@ -11,6 +11,7 @@ mod files;
 pub mod kept;
 mod model;
 mod stats;
+mod status;
 #[cfg(test)]
 mod tests;
 

@@ -12,7 +12,7 @@ use crate::{
 };
 use http::Method;
 use outrigger_filters::{
-    endpoints::{ClusterView, Endpoint, Ended, Endpoints, Via},
+    endpoints::{ClusterView, Ended, Endpoint, Endpoints, Via},
     error::Flag,
     filter::LogFields,
 };

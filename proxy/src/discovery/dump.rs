@@ -1,6 +1,6 @@
 //! `/config_dump`: what is written and what came, in Envoy's shapes, with what was refused beside what is in effect.
 
-use super::Discovery;
+use super::{Discovery, model::Kind, status::outcome};
 use crate::access_log::rfc3339;
 use outrigger_xds::{
     accepted::{Accepted, Failure, Good, State},
@@ -54,10 +54,7 @@ fn entry<R: Resource>(key: &str, good: &Good<R>) -> Map<String, Value> {
 
 /// `ClientResourceStatus` of a resource that came.
 fn status<R>(state: &State<R>) -> &'static str {
-    match state.error {
-        None => "ACKED",
-        Some(_) => "NACKED",
-    }
+    outcome(state).as_str()
 }
 
 /// Entries of a section: what is in effect, and what is not with its error.
@@ -141,9 +138,10 @@ impl Discovery {
 
     fn dump_routes(&self, section: &mut Value) {
         let tables = self.model.tables.values();
-        let dynamic: Vec<Value> = tables
+        let mut dynamic: Vec<Value> = tables
             .flat_map(|accepted| entries("route_config", accepted))
             .collect();
+        dynamic.extend(self.dump_absent(Kind::Routes));
         let inline = self.model.listeners.good().flat_map(|good| {
             let all = good.resource.http_managers();
             let inline = all.filter(|http| http.rds.is_none());
@@ -171,8 +169,16 @@ impl Discovery {
         json!({
             "@type": type_url("EndpointsConfigDump"),
             "static_endpoint_configs": inline.map(show).collect::<Vec<_>>(),
-            "dynamic_endpoint_configs": dynamic.collect::<Vec<_>>(),
+            "dynamic_endpoint_configs": dynamic
+                .chain(self.dump_absent(Kind::Endpoints))
+                .collect::<Vec<_>>(),
         })
+    }
+
+    /// What of a type was asked for and is not there.
+    fn dump_absent(&self, kind: Kind) -> impl Iterator<Item = Value> {
+        let absent = self.absent(kind).into_iter();
+        absent.map(|(name, outcome)| json!({ "name": name, "client_status": outcome.as_str() }))
     }
 
     fn dump_secrets(&self, since: &str) -> Value {
@@ -199,6 +205,7 @@ impl Discovery {
                 list.push(Value::Object(shown));
             }
         }
+        warming.extend(self.dump_absent(Kind::Secrets));
         json!({
             "@type": type_url("SecretsConfigDump"),
             "static_secrets": written.collect::<Vec<_>>(),

@@ -65,7 +65,10 @@ pub(super) async fn follow(shared: Arc<Shared>) {
         if error == last_error {
             tracing::debug!(error, "no stream of load reports");
         } else {
-            tracing::warn!(error, "no stream of load reports; what is counted meanwhile is told later");
+            tracing::warn!(
+                error,
+                "no stream of load reports; what is counted meanwhile is told later"
+            );
         }
         last_error = error;
         tokio::time::sleep(backoff.pause()).await;

@@ -389,9 +389,12 @@ impl From<&Bootstrap> for wire::Bootstrap {
             cds_config: plain.cds.as_ref().map(Into::into),
             ads_config: plain.ads.as_ref().map(Into::into),
         };
-        let manager = plain.load_stats.as_ref().map(|config| wire::ClusterManager {
-            load_stats_config: Some(config.into()),
-        });
+        let manager = plain
+            .load_stats
+            .as_ref()
+            .map(|config| wire::ClusterManager {
+                load_stats_config: Some(config.into()),
+            });
         let is_dynamic = plain.lds.is_some() || plain.cds.is_some() || plain.ads.is_some();
         Self {
             node: Some(node),
