@@ -66,6 +66,8 @@ pub enum Outcome {
     Acked,
     /// Refused.
     Nacked,
+    /// The server says that it cannot send it.
+    ReceivedError,
 }
 
 impl Outcome {
@@ -75,6 +77,7 @@ impl Outcome {
             Self::DoesNotExist => ClientResourceStatus::DoesNotExist,
             Self::Acked => ClientResourceStatus::Acked,
             Self::Nacked => ClientResourceStatus::Nacked,
+            Self::ReceivedError => ClientResourceStatus::ReceivedError,
         }
     }
 

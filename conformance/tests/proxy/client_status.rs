@@ -129,3 +129,57 @@ async fn who_asks_says_how_and_pages_are_served_beside() {
     assert!(of(&second.config[0], ".Cluster", "later").is_some());
     assert_eq!(Client::get(proxy.admin(), "/ready").await.status, 200);
 }
+
+#[tokio::test]
+async fn what_the_server_cannot_send_is_told_and_not_waited_for() {
+    for protocol in [Protocol::State, Protocol::Delta] {
+        let one = Upstream::named("one").await;
+        let control = everything(one.address);
+        let assignments = "envoy.config.endpoint.v3.ClusterLoadAssignment";
+        let clusters = "envoy.config.cluster.v3.Cluster";
+        control.breaks(assignments, "lonely", "its source is away");
+        control.put(&[cluster("lonely")]);
+        let proxy = driven(control.as_configured(protocol));
+        // It would be waited for 15 s.
+        let asked = std::time::Instant::now();
+        served_by(at(&proxy, "edge").await, "one").await;
+        eventually("it goes on without it", || async {
+            (Client::get(proxy.admin(), "/ready").await.status == 200).then_some(())
+        })
+        .await;
+        assert!(asked.elapsed().as_secs() < 9, "{protocol:?}");
+        let received = |config: &ClientConfig, message: &str, name: &str| {
+            let told = of(config, message, name)?;
+            let is_error = told.client_status() == ClientResourceStatus::ReceivedError;
+            is_error.then(|| told.error_state.clone().unwrap().details)
+        };
+        let config = status(&proxy, ClientStatusRequest::default()).await;
+        let why = received(&config, ".ClusterLoadAssignment", "lonely").unwrap();
+        assert!(why.ends_with("its source is away"), "{why}");
+        // What is there stays.
+        control.breaks(clusters, "backend", "the same");
+        control.remove(clusters, "backend");
+        eventually("it is told", || async {
+            let config = status(&proxy, ClientStatusRequest::default()).await;
+            received(&config, ".Cluster", "backend")
+        })
+        .await;
+        let shown = dump(proxy.admin(), "ClustersConfigDump").await;
+        let mut active = shown["dynamic_active_clusters"].as_array().unwrap().iter();
+        let backend = active
+            .find(|it| it["cluster"]["name"] == "backend")
+            .unwrap();
+        assert_eq!(backend["client_status"], "RECEIVED_ERROR");
+        served_by(at(&proxy, "edge").await, "one").await;
+        // It comes after all.
+        control.mends();
+        control.put(&[cluster("backend"), endpoints("lonely", &[one.address])]);
+        eventually("all is well", || async {
+            let config = status(&proxy, ClientStatusRequest::default()).await;
+            let all = config.generic_xds_configs.iter();
+            let is_well = |it: &GenericXdsConfig| it.client_status() == ClientResourceStatus::Acked;
+            all.clone().all(is_well).then_some(())
+        })
+        .await;
+    }
+}

@@ -1,104 +1,118 @@
-//! What became of each resource that came or was asked for, as client status discovery (CSDS) tells it.
+//! What became of each resource that came or was asked for, as client status discovery (CSDS) and `/config_dump` tell it.
 
 use super::{
     Discovery,
     model::{Kind, Named, Subscription},
 };
 use outrigger_xds::{
-    accepted::{Accepted, State},
+    accepted::{Accepted, Failure, State},
     csds::{Client, Held, Outcome},
     load::discovery::Resource,
     resource::config_source::Origin,
     subscription::Status,
 };
 
-/// Of a resource that came.
-pub(super) fn outcome<R>(state: &State<R>) -> Outcome {
-    match state.error {
-        None => Outcome::Acked,
-        Some(_) => Outcome::Nacked,
-    }
-}
-
-fn held<R: Resource + PartialEq>(
-    kind: Kind,
-    accepted: &Accepted<R>,
-    with_contents: bool,
-) -> impl Iterator<Item = Held> {
-    // Keys are nobody's business.
-    let is_shown = with_contents && kind != Kind::Secrets;
-    accepted.states().map(move |(name, state)| {
-        let good = state.good.as_ref();
-        Held {
-            kind,
-            name: name.to_owned(),
-            version: good.map_or_else(String::new, |good| good.version.clone()),
-            resource: good
-                .filter(|_| is_shown)
-                .map(|good| good.resource.to_json()),
-            at: good.map(|good| good.at),
-            status: outcome(state),
-            error: state.error.clone(),
-        }
-    })
-}
-
-fn all_held<R: Resource + PartialEq>(
-    kind: Kind,
-    named: &Named<R>,
-    with_contents: bool,
-) -> impl Iterator<Item = Held> {
-    let sets = named.values();
-    sets.flat_map(move |accepted| held(kind, accepted, with_contents))
-}
+/// What was asked for and never came, in no version: its name, and why.
+pub(super) type Absent<'a> = (&'a str, Outcome, Option<&'a Failure>);
 
 impl Discovery {
     /// All that came from elsewhere, and what was asked for and is not there.
     #[must_use]
     pub fn client_status(&self, with_contents: bool) -> Client {
         let model = &self.model;
-        let came = held(Kind::Clusters, &model.clusters, with_contents)
-            .chain(all_held(Kind::Endpoints, &model.assignments, with_contents))
-            .chain(held(Kind::Listeners, &model.listeners, with_contents))
-            .chain(all_held(Kind::Routes, &model.tables, with_contents))
-            .chain(all_held(Kind::Secrets, &model.secrets, with_contents));
-        let absent = Kind::ALL.into_iter().flat_map(|kind| {
+        let mut resources = self.held(Kind::Clusters, &model.clusters, with_contents);
+        for accepted in model.assignments.values() {
+            resources.extend(self.held(Kind::Endpoints, accepted, with_contents));
+        }
+        resources.extend(self.held(Kind::Listeners, &model.listeners, with_contents));
+        for accepted in model.tables.values() {
+            resources.extend(self.held(Kind::Routes, accepted, with_contents));
+        }
+        // Keys are nobody's business.
+        for accepted in model.secrets.values() {
+            resources.extend(self.held(Kind::Secrets, accepted, false));
+        }
+        for kind in Kind::ALL {
             let absent = self.absent(kind).into_iter();
-            absent.map(move |(name, status)| Held {
+            resources.extend(absent.map(|(name, status, error)| Held {
                 kind,
-                name,
+                name: name.to_owned(),
                 version: String::new(),
                 resource: None,
                 at: None,
                 status,
-                error: None,
-            })
-        });
+                error: error.cloned(),
+            }));
+        }
         Client {
             node: model.bootstrap.node.clone(),
-            resources: came.chain(absent).collect(),
+            resources,
         }
     }
 
-    /// What of a type was asked for by name and never came, in no version.
-    pub(super) fn absent(&self, kind: Kind) -> Vec<(String, Outcome)> {
-        let named = self.model.waits.iter();
-        named
-            .filter(|(asked, _)| asked.kind == kind && !asked.name.is_empty())
-            .filter(|(asked, _)| !self.has_come(asked))
-            .map(|(asked, wait)| {
-                let is_missing = match &asked.origin {
-                    Origin::Ads => self.is_missing(kind, &asked.name),
-                    Origin::Path(_) => wait.expired,
-                };
-                let outcome = if is_missing {
-                    Outcome::DoesNotExist
-                } else {
-                    Outcome::Requested
-                };
-                (asked.name.clone(), outcome)
-            })
-            .collect()
+    fn held<R: Resource + PartialEq>(
+        &self,
+        kind: Kind,
+        accepted: &Accepted<R>,
+        with_contents: bool,
+    ) -> Vec<Held> {
+        let each = accepted.states().map(|(name, state)| {
+            let good = state.good.as_ref();
+            let (status, error) = self.fate(kind, name, state);
+            Held {
+                kind,
+                name: name.to_owned(),
+                version: good.map_or_else(String::new, |good| good.version.clone()),
+                resource: good
+                    .filter(|_| with_contents)
+                    .map(|good| good.resource.to_json()),
+                at: good.map(|good| good.at),
+                status,
+                error: error.cloned(),
+            }
+        });
+        each.collect()
+    }
+
+    /// What became of the newest version of a resource that came, and what is wrong with it.
+    pub(super) fn fate<'a, R>(
+        &'a self,
+        kind: Kind,
+        name: &str,
+        state: &'a State<R>,
+    ) -> (Outcome, Option<&'a Failure>) {
+        match (self.error_of(kind, name), &state.error) {
+            (Some(error), _) => (Outcome::ReceivedError, Some(error)),
+            (None, Some(refused)) => (Outcome::Nacked, Some(refused)),
+            (None, None) => (Outcome::Acked, None),
+        }
+    }
+
+    /// Why the control plane cannot send it.
+    fn error_of(&self, kind: Kind, name: &str) -> Option<&Failure> {
+        self.errors.get(&(kind, name.to_owned()))
+    }
+
+    /// What of a type was asked for by name and is not there.
+    pub(super) fn absent(&self, kind: Kind) -> Vec<Absent<'_>> {
+        let asked = self.model.waits.iter();
+        let absent = asked.filter(|(asked, _)| {
+            asked.kind == kind && !asked.name.is_empty() && !self.has_come(asked)
+        });
+        let each = absent.map(|(asked, wait)| {
+            let is_missing = match &asked.origin {
+                Origin::Ads => self.is_missing(kind, &asked.name),
+                Origin::Path(_) => wait.expired,
+            };
+            let error = self.error_of(kind, &asked.name);
+            let outcome = match error {
+                Some(_) => Outcome::ReceivedError,
+                None if is_missing => Outcome::DoesNotExist,
+                None => Outcome::Requested,
+            };
+            (asked.name.as_str(), outcome, error)
+        });
+        each.collect()
     }
 
     /// Whether the control plane had its time to send it, or said that there is none.
