@@ -6,10 +6,14 @@ use crate::{
     rollout::Requests,
     tls::Peer,
 };
-use outrigger_xds::wire::envoy::{
-    config::endpoint::v3::ClusterStats,
-    service::load_stats::v3::{
-        LoadStatsRequest, LoadStatsResponse, load_reporting_service_server::LoadReportingService,
+use outrigger_xds::{
+    lrs::FIRST_TOKEN_METRIC,
+    wire::envoy::{
+        config::endpoint::v3::{ClusterStats, EndpointLoadMetricStats},
+        service::load_stats::v3::{
+            LoadStatsRequest, LoadStatsResponse,
+            load_reporting_service_server::LoadReportingService,
+        },
     },
 };
 use serde_json::{Value, json};
@@ -52,6 +56,8 @@ struct Load {
     failed: u64,
     dropped: u64,
     in_progress: u64,
+    first_tokens: u64,
+    first_token_us: u64,
 }
 
 impl From<&ClusterStats> for Load {
@@ -71,7 +77,26 @@ impl From<&ClusterStats> for Load {
             in_progress: sum
                 .in_progress
                 .saturating_add(locality.total_requests_in_progress),
-            ..sum
+            ..sum.with_metrics(&locality.load_metric_stats)
+        })
+    }
+}
+
+impl Load {
+    /// And what streams told of their first tokens.
+    fn with_metrics(self, metrics: &[EndpointLoadMetricStats]) -> Self {
+        let ours = metrics
+            .iter()
+            .filter(|it| it.metric_name == FIRST_TOKEN_METRIC);
+        ours.fold(self, |sum, metric| {
+            let count = metric.num_requests_finished_with_metric;
+            // What is no time is none.
+            let us = (metric.total_metric_value * 1000.0) as u64;
+            Self {
+                first_tokens: sum.first_tokens.saturating_add(count),
+                first_token_us: sum.first_token_us.saturating_add(us),
+                ..sum
+            }
         })
     }
 }
@@ -163,6 +188,7 @@ impl Report {
                 "failed": load.failed,
                 "dropped": load.dropped,
                 "in_progress": load.in_progress,
+                "first_tokens": load.first_tokens,
             });
             (name.clone(), load)
         });
@@ -205,6 +231,8 @@ impl Stream {
             sum.and(Requests {
                 finished: load.succeeded.saturating_add(load.failed),
                 failed: load.failed,
+                first_tokens: load.first_tokens,
+                first_token_us: load.first_token_us,
             })
         });
         let node = report.node.clone();

@@ -1,7 +1,8 @@
 //! A new version goes to some nodes first, step by step: who gets it, and whether it goes on. Without IO, and with the time given in.
 //!
 //! Nodes are ordered by a hash of their ids, and a step takes the first so many per cent of those that are connected and that it concerns, one at least. So who has it keeps it while it
-//! spreads. What speaks against it: a node that has it refuses something that it did not refuse before, or requests fail that did not, and do not elsewhere.
+//! spreads. What speaks against it: a node that has it refuses something that it did not refuse before, or requests fail that did not, and do not elsewhere,
+//! or streams wait longer for their first token.
 //! Silence does not speak for it: it waits for nodes that have it and have answered. Who was sent it and is gone may be so because of it, and has not answered either.
 
 pub mod seen;
@@ -19,6 +20,12 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 const REQUESTS_MIN: u64 = 20;
 /// More than so much higher the share of failures may be.
 const FAILURES_MORE: f64 = 0.05;
+/// First tokens of streams, on each of both sides, below which the time to them proves nothing.
+const FIRST_TOKENS_MIN: u64 = 20;
+/// So many times as long the mean time to the first token may be.
+const TTFT_TIMES: f64 = 1.5;
+/// And so many milliseconds longer whatever it was.
+const TTFT_MORE_MS: f64 = 50.0;
 /// Refusals that are told of one version.
 const REFUSALS_TOLD_MAX: usize = 10;
 /// All per cent of the nodes.
@@ -79,6 +86,10 @@ pub struct Requests {
     pub finished: u64,
     /// Those that failed.
     pub failed: u64,
+    /// Streams whose first token came.
+    pub first_tokens: u64,
+    /// Microseconds until then, of all of them together.
+    pub first_token_us: u64,
 }
 
 impl Requests {
@@ -86,6 +97,8 @@ impl Requests {
         Self {
             finished: self.finished.saturating_sub(before.finished),
             failed: self.failed.saturating_sub(before.failed),
+            first_tokens: self.first_tokens.saturating_sub(before.first_tokens),
+            first_token_us: self.first_token_us.saturating_sub(before.first_token_us),
         }
     }
 
@@ -95,6 +108,8 @@ impl Requests {
         Self {
             finished: self.finished.saturating_add(other.finished),
             failed: self.failed.saturating_add(other.failed),
+            first_tokens: self.first_tokens.saturating_add(other.first_tokens),
+            first_token_us: self.first_token_us.saturating_add(other.first_token_us),
         }
     }
 
@@ -102,6 +117,20 @@ impl Requests {
     #[expect(clippy::cast_precision_loss, reason = "a share needs no more")]
     fn failures(self) -> Option<f64> {
         (self.finished >= REQUESTS_MIN).then(|| self.failed as f64 / self.finished as f64)
+    }
+
+    /// The mean time to the first token, in milliseconds; none if no stream told it.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a mean needs no more")]
+    pub fn ttft_ms(self) -> Option<f64> {
+        let streams = self.first_tokens;
+        (streams > 0).then(|| self.first_token_us as f64 / streams as f64 / 1000.0)
+    }
+
+    /// The same, if there is enough to tell.
+    fn ttft_told(self) -> Option<f64> {
+        self.ttft_ms()
+            .filter(|_| self.first_tokens >= FIRST_TOKENS_MIN)
     }
 }
 
@@ -331,20 +360,21 @@ impl Rollout {
 
     /// What speaks against it.
     fn why_not(&self) -> Option<String> {
-        let evidence = &self.evidence;
-        if let Some(refusal) = evidence.refusals.first() {
+        let refused = self.evidence.refusals.first().map(|refusal| {
             let Refusal {
                 node,
                 type_url,
                 error,
             } = refusal;
-            return Some(format!("node {node} refuses {type_url}: {error}"));
-        }
-        let now = evidence.chosen.failures()?;
-        let others = evidence.others.failures();
-        let before = evidence.before.failures();
-        // With nothing to compare with, failures may be as usual.
-        let usual = others.into_iter().chain(before).reduce(f64::max)?;
+            format!("node {node} refuses {type_url}: {error}")
+        });
+        refused
+            .or_else(|| self.fails())
+            .or_else(|| self.makes_wait())
+    }
+
+    fn fails(&self) -> Option<String> {
+        let (now, usual) = self.compared(Requests::failures)?;
         (now > usual + FAILURES_MORE).then(|| {
             format!(
                 "{:.1} % of the requests fail, {:.1} % do elsewhere or did before",
@@ -352,6 +382,28 @@ impl Rollout {
                 usual * 100.0
             )
         })
+    }
+
+    fn makes_wait(&self) -> Option<String> {
+        let (now, usual) = self.compared(Requests::ttft_told)?;
+        (now > (usual * TTFT_TIMES).max(usual + TTFT_MORE_MS)).then(|| {
+            format!(
+                "the first token takes {now:.0} ms on average, {usual:.0} ms elsewhere or before"
+            )
+        })
+    }
+
+    /// Something of the nodes that have it, and the worse of what it is elsewhere and was before. With nothing to compare with, it may be as usual.
+    fn compared(&self, of: impl Fn(Requests) -> Option<f64>) -> Option<(f64, f64)> {
+        let Evidence {
+            chosen,
+            others,
+            before,
+            ..
+        } = &self.evidence;
+        let now = of(*chosen)?;
+        let usual = [*others, *before].into_iter().filter_map(of);
+        usual.reduce(f64::max).map(|usual| (now, usual))
     }
 }
 

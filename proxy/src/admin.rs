@@ -15,7 +15,7 @@ pub use connection::Limits;
 
 use crate::listener::bind::Acceptor;
 use outrigger_filters::{end_address::EndAddress, endpoints::ClusterView, services::Serving};
-use outrigger_xds::report::EngineId;
+use outrigger_xds::{csds, report::EngineId};
 use serde_json::Value;
 use std::{
     future::Future,
@@ -33,6 +33,8 @@ pub struct AdminState {
     pub serving: Arc<Serving>,
     /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out; with or without endpoints.
     pub config_dump: Arc<dyn Fn(bool) -> Value + Send + Sync>,
+    /// What became of each resource that came, for client status discovery.
+    pub client_status: Arc<csds::Look>,
     /// The body of `/certs`.
     pub certs: Arc<dyn Fn() -> Value + Send + Sync>,
     /// The clusters as they are now.

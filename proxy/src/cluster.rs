@@ -1,6 +1,7 @@
 //! Clusters: configured by name, their endpoints taken from the fleet, one chosen by the cluster's policy.
 
 mod counts;
+mod hash_key;
 mod leg;
 mod load;
 mod original;
@@ -17,6 +18,7 @@ use crate::{
 };
 use ahash::{AHashMap, AHashSet};
 use arc_swap::ArcSwap;
+use hash_key::{hash_key, hash_key_at, name_of};
 use http::{HeaderName, HeaderValue};
 use leg::Leg;
 use load::Loads;
@@ -119,33 +121,6 @@ fn original_dst(cluster: &Cluster) -> Option<Arc<OriginalDst>> {
     match &cluster.discovery {
         Discovery::OriginalDst(config) => Some(Arc::new(config.clone())),
         _ => None,
-    }
-}
-
-/// Its name: given, or that of its address.
-fn name_of(endpoint: &LbEndpoint) -> &str {
-    if endpoint.hostname.is_empty() {
-        &endpoint.address.host
-    } else {
-        &endpoint.hostname
-    }
-}
-
-/// What places an endpoint where policies choose by hash: as Envoy's `hash_key` says, its name, or its address.
-fn hash_key(cluster: &Cluster, endpoint: &LbEndpoint) -> String {
-    hash_key_at(cluster, endpoint, &endpoint.address)
-}
-
-/// The same of an endpoint whose name means this address.
-fn hash_key_at(cluster: &Cluster, endpoint: &LbEndpoint, address: &Address) -> String {
-    let given = endpoint
-        .metadata
-        .get("envoy.lb")
-        .and_then(|of_balancing| of_balancing.get("hash_key")?.as_str());
-    match given {
-        Some(key) => key.to_owned(),
-        None if cluster.balancing.use_hostname_for_hashing => name_of(endpoint).to_owned(),
-        None => address.to_string(),
     }
 }
 

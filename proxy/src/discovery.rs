@@ -11,6 +11,7 @@ mod files;
 pub mod kept;
 mod model;
 mod stats;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +22,7 @@ use files::Files;
 use model::{Kind, Model, Subscription};
 use outrigger_filters::services::Services;
 use outrigger_xds::{
-    accepted::{Outcome, Scope, Update},
+    accepted::{Failure, Outcome, Scope, Update},
     load::{
         Syntax,
         discovery::{self, Resource, Response},
@@ -79,6 +80,8 @@ pub struct Discovery {
     warming_listeners: BTreeSet<String>,
     /// Listeners that could not be made to run.
     failed: BTreeMap<String, String>,
+    /// What the control plane says that it cannot send.
+    errors: BTreeMap<(Kind, String), Failure>,
     /// When what was written came into effect.
     since: SystemTime,
     /// Whether the first configuration is complete.
@@ -128,6 +131,7 @@ impl Discovery {
             warming_clusters: BTreeSet::new(),
             warming_listeners: BTreeSet::new(),
             failed: BTreeMap::new(),
+            errors: BTreeMap::new(),
             since: SystemTime::now(),
             initialized: false,
             stale: true,

@@ -574,12 +574,15 @@ fn admin_state(
         shared.clone(),
         shared.clone(),
     );
-    let (for_listeners, for_certs) = (shared.clone(), shared.clone());
+    let (for_listeners, for_certs, for_status) = (shared.clone(), shared.clone(), shared.clone());
     let node = shared.bootstrap.load().node.clone();
     admin::AdminState {
         started: shared.started,
         server_state: Arc::new(move || for_state.state()),
         config_dump: Arc::new(move |with_endpoints| for_dump.discovery().dump(with_endpoints)),
+        client_status: Arc::new(move |with_contents| {
+            for_status.discovery().client_status(with_contents)
+        }),
         certs: Arc::new(move || for_certs.discovery().certs()),
         clusters: Arc::new(move || for_clusters.clusters.views()),
         listeners: Arc::new(move || for_listeners.listeners.addresses().into_iter().collect()),

@@ -349,6 +349,7 @@ fn of_state(answer: wire::DiscoveryResponse) -> Answer {
         nonce: answer.nonce,
         resources: answer.resources.into_iter().map(unwrapped).collect(),
         removed: Vec::new(),
+        errors: errors(answer.resource_errors),
     }
 }
 
@@ -359,7 +360,21 @@ fn of_delta(answer: wire::DeltaDiscoveryResponse) -> Answer {
         nonce: answer.nonce,
         resources: answer.resources.into_iter().map(sent).collect(),
         removed: answer.removed_resources,
+        errors: errors(answer.resource_errors),
     }
+}
+
+/// What cannot be sent, and why.
+fn errors(told: Vec<wire::ResourceError>) -> Vec<(String, String)> {
+    let each = told.into_iter().map(|error| {
+        let name = error.resource_name.unwrap_or_default().name;
+        let detail = error.error_detail.unwrap_or_default();
+        (
+            name,
+            format!("{:?}: {}", Code::from(detail.code), detail.message),
+        )
+    });
+    each.collect()
 }
 
 /// A resource of the state of the world, which may come as a `Resource`.

@@ -10,6 +10,7 @@
 pub mod accepted;
 pub mod ads;
 pub mod block_hash;
+pub mod csds;
 pub mod feed;
 pub mod load;
 pub mod lrs;

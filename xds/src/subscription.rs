@@ -143,6 +143,8 @@ pub struct Answer {
     pub resources: Vec<Sent>,
     /// Names of resources that are gone, or do not exist.
     pub removed: Vec<String>,
+    /// Names of resources that the server cannot send, and why.
+    pub errors: Vec<(String, String)>,
 }
 
 /// A resource in an answer.
@@ -171,6 +173,8 @@ pub struct Received {
     pub resources: Vec<Sent>,
     /// What is wanted of that which is gone.
     pub removed: Vec<String>,
+    /// What is wanted of that which the server cannot send, and why. What is there of it stays.
+    pub errors: Vec<(String, String)>,
     /// Names of all that there are, where the answer says so: whatever else there was is gone.
     pub whole: Option<BTreeSet<String>>,
     /// To be handed back with the verdict.

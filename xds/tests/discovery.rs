@@ -89,8 +89,8 @@ fn a_text_that_is_no_response_is_an_error() {
         ("{resources: 1}", "resources: expected a list"),
         ("{version_info: 1}", "version_info: expected a string"),
         (
-            "{resource_errors: []}",
-            "not supported yet: resource_errors",
+            "{resource_errors: [{resource_name: {dynamic_parameter_constraints: {}}}]}",
+            "resource_errors[0].resource_name: not supported yet: dynamic_parameter_constraints",
         ),
     ] {
         let error = response(text, Syntax::Yaml).unwrap_err().to_string();

@@ -9,7 +9,7 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 
 const BOTH: [&str; 2] = ["GRPC", "DELTA_GRPC"];
 
-fn typed(message: &str, mut fields: Value) -> Value {
+pub(super) fn typed(message: &str, mut fields: Value) -> Value {
     fields["@type"] = json!(format!("type.googleapis.com/{message}"));
     fields
 }
@@ -18,18 +18,18 @@ fn address(of: SocketAddr) -> Value {
     json!({ "socket_address": { "address": of.ip().to_string(), "port_value": of.port() } })
 }
 
-fn ads() -> Value {
+pub(super) fn ads() -> Value {
     json!({ "ads": {}, "resource_api_version": "V3" })
 }
 
-fn cluster(name: &str) -> Value {
+pub(super) fn cluster(name: &str) -> Value {
     typed(
         "envoy.config.cluster.v3.Cluster",
         json!({ "name": name, "type": "EDS", "eds_cluster_config": { "eds_config": ads() } }),
     )
 }
 
-fn endpoints(cluster: &str, server: SocketAddr) -> Value {
+pub(super) fn endpoints(cluster: &str, server: SocketAddr) -> Value {
     typed(
         "envoy.config.endpoint.v3.ClusterLoadAssignment",
         json!({
@@ -40,7 +40,7 @@ fn endpoints(cluster: &str, server: SocketAddr) -> Value {
 }
 
 /// A listener whose connection manager has these fields, on a port of its own.
-fn listener(name: &str, filters: &[Value], routes: Value) -> Value {
+pub(super) fn listener(name: &str, filters: &[Value], routes: Value) -> Value {
     let router = typed("envoy.extensions.filters.http.router.v3.Router", json!({}));
     let router = json!({ "name": "router", "typed_config": router });
     let filters = [filters, &[router]].concat();
@@ -76,7 +76,7 @@ fn answers(text: &str) -> Value {
     json!({ "route_config": table("inline", json!({ "direct_response": answer })) })
 }
 
-fn routes_to(cluster: &str) -> Value {
+pub(super) fn routes_to(cluster: &str) -> Value {
     let routes = table("table", json!({ "route": { "cluster": cluster } }));
     typed("envoy.config.route.v3.RouteConfiguration", routes)
 }
@@ -204,7 +204,7 @@ impl Driven {
 }
 
 /// Replaces a file as a whole.
-fn put(directory: &std::path::Path, name: &str, resources: &[Value]) {
+pub(super) fn put(directory: &std::path::Path, name: &str, resources: &[Value]) {
     let new = directory.join(".new");
     fs::write(&new, json!({ "resources": resources }).to_string()).unwrap();
     fs::rename(new, directory.join(name)).unwrap();

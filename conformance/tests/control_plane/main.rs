@@ -8,6 +8,7 @@
 mod driven;
 mod identities;
 mod leases;
+mod rollout;
 
 use std::net::SocketAddr;
 

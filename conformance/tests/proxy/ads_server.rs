@@ -11,12 +11,15 @@ use outrigger_xds::{
         route::TypedConfig,
     },
     subscription::Protocol,
-    wire::envoy::service::discovery::v3::{
-        DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
-        Resource,
-        aggregated_discovery_service_server::{
-            AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+    wire::{
+        envoy::service::discovery::v3::{
+            DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+            Resource, ResourceError, ResourceName,
+            aggregated_discovery_service_server::{
+                AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+            },
         },
+        google::rpc::Status as Detail,
     },
 };
 use prost_types::Any;
@@ -29,7 +32,7 @@ use std::{
     time::Duration,
 };
 use tokio::sync::{mpsc, watch};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 /// A resource with its version and life.
 #[derive(Clone)]
@@ -50,6 +53,24 @@ struct World {
     mute: bool,
     /// What was refused is sent again at once.
     stubborn: bool,
+    /// What it cannot send, by type: name and why.
+    broken: BTreeMap<String, Vec<(String, String)>>,
+}
+
+impl World {
+    /// What of that a stream is told that wants these.
+    fn errors(&self, type_url: &str, watched: &Watched) -> Vec<ResourceError> {
+        let all = self.broken.get(type_url).into_iter().flatten();
+        let wanted = all.filter(|(name, _)| watched.all || watched.names.contains(name));
+        let each = wanted.map(|(name, why)| ResourceError {
+            resource_name: Some(ResourceName { name: name.clone() }),
+            error_detail: Some(Detail {
+                code: Code::Unavailable.into(),
+                message: why.clone(),
+            }),
+        });
+        each.collect()
+    }
 }
 
 type Shared = Arc<Mutex<World>>;
@@ -161,6 +182,23 @@ impl AdsServer {
             world.versions.insert(type_url.clone(), version);
             world.resources.entry(type_url).or_default().remove(name);
         });
+    }
+
+    /// It cannot send one of these any more, or for the first time.
+    pub(super) fn breaks(&self, message: &str, name: &str, why: &str) {
+        let type_url = format!("type.googleapis.com/{message}");
+        self.change(|world| {
+            world.version += 1;
+            let version = world.version;
+            world.versions.insert(type_url.clone(), version);
+            let broken = world.broken.entry(type_url).or_default();
+            broken.push((name.to_owned(), why.to_owned()));
+        });
+    }
+
+    /// It can send all again.
+    pub(super) fn mends(&self) {
+        self.change(|world| world.broken.clear());
     }
 
     /// Whether it answers at all.
@@ -320,6 +358,7 @@ impl State {
         let watched = self.watched.entry(type_url.to_owned()).or_default();
         watched.version = world.versions.get(type_url).copied().unwrap_or_default();
         watched.nonce = format!("s{}", self.nonces);
+        let errors = world.errors(type_url, watched);
         let wanted = watched.wanted(world, type_url);
         let resources = wanted.into_iter().map(|(name, entry)| match entry.ttl {
             None => entry.any,
@@ -330,6 +369,7 @@ impl State {
             resources: resources.collect(),
             type_url: type_url.to_owned(),
             nonce: watched.nonce.clone(),
+            resource_errors: errors,
         }]
     }
 }
@@ -420,12 +460,19 @@ impl Delta {
         let sent = std::mem::replace(&mut watched.sent, versions.collect());
         let gone = sent.keys().filter(|name| !wanted.contains_key(*name));
         let unknown = asked.iter().filter(|name| !wanted.contains_key(*name));
-        let removed: BTreeSet<String> = gone.chain(unknown).cloned().collect();
+        let errors = world.errors(type_url, watched);
+        let is_broken = |name: &&String| {
+            let name = Some(*name);
+            let broken = errors.iter().map(|error| error.resource_name.as_ref());
+            broken.flatten().any(|known| Some(&known.name) == name)
+        };
+        let absent = gone.chain(unknown).filter(|name| !is_broken(name));
+        let removed: BTreeSet<String> = absent.cloned().collect();
         let new = wanted
             .into_iter()
             .filter(|(name, entry)| sent.get(name) != Some(&entry.version));
         let resources: Vec<Resource> = new.map(|(name, entry)| resource(name, entry)).collect();
-        if resources.is_empty() && removed.is_empty() {
+        if resources.is_empty() && removed.is_empty() && errors.is_empty() {
             return Vec::new();
         }
         self.nonces += 1;
@@ -435,6 +482,7 @@ impl Delta {
             type_url: type_url.to_owned(),
             nonce: format!("d{}", self.nonces),
             removed_resources: removed.into_iter().collect(),
+            resource_errors: errors,
         }]
     }
 }

@@ -253,7 +253,14 @@ fn of_evidence(evidence: &Evidence) -> Value {
         } = refusal;
         json!({ "node": node, "type_url": type_url, "error": error })
     });
-    let requests = |it: Requests| json!({ "finished": it.finished, "failed": it.failed });
+    let requests = |it: Requests| {
+        json!({
+            "finished": it.finished,
+            "failed": it.failed,
+            "first_tokens": it.first_tokens,
+            "ttft_ms": it.ttft_ms(),
+        })
+    };
     json!({
         "nodes": evidence.nodes,
         "gone": evidence.gone,
@@ -263,7 +270,5 @@ fn of_evidence(evidence: &Evidence) -> Value {
         "requests": requests(evidence.chosen),
         "requests_of_others": requests(evidence.others),
         "requests_before": requests(evidence.before),
-        // No client tells it: see the documentation.
-        "ttft": null,
     })
 }

@@ -64,6 +64,7 @@ impl Dialect for State {
             resources: resources.map(|resource| resource.any.clone()).collect(),
             type_url: response.type_url,
             nonce: response.nonce,
+            resource_errors: Vec::new(),
         }
     }
 }
@@ -94,6 +95,7 @@ impl Dialect for Delta {
             type_url: response.type_url,
             nonce: response.nonce,
             removed_resources: response.removed,
+            resource_errors: Vec::new(),
         }
     }
 }

@@ -245,7 +245,11 @@ fn failures_are_compared_with_others_and_with_before() {
         let mut told = Told::new();
         let add = |told: &mut Told, id: &str, (finished, failed): Of| {
             let sum = told.entry(id.to_owned()).or_default();
-            *sum = sum.and(Requests { finished, failed });
+            *sum = sum.and(Requests {
+                finished,
+                failed,
+                ..Requests::default()
+            });
         };
         add(&mut told, &id, before);
         // What others did before says nothing, and neither does it of one that is not connected yet.
@@ -268,6 +272,47 @@ fn failures_are_compared_with_others_and_with_before() {
     }
 }
 
+/// First tokens, and the mean time to them in milliseconds.
+#[test]
+fn times_to_the_first_token_are_compared_with_others_and_with_before() {
+    type Of = (u64, u64);
+    let cases: [(&str, Of, Of, Of, bool); 8] = [
+        ("nothing is told", (0, 0), (0, 0), (0, 0), false),
+        ("as elsewhere", (0, 0), (20, 400), (20, 400), false),
+        ("longer than elsewhere", (0, 0), (20, 601), (20, 400), true),
+        ("longer than before", (20, 400), (20, 601), (0, 0), true),
+        ("as before", (20, 900), (20, 900), (20, 400), false),
+        ("by next to nothing", (20, 10), (20, 59), (20, 10), false),
+        ("too few to tell", (20, 400), (19, 9000), (20, 400), false),
+        (
+            "nothing to compare with",
+            (0, 0),
+            (20, 9000),
+            (19, 1),
+            false,
+        ),
+    ];
+    for (case, before, tried, others, is_bad) in cases {
+        let now = Instant::now();
+        let nodes = nodes(10);
+        let id = chosen(&rollout(&nodes, now), &nodes).remove(0);
+        let other = nodes.keys().find(|it| **it != id).unwrap().clone();
+        let of = |(first_tokens, ms): Of| Requests {
+            first_tokens,
+            first_token_us: first_tokens * ms * 1000,
+            ..Requests::default()
+        };
+        let mut told = Told::from([(id.clone(), of(before))]);
+        let mut rollout = Rollout::new(&trial(0), plan(), &nodes, told.clone(), now);
+        told.insert(id, of(before).and(of(tried)));
+        told.insert(other, of(others));
+        let verdict = rollout.look(&nodes, &told, now);
+        let is_taken_back = matches!(verdict, Verdict::GoBack(_));
+        assert_eq!(is_taken_back, is_bad, "{case}: {verdict:?}");
+        assert_eq!(rollout.evidence().chosen, of(tried), "{case}");
+    }
+}
+
 /// What concerns one node is tried by that one; the others are who it is compared with.
 #[test]
 fn those_try_it_that_it_concerns() {
@@ -283,7 +328,7 @@ fn those_try_it_that_it_concerns() {
         seen.is_pending = seen.is_concerned;
         let requests = Requests {
             finished: 10,
-            failed: 0,
+            ..Requests::default()
         };
         told.insert(id.clone(), requests);
     }

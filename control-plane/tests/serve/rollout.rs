@@ -10,7 +10,7 @@ use outrigger_xds::{
     wire::envoy::{
         config::{
             core::v3::Node,
-            endpoint::v3::{ClusterStats, UpstreamLocalityStats},
+            endpoint::v3::{ClusterStats, EndpointLoadMetricStats, UpstreamLocalityStats},
         },
         service::load_stats::v3::{
             LoadStatsRequest, LoadStatsResponse,
@@ -227,6 +227,40 @@ async fn a_version_with_which_requests_fail_is_taken_back_unattended() {
     let page = served.json("/rollout").await;
     let why = page["rolled_back"]["why"].as_str().unwrap().to_owned();
     assert!(why.starts_with("40.0 % of the requests fail"), "{why}");
+}
+
+/// The same of streams that wait: their requests end well.
+#[tokio::test]
+async fn a_version_with_which_first_tokens_take_longer_is_taken_back_unattended() {
+    let served = served("slower", &[10, 100], 3600).await;
+    let [mut first, mut second] = clients(&served).await;
+    let slow = |id: &str, ms: f64| {
+        let mut report = report(id, 30, 0);
+        let stats = &mut report.cluster_stats[0].upstream_locality_stats[0];
+        stats.load_metric_stats = vec![EndpointLoadMetricStats {
+            metric_name: "ttft_ms".into(),
+            num_requests_finished_with_metric: 30,
+            total_metric_value: 30.0 * ms,
+        }];
+        report
+    };
+    let (sender, _answers) = loads(&served).await;
+    sender.send(slow(ids()[0], 200.0)).await.unwrap();
+    eventually("the report is there", async || {
+        let loads = served.json("/clients").await["loads"].to_string();
+        loads.contains("\"first_tokens\":30").then_some(())
+    })
+    .await;
+    served.put("endpoints.yaml", &endpoints("a", 2));
+    assert_eq!(takes(&mut first, None).await, 2);
+    sender.send(slow(ids()[0], 500.0)).await.unwrap();
+    assert_eq!(takes(&mut first, None).await, 1);
+    second.is_quiet().await;
+    let page = served.json("/rollout").await;
+    assert_eq!(
+        page["rolled_back"]["why"],
+        "the first token takes 500 ms on average, 200 ms elsewhere or before"
+    );
 }
 
 /// What is for one node only is tried by that one, wherever its place is.

@@ -2,11 +2,14 @@
 
 use super::{Admin, endpoints};
 use crate::{listener::bind::Acceptor, socket::Socket};
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use http::{Request, Version};
+use http_body_util::Either;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use outrigger_xds::csds;
 use std::{
     convert::Infallible,
     future::Future,
@@ -22,6 +25,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, Sleep, sleep, timeout},
 };
+use tower::ServiceExt;
 
 /// What one admin listener grants its clients.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +56,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// After a failed `accept` (out of file descriptors, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const HEAD_BYTES_MAX: usize = 64 * 1024;
+/// Requests at once on a connection of HTTP/2.
+const STREAMS_MAX: u32 = 8;
 const REFUSAL: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 27\r\nconnection: close\r\n\r\ntoo many admin connections\n";
 
@@ -111,18 +117,33 @@ async fn serve_one(
     mut ended: watch::Receiver<()>,
     _slot: OwnedSemaphorePermit,
 ) {
+    let status = csds::service(admin.state.client_status.clone());
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = endpoints::answer(&admin, request.method(), request.uri());
-        async move { Ok::<Response<Full<Bytes>>, Infallible>(response) }
+        let (admin, status) = (admin.clone(), status.clone());
+        async move {
+            let is_grpc = request.version() == Version::HTTP_2;
+            if is_grpc && request.uri().path().starts_with(csds::PATH_PREFIX) {
+                let answer = status.oneshot(request).await?;
+                return Ok(answer.map(|body| Either::Left(body)));
+            }
+            let answer = endpoints::answer(&admin, request.method(), request.uri());
+            Ok::<_, Infallible>(answer.map(Either::Right))
+        }
     });
-    let connection = http1::Builder::new()
+    let head_timeout = limits.head_timeout.min(limits.idle_timeout);
+    let patience = Patience::new(stream, head_timeout, limits.idle_timeout);
+    let mut server = auto::Builder::new(TokioExecutor::new());
+    server
+        .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.head_timeout.min(limits.idle_timeout))
-        .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(
-            TokioIo::new(Patience::new(stream, limits.idle_timeout)),
-            service,
-        );
+        .header_read_timeout(head_timeout)
+        .max_buf_size(HEAD_BYTES_MAX);
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEAD_BYTES_MAX as u32);
+    let connection = server.serve_connection(TokioIo::new(patience), service);
     let mut connection = pin!(connection);
     tokio::select! {
         result = &mut connection => {
@@ -141,16 +162,17 @@ async fn serve_one(
 /// A stream that fails once no byte went either way for `limit`: a client that stops reading frees its place.
 struct Patience {
     stream: Socket,
+    /// From the first byte on.
     limit: Duration,
     over: Pin<Box<Sleep>>,
 }
 
 impl Patience {
-    fn new(stream: Socket, limit: Duration) -> Self {
+    fn new(stream: Socket, first: Duration, limit: Duration) -> Self {
         Self {
             stream,
             limit,
-            over: Box::pin(sleep(limit)),
+            over: Box::pin(sleep(first)),
         }
     }
 

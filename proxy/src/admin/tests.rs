@@ -148,6 +148,7 @@ async fn start(limits: Limits) -> Running {
         config_dump: Arc::new(
             |_| json!({"configs": [{"@type": "t", "static_listeners": [{"name": "big", "pad": "x".repeat(DUMP_BYTES)}]}, {"one": {"a": 1}}]}),
         ),
+        client_status: Arc::new(|_| csds::Client::default()),
         certs: Arc::new(|| json!({"certificates": []})),
         clusters: Arc::new(clusters),
         listeners: Arc::new(|| {

@@ -98,9 +98,13 @@ impl Entry {
     }
 }
 
+fn hosts(endpoints: &[Arc<Endpoint>]) -> impl Iterator<Item = *const Host> {
+    endpoints.iter().map(|endpoint| Arc::as_ptr(&endpoint.host))
+}
+
 /// Those of `before` that are not among `now`, and have something left to be told of.
 fn left(before: &[Arc<Endpoint>], now: &[Arc<Endpoint>]) -> Vec<Arc<Endpoint>> {
-    let stay: AHashSet<*const Host> = now.iter().map(|it| Arc::as_ptr(&it.host)).collect();
+    let stay: AHashSet<*const Host> = hosts(now).collect();
     let gone = before
         .iter()
         .filter(|endpoint| !stay.contains(&Arc::as_ptr(&endpoint.host)));
@@ -110,24 +114,27 @@ fn left(before: &[Arc<Endpoint>], now: &[Arc<Endpoint>]) -> Vec<Arc<Endpoint>> {
 }
 
 impl Clusters {
-    /// From now on this is to be told. What was counted before of a cluster that nobody asked for yet is not.
+    /// From now on this is to be told, or nothing. What was counted before of a cluster that nobody asked for yet is not.
     pub fn report(&self, asked: Option<&Asked>) {
-        let entries = self.entries.load_full();
         let mut state = self.loads.lock();
-        let wants = |name: &str| asked.is_some_and(|asked| asked.wants(name));
-        for (name, entry) in entries.iter() {
-            if !wants(name) || state.wants(name) {
+        let Some(asked) = asked else {
+            *state = State::default();
+            return;
+        };
+        for (name, entry) in self.entries.load().iter() {
+            if !asked.wants(name) || state.wants(name) {
                 continue;
             }
             for endpoint in &entry.shown().endpoints {
                 endpoint.host.tally.take();
             }
-            (entry.take_dropped(), entry.take_untold());
+            entry.take_dropped();
+            entry.take_untold();
             state.told.insert(name.clone(), Instant::now());
         }
-        state.told.retain(|name, _| wants(name));
-        state.departed.retain(|name, _| wants(name));
-        state.asked = asked.cloned();
+        state.told.retain(|name, _| asked.wants(name));
+        state.departed.retain(|name, _| asked.wants(name));
+        state.asked = Some(asked.clone());
     }
 
     /// What is to be told now. It is told once.
@@ -215,9 +222,11 @@ impl State {
             dropped,
             interval: now.saturating_duration_since(since),
         };
-        departed
-            .endpoints
-            .retain(|endpoint| !endpoint.host.tally.is_over());
+        // Who is back is no more gone.
+        let mut known: AHashSet<*const Host> = hosts(&present).collect();
+        departed.endpoints.retain(|endpoint| {
+            !endpoint.host.tally.is_over() && known.insert(Arc::as_ptr(&endpoint.host))
+        });
         if !departed.endpoints.is_empty() {
             (departed.dropped, departed.untold) = (0, Counts::default());
             self.departed.insert(name, departed);

@@ -8,13 +8,20 @@ use super::{
     stats::Event,
 };
 use outrigger_xds::{
-    accepted::{Accepted, Outcome},
+    accepted::{Accepted, Failure, Outcome},
     load::discovery::{Response, Unread},
     problems::ConfigErrors,
     resource::config_source::Origin,
     subscription::{Answer, Lapse, Received, Request, Sent, Subscriptions},
 };
-use std::{collections::BTreeSet, time::Instant};
+use serde_json::Value;
+use std::{
+    collections::BTreeSet,
+    time::{Instant, SystemTime},
+};
+
+/// Resources of which it is remembered that the control plane cannot send them.
+const RESOURCE_ERRORS_MAX: usize = 10_000;
 
 /// What happened to the stream.
 #[derive(Debug)]
@@ -74,6 +81,7 @@ fn unread(sent: Sent) -> Option<Unread> {
 impl Discovery {
     /// There is another control plane, or none any more.
     pub(super) fn change_control_plane(&mut self) {
+        self.errors.clear();
         let ads = self.model.bootstrap.ads.as_ref();
         self.ads = ads.map(|ads| {
             let limit = ads.rate_limit.unwrap_or_default();
@@ -138,6 +146,7 @@ impl Discovery {
         let was_heard = self.model.has_heard(kind);
         let came = received.resources.iter().map(|sent| sent.name.clone());
         let mut about: BTreeSet<String> = came.collect();
+        about.extend(received.removed.iter().cloned());
         let mut gone = absent(&self.model, kind, received.whole.as_ref());
         let mut given_up = false;
         for name in received.removed {
@@ -145,9 +154,12 @@ impl Discovery {
                 gone.push(name);
             } else {
                 given_up |= self.lacks(kind, &name);
-                about.insert(name);
             }
         }
+        let is_told = |name: &String| received.whole.is_some() || about.contains(name);
+        self.errors
+            .retain(|(of, name), _| *of != kind || !is_told(name));
+        given_up |= self.note_errors(kind, received.errors, &received.version);
         let response = Response {
             version: received.version,
             resources: received.resources.into_iter().filter_map(unread).collect(),
@@ -185,6 +197,32 @@ impl Discovery {
             self.model.stop_waiting(kind, name);
         }
         !given_up.is_empty()
+    }
+
+    /// The control plane cannot send these: what is there stays, and what is not is waited for no longer. Whether somebody did.
+    fn note_errors(&mut self, kind: Kind, errors: Vec<(String, String)>, version: &str) -> bool {
+        let mut given_up = false;
+        for (name, details) in errors {
+            tracing::warn!(
+                ?kind,
+                name,
+                details,
+                "the control plane cannot send it, what is there stays"
+            );
+            given_up |= self.model.is_waited_for(kind, &name);
+            self.model.stop_waiting(kind, &name);
+            if self.errors.len() >= RESOURCE_ERRORS_MAX {
+                continue;
+            }
+            let failure = Failure {
+                configuration: Value::Null,
+                version: version.to_owned(),
+                at: SystemTime::now(),
+                details,
+            };
+            self.errors.insert((kind, name), failure);
+        }
+        given_up
     }
 
     /// The control plane has no such resource; whether somebody waited for it. As in Envoy, what is there stays there.

@@ -1,9 +1,10 @@
 //! `/config_dump`: what is written and what came, in Envoy's shapes, with what was refused beside what is in effect.
 
-use super::Discovery;
+use super::{Discovery, model::Kind};
 use crate::access_log::rfc3339;
 use outrigger_xds::{
-    accepted::{Accepted, Failure, Good, State},
+    accepted::{Accepted, Failure, Good},
+    csds::Outcome,
     load::{self, discovery::Resource},
     resource::{cluster::Cluster, listener::Listener, secret::Secret},
 };
@@ -15,12 +16,15 @@ fn type_url(message: &str) -> String {
 
 /// `UpdateFailureState`.
 fn failure(failed: &Failure) -> Value {
-    json!({
-        "failed_configuration": redacted(failed.configuration.clone()),
+    let mut shown = json!({
         "last_update_attempt": rfc3339(failed.at),
         "details": failed.details,
         "version_info": failed.version,
-    })
+    });
+    if !failed.configuration.is_null() {
+        shown["failed_configuration"] = redacted(failed.configuration.clone());
+    }
+    shown
 }
 
 /// What was refused is shown as it was written, but for keys.
@@ -52,31 +56,33 @@ fn entry<R: Resource>(key: &str, good: &Good<R>) -> Map<String, Value> {
     fields
 }
 
-/// `ClientResourceStatus` of a resource that came.
-fn status<R>(state: &State<R>) -> &'static str {
-    match state.error {
-        None => "ACKED",
-        Some(_) => "NACKED",
+/// `client_status`, and `error_state` if something is wrong.
+fn tell(fields: &mut Map<String, Value>, (outcome, error): (Outcome, Option<&Failure>)) {
+    fields.insert("client_status".into(), json!(outcome.as_str()));
+    if let Some(failed) = error {
+        fields.insert("error_state".into(), failure(failed));
     }
 }
 
-/// Entries of a section: what is in effect, and what is not with its error.
-fn entries<R: Resource + PartialEq>(key: &str, accepted: &Accepted<R>) -> Vec<Value> {
-    let each = accepted.states().map(|(name, state)| {
-        let mut fields = match &state.good {
-            Some(good) => entry(key, good),
-            None => Map::from_iter([("name".to_owned(), json!(name))]),
-        };
-        fields.insert("client_status".into(), json!(status(state)));
-        if let Some(failed) = &state.error {
-            fields.insert("error_state".into(), failure(failed));
-        }
-        Value::Object(fields)
-    });
-    each.collect()
-}
-
 impl Discovery {
+    /// Entries of a section: what is in effect, and what is not with its error.
+    fn entries<R: Resource + PartialEq>(
+        &self,
+        kind: Kind,
+        key: &str,
+        accepted: &Accepted<R>,
+    ) -> Vec<Value> {
+        let each = accepted.states().map(|(name, state)| {
+            let mut fields = match &state.good {
+                Some(good) => entry(key, good),
+                None => Map::from_iter([("name".to_owned(), json!(name))]),
+            };
+            tell(&mut fields, self.fate(kind, name, state));
+            Value::Object(fields)
+        });
+        each.collect()
+    }
+
     /// The answer to `/config_dump`.
     #[must_use]
     pub fn dump(&self, with_endpoints: bool) -> Value {
@@ -102,7 +108,7 @@ impl Discovery {
 
     fn dump_clusters(&self, section: &mut Value) {
         let (mut active, mut warming) = (Vec::new(), Vec::new());
-        for cluster in entries("cluster", &self.model.clusters) {
+        for cluster in self.entries(Kind::Clusters, "cluster", &self.model.clusters) {
             let name = cluster["cluster"]["name"].as_str().unwrap_or_default();
             let waits = self.warming_clusters.contains(name) || name.is_empty();
             if waits { &mut warming } else { &mut active }.push(cluster);
@@ -116,7 +122,7 @@ impl Discovery {
         let each = self.model.listeners.states().map(|(name, state)| {
             let mut shown = Map::new();
             shown.insert("name".into(), json!(name));
-            shown.insert("client_status".into(), json!(status(state)));
+            tell(&mut shown, self.fate(Kind::Listeners, name, state));
             if let Some(good) = &state.good {
                 let stage = if self.warming_listeners.contains(name) {
                     "warming_state"
@@ -128,10 +134,10 @@ impl Discovery {
                     Value::Object(entry::<Listener>("listener", good)),
                 );
             }
-            if let Some(failed) = &state.error {
-                shown.insert("error_state".into(), failure(failed));
-            } else if let Some(error) = self.failed.get(name) {
-                shown.insert("error_state".into(), json!({ "details": error }));
+            if let Some(error) = self.failed.get(name) {
+                shown
+                    .entry("error_state")
+                    .or_insert_with(|| json!({ "details": error }));
             }
             Value::Object(shown)
         });
@@ -141,9 +147,10 @@ impl Discovery {
 
     fn dump_routes(&self, section: &mut Value) {
         let tables = self.model.tables.values();
-        let dynamic: Vec<Value> = tables
-            .flat_map(|accepted| entries("route_config", accepted))
+        let mut dynamic: Vec<Value> = tables
+            .flat_map(|accepted| self.entries(Kind::Routes, "route_config", accepted))
             .collect();
+        dynamic.extend(self.dump_absent(Kind::Routes));
         let inline = self.model.listeners.good().flat_map(|good| {
             let all = good.resource.http_managers();
             let inline = all.filter(|http| http.rds.is_none());
@@ -167,11 +174,24 @@ impl Discovery {
         let show =
             |cluster: &Cluster| json!({ "endpoint_config": cluster.load_assignment.to_json() });
         let sets = self.model.assignments.values();
-        let dynamic = sets.flat_map(|accepted| entries("endpoint_config", accepted));
+        let dynamic =
+            sets.flat_map(|accepted| self.entries(Kind::Endpoints, "endpoint_config", accepted));
         json!({
             "@type": type_url("EndpointsConfigDump"),
             "static_endpoint_configs": inline.map(show).collect::<Vec<_>>(),
-            "dynamic_endpoint_configs": dynamic.collect::<Vec<_>>(),
+            "dynamic_endpoint_configs": dynamic
+                .chain(self.dump_absent(Kind::Endpoints))
+                .collect::<Vec<_>>(),
+        })
+    }
+
+    /// What of a type was asked for and is not there.
+    fn dump_absent(&self, kind: Kind) -> impl Iterator<Item = Value> {
+        let absent = self.absent(kind).into_iter();
+        absent.map(|(name, outcome, error)| {
+            let mut shown = Map::from_iter([("name".to_owned(), json!(name))]);
+            tell(&mut shown, (outcome, error));
+            Value::Object(shown)
         })
     }
 
@@ -184,13 +204,10 @@ impl Discovery {
         for accepted in self.model.secrets.values() {
             for (name, state) in accepted.states() {
                 let mut shown = Map::from_iter([("name".to_owned(), json!(name))]);
-                shown.insert("client_status".into(), json!(status(state)));
                 if let Some(good) = &state.good {
                     shown.extend(entry::<Secret>("secret", good));
                 }
-                if let Some(failed) = &state.error {
-                    shown.insert("error_state".into(), failure(failed));
-                }
+                tell(&mut shown, self.fate(Kind::Secrets, name, state));
                 let list = if state.good.is_some() {
                     &mut active
                 } else {
@@ -199,6 +216,7 @@ impl Discovery {
                 list.push(Value::Object(shown));
             }
         }
+        warming.extend(self.dump_absent(Kind::Secrets));
         json!({
             "@type": type_url("SecretsConfigDump"),
             "static_secrets": written.collect::<Vec<_>>(),

@@ -224,6 +224,17 @@ impl Model {
         self.is_there(&asked) || self.is_given_up(kind, source, "")
     }
 
+    /// Whether it is still to come from the control plane, and something waits for it.
+    pub(super) fn is_waited_for(&self, kind: Kind, name: &str) -> bool {
+        let asked = Subscription {
+            kind,
+            origin: Origin::Ads,
+            name: name.to_owned(),
+        };
+        let wait = self.waits.get(&asked);
+        wait.is_some_and(|wait| !wait.expired) && !self.is_there(&asked)
+    }
+
     /// What may still come from the control plane is waited for no longer.
     pub(super) fn stop_waiting(&mut self, kind: Kind, name: &str) {
         let asked = Subscription {

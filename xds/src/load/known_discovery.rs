@@ -44,19 +44,19 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.service.discovery.v3.DeltaDiscoveryResponse",
-        &["removed_resource_names", "resource_errors"],
+        &["removed_resource_names"],
     ),
     (
         "envoy.service.discovery.v3.DiscoveryRequest",
         &["resource_locators"],
     ),
     (
-        "envoy.service.discovery.v3.DiscoveryResponse",
-        &["resource_errors"],
-    ),
-    (
         "envoy.service.discovery.v3.Resource",
         &["aliases", "resource_name"],
+    ),
+    (
+        "envoy.service.discovery.v3.ResourceName",
+        &["dynamic_parameter_constraints"],
     ),
     ("envoy.type.matcher.v3.StructMatcher", &["path", "value"]),
 ];

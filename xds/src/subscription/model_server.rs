@@ -75,6 +75,7 @@ impl Server {
             nonce,
             resources: resources.into_iter().map(wrapped).collect(),
             removed,
+            errors: Vec::new(),
         });
     }
 

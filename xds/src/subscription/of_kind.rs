@@ -140,6 +140,7 @@ impl OfKind {
             .resources
             .retain(|sent| sent.name.is_empty() || self.is_wanted(&sent.name));
         answer.removed.retain(|name| self.is_wanted(name));
+        answer.errors.retain(|(name, _)| self.is_wanted(name));
         let whole = whole(kind, protocol, &answer);
         let absent = self.absent(whole.as_ref());
         let (beats, resources): (Vec<_>, Vec<_>) = answer
@@ -159,6 +160,9 @@ impl OfKind {
                 self.missing.insert(name.clone());
             }
         }
+        for (name, _) in &answer.errors {
+            self.awaited.remove(name);
+        }
         let receipt = self.receipt(kind, &resources, (&answer.version, answer.nonce));
         let removed = answer.removed.iter().cloned().chain(absent);
         Some(Received {
@@ -170,6 +174,7 @@ impl OfKind {
                 ..receipt
             },
             removed: answer.removed,
+            errors: answer.errors,
             whole,
         })
     }
@@ -413,8 +418,10 @@ fn whole(kind: Kind, protocol: Protocol, answer: &Answer) -> Option<BTreeSet<Str
     let has_names = answer.resources.iter().all(|sent| !sent.name.is_empty());
     let is_whole = protocol == Protocol::State && kind.is_whole() && has_names;
     is_whole.then(|| {
-        let names = answer.resources.iter().map(|sent| sent.name.clone());
-        names.collect()
+        let names = answer.resources.iter().map(|sent| &sent.name);
+        // What cannot be sent is not gone.
+        let names = names.chain(answer.errors.iter().map(|(name, _)| name));
+        names.cloned().collect()
     })
 }
 

@@ -41,6 +41,7 @@ fn answer(kind: Kind, version: &str, nonce: &str, resources: &str, removed: &str
         nonce: nonce.to_owned(),
         resources: resources.split_whitespace().map(sent).collect(),
         removed: removed.split_whitespace().map(str::to_owned).collect(),
+        errors: Vec::new(),
     }
 }
 

@@ -33,6 +33,45 @@ impl ::prost::Name for DiscoveryRequest {
         "/envoy.service.discovery.v3.DiscoveryRequest".into()
     }
 }
+/// A name.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResourceName {
+    /// As in requests.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ResourceName {
+    const NAME: &'static str = "ResourceName";
+    const PACKAGE: &'static str = "envoy.service.discovery.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.service.discovery.v3.ResourceName".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.service.discovery.v3.ResourceName".into()
+    }
+}
+/// What is wrong with a resource on the server's side.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResourceError {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub resource_name: ::core::option::Option<ResourceName>,
+    /// Why it cannot be sent.
+    #[prost(message, optional, tag = "2")]
+    pub error_detail: ::core::option::Option<
+        super::super::super::super::google::rpc::Status,
+    >,
+}
+impl ::prost::Name for ResourceError {
+    const NAME: &'static str = "ResourceError";
+    const PACKAGE: &'static str = "envoy.service.discovery.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.service.discovery.v3.ResourceError".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.service.discovery.v3.ResourceError".into()
+    }
+}
 /// Resources of one type.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DiscoveryResponse {
@@ -48,6 +87,9 @@ pub struct DiscoveryResponse {
     /// Which answer this is; of no meaning in a file.
     #[prost(string, tag = "5")]
     pub nonce: ::prost::alloc::string::String,
+    /// What cannot be sent; of no meaning in a file.
+    #[prost(message, repeated, tag = "7")]
+    pub resource_errors: ::prost::alloc::vec::Vec<ResourceError>,
 }
 impl ::prost::Name for DiscoveryResponse {
     const NAME: &'static str = "DiscoveryResponse";
@@ -121,6 +163,9 @@ pub struct DeltaDiscoveryResponse {
     /// Names of those that are gone, or were asked for and do not exist.
     #[prost(string, repeated, tag = "6")]
     pub removed_resources: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What cannot be sent.
+    #[prost(message, repeated, tag = "9")]
+    pub resource_errors: ::prost::alloc::vec::Vec<ResourceError>,
 }
 impl ::prost::Name for DeltaDiscoveryResponse {
     const NAME: &'static str = "DeltaDiscoveryResponse";

@@ -51,6 +51,12 @@ dynamic_resources:
     - google_grpc: {target_uri: "dns:///xds.example:18000", stat_prefix: xds}
   lds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
   cds_config: {ads: {}, resource_api_version: V3}
+cluster_manager:
+  enable_deferred_cluster_creation: true
+  load_stats_config:
+    api_type: GRPC
+    transport_api_version: V3
+    grpc_services: [{envoy_grpc: {cluster_name: engines}}]
 admin:
   address: {socket_address: {address: 127.0.0.1, port_value: 9901}}
   access_log:
@@ -198,7 +204,8 @@ static_resources:
     load_assignment:
       cluster_name: engines
       endpoints:
-      - lb_endpoints:
+      - locality: {region: r, sub_zone: s}
+        lb_endpoints:
         - endpoint: {address: {socket_address: {address: localhost, port_value: 8000}}}
           load_balancing_weight: 3
           metadata: {filter_metadata: {outrigger: {duty: engine, role: prefill}}}
@@ -367,7 +374,10 @@ fn engines() -> ClusterLoadAssignment {
                 metadata: [].into(),
             },
         ],
-        localities: vec![Locality::default()],
+        localities: vec![Locality {
+            place: ["r", "", "s"].map(str::to_owned).into(),
+            ..Locality::default()
+        }],
         overprovisioning_factor: 0,
     }
 }
@@ -401,6 +411,18 @@ pub(crate) fn full() -> Bootstrap {
         lds: Some(ads_source(Duration::ZERO)),
         cds: Some(ads_source(INITIAL_FETCH_TIMEOUT_DEFAULT)),
         ads: Some(full_ads()),
+        load_stats: Some(Ads {
+            protocol: Protocol::State,
+            servers: vec![GrpcService {
+                target: Target::Cluster {
+                    name: "engines".into(),
+                    authority: String::new(),
+                    message_bytes_max: None,
+                },
+                initial_metadata: Vec::new(),
+            }],
+            rate_limit: None,
+        }),
     }
 }
 
