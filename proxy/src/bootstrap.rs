@@ -157,7 +157,7 @@ fn driven(
     let target = if secured {
         Target::Cluster {
             name: CONTROL_PLANE.into(),
-            authority: server.host.clone(),
+            authority: server.host,
             message_bytes_max: None,
         }
     } else {

@@ -167,7 +167,9 @@ impl NamePattern {
             Self::Suffix(text) => name.ends_with(text.as_str()),
             Self::Contains(text) => name.contains(text.as_str()),
             // Built anew for each handshake, which takes many times as long.
-            Self::Regex(text) => matching::whole(text).is_ok_and(|regex| regex.is_match(name)),
+            Self::Regex(text) => {
+                matching::whole(text).is_ok_and(|regex| regex.is_match(name.as_bytes()))
+            }
         }
     }
 }
