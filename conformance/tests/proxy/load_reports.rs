@@ -409,3 +409,25 @@ async fn nobody_is_told_where_nobody_is_to_be_told() {
     };
     load.hears(FLEET, told).await;
 }
+
+#[tokio::test]
+async fn a_server_that_takes_no_reports_is_asked_again_and_traffic_goes_on() {
+    let (server, _gate) = server().await;
+    let load = LoadServer::start(everything());
+    load.refuse(true);
+    let proxy = reporting(&load, &[&server]);
+    eventually("it is asked again", || async {
+        (load.refused() >= 2).then_some(())
+    })
+    .await;
+    asks(&proxy, "/good", 2, 200).await;
+    load.refuse(false);
+    until_asked(&load).await;
+    asks(&proxy, "/good", 1, 200).await;
+    let told = Sum {
+        issued: 1,
+        succeeded: 1,
+        ..Sum::default()
+    };
+    load.hears(FLEET, told).await;
+}
