@@ -2,7 +2,8 @@
 //!
 //! Embedded adapters (feature `standalone`), an agent over gRPC, or an agent over NATS: all are one `FeedSource`.
 
-use outrigger_filters::services::is_loopback;
+use crate::cluster::Contexts;
+use outrigger_filters::{endpoints::Secured, services::is_loopback};
 use outrigger_xds::{
     feed::{FeedBody, FeedMessage, FeedSource},
     report::{EngineId, Role},
@@ -61,6 +62,31 @@ pub fn configured(clusters: &[Cluster]) -> (BTreeMap<EngineId, ConfiguredEngine>
         }
     }
     (engines, peers)
+}
+
+/// Each peer with the way it is secured in the cluster that names it.
+#[must_use]
+pub fn with_contexts(
+    clusters: &[Cluster],
+    peers: Vec<Address>,
+    contexts: &Contexts,
+) -> Vec<(Address, Option<Secured>)> {
+    let of = |peer: &Address| {
+        clusters.iter().find_map(|cluster| {
+            let mut endpoints = cluster.load_assignment.endpoints.iter();
+            let named = endpoints
+                .find(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)?;
+            let sockets = contexts.get(&cluster.name)?;
+            sockets.get(cluster.socket_of(named))?.clone()
+        })
+    };
+    peers
+        .into_iter()
+        .map(|peer| {
+            let tls = of(&peer);
+            (peer, tls)
+        })
+        .collect()
 }
 
 /// Where others reach the machine of this proxy, as far as an inbound listener tells.

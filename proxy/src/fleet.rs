@@ -548,6 +548,7 @@ mod tests {
             health_status: HealthStatus::default(),
             priority: 0,
             locality: 0,
+            place: &Arc::default(),
             cluster: &"c".into(),
         };
         fleet.configure(&id.into(), &way)
@@ -592,6 +593,7 @@ mod tests {
             health_status: HealthStatus::default(),
             priority: 0,
             locality: 0,
+            place: &Arc::default(),
             cluster: &"c".into(),
         };
         assert_eq!(fleet.behind(&far).len(), 1);

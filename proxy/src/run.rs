@@ -31,16 +31,11 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use http::HeaderValue;
 use outrigger_filters::{
     end_address::EndAddress,
-    endpoints::Secured,
     kv_index::{self, KvIndex},
     services::Services,
     tokens::{Tokenizers, TokenizersConfig},
 };
-use outrigger_xds::resource::{
-    bootstrap::Bootstrap,
-    cluster::Cluster,
-    endpoint::{Address, Duty},
-};
+use outrigger_xds::resource::{bootstrap::Bootstrap, cluster::Cluster};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -385,30 +380,6 @@ fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
     })
 }
 
-/// Each peer with the way it is secured in the cluster that names it.
-fn with_contexts(
-    clusters: &[Cluster],
-    peers: Vec<Address>,
-    contexts: &Contexts,
-) -> Vec<(Address, Option<Secured>)> {
-    let of = |peer: &Address| {
-        clusters.iter().find_map(|cluster| {
-            let mut endpoints = cluster.load_assignment.endpoints.iter();
-            let named = endpoints
-                .find(|endpoint| endpoint.address == *peer && endpoint.duty() == Duty::Peer)?;
-            let sockets = contexts.get(&cluster.name)?;
-            sockets.get(cluster.socket_of(named))?.clone()
-        })
-    };
-    peers
-        .into_iter()
-        .map(|peer| {
-            let tls = of(&peer);
-            (peer, tls)
-        })
-        .collect()
-}
-
 impl Shared {
     fn discovery(&self) -> MutexGuard<'_, Discovery> {
         self.discovery
@@ -480,7 +451,7 @@ impl Shared {
         }
         let (clusters, contexts) = &wanted;
         let (engines, peers) = engines::configured(clusters);
-        let peers = with_contexts(clusters, peers, contexts);
+        let peers = engines::with_contexts(clusters, peers, contexts);
         self.clusters.configure(clusters, contexts);
         // The fleet knows them by now, so nothing told of them is lost.
         self.local.configure(engines.keys().cloned().collect());

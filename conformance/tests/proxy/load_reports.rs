@@ -101,11 +101,6 @@ async fn what_is_told_is_what_clients_saw() {
             edit(bootstrap);
             let fleet = fleet(&mut bootstrap.clusters);
             fleet.circuit_breakers.default.max_requests = 1;
-            let place = ["r", "z", "s"].map(str::to_owned);
-            fleet.load_assignment.localities = vec![Locality {
-                place: Arc::new(place),
-                ..Locality::default()
-            }];
         });
     let proxy = builder.start();
     until_asked(&load).await;
@@ -143,6 +138,38 @@ async fn what_is_told_is_what_clients_saw() {
     .await;
     left.abort();
     load.hears(FLEET, Sum { issued: 10, ..told }).await;
+}
+
+/// A proxy whose fleet is at a place.
+fn at_place(load: &LoadServer, server: &Upstream) -> TestProxy {
+    let edit = load.edit();
+    let builder = ProxyBuilder::new()
+        .server(server.address)
+        .edit(|bootstrap| {
+            edit(bootstrap);
+            let place = ["r", "z", "s"].map(str::to_owned);
+            let fleet = fleet(&mut bootstrap.clusters);
+            fleet.load_assignment.localities = vec![Locality {
+                place: Arc::new(place),
+                ..Locality::default()
+            }];
+        });
+    builder.start()
+}
+
+#[tokio::test]
+async fn who_reports_says_so_once_and_of_what_in_each_report() {
+    let (server, _gate) = server().await;
+    let load = LoadServer::start(everything());
+    let proxy = at_place(&load, &server);
+    until_asked(&load).await;
+    asks(&proxy, "/good", 2, 200).await;
+    let told = Sum {
+        issued: 2,
+        succeeded: 2,
+        ..Sum::default()
+    };
+    load.hears(FLEET, told).await;
     let first = &load.heard()[0];
     let node = first.node.as_ref().unwrap();
     assert_eq!(node.id, proxy.bootstrap.node.id);
@@ -374,6 +401,28 @@ async fn nobody_is_told_where_nobody_is_to_be_told() {
     asks(&proxy, "/good", 2, 200).await;
     proxy.proxy.apply(proxy.bootstrap.clone()).unwrap();
     load.hears_again(FLEET).await;
+    asks(&proxy, "/good", 1, 200).await;
+    let told = Sum {
+        issued: 1,
+        succeeded: 1,
+        ..Sum::default()
+    };
+    load.hears(FLEET, told).await;
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_reports_is_asked_again_and_traffic_goes_on() {
+    let (server, _gate) = server().await;
+    let load = LoadServer::start(everything());
+    load.refuse(true);
+    let proxy = reporting(&load, &[&server]);
+    eventually("it is asked again", || async {
+        (load.refused() >= 2).then_some(())
+    })
+    .await;
+    asks(&proxy, "/good", 2, 200).await;
+    load.refuse(false);
+    until_asked(&load).await;
     asks(&proxy, "/good", 1, 200).await;
     let told = Sum {
         issued: 1,

@@ -75,6 +75,8 @@ pub(super) struct LoadServer {
     pub(super) address: SocketAddr,
     heard: Heard,
     wanted: watch::Sender<LoadStatsResponse>,
+    /// Streams that were refused, while they are.
+    refused: Arc<Mutex<Option<usize>>>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -85,6 +87,7 @@ impl LoadServer {
             address: listener.local_addr().unwrap(),
             heard: Heard::default(),
             wanted: watch::Sender::new(wanted),
+            refused: Arc::default(),
             runtime: None,
         };
         server.serve(listener);
@@ -100,6 +103,7 @@ impl LoadServer {
         let service = Service {
             heard: self.heard.clone(),
             wanted: self.wanted.clone(),
+            refused: self.refused.clone(),
         };
         listener.set_nonblocking(true).unwrap();
         runtime.spawn(async move {
@@ -130,6 +134,16 @@ impl LoadServer {
         });
         let listener = listener.await;
         self.serve(listener);
+    }
+
+    /// Whether it refuses streams, as a server without the service does.
+    pub(super) fn refuse(&self, refuse: bool) {
+        *self.refused.lock().unwrap() = refuse.then_some(0);
+    }
+
+    /// How many it has refused since.
+    pub(super) fn refused(&self) -> usize {
+        self.refused.lock().unwrap().unwrap_or_default()
     }
 
     /// It wants something else from now on.
@@ -207,6 +221,7 @@ impl Drop for LoadServer {
 struct Service {
     heard: Heard,
     wanted: watch::Sender<LoadStatsResponse>,
+    refused: Arc<Mutex<Option<usize>>>,
 }
 
 #[tonic::async_trait]
@@ -218,6 +233,10 @@ impl LoadReportingService for Service {
         &self,
         request: Request<Streaming<LoadStatsRequest>>,
     ) -> Result<Response<Self::StreamLoadStatsStream>, Status> {
+        if let Some(refused) = &mut *self.refused.lock().unwrap() {
+            *refused += 1;
+            return Err(Status::unimplemented("no load reports here"));
+        }
         let heard = self.heard.clone();
         let mut wanted = self.wanted.subscribe();
         wanted.mark_unchanged();

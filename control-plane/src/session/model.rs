@@ -91,6 +91,7 @@ fn answer(response: Response) -> Answer {
         nonce: response.nonce,
         resources: response.resources.iter().map(sent).collect(),
         removed: response.removed,
+        errors: Vec::new(),
     }
 }
 

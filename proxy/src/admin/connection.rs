@@ -124,7 +124,7 @@ async fn serve_one(
             let is_grpc = request.version() == Version::HTTP_2;
             if is_grpc && request.uri().path().starts_with(csds::PATH_PREFIX) {
                 let answer = status.oneshot(request).await?;
-                return Ok(answer.map(|body| Either::Left(body)));
+                return Ok(answer.map(Either::Left));
             }
             let answer = endpoints::answer(&admin, request.method(), request.uri());
             Ok::<_, Infallible>(answer.map(Either::Right))

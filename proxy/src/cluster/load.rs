@@ -55,18 +55,16 @@ impl State {
         asked.is_some_and(|asked| asked.wants(cluster))
     }
 
-    /// These have left the cluster, and something is to be told of them still.
-    fn depart(&mut self, entry: &Entry, endpoints: Vec<Arc<Endpoint>>) {
+    /// These have left a cluster, and something is to be told of them still.
+    fn depart(&mut self, name: &str, service_name: &str, endpoints: Vec<Arc<Endpoint>>) {
         if endpoints.is_empty() {
             return;
         }
         let known = self.departed.values().map(|known| known.endpoints.len());
         let room = DEPARTED_MAX.saturating_sub(known.sum());
-        let left_out = endpoints.len().saturating_sub(room);
-        left_out_of_reports("endpoint", left_out);
-        let name = entry.config.name.as_str().into();
-        let departed = self.departed.entry(name).or_default();
-        entry.service_name().clone_into(&mut departed.service_name);
+        left_out_of_reports("endpoint", endpoints.len().saturating_sub(room));
+        let departed = self.departed.entry(name.into()).or_default();
+        service_name.clone_into(&mut departed.service_name);
         departed.endpoints.extend(endpoints.into_iter().take(room));
     }
 }
@@ -166,10 +164,11 @@ impl Clusters {
                 Some(now) if Arc::ptr_eq(now, entry) => {}
                 Some(now) => {
                     let gone = left(&entry.shown().endpoints, &now.shown().endpoints);
-                    state.depart(entry, gone);
+                    state.depart(name, entry.service_name(), gone);
                 }
                 None => {
-                    state.depart(entry, left(&entry.shown().endpoints, &[]));
+                    let gone = left(&entry.shown().endpoints, &[]);
+                    state.depart(name, entry.service_name(), gone);
                     let departed = state.departed.entry(name.clone()).or_default();
                     entry.service_name().clone_into(&mut departed.service_name);
                     departed.dropped += entry.take_dropped();
@@ -184,7 +183,7 @@ impl Clusters {
         let mut state = self.loads.lock();
         if state.wants(&entry.config.name) {
             let gone = left(before, &entry.view.load().endpoints);
-            state.depart(entry, gone);
+            state.depart(&entry.config.name, entry.service_name(), gone);
         }
     }
 }
@@ -306,5 +305,144 @@ fn load(counts: Counts) -> Load {
         in_progress: 0,
         first_tokens: counts.first_tokens,
         first_token_us: counts.first_token_us,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::Fleet;
+    use outrigger_filters::{
+        endpoints::{Endpoints, Want},
+        kv_index::{KvIndex, Limits},
+    };
+    use outrigger_xds::resource::{
+        cluster::{Cluster, Discovery, OriginalDst},
+        endpoint::{ClusterLoadAssignment, HealthStatus, LbEndpoint},
+    };
+    use std::{collections::HashMap, net::SocketAddr, time::Duration};
+
+    fn clusters() -> Arc<Clusters> {
+        let fleet = Fleet::new(Arc::new(KvIndex::new(Limits::default())), 32);
+        Clusters::new(fleet, Arc::default())
+    }
+
+    fn everything() -> Asked {
+        Asked {
+            clusters: None,
+            interval: Duration::from_secs(1),
+            by_endpoint: false,
+        }
+    }
+
+    /// `c`, with one endpoint.
+    fn cluster() -> Cluster {
+        let endpoint = LbEndpoint {
+            address: Address {
+                host: "127.0.0.1".into(),
+                port: 80,
+            },
+            hostname: String::new(),
+            health_status: HealthStatus::Healthy,
+            load_balancing_weight: 1,
+            locality: 0,
+            metadata: BTreeMap::new(),
+        };
+        Cluster {
+            name: "c".into(),
+            load_assignment: ClusterLoadAssignment {
+                endpoints: vec![endpoint],
+                ..ClusterLoadAssignment::default()
+            },
+            ..Cluster::default()
+        }
+    }
+
+    fn told(clusters: &Clusters) -> Vec<(String, Load)> {
+        let all = clusters.take_load().into_iter();
+        all.map(|cluster| {
+            let mut sum = Load::default();
+            let localities = cluster.localities.iter();
+            localities.for_each(|locality| sum.add(locality.load));
+            (cluster.name, sum)
+        })
+        .collect()
+    }
+
+    #[tokio::test]
+    async fn a_cluster_that_is_gone_is_told_of_until_its_last_request_ends() {
+        let clusters = clusters();
+        let none = HashMap::new();
+        clusters.configure(&[cluster()], &none);
+        assert!(told(&clusters).is_empty(), "nobody asked");
+        clusters.report(Some(&everything()));
+        let view = clusters.view("c").expect("it is configured");
+        let mut running = clusters
+            .reserve(&view, &view.endpoints[0], &Want::default())
+            .expect("there is room");
+        clusters.configure(&[], &none);
+        let load = |issued, succeeded, in_progress| Load {
+            issued,
+            succeeded,
+            in_progress,
+            ..Load::default()
+        };
+        assert_eq!(told(&clusters), [("c".to_owned(), load(1, 0, 1))]);
+        running.status(http::StatusCode::OK);
+        running.finish(None);
+        drop(running);
+        assert_eq!(told(&clusters), [("c".to_owned(), load(0, 1, 0))]);
+        assert!(told(&clusters).is_empty());
+    }
+
+    #[tokio::test]
+    async fn original_destinations_that_are_gone_are_told_of() {
+        let clusters = clusters();
+        let original = Cluster {
+            discovery: Discovery::OriginalDst(OriginalDst {
+                header: None,
+                port: None,
+                cleanup_interval: Duration::from_millis(20),
+            }),
+            load_assignment: ClusterLoadAssignment::default(),
+            ..cluster()
+        };
+        clusters.configure(&[original], &HashMap::new());
+        clusters.report(Some(&everything()));
+        let view = clusters.view("c").expect("it is configured");
+        let at = SocketAddr::from(([127, 0, 0, 1], 80));
+        let endpoint = clusters.original(&view, at).expect("there is room");
+        let running = clusters.reserve(&view, &endpoint, &Want::default());
+        drop((running, endpoint));
+        while !clusters.views()[0].endpoints.is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let cancelled = Load {
+            issued: 1,
+            ..Load::default()
+        };
+        assert_eq!(told(&clusters), [("c".to_owned(), cancelled)]);
+        assert_eq!(told(&clusters), [("c".to_owned(), Load::default())]);
+    }
+
+    #[tokio::test]
+    async fn too_much_is_left_out() {
+        let clusters = clusters();
+        clusters.report(Some(&everything()));
+        let busy = Arc::new(Endpoint::default());
+        busy.host.tally.begin();
+        for number in 0..=CLUSTERS_TOLD_MAX {
+            let name = format!("c{number}").as_str().into();
+            let departed = Departed {
+                endpoints: vec![busy.clone()],
+                ..Departed::default()
+            };
+            clusters.loads.lock().departed.insert(name, departed);
+        }
+        assert_eq!(told(&clusters).len(), CLUSTERS_TOLD_MAX);
+        let mut state = clusters.loads.lock();
+        state.depart("c", "", vec![busy; DEPARTED_MAX]);
+        let known = state.departed.values().map(|known| known.endpoints.len());
+        assert_eq!(known.sum::<usize>(), DEPARTED_MAX);
     }
 }

@@ -126,9 +126,10 @@ impl Telling<'_> {
     fn ask(&mut self, asked: Asked) -> Option<Duration> {
         self.stats.responses.increment(1);
         self.shared.clusters.report(Some(&asked));
-        let before = self.asked.replace(asked.clone());
-        let same = before.is_some_and(|before| before.interval == asked.interval);
-        (!same).then_some(asked.interval)
+        let interval = asked.interval;
+        let before = self.asked.replace(asked);
+        let same = before.is_some_and(|before| before.interval == interval);
+        (!same).then_some(interval)
     }
 
     /// One report; gives when the next is due.

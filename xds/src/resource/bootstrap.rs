@@ -27,6 +27,8 @@ const EXTENSIONS: [&str; 2] = [
     "istio.workload.BootstrapExtension",
 ];
 
+/// Where the control plane is configured.
+const ADS: &str = "dynamic_resources.ads_config";
 /// Where load reports are configured.
 const LOAD_STATS: &str = "cluster_manager.load_stats_config";
 
@@ -163,16 +165,9 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             .and_then(|source| problems.take("dynamic_resources.cds_config", source.try_into()));
         let ads = dynamic
             .ads_config
-            .and_then(|source| problems.take("dynamic_resources.ads_config", source.try_into()));
-        let load_stats = wire
-            .cluster_manager
-            .and_then(|manager| manager.load_stats_config)
-            .and_then(|source| problems.take(LOAD_STATS, source.try_into()));
-        check_load_stats(&mut problems, load_stats.as_ref());
-        for (place, from) in [
-            ("dynamic_resources.ads_config", &ads),
-            (LOAD_STATS, &load_stats),
-        ] {
+            .and_then(|source| problems.take(ADS, source.try_into()));
+        let load_stats = load_stats(&mut problems, wire.cluster_manager);
+        for (place, from) in [(ADS, &ads), (LOAD_STATS, &load_stats)] {
             let known = (&*clusters, &*cluster_names);
             check_servers(&mut problems, place, from.as_ref(), known);
         }
@@ -202,11 +197,14 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
 }
 
 /// Reports have one form only.
-fn check_load_stats(problems: &mut ConfigErrors, config: Option<&Ads>) {
-    if config.is_some_and(|config| config.protocol != Protocol::State) {
+fn load_stats(problems: &mut ConfigErrors, manager: Option<wire::ClusterManager>) -> Option<Ads> {
+    let source = manager?.load_stats_config?;
+    let config: Ads = problems.take(LOAD_STATS, source.try_into())?;
+    if config.protocol != Protocol::State {
         let message = "must be GRPC: load reports have no deltas";
         problems.add(format!("{LOAD_STATS}.api_type"), message);
     }
+    Some(config)
 }
 
 /// Switches of Envoy's own workings are none of ours. Any other key may stand in a route, and would count there.

@@ -162,6 +162,7 @@ impl OfKind {
         }
         for (name, _) in &answer.errors {
             self.awaited.remove(name);
+            self.missing.remove(name);
         }
         let receipt = self.receipt(kind, &resources, (&answer.version, answer.nonce));
         let removed = answer.removed.iter().cloned().chain(absent);

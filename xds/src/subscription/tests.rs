@@ -270,6 +270,38 @@ fn the_state_of_the_world_says_what_is_gone() {
 }
 
 #[test]
+fn what_the_server_cannot_send_is_neither_gone_nor_missing() {
+    let broken = |answer: Answer, names: &[&str]| Answer {
+        errors: names
+            .iter()
+            .map(|name| ((*name).to_owned(), "away".to_owned()))
+            .collect(),
+        ..answer
+    };
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Kind::Listeners, "*").client.opened();
+    talk.speaks();
+    talk.takes(answer(Kind::Listeners, "1", "a", "x y", ""), "");
+    let received = talk.hears(broken(answer(Kind::Listeners, "2", "b", "", ""), &["x"]));
+    assert_eq!(received.whole, Some(names("x")));
+    assert_eq!(received.errors, [("x".to_owned(), "away".to_owned())]);
+    talk.client.judged(received.receipt, &[], talk.now);
+    assert_eq!(talk.client.status(Kind::Listeners, "x"), Status::Acked);
+    assert_eq!(talk.client.status(Kind::Listeners, "y"), Status::Requested);
+    // Of what nobody wants nothing is told; what is told of has not to come in time.
+    let mut talk = Talk::new(Protocol::Delta);
+    talk.want(Kind::Endpoints, "x y").client.opened();
+    talk.speaks();
+    talk.takes(
+        broken(answer(Kind::Endpoints, "", "a", "", ""), &["x", "z"]),
+        "",
+    );
+    talk.at(DOES_NOT_EXIST_AFTER.as_secs());
+    let late = Lapse::Missing(Kind::Endpoints, "y".into());
+    assert_eq!(talk.client.lapse(talk.now), [late]);
+}
+
+#[test]
 fn a_life_ends_unless_it_is_said_to_go_on() {
     let mut talk = Talk::new(Protocol::Delta);
     talk.want(Kind::Clusters, "*").client.opened();
