@@ -26,6 +26,9 @@ FETCH_TIMEOUT_S = 15  # then Envoy goes on without what it waits for
 TYPE = "type.googleapis.com/"
 HCM = TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 ROUTER = {"name": "router", "typed_config": {"@type": TYPE + "envoy.extensions.filters.http.router.v3.Router"}}
+# Envoys know it, and gRPC does not.
+CORS = {"name": "cors", "typed_config": {"@type": TYPE + "envoy.extensions.filters.http.cors.v3.Cors"}}
+CORS_OF_ROUTE = {"cors": {"@type": TYPE + "envoy.extensions.filters.http.cors.v3.CorsPolicy"}}
 # Only our proxies know it: an Envoy that is sent this refuses the listener.
 OURS = {"name": "openai", "typed_config": {
     "@type": TYPE + "xds.type.v3.TypedStruct", "type_url": TYPE + "outrigger.filters.http.openai.v1.Config", "value": {}}}
@@ -55,20 +58,22 @@ def cluster(name, timeout="5s"):
             "eds_cluster_config": {"eds_config": ADS}}
 
 
-def endpoints(name, port):
+def endpoints(name, *ports):
+    """Each in a group of its own, which is nowhere."""
     return {"@type": TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment", "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(port)}}]}]}
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(port)}}]} for port in ports]}
 
 
-def listener(name, port, manager):
+def listener(name, port, manager, *filters):
     return {"@type": TYPE + "envoy.config.listener.v3.Listener", "name": name, "address": address(port),
             "filter_chains": [{"filters": [{"name": "hcm", "typed_config": {
-                "@type": HCM, "stat_prefix": name, "http_filters": [OURS, ROUTER], **manager}}]}]}
+                "@type": HCM, "stat_prefix": name, "http_filters": [OURS, *filters, ROUTER], **manager}}]}]}
 
 
-def routes(target):
+def routes(target, filters=None):
     return {"@type": TYPE + "envoy.config.route.v3.RouteConfiguration", "name": "table", "virtual_hosts": [
-        {"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": target}}]}]}
+        {"name": "all", "domains": ["*"], "typed_per_filter_config": filters or {},
+         "routes": [{"match": {"prefix": "/"}, "route": {"cluster": target}}]}]}
 
 
 def answers(text):
@@ -323,23 +328,23 @@ class GrpcClient(Driven):
 
     def drive(self, one, two):
         table = {"rds": {"route_config_name": "table", "config_source": ADS}}
-        echo = listener("echo", free_port(), table)
+        echo = listener("echo", free_port(), table, CORS)
         self.backend()
         self.put("endpoints.yaml", endpoints("backend", one))
         self.put("listeners.json", echo)
-        self.put("routes.yaml", routes("backend"))
+        self.put("routes.yaml", routes("backend", CORS_OF_ROUTE))
         self.start_control()
         self.until("a cold start", self.is_served_by("one"))
         self.until("all is taken", self.all_synced)
         self.put("endpoints.yaml", endpoints("backend", two))
         self.until("endpoints change", self.is_served_by("two"))
-        self.put("more.yaml", cluster("more"), endpoints("more", one))
-        self.put("routes.yaml", routes("more"))
+        self.put("more.yaml", cluster("more"), endpoints("more", one, one))
+        self.put("routes.yaml", routes("more", CORS_OF_ROUTE))
         self.until("routes lead to another cluster", self.is_served_by("one"))
-        self.put("routes.yaml", routes("backend"))
+        self.put("routes.yaml", routes("backend", CORS_OF_ROUTE))
         self.until("and back", self.is_served_by("two"))
         (self.directory / "listeners.json").unlink()
-        self.until("the listener is removed", self.is_served_by(grpc.StatusCode.UNAVAILABLE))
+        self.until("the listener is removed", lambda: all(self.who() == grpc.StatusCode.UNAVAILABLE for _ in range(5)))
         self.put("listeners.json", echo)
         self.until("it is there again", self.is_served_by("two"))
         self.refuse()

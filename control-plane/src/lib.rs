@@ -14,7 +14,6 @@ pub mod diff;
 pub mod figures;
 pub mod foreign;
 mod grpc;
-
 pub mod identity;
 pub mod issued;
 pub mod lrs;

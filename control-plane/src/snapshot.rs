@@ -8,7 +8,7 @@ use outrigger_xds::{
 use prost_types::Any;
 use std::{
     collections::BTreeMap,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, OnceLock},
 };
 use xxhash_rust::xxh3::Xxh3;
 
@@ -18,7 +18,7 @@ pub type ByName = BTreeMap<String, Arc<Resource>>;
 static NONE: LazyLock<Arc<ByName>> = LazyLock::new(Arc::default);
 
 /// A resource as it is sent.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Resource {
     /// Its name.
     pub name: String,
@@ -28,6 +28,26 @@ pub struct Resource {
     pub any: Any,
     /// Of a cluster whose endpoints come over the same stream: their name.
     pub endpoints: Option<String>,
+    /// As clients of gRPC are told of it; once one has asked.
+    pub(crate) grpc: OnceLock<ForGrpc>,
+}
+
+/// What clients of gRPC are told of a resource.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum ForGrpc {
+    /// It, as it is.
+    AsItIs,
+    /// This in its place.
+    Other(Arc<Resource>),
+    /// Nothing.
+    Nothing,
+}
+
+impl Resource {
+    /// What clients of gRPC are told of it; made once, however long it is served.
+    pub(crate) fn for_grpc(&self, make: impl FnOnce() -> ForGrpc) -> &ForGrpc {
+        self.grpc.get_or_init(make)
+    }
 }
 
 impl From<&Written> for Resource {
@@ -37,6 +57,7 @@ impl From<&Written> for Resource {
             version: written::version(&written.any),
             any: written.any.clone(),
             endpoints: endpoints(&written.meaning),
+            ..Self::default()
         }
     }
 }
@@ -98,6 +119,13 @@ impl Snapshot {
         kinds.all(|kind| Arc::ptr_eq(self.of(kind), other.of(kind)))
     }
 
+    /// Whether they are the same, resource by resource.
+    #[must_use]
+    pub fn is_as(&self, other: &Self) -> bool {
+        let mut kinds = Kind::ALL.into_iter();
+        kinds.all(|kind| is_same(self.of(kind), other.of(kind)))
+    }
+
     /// Of all that it has.
     #[must_use]
     pub fn version(&self) -> String {
@@ -135,8 +163,7 @@ mod tests {
         Arc::new(Resource {
             name: name.into(),
             version: version.into(),
-            any: Any::default(),
-            endpoints: None,
+            ..Resource::default()
         })
     }
 

@@ -359,6 +359,7 @@ mod tests {
                 version: "1".into(),
                 any,
                 endpoints: None,
+                ..Resource::default()
             };
             snapshot.insert(kind, Arc::new(resource));
             let node = Node {

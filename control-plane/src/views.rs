@@ -44,17 +44,10 @@ impl Published {
     #[must_use]
     pub fn snapshot(&self, client: &Client) -> &Snapshot {
         let view = self.view(&client.node.id);
-        if client.is_grpc() {
-            return view.grpc.get_or_init(|| grpc::snapshot(&view.others));
-        }
-        self.basis(client)
-    }
-
-    /// What that is made of.
-    fn basis(&self, client: &Client) -> &Snapshot {
-        let view = self.view(&client.node.id);
         if client.is_ours() {
             &view.ours
+        } else if client.is_grpc() {
+            view.grpc.get_or_init(|| grpc::snapshot(&view.others))
         } else {
             &view.others
         }
@@ -92,9 +85,13 @@ impl Served {
     /// Whether what is tried is anything else for a client than what is live.
     #[must_use]
     pub fn concerns(&self, client: &Client) -> bool {
-        let live = self.live.published.basis(client);
+        let live = self.live.published.snapshot(client);
         let trial = self.trial.as_ref();
-        trial.is_some_and(|(trial, _)| !trial.published.basis(client).shares_all(live))
+        trial.is_some_and(|(trial, _)| {
+            let trial = trial.published.snapshot(client);
+            let is_same = trial.shares_all(live) || client.is_grpc() && trial.is_as(live);
+            !is_same
+        })
     }
 
     /// Whether everybody is sent the same of both.
@@ -160,6 +157,12 @@ impl View {
     fn share(&mut self, last: &Self) {
         self.ours.share(&last.ours);
         self.others.share(&last.others);
+        // Made here, and not when somebody waits for it, where there are such clients.
+        if let Some(before) = last.grpc.get() {
+            let mut grpc = grpc::snapshot(&self.others);
+            grpc.share(before);
+            self.grpc = OnceLock::from(grpc);
+        }
     }
 }
 

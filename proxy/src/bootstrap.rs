@@ -157,7 +157,7 @@ fn driven(
     let target = if secured {
         Target::Cluster {
             name: CONTROL_PLANE.into(),
-            authority: server.host,
+            authority: server.to_string(),
             message_bytes_max: None,
         }
     } else {
@@ -205,9 +205,14 @@ fn control_plane_cluster(options: &Options, address: &Address) -> Cluster {
                 pattern: NamePattern::Regex(CONTROL_PLANE_ID.into()),
             });
         }
+        let is_name = address.host.parse::<std::net::IpAddr>().is_err();
         UpstreamTls {
             common,
-            sni: String::new(),
+            sni: if is_name {
+                address.host.clone()
+            } else {
+                String::new()
+            },
         }
     });
     Cluster {

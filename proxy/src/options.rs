@@ -266,16 +266,25 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
     };
     let mut errors = Vec::new();
     let server = match text.strip_prefix("cluster:") {
-        Some(name) if options.control_plane.is_none() => Ok(Registry::Cluster(name.to_owned())),
+        Some(name) if options.control_plane.is_none() => Ok(Registry::Cluster {
+            name: name.to_owned(),
+            authority: String::new(),
+        }),
         _ if options.control_plane.is_some() => {
             control_plane(options, text).map(|(at, secured)| {
                 if secured {
-                    Registry::Cluster(CONTROL_PLANE.to_owned())
+                    Registry::Cluster {
+                        name: CONTROL_PLANE.to_owned(),
+                        authority: at.to_string(),
+                    }
                 } else {
                     Registry::Address(at)
                 }
             })
         }
+        _ if text.starts_with("https://") => Err(format!(
+            "{flag} {text}: for TLS, name a cluster of the bootstrap that has it, cluster:NAME"
+        )),
         _ => url(text, flag).map(Registry::Address),
     };
     let server = server.map_err(|error| errors.push(error)).ok();
@@ -316,6 +325,11 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
 pub fn control_plane(options: &Options, text: &str) -> Result<(Address, bool), String> {
     const FLAG: &str = "--control-plane";
     let Some(rest) = text.strip_prefix("https://") else {
+        if !text.starts_with("http://") {
+            return Err(format!(
+                "{FLAG} {text}: must begin with http:// or https://"
+            ));
+        }
         return Ok((url(text, FLAG)?, false));
     };
     if options.peer_tls_cert.is_none() {
@@ -470,7 +484,8 @@ mod tests {
             ),
             ("--register http://cp --label gpu", "--label gpu"),
             ("--control-plane https://cp:1", "needs --peer-tls-cert"),
-            ("--control-plane cluster:cp", "must begin with http://"),
+            ("--control-plane cluster:cp", "http:// or https://"),
+            ("--register https://cp:1", "cluster:NAME"),
             (
                 "--control-plane http://cp --peer http://b",
                 "cannot be used",
@@ -489,11 +504,17 @@ mod tests {
         let peers = "--peer-tls-cert c --peer-tls-key k --peer-tls-ca a";
         assert_eq!(
             server(&format!("--control-plane https://cp:1 {peers}")),
-            Registry::Cluster(CONTROL_PLANE.into())
+            Registry::Cluster {
+                name: CONTROL_PLANE.into(),
+                authority: "cp:1".into()
+            }
         );
         assert_eq!(
             server("-c file --register cluster:xds"),
-            Registry::Cluster("xds".into())
+            Registry::Cluster {
+                name: "xds".into(),
+                authority: String::new()
+            }
         );
     }
 

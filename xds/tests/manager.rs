@@ -194,7 +194,10 @@ fn a_cluster_may_speak_what_its_clients_do_and_close_what_is_idle() {
     };
     let read = bootstrap(&text("300s"), Syntax::Yaml).unwrap();
     let cluster = &read.clusters[0];
-    assert_eq!(cluster.protocol, UpstreamProtocol::Downstream);
+    assert_eq!(
+        cluster.protocol,
+        UpstreamProtocol::Downstream { http2: true }
+    );
     assert_eq!(
         cluster.connection.idle_limit(),
         Some(Duration::from_secs(300))

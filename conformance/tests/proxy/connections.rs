@@ -61,7 +61,8 @@ async fn the_same_holds_over_http2() {
 
 #[tokio::test]
 async fn what_the_client_speaks_goes_on() {
-    let downstream = |cluster: &mut Cluster| cluster.protocol = UpstreamProtocol::Downstream;
+    let downstream =
+        |cluster: &mut Cluster| cluster.protocol = UpstreamProtocol::Downstream { http2: true };
     let (http1, http2) = (Upstream::named("a").await, EchoH2::start().await);
     for (server, version) in [(http1.address, Version::H1), (http2.address, Version::H2)] {
         let proxy = proxy(server, downstream);
@@ -77,13 +78,13 @@ async fn what_the_client_speaks_goes_on() {
 async fn a_connection_without_a_request_is_closed_in_time() {
     let server = Upstream::named("a").await;
     let proxy = proxy(server.address, |cluster| {
-        cluster.connection.idle_timeout = Some(Duration::from_millis(200));
+        cluster.connection.idle_timeout = Some(Duration::from_secs(2));
     });
     for _ in 0..2 {
         assert_eq!(Client::get(proxy.outbound(), "/").await.status, 200);
     }
     assert_eq!(server.connections(), 1, "used again at once");
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_millis(2_300)).await;
     assert_eq!(Client::get(proxy.outbound(), "/").await.status, 200);
     assert_eq!(server.connections(), 2);
     let closed = "envoy_cluster_upstream_cx_idle_timeout";

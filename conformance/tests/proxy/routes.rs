@@ -734,6 +734,7 @@ async fn grpc_has_the_time_that_its_client_asks_for_within_the_routes() {
         assert!(took.as_millis() >= least_ms, "{asked}: {took:?}");
         let told = sent(&a, "x-envoy-expected-rq-timeout-ms");
         assert_eq!(told, [least_ms.to_string()], "{asked}");
+        assert_eq!(sent(&a, "grpc-timeout"), [format!("{least_ms}m")]);
     }
 }
 

@@ -99,6 +99,7 @@ mod tests {
             version: version.into(),
             any: prost_types::Any::default(),
             endpoints: None,
+            ..Resource::default()
         })
     }
 

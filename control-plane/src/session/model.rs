@@ -37,6 +37,7 @@ fn snapshot(world: &BTreeMap<Kind, Versions>) -> Snapshot {
                 version: version.to_string(),
                 any: Any::default(),
                 endpoints: (*kind == Kind::Clusters).then(|| name.clone()),
+                ..Resource::default()
             };
             snapshot.insert(*kind, Arc::new(resource));
         }

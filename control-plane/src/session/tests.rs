@@ -17,6 +17,7 @@ fn snapshot(world: World<'_>) -> Snapshot {
             version: (*version).into(),
             any: Any::default(),
             endpoints: (*kind == Kind::Clusters).then(|| (*name).into()),
+            ..Resource::default()
         };
         snapshot.insert(*kind, Arc::new(resource));
     }
@@ -569,6 +570,7 @@ fn what_is_long_comes_in_pieces() {
             version: "1".into(),
             any,
             endpoints: None,
+            ..Resource::default()
         };
         all.insert(Endpoints, Arc::new(resource));
     }

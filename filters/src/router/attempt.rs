@@ -13,7 +13,9 @@ use crate::{
     endpoints::{ClusterView, Endpoint, Part, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
     filter::{AutoHost, Context, Ranked},
-    local_reply, openai,
+    local_reply,
+    matching::is_grpc,
+    openai,
     services::Services,
     sse,
     stored_responses::owner,
@@ -48,6 +50,9 @@ pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-paral
 pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-attempt-count");
 /// Milliseconds that this attempt may take.
+const GRPC_TIMEOUT_HEADER: HeaderName = HeaderName::from_static("grpc-timeout");
+/// A number in it has at most eight digits.
+const GRPC_TIMEOUT_MAX: u64 = 99_999_999;
 const EXPECTED_TIMEOUT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -253,10 +258,14 @@ impl<'a> Attempt<'a> {
         if context.route.attempts_to_upstream {
             headers.insert(ATTEMPT_COUNT_HEADER, HeaderValue::from(self.number));
         }
-        if context.route.tell_timeout
-            && let Some(limit) = self.expected_timeout(context)
-        {
-            headers.insert(EXPECTED_TIMEOUT_HEADER, limit);
+        if let Some(limit) = self.expected_timeout(context) {
+            if context.route.max_grpc_timeout.is_some() && is_grpc(headers) {
+                // Who may ask for no more time is told so.
+                headers.insert(GRPC_TIMEOUT_HEADER, grpc_timeout(limit));
+            }
+            if context.route.tell_timeout {
+                headers.insert(EXPECTED_TIMEOUT_HEADER, HeaderValue::from(limit));
+            }
         }
         if let Some(rank) = self.target.rank {
             // A client that names a rank means it; the prediction was then made for that one.
@@ -272,7 +281,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// For an upstream that gives up when nobody waits any more.
-    fn expected_timeout(&self, context: &Context) -> Option<HeaderValue> {
+    fn expected_timeout(&self, context: &Context) -> Option<u64> {
         let left = |total: Duration| match self.number {
             1 => total,
             _ => total.saturating_sub(context.complete_since().elapsed()),
@@ -281,7 +290,7 @@ impl<'a> Attempt<'a> {
         let per_try = Some(self.rules.per_try_timeout).filter(|limit| !limit.is_zero());
         let limit = [per_try, total].into_iter().flatten().min()?;
         let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        Some(HeaderValue::from(limit.max(1)))
+        Some(limit.max(1))
     }
 
     fn tell_peer(&self, headers: &mut HeaderMap, context: &Context) {
@@ -549,4 +558,14 @@ pub fn target(endpoint: Arc<Endpoint>) -> Ranked {
         cost: 0.0,
         hit_tokens: None,
     }
+}
+
+/// Milliseconds as gRPC writes them; seconds where they are too many.
+fn grpc_timeout(ms: u64) -> HeaderValue {
+    let text = if ms <= GRPC_TIMEOUT_MAX {
+        format!("{ms}m")
+    } else {
+        format!("{}S", (ms / 1000).min(GRPC_TIMEOUT_MAX))
+    };
+    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("1m"))
 }

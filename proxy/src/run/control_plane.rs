@@ -219,16 +219,21 @@ pub(super) fn at(address: &Address) -> Server {
 }
 
 /// The servers that a cluster has, secured as it says; none while it waits.
-pub(super) fn in_cluster(shared: &Shared, name: &str) -> Vec<Server> {
+pub(super) fn in_cluster(shared: &Shared, name: &str, authority: &str) -> Vec<Server> {
     let service = GrpcService {
         target: Target::Cluster {
             name: name.to_owned(),
-            authority: String::new(),
+            authority: authority.to_owned(),
             message_bytes_max: None,
         },
         initial_metadata: Vec::new(),
     };
-    of_cluster(shared, &service, (name, name), None)
+    let authority = if authority.is_empty() {
+        name
+    } else {
+        authority
+    };
+    of_cluster(shared, &service, (name, authority), None)
 }
 
 fn of_cluster(

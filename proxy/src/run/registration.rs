@@ -56,7 +56,12 @@ pub enum Registry {
     /// In plain text.
     Address(Address),
     /// An endpoint of a cluster of the bootstrap, secured as that says.
-    Cluster(String),
+    Cluster {
+        /// Its name.
+        name: String,
+        /// `:authority`; empty is the cluster's name.
+        authority: String,
+    },
 }
 
 impl Registry {
@@ -64,7 +69,7 @@ impl Registry {
     fn address<'a>(&'a self, written: &'a Bootstrap) -> Result<&'a Address, String> {
         match self {
             Self::Address(address) => Ok(address),
-            Self::Cluster(name) => {
+            Self::Cluster { name, .. } => {
                 let mut clusters = written.clusters.iter();
                 let cluster = clusters.find(|cluster| cluster.name == *name);
                 let endpoint = cluster.and_then(|it| it.load_assignment.endpoints.first());
@@ -79,7 +84,7 @@ impl Registry {
     fn servers(&self, shared: &Shared) -> Vec<Server> {
         match self {
             Self::Address(address) => vec![at(address)],
-            Self::Cluster(name) => in_cluster(shared, name),
+            Self::Cluster { name, authority } => in_cluster(shared, name, authority),
         }
     }
 }
@@ -112,7 +117,7 @@ pub(super) fn start(
     let registering = Registering {
         shared: shared.clone(),
         registry: registrar.server,
-        attempts: 0,
+        at: 0,
         node,
         states,
         lease: LEASE_GUESS,
@@ -268,8 +273,8 @@ fn are_told(engines: &BTreeMap<EngineId, engines::ConfiguredEngine>, states: &St
 struct Registering {
     shared: Arc<Shared>,
     registry: Registry,
-    /// So far; each goes to the next server.
-    attempts: usize,
+    /// Which server is asked: the one that gave a lease, or the next after one that did not.
+    at: usize,
     node: Node,
     states: watch::Receiver<States>,
     /// The last one that was given.
@@ -335,6 +340,8 @@ impl Registering {
             };
             if was_taken {
                 backoff = Backoff::new();
+            } else if !self.registry.servers(&self.shared).is_empty() {
+                self.at = self.at.wrapping_add(1);
             }
             count(match error {
                 RegistryError::Refused(_) => "refused",
@@ -350,21 +357,20 @@ impl Registering {
         }
     }
 
-    fn next_server(&mut self) -> Result<Server, RegistryError> {
+    fn server(&self) -> Result<Server, RegistryError> {
         let mut servers = self.registry.servers(&self.shared);
-        let next = self.attempts % servers.len().max(1);
-        self.attempts = self.attempts.wrapping_add(1);
         if servers.is_empty() {
             let none = "its cluster waits for something, or has no endpoint";
             return Err(RegistryError::Broken(none.into()));
         }
-        Ok(servers.swap_remove(next))
+        let at = self.at % servers.len();
+        Ok(servers.swap_remove(at))
     }
 
     /// Holds a lease until the process drains; the stream is what is left of it.
     async fn hold(&mut self, was_taken: &mut bool) -> Result<RegistryStream, RegistryError> {
         let drain = self.shared.drain.clone();
-        let server = self.next_server()?;
+        let server = self.server()?;
         let mut said = self.registration();
         let mut asked = Instant::now();
         let opening = async {
@@ -417,7 +423,7 @@ impl Registering {
         };
         let leaving = async {
             let mut stream = match stream {
-                None => open(&self.next_server()?, &leaving).await?,
+                None => open(&self.server()?, &leaving).await?,
                 Some(mut stream) => {
                     stream.say(&leaving).await?;
                     stream

@@ -5,7 +5,7 @@
 
 use super::{
     IDLE_CONNECTIONS_MAX, IDLE_MS_MAX,
-    connect::{OpenConnection, connect},
+    connect::{OpenConnection, connect, is_idle_too_long},
     h1_request::{Outgoing, SendError},
     h1_response::{self, RESPONSE_HEAD_BYTES_MAX},
     headers_within, is_spent,
@@ -115,7 +115,8 @@ impl Conn {
     async fn reuse(endpoint: &Endpoint) -> Option<Self> {
         loop {
             let mut conn = with_idle(endpoint, |idle| idle.get_mut(&endpoint.address)?.pop())?;
-            let fresh = conn.is_fresh(clock_ms());
+            let idle_ms = clock_ms().saturating_sub(conn.idle_since_ms);
+            let fresh = idle_ms < IDLE_MS_MAX && !is_idle_too_long(endpoint, idle_ms);
             // A task that has done its share for this turn is told that every socket waits, closed ones too.
             let asked = unconstrained(poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))));
             if fresh && asked.await {

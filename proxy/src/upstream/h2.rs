@@ -67,9 +67,14 @@ struct Usage {
 impl Usage {
     /// Nobody will miss it.
     fn is_over(&self) -> bool {
-        let idle_ms = clock_ms().saturating_sub(self.idle_since_ms.load(Relaxed));
-        self.endpoint.host.has(Host::RETIRED)
-            || self.streams.load(Relaxed) == 0 && is_idle_too_long(&self.endpoint, idle_ms)
+        self.endpoint.host.has(Host::RETIRED) || self.is_over_for(&self.endpoint)
+    }
+
+    /// Whether it is idle for longer than this endpoint's cluster lets one be.
+    fn is_over_for(&self, endpoint: &Endpoint) -> bool {
+        let is_idle = self.streams.load(Relaxed) == 0;
+        let since_ms = || self.idle_since_ms.load(Relaxed);
+        is_idle && is_idle_too_long(endpoint, clock_ms().saturating_sub(since_ms()))
     }
 }
 
@@ -128,7 +133,7 @@ impl Conn {
     fn reuse(endpoint: &Endpoint) -> Option<Self> {
         with_open(endpoint, |open| {
             let conns = open.get_mut(&endpoint.address)?;
-            conns.retain(|conn| !conn.sender.is_closed());
+            conns.retain(|conn| !conn.sender.is_closed() && !conn.usage.is_over_for(endpoint));
             if conns.is_empty() {
                 open.remove(&endpoint.address);
                 return None;

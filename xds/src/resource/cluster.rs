@@ -105,7 +105,10 @@ pub enum UpstreamProtocol {
     /// HTTP/2 by prior knowledge.
     Http2,
     /// What the client of the request speaks; HTTP/1.1 where there is none.
-    Downstream,
+    Downstream {
+        /// `http2_protocol_options` are there: it counts as one that speaks HTTP/2.
+        http2: bool,
+    },
 }
 
 impl UpstreamProtocol {
@@ -113,8 +116,8 @@ impl UpstreamProtocol {
     #[must_use]
     pub fn for_client(self, speaks_http2: bool) -> Self {
         match self {
-            Self::Downstream if speaks_http2 => Self::Http2,
-            Self::Downstream => Self::Http1,
+            Self::Downstream { .. } if speaks_http2 => Self::Http2,
+            Self::Downstream { .. } => Self::Http1,
             explicit => explicit,
         }
     }
@@ -255,7 +258,11 @@ fn health_check(
         problems.add("health_checks", "at most one is supported");
     }
     let asks_by_grpc = |check: &HealthCheck| matches!(check.checker, Checker::Grpc { .. });
-    if protocol != UpstreamProtocol::Http2 && checks.iter().any(asks_by_grpc) {
+    let speaks_http2 = matches!(
+        protocol,
+        UpstreamProtocol::Http2 | UpstreamProtocol::Downstream { http2: true }
+    );
+    if !speaks_http2 && checks.iter().any(asks_by_grpc) {
         // As in Envoy.
         problems.add(
             "health_checks[0].grpc_health_check",
@@ -404,9 +411,10 @@ fn spoken(options: http::HttpProtocolOptions) -> Result<UpstreamProtocol, Config
         Some(UseDownstreamProtocolConfig(config)) => {
             let mut problems = ConfigErrors::default();
             let place = "use_downstream_protocol_config.http2_protocol_options";
-            let http2 = config.http2_protocol_options;
-            http2.and_then(|options| problems.take(place, http2_options(&options)));
-            problems.finish(Some(UpstreamProtocol::Downstream))
+            let options = config.http2_protocol_options;
+            let http2 = options.is_some();
+            options.and_then(|options| problems.take(place, http2_options(&options)));
+            problems.finish(Some(UpstreamProtocol::Downstream { http2 }))
         }
         None => Err(ConfigErrors::one(
             "",
@@ -507,10 +515,10 @@ fn http_shown(protocol: UpstreamProtocol, idle_timeout: Option<Duration>) -> BTr
         UpstreamProtocol::Http2 => explicit(ProtocolConfig::Http2ProtocolOptions(
             core::Http2ProtocolOptions::default(),
         )),
-        UpstreamProtocol::Downstream => {
+        UpstreamProtocol::Downstream { http2 } => {
             UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
                 http_protocol_options: None,
-                http2_protocol_options: Some(core::Http2ProtocolOptions::default()),
+                http2_protocol_options: http2.then(core::Http2ProtocolOptions::default),
             })
         }
     };
