@@ -373,6 +373,8 @@ pub struct EndpointStats {
     pub connect_timeout: AtomicU64,
     /// Connections opened.
     pub connections: AtomicU64,
+    /// Of these, for HTTP/2.
+    pub connections_http2: AtomicU64,
     /// Connections open.
     pub connections_active: AtomicU64,
     /// Prompt tokens of requests in flight here whose first token has not come, less predicted hits.

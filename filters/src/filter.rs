@@ -91,6 +91,8 @@ pub struct RouteFacts {
     pub cluster: Arc<str>,
     /// From the whole request to the whole response; `None` is off.
     pub timeout: Option<Duration>,
+    /// `max_grpc_timeout`: what [`timeout`](Self::timeout) is for gRPC; zero is what its client says.
+    pub max_grpc_timeout: Option<Duration>,
     /// Between two reads, instead of the listener's; zero is off.
     pub idle_timeout: Option<Duration>,
     /// From the request's first byte to the response's last.

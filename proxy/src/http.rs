@@ -21,7 +21,7 @@ use crate::{
     head,
     headers::{self, Seen},
     metrics::HttpStats,
-    route::{BuiltRoute, Redirector, Target},
+    route::{BuiltRoute, Redirector, Target, grpc},
     snapshot::HttpConfig,
     tls::TlsFacts,
     trace,
@@ -353,7 +353,7 @@ impl Manager {
                 tell_original,
             } => {
                 let destination = choice.destination(&parts.headers);
-                context.route = destination.cluster.facts(&parts.headers);
+                context.route = grpc::limited(destination, &parts.headers);
                 if let Some(edits) = &destination.edits {
                     context.heads = Some(record.edits(edits, &context.route, &parts));
                 }

@@ -5,6 +5,7 @@ mod build;
 mod choice;
 mod domains;
 mod edits;
+pub mod grpc;
 mod matcher;
 mod rewrite;
 

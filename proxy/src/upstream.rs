@@ -16,7 +16,7 @@ mod queue;
 mod upgrade;
 
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use outrigger_filters::{
     body::{RequestBody, ResponseBody, Upload, UploadState},
     endpoints::{Endpoint, SendOptions, Upstream, clock_ms},
@@ -25,7 +25,8 @@ use outrigger_filters::{
 use outrigger_xds::resource::cluster::UpstreamProtocol;
 use std::{future::Future, pin::pin, sync::Arc, time::Duration};
 
-/// Idle pooled HTTP/1 connections are not reused after this long: uvicorn closes its own at 5 s.
+/// Idle pooled HTTP/1 connections are not reused after this long, whatever longer `idle_timeout` says: uvicorn closes its
+/// own at 5 s.
 pub const IDLE_MS_MAX: u64 = 4_000;
 /// Idle HTTP/1 connections kept per endpoint and worker.
 pub const IDLE_CONNECTIONS_MAX: usize = 1_024;
@@ -52,9 +53,10 @@ impl Upstream for Pools {
         if options.upgrade {
             return Box::pin(upgrade::send(endpoint, request, options));
         }
-        match endpoint.protocol {
-            UpstreamProtocol::Http1 => Box::pin(h1::send(endpoint, request, options)),
+        let speaks_http2 = request.version() == Version::HTTP_2;
+        match endpoint.protocol.for_client(speaks_http2) {
             UpstreamProtocol::Http2 => Box::pin(h2::send(endpoint, request, options)),
+            _ => Box::pin(h1::send(endpoint, request, options)),
         }
     }
 }

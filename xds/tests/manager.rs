@@ -181,6 +181,37 @@ fn the_old_form_of_http2_is_read_and_the_new_one_goes_before() {
     }
 }
 
+/// The form of istiod's clusters for ports without a protocol.
+#[test]
+fn a_cluster_may_speak_what_its_clients_do_and_close_what_is_idle() {
+    use outrigger_xds::resource::cluster::UpstreamProtocol;
+    let name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+    let text = |idle: &str| {
+        format!(
+            r#"static_resources: {{clusters: [{{name: c, load_assignment: {{cluster_name: c}}, typed_extension_protocol_options: {{"{name}": {{"@type": type.googleapis.com/{name},
+            common_http_protocol_options: {{idle_timeout: {idle}}}, use_downstream_protocol_config: {{http_protocol_options: {{}}, http2_protocol_options: {{}}}}}}}}}}]}}"#
+        )
+    };
+    let read = bootstrap(&text("300s"), Syntax::Yaml).unwrap();
+    let cluster = &read.clusters[0];
+    assert_eq!(cluster.protocol, UpstreamProtocol::Downstream);
+    assert_eq!(
+        cluster.connection.idle_limit(),
+        Some(Duration::from_secs(300))
+    );
+    let shown = bootstrap_to_json(&read);
+    assert_eq!(bootstrap_from_value(shown).unwrap(), read);
+    let never = bootstrap(&text("0s"), Syntax::Yaml).unwrap();
+    assert_eq!(never.clusters[0].connection.idle_limit(), None);
+    let refused = bootstrap(&text("-1s"), Syntax::Yaml).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("common_http_protocol_options.idle_timeout"),
+        "{refused}"
+    );
+}
+
 /// What only tells of traffic has no effect; its neighbours keep their places.
 #[test]
 fn extensions_that_only_tell_are_left_out() {

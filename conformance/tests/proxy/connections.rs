@@ -1,7 +1,11 @@
 //! What a cluster says of connections to its endpoints.
 
+use bytes::Bytes;
+use http::Method;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
 use outrigger_conformance::harness::{
-    Client, EchoH2, ProxyBuilder, TestProxy, Upstream, eventually,
+    Client, EchoH2, ProxyBuilder, TestProxy, Upstream, Version, eventually, request,
 };
 use outrigger_proxy::bootstrap::FLEET;
 use outrigger_xds::resource::cluster::{Cluster, TcpKeepalive, UpstreamProtocol};
@@ -53,6 +57,64 @@ async fn the_same_holds_over_http2() {
         (proxy.metric(opened, FLEET).await >= 3.0).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn what_the_client_speaks_goes_on() {
+    let downstream = |cluster: &mut Cluster| cluster.protocol = UpstreamProtocol::Downstream;
+    let (http1, http2) = (Upstream::named("a").await, EchoH2::start().await);
+    for (server, version) in [(http1.address, Version::H1), (http2.address, Version::H2)] {
+        let proxy = proxy(server, downstream);
+        let mut client = proxy.client(version).await;
+        for _ in 0..2 {
+            assert_eq!(client.post("/x", "{}").await.status, 200, "{version:?}");
+        }
+    }
+    assert_eq!((http1.connections(), http2.connections()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_connection_without_a_request_is_closed_in_time() {
+    let server = Upstream::named("a").await;
+    let proxy = proxy(server.address, |cluster| {
+        cluster.connection.idle_timeout = Some(Duration::from_millis(200));
+    });
+    for _ in 0..2 {
+        assert_eq!(Client::get(proxy.outbound(), "/").await.status, 200);
+    }
+    assert_eq!(server.connections(), 1, "used again at once");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(Client::get(proxy.outbound(), "/").await.status, 200);
+    assert_eq!(server.connections(), 2);
+    let closed = "envoy_cluster_upstream_cx_idle_timeout";
+    assert!(proxy.metric(closed, FLEET).await >= 1.0);
+}
+
+#[tokio::test]
+async fn over_http2_it_is_closed_once_its_last_stream_is_over() {
+    let server = EchoH2::start().await;
+    let proxy = proxy(server.address, |cluster| {
+        cluster.protocol = UpstreamProtocol::Http2;
+        cluster.connection.idle_timeout = Some(Duration::from_millis(100));
+    });
+    let slow = futures_util::stream::unfold(0, |told| async move {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        (told < 5).then(|| (Ok(Frame::data(Bytes::from_static(b"more"))), told + 1))
+    });
+    let mut post = request(Method::POST, "/echo", "");
+    *post.body_mut() = StreamBody::new(slow).boxed_unsync();
+    let reply = proxy.client(Version::H2).await.send(post).await;
+    assert_eq!(reply.text(), "more".repeat(5), "a stream is no rest");
+    eventually("it is closed then", || async {
+        let active = proxy
+            .metric("envoy_cluster_upstream_cx_active", FLEET)
+            .await;
+        (active == 0.0).then_some(())
+    })
+    .await;
+    assert_eq!(server.connections(), 1);
+    let reply = proxy.client(Version::H2).await.post("/echo", "again").await;
+    assert_eq!((reply.text().as_str(), server.connections()), ("again", 2));
 }
 
 /// The timer of the connection from `from` to `to`, as Linux tells it: 02 is a keepalive.

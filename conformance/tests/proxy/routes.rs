@@ -714,6 +714,30 @@ async fn stalling() -> Upstream {
 }
 
 #[tokio::test]
+async fn grpc_has_the_time_that_its_client_asks_for_within_the_routes() {
+    let a = stalling().await;
+    let table =
+        table("- match: {prefix: /}\n  route: {cluster: a, timeout: 0s, max_grpc_timeout: 0.3s}\n");
+    let proxy = routed(&table, &[&a]);
+    for (asked, least_ms) in [("100m", 100), ("1H", 300)] {
+        let timeout = format!("grpc-timeout: {asked}");
+        let headers = ["content-type: application/grpc", timeout.as_str()];
+        let mut client = proxy.client(Version::H1).await;
+        let began = std::time::Instant::now();
+        let reply = get(&mut client, "/nothing", &headers).await;
+        // As Envoy tells gRPC of a 504.
+        assert_eq!(
+            (reply.status.as_u16(), reply.header("grpc-status")),
+            (200, "14")
+        );
+        let took = began.elapsed();
+        assert!(took.as_millis() >= least_ms, "{asked}: {took:?}");
+        let told = sent(&a, "x-envoy-expected-rq-timeout-ms");
+        assert_eq!(told, [least_ms.to_string()], "{asked}");
+    }
+}
+
+#[tokio::test]
 async fn idle_and_whole_streams_have_their_limits() {
     let a = stalling().await;
     let proxy = routed(

@@ -5,10 +5,7 @@ use outrigger_filters::{
     breakers::{Breaker, Breakers},
     endpoints::{ClusterView, Endpoint, Host},
 };
-use outrigger_xds::{
-    report::Health,
-    resource::{cluster::UpstreamProtocol, route_action::Priority},
-};
+use outrigger_xds::{report::Health, resource::route_action::Priority};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Endpoints by what health checks found.
@@ -46,10 +43,9 @@ impl Connections {
         let stats = &endpoint.stats;
         let opened = stats.connections.load(Relaxed);
         self.opened += opened;
-        match endpoint.protocol {
-            UpstreamProtocol::Http1 => self.http1 += opened,
-            UpstreamProtocol::Http2 => self.http2 += opened,
-        }
+        let http2 = stats.connections_http2.load(Relaxed);
+        self.http1 += opened.saturating_sub(http2);
+        self.http2 += http2;
         self.open += stats.connections_active.load(Relaxed);
         self.failed += stats.connect_fail.load(Relaxed);
         self.timed_out += stats.connect_timeout.load(Relaxed);

@@ -251,6 +251,7 @@ pub const ROWS: &[Row] = &[
     counter("envoy_cluster_upstream_rq_rx_reset", CLUSTER, "Requests reset by the upstream."),
     counter("envoy_cluster_upstream_rq_tx_reset", CLUSTER, "Requests reset by this proxy: their client went away, or they took too long."),
     counter("envoy_cluster_upstream_cx_total", CLUSTER, "Connections opened."),
+    counter("envoy_cluster_upstream_cx_idle_timeout", CLUSTER, "Connections closed because they were without a request for `idle_timeout`."),
     counter("envoy_cluster_upstream_cx_max_requests", CLUSTER, "Connections closed because they had served as many requests as they may."),
     counter("envoy_cluster_upstream_cx_connect_fail", CLUSTER, "Connections that could not be opened."),
     counter("envoy_cluster_upstream_cx_connect_timeout", CLUSTER, "Connections that could not be opened in time."),

@@ -198,6 +198,9 @@ impl Builder<'_> {
             timeout: action
                 .filter(|action| action.max_stream_duration.is_none())
                 .and_then(|action| route_timeout(action.timeout, self.openai)),
+            max_grpc_timeout: action
+                .filter(|action| action.max_stream_duration.is_none())
+                .and_then(|action| action.max_grpc_timeout),
             idle_timeout: action.and_then(|action| action.idle_timeout),
             max_stream_duration: action
                 .and_then(|action| action.max_stream_duration)

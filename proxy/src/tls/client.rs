@@ -163,8 +163,8 @@ impl Client {
         };
         let config = match protocol {
             None => &built.raw,
-            Some(UpstreamProtocol::Http1) => &built.http1,
             Some(UpstreamProtocol::Http2) => &built.http2,
+            Some(UpstreamProtocol::Http1 | UpstreamProtocol::Downstream) => &built.http1,
         };
         let connector = TlsConnector::from(config.clone());
         let stream = connector.connect(self.name.clone(), socket).await?;

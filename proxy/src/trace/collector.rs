@@ -86,7 +86,7 @@ impl Collector {
     fn protocol(&self, endpoint: &Endpoint) -> UpstreamProtocol {
         match self.config.transport {
             Transport::Grpc { .. } => UpstreamProtocol::Http2,
-            Transport::Http { .. } => endpoint.protocol,
+            Transport::Http { .. } => endpoint.protocol.for_client(false),
         }
     }
 

@@ -30,10 +30,11 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 /// Opens a connection; failures are counted at the endpoint.
 pub(super) async fn connect(
     endpoint: &Arc<Endpoint>,
+    protocol: UpstreamProtocol,
     limit: Duration,
     slot: Slot,
 ) -> Result<(Stream, OpenConnection), Error> {
-    connect_for(endpoint, Some(endpoint.protocol), limit, slot).await
+    connect_for(endpoint, Some(protocol), limit, slot).await
 }
 
 /// The same for HTTP/1.1 on a connection of its own, whatever else is spoken there.
@@ -72,6 +73,9 @@ async fn connect_for(
     match opened {
         Ok(Ok(socket)) => {
             stats.connections.fetch_add(1, Relaxed);
+            if protocol == Some(UpstreamProtocol::Http2) {
+                stats.connections_http2.fetch_add(1, Relaxed);
+            }
             stats.connections_active.fetch_add(1, Relaxed);
             let endpoint = endpoint.clone();
             let counted = OpenConnection {
@@ -245,6 +249,24 @@ fn of_system(options: &TcpKeepalive) -> socket2::TcpKeepalive {
 pub(crate) struct OpenConnection {
     endpoint: Arc<Endpoint>,
     _slot: Slot,
+}
+
+impl OpenConnection {
+    /// Whether one that is without a request for so long must be closed; counted when it must.
+    pub(super) fn is_idle_too_long(&self, idle_ms: u64) -> bool {
+        is_idle_too_long(&self.endpoint, idle_ms)
+    }
+}
+
+/// The same of a connection to that endpoint.
+pub(super) fn is_idle_too_long(endpoint: &Endpoint, idle_ms: u64) -> bool {
+    let limit = endpoint.connection.idle_limit();
+    let too_long = limit.is_some_and(|limit| Duration::from_millis(idle_ms) >= limit);
+    if too_long {
+        metrics::counter!("envoy_cluster_upstream_cx_idle_timeout", "envoy_cluster_name" => endpoint.cluster.to_string())
+            .increment(1);
+    }
+    too_long
 }
 
 impl Drop for OpenConnection {

@@ -25,7 +25,7 @@ use outrigger_filters::{
     endpoints::{Endpoint, SendOptions, clock_ms},
     error::{Error, Flag, Retry},
 };
-use outrigger_xds::resource::endpoint::Address;
+use outrigger_xds::resource::{cluster::UpstreamProtocol, endpoint::Address};
 use std::{
     cell::RefCell,
     future::{Future, poll_fn},
@@ -46,7 +46,7 @@ const STALE_MS_MAX: u64 = 100;
 /// A connection with nothing running on it, or the one an exchange runs on.
 struct Conn {
     socket: tls::Stream,
-    _open: OpenConnection,
+    open: OpenConnection,
     idle_since_ms: u64,
     /// That it has served.
     requests: u32,
@@ -74,10 +74,11 @@ impl Conn {
         options: SendOptions,
         slot: Slot,
     ) -> Result<Self, Error> {
-        let (socket, open) = connect(endpoint, options.connect_timeout, slot).await?;
+        let spoken = UpstreamProtocol::Http1;
+        let (socket, open) = connect(endpoint, spoken, options.connect_timeout, slot).await?;
         Ok(Self {
             socket,
-            _open: open,
+            open,
             idle_since_ms: 0,
             requests: 0,
         })
@@ -96,6 +97,12 @@ impl Conn {
         }
     }
 
+    /// Whether it has been idle for no longer than it may.
+    fn is_fresh(&self, now_ms: u64) -> bool {
+        let idle_ms = now_ms.saturating_sub(self.idle_since_ms);
+        idle_ms < IDLE_MS_MAX && !self.open.is_idle_too_long(idle_ms)
+    }
+
     /// Whether its peer has neither closed it nor said anything unasked.
     fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
         let mut byte = [0];
@@ -108,7 +115,7 @@ impl Conn {
     async fn reuse(endpoint: &Endpoint) -> Option<Self> {
         loop {
             let mut conn = with_idle(endpoint, |idle| idle.get_mut(&endpoint.address)?.pop())?;
-            let fresh = clock_ms().saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX;
+            let fresh = conn.is_fresh(clock_ms());
             // A task that has done its share for this turn is told that every socket waits, closed ones too.
             let asked = unconstrained(poll_fn(|cx| Poll::Ready(conn.poll_usable(cx))));
             if fresh && asked.await {
@@ -143,7 +150,7 @@ pub(super) fn close_idle() {
     let now = clock_ms();
     let sweep = |idle: &mut Idle| {
         idle.retain(|_, conns| {
-            conns.retain(|conn| now.saturating_sub(conn.idle_since_ms) < IDLE_MS_MAX);
+            conns.retain(|conn| conn.is_fresh(now));
             !conns.is_empty()
         });
     };

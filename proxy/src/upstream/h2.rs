@@ -2,7 +2,7 @@
 
 use super::{
     H2_STREAMS_MAX,
-    connect::connect,
+    connect::{connect, is_idle_too_long},
     h2_error::{classify, classify_body},
     headers_within, is_spent,
     queue::{self, Queue, Slot},
@@ -19,17 +19,17 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use outrigger_filters::{
     body::{BodyError, RequestBody, ResponseBody, UploadState},
-    endpoints::{Endpoint, Host, SendOptions},
+    endpoints::{Endpoint, Host, SendOptions, clock_ms},
     error::{Error, Flag, Retry},
 };
-use outrigger_xds::resource::endpoint::Address;
+use outrigger_xds::resource::{cluster::UpstreamProtocol, endpoint::Address};
 use std::{
     cell::RefCell,
     future::{Future, poll_fn},
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll},
     time::Duration,
@@ -48,13 +48,29 @@ const MERGE_BYTES_MAX: usize = 32 * 1024;
 #[derive(Clone)]
 struct Conn {
     sender: SendRequest<RequestBody>,
-    streams: Arc<AtomicUsize>,
+    usage: Arc<Usage>,
+}
+
+/// How a connection is used.
+struct Usage {
+    streams: AtomicUsize,
     /// Ever.
-    requests: Arc<AtomicU32>,
-    /// As many as the peer takes.
+    requests: AtomicU32,
+    /// As many streams as the peer takes.
     streams_allowed: Arc<AtomicUsize>,
+    /// When the last stream ended, on [`clock_ms`]'s clock.
+    idle_since_ms: AtomicU64,
     /// Whom it leads to.
-    host: Arc<Host>,
+    endpoint: Arc<Endpoint>,
+}
+
+impl Usage {
+    /// Nobody will miss it.
+    fn is_over(&self) -> bool {
+        let idle_ms = clock_ms().saturating_sub(self.idle_since_ms.load(Relaxed));
+        self.endpoint.host.has(Host::RETIRED)
+            || self.streams.load(Relaxed) == 0 && is_idle_too_long(&self.endpoint, idle_ms)
+    }
 }
 
 type Open = AHashMap<Address, Vec<Conn>>;
@@ -72,11 +88,12 @@ fn with_open<T>(endpoint: &Endpoint, use_it: impl FnOnce(&mut Open) -> T) -> T {
     }
 }
 
-/// Forgets connections of this thread that have ended, and leaves those to endpoints that nobody uses any more.
+/// Forgets connections of this thread that have ended, and leaves those that are idle for too long, or lead to endpoints
+/// that nobody uses any more.
 pub(super) fn close_idle() {
     let sweep = |open: &mut Open| {
         open.retain(|_, conns| {
-            conns.retain(|conn| !conn.sender.is_closed() && !conn.host.has(Host::RETIRED));
+            conns.retain(|conn| !conn.sender.is_closed() && !conn.usage.is_over());
             !conns.is_empty()
         });
     };
@@ -92,14 +109,15 @@ pub(super) fn close_idle() {
 impl Conn {
     /// As many as we like to have on one connection, or as few as the peer takes.
     fn streams_max(&self) -> usize {
-        self.streams_allowed.load(Relaxed).clamp(1, H2_STREAMS_MAX)
+        let allowed = self.usage.streams_allowed.load(Relaxed);
+        allowed.clamp(1, H2_STREAMS_MAX)
     }
 
     /// Takes no more streams; it ends with those that it has.
     fn retire(&self, endpoint: &Endpoint) {
         with_open(endpoint, |open| {
             if let Some(conns) = open.get_mut(&endpoint.address) {
-                conns.retain(|conn| !Arc::ptr_eq(&conn.streams, &self.streams));
+                conns.retain(|conn| !Arc::ptr_eq(&conn.usage, &self.usage));
                 if conns.is_empty() {
                     open.remove(&endpoint.address);
                 }
@@ -117,7 +135,7 @@ impl Conn {
             }
             conns
                 .iter()
-                .find(|conn| conn.streams.load(Relaxed) < conn.streams_max())
+                .find(|conn| conn.usage.streams.load(Relaxed) < conn.streams_max())
                 .cloned()
         })
     }
@@ -140,7 +158,8 @@ impl Conn {
         options: SendOptions,
         slot: Slot,
     ) -> Result<Self, Error> {
-        let (socket, counted) = connect(endpoint, options.connect_timeout, slot).await?;
+        let spoken = UpstreamProtocol::Http2;
+        let (socket, counted) = connect(endpoint, spoken, options.connect_timeout, slot).await?;
         let handshake = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -167,10 +186,13 @@ impl Conn {
         });
         let conn = Self {
             sender,
-            streams: Arc::default(),
-            requests: Arc::default(),
-            streams_allowed,
-            host: endpoint.host.clone(),
+            usage: Arc::new(Usage {
+                streams: AtomicUsize::new(0),
+                requests: AtomicU32::new(0),
+                streams_allowed,
+                idle_since_ms: AtomicU64::new(clock_ms()),
+                endpoint: endpoint.clone(),
+            }),
         };
         with_open(endpoint, |open| {
             open.entry(endpoint.address.clone())
@@ -201,11 +223,11 @@ pub(super) async fn send(
         // Boxed, as it is rare.
         None => Box::pin(Conn::queued(endpoint, options)).await?,
     };
-    let requests = conn.requests.fetch_add(1, Relaxed) + 1;
+    let requests = conn.usage.requests.fetch_add(1, Relaxed) + 1;
     if is_spent(endpoint, requests) {
         conn.retire(endpoint);
     }
-    let stream = Stream::new(conn.streams.clone(), endpoint);
+    let stream = Stream::new(conn.usage.clone());
     let body = request.body_mut().hand_over();
     let upload = body.upload();
     let answer = conn.sender.try_send_request(copy(endpoint, request, body));
@@ -275,25 +297,20 @@ fn copy(
 }
 
 /// Counts one stream of a connection until dropped.
-struct Stream {
-    streams: Arc<AtomicUsize>,
-    endpoint: Arc<Endpoint>,
-}
+struct Stream(Arc<Usage>);
 
 impl Stream {
-    fn new(streams: Arc<AtomicUsize>, endpoint: &Arc<Endpoint>) -> Self {
-        streams.fetch_add(1, Relaxed);
-        Self {
-            streams,
-            endpoint: endpoint.clone(),
-        }
+    fn new(usage: Arc<Usage>) -> Self {
+        usage.streams.fetch_add(1, Relaxed);
+        Self(usage)
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        self.streams.fetch_sub(1, Relaxed);
-        queue::freed(&self.endpoint);
+        self.0.idle_since_ms.store(clock_ms(), Relaxed);
+        self.0.streams.fetch_sub(1, Relaxed);
+        queue::freed(&self.0.endpoint);
     }
 }
 

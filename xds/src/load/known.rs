@@ -290,11 +290,15 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         &[
             "auto_config", "hash_policy", "header_validation_config", "http_filters",
             "outlier_detection", "request_mirror_policies", "retry_policy",
-            "upstream_http_protocol_options", "use_downstream_protocol_config",
+            "upstream_http_protocol_options",
         ],
     ),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",
+        &["http3_protocol_options"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
         &["http3_protocol_options"],
     ),
     ("envoy.type.matcher.v3.StringMatcher", &["custom"]),

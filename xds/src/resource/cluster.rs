@@ -96,7 +96,7 @@ impl Cluster {
     }
 }
 
-/// `explicit_http_config`.
+/// `explicit_http_config`, or `use_downstream_protocol_config`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum UpstreamProtocol {
     /// HTTP/1.1.
@@ -104,6 +104,20 @@ pub enum UpstreamProtocol {
     Http1,
     /// HTTP/2 by prior knowledge.
     Http2,
+    /// What the client of the request speaks; HTTP/1.1 where there is none.
+    Downstream,
+}
+
+impl UpstreamProtocol {
+    /// What a request is sent by, whose client speaks HTTP/2 or not.
+    #[must_use]
+    pub fn for_client(self, speaks_http2: bool) -> Self {
+        match self {
+            Self::Downstream if speaks_http2 => Self::Http2,
+            Self::Downstream => Self::Http1,
+            explicit => explicit,
+        }
+    }
 }
 
 impl TryFrom<wire::Cluster> for Cluster {
@@ -136,16 +150,17 @@ impl TryFrom<wire::Cluster> for Cluster {
         check_filters(&mut problems, &wire.filters);
         let place = "typed_extension_protocol_options";
         let typed = protocol(&wire.typed_extension_protocol_options);
-        let (typed, of_http) = problems.take(place, typed).unwrap_or_default();
+        let typed = problems.take(place, typed).unwrap_or_default();
         let old = wire.http2_protocol_options.and_then(|options| {
             let place = "http2_protocol_options";
             problems.take(place, http2_options(&options))
         });
-        let protocol = typed.or(old).unwrap_or_default();
+        let protocol = typed.protocol.or(old).unwrap_or_default();
         let given = connection::Given {
             options: wire.upstream_connection_options,
             bind: wire.upstream_bind_config,
-            max_requests: of_http.or(wire.max_requests_per_connection),
+            max_requests: typed.max_requests.or(wire.max_requests_per_connection),
+            idle_timeout: typed.idle_timeout,
         };
         let connection = connection::read(&mut problems, given);
         let health_check = health_check(&mut problems, wire.health_checks, protocol);
@@ -329,13 +344,18 @@ fn check_addresses(
     }
 }
 
-/// The one extension whose options we know: how HTTP is spoken, and how often on one connection.
-fn protocol(
-    options: &BTreeMap<String, Any>,
-) -> Result<(Option<UpstreamProtocol>, Option<u32>), ConfigErrors> {
+/// What HttpProtocolOptions say.
+#[derive(Default)]
+struct OfHttp {
+    protocol: Option<UpstreamProtocol>,
+    max_requests: Option<u32>,
+    idle_timeout: Option<Duration>,
+}
+
+/// The one extension whose options we know: how HTTP is spoken, and how long on one connection.
+fn protocol(options: &BTreeMap<String, Any>) -> Result<OfHttp, ConfigErrors> {
     let mut problems = ConfigErrors::default();
-    let mut protocol = None;
-    let mut max_requests = None;
+    let mut all = OfHttp::default();
     for (name, any) in options {
         let place = format!("[\"{name}\"]");
         match problems.take(&place, unpack::<http::HttpProtocolOptions>(any)) {
@@ -343,37 +363,62 @@ fn protocol(
             Some(None) => problems.add(place, format!("not supported yet: {}", any.type_url)),
             Some(Some(mut options)) => {
                 if let Some(common) = options.common_http_protocol_options.take() {
-                    max_requests = common.max_requests_per_connection;
                     let place = format!("{place}.common_http_protocol_options");
-                    let underscores = common.headers_with_underscores_action != 0;
-                    for (name, is_set) in [
-                        ("idle_timeout", common.idle_timeout.is_some()),
-                        (
-                            "max_connection_duration",
-                            common.max_connection_duration.is_some(),
-                        ),
-                        ("max_stream_duration", common.max_stream_duration.is_some()),
-                        ("headers_with_underscores_action", underscores),
-                    ] {
-                        if is_set {
-                            problems.add(&place, format!("not supported yet: {name}"));
-                        }
-                    }
+                    check_common(&mut problems, &place, &common);
+                    all.max_requests = common.max_requests_per_connection;
+                    let place = format!("{place}.idle_timeout");
+                    let timeout = common.idle_timeout;
+                    all.idle_timeout =
+                        timeout.and_then(|timeout| problems.take(&place, duration(timeout)));
                 }
-                protocol = problems.take(&place, explicit(options)).or(protocol);
+                let spoken = spoken(options);
+                all.protocol = problems.take(&place, spoken).or(all.protocol);
             }
         }
     }
-    problems.finish(Some((protocol, max_requests)))
+    problems.finish(Some(all))
 }
 
-fn explicit(options: http::HttpProtocolOptions) -> Result<UpstreamProtocol, ConfigErrors> {
-    use http::http_protocol_options::{
-        UpstreamProtocolOptions::ExplicitHttpConfig, explicit_http_config::ProtocolConfig,
+fn check_common(problems: &mut ConfigErrors, place: &str, common: &core::HttpProtocolOptions) {
+    let underscores = common.headers_with_underscores_action != 0;
+    for (name, is_set) in [
+        (
+            "max_connection_duration",
+            common.max_connection_duration.is_some(),
+        ),
+        ("max_stream_duration", common.max_stream_duration.is_some()),
+        ("headers_with_underscores_action", underscores),
+    ] {
+        if is_set {
+            problems.add(place, format!("not supported yet: {name}"));
+        }
+    }
+}
+
+fn spoken(options: http::HttpProtocolOptions) -> Result<UpstreamProtocol, ConfigErrors> {
+    use http::http_protocol_options::UpstreamProtocolOptions::{
+        ExplicitHttpConfig, UseDownstreamProtocolConfig,
     };
-    let Some(ExplicitHttpConfig(config)) = options.upstream_protocol_options else {
-        return Err(ConfigErrors::one("", "required: explicit_http_config"));
-    };
+    match options.upstream_protocol_options {
+        Some(ExplicitHttpConfig(config)) => explicit(config),
+        Some(UseDownstreamProtocolConfig(config)) => {
+            let mut problems = ConfigErrors::default();
+            let place = "use_downstream_protocol_config.http2_protocol_options";
+            let http2 = config.http2_protocol_options;
+            http2.and_then(|options| problems.take(place, http2_options(&options)));
+            problems.finish(Some(UpstreamProtocol::Downstream))
+        }
+        None => Err(ConfigErrors::one(
+            "",
+            "required: explicit_http_config or use_downstream_protocol_config",
+        )),
+    }
+}
+
+fn explicit(
+    config: http::http_protocol_options::ExplicitHttpConfig,
+) -> Result<UpstreamProtocol, ConfigErrors> {
+    use http::http_protocol_options::explicit_http_config::ProtocolConfig;
     match config.protocol_config {
         Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
         Some(ProtocolConfig::Http2ProtocolOptions(options)) => {
@@ -406,13 +451,8 @@ impl From<&Cluster> for wire::Cluster {
             .map(|endpoint| &endpoint.address);
         let named = addresses.into_iter().any(Address::is_name);
         let discovery = discovery::show(&plain.discovery, named);
-        let options = match plain.protocol {
-            UpstreamProtocol::Http1 => BTreeMap::new(),
-            UpstreamProtocol::Http2 => {
-                [(http::HttpProtocolOptions::full_name(), pack(&http2()))].into()
-            }
-        };
         let connection = connection::show(&plain.connection);
+        let options = http_shown(plain.protocol, connection.idle_timeout);
         let shown = lb_shown::show(plain.lb_policy, &plain.balancing);
         let of_policy = discovery.original_dst.map(LbConfig::OriginalDstLbConfig);
         let is_written = !matches!(plain.discovery, Discovery::Eds | Discovery::OriginalDst(_));
@@ -446,18 +486,41 @@ impl From<&Cluster> for wire::Cluster {
     }
 }
 
-fn http2() -> http::HttpProtocolOptions {
+/// None where all is as it is without.
+fn http_shown(protocol: UpstreamProtocol, idle_timeout: Option<Duration>) -> BTreeMap<String, Any> {
     use http::http_protocol_options::{
-        ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config,
+        ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
+        explicit_http_config::ProtocolConfig,
     };
-    let options = explicit_http_config::ProtocolConfig::Http2ProtocolOptions(
-        core::Http2ProtocolOptions::default(),
-    );
-    let config = ExplicitHttpConfig {
-        protocol_config: Some(options),
-    };
-    http::HttpProtocolOptions {
-        common_http_protocol_options: None,
-        upstream_protocol_options: Some(UpstreamProtocolOptions::ExplicitHttpConfig(config)),
+    if protocol == UpstreamProtocol::Http1 && idle_timeout.is_none() {
+        return BTreeMap::new();
     }
+    let explicit = |config| {
+        UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+            protocol_config: Some(config),
+        })
+    };
+    let spoken = match protocol {
+        UpstreamProtocol::Http1 => explicit(ProtocolConfig::HttpProtocolOptions(
+            core::Http1ProtocolOptions::default(),
+        )),
+        UpstreamProtocol::Http2 => explicit(ProtocolConfig::Http2ProtocolOptions(
+            core::Http2ProtocolOptions::default(),
+        )),
+        UpstreamProtocol::Downstream => {
+            UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
+                http_protocol_options: None,
+                http2_protocol_options: Some(core::Http2ProtocolOptions::default()),
+            })
+        }
+    };
+    let common = idle_timeout.map(|idle_timeout| core::HttpProtocolOptions {
+        idle_timeout: Some(to_duration(idle_timeout)),
+        ..Default::default()
+    });
+    let options = http::HttpProtocolOptions {
+        common_http_protocol_options: common,
+        upstream_protocol_options: Some(spoken),
+    };
+    [(http::HttpProtocolOptions::full_name(), pack(&options))].into()
 }

@@ -18,6 +18,19 @@ pub struct ConnectionOptions {
     pub source: Option<SocketAddr>,
     /// `max_requests_per_connection`; none is no limit.
     pub max_requests: Option<u32>,
+    /// `common_http_protocol_options.idle_timeout`: one without a request is closed then; zero is never, none is an hour.
+    pub idle_timeout: Option<Duration>,
+}
+
+/// Envoy's where none is said.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+
+impl ConnectionOptions {
+    /// How long one may be without a request, if that has an end.
+    #[must_use]
+    pub fn idle_limit(&self) -> Option<Duration> {
+        Some(self.idle_timeout.unwrap_or(IDLE_TIMEOUT)).filter(|limit| !limit.is_zero())
+    }
 }
 
 /// When a connection is asked whether it is still there; what is not said is the system's.
@@ -37,6 +50,7 @@ pub(super) struct Given {
     pub(super) options: Option<wire::UpstreamConnectionOptions>,
     pub(super) bind: Option<core::BindConfig>,
     pub(super) max_requests: Option<u32>,
+    pub(super) idle_timeout: Option<Duration>,
 }
 
 /// Reads all of it.
@@ -56,6 +70,7 @@ pub(super) fn read(problems: &mut ConfigErrors, given: Given) -> ConnectionOptio
                 problems.take("upstream_bind_config.source_address", address(&source))
             }),
         max_requests: given.max_requests.filter(|max| *max > 0),
+        idle_timeout: given.idle_timeout,
     }
 }
 
@@ -98,5 +113,6 @@ pub(super) fn show(plain: &ConnectionOptions) -> Given {
         options,
         bind,
         max_requests: plain.max_requests,
+        idle_timeout: plain.idle_timeout,
     }
 }

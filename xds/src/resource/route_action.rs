@@ -36,6 +36,8 @@ pub struct RouteAction {
     pub timeout: Option<Duration>,
     /// `None` is unset, zero is off.
     pub idle_timeout: Option<Duration>,
+    /// Instead of `timeout`, for gRPC: no more than this of what `grpc-timeout` asks for; zero is no limit.
+    pub max_grpc_timeout: Option<Duration>,
     /// Who gets a copy.
     pub mirrors: Vec<MirrorPolicy>,
     /// From the first byte of the request to the last of the response; zero is off. `timeout` counts no more then.
@@ -237,7 +239,9 @@ impl TryFrom<wire::RouteAction> for RouteAction {
         let idle_timeout = wire
             .idle_timeout
             .and_then(|limit| problems.take("idle_timeout", duration(limit)));
-        check_grpc(&mut problems, "max_grpc_timeout", wire.max_grpc_timeout);
+        let max_grpc_timeout = wire
+            .max_grpc_timeout
+            .and_then(|limit| problems.take("max_grpc_timeout", duration(limit)));
         let max_stream_duration = stream_limit(&mut problems, wire.max_stream_duration);
         let retry_policy = wire
             .retry_policy
@@ -274,6 +278,7 @@ impl TryFrom<wire::RouteAction> for RouteAction {
             upgrades,
             timeout,
             idle_timeout,
+            max_grpc_timeout,
             max_stream_duration,
             retry_policy,
             prefix_rewrite,
@@ -290,19 +295,17 @@ fn stream_limit(
 ) -> Option<Duration> {
     let limits = wire?;
     let place = "max_stream_duration.grpc_timeout_header_max";
-    check_grpc(problems, place, limits.grpc_timeout_header_max);
+    if limits
+        .grpc_timeout_header_max
+        .is_some_and(|limit| limit != prost_types::Duration::default())
+    {
+        problems.add(place, "not supported yet: other than 0s");
+    }
     let limit = limits.max_stream_duration.and_then(|limit| {
         let place = "max_stream_duration.max_stream_duration";
         problems.take(place, duration(limit))
     });
     Some(limit.unwrap_or_default())
-}
-
-/// Nobody here shortens what `grpc-timeout` says, nor looks at it.
-fn check_grpc(problems: &mut ConfigErrors, place: &str, limit: Option<prost_types::Duration>) {
-    if limit.is_some_and(|limit| limit != prost_types::Duration::default()) {
-        problems.add(place, "not supported yet: other than 0s");
-    }
 }
 
 fn not_found(code: ClusterNotFoundResponseCode) -> ClusterNotFound {
@@ -473,7 +476,7 @@ impl From<&RouteAction> for wire::RouteAction {
             append_x_forwarded_host: plain.append_x_forwarded_host,
             timeout: plain.timeout.map(to_duration),
             idle_timeout: plain.idle_timeout.map(to_duration),
-            max_grpc_timeout: None,
+            max_grpc_timeout: plain.max_grpc_timeout.map(to_duration),
             request_mirror_policies: plain.mirrors.iter().map(Into::into).collect(),
             upgrade_configs: plain.upgrades.iter().map(Into::into).collect(),
             max_stream_duration: plain.max_stream_duration.map(|limit| {

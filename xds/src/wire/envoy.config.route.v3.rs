@@ -232,7 +232,7 @@ pub struct RouteAction {
     /// How long an exchange may take; timeout counts no more then.
     #[prost(message, optional, tag = "36")]
     pub max_stream_duration: ::core::option::Option<route_action::MaxStreamDuration>,
-    /// Old form of its grpc_timeout_header_max; only 0.
+    /// Most of what grpc-timeout may ask for, instead of timeout; 0 is no limit.
     #[prost(message, optional, tag = "23")]
     pub max_grpc_timeout: ::core::option::Option<::prost_types::Duration>,
     #[prost(oneof = "route_action::ClusterSpecifier", tags = "1, 2, 3")]

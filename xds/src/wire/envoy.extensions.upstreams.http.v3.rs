@@ -7,7 +7,7 @@ pub struct HttpProtocolOptions {
     pub common_http_protocol_options: ::core::option::Option<
         super::super::super::super::config::core::v3::HttpProtocolOptions,
     >,
-    #[prost(oneof = "http_protocol_options::UpstreamProtocolOptions", tags = "3")]
+    #[prost(oneof = "http_protocol_options::UpstreamProtocolOptions", tags = "3, 4")]
     pub upstream_protocol_options: ::core::option::Option<
         http_protocol_options::UpstreamProtocolOptions,
     >,
@@ -50,11 +50,40 @@ pub mod http_protocol_options {
                 .into()
         }
     }
+    /// The client's HTTP version.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct UseDownstreamHttpConfig {
+        /// HTTP/1.1.
+        #[prost(message, optional, tag = "1")]
+        pub http_protocol_options: ::core::option::Option<
+            super::super::super::super::super::config::core::v3::Http1ProtocolOptions,
+        >,
+        /// HTTP/2.
+        #[prost(message, optional, tag = "2")]
+        pub http2_protocol_options: ::core::option::Option<
+            super::super::super::super::super::config::core::v3::Http2ProtocolOptions,
+        >,
+    }
+    impl ::prost::Name for UseDownstreamHttpConfig {
+        const NAME: &'static str = "UseDownstreamHttpConfig";
+        const PACKAGE: &'static str = "envoy.extensions.upstreams.http.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig"
+                .into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig"
+                .into()
+        }
+    }
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum UpstreamProtocolOptions {
         /// One HTTP version, by prior knowledge.
         #[prost(message, tag = "3")]
         ExplicitHttpConfig(ExplicitHttpConfig),
+        /// The version that the client of a request speaks.
+        #[prost(message, tag = "4")]
+        UseDownstreamProtocolConfig(UseDownstreamHttpConfig),
     }
 }
 impl ::prost::Name for HttpProtocolOptions {

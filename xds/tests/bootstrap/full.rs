@@ -183,6 +183,7 @@ static_resources:
                   host_rewrite_header: x-host
                   append_x_forwarded_host: true
                   max_stream_duration: {max_stream_duration: 7s}
+                  max_grpc_timeout: 9s
                   request_mirror_policies: [{cluster: engines, runtime_fraction: {default_value: {numerator: 1}}, disable_shadow_host_suffix_append: true, trace_sampled: true}]
   clusters:
   - name: engines

@@ -109,6 +109,7 @@ fn full_mixed() -> Route {
             host_rewrite: Some(HostRewrite::Header("x-host".into())),
             append_x_forwarded_host: true,
             max_stream_duration: Some(Duration::from_secs(7)),
+            max_grpc_timeout: Some(Duration::from_secs(9)),
             mirrors: vec![MirrorPolicy {
                 cluster: "engines".into(),
                 runtime_fraction: Some(Fraction {
