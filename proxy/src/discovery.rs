@@ -6,6 +6,7 @@
 
 mod ads;
 mod build;
+mod channels;
 mod dump;
 mod files;
 pub mod kept;
@@ -17,6 +18,8 @@ mod tests;
 use crate::{access_log::Sinks, listener::Planned, tls::contexts::Contexts, trace::Exporters};
 pub use ads::{News, Turn};
 use build::Builder;
+pub use channels::Channel;
+use channels::Lines;
 use files::Files;
 use model::{Kind, Model, Subscription};
 use outrigger_filters::services::Services;
@@ -32,7 +35,6 @@ use outrigger_xds::{
         config_source::Origin,
         secret::{Secret, SecretConfig},
     },
-    subscription::Subscriptions,
 };
 use stats::Event;
 use std::{
@@ -66,8 +68,8 @@ pub struct Discovery {
     builder: Builder,
     model: Model,
     files: Files,
-    /// What the control plane is asked for; none where there is none.
-    ads: Option<Subscriptions>,
+    /// What control planes are asked for.
+    lines: Lines,
     contexts: Contexts,
     clusters: BTreeMap<String, Cluster>,
     /// Removed, until no request is left that was routed before.
@@ -119,7 +121,7 @@ impl Discovery {
             },
             model: Model::default(),
             files: Files::default(),
-            ads: None,
+            lines: Lines::default(),
             contexts: Contexts::default(),
             clusters: BTreeMap::new(),
             lingering: Vec::new(),
@@ -148,7 +150,7 @@ impl Discovery {
             return Err(errors);
         }
         if self.model.bootstrap.ads != before.ads {
-            self.change_control_plane();
+            self.open_lines();
         }
         self.since = SystemTime::now();
         (self.stale, self.renewable) = (true, true);
@@ -161,7 +163,7 @@ impl Discovery {
         for _ in 0..ROUNDS_MAX {
             if std::mem::take(&mut self.stale) {
                 self.model.subscribe(now);
-                self.ask_control_plane();
+                self.ask_control_planes();
             }
             let of_contexts = self.contexts.files();
             let mut paths = of_contexts.clone();
@@ -171,7 +173,7 @@ impl Discovery {
                     .keys()
                     .filter_map(|asked| match &asked.origin {
                         Origin::Path(path) => Some(path.clone()),
-                        Origin::Ads => None,
+                        Origin::Ads | Origin::Service(_) => None,
                     }),
             );
             let news = self.files.look(&paths);
@@ -234,8 +236,12 @@ impl Discovery {
     }
 
     fn count_all(&self, kind: Kind, origin: &Origin, event: Event) {
-        for asked in self.subscriptions(kind, origin) {
-            stats::count(&asked, &self.model.waits[&asked], event);
+        self.count_each(&self.subscriptions(kind, origin), event);
+    }
+
+    fn count_each(&self, asked: &[Subscription], event: Event) {
+        for asked in asked {
+            stats::count(asked, &self.model.waits[asked], event);
         }
     }
 
@@ -245,7 +251,7 @@ impl Discovery {
         // A control plane says what is gone.
         let all = match origin {
             Origin::Path(_) => Scope::Whole,
-            Origin::Ads => Scope::Named,
+            Origin::Ads | Origin::Service(_) => Scope::Named,
         };
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {
