@@ -43,7 +43,7 @@ struct Entry {
 
 /// What it has, by type and name.
 #[derive(Default)]
-struct World {
+pub(super) struct World {
     resources: BTreeMap<String, BTreeMap<String, Entry>>,
     version: u64,
     versions: BTreeMap<String, u64>,

@@ -67,7 +67,7 @@ impl Purpose {
     }
 
     /// Whether a resource of its origin comes by it.
-    pub(super) fn carries(&self, kind: Kind, name: &str) -> bool {
+    fn carries(&self, kind: Kind, name: &str) -> bool {
         match self {
             Self::Ads => true,
             Self::Service(own, _, one) => {
@@ -234,8 +234,8 @@ impl Lines {
     }
 
     /// So many found no room; what waits for them waits on.
-    fn refused(&mut self, count: u64) {
-        metrics::counter!("outrigger_config_streams_refused_total").increment(count);
+    fn lack(&mut self, count: usize) {
+        metrics::gauge!("outrigger_config_streams_missing").set(count as f64);
         if !std::mem::replace(&mut self.is_full, count > 0) && count > 0 {
             tracing::warn!(
                 count,
@@ -260,20 +260,21 @@ impl Discovery {
         self.lines
             .retain(|line| wanted.get(&line.purpose) == Some(&line.control_plane));
         wanted.retain(|purpose, _| !self.lines.has(purpose));
-        let mut refused = 0;
+        let mut missing = 0;
         for (purpose, control_plane) in wanted {
             if self.lines.has_room(&purpose) {
                 self.add_line(purpose, control_plane);
             } else {
-                refused += 1;
+                missing += 1;
             }
         }
-        self.lines.refused(refused);
+        self.lines.lack(missing);
     }
 
     fn add_line(&mut self, purpose: Purpose, control_plane: Arc<Ads>) {
         // As if it were from the disk: it is told the names, sends all of it anew, and says what is gone.
-        let known = self.model.good_of(&purpose);
+        let mut known = self.model.good_of(&purpose.origin());
+        known.retain(|(kind, name)| purpose.carries(*kind, name));
         let mut line = Line::new(purpose, control_plane);
         for (kind, name) in known {
             line.subscriptions.remember(kind, name, String::new());
@@ -324,5 +325,39 @@ impl Discovery {
             .filter(|asked| asked.kind == kind && purpose.brings(asked))
             .cloned()
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control_plane() -> Ads {
+        Ads {
+            protocol: outrigger_xds::subscription::Protocol::State,
+            servers: Vec::new(),
+            rate_limit: None,
+        }
+    }
+
+    #[test]
+    fn streams_of_single_types_are_bounded_and_that_of_all_is_not_among_them() {
+        let service = Service::new(control_plane());
+        let secret = |name: usize| {
+            let name = Some(name.to_string());
+            Purpose::Service(Kind::Secrets, service.clone(), name)
+        };
+        let line = |purpose| Line::new(purpose, service.control_plane().clone());
+        let mut lines = Lines::default();
+        for name in 0..SERVICE_STREAMS_MAX {
+            assert!(lines.has_room(&secret(name)), "{name}");
+            lines.add(line(secret(name)));
+        }
+        let one_more = secret(SERVICE_STREAMS_MAX);
+        assert!(!lines.has_room(&one_more));
+        assert!(lines.has_room(&Purpose::Ads));
+        lines.add(line(Purpose::Ads));
+        lines.retain(|line| line.purpose != secret(7));
+        assert!(lines.has_room(&one_more));
     }
 }

@@ -3,7 +3,6 @@
 //! It does no IO and knows no source: a resource is here because somebody brought it. A cluster waits for its endpoints
 //! and secrets, a listener for its routes and secrets, for as long as its source says.
 
-use super::channels::Purpose;
 use outrigger_xds::{
     accepted::Accepted,
     resource::{
@@ -182,30 +181,27 @@ impl Model {
         lds.as_ref().is_some_and(is_told) && cds.as_ref().is_some_and(is_told)
     }
 
-    /// All that is good of what a stream brings.
-    pub(super) fn good_of(&self, purpose: &Purpose) -> Vec<(Kind, String)> {
+    /// All that is good of what one source brought.
+    pub(super) fn good_of(&self, origin: &Origin) -> Vec<(Kind, String)> {
         fn good<R: PartialEq>(kind: Kind, known: Option<&Accepted<R>>) -> Vec<(Kind, String)> {
             let states = known.into_iter().flat_map(Accepted::states);
             let good = states.filter(|(_, state)| state.good.is_some());
             good.map(|(name, _)| (kind, name.to_owned())).collect()
         }
-        let origin = purpose.origin();
         let from = |source: &Option<ConfigSource>| {
             let source = source.as_ref();
-            source.is_some_and(|source| source.origin == origin)
+            source.is_some_and(|source| source.origin == *origin)
         };
         let clusters = from(&self.bootstrap.cds).then_some(&self.clusters);
         let listeners = from(&self.bootstrap.lds).then_some(&self.listeners);
-        let mut good = [
+        [
             good(Kind::Clusters, clusters),
-            good(Kind::Endpoints, self.assignments.get(&origin)),
+            good(Kind::Endpoints, self.assignments.get(origin)),
             good(Kind::Listeners, listeners),
-            good(Kind::Routes, self.tables.get(&origin)),
-            good(Kind::Secrets, self.secrets.get(&origin)),
+            good(Kind::Routes, self.tables.get(origin)),
+            good(Kind::Secrets, self.secrets.get(origin)),
         ]
-        .concat();
-        good.retain(|(kind, name)| purpose.carries(*kind, name));
-        good
+        .concat()
     }
 
     /// Whether all that a control plane has of a type came, or is waited for no longer.
