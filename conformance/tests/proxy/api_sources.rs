@@ -27,7 +27,7 @@ use std::{
 };
 
 /// `ConfigSource` of a service that a cluster leads to.
-fn by(protocol: Protocol, cluster: &str) -> Value {
+pub(super) fn by(protocol: Protocol, cluster: &str) -> Value {
     let api_type = match protocol {
         Protocol::State => "GRPC",
         Protocol::Delta => "DELTA_GRPC",
@@ -47,7 +47,7 @@ fn by(protocol: Protocol, cluster: &str) -> Value {
 }
 
 /// The cluster of a control plane.
-fn leads_to(name: &str, address: &Value) -> Value {
+pub(super) fn leads_to(name: &str, address: &Value) -> Value {
     let endpoint = json!({ "endpoint": { "address": address } });
     json!({
         "name": name,
@@ -61,7 +61,7 @@ fn edge(source: &Value) -> Value {
 }
 
 /// A listener that answers by itself, and whose certificate is a secret.
-fn secured(name: &str, certificate: &str, source: &Value) -> Value {
+pub(super) fn secured(name: &str, certificate: &str, source: &Value) -> Value {
     let secret = json!({ "name": certificate, "sds_config": source });
     let context = typed(
         "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
@@ -103,7 +103,7 @@ fn start(listeners: &[Value], clusters: &[Value], dynamic: &Value) -> TestProxy 
         .start()
 }
 
-async fn shows(client: &TlsClient, place: SocketAddr, pair: &Pair) {
+pub(super) async fn shows(client: &TlsClient, place: SocketAddr, pair: &Pair) {
     eventually("the certificate is shown", || async {
         let answer = client.get(place, "/x").await?;
         (answer.leaf == der(pair)).then_some(())
