@@ -146,7 +146,8 @@ async fn secrets_of_a_socket_are_never_kept_and_come_anew_without_the_control_pl
         let (own, next) = (ca.pair(&["proxy.test"]), ca.pair(&["proxy.test"]));
         let secrets = AdsServer::also_at(Some(path.clone()));
         secrets.put(&[secret("own", certificate(&own))]);
-        let mut control = AdsServer::start();
+        let one = Upstream::named("one").await;
+        let mut control = everything(one.address);
         control.put(&[secured("edge", "own", &by(protocol, "sds-grpc"))]);
         let sds = leads_to("sds-grpc", &json!({ "pipe": { "path": path } }));
         let api_type = match protocol {
