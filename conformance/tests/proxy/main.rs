@@ -9,6 +9,8 @@ mod ads;
 mod ads_cache;
 mod ads_failures;
 mod ads_server;
+mod ads_services;
+mod api_sources;
 mod balancing;
 mod breakers;
 mod canary;
