@@ -42,6 +42,7 @@ mod health;
 mod http_filters;
 mod limits;
 mod listeners;
+mod load_failures;
 mod load_reports;
 mod load_server;
 mod migration;
