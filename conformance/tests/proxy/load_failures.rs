@@ -26,6 +26,8 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const STREAM: &str = r#"{"model":"sim","prompt":"p","stream":true,"temperature":0,"max_tokens":60,"ignore_eos":true}"#;
 const SHORT: Duration = Duration::from_millis(100);
+/// Streams of which one meets a fault.
+const ASKED: u64 = 4;
 
 /// Never ends an answer, and begins only some.
 async fn stalling() -> Upstream {
@@ -138,8 +140,6 @@ async fn an_engine_that_a_stream_left_for_its_fault_has_failed() {
             ..Fault::new(kind)
         });
         let mut client = proxy.client(Version::H1).await;
-        // Of several one meets it.
-        const ASKED: u64 = 4;
         for _ in 0..ASKED {
             let reply = client.post("/v1/completions", STREAM).await;
             assert!(

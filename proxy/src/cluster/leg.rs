@@ -59,11 +59,16 @@ impl Leg {
     /// What a request that was left before its end has come to.
     fn left(&self) -> Ended {
         let is_error = self.status.is_some_and(|it| it.is_server_error());
-        if is_error || self.reported_failure || self.given_up.reason().is_some() {
+        if is_error || self.has_failed() {
             Ended::Failed
         } else {
             Ended::Cancelled
         }
+    }
+
+    /// Whether it is the engine's fault that the answer, whole or not, is worth nothing.
+    fn has_failed(&self) -> bool {
+        self.reported_failure || self.given_up.reason().is_some()
     }
 
     /// Tells the canary of the engine beside us.
@@ -173,7 +178,7 @@ impl Reservation for Leg {
             return;
         }
         let has_status = self.status.is_some_and(|it| !it.is_server_error());
-        let is_well = broken.is_none() && has_status && !self.reported_failure;
+        let is_well = broken.is_none() && has_status && !self.has_failed();
         self.ended = Some(if is_well {
             Ended::Succeeded
         } else {
