@@ -18,6 +18,7 @@ use outrigger_xds::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     sync::Arc,
     time::Instant,
 };
@@ -30,6 +31,8 @@ const SERVICE_STREAMS_MAX: usize = 256;
 pub struct Channel {
     /// Never used twice.
     pub id: u64,
+    /// What it is called in the log.
+    pub name: String,
     /// The type that it carries; none is all.
     pub kind: Option<Kind>,
     /// Where it leads.
@@ -90,6 +93,22 @@ impl Purpose {
             Self::Ads => None,
             Self::Service(kind, ..) => Some(*kind),
         }
+    }
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Service(kind, _, one) = self else {
+            return f.write_str("ads");
+        };
+        f.write_str(match kind {
+            Kind::Clusters => "cds",
+            Kind::Endpoints => "eds",
+            Kind::Listeners => "lds",
+            Kind::Routes => "rds",
+            Kind::Secrets => "sds",
+        })?;
+        one.iter().try_for_each(|one| write!(f, " '{one}'"))
     }
 }
 
@@ -317,6 +336,7 @@ impl Discovery {
         let each = self.lines.by_id.iter();
         each.map(|(id, line)| Channel {
             id: *id,
+            name: line.purpose.to_string(),
             kind: line.purpose.kind(),
             control_plane: line.control_plane.clone(),
         })

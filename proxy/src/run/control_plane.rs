@@ -141,7 +141,7 @@ async fn talk(shared: Arc<Shared>, channel: Channel) {
             was_answered = talk.was_answered;
             let (server, limit) = (&server.authority, backoff.limit);
             tracing::warn!(
-                server, kind = ?channel.kind, %error,
+                server, stream = channel.name, %error,
                 "no stream to the control plane; what is there stays in effect, the next attempt comes within {limit:?}"
             );
             broke(&shared, &channel).await;
@@ -166,7 +166,7 @@ async fn broke(shared: &Arc<Shared>, channel: &Channel) {
 async fn tell_alone(shared: &Arc<Shared>, channel: &Channel) {
     tracing::warn!(
         servers = %channel.control_plane,
-        kind = ?channel.kind,
+        stream = channel.name,
         "no control plane can be asked: a cluster of its servers is not there, waits for something, or has no endpoint"
     );
     broke(shared, channel).await;
@@ -335,10 +335,10 @@ impl Talk<'_> {
 
     fn connected(&mut self) {
         if !std::mem::replace(&mut self.is_connected, true) {
-            let kind = self.channel.kind;
+            let stream = &self.channel.name;
             tracing::info!(
                 server = self.server,
-                ?kind,
+                stream,
                 "connected to the control plane"
             );
         }
