@@ -4,6 +4,7 @@ use super::{
     PROGRAM, any_port,
     driven::{ads, cluster, endpoints, listener, put, routes_to, typed},
 };
+use futures_util::future::join_all;
 use http::Method;
 use outrigger_conformance::harness::{
     Client, ControlPlane, Process, Upstream, Version, driven_bootstrap, eventually, request,
@@ -20,10 +21,12 @@ use std::{
 const COMPLETIONS: &str = "/v1/completions";
 const STREAM: &str = r#"{"model":"m","prompt":"p","stream":true}"#;
 const TOKEN: &str = r#"{"id":"a","object":"text_completion","choices":[{"index":0,"text":"a"}]}"#;
-/// More than is needed to be judged.
-const REQUESTS: usize = 30;
-/// Reports come every 10 s.
-const JUDGED_WITHIN: Duration = Duration::from_secs(40);
+/// Clients at once, and requests of each: together more than is needed to be judged.
+const CLIENTS: usize = 10;
+const REQUESTS: usize = 25;
+/// Reports come every 10 s; times are judged when a step is over.
+const STEP_S: &str = "25";
+const JUDGED_WITHIN: Duration = Duration::from_secs(90);
 
 /// Streams a token after a pause, or fails.
 async fn engine(pause: Duration, is_well: bool) -> Upstream {
@@ -74,7 +77,7 @@ impl Fleet {
         put(&directory, "routes.yaml", &[routes_to("backend")]);
         let here = endpoints("backend", engine.address);
         put(&directory, "endpoints.yaml", &[here]);
-        let flags = ["--rollout", "50,100", "--rollout-step-s", "3600"];
+        let flags = ["--rollout", "50,100", "--rollout-step-s", STEP_S];
         let of = directory.to_str().unwrap();
         let control = ControlPlane::with_flags(PROGRAM, of, any_port(), &flags).await;
         let mut ids = ["n1", "n2"];
@@ -95,12 +98,15 @@ impl Fleet {
 
     async fn traffic(&self, proxy: usize) {
         let at = self.proxies[proxy].listener("edge").await;
-        let mut client = Client::connect(at, Version::H2).await;
-        for _ in 0..REQUESTS {
-            client
-                .send(request(Method::POST, COMPLETIONS, STREAM))
-                .await;
-        }
+        let clients = (0..CLIENTS).map(|_| async {
+            let mut client = Client::connect(at, Version::H2).await;
+            for _ in 0..REQUESTS {
+                client
+                    .send(request(Method::POST, COMPLETIONS, STREAM))
+                    .await;
+            }
+        });
+        join_all(clients).await;
     }
 
     async fn rollout(&self) -> Value {
@@ -137,7 +143,7 @@ impl Fleet {
         eventually("it is back", || async {
             let before = engine.exchanges().len();
             self.traffic(0).await;
-            (engine.exchanges().len() == before + REQUESTS).then_some(())
+            (engine.exchanges().len() == before + CLIENTS * REQUESTS).then_some(())
         })
         .await;
     }
