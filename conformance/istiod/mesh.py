@@ -11,7 +11,7 @@ ISTIOD = "v0.0.0-20260827124520-eed52ebb66ad"
 IDENTITY = f"spiffe://cluster.local/ns/{NAMESPACE}/sa/"
 
 # Parts of pilot-agent's bootstrap that are refused by name, and taken out: none of them changes what happens to a request here.
-LEFT_OUT = ("application_log_config", "cluster_manager", "overload_manager")
+LEFT_OUT = ("application_log_config", "overload_manager")
 COMPRESSOR = TYPE + "envoy.extensions.filters.http.compressor.v3.Compressor"
 
 
@@ -148,6 +148,9 @@ def bootstrap(golden, name, address, mode, ports):
     """pilot-agent's, with places that are free here, and without what is refused. Also what was taken out."""
     made = copy.deepcopy(golden)
     taken = [part for part in LEFT_OUT if made.pop(part, None) is not None]
+    # A log of outliers.
+    if made.get("cluster_manager", {}).pop("outlier_detection", None) is not None:
+        taken.append("cluster_manager.outlier_detection")
     made["node"] = {
         "id": f"sidecar~{address}~{name}.{NAMESPACE}~{NAMESPACE}.svc.cluster.local", "cluster": f"{name}.{NAMESPACE}",
         "metadata": {**golden["node"]["metadata"], "ISTIO_VERSION": ISTIO_VERSION, "NAMESPACE": NAMESPACE, "NAME": name,

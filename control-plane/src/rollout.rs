@@ -2,7 +2,7 @@
 //!
 //! Nodes are ordered by a hash of their ids, and a step takes the first so many per cent of those that are connected and that it concerns, one at least. So who has it keeps it while it
 //! spreads. What speaks against it: a node that has it refuses something that it did not refuse before, or requests fail that did not, and do not elsewhere,
-//! or streams wait longer for their first token.
+//! or streams wait longer for their first token, of all of a step.
 //! Silence does not speak for it: it waits for nodes that have it and have answered. Who was sent it and is gone may be so because of it, and has not answered either.
 
 pub mod seen;
@@ -20,8 +20,8 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 const REQUESTS_MIN: u64 = 20;
 /// More than so much higher the share of failures may be.
 const FAILURES_MORE: f64 = 0.05;
-/// First tokens of streams, on each of both sides, below which the time to them proves nothing.
-const FIRST_TOKENS_MIN: u64 = 20;
+/// First tokens of streams, on each of both sides, below which the time to them proves nothing: one slow stream in a few moves their mean far.
+const FIRST_TOKENS_MIN: u64 = 200;
 /// So many times as long the mean time to the first token may be.
 const TTFT_TIMES: f64 = 1.5;
 /// And so many milliseconds longer whatever it was.
@@ -312,11 +312,15 @@ impl Rollout {
         (self.evidence.nodes, self.evidence.gone) = (chosen.len(), gone);
         self.evidence.pending = pending + gone;
         self.count(nodes, told);
-        if let Some(why) = self.why_not() {
+        let elapsed = self.elapsed(now);
+        let why_not = self.why_not();
+        // Early on, a mean is of few streams, and crosses any limit for a moment.
+        let is_over = elapsed >= self.plan.step;
+        let slower = || is_over.then(|| self.makes_wait()).flatten();
+        if let Some(why) = why_not.or_else(slower) {
             self.evidence.waits_for.clear();
             return Verdict::GoBack(why);
         }
-        let elapsed = self.elapsed(now);
         let (verdict, waits_for) = match () {
             () if elapsed < self.plan.step => (Verdict::Wait, "the time of the step"),
             () if gone == 0 && !nodes.values().any(|seen| seen.is_concerned) => {
@@ -358,7 +362,7 @@ impl Rollout {
         (evidence.chosen, evidence.others, evidence.before) = (chosen, others, before);
     }
 
-    /// What speaks against it.
+    /// What speaks against it at any time.
     fn why_not(&self) -> Option<String> {
         let refused = self.evidence.refusals.first().map(|refusal| {
             let Refusal {
@@ -368,9 +372,7 @@ impl Rollout {
             } = refusal;
             format!("node {node} refuses {type_url}: {error}")
         });
-        refused
-            .or_else(|| self.fails())
-            .or_else(|| self.makes_wait())
+        refused.or_else(|| self.fails())
     }
 
     fn fails(&self) -> Option<String> {

@@ -400,6 +400,7 @@ impl Split<'_> {
             hit_tokens: context.prompt.tokens,
             blocks: context.prompt.blocks.clone(),
             priority: context.route.priority,
+            given_up: context.given_up.clone(),
         };
         let endpoint = &decode.endpoint;
         let reserved = (self.filter.services.endpoints).reserve(self.view, endpoint, &want);

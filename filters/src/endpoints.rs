@@ -8,7 +8,7 @@ pub use upstream::{SendOptions, Upstream};
 
 use crate::{
     breakers::Breakers,
-    error::{Error, Flag},
+    error::{Error, Flag, GivenUp},
     samples::Samples,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -504,6 +504,8 @@ pub struct Want {
     pub blocks: Arc<[BlockHash]>,
     /// Which circuit breakers count.
     pub priority: Priority,
+    /// Says why it is dropped before its end, if that is the endpoint's fault.
+    pub given_up: GivenUp,
 }
 
 /// A request counted against an endpoint until dropped.

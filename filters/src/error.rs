@@ -2,7 +2,15 @@
 
 use crate::body::BodyError;
 use http::{HeaderMap, StatusCode};
-use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 /// Envoy's response flags (the subset that can happen here); `Display` gives the short code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +57,42 @@ pub enum Flag {
     FaultInjected,
     /// None: Envoy has no flag for it. Not logged.
     Unflagged,
+}
+
+/// Why we give up on an engine before its answer is whole. It is noted before the answer is dropped, and read by whoever
+/// counts the request; without it, the client wants the answer no more.
+#[derive(Debug, Clone, Default)]
+pub struct GivenUp(Arc<AtomicU8>);
+
+impl GivenUp {
+    /// Those of our reasons that are the engine's fault; kept as the place in this list, from 1.
+    const REASONS: [Flag; 4] = [
+        Flag::StreamIdleTimeout,
+        Flag::DurationTimeout,
+        Flag::UpstreamRequestTimeout,
+        Flag::UpstreamRemoteReset,
+    ];
+
+    /// What is dropped next is given up for this reason. Others than the engine's fault are not kept.
+    pub fn note(&self, reason: Flag) {
+        let places = Self::REASONS.iter().zip(1..);
+        let place = places.into_iter().find(|(known, _)| **known == reason);
+        if let Some((_, place)) = place {
+            self.0.store(place, Relaxed);
+        }
+    }
+
+    /// It was dropped; what comes next is well.
+    pub fn clear(&self) {
+        self.0.store(0, Relaxed);
+    }
+
+    /// The reason, if there is one.
+    #[must_use]
+    pub fn reason(&self) -> Option<Flag> {
+        let place = usize::from(self.0.load(Relaxed)).checked_sub(1)?;
+        Self::REASONS.get(place).copied()
+    }
 }
 
 impl Flag {

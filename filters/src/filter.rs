@@ -4,7 +4,7 @@ use crate::{
     body::{RequestBody, ResponseBody, Upload, UploadState},
     end_address::EndAddress,
     endpoints::{Endpoint, Part, Place, clock_ms},
-    error::Error,
+    error::{Error, GivenUp},
     openai::OpenAiRequest,
     router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
     sse::Event,
@@ -206,6 +206,8 @@ pub struct Context {
     pub deaths: u32,
     /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
     pub deaths_max: u32,
+    /// Told why we give up what runs; shared by all attempts and legs.
+    pub given_up: GivenUp,
     /// A filter watches the time between events itself.
     pub watches_gaps: bool,
     /// Seam (b), in the order of registration.
@@ -249,6 +251,7 @@ impl Context {
             avoid: self.avoid.clone(),
             deaths: self.deaths,
             deaths_max: self.deaths_max,
+            given_up: self.given_up.clone(),
             watches_gaps: false,
             observers: Vec::new(),
             log: LogFields::default(),

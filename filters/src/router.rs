@@ -528,6 +528,7 @@ pub(crate) fn want(context: &Context, target: &Ranked) -> Want {
         hit_tokens: hit_tokens(context, target).unwrap_or(0),
         blocks: context.prompt.blocks.clone(),
         priority: context.route.priority,
+        given_up: context.given_up.clone(),
     }
 }
 

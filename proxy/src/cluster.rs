@@ -25,9 +25,7 @@ use load::Loads;
 use original::Originals;
 use outrigger_filters::{
     breakers::{Breakers, Kind},
-    endpoints::{
-        ClusterView, Ended, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want,
-    },
+    endpoints::{ClusterView, Endpoint, Endpoints, Host, Level, Reservation, Secured, Via, Want},
     error::Error,
 };
 use outrigger_xds::{
@@ -552,7 +550,9 @@ impl Endpoints for Clusters {
             prefill,
             begun: Instant::now(),
             status: None,
-            ended: Ended::Cancelled,
+            reported_failure: false,
+            ended: None,
+            given_up: want.given_up.clone(),
             _held: held,
         }))
     }

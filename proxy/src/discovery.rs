@@ -6,7 +6,9 @@
 
 mod ads;
 mod build;
+mod channels;
 mod dump;
+mod errors;
 mod files;
 pub mod kept;
 mod model;
@@ -18,11 +20,14 @@ mod tests;
 use crate::{access_log::Sinks, listener::Planned, tls::contexts::Contexts, trace::Exporters};
 pub use ads::{News, Turn};
 use build::Builder;
+pub use channels::Channel;
+use channels::Lines;
+use errors::Errors;
 use files::Files;
 use model::{Kind, Model, Subscription};
 use outrigger_filters::services::Services;
 use outrigger_xds::{
-    accepted::{Failure, Outcome, Scope, Update},
+    accepted::{Outcome, Scope, Update},
     load::{
         Syntax,
         discovery::{self, Resource, Response},
@@ -33,7 +38,6 @@ use outrigger_xds::{
         config_source::Origin,
         secret::{Secret, SecretConfig},
     },
-    subscription::Subscriptions,
 };
 use stats::Event;
 use std::{
@@ -67,8 +71,8 @@ pub struct Discovery {
     builder: Builder,
     model: Model,
     files: Files,
-    /// What the control plane is asked for; none where there is none.
-    ads: Option<Subscriptions>,
+    /// What control planes are asked for.
+    lines: Lines,
     contexts: Contexts,
     clusters: BTreeMap<String, Cluster>,
     /// Removed, until no request is left that was routed before.
@@ -80,8 +84,8 @@ pub struct Discovery {
     warming_listeners: BTreeSet<String>,
     /// Listeners that could not be made to run.
     failed: BTreeMap<String, String>,
-    /// What the control plane says that it cannot send.
-    errors: BTreeMap<(Kind, String), Failure>,
+    /// What control planes say that they cannot send.
+    errors: Errors,
     /// When what was written came into effect.
     since: SystemTime,
     /// Whether the first configuration is complete.
@@ -122,7 +126,7 @@ impl Discovery {
             },
             model: Model::default(),
             files: Files::default(),
-            ads: None,
+            lines: Lines::default(),
             contexts: Contexts::default(),
             clusters: BTreeMap::new(),
             lingering: Vec::new(),
@@ -131,7 +135,7 @@ impl Discovery {
             warming_clusters: BTreeSet::new(),
             warming_listeners: BTreeSet::new(),
             failed: BTreeMap::new(),
-            errors: BTreeMap::new(),
+            errors: Errors::default(),
             since: SystemTime::now(),
             initialized: false,
             stale: true,
@@ -152,7 +156,7 @@ impl Discovery {
             return Err(errors);
         }
         if self.model.bootstrap.ads != before.ads {
-            self.change_control_plane();
+            self.open_lines();
         }
         self.since = SystemTime::now();
         (self.stale, self.renewable) = (true, true);
@@ -165,7 +169,7 @@ impl Discovery {
         for _ in 0..ROUNDS_MAX {
             if std::mem::take(&mut self.stale) {
                 self.model.subscribe(now);
-                self.ask_control_plane();
+                self.ask_control_planes();
             }
             let of_contexts = self.contexts.files();
             let mut paths = of_contexts.clone();
@@ -175,7 +179,7 @@ impl Discovery {
                     .keys()
                     .filter_map(|asked| match &asked.origin {
                         Origin::Path(path) => Some(path.clone()),
-                        Origin::Ads => None,
+                        Origin::Ads | Origin::Service(_) => None,
                     }),
             );
             let news = self.files.look(&paths);
@@ -238,8 +242,12 @@ impl Discovery {
     }
 
     fn count_all(&self, kind: Kind, origin: &Origin, event: Event) {
-        for asked in self.subscriptions(kind, origin) {
-            stats::count(&asked, &self.model.waits[&asked], event);
+        self.count_each(&self.subscriptions(kind, origin), event);
+    }
+
+    fn count_each(&self, asked: &[Subscription], event: Event) {
+        for asked in asked {
+            stats::count(asked, &self.model.waits[asked], event);
         }
     }
 
@@ -249,7 +257,7 @@ impl Discovery {
         // A control plane says what is gone.
         let all = match origin {
             Origin::Path(_) => Scope::Whole,
-            Origin::Ads => Scope::Named,
+            Origin::Ads | Origin::Service(_) => Scope::Named,
         };
         let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
         let outcome = match kind {

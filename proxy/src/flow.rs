@@ -8,13 +8,13 @@ use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use outrigger_filters::{
-    body::{BodyError, ResponseBody, Upload},
-    error::{Error, Flag, Origin},
+    body::{BodyError, ResponseBody, Upload, UploadState},
+    error::{Error, Flag, GivenUp, Origin},
     filter::Context as Request,
 };
 use std::{
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
@@ -80,6 +80,7 @@ pub(crate) struct Patience {
     idle: Option<Duration>,
     until: Option<std::time::Instant>,
     upload: Option<Upload>,
+    given_up: GivenUp,
 }
 
 impl Patience {
@@ -92,6 +93,7 @@ impl Patience {
             idle,
             until,
             upload: context.upload.clone(),
+            given_up: context.given_up.clone(),
         })
     }
 
@@ -100,21 +102,39 @@ impl Patience {
         self,
         answer: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let answer = headers_within(self.idle, self.upload.as_ref(), idle, answer);
-        let Some(until) = self.until else {
-            return answer.await?;
+        // Dropped after the reason is noted.
+        let mut answer = pin!(answer);
+        let within = headers_within(self.idle, self.upload.as_ref(), idle, answer.as_mut());
+        let waited = match self.until {
+            None => within.await,
+            Some(until) => match tokio::time::timeout_at(until.into(), within).await {
+                Ok(waited) => waited,
+                Err(_) => Err(too_long()),
+            },
         };
-        match tokio::time::timeout_at(until.into(), answer).await {
-            Ok(answer) => answer?,
-            Err(_) => Err(count(Error::new(
-                Origin::Upstream,
-                Flag::DurationTimeout,
-                StatusCode::GATEWAY_TIMEOUT,
-                "max_duration_timeout",
-                "downstream duration timeout",
-            ))),
-        }
+        waited.unwrap_or_else(|error| {
+            if !self.is_uploading() {
+                self.given_up.note(error.flag);
+            }
+            Err(error)
+        })
     }
+
+    /// It is the client that is waited for.
+    fn is_uploading(&self) -> bool {
+        let upload = self.upload.as_ref().map(Upload::state);
+        matches!(upload, Some(UploadState::Runs(_)))
+    }
+}
+
+fn too_long() -> Error {
+    count(Error::new(
+        Origin::Upstream,
+        Flag::DurationTimeout,
+        StatusCode::GATEWAY_TIMEOUT,
+        "max_duration_timeout",
+        "downstream duration timeout",
+    ))
 }
 
 fn idle() -> Error {
@@ -127,8 +147,8 @@ fn count(error: Error) -> Error {
     error
 }
 
-/// Puts a body under its limits.
-pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
+/// Puts a body under its limits; why it is given up at one of them is noted.
+pub(crate) fn limit(body: ResponseBody, limits: FlowLimits, given_up: GivenUp) -> ResponseBody {
     if limits == FlowLimits::default() || body.is_end_stream() {
         return body;
     }
@@ -137,6 +157,7 @@ pub(crate) fn limit(body: ResponseBody, limits: FlowLimits) -> ResponseBody {
         limits,
         last: Instant::now(),
         timer: None,
+        given_up,
     }
     .boxed_unsync()
 }
@@ -146,6 +167,7 @@ struct Limited {
     limits: FlowLimits,
     last: Instant,
     timer: Option<Pin<Box<Sleep>>>,
+    given_up: GivenUp,
 }
 
 impl Limited {
@@ -176,6 +198,7 @@ impl Limited {
                 };
                 metrics::counter!("outrigger_stream_timeouts_total", "kind" => flag.as_str())
                     .increment(1);
+                self.given_up.note(flag);
                 return Poll::Ready(BodyError::new(flag, text));
             }
             match &mut self.timer {
@@ -235,12 +258,17 @@ mod tests {
     }
 
     async fn run(limits: FlowLimits) -> (usize, Flag) {
-        let mut body = limit(stalling(5, Duration::from_millis(10)), limits);
+        let given_up = GivenUp::default();
+        let body = stalling(5, Duration::from_millis(10));
+        let mut body = limit(body, limits, given_up.clone());
         let mut frames = 0;
         loop {
             match body.frame().await {
                 Some(Ok(_)) => frames += 1,
-                Some(Err(error)) => return (frames, error.flag),
+                Some(Err(error)) => {
+                    assert_eq!(given_up.reason(), Some(error.flag));
+                    return (frames, error.flag);
+                }
                 None => panic!("a stalled body has no end"),
             }
         }

@@ -446,7 +446,7 @@ impl Manager {
         };
         let observers = std::mem::take(&mut context.observers);
         let on_end = Box::new(move |summary: Summary| record.end(summary));
-        let body = flow::limit(body, limits);
+        let body = flow::limit(body, limits, context.given_up.clone());
         let body = Observed::new(body, &parts.headers, observers, farewell, log, on_end);
         Response::from_parts(parts, http_body_util::BodyExt::boxed_unsync(body))
     }

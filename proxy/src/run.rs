@@ -49,7 +49,7 @@ use std::{
 };
 use tokio::{
     runtime,
-    sync::{Notify, mpsc, watch},
+    sync::{mpsc, watch},
 };
 
 /// Rounds of bringing into effect what the last round made possible.
@@ -111,9 +111,9 @@ struct Shared {
     peers: Mutex<Peers>,
     listeners: Listeners,
     discovery: Mutex<Discovery>,
-    /// There may be something to say to the control plane.
-    ask: Notify,
-    /// Where what it brought is kept.
+    /// Counts how often there was something new to say to control planes, or another one.
+    ask: watch::Sender<u64>,
+    /// Where what came by ADS is kept.
     cache: control_plane::Cache,
     /// What the clusters were last configured with.
     carried: ArcSwapOption<(Vec<Cluster>, Contexts)>,
@@ -345,7 +345,7 @@ fn assemble(
         peers: Mutex::new(Peers::new(fleet.clone())),
         listeners: Listeners::new(common, workers),
         discovery: Mutex::new(discovery),
-        ask: Notify::new(),
+        ask: watch::Sender::new(0),
         cache: control_plane::Cache::new(cache),
         carried: ArcSwapOption::empty(),
         initialized: AtomicBool::new(false),
@@ -406,7 +406,7 @@ impl Shared {
         let errors = self.settle(&mut discovery, now);
         self.bootstrap.store(discovery.written());
         metrics::counter!("outrigger_config_updates_total").increment(1);
-        self.ask.notify_one();
+        self.wake_streams(&mut discovery);
         none(&discovery, errors)
     }
 
@@ -414,9 +414,7 @@ impl Shared {
     fn look(&self) {
         let mut discovery = self.discovery();
         self.advance(&mut discovery, false, Instant::now());
-        if discovery.has_request() {
-            self.ask.notify_one();
-        }
+        self.wake_streams(&mut discovery);
     }
 
     /// Takes in what there is, brings it into effect, and so on with what that made possible.

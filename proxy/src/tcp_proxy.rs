@@ -87,9 +87,10 @@ impl TcpProxy {
         };
         let mut counted = upstream.counted;
         let end = pump::run(client, upstream.stream, limits, passed).await;
+        // It was open: who ended it, and why, is not the endpoint's fault.
         counted.ended = match end {
-            End::Complete => Ended::Succeeded,
-            _ => Ended::Failed,
+            End::Complete | End::Idle | End::Expired => Ended::Succeeded,
+            End::Broken => Ended::Cancelled,
         };
         match end {
             End::Idle => self.stats.idle_timeout.increment(1),
@@ -262,9 +263,10 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
+        // An endpoint without active connections is forgotten, and its tally with it.
+        self.endpoint.host.tally.end(self.ended);
         if self.is_active {
             self.endpoint.stats.active.fetch_sub(1, Relaxed);
         }
-        self.endpoint.host.tally.end(self.ended);
     }
 }

@@ -1,4 +1,4 @@
-//! One stream of a control plane's aggregated discovery service: requests out, answers in.
+//! One stream of a control plane, by its aggregated discovery service or by that of one type: requests out, answers in.
 //!
 //! What is asked, and what becomes of an answer, is [`crate::subscription`]'s; when to come again is the caller's. A
 //! stream ends at its first error. Requests can be sent before the server says anything.
@@ -8,20 +8,16 @@ use crate::{
     load::binary::Packed,
     problems::causes,
     resource::bootstrap::Node,
-    subscription::{Answer, Ask, Protocol, Request, Sent},
+    subscription::{Answer, Ask, Kind, Protocol, Request, Sent},
     wire::{
         envoy::{
-            config::core::v3 as core,
-            service::discovery::v3::{
-                self as wire, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
-            },
-            r#type::v3::SemanticVersion,
+            config::core::v3 as core, service::discovery::v3 as wire, r#type::v3::SemanticVersion,
         },
         google::rpc::Status as Detail,
     },
 };
 use futures_util::{Stream, StreamExt, TryFutureExt, stream};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, uri::PathAndQuery};
 use hyper_util::rt::TokioIo;
 use prost::{Message, Name};
 use prost_types::Any;
@@ -29,9 +25,11 @@ use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
 use tonic::{
     Code, Status, Streaming,
+    client::Grpc,
     metadata::MetadataMap,
     transport::{Channel, Endpoint},
 };
+use tonic_prost::ProstCodec;
 
 /// Requests that wait for the connection.
 pub(crate) const REQUESTS_MAX: usize = 16;
@@ -102,15 +100,28 @@ enum Requests {
     Delta(mpsc::Sender<wire::DeltaDiscoveryRequest>),
 }
 
-/// Connects and opens a stream.
+/// Connects and opens a stream of one type, or of all if none is given.
 ///
 /// # Errors
 /// [`AdsError::Connect`].
-pub async fn open(server: &Server, protocol: Protocol, node: &Node) -> Result<AdsStream, AdsError> {
-    let channel = connect(server).await?;
+pub async fn open(
+    server: &Server,
+    (kind, protocol): (Option<Kind>, Protocol),
+    node: &Node,
+) -> Result<AdsStream, AdsError> {
+    let client = Grpc::new(connect(server).await?)
+        .max_decoding_message_size(server.message_bytes_max)
+        .max_encoding_message_size(usize::MAX);
+    let method = PathAndQuery::from_static(method(kind, protocol));
     let (requests, answers) = match protocol {
-        Protocol::State => state_of_the_world(channel, server),
-        Protocol::Delta => delta(channel, server),
+        Protocol::State => {
+            let (sender, answers) = converse(client, server, method, of_state);
+            (Requests::State(sender), answers)
+        }
+        Protocol::Delta => {
+            let (sender, answers) = converse(client, server, method, of_delta);
+            (Requests::Delta(sender), answers)
+        }
     };
     Ok(AdsStream {
         protocol,
@@ -143,10 +154,38 @@ pub(crate) async fn connect(server: &Server) -> Result<Channel, AdsError> {
     }
 }
 
-fn client(channel: Channel, server: &Server) -> AggregatedDiscoveryServiceClient<Channel> {
-    AggregatedDiscoveryServiceClient::new(channel)
-        .max_decoding_message_size(server.message_bytes_max)
-        .max_encoding_message_size(usize::MAX)
+/// The method of a stream of one type, or of all.
+fn method(kind: Option<Kind>, protocol: Protocol) -> &'static str {
+    let [state, delta] = match kind {
+        None => [
+            "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources",
+            "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
+        ],
+        Some(Kind::Clusters) => [
+            "/envoy.service.cluster.v3.ClusterDiscoveryService/StreamClusters",
+            "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",
+        ],
+        Some(Kind::Endpoints) => [
+            "/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints",
+            "/envoy.service.endpoint.v3.EndpointDiscoveryService/DeltaEndpoints",
+        ],
+        Some(Kind::Listeners) => [
+            "/envoy.service.listener.v3.ListenerDiscoveryService/StreamListeners",
+            "/envoy.service.listener.v3.ListenerDiscoveryService/DeltaListeners",
+        ],
+        Some(Kind::Routes) => [
+            "/envoy.service.route.v3.RouteDiscoveryService/StreamRoutes",
+            "/envoy.service.route.v3.RouteDiscoveryService/DeltaRoutes",
+        ],
+        Some(Kind::Secrets) => [
+            "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
+            "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
+        ],
+    };
+    match protocol {
+        Protocol::State => state,
+        Protocol::Delta => delta,
+    }
 }
 
 /// Whatever is put into the sender, of which so many may wait, with the server's headers.
@@ -189,30 +228,28 @@ fn accepted<T>(
     stream::iter([Ok(Event::Accepted)]).chain(answers)
 }
 
-fn state_of_the_world(channel: Channel, server: &Server) -> (Requests, Answers) {
+/// Calls a method; it is accepted by the time that its first event is there.
+fn converse<Q, A>(
+    mut client: Grpc<Channel>,
+    server: &Server,
+    method: PathAndQuery,
+    read: fn(A) -> Answer,
+) -> (mpsc::Sender<Q>, Answers)
+where
+    Q: Message + 'static,
+    A: Message + Default + 'static,
+{
     let (sender, request) = outgoing(server, REQUESTS_MAX);
-    let mut client = client(channel, server);
     let answers = async move {
-        let answer = client.stream_aggregated_resources(request).await?;
-        Ok(accepted(answer.into_inner(), of_state))
+        client.ready().await.map_err(|error| {
+            let why = causes(&error);
+            Status::unavailable(format!("the connection is gone: {why}"))
+        })?;
+        let codec: ProstCodec<Q, A> = ProstCodec::default();
+        let answer = client.streaming(request, method, codec).await?;
+        Ok(accepted(answer.into_inner(), read))
     };
-    (
-        Requests::State(sender),
-        Box::pin(answers.try_flatten_stream()),
-    )
-}
-
-fn delta(channel: Channel, server: &Server) -> (Requests, Answers) {
-    let (sender, request) = outgoing(server, REQUESTS_MAX);
-    let mut client = client(channel, server);
-    let answers = async move {
-        let answer = client.delta_aggregated_resources(request).await?;
-        Ok(accepted(answer.into_inner(), of_delta))
-    };
-    (
-        Requests::Delta(sender),
-        Box::pin(answers.try_flatten_stream()),
-    )
+    (sender, Box::pin(answers.try_flatten_stream()))
 }
 
 impl AdsStream {

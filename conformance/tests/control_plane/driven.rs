@@ -22,10 +22,26 @@ pub(super) fn ads() -> Value {
     json!({ "ads": {}, "resource_api_version": "V3" })
 }
 
+/// A stream of its own for each type.
+fn service(api_type: &str) -> Value {
+    json!({
+        "api_config_source": {
+            "api_type": api_type,
+            "transport_api_version": "V3",
+            "grpc_services": [{ "envoy_grpc": { "cluster_name": "xds" } }],
+        },
+        "resource_api_version": "V3",
+    })
+}
+
 pub(super) fn cluster(name: &str) -> Value {
+    cluster_by(&ads(), name)
+}
+
+fn cluster_by(source: &Value, name: &str) -> Value {
     typed(
         "envoy.config.cluster.v3.Cluster",
-        json!({ "name": name, "type": "EDS", "eds_cluster_config": { "eds_config": ads() } }),
+        json!({ "name": name, "type": "EDS", "eds_cluster_config": { "eds_config": source } }),
     )
 }
 
@@ -105,10 +121,19 @@ impl Drop for Driven {
 impl Driven {
     /// `backend` is at this upstream.
     async fn new(api_type: &str, upstream: &Upstream) -> Self {
+        Self::by(&ads(), api_type, upstream).await
+    }
+
+    /// All comes from this source.
+    async fn by(source: &Value, api_type: &str, upstream: &Upstream) -> Self {
         let directory = scratch("resources");
         fs::create_dir_all(&directory).unwrap();
-        let rds = json!({ "config_source": ads(), "route_config_name": "table" });
-        put(&directory, "clusters.yaml", &[cluster("backend")]);
+        let rds = json!({ "config_source": source, "route_config_name": "table" });
+        put(
+            &directory,
+            "clusters.yaml",
+            &[cluster_by(source, "backend")],
+        );
         put(
             &directory,
             "endpoints.yaml",
@@ -123,7 +148,11 @@ impl Driven {
         let control = ControlPlane::start(PROGRAM, directory.to_str().unwrap(), any_port()).await;
         let config = scratch("bootstrap.json");
         let mut bootstrap = driven_bootstrap(control.address, "node");
-        bootstrap["dynamic_resources"]["ads_config"]["api_type"] = json!(api_type);
+        let dynamic = &mut bootstrap["dynamic_resources"];
+        dynamic["ads_config"]["api_type"] = json!(api_type);
+        if *source != ads() {
+            *dynamic = json!({ "lds_config": source, "cds_config": source });
+        }
         fs::write(&config, bootstrap.to_string()).unwrap();
         let proxy = Process::with_config(PROGRAM, config.to_str().unwrap(), &[]).await;
         fs::remove_file(config).unwrap();
@@ -299,6 +328,33 @@ async fn traffic_outlives_the_control_plane_and_nothing_is_sent_twice() {
         served_by(edge, "one").await;
         driven.put("endpoints.yaml", &[endpoints("backend", two.address)]);
         served_by(edge, "two").await;
+    }
+}
+
+#[tokio::test]
+async fn each_type_comes_by_a_service_of_its_own() {
+    for api_type in BOTH {
+        let (one, two) = (Upstream::named("one").await, Upstream::named("two").await);
+        let mut driven = Driven::by(&service(api_type), api_type, &one).await;
+        let edge = driven.listener("edge").await;
+        served_by(edge, "one").await;
+        let page = Client::get(driven.control.admin, "/clients").await.json();
+        let clients = page["clients"].as_array().unwrap();
+        let mut services: Vec<_> = clients
+            .iter()
+            .map(|client| client["service"].as_str().unwrap())
+            .collect();
+        services.sort_unstable();
+        assert_eq!(services, ["cds", "eds", "lds", "rds"], "{page:#}");
+        driven.put("endpoints.yaml", &[endpoints("backend", two.address)]);
+        served_by(edge, "two").await;
+        driven.control.kill().await;
+        served_by(edge, "two").await;
+        let directory = driven.directory.to_str().unwrap().to_owned();
+        let at = driven.control.address;
+        driven.control = ControlPlane::start(PROGRAM, &directory, at).await;
+        driven.put("endpoints.yaml", &[endpoints("backend", one.address)]);
+        served_by(edge, "one").await;
     }
 }
 

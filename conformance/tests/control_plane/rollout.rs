@@ -4,6 +4,7 @@ use super::{
     PROGRAM, any_port,
     driven::{ads, cluster, endpoints, listener, put, routes_to, typed},
 };
+use futures_util::future::join_all;
 use http::Method;
 use outrigger_conformance::harness::{
     Client, ControlPlane, Process, Upstream, Version, driven_bootstrap, eventually, request,
@@ -20,10 +21,12 @@ use std::{
 const COMPLETIONS: &str = "/v1/completions";
 const STREAM: &str = r#"{"model":"m","prompt":"p","stream":true}"#;
 const TOKEN: &str = r#"{"id":"a","object":"text_completion","choices":[{"index":0,"text":"a"}]}"#;
-/// More than is needed to be judged.
-const REQUESTS: usize = 30;
-/// Reports come every 10 s.
-const JUDGED_WITHIN: Duration = Duration::from_secs(40);
+/// Clients at once, and requests of each: together more than is needed to be judged.
+const CLIENTS: usize = 10;
+const REQUESTS: usize = 25;
+/// Reports come every 10 s; times are judged when a step is over.
+const STEP_S: &str = "25";
+const JUDGED_WITHIN: Duration = Duration::from_secs(90);
 
 /// Streams a token after a pause, or fails.
 async fn engine(pause: Duration, is_well: bool) -> Upstream {
@@ -74,7 +77,7 @@ impl Fleet {
         put(&directory, "routes.yaml", &[routes_to("backend")]);
         let here = endpoints("backend", engine.address);
         put(&directory, "endpoints.yaml", &[here]);
-        let flags = ["--rollout", "50,100", "--rollout-step-s", "3600"];
+        let flags = ["--rollout", "50,100", "--rollout-step-s", STEP_S];
         let of = directory.to_str().unwrap();
         let control = ControlPlane::with_flags(PROGRAM, of, any_port(), &flags).await;
         let mut ids = ["n1", "n2"];
@@ -95,12 +98,15 @@ impl Fleet {
 
     async fn traffic(&self, proxy: usize) {
         let at = self.proxies[proxy].listener("edge").await;
-        let mut client = Client::connect(at, Version::H2).await;
-        for _ in 0..REQUESTS {
-            client
-                .send(request(Method::POST, COMPLETIONS, STREAM))
-                .await;
-        }
+        let clients = (0..CLIENTS).map(|_| async {
+            let mut client = Client::connect(at, Version::H2).await;
+            for _ in 0..REQUESTS {
+                client
+                    .send(request(Method::POST, COMPLETIONS, STREAM))
+                    .await;
+            }
+        });
+        join_all(clients).await;
     }
 
     async fn rollout(&self) -> Value {
@@ -114,22 +120,22 @@ impl Fleet {
         }
         let there = endpoints("backend", engine.address);
         put(&self.directory, "endpoints.yaml", &[there]);
-        eventually("one proxy has it", || async {
-            let evidence = &self.rollout().await["candidate"]["evidence"];
-            (evidence["nodes"] == 1 && evidence["not_answered"] == 0).then_some(())
-        })
-        .await;
         let deadline = Instant::now() + JUDGED_WITHIN;
+        let mut page = Value::Null;
         while Instant::now() < deadline {
-            self.traffic(0).await;
-            self.traffic(1).await;
-            let page = self.rollout().await;
+            page = self.rollout().await;
             if let Some(why) = page["rolled_back"]["why"].as_str() {
                 return why.to_owned();
             }
+            // What came before one has it is not its doing.
+            let evidence = &page["candidate"]["evidence"];
+            if evidence["nodes"] == 1 && evidence["not_answered"] == 0 {
+                self.traffic(0).await;
+                self.traffic(1).await;
+            }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        panic!("not taken back: {}", self.rollout().await);
+        panic!("not taken back: {page}");
     }
 
     /// The first is at the engine that it had.
@@ -137,7 +143,7 @@ impl Fleet {
         eventually("it is back", || async {
             let before = engine.exchanges().len();
             self.traffic(0).await;
-            (engine.exchanges().len() == before + REQUESTS).then_some(())
+            (engine.exchanges().len() == before + CLIENTS * REQUESTS).then_some(())
         })
         .await;
     }

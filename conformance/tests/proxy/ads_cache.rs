@@ -1,14 +1,18 @@
 //! The last good configuration on disk: a proxy that starts serves by it before any server answers.
 
 use super::{
-    ads::{ads_source, everything},
+    ads::{BOTH, ads_source, everything},
     ads_server::AdsServer,
+    api_sources::{by, leads_to, secured, shows},
     dynamic::{any_port, endpoints, listener, served_by},
+    dynamic_tls::{certificate, secret},
+    tls::{Ca, TlsClient},
 };
 use outrigger_conformance::harness::{
     Client, Process, Upstream, driven_bootstrap, eventually, scratch,
 };
-use serde_json::json;
+use outrigger_xds::subscription::Protocol;
+use serde_json::{Value, json};
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
@@ -38,10 +42,22 @@ async fn driven(control: SocketAddr, cache: &Cache, node: &str) -> Process {
 }
 
 async fn driven_by(api_type: &str, control: SocketAddr, cache: &Cache, node: &str) -> Process {
+    driven_beside(&[], (api_type, control), cache, node).await
+}
+
+/// With these clusters in its bootstrap.
+async fn driven_beside(
+    clusters: &[Value],
+    (api_type, control): (&str, SocketAddr),
+    cache: &Cache,
+    node: &str,
+) -> Process {
     let mut config = driven_bootstrap(control, node);
     let ads = &mut config["dynamic_resources"]["ads_config"];
     ads["api_type"] = json!(api_type);
     ads["grpc_services"][0]["initial_metadata"] = json!([{ "key": "x-token", "value": "secret" }]);
+    let written = config["static_resources"]["clusters"].as_array_mut();
+    written.unwrap().extend_from_slice(clusters);
     let path = scratch("driven.json");
     fs::write(&path, config.to_string()).unwrap();
     let directory = cache.0.to_str().unwrap();
@@ -120,6 +136,47 @@ async fn what_is_complete_only_since_nobody_waits_any_longer_is_kept() {
     let process = driven_by("GRPC", control.address, &cache, "n").await;
     edge_of(&process).await;
     kept(&cache, "Listener").await;
+}
+
+/// So it is in a mesh: listeners come by ADS, and certificates from a socket beside the proxy.
+#[tokio::test]
+async fn secrets_of_a_socket_are_never_kept_and_come_anew_without_the_control_plane() {
+    for protocol in BOTH {
+        let (ca, path, cache) = (Ca::new(), scratch("mesh.sock"), Cache::new());
+        let (own, next) = (ca.pair(&["proxy.test"]), ca.pair(&["proxy.test"]));
+        let secrets = AdsServer::also_at(Some(path.clone()));
+        secrets.put(&[secret("own", certificate(&own))]);
+        let one = Upstream::named("one").await;
+        let mut control = everything(one.address);
+        control.put(&[secured("edge", "own", &by(protocol, "sds-grpc"))]);
+        let sds = leads_to("sds-grpc", &json!({ "pipe": { "path": path } }));
+        let api_type = match protocol {
+            Protocol::State => "GRPC",
+            Protocol::Delta => "DELTA_GRPC",
+        };
+        let start = async |control: SocketAddr| {
+            driven_beside(std::slice::from_ref(&sds), (api_type, control), &cache, "n").await
+        };
+        let process = start(control.address).await;
+        let client = TlsClient::new(&ca, None);
+        shows(&client, edge_of(&process).await, &own).await;
+        kept(&cache, "sds-grpc").await;
+        assert!(
+            control
+                .heard()
+                .iter()
+                .all(|request| request["type"] != "Secret")
+        );
+        process.signal("KILL");
+        control.kill();
+        let text = fs::read_to_string(cache.file()).unwrap();
+        assert!(!text.contains("PRIVATE KEY") && !text.contains("CERTIFICATE"));
+        secrets.put(&[secret("own", certificate(&next))]);
+        let process = start(control.address).await;
+        shows(&client, edge_of(&process).await, &next).await;
+        process.signal("KILL");
+        fs::remove_file(path).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -351,7 +351,7 @@ async fn a_server_that_hangs_is_noticed() {
             ping_timeout: Duration::from_millis(100),
         };
         let node = outrigger_xds::resource::bootstrap::Node::default();
-        let mut stream = outrigger_xds::ads::open(&server, protocol, &node)
+        let mut stream = outrigger_xds::ads::open(&server, (None, protocol), &node)
             .await
             .unwrap();
         let next = tokio::time::timeout(Duration::from_secs(8), stream.next()).await;

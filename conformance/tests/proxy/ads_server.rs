@@ -1,6 +1,7 @@
-//! A control plane of the tests' own, in both protocols: it answers as a simple server does, tells at once what changes, and
-//! remembers all that it was told.
+//! A control plane of the tests' own, in both protocols, by all services: it answers as a simple server does, tells at once
+//! what changes, and remembers all that it was told.
 
+use super::ads_services;
 use futures_util::{Stream, StreamExt, stream};
 use outrigger_conformance::harness::eventually;
 use outrigger_xds::{
@@ -15,9 +16,6 @@ use outrigger_xds::{
         envoy::service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
             Resource, ResourceError, ResourceName,
-            aggregated_discovery_service_server::{
-                AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-            },
         },
         google::rpc::Status as Detail,
     },
@@ -27,11 +25,15 @@ use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex},
     time::Duration,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{mpsc, watch},
+};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// A resource with its version and life.
@@ -44,7 +46,7 @@ struct Entry {
 
 /// What it has, by type and name.
 #[derive(Default)]
-struct World {
+pub(super) struct World {
     resources: BTreeMap<String, BTreeMap<String, Entry>>,
     version: u64,
     versions: BTreeMap<String, u64>,
@@ -55,6 +57,8 @@ struct World {
     stubborn: bool,
     /// What it cannot send, by type: name and why.
     broken: BTreeMap<String, Vec<(String, String)>>,
+    /// Whoever asks for it has its stream ended.
+    denied: Option<String>,
 }
 
 impl World {
@@ -71,6 +75,13 @@ impl World {
         });
         each.collect()
     }
+
+    /// Whether the last request asked for what is not given away.
+    fn is_denied(&self) -> bool {
+        let names = self.heard.last().and_then(|last| last["names"].as_array());
+        let denied = self.denied.as_ref();
+        denied.is_some_and(|denied| names.is_some_and(|names| names.contains(&json!(denied))))
+    }
 }
 
 type Shared = Arc<Mutex<World>>;
@@ -78,6 +89,8 @@ type Shared = Arc<Mutex<World>>;
 /// A control plane. It ends, with all its connections, when it is dropped.
 pub(super) struct AdsServer {
     pub(super) address: SocketAddr,
+    /// Where it listens as well, if anywhere.
+    pipe: Option<PathBuf>,
     world: Shared,
     changed: watch::Sender<u64>,
     runtime: Option<tokio::runtime::Runtime>,
@@ -92,9 +105,15 @@ fn any(resource: &Value) -> (String, Any) {
 
 impl AdsServer {
     pub(super) fn start() -> Self {
+        Self::also_at(None)
+    }
+
+    /// One that is reached by a pipe as well.
+    pub(super) fn also_at(pipe: Option<PathBuf>) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut server = Self {
             address: listener.local_addr().unwrap(),
+            pipe,
             world: Shared::default(),
             changed: watch::Sender::new(0),
             runtime: None,
@@ -114,18 +133,26 @@ impl AdsServer {
             changed: self.changed.clone(),
         };
         listener.set_nonblocking(true).unwrap();
+        let router = ads_services::all(&service);
         runtime.spawn(async move {
-            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let listener = TcpListener::from_std(listener).unwrap();
             let accepted = stream::unfold(listener, |listener| async move {
                 let accepted = listener.accept().await.map(|(socket, _)| socket);
                 Some((accepted, listener))
             });
-            let service = AggregatedDiscoveryServiceServer::new(service);
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(accepted)
-                .await
+            router.serve_with_incoming(accepted).await
         });
+        if let Some(path) = &self.pipe {
+            let _ = std::fs::remove_file(path);
+            let guard = runtime.enter();
+            let listener = UnixListener::bind(path).unwrap();
+            drop(guard);
+            let accepted = stream::unfold(listener, |listener| async move {
+                let accepted = listener.accept().await.map(|(socket, _)| socket);
+                Some((accepted, listener))
+            });
+            runtime.spawn(ads_services::all(&service).serve_with_incoming(accepted));
+        }
         self.runtime = Some(runtime);
     }
 
@@ -211,6 +238,11 @@ impl AdsServer {
         self.change(|world| world.stubborn = true);
     }
 
+    /// Ends the stream of whoever asks for it.
+    pub(super) fn deny(&self, name: &str) {
+        self.change(|world| world.denied = Some(name.to_owned()));
+    }
+
     /// All requests so far.
     pub(super) fn heard(&self) -> Vec<Value> {
         self.world.lock().unwrap().heard.clone()
@@ -265,12 +297,13 @@ pub(super) fn from_ads() -> ConfigSource {
     }
 }
 
-struct Service {
+#[derive(Clone)]
+pub(super) struct Service {
     world: Shared,
     changed: watch::Sender<u64>,
 }
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What one stream was told of one type.
 #[derive(Default)]
@@ -301,18 +334,22 @@ fn is_whole(type_url: &str) -> bool {
 }
 
 /// A stream of either protocol: hears a request, or that something changed, and says what is to be said.
-trait Variant: Send + 'static {
+pub(super) trait Variant: Send + 'static {
     type Request: Send + 'static;
     type Answer: Send + 'static;
+    fn by(service: &'static str) -> Self;
     fn hear(&mut self, world: &mut World, request: Self::Request) -> Vec<Self::Answer>;
     fn look(&mut self, world: &mut World) -> Vec<Self::Answer>;
 }
 
-fn converse<V: Variant>(
+/// A stream of one service.
+pub(super) fn converse<V: Variant>(
     service: &Service,
-    mut requests: Streaming<V::Request>,
-    mut variant: V,
-) -> Response<Answers<V::Answer>> {
+    request: Request<Streaming<V::Request>>,
+    name: &'static str,
+) -> Result<Response<Answers<V::Answer>>, Status> {
+    authorized(&request)?;
+    let (mut requests, mut variant) = (request.into_inner(), V::by(name));
     let (sender, receiver) = mpsc::channel(16);
     let world = service.world.clone();
     let mut changed = service.changed.subscribe();
@@ -321,7 +358,16 @@ fn converse<V: Variant>(
             let answers = tokio::select! {
                 request = requests.message() => {
                     let Ok(Some(request)) = request else { return };
-                    variant.hear(&mut world.lock().unwrap(), request)
+                    let (answers, is_denied) = {
+                        let mut world = world.lock().unwrap();
+                        (variant.hear(&mut world, request), world.is_denied())
+                    };
+                    if is_denied {
+                        let denied = Status::invalid_argument("not for you");
+                        let _ = sender.send(Err(denied)).await;
+                        return;
+                    }
+                    answers
                 }
                 changed = changed.changed() => {
                     if changed.is_err() {
@@ -340,11 +386,12 @@ fn converse<V: Variant>(
     let answers = stream::unfold(receiver, |mut receiver| async move {
         Some((receiver.recv().await?, receiver))
     });
-    Response::new(answers.boxed())
+    Ok(Response::new(answers.boxed()))
 }
 
 #[derive(Default)]
-struct State {
+pub(super) struct State {
+    service: &'static str,
     watched: BTreeMap<String, Watched>,
     nonces: u64,
 }
@@ -395,9 +442,17 @@ impl Variant for State {
     type Request = DiscoveryRequest;
     type Answer = DiscoveryResponse;
 
+    fn by(service: &'static str) -> Self {
+        Self {
+            service,
+            ..Self::default()
+        }
+    }
+
     fn hear(&mut self, world: &mut World, request: DiscoveryRequest) -> Vec<DiscoveryResponse> {
         let error = request.error_detail.map(|error| error.message);
         world.heard.push(json!({
+            "service": self.service,
             "type": kind(&request.type_url),
             "names": request.resource_names,
             "version": request.version_info,
@@ -437,7 +492,8 @@ impl Variant for State {
 }
 
 #[derive(Default)]
-struct Delta {
+pub(super) struct Delta {
+    service: &'static str,
     watched: BTreeMap<String, Watched>,
     nonces: u64,
 }
@@ -491,6 +547,13 @@ impl Variant for Delta {
     type Request = DeltaDiscoveryRequest;
     type Answer = DeltaDiscoveryResponse;
 
+    fn by(service: &'static str) -> Self {
+        Self {
+            service,
+            ..Self::default()
+        }
+    }
+
     fn hear(
         &mut self,
         world: &mut World,
@@ -498,6 +561,7 @@ impl Variant for Delta {
     ) -> Vec<DeltaDiscoveryResponse> {
         let error = request.error_detail.map(|error| error.message);
         world.heard.push(json!({
+            "service": self.service,
             "type": kind(&request.type_url),
             "names": request.resource_names_subscribe,
             "gone": request.resource_names_unsubscribe,
@@ -535,28 +599,6 @@ impl Variant for Delta {
         all.iter()
             .flat_map(|type_url| self.say(world, type_url, &[]))
             .collect()
-    }
-}
-
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Service {
-    type StreamAggregatedResourcesStream = Answers<DiscoveryResponse>;
-    type DeltaAggregatedResourcesStream = Answers<DeltaDiscoveryResponse>;
-
-    async fn stream_aggregated_resources(
-        &self,
-        request: Request<Streaming<DiscoveryRequest>>,
-    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        authorized(&request)?;
-        Ok(converse(self, request.into_inner(), State::default()))
-    }
-
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        authorized(&request)?;
-        Ok(converse(self, request.into_inner(), Delta::default()))
     }
 }
 

@@ -140,6 +140,13 @@ async fn what_the_server_cannot_send_is_told_and_not_waited_for() {
         control.breaks(assignments, "lonely", "its source is away");
         control.put(&[cluster("lonely")]);
         let proxy = driven(control.as_configured(protocol));
+        // Nor can it send these, of which nobody asks by name.
+        control.breaks(clusters, "never", "it cannot be made");
+        control.breaks(
+            "envoy.config.listener.v3.Listener",
+            "never",
+            "neither can it",
+        );
         // It would be waited for 15 s.
         let asked = std::time::Instant::now();
         served_by(at(&proxy, "edge").await, "one").await;
@@ -156,6 +163,17 @@ async fn what_the_server_cannot_send_is_told_and_not_waited_for() {
         let config = status(&proxy, ClientStatusRequest::default()).await;
         let why = received(&config, ".ClusterLoadAssignment", "lonely").unwrap();
         assert!(why.ends_with("its source is away"), "{why}");
+        for (message, section, list) in [
+            (".Cluster", "ClustersConfigDump", "dynamic_warming_clusters"),
+            (".Listener", "ListenersConfigDump", "dynamic_listeners"),
+        ] {
+            assert!(received(&config, message, "never").is_some(), "{message}");
+            let shown = dump(proxy.admin(), section).await;
+            let mut shown = shown[list].as_array().unwrap().iter();
+            let never = shown.find(|it| it["name"] == "never").unwrap();
+            assert_eq!(never["client_status"], "RECEIVED_ERROR", "{message}");
+            assert!(never["error_state"]["details"].is_string(), "{message}");
+        }
         // What is there stays.
         control.breaks(clusters, "backend", "the same");
         control.remove(clusters, "backend");
@@ -182,4 +200,35 @@ async fn what_the_server_cannot_send_is_told_and_not_waited_for() {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn what_a_server_could_not_send_is_forgotten_with_its_stream_and_with_who_asked() {
+    let one = Upstream::named("one").await;
+    let mut control = everything(one.address);
+    control.breaks(
+        "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        "lonely",
+        "its source is away",
+    );
+    control.put(&[cluster("lonely")]);
+    let proxy = driven(control.as_configured(Protocol::Delta));
+    let becomes = |what: &'static str, wanted: Option<ClientResourceStatus>| {
+        let proxy = &proxy;
+        eventually(what, move || async move {
+            let config = status(proxy, ClientStatusRequest::default()).await;
+            let lonely = of(&config, ".ClusterLoadAssignment", "lonely");
+            (lonely.map(GenericXdsConfig::client_status) == wanted).then_some(())
+        })
+    };
+    becomes("it is told", Some(ClientResourceStatus::ReceivedError)).await;
+    // A new stream, on which nothing was said of it.
+    control.kill();
+    control.mends();
+    control.mute(true);
+    control.revive().await;
+    becomes("it is asked for", Some(ClientResourceStatus::Requested)).await;
+    control.mute(false);
+    control.remove("envoy.config.cluster.v3.Cluster", "lonely");
+    becomes("nobody asks for it", None).await;
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// A plain route before the server, changed by `edit`.
-fn before(server: &Upstream, edit: impl Fn(&mut RouteAction) + 'static) -> TestProxy {
+pub(super) fn before(server: &Upstream, edit: impl Fn(&mut RouteAction) + 'static) -> TestProxy {
     ProxyBuilder::new()
         .server(server.address)
         .edit(move |bootstrap| {

@@ -334,7 +334,7 @@ async fn when_all_fail_the_answer_says_which_way() {
 }
 
 /// Sets a field of the `openai` filter.
-fn openai(field: &'static str, value: u64) -> impl FnOnce(&mut Bootstrap) {
+pub(super) fn openai(field: &'static str, value: u64) -> impl FnOnce(&mut Bootstrap) {
     move |bootstrap| {
         for listener in bootstrap
             .listeners

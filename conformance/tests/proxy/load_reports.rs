@@ -83,7 +83,7 @@ async fn until_held(server: &Upstream) {
 }
 
 /// Traffic before the first report is asked for is not counted.
-async fn until_asked(load: &LoadServer) {
+pub(super) async fn until_asked(load: &LoadServer) {
     eventually("a report", || async {
         (!load.reports(FLEET).is_empty()).then_some(())
     })

@@ -5,7 +5,7 @@ use super::{
     tls::Ca,
     upstream_tls::terminating,
 };
-use outrigger_conformance::harness::{TestProxy, eventually, scratch};
+use outrigger_conformance::harness::{Client, TestProxy, eventually, scratch};
 use serde_json::{Value, json};
 use std::{
     net::SocketAddr,
@@ -210,6 +210,14 @@ async fn silence_and_age_end_a_connection() {
             (case.proxy.metric(metric, "carries").await > before).then_some(())
         })
         .await;
+        // The endpoint was reached: whose limit it was is not its fault.
+        for stat in ["rq_success::1", "rq_error::0", "rq_active::0"] {
+            eventually(stat, || async {
+                let hosts = Client::get(case.proxy.admin(), "/clusters?filter=server").await;
+                hosts.text().contains(stat).then_some(())
+            })
+            .await;
+        }
     }
 }
 

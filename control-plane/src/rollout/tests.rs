@@ -276,19 +276,38 @@ fn failures_are_compared_with_others_and_with_before() {
 #[test]
 fn times_to_the_first_token_are_compared_with_others_and_with_before() {
     type Of = (u64, u64);
-    let cases: [(&str, Of, Of, Of, bool); 8] = [
+    let cases: [(&str, Of, Of, Of, bool); 9] = [
         ("nothing is told", (0, 0), (0, 0), (0, 0), false),
-        ("as elsewhere", (0, 0), (20, 400), (20, 400), false),
-        ("longer than elsewhere", (0, 0), (20, 601), (20, 400), true),
-        ("longer than before", (20, 400), (20, 601), (0, 0), true),
-        ("as before", (20, 900), (20, 900), (20, 400), false),
-        ("by next to nothing", (20, 10), (20, 59), (20, 10), false),
-        ("too few to tell", (20, 400), (19, 9000), (20, 400), false),
+        ("as elsewhere", (0, 0), (200, 400), (200, 400), false),
+        (
+            "longer than elsewhere",
+            (0, 0),
+            (200, 601),
+            (200, 400),
+            true,
+        ),
+        ("longer than before", (200, 400), (200, 601), (0, 0), true),
+        ("as before", (200, 900), (200, 900), (200, 400), false),
+        ("by next to nothing", (200, 10), (200, 59), (200, 10), false),
+        (
+            "too few to tell",
+            (200, 400),
+            (199, 9000),
+            (200, 400),
+            false,
+        ),
+        (
+            "19 quick ones and one of 10 s",
+            (200, 400),
+            (20, 880),
+            (200, 400),
+            false,
+        ),
         (
             "nothing to compare with",
             (0, 0),
-            (20, 9000),
-            (19, 1),
+            (200, 9000),
+            (199, 1),
             false,
         ),
     ];
@@ -306,7 +325,9 @@ fn times_to_the_first_token_are_compared_with_others_and_with_before() {
         let mut rollout = Rollout::new(&trial(0), plan(), &nodes, told.clone(), now);
         told.insert(id, of(before).and(of(tried)));
         told.insert(other, of(others));
-        let verdict = rollout.look(&nodes, &told, now);
+        let early = rollout.look(&nodes, &told, now);
+        assert_eq!(early, Verdict::Wait, "{case}: the step goes on");
+        let verdict = rollout.look(&nodes, &told, now + STEP);
         let is_taken_back = matches!(verdict, Verdict::GoBack(_));
         assert_eq!(is_taken_back, is_bad, "{case}: {verdict:?}");
         assert_eq!(rollout.evidence().chosen, of(tried), "{case}");

@@ -232,15 +232,15 @@ async fn a_version_with_which_requests_fail_is_taken_back_unattended() {
 /// The same of streams that wait: their requests end well.
 #[tokio::test]
 async fn a_version_with_which_first_tokens_take_longer_is_taken_back_unattended() {
-    let served = served("slower", &[10, 100], 3600).await;
+    let served = served("slower", &[10, 100], 4).await;
     let [mut first, mut second] = clients(&served).await;
     let slow = |id: &str, ms: f64| {
-        let mut report = report(id, 30, 0);
+        let mut report = report(id, 300, 0);
         let stats = &mut report.cluster_stats[0].upstream_locality_stats[0];
         stats.load_metric_stats = vec![EndpointLoadMetricStats {
             metric_name: "ttft_ms".into(),
-            num_requests_finished_with_metric: 30,
-            total_metric_value: 30.0 * ms,
+            num_requests_finished_with_metric: 300,
+            total_metric_value: 300.0 * ms,
         }];
         report
     };
@@ -248,7 +248,7 @@ async fn a_version_with_which_first_tokens_take_longer_is_taken_back_unattended(
     sender.send(slow(ids()[0], 200.0)).await.unwrap();
     eventually("the report is there", async || {
         let loads = served.json("/clients").await["loads"].to_string();
-        loads.contains("\"first_tokens\":30").then_some(())
+        loads.contains("\"first_tokens\":300").then_some(())
     })
     .await;
     served.put("endpoints.yaml", &endpoints("a", 2));

@@ -314,6 +314,7 @@ impl Migrating {
             ),
         };
         self.end(End::UpstreamBroke);
+        self.call.given_up().note(flag);
         let tokens = self.splice.tokens;
         Some(Err(BodyError::new(
             flag,
@@ -345,7 +346,12 @@ impl Migrating {
             .unwrap_or_else(PoisonError::into_inner)
             .clone_from(&leg.engine);
         self.leg.end = End::UpstreamBroke;
+        let given_up = self.call.given_up();
+        if let Some(blame) = cause.blame() {
+            given_up.note(blame);
+        }
         self.leg = leg;
+        given_up.clear();
         // What held it there may not hold it here.
         self.stays = false;
         self.refused = None;

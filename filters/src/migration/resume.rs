@@ -5,7 +5,7 @@ use super::{
 };
 use crate::{
     body::RequestBody,
-    error::Flag,
+    error::{Flag, GivenUp},
     filter::{Chain, Context, Next, RouteFacts},
     sse,
 };
@@ -95,6 +95,11 @@ impl Call {
     /// The cluster that the request goes to.
     pub(super) fn cluster(&self) -> &str {
         &self.template.route.cluster
+    }
+
+    /// Where it is said why a leg is left.
+    pub(super) fn given_up(&self) -> &GivenUp {
+        &self.template.given_up
     }
 
     /// The first request, unchanged.

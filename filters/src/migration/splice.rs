@@ -11,7 +11,7 @@ use super::{
     event::{Facts, characters, list_length},
     rewrite::{self, Skip},
 };
-use crate::{body::BodyError, sse::Event};
+use crate::{body::BodyError, error::Flag, sse::Event};
 use bytes::{Bytes, BytesMut};
 use std::{collections::VecDeque, ops::Range};
 
@@ -37,6 +37,20 @@ pub(super) enum Cause {
 }
 
 impl Cause {
+    /// What its engine is blamed for, where a leg is left for this before its end.
+    pub(super) fn blame(&self) -> Option<Flag> {
+        match self {
+            Self::Broke(error) => Some(error.flag),
+            Self::Error(_) => Some(Flag::UpstreamRemoteReset),
+            Self::Stall => Some(Flag::StreamIdleTimeout),
+            Self::Truncated
+            | Self::Aborted(_)
+            | Self::Leaving
+            | Self::Unproven
+            | Self::Diverged => None,
+        }
+    }
+
     /// As in metrics.
     pub(super) fn as_str(&self) -> &'static str {
         match self {

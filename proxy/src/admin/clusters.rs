@@ -37,7 +37,7 @@ fn stats(endpoint: &Endpoint) -> [(&'static str, u64, bool); 8] {
         ("cx_active", read(&stats.connections_active), true),
         ("cx_connect_fail", read(&stats.connect_fail), false),
         ("cx_total", read(&stats.connections), false),
-        ("rq_active", read(&stats.active), true),
+        ("rq_active", requests.in_progress(), true),
         ("rq_error", requests.failed, false),
         ("rq_pending_active", 0, true),
         ("rq_success", requests.succeeded, false),

@@ -58,6 +58,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// Requests at once on a connection of HTTP/2.
 const STREAMS_MAX: u32 = 8;
+/// Of a connection, to know what is spoken on it: as long as the preface of HTTP/2.
+const PREFACE_BYTES: usize = 24;
 const REFUSAL: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 27\r\nconnection: close\r\n\r\ntoo many admin connections\n";
 
@@ -162,8 +164,11 @@ async fn serve_one(
 /// A stream that fails once no byte went either way for `limit`: a client that stops reading frees its place.
 struct Patience {
     stream: Socket,
-    /// From the first byte on.
     limit: Duration,
+    /// By then it must be known what is spoken, however the bytes of that come.
+    first: Instant,
+    /// Bytes until it is known; none once it is.
+    unread: usize,
     over: Pin<Box<Sleep>>,
 }
 
@@ -172,6 +177,8 @@ impl Patience {
         Self {
             stream,
             limit,
+            first: Instant::now() + first,
+            unread: PREFACE_BYTES,
             over: Box::pin(sleep(first)),
         }
     }
@@ -182,7 +189,10 @@ impl Patience {
         context: &mut Context<'_>,
     ) -> Poll<io::Result<T>> {
         if poll.is_ready() {
-            self.over.as_mut().reset(Instant::now() + self.limit);
+            let idle = Instant::now() + self.limit;
+            let is_known = self.unread == 0;
+            let until = if is_known { idle } else { idle.min(self.first) };
+            self.over.as_mut().reset(until);
             return poll;
         }
         ready!(self.over.as_mut().poll(context));
@@ -196,7 +206,10 @@ impl AsyncRead for Patience {
         context: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         let poll = Pin::new(&mut self.stream).poll_read(context, buf);
+        let read = buf.filled().len() - before;
+        self.unread = self.unread.saturating_sub(read);
         self.progress(poll, context)
     }
 }
@@ -208,6 +221,10 @@ impl AsyncWrite for Patience {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let poll = Pin::new(&mut self.stream).poll_write(context, bytes);
+        if poll.is_ready() {
+            // Who is answered has said enough.
+            self.unread = 0;
+        }
         self.progress(poll, context)
     }
 

@@ -5,7 +5,7 @@ use http::{HeaderMap, StatusCode};
 use outrigger_filters::{
     breakers::Held,
     endpoints::{Ended, Endpoint, Reservation, Via},
-    error::Flag,
+    error::{Flag, GivenUp},
 };
 use outrigger_xds::orca::LoadReport;
 use std::{
@@ -26,7 +26,11 @@ pub(super) struct Leg {
     pub(super) prefill: u64,
     pub(super) begun: Instant,
     pub(super) status: Option<StatusCode>,
-    pub(super) ended: Ended,
+    /// The engine reported its own failure in an answer that began well.
+    pub(super) reported_failure: bool,
+    /// None until it is told.
+    pub(super) ended: Option<Ended>,
+    pub(super) given_up: GivenUp,
     pub(super) _held: Held,
 }
 
@@ -50,6 +54,21 @@ impl Leg {
         if let Some(entered) = &mut self.entered {
             entered.first_byte();
         }
+    }
+
+    /// What a request that was left before its end has come to.
+    fn left(&self) -> Ended {
+        let is_error = self.status.is_some_and(|it| it.is_server_error());
+        if is_error || self.has_failed() {
+            Ended::Failed
+        } else {
+            Ended::Cancelled
+        }
+    }
+
+    /// Whether it is the engine's fault that the answer, whole or not, is worth nothing.
+    fn has_failed(&self) -> bool {
+        self.reported_failure || self.given_up.reason().is_some()
     }
 
     /// Tells the canary of the engine beside us.
@@ -77,6 +96,14 @@ fn blames_engine(flag: Flag) -> bool {
     )
 }
 
+/// Breaks that are the client's doing: they say nothing of the endpoint.
+fn is_client(flag: Flag) -> bool {
+    matches!(
+        flag,
+        Flag::DownstreamConnectionTermination | Flag::DownstreamProtocolError
+    )
+}
+
 impl Reservation for Leg {
     fn first_byte(&mut self) {
         self.judge();
@@ -96,6 +123,7 @@ impl Reservation for Leg {
     }
 
     fn answer_piece(&mut self, is_failure: bool) {
+        self.reported_failure |= is_failure;
         match &self.entered {
             Some(_) if is_failure => self.accuse(),
             Some(entered) => entered.traffic().piece(),
@@ -145,12 +173,17 @@ impl Reservation for Leg {
     }
 
     fn finish(&mut self, broken: Option<Flag>) {
-        let is_well = broken.is_none() && self.status.is_some_and(|it| !it.is_server_error());
-        self.ended = if is_well {
+        if broken.is_some_and(is_client) {
+            self.ended = Some(Ended::Cancelled);
+            return;
+        }
+        let has_status = self.status.is_some_and(|it| !it.is_server_error());
+        let is_well = broken.is_none() && has_status && !self.has_failed();
+        self.ended = Some(if is_well {
             Ended::Succeeded
         } else {
             Ended::Failed
-        };
+        });
         if broken.is_some_and(blames_engine) {
             self.accuse();
         }
@@ -180,10 +213,14 @@ impl Drop for Leg {
         // One that was cancelled says nothing about its endpoint.
         self.judged = true;
         self.end_prefill();
+        // An endpoint without active requests is forgotten, and its tally with it.
+        self.endpoint
+            .host
+            .tally
+            .end(self.ended.unwrap_or_else(|| self.left()));
         self.endpoint.stats.active.fetch_sub(1, Relaxed);
-        self.endpoint.host.tally.end(self.ended);
         self.stats.upstream_rq_active.decrement(1.0);
-        if self.ended == Ended::Cancelled {
+        if self.ended.is_none_or(|ended| ended == Ended::Cancelled) {
             self.stats.upstream_rq_cancelled.increment(1);
             self.stats.upstream_rq_tx_reset.increment(1);
         }

@@ -43,6 +43,19 @@ struct Departed {
     endpoints: Vec<Arc<Endpoint>>,
 }
 
+impl Departed {
+    /// Who is back is no more gone, and who has nothing left to tell of is not needed.
+    fn keep_untold(&mut self, present: &[Arc<Endpoint>]) {
+        if self.endpoints.is_empty() {
+            return;
+        }
+        let mut known: AHashSet<*const Host> = hosts(present).collect();
+        self.endpoints.retain(|endpoint| {
+            !endpoint.host.tally.is_over() && known.insert(Arc::as_ptr(&endpoint.host))
+        });
+    }
+}
+
 impl Loads {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -138,8 +151,9 @@ impl Clusters {
     /// What is to be told now. It is told once.
     #[must_use]
     pub fn take_load(&self) -> Vec<ClusterLoad> {
-        let entries = self.entries.load_full();
         let mut state = self.loads.lock();
+        // Not before: what departs meanwhile would be told of as if it were still there.
+        let entries = self.entries.load_full();
         let Some(asked) = state.asked.clone() else {
             return Vec::new();
         };
@@ -221,11 +235,7 @@ impl State {
             dropped,
             interval: now.saturating_duration_since(since),
         };
-        // Who is back is no more gone.
-        let mut known: AHashSet<*const Host> = hosts(&present).collect();
-        departed.endpoints.retain(|endpoint| {
-            !endpoint.host.tally.is_over() && known.insert(Arc::as_ptr(&endpoint.host))
-        });
+        departed.keep_untold(&present);
         if !departed.endpoints.is_empty() {
             (departed.dropped, departed.untold) = (0, Counts::default());
             self.departed.insert(name, departed);

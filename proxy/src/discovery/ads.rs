@@ -1,33 +1,29 @@
-//! Resources of a control plane: what it is asked for, what it brings, and what it is told of that.
+//! Resources of control planes: what they bring, and what they are told of that.
 //!
-//! The stream itself is somebody else's, who hands in [`News`] and carries out a [`Turn`].
+//! Streams themselves are somebody else's, who hands in [`News`] and carries out a [`Turn`].
 
 use super::{
     Discovery,
+    channels::Purpose,
     model::{Kind, Model, Subscription},
     stats::Event,
 };
 use outrigger_xds::{
-    accepted::{Accepted, Failure, Outcome},
+    accepted::{Accepted, Outcome},
     load::discovery::{Response, Unread},
     problems::ConfigErrors,
     resource::config_source::Origin,
-    subscription::{Answer, Lapse, Received, Request, Sent, Subscriptions},
+    subscription::{Answer, Lapse, Received, Request, Sent},
 };
-use serde_json::Value;
-use std::{
-    collections::BTreeSet,
-    time::{Instant, SystemTime},
-};
-
-/// Resources of which it is remembered that the control plane cannot send them.
-const RESOURCE_ERRORS_MAX: usize = 10_000;
+use std::{collections::BTreeSet, time::Instant};
 
 /// What happened to the stream.
 #[derive(Debug)]
 pub enum News {
     /// It is open.
     Opened,
+    /// The server is there.
+    Connected,
     /// It is gone, or could not be opened.
     Broken,
     /// It brought something.
@@ -79,70 +75,54 @@ fn unread(sent: Sent) -> Option<Unread> {
 }
 
 impl Discovery {
-    /// There is another control plane, or none any more.
-    pub(super) fn change_control_plane(&mut self) {
-        self.errors.clear();
-        let ads = self.model.bootstrap.ads.as_ref();
-        self.ads = ads.map(|ads| {
-            let limit = ads.rate_limit.unwrap_or_default();
-            let mut subscriptions = Subscriptions::new(ads.protocol, limit, Instant::now());
-            // As if it were from the disk: it is told the names, sends all of it anew, and says what is gone.
-            for (kind, name) in self.model.good_of_ads() {
-                subscriptions.remember(kind, name, String::new());
-            }
-            subscriptions
-        });
-    }
-
-    /// Asks it for what is named now.
-    pub(super) fn ask_control_plane(&mut self) {
-        let Some(ads) = &mut self.ads else { return };
-        for kind in Kind::ALL {
-            ads.want(kind, self.model.asked_of_ads(kind));
-        }
-    }
-
-    /// Whether there is something to say to it.
-    #[must_use]
-    pub fn has_request(&self) -> bool {
-        self.ads.as_ref().is_some_and(Subscriptions::has_request)
-    }
-
     /// Whether what is asked for may have changed since it was last looked at.
     #[must_use]
     pub fn is_stale(&self) -> bool {
         self.stale
     }
 
-    /// Takes news in; whether what is to be in effect may be another now.
-    pub fn hear(&mut self, news: News, now: Instant) -> bool {
-        let Some(ads) = &mut self.ads else {
+    /// Takes news of a stream in; whether what is to be in effect may be another now. A stream that is none any more has
+    /// nothing to say.
+    pub fn hear(&mut self, id: u64, news: News, now: Instant) -> bool {
+        let Some(line) = self.lines.get(id) else {
             return false;
         };
         match news {
-            News::Opened => ads.opened(),
+            News::Opened => {
+                line.subscriptions.opened();
+                // What it cannot send it says anew.
+                let purpose = line.purpose();
+                self.errors.forget(|about| purpose.brings(about));
+            }
+            News::Connected => line.connected(true),
             News::Broken => {
-                ads.broken();
-                self.count_failure();
+                line.connected(false);
+                line.subscriptions.broken();
+                let purpose = line.purpose();
+                self.count_failure(&purpose);
             }
             News::Came(answer) => {
-                let received = ads.received(answer, now);
-                return received.is_some_and(|received| self.receive(received, now));
+                line.connected(true);
+                let received = line.subscriptions.received(answer, now);
+                return received.is_some_and(|received| self.receive(id, received, now));
             }
             News::Woken => {}
         }
         false
     }
 
-    fn count_failure(&mut self) {
+    fn count_failure(&self, purpose: &Purpose) {
         for kind in Kind::ALL {
-            self.count_all(kind, &Origin::Ads, Event::Failure);
+            self.count_each(&self.asked_by(purpose, kind), Event::Failure);
         }
     }
 
-    fn receive(&mut self, received: Received, now: Instant) -> bool {
-        let kind = received.kind;
-        self.count_all(kind, &Origin::Ads, Event::Attempt);
+    fn receive(&mut self, id: u64, received: Received, now: Instant) -> bool {
+        let Some(purpose) = self.lines.get(id).map(|line| line.purpose()) else {
+            return false;
+        };
+        let (kind, origin) = (received.kind, purpose.origin());
+        self.count_each(&self.asked_by(&purpose, kind), Event::Attempt);
         let was_heard = self.model.has_heard(kind);
         let came = received.resources.iter().map(|sent| sent.name.clone());
         let mut about: BTreeSet<String> = came.collect();
@@ -153,31 +133,32 @@ impl Discovery {
             if kind.is_whole() {
                 gone.push(name);
             } else {
-                given_up |= self.lacks(kind, &name);
+                given_up |= self.lacks(&purpose, kind, &name);
             }
         }
         let is_told = |name: &String| received.whole.is_some() || about.contains(name);
         self.errors
-            .retain(|(of, name), _| *of != kind || !is_told(name));
-        given_up |= self.note_errors(kind, received.errors, &received.version);
+            .forget(|about| about.kind == kind && purpose.brings(about) && is_told(&about.name));
+        given_up |= self.note_errors(&purpose, kind, received.errors, &received.version);
         let response = Response {
             version: received.version,
             resources: received.resources.into_iter().filter_map(unread).collect(),
             removed: gone,
         };
-        let outcome = self.take(kind, &Origin::Ads, response);
-        self.tell(kind, &Origin::Ads, &outcome, Some(&about));
-        given_up |= self.fail(kind, &outcome);
+        let outcome = self.take(kind, &origin, response);
+        self.tell(kind, &origin, &outcome, Some(&about));
+        given_up |= self.fail(&purpose, kind, &outcome);
         // They were logged, and the control plane is told: nobody collects them.
         self.problems.clear();
-        if let Some(ads) = &mut self.ads {
-            ads.judged(received.receipt, &outcome.rejected, now);
+        if let Some(line) = self.lines.get(id) {
+            line.subscriptions
+                .judged(received.receipt, &outcome.rejected, now);
         }
         given_up || !was_heard || is_change(&outcome)
     }
 
     /// Nobody waits for what was rejected, as in Envoy; whether somebody did. What has no name may be any of them.
-    fn fail(&mut self, kind: Kind, outcome: &Outcome) -> bool {
+    fn fail(&mut self, purpose: &Purpose, kind: Kind, outcome: &Outcome) -> bool {
         if kind.is_whole() {
             return false;
         }
@@ -185,7 +166,7 @@ impl Discovery {
             let mut rejected = outcome.rejected.iter();
             rejected.any(|(name, _)| name.is_empty() || *name == asked.name)
         };
-        let mut given_up = self.subscriptions(kind, &Origin::Ads);
+        let mut given_up = self.asked_by(purpose, kind);
         given_up.retain(|asked| is_rejected(asked) && !self.model.is_there(asked));
         for asked in &given_up {
             let name = &asked.name;
@@ -194,40 +175,14 @@ impl Discovery {
                 name,
                 "its first version was rejected, going on without it"
             );
-            self.model.stop_waiting(kind, name);
+            self.model.stop_waiting(kind, &purpose.origin(), name);
         }
         !given_up.is_empty()
     }
 
-    /// The control plane cannot send these: what is there stays, and what is not is waited for no longer. Whether somebody did.
-    fn note_errors(&mut self, kind: Kind, errors: Vec<(String, String)>, version: &str) -> bool {
-        let mut given_up = false;
-        for (name, details) in errors {
-            tracing::warn!(
-                ?kind,
-                name,
-                details,
-                "the control plane cannot send it, what is there stays"
-            );
-            given_up |= self.model.is_waited_for(kind, &name);
-            self.model.stop_waiting(kind, &name);
-            if self.errors.len() >= RESOURCE_ERRORS_MAX {
-                continue;
-            }
-            let failure = Failure {
-                configuration: Value::Null,
-                version: version.to_owned(),
-                at: SystemTime::now(),
-                details,
-            };
-            self.errors.insert((kind, name), failure);
-        }
-        given_up
-    }
-
     /// The control plane has no such resource; whether somebody waited for it. As in Envoy, what is there stays there.
-    fn lacks(&mut self, kind: Kind, name: &str) -> bool {
-        let asked = self.subscriptions(kind, &Origin::Ads);
+    fn lacks(&mut self, purpose: &Purpose, kind: Kind, name: &str) -> bool {
+        let asked = self.asked_by(purpose, kind);
         let Some(asked) = asked.into_iter().find(|asked| asked.name == name) else {
             return false;
         };
@@ -244,65 +199,62 @@ impl Discovery {
             name,
             "the control plane does not have it, going on without it"
         );
-        self.model.give_up(kind, name);
+        self.model.give_up(kind, &purpose.origin(), name);
         true
     }
 
     /// What time has brought about; whether what is to be in effect may be another now.
     pub(super) fn lapse(&mut self, now: Instant) -> bool {
-        let Some(ads) = &mut self.ads else {
-            return false;
-        };
-        let mut any = false;
-        for lapse in ads.lapse(now) {
-            match lapse {
-                Lapse::Missing(kind, name) => {
-                    tracing::warn!(?kind, name, "asked for, and does not exist");
-                }
-                Lapse::Expired(kind, name) => {
-                    tracing::warn!(?kind, name, "its life is over");
-                    self.end(kind, name);
-                    any = true;
+        let mut ended = Vec::new();
+        for line in self.lines.each() {
+            for lapse in line.subscriptions.lapse(now) {
+                let purpose = line.purpose();
+                let (Lapse::Missing(kind, name) | Lapse::Expired(kind, name)) = &lapse;
+                self.errors.forget(|about| {
+                    about.kind == *kind && about.name == *name && purpose.brings(about)
+                });
+                match lapse {
+                    Lapse::Missing(kind, name) => {
+                        tracing::warn!(?kind, name, "asked for, and does not exist");
+                    }
+                    Lapse::Expired(kind, name) => {
+                        tracing::warn!(?kind, name, "its life is over");
+                        let version = line.subscriptions.version(kind).to_owned();
+                        ended.push((purpose.origin(), kind, (name, version)));
+                    }
                 }
             }
+        }
+        let any = !ended.is_empty();
+        for (origin, kind, ended) in ended {
+            self.end(kind, &origin, ended);
         }
         any
     }
 
-    fn end(&mut self, kind: Kind, name: String) {
+    fn end(&mut self, kind: Kind, origin: &Origin, (name, version): (String, String)) {
         if !kind.is_whole() {
-            self.model.give_up(kind, &name);
+            self.model.give_up(kind, origin, &name);
             self.stale = true;
             return;
         }
-        let version = self.ads.as_ref().map(|ads| ads.version(kind).to_owned());
         let response = Response {
-            version: version.unwrap_or_default(),
+            version,
             resources: Vec::new(),
             removed: vec![name],
         };
-        self.take(kind, &Origin::Ads, response);
+        self.take(kind, origin, response);
     }
 
-    /// What is to be said now, and when to come again.
-    pub fn turn(&mut self, now: Instant) -> Turn {
-        let Some(ads) = &mut self.ads else {
+    /// What is to be said now on a stream, and when to come again.
+    pub fn turn(&mut self, id: u64, now: Instant) -> Turn {
+        let Some(line) = self.lines.get(id) else {
             return Turn::default();
         };
-        let mut requests = Vec::new();
-        while let Some(request) = ads.next_request(now) {
-            requests.push(request);
-        }
-        let is_held_back = ads.has_request();
-        if is_held_back {
-            metrics::counter!("envoy_control_plane_rate_limit_enforced").increment(1);
-        }
-        metrics::gauge!("envoy_control_plane_pending_requests")
-            .set(f64::from(u8::from(is_held_back)));
         Turn {
-            requests,
-            is_held_back,
-            at: ads.deadline(),
+            requests: line.requests(now),
+            is_held_back: line.held_back(),
+            at: line.subscriptions.deadline(),
         }
     }
 }

@@ -13,8 +13,9 @@ use outrigger_filters::services::Services;
 use outrigger_xds::{
     accepted::Update,
     resource::{
+        ads::{GrpcService, Target},
         cluster::Cluster,
-        config_source::{ConfigSource, Origin},
+        config_source::{ConfigSource, Origin, Service},
         endpoint::{Address, ClusterLoadAssignment},
         filter_chain::{FilterChain, Network},
         listener::{AccessLog, HttpConnectionManager, Listener},
@@ -64,6 +65,52 @@ fn exists(model: &Model, source: Option<&ConfigSource>) -> Result<(), String> {
         Some(Origin::Path(path)) if Path::new(path).exists() => Ok(()),
         Some(Origin::Path(path)) => Err(format!(
             "paths must refer to an existing path in the system: '{path}' does not exist"
+        )),
+        Some(Origin::Service(service)) => servers(model, service),
+    }
+}
+
+/// A cluster that a control plane is reached by, if it is one.
+fn server(service: &GrpcService) -> Option<&str> {
+    match &service.target {
+        Target::Cluster { name, .. } => Some(name),
+        Target::Address { .. } => None,
+    }
+}
+
+/// Envoy's rule: a control plane cannot bring the cluster that it is reached by.
+fn servers(model: &Model, service: &Service) -> Result<(), String> {
+    let written = &model.bootstrap.clusters;
+    let mut names = service.control_plane().servers.iter().filter_map(server);
+    let is_static = |name: &str| {
+        let mut written = written.iter();
+        written.any(|cluster| cluster.name == name && cluster.eds.is_none())
+    };
+    match names.find(|name| !is_static(name)) {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "api_config_source must name a statically defined non-EDS cluster: '{name}' does not exist, was added via api, or is an EDS cluster"
+        )),
+    }
+}
+
+/// A cluster whose secret comes from a server that is reached by it would wait for itself.
+fn check_own_secrets(cluster: &Cluster) -> Result<(), String> {
+    let sockets = cluster.sockets().flatten();
+    let mut secrets = sockets.flat_map(|tls| tls.common.secrets());
+    let waits_for_itself = |secret: &SecretConfig| match secret.source.as_ref()?.origin {
+        Origin::Service(ref service) => {
+            let mut servers = service.control_plane().servers.iter();
+            servers
+                .all(|of| server(of) == Some(&cluster.name))
+                .then(|| secret.name.clone())
+        }
+        Origin::Path(_) | Origin::Ads => None,
+    };
+    match secrets.find_map(waits_for_itself) {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "secret '{name}' is to come from a server that this cluster leads to"
         )),
     }
 }
@@ -341,6 +388,7 @@ fn check_context(model: &Model, contexts: &Contexts, cluster: &Cluster) -> Resul
     let sockets = cluster.sockets().flatten();
     let secrets = sockets.flat_map(|tls| tls.common.secrets());
     check_secrets(model, secrets).map_err(named)?;
+    check_own_secrets(cluster).map_err(named)?;
     contexts
         .client(cluster, &|config| model.secret(config))
         .map(drop)

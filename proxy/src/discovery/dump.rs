@@ -6,7 +6,7 @@ use outrigger_xds::{
     accepted::{Accepted, Failure, Good},
     csds::Outcome,
     load::{self, discovery::Resource},
-    resource::{cluster::Cluster, listener::Listener, secret::Secret},
+    resource::{cluster::Cluster, config_source::Origin, listener::Listener, secret::Secret},
 };
 use serde_json::{Map, Value, json};
 
@@ -68,7 +68,7 @@ impl Discovery {
     /// Entries of a section: what is in effect, and what is not with its error.
     fn entries<R: Resource + PartialEq>(
         &self,
-        kind: Kind,
+        (kind, origin): (Kind, &Origin),
         key: &str,
         accepted: &Accepted<R>,
     ) -> Vec<Value> {
@@ -77,7 +77,7 @@ impl Discovery {
                 Some(good) => entry(key, good),
                 None => Map::from_iter([("name".to_owned(), json!(name))]),
             };
-            tell(&mut fields, self.fate(kind, name, state));
+            tell(&mut fields, self.fate((kind, origin), name, state));
             Value::Object(fields)
         });
         each.collect()
@@ -108,21 +108,27 @@ impl Discovery {
 
     fn dump_clusters(&self, section: &mut Value) {
         let (mut active, mut warming) = (Vec::new(), Vec::new());
-        for cluster in self.entries(Kind::Clusters, "cluster", &self.model.clusters) {
+        let about = (Kind::Clusters, self.model.origin_of_all(Kind::Clusters));
+        for cluster in self.entries(about, "cluster", &self.model.clusters) {
             let name = cluster["cluster"]["name"].as_str().unwrap_or_default();
             let waits = self.warming_clusters.contains(name) || name.is_empty();
             if waits { &mut warming } else { &mut active }.push(cluster);
         }
+        warming.extend(self.dump_absent(Kind::Clusters));
         section["version_info"] = json!(self.model.clusters.version());
         section["dynamic_active_clusters"] = json!(active);
         section["dynamic_warming_clusters"] = json!(warming);
     }
 
     fn dump_listeners(&self, section: &mut Value) {
+        let origin = self.model.origin_of_all(Kind::Listeners);
         let each = self.model.listeners.states().map(|(name, state)| {
             let mut shown = Map::new();
             shown.insert("name".into(), json!(name));
-            tell(&mut shown, self.fate(Kind::Listeners, name, state));
+            tell(
+                &mut shown,
+                self.fate((Kind::Listeners, origin), name, state),
+            );
             if let Some(good) = &state.good {
                 let stage = if self.warming_listeners.contains(name) {
                     "warming_state"
@@ -142,13 +148,15 @@ impl Discovery {
             Value::Object(shown)
         });
         section["version_info"] = json!(self.model.listeners.version());
-        section["dynamic_listeners"] = each.collect();
+        section["dynamic_listeners"] = each.chain(self.dump_absent(Kind::Listeners)).collect();
     }
 
     fn dump_routes(&self, section: &mut Value) {
-        let tables = self.model.tables.values();
+        let tables = self.model.tables.iter();
         let mut dynamic: Vec<Value> = tables
-            .flat_map(|accepted| self.entries(Kind::Routes, "route_config", accepted))
+            .flat_map(|(origin, accepted)| {
+                self.entries((Kind::Routes, origin), "route_config", accepted)
+            })
             .collect();
         dynamic.extend(self.dump_absent(Kind::Routes));
         let inline = self.model.listeners.good().flat_map(|good| {
@@ -173,9 +181,10 @@ impl Discovery {
         let inline = written.chain(came).filter(|cluster| cluster.eds.is_none());
         let show =
             |cluster: &Cluster| json!({ "endpoint_config": cluster.load_assignment.to_json() });
-        let sets = self.model.assignments.values();
-        let dynamic =
-            sets.flat_map(|accepted| self.entries(Kind::Endpoints, "endpoint_config", accepted));
+        let sets = self.model.assignments.iter();
+        let dynamic = sets.flat_map(|(origin, accepted)| {
+            self.entries((Kind::Endpoints, origin), "endpoint_config", accepted)
+        });
         json!({
             "@type": type_url("EndpointsConfigDump"),
             "static_endpoint_configs": inline.map(show).collect::<Vec<_>>(),
@@ -201,13 +210,13 @@ impl Discovery {
             json!({ "name": secret.name, "last_updated": since, "secret": secret.to_json() })
         });
         let (mut active, mut warming) = (Vec::new(), Vec::new());
-        for accepted in self.model.secrets.values() {
+        for (origin, accepted) in &self.model.secrets {
             for (name, state) in accepted.states() {
                 let mut shown = Map::from_iter([("name".to_owned(), json!(name))]);
                 if let Some(good) = &state.good {
                     shown.extend(entry::<Secret>("secret", good));
                 }
-                tell(&mut shown, self.fate(Kind::Secrets, name, state));
+                tell(&mut shown, self.fate((Kind::Secrets, origin), name, state));
                 let list = if state.good.is_some() {
                     &mut active
                 } else {

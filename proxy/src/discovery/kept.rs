@@ -1,8 +1,8 @@
 //! What the control plane brought last, kept in a file: a proxy that starts serves by it before any server answers.
 //!
 //! What begins so is checked like everything that comes. The control plane is told the names and no versions, so it
-//! sends all of it anew, and says what is gone. What lives only for a time, secrets, and what has a private key
-//! inline, are not kept.
+//! sends all of it anew, and says what is gone. What lives only for a time, secrets, what has a private key inline, and
+//! what came by a service of one type, are not kept.
 
 use super::{Discovery, model::Kind};
 use outrigger_xds::{
@@ -144,7 +144,7 @@ impl Discovery {
     /// What is to be kept; none while there is no control plane, or its first configuration is not complete.
     #[must_use]
     pub fn keep(&self) -> Option<Kept> {
-        let ads = self.ads.as_ref().filter(|_| self.initialized)?;
+        let ads = self.lines.ads().filter(|_| self.initialized)?;
         let model = &self.model;
         let by_ads = |source: &Option<ConfigSource>| {
             let origin = source.as_ref().map(|source| &source.origin);
@@ -176,7 +176,7 @@ impl Discovery {
 
     /// Begins with what was kept.
     pub fn restore(&mut self, kept: Kept) {
-        if self.ads.is_none() || kept.count() == 0 {
+        if self.lines.ads().is_none() || kept.count() == 0 {
             return;
         }
         tracing::info!(
@@ -206,7 +206,7 @@ impl Discovery {
             }
             let is_good = |name: &String| outcome.rejected.iter().all(|(bad, _)| bad != name);
             let good: Vec<String> = names.into_iter().filter(is_good).collect();
-            if let Some(ads) = &mut self.ads {
+            if let Some(ads) = self.lines.ads_mut() {
                 for name in good {
                     ads.remember(kind, name, String::new());
                 }

@@ -36,6 +36,16 @@ pub(super) struct Subscription {
     pub(super) name: String,
 }
 
+impl Subscription {
+    /// Its name to a control plane.
+    pub(super) fn wanted(&self) -> String {
+        match &*self.name {
+            "" => WILDCARD.to_owned(),
+            name => name.to_owned(),
+        }
+    }
+}
+
 /// Who waits for it, and how long.
 #[derive(Debug, Clone)]
 pub(super) struct Wait {
@@ -86,9 +96,9 @@ fn find<'a, R: PartialEq>(
     named.get(&source.origin)?.get(name)
 }
 
-/// Keeps only some of what the control plane brought.
-fn keep<R: PartialEq>(named: &mut Named<R>, wanted: impl Fn(&str) -> bool) {
-    if let Some(accepted) = named.get_mut(&Origin::Ads) {
+/// Keeps only some of what came from one source.
+fn keep<R: PartialEq>(named: &mut Named<R>, origin: &Origin, wanted: impl Fn(&str) -> bool) {
+    if let Some(accepted) = named.get_mut(origin) {
         accepted.retain(wanted);
     }
 }
@@ -124,7 +134,7 @@ impl Model {
             });
             wait.owners.insert(owner.to_owned());
         };
-        let may_listen = self.has_clusters || !self.listens_by_ads();
+        let may_listen = self.has_clusters || !self.listens_after_clusters();
         if let Some(source) = self.bootstrap.lds.as_ref().filter(|_| may_listen) {
             ask(Kind::Listeners, source, "", "");
         }
@@ -163,83 +173,77 @@ impl Model {
         self.forget();
     }
 
-    /// Whether the control plane brings both clusters and listeners: then clusters come first, or listeners would name
+    /// Whether control planes bring both clusters and listeners: then clusters come first, or listeners would name
     /// such as are not there yet.
-    fn listens_by_ads(&self) -> bool {
+    fn listens_after_clusters(&self) -> bool {
         let [lds, cds] = [&self.bootstrap.lds, &self.bootstrap.cds];
-        let by_ads = |source: &ConfigSource| source.origin == Origin::Ads;
-        lds.as_ref().is_some_and(by_ads) && cds.as_ref().is_some_and(by_ads)
+        let is_told = |source: &ConfigSource| !matches!(source.origin, Origin::Path(_));
+        lds.as_ref().is_some_and(is_told) && cds.as_ref().is_some_and(is_told)
     }
 
-    /// Names of one type that the control plane is asked for.
-    pub(super) fn asked_of_ads(&self, kind: Kind) -> BTreeSet<String> {
-        let asked = self.waits.keys();
-        let of_ads = asked.filter(|asked| asked.kind == kind && asked.origin == Origin::Ads);
-        of_ads
-            .map(|asked| match &*asked.name {
-                "" => WILDCARD.to_owned(),
-                name => name.to_owned(),
-            })
-            .collect()
-    }
-
-    /// All that is good of what the control plane brought.
-    pub(super) fn good_of_ads(&self) -> Vec<(Kind, String)> {
+    /// All that is good of what one source brought.
+    pub(super) fn good_of(&self, origin: &Origin) -> Vec<(Kind, String)> {
         fn good<R: PartialEq>(kind: Kind, known: Option<&Accepted<R>>) -> Vec<(Kind, String)> {
             let states = known.into_iter().flat_map(Accepted::states);
             let good = states.filter(|(_, state)| state.good.is_some());
             good.map(|(name, _)| (kind, name.to_owned())).collect()
         }
-        let by_ads = |source: &Option<ConfigSource>| {
+        let from = |source: &Option<ConfigSource>| {
             let source = source.as_ref();
-            source.is_some_and(|source| source.origin == Origin::Ads)
+            source.is_some_and(|source| source.origin == *origin)
         };
-        let clusters = by_ads(&self.bootstrap.cds).then_some(&self.clusters);
-        let listeners = by_ads(&self.bootstrap.lds).then_some(&self.listeners);
+        let clusters = from(&self.bootstrap.cds).then_some(&self.clusters);
+        let listeners = from(&self.bootstrap.lds).then_some(&self.listeners);
         [
             good(Kind::Clusters, clusters),
-            good(Kind::Endpoints, self.assignments.get(&Origin::Ads)),
+            good(Kind::Endpoints, self.assignments.get(origin)),
             good(Kind::Listeners, listeners),
-            good(Kind::Routes, self.tables.get(&Origin::Ads)),
-            good(Kind::Secrets, self.secrets.get(&Origin::Ads)),
+            good(Kind::Routes, self.tables.get(origin)),
+            good(Kind::Secrets, self.secrets.get(origin)),
         ]
         .concat()
     }
 
-    /// Whether all that the control plane has of a type came, or is waited for no longer.
+    /// Where a type comes from that is not asked for by name, if it comes from anywhere.
+    pub(super) fn source_of_all(&self, kind: Kind) -> Option<&ConfigSource> {
+        match kind {
+            Kind::Listeners => self.bootstrap.lds.as_ref(),
+            Kind::Clusters => self.bootstrap.cds.as_ref(),
+            Kind::Endpoints | Kind::Routes | Kind::Secrets => None,
+        }
+    }
+
+    /// The same; of what came earlier and has no source any more, as if it were from `ads`.
+    pub(super) fn origin_of_all(&self, kind: Kind) -> &Origin {
+        let source = self.source_of_all(kind);
+        source.map_or(&Origin::Ads, |source| &source.origin)
+    }
+
+    /// Whether all that a control plane has of a type came, or is waited for no longer.
     pub(super) fn has_heard(&self, kind: Kind) -> bool {
-        let source = match kind {
-            Kind::Listeners => &self.bootstrap.lds,
-            Kind::Clusters => &self.bootstrap.cds,
-            Kind::Endpoints | Kind::Routes | Kind::Secrets => return true,
-        };
-        let Some(source) = source.as_ref().filter(|from| from.origin == Origin::Ads) else {
+        let source = self.source_of_all(kind);
+        let Some(source) = source.filter(|from| !matches!(from.origin, Origin::Path(_))) else {
             return true;
         };
         let asked = Subscription {
             kind,
-            origin: Origin::Ads,
+            origin: source.origin.clone(),
             name: String::new(),
         };
         self.is_there(&asked) || self.is_given_up(kind, source, "")
     }
 
-    /// Whether it is still to come from the control plane, and something waits for it.
-    pub(super) fn is_waited_for(&self, kind: Kind, name: &str) -> bool {
-        let asked = Subscription {
-            kind,
-            origin: Origin::Ads,
-            name: name.to_owned(),
-        };
-        let wait = self.waits.get(&asked);
-        wait.is_some_and(|wait| !wait.expired) && !self.is_there(&asked)
+    /// Whether it is still to come from a control plane, and something waits for it.
+    pub(super) fn is_waited_for(&self, asked: &Subscription) -> bool {
+        let wait = self.waits.get(asked);
+        wait.is_some_and(|wait| !wait.expired) && !self.is_there(asked)
     }
 
-    /// What may still come from the control plane is waited for no longer.
-    pub(super) fn stop_waiting(&mut self, kind: Kind, name: &str) {
+    /// What may still come from a control plane is waited for no longer.
+    pub(super) fn stop_waiting(&mut self, kind: Kind, origin: &Origin, name: &str) {
         let asked = Subscription {
             kind,
-            origin: Origin::Ads,
+            origin: origin.clone(),
             name: name.to_owned(),
         };
         if let Some(wait) = self.waits.get_mut(&asked) {
@@ -247,14 +251,14 @@ impl Model {
         }
     }
 
-    /// The control plane does not have it, or has it no more: nobody waits for it.
-    pub(super) fn give_up(&mut self, kind: Kind, name: &str) {
-        self.stop_waiting(kind, name);
+    /// A control plane does not have it, or has it no more: nobody waits for it.
+    pub(super) fn give_up(&mut self, kind: Kind, origin: &Origin, name: &str) {
+        self.stop_waiting(kind, origin, name);
         let others = |other: &str| other != name;
         match kind {
-            Kind::Routes => keep(&mut self.tables, others),
-            Kind::Endpoints => keep(&mut self.assignments, others),
-            Kind::Secrets => keep(&mut self.secrets, others),
+            Kind::Routes => keep(&mut self.tables, origin, others),
+            Kind::Endpoints => keep(&mut self.assignments, origin, others),
+            Kind::Secrets => keep(&mut self.secrets, origin, others),
             Kind::Clusters | Kind::Listeners => {}
         }
     }

@@ -1,6 +1,8 @@
 //! What is counted of resources that come while we run, under Envoy's names.
 
 use super::model::{Kind, Subscription, Wait};
+use metrics::{Counter, Gauge, Label};
+use std::collections::BTreeSet;
 
 /// What became of an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,20 +69,95 @@ fn names(kind: Kind) -> [&'static str; EVENTS] {
     }
 }
 
+/// What is shown of a stream, in somebody's name: whether a server is there, and how far requests to it are held back.
+pub(super) struct StreamStats {
+    connected: Gauge,
+    pending: Gauge,
+    enforced: Counter,
+}
+
+impl StreamStats {
+    pub(super) fn connected(&self, is_connected: bool) {
+        self.connected.set(f64::from(u8::from(is_connected)));
+    }
+
+    pub(super) fn held_back(&self, is_held_back: bool) {
+        self.pending.set(f64::from(u8::from(is_held_back)));
+        self.enforced.increment(u64::from(is_held_back));
+    }
+}
+
+/// Of the stream of all types.
+pub(super) fn of_ads() -> StreamStats {
+    StreamStats {
+        connected: metrics::gauge!("envoy_control_plane_connected_state"),
+        pending: metrics::gauge!("envoy_control_plane_pending_requests"),
+        enforced: metrics::counter!("envoy_control_plane_rate_limit_enforced"),
+    }
+}
+
+/// Of a stream of one type, for everybody who asked.
+pub(super) fn of_stream(asked: &Subscription, owners: &BTreeSet<String>) -> Vec<StreamStats> {
+    let [connected, pending, enforced] = stream_names(asked.kind);
+    let each = owners.iter().map(|owner| {
+        let labels = labels(asked, owner);
+        StreamStats {
+            connected: metrics::gauge!(connected, labels.clone()),
+            pending: metrics::gauge!(pending, labels.clone()),
+            enforced: metrics::counter!(enforced, labels),
+        }
+    });
+    each.collect()
+}
+
+/// Envoy's, which stand below those of the type.
+fn stream_names(kind: Kind) -> [&'static str; 3] {
+    match kind {
+        Kind::Clusters => [
+            "envoy_cluster_manager_cds_control_plane_connected_state",
+            "envoy_cluster_manager_cds_control_plane_pending_requests",
+            "envoy_cluster_manager_cds_control_plane_rate_limit_enforced",
+        ],
+        Kind::Endpoints => [
+            "envoy_cluster_control_plane_connected_state",
+            "envoy_cluster_control_plane_pending_requests",
+            "envoy_cluster_control_plane_rate_limit_enforced",
+        ],
+        Kind::Listeners => [
+            "envoy_listener_manager_lds_control_plane_connected_state",
+            "envoy_listener_manager_lds_control_plane_pending_requests",
+            "envoy_listener_manager_lds_control_plane_rate_limit_enforced",
+        ],
+        Kind::Routes => [
+            "envoy_http_rds_control_plane_connected_state",
+            "envoy_http_rds_control_plane_pending_requests",
+            "envoy_http_rds_control_plane_rate_limit_enforced",
+        ],
+        Kind::Secrets => [
+            "envoy_sds_control_plane_connected_state",
+            "envoy_sds_control_plane_pending_requests",
+            "envoy_sds_control_plane_rate_limit_enforced",
+        ],
+    }
+}
+
+fn labels(asked: &Subscription, owner: &str) -> Vec<Label> {
+    let owner = owner.to_owned();
+    match asked.kind {
+        Kind::Clusters | Kind::Listeners => Vec::new(),
+        Kind::Endpoints => vec![Label::new("envoy_cluster_name", owner)],
+        Kind::Secrets => vec![Label::new("envoy_xds_resource_name", owner)],
+        Kind::Routes => vec![
+            Label::new("envoy_http_conn_manager_prefix", owner),
+            Label::new("envoy_rds_route_config", asked.name.clone()),
+        ],
+    }
+}
+
 /// Counts for everybody who asked.
 pub(super) fn count(asked: &Subscription, wait: &Wait, event: Event) {
     let name = names(asked.kind)[event as usize];
     for owner in &wait.owners {
-        let owner = owner.clone();
-        match asked.kind {
-            Kind::Clusters | Kind::Listeners => metrics::counter!(name),
-            Kind::Endpoints => metrics::counter!(name, "envoy_cluster_name" => owner),
-            Kind::Secrets => metrics::counter!(name, "envoy_xds_resource_name" => owner),
-            Kind::Routes => {
-                let table = asked.name.clone();
-                metrics::counter!(name, "envoy_http_conn_manager_prefix" => owner, "envoy_rds_route_config" => table)
-            }
-        }
-        .increment(1);
+        metrics::counter!(name, labels(asked, owner)).increment(1);
     }
 }

@@ -15,22 +15,37 @@ use outrigger_xds::{
 /// What was asked for and never came, in no version: its name, and why.
 pub(super) type Absent<'a> = (&'a str, Outcome, Option<&'a Failure>);
 
+/// Whether a version of it came, be it one that was refused.
+fn has<R: PartialEq>(accepted: &Accepted<R>, name: &str) -> bool {
+    accepted.states().any(|(known, _)| known == name)
+}
+
 impl Discovery {
     /// All that came from elsewhere, and what was asked for and is not there.
     #[must_use]
     pub fn client_status(&self, with_contents: bool) -> Client {
         let model = &self.model;
-        let mut resources = self.held(Kind::Clusters, &model.clusters, with_contents);
-        for accepted in model.assignments.values() {
-            resources.extend(self.held(Kind::Endpoints, accepted, with_contents));
+        let mut resources = self.held(
+            Kind::Clusters,
+            model.origin_of_all(Kind::Clusters),
+            &model.clusters,
+            with_contents,
+        );
+        for (origin, accepted) in &model.assignments {
+            resources.extend(self.held(Kind::Endpoints, origin, accepted, with_contents));
         }
-        resources.extend(self.held(Kind::Listeners, &model.listeners, with_contents));
-        for accepted in model.tables.values() {
-            resources.extend(self.held(Kind::Routes, accepted, with_contents));
+        resources.extend(self.held(
+            Kind::Listeners,
+            model.origin_of_all(Kind::Listeners),
+            &model.listeners,
+            with_contents,
+        ));
+        for (origin, accepted) in &model.tables {
+            resources.extend(self.held(Kind::Routes, origin, accepted, with_contents));
         }
         // Keys are nobody's business.
-        for accepted in model.secrets.values() {
-            resources.extend(self.held(Kind::Secrets, accepted, false));
+        for (origin, accepted) in &model.secrets {
+            resources.extend(self.held(Kind::Secrets, origin, accepted, false));
         }
         for kind in Kind::ALL {
             let absent = self.absent(kind).into_iter();
@@ -53,12 +68,13 @@ impl Discovery {
     fn held<R: Resource + PartialEq>(
         &self,
         kind: Kind,
+        origin: &Origin,
         accepted: &Accepted<R>,
         with_contents: bool,
     ) -> Vec<Held> {
         let each = accepted.states().map(|(name, state)| {
             let good = state.good.as_ref();
-            let (status, error) = self.fate(kind, name, state);
+            let (status, error) = self.fate((kind, origin), name, state);
             Held {
                 kind,
                 name: name.to_owned(),
@@ -77,34 +93,32 @@ impl Discovery {
     /// What became of the newest version of a resource that came, and what is wrong with it.
     pub(super) fn fate<'a, R>(
         &'a self,
-        kind: Kind,
+        (kind, origin): (Kind, &Origin),
         name: &str,
         state: &'a State<R>,
     ) -> (Outcome, Option<&'a Failure>) {
-        match (self.error_of(kind, name), &state.error) {
+        match (self.errors.of(kind, origin, name), &state.error) {
             (Some(error), _) => (Outcome::ReceivedError, Some(error)),
             (None, Some(refused)) => (Outcome::Nacked, Some(refused)),
             (None, None) => (Outcome::Acked, None),
         }
     }
 
-    /// Why the control plane cannot send it.
-    fn error_of(&self, kind: Kind, name: &str) -> Option<&Failure> {
-        self.errors.get(&(kind, name.to_owned()))
-    }
-
-    /// What of a type was asked for by name and is not there.
+    /// What of a type was asked for and is not there: by name; or as part of all that there is, as far as a control plane tells.
     pub(super) fn absent(&self, kind: Kind) -> Vec<Absent<'_>> {
+        if kind.is_whole() {
+            return self.unsent(kind, self.model.origin_of_all(kind));
+        }
         let asked = self.model.waits.iter();
         let absent = asked.filter(|(asked, _)| {
             asked.kind == kind && !asked.name.is_empty() && !self.has_come(asked)
         });
         let each = absent.map(|(asked, wait)| {
             let is_missing = match &asked.origin {
-                Origin::Ads => self.is_missing(kind, &asked.name),
+                Origin::Ads | Origin::Service(_) => self.is_missing(asked),
                 Origin::Path(_) => wait.expired,
             };
-            let error = self.error_of(kind, &asked.name);
+            let error = self.errors.of(kind, &asked.origin, &asked.name);
             let outcome = match error {
                 Some(_) => Outcome::ReceivedError,
                 None if is_missing => Outcome::DoesNotExist,
@@ -115,23 +129,34 @@ impl Discovery {
         each.collect()
     }
 
-    /// Whether the control plane had its time to send it, or said that there is none.
-    fn is_missing(&self, kind: Kind, name: &str) -> bool {
-        let ads = self.ads.as_ref();
-        ads.is_some_and(|ads| ads.status(kind, name) == Status::DoesNotExist)
+    /// Clusters or listeners that a control plane cannot send, and never sent.
+    fn unsent(&self, kind: Kind, origin: &Origin) -> Vec<Absent<'_>> {
+        let errors = self.errors.each(kind, origin);
+        let absent = errors.filter(|(name, _)| match kind {
+            Kind::Clusters => !has(&self.model.clusters, name),
+            _ => !has(&self.model.listeners, name),
+        });
+        absent
+            .map(|(name, error)| (name, Outcome::ReceivedError, Some(error)))
+            .collect()
+    }
+
+    /// Whether a control plane had its time to send it, or said that there is none.
+    fn is_missing(&self, asked: &Subscription) -> bool {
+        let subscriptions = self.lines.of(asked);
+        subscriptions.is_some_and(|it| it.status(asked.kind, &asked.name) == Status::DoesNotExist)
     }
 
     /// Whether a version of it came, be it one that was refused.
     fn has_come(&self, asked: &Subscription) -> bool {
-        fn has<R: PartialEq>(named: &Named<R>, asked: &Subscription) -> bool {
+        fn named<R: PartialEq>(named: &Named<R>, asked: &Subscription) -> bool {
             let accepted = named.get(&asked.origin);
-            let mut states = accepted.into_iter().flat_map(Accepted::states);
-            states.any(|(name, _)| name == asked.name)
+            accepted.is_some_and(|accepted| has(accepted, &asked.name))
         }
         match asked.kind {
-            Kind::Routes => has(&self.model.tables, asked),
-            Kind::Endpoints => has(&self.model.assignments, asked),
-            Kind::Secrets => has(&self.model.secrets, asked),
+            Kind::Routes => named(&self.model.tables, asked),
+            Kind::Endpoints => named(&self.model.assignments, asked),
+            Kind::Secrets => named(&self.model.secrets, asked),
             Kind::Clusters | Kind::Listeners => true,
         }
     }

@@ -1,11 +1,11 @@
-//! The stream to the control plane: opened, opened again, and the news of it handed to whoever judges them.
+//! Streams to control planes: opened, opened again, and their news handed to whoever judges them.
 //!
 //! The first server that can be reached is used. One that cannot, or ends the stream before it says anything, is
 //! followed by the next; after the last one there is a pause. Everything that takes time is done off the main thread.
 
 use super::Shared;
 use crate::{
-    discovery::{News, Turn, kept},
+    discovery::{Channel, Discovery, News, Turn, kept},
     upstream::{connect::dialer, own},
 };
 use outrigger_filters::endpoints::Secured;
@@ -19,6 +19,8 @@ use outrigger_xds::{
 };
 use rand::Rng;
 use std::{
+    collections::BTreeMap,
+    convert::Infallible,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
@@ -26,12 +28,13 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tokio::{sync::watch, task::AbortHandle};
 
 /// Longest pause before the first attempt to open a stream again; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(500);
 /// Longest pause before an attempt to open a stream again.
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// How often it is looked whether there is a control plane at all.
+/// How often it is looked whether there is a server to be asked.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a connection to a server by its address may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -86,20 +89,39 @@ impl Backoff {
     }
 }
 
-/// Talks to the control plane, if there is one, for as long as the process lives.
+/// Keeps all streams open that are wanted, and no others, for as long as the process lives.
 pub(super) async fn follow(shared: Arc<Shared>) {
+    let mut asked = shared.ask.subscribe();
+    let mut followed: BTreeMap<u64, AbortHandle> = BTreeMap::new();
+    loop {
+        let channels = shared.discovery().channels();
+        followed.retain(|id, task| {
+            let stays = channels.iter().any(|channel| channel.id == *id);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for channel in channels {
+            followed
+                .entry(channel.id)
+                .or_insert_with(|| tokio::spawn(talk(shared.clone(), channel)).abort_handle());
+        }
+        if asked.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Talks to a control plane, by one stream after the other, until somebody ends it.
+async fn talk(shared: Arc<Shared>, channel: Channel) {
     let mut backoff = Backoff::new();
     let mut is_alone = false;
     loop {
-        let ads = shared.bootstrap.load().ads.clone();
-        let Some(ads) = ads else {
-            tokio::time::sleep(LOOK_INTERVAL).await;
-            continue;
-        };
-        let servers = servers(&shared, &ads);
+        let servers = servers(&shared, &channel.control_plane);
         if servers.is_empty() {
             if !std::mem::replace(&mut is_alone, true) {
-                tell_alone(&shared, &ads).await;
+                tell_alone(&shared, &channel).await;
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
             continue;
@@ -109,23 +131,20 @@ pub(super) async fn follow(shared: Arc<Shared>) {
         for server in servers {
             let mut talk = Talk {
                 shared: &shared,
-                ads: &ads,
+                channel: &channel,
                 was_answered: false,
                 is_connected: false,
+                asked: shared.ask.subscribe(),
                 server: &server.authority,
             };
-            let ended = talk.with(&server).await;
+            let Err(error) = talk.with(&server).await;
             was_answered = talk.was_answered;
-            metrics::gauge!("envoy_control_plane_connected_state").set(0.0);
-            let Err(error) = ended else {
-                break;
-            };
             let (server, limit) = (&server.authority, backoff.limit);
             tracing::warn!(
-                server, %error,
+                server, stream = channel.name, %error,
                 "no stream to the control plane; what is there stays in effect, the next attempt comes within {limit:?}"
             );
-            broke(&shared).await;
+            broke(&shared, &channel).await;
             if was_answered {
                 break;
             }
@@ -137,24 +156,20 @@ pub(super) async fn follow(shared: Arc<Shared>) {
     }
 }
 
-async fn broke(shared: &Arc<Shared>) {
-    if let Err(error) = shared.turn(News::Broken).await {
-        tracing::error!(%error, "the end of the control plane's stream");
+async fn broke(shared: &Arc<Shared>, channel: &Channel) {
+    if let Err(error) = shared.turn(channel.id, News::Broken).await {
+        tracing::error!(%error, "the end of a control plane's stream");
     }
 }
 
 /// There is nobody to ask, now.
-async fn tell_alone(shared: &Arc<Shared>, ads: &Ads) {
-    let servers = ads.servers.iter().map(|service| match &service.target {
-        Target::Cluster { name, .. } => format!("cluster '{name}'"),
-        Target::Address { address, .. } => address.to_string(),
-    });
-    let servers = servers.collect::<Vec<_>>().join(", ");
+async fn tell_alone(shared: &Arc<Shared>, channel: &Channel) {
     tracing::warn!(
-        servers,
+        servers = %channel.control_plane,
+        stream = channel.name,
         "no control plane can be asked: a cluster of its servers is not there, waits for something, or has no endpoint"
     );
-    broke(shared).await;
+    broke(shared, channel).await;
 }
 
 /// Keeps what the control plane brought, if that is wanted, for as long as the process lives.
@@ -293,39 +308,44 @@ fn server(
 /// One stream.
 struct Talk<'a> {
     shared: &'a Arc<Shared>,
-    ads: &'a Ads,
+    channel: &'a Channel,
     was_answered: bool,
     /// The server is known to be there.
     is_connected: bool,
+    /// There may be something new to say.
+    asked: watch::Receiver<u64>,
     server: &'a str,
 }
 
 impl Talk<'_> {
-    /// Ends well only where there is another control plane, or none any more.
-    async fn with(&mut self, server: &Server) -> Result<(), AdsError> {
+    /// Goes on until the stream breaks.
+    async fn with(&mut self, server: &Server) -> Result<Infallible, AdsError> {
         let node = self.shared.bootstrap.load().node.clone();
-        let mut stream = ads::open(server, self.ads.protocol, &node).await?;
+        let id = self.channel.id;
+        let spoken = (self.channel.kind, self.channel.control_plane.protocol);
+        let mut stream = ads::open(server, spoken, &node).await?;
         // By then it has answered a ping.
         let proven = Instant::now() + server.ping_interval + server.ping_timeout;
-        let mut turn = self.shared.turn(News::Opened).await?;
+        let mut turn = self.shared.turn(id, News::Opened).await?;
         loop {
-            if self.shared.bootstrap.load().ads.as_ref() != Some(self.ads) {
-                return Ok(());
-            }
             let is_held_back = turn.is_held_back;
             let at = turn.at;
             for request in turn.requests {
                 stream.send(request).await?;
             }
             let news = self.news(&mut stream, is_held_back, (at, proven)).await?;
-            turn = self.shared.turn(news).await?;
+            turn = self.shared.turn(id, news).await?;
         }
     }
 
     fn connected(&mut self) {
         if !std::mem::replace(&mut self.is_connected, true) {
-            tracing::info!(server = self.server, "connected to the control plane");
-            metrics::gauge!("envoy_control_plane_connected_state").set(1.0);
+            let stream = &self.channel.name;
+            tracing::info!(
+                server = self.server,
+                stream,
+                "connected to the control plane"
+            );
         }
     }
 
@@ -347,7 +367,7 @@ impl Talk<'_> {
                 let event = event?;
                 self.connected();
                 Ok(match event {
-                    Event::Accepted => News::Woken,
+                    Event::Accepted => News::Connected,
                     Event::Answer(answer) => {
                         self.was_answered = true;
                         News::Came(answer)
@@ -356,9 +376,10 @@ impl Talk<'_> {
             }
             () = tokio::time::sleep_until(proven.into()), if !self.is_connected => {
                 self.connected();
-                Ok(News::Woken)
+                Ok(News::Connected)
             }
-            () = self.shared.ask.notified() => Ok(News::Woken),
+            // Its sender is as old as the process.
+            _ = self.asked.changed() => Ok(News::Woken),
             () = until => Ok(News::Woken),
         }
     }
@@ -366,10 +387,17 @@ impl Talk<'_> {
 
 impl Shared {
     /// Takes news in, and says what is to be done. What cannot be taken in breaks the stream: the next one begins anew.
-    async fn turn(self: &Arc<Self>, news: News) -> Result<Turn, AdsError> {
+    async fn turn(self: &Arc<Self>, id: u64, news: News) -> Result<Turn, AdsError> {
         let shared = self.clone();
-        let turn = tokio::task::spawn_blocking(move || shared.take_turn(news)).await;
+        let turn = tokio::task::spawn_blocking(move || shared.take_turn(id, news)).await;
         turn.map_err(|error| AdsError::Broken(format!("its news could not be taken in: {error}")))
+    }
+
+    /// Tells those who keep streams open that there is something to do for one of them.
+    pub(super) fn wake_streams(&self, discovery: &mut Discovery) {
+        if discovery.has_news_for_streams() {
+            self.ask.send_modify(|count| *count += 1);
+        }
     }
 
     /// Keeps what the control plane brought, if that changed since; when to come again. What cannot be kept yet is not
@@ -393,11 +421,13 @@ impl Shared {
         again
     }
 
-    fn take_turn(&self, news: News) -> Turn {
+    fn take_turn(&self, id: u64, news: News) -> Turn {
         let mut discovery = self.discovery();
         let now = Instant::now();
-        let is_news = discovery.hear(news, now);
+        let is_news = discovery.hear(id, news, now);
         self.advance(&mut discovery, is_news, now);
-        discovery.turn(now)
+        let turn = discovery.turn(id, now);
+        self.wake_streams(&mut discovery);
+        turn
     }
 }

@@ -7,6 +7,7 @@ use super::{
     Shared,
     control_plane::{Backoff, LOOK_INTERVAL, servers},
 };
+use crate::cluster::Clusters;
 use metrics::Counter;
 use outrigger_xds::{
     ads::{AdsError, Server},
@@ -59,6 +60,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
         };
         if telling.asked.is_some() {
             backoff = Backoff::new();
+            last_error.clear();
         }
         stats.errors.increment(1);
         let error = error.to_string();
@@ -109,7 +111,7 @@ impl Telling<'_> {
             let until = due.map_or(look, |due| due.min(look));
             tokio::select! {
                 asked = stream.next() => {
-                    let interval = self.ask(asked?);
+                    let interval = self.ask(asked?).await;
                     due = interval.map(|interval| Instant::now() + interval).or(due);
                 }
                 () = tokio::time::sleep_until(until.into()) => {
@@ -123,19 +125,32 @@ impl Telling<'_> {
     }
 
     /// Takes in what the server wants; gives how often, if that is another than before.
-    fn ask(&mut self, asked: Asked) -> Option<Duration> {
+    async fn ask(&mut self, asked: Asked) -> Option<Duration> {
         self.stats.responses.increment(1);
-        self.shared.clusters.report(Some(&asked));
         let interval = asked.interval;
-        let before = self.asked.replace(asked);
+        let before = self.asked.replace(asked.clone());
+        self.walk(move |clusters| clusters.report(Some(&asked)))
+            .await;
         let same = before.is_some_and(|before| before.interval == interval);
         (!same).then_some(interval)
+    }
+
+    /// Off this thread, which others share: there may be very many endpoints. None if it failed.
+    async fn walk<T: Send + 'static>(
+        &self,
+        walk: impl FnOnce(&Clusters) -> T + Send + 'static,
+    ) -> Option<T> {
+        let clusters = self.shared.clusters.clone();
+        let walked = tokio::task::spawn_blocking(move || walk(&clusters)).await;
+        let told = |error| tracing::error!(%error, "load could not be counted");
+        walked.map_err(told).ok()
     }
 
     /// One report; gives when the next is due.
     async fn report(&self, stream: &mut LoadStream) -> Result<Instant, AdsError> {
         let room = stream.room().await?;
-        room.report(&self.shared.clusters.take_load());
+        let load = self.walk(Clusters::take_load).await;
+        room.report(&load.unwrap_or_default());
         self.stats.requests.increment(1);
         let interval = self.asked.as_ref().map(|asked| asked.interval);
         Ok(Instant::now() + interval.unwrap_or(lrs::INTERVAL_MAX))

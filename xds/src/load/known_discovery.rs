@@ -12,7 +12,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.ConfigSource",
-        &["api_config_source", "authorities", "path", "self"],
+        &["authorities", "path", "self"],
     ),
     ("envoy.config.core.v3.GrpcService", &["retry_policy"]),
     (

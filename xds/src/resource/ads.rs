@@ -6,6 +6,7 @@ use crate::{
     subscription::{Protocol, RateLimit},
     wire::envoy::config::core::v3 as wire,
 };
+use std::fmt;
 use wire::{api_config_source::ApiType, grpc_service as grpc};
 
 /// Longest message of a server unless said.
@@ -52,6 +53,25 @@ pub enum Target {
         /// `stat_prefix`, of no effect.
         stat_prefix: String,
     },
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cluster { name, .. } => write!(f, "cluster '{name}'"),
+            Self::Address { address, .. } => address.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Ads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, server) in self.servers.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{}", server.target)?;
+        }
+        Ok(())
+    }
 }
 
 impl TryFrom<wire::ApiConfigSource> for Ads {

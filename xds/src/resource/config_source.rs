@@ -1,6 +1,6 @@
 //! `envoy.config.core.v3.ConfigSource`: where resources come from that are not written in place, and who asks for them.
 
-use super::route::RouteConfiguration;
+use super::{ads::Ads, route::RouteConfiguration};
 use crate::{
     problems::ConfigErrors,
     protobuf::{duration, to_duration},
@@ -9,8 +9,15 @@ use crate::{
         extensions::filters::network::http_connection_manager::v3 as hcm,
     },
 };
-use std::{fmt, time::Duration};
-use wire::config_source::ConfigSourceSpecifier;
+use prost::Message;
+use std::{
+    cmp::Ordering,
+    fmt,
+    hash::{Hash, Hasher},
+    sync::Arc,
+    time::Duration,
+};
+use wire::{api_config_source::ApiType, config_source::ConfigSourceSpecifier};
 
 /// How long the first resource is waited for unless said.
 pub const INITIAL_FETCH_TIMEOUT_DEFAULT: Duration = Duration::from_secs(15);
@@ -31,6 +38,60 @@ pub enum Origin {
     Path(String),
     /// The control plane of the bootstrap.
     Ads,
+    /// A control plane by its service of one type.
+    Service(Service),
+}
+
+/// `api_config_source`. Two are the same that are written the same.
+#[derive(Debug, Clone)]
+pub struct Service {
+    control_plane: Arc<Ads>,
+    /// It has a floating-point number in it, so it is compared by its bytes.
+    bytes: Arc<[u8]>,
+}
+
+impl Service {
+    /// A control plane that is spoken to so.
+    #[must_use]
+    pub fn new(control_plane: Ads) -> Self {
+        let bytes = wire::ApiConfigSource::from(&control_plane).encode_to_vec();
+        Self {
+            control_plane: Arc::new(control_plane),
+            bytes: bytes.into(),
+        }
+    }
+
+    /// Where it is, and how it is spoken to.
+    #[must_use]
+    pub fn control_plane(&self) -> &Arc<Ads> {
+        &self.control_plane
+    }
+}
+
+impl PartialEq for Service {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Service {}
+
+impl PartialOrd for Service {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Service {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.bytes.cmp(&other.bytes)
+    }
+}
+
+impl Hash for Service {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.bytes.hash(state);
+    }
 }
 
 impl fmt::Display for Origin {
@@ -38,6 +99,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Path(path) => f.write_str(path),
             Self::Ads => f.write_str("ads"),
+            Self::Service(service) => service.control_plane.fmt(f),
         }
     }
 }
@@ -80,8 +142,11 @@ impl TryFrom<wire::ConfigSource> for ConfigSource {
                 Some(Origin::Path(path))
             }
             Some(ConfigSourceSpecifier::Ads(_)) => Some(Origin::Ads),
+            Some(ConfigSourceSpecifier::ApiConfigSource(api)) => problems
+                .take("api_config_source", Service::try_from(api))
+                .map(Origin::Service),
             None => {
-                problems.add("", "required: path_config_source or ads");
+                problems.add("", "required: path_config_source, api_config_source or ads");
                 None
             }
         };
@@ -89,6 +154,23 @@ impl TryFrom<wire::ConfigSource> for ConfigSource {
             origin,
             initial_fetch_timeout: timeout.unwrap_or(INITIAL_FETCH_TIMEOUT_DEFAULT),
         }))
+    }
+}
+
+impl TryFrom<wire::ApiConfigSource> for Service {
+    type Error = ConfigErrors;
+
+    fn try_from(wire: wire::ApiConfigSource) -> Result<Self, ConfigErrors> {
+        let api_type = wire.api_type();
+        if matches!(
+            api_type,
+            ApiType::AggregatedGrpc | ApiType::AggregatedDeltaGrpc
+        ) {
+            let name = api_type.as_str_name();
+            let message = format!("not supported: {name}; what is aggregated is named by ads");
+            return Err(ConfigErrors::one("api_type", message));
+        }
+        Ads::try_from(wire).map(Self::new)
     }
 }
 
@@ -100,6 +182,9 @@ impl From<&ConfigSource> for wire::ConfigSource {
                 watched_directory: None,
             }),
             Origin::Ads => ConfigSourceSpecifier::Ads(wire::AggregatedConfigSource {}),
+            Origin::Service(service) => {
+                ConfigSourceSpecifier::ApiConfigSource((&*service.control_plane).into())
+            }
         };
         let timeout = plain.initial_fetch_timeout;
         Self {

@@ -350,7 +350,7 @@ pub mod cluster {
         }
     }
     /// Of type EDS.
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    #[derive(Clone, PartialEq, ::prost::Message)]
     pub struct EdsClusterConfig {
         /// Where its endpoints come from.
         #[prost(message, optional, tag = "1")]

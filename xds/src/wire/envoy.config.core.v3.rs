@@ -857,7 +857,7 @@ impl ::prost::Name for RateLimitSettings {
     }
 }
 /// Where resources come from.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ConfigSource {
     /// How long to wait for the first; 15 s unless said, 0 is for ever.
     #[prost(message, optional, tag = "4")]
@@ -865,15 +865,18 @@ pub struct ConfigSource {
     /// V3.
     #[prost(enumeration = "ApiVersion", tag = "6")]
     pub resource_api_version: i32,
-    #[prost(oneof = "config_source::ConfigSourceSpecifier", tags = "3, 8")]
+    #[prost(oneof = "config_source::ConfigSourceSpecifier", tags = "2, 3, 8")]
     pub config_source_specifier: ::core::option::Option<
         config_source::ConfigSourceSpecifier,
     >,
 }
 /// Nested message and enum types in `ConfigSource`.
 pub mod config_source {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum ConfigSourceSpecifier {
+        /// A control plane by its service of this one type.
+        #[prost(message, tag = "2")]
+        ApiConfigSource(super::ApiConfigSource),
         /// The control plane of the bootstrap.
         #[prost(message, tag = "3")]
         Ads(super::AggregatedConfigSource),

@@ -523,7 +523,7 @@ impl ::prost::Name for ResponseMapper {
     }
 }
 /// A route table that comes from elsewhere.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Rds {
     /// Where from.
     #[prost(message, optional, tag = "1")]

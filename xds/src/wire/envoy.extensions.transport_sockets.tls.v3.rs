@@ -210,7 +210,7 @@ impl ::prost::Name for CertificateValidationContext {
     }
 }
 /// A secret that is configured elsewhere.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SdsSecretConfig {
     /// Its name.
     #[prost(string, tag = "1")]

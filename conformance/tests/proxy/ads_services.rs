@@ -1,0 +1,80 @@
+//! The services by which the tests' own control plane is reached: of all types, and of each.
+
+use super::ads_server::{Answers, Delta, Service, State, converse};
+use outrigger_xds::wire::envoy::service::{
+    cluster::v3::cluster_discovery_service_server::{
+        ClusterDiscoveryService, ClusterDiscoveryServiceServer,
+    },
+    discovery::v3::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+        aggregated_discovery_service_server::{
+            AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+        },
+    },
+    endpoint::v3::endpoint_discovery_service_server::{
+        EndpointDiscoveryService, EndpointDiscoveryServiceServer,
+    },
+    listener::v3::listener_discovery_service_server::{
+        ListenerDiscoveryService, ListenerDiscoveryServiceServer,
+    },
+    route::v3::route_discovery_service_server::{
+        RouteDiscoveryService, RouteDiscoveryServiceServer,
+    },
+    secret::v3::secret_discovery_service_server::{
+        SecretDiscoveryService, SecretDiscoveryServiceServer,
+    },
+};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Server, server::Router},
+};
+
+/// All of them.
+pub(super) fn all(service: &Service) -> Router {
+    Server::builder()
+        .add_service(AggregatedDiscoveryServiceServer::new(service.clone()))
+        .add_service(ClusterDiscoveryServiceServer::new(service.clone()))
+        .add_service(EndpointDiscoveryServiceServer::new(service.clone()))
+        .add_service(ListenerDiscoveryServiceServer::new(service.clone()))
+        .add_service(RouteDiscoveryServiceServer::new(service.clone()))
+        .add_service(SecretDiscoveryServiceServer::new(service.clone()))
+}
+
+/// A service in both protocols, and what else its trait has.
+macro_rules! serves {
+    ($service:ident, $name:literal, $State:ident $state:ident, $Delta:ident $delta:ident $(, $fetch:ident)?) => {
+        #[tonic::async_trait]
+        impl $service for Service {
+            type $State = Answers<DiscoveryResponse>;
+            type $Delta = Answers<DeltaDiscoveryResponse>;
+
+            async fn $state(
+                &self,
+                request: Request<Streaming<DiscoveryRequest>>,
+            ) -> Result<Response<Self::$State>, Status> {
+                converse::<State>(self, request, $name)
+            }
+
+            async fn $delta(
+                &self,
+                request: Request<Streaming<DeltaDiscoveryRequest>>,
+            ) -> Result<Response<Self::$Delta>, Status> {
+                converse::<Delta>(self, request, $name)
+            }
+
+            $(async fn $fetch(
+                &self,
+                _: Request<DiscoveryRequest>,
+            ) -> Result<Response<DiscoveryResponse>, Status> {
+                Err(Status::unimplemented("REST"))
+            })?
+        }
+    };
+}
+
+serves!(AggregatedDiscoveryService, "ads", StreamAggregatedResourcesStream stream_aggregated_resources, DeltaAggregatedResourcesStream delta_aggregated_resources);
+serves!(ClusterDiscoveryService, "cds", StreamClustersStream stream_clusters, DeltaClustersStream delta_clusters, fetch_clusters);
+serves!(EndpointDiscoveryService, "eds", StreamEndpointsStream stream_endpoints, DeltaEndpointsStream delta_endpoints, fetch_endpoints);
+serves!(ListenerDiscoveryService, "lds", StreamListenersStream stream_listeners, DeltaListenersStream delta_listeners, fetch_listeners);
+serves!(RouteDiscoveryService, "rds", StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
+serves!(SecretDiscoveryService, "sds", StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
