@@ -3,7 +3,7 @@
 //! What it answers: whether a request is split, where its prefill runs, what goes from one leg to the other, and what
 //! becomes of the request, and of the blocks, when a leg fails or the client leaves. What it does not do: rank engines
 //! (`kv_routing` has done so), or move streams (`migration` calls it again, and it decides anew). Whatever goes wrong
-//! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair, once,
+//! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair,
 //! unless an engine speaks against the request itself.
 
 mod dialect;
@@ -19,10 +19,12 @@ mod trtllm;
 
 use crate::{
     body::{RequestBody, ResponseBody},
+    breakers::{Held, Kind},
     endpoints::{ClusterView, Endpoint, Part, Place, Want},
     error::{Error, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
+    router::retry::RETRIES_MAX,
     services::Services,
 };
 use dialect::Dialect;
@@ -294,7 +296,7 @@ impl Split<'_> {
                 return Outcome::Gone;
             }
             // Who breaks engines is not sent to one more.
-            if context.deaths_max > 0 && context.deaths >= context.deaths_max {
+            if context.is_deadly() {
                 return Outcome::Answered;
             }
         }
@@ -323,7 +325,7 @@ impl Split<'_> {
         self.decode(loan, (decode, place), context).await
     }
 
-    /// Another pair, where nobody can serve it whole.
+    /// Other pairs, where nobody can serve it whole: as many, and within the same budget, as `router` tries engines.
     async fn again(
         &mut self,
         head: &Head,
@@ -332,19 +334,54 @@ impl Split<'_> {
     ) -> Result<Response<ResponseBody>, Error> {
         let id = context.request_id.clone();
         let avoid = context.avoid.clone();
-        context.avoid = failure.at.take().or(context.avoid.take());
-        // What it answered holds a connection and a place.
-        drop(failure);
-        if !id.is_empty() {
-            context.request_id = format!("{id}-w").into();
-        }
-        let answer = self.legs(head, context).await;
+        let mut pairs = 0;
+        let answer = loop {
+            pairs += 1;
+            context.avoid = failure.at.take().or(context.avoid.take());
+            // What it answered holds a connection and a place.
+            drop(failure);
+            if !id.is_empty() {
+                let number = if pairs > 1 {
+                    pairs.to_string()
+                } else {
+                    String::new()
+                };
+                context.request_id = format!("{id}-w{number}").into();
+            }
+            let permit = self.permit(pairs, context);
+            failure = match self.legs(head, context).await {
+                Ok(response) => break Ok(response),
+                Err(failure) => failure,
+            };
+            drop(permit);
+            if !self.is_worth_another(&failure, pairs, context) {
+                break Err(failure);
+            }
+            self.record
+                .fall_back(failure.leg, failure.reason, Outcome::Pair.as_str());
+        };
         context.request_id = id;
         context.avoid = avoid;
         answer.or_else(|failure| {
             context.response_edited |= failure.answer.is_some();
             failure.told()
         })
+    }
+
+    /// The first other pair is free, as the first other engine is with `router`.
+    fn permit(&self, pairs: usize, context: &Context) -> Option<Held> {
+        let priority = context.route.priority;
+        (pairs > 1).then(|| self.view.breakers.hold(priority, Kind::Retry))
+    }
+
+    /// Whether, after so many other pairs, one more may do better: an engine broke, or refused, and it took no limit's time.
+    fn is_worth_another(&self, failure: &Failure, pairs: usize, context: &Context) -> bool {
+        let was_asked = failure.error.is_some() || failure.answer.is_some();
+        let breaker = self.view.breakers.of(context.route.priority);
+        pairs < RETRIES_MAX
+            && was_asked
+            && matches!(self.outcome(failure, context), Outcome::Pair)
+            && breaker.allows_retry()
     }
 
     /// Who decodes: of halves of SGLang rather one that pairs with somebody.
@@ -480,7 +517,7 @@ impl Split<'_> {
         let request = loan.decode(&leg.request_id);
         let request = request.map_err(|reason| Failure::new("decode", reason))?;
         let answer = self.next.run(request, &mut leg).await;
-        context.deaths = leg.deaths;
+        context.deaths.clone_from(&leg.deaths);
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error| Failure {
             error,
@@ -504,7 +541,9 @@ impl Split<'_> {
         let response = Box::pin(pull::begun(response, limit)).await;
         let response = response.map_err(|reason| {
             // It broke before its first token, which may be due to the request.
-            context.deaths += u32::from(reason == "failed");
+            context
+                .deaths
+                .extend(at.clone().filter(|_| reason == "failed"));
             failed(reason, None)
         })?;
         take_over(context, leg, predicted);

@@ -201,9 +201,9 @@ pub struct Context {
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
     /// Engines that broke with this request before its response began.
-    pub deaths: u32,
+    pub deaths: Vec<EngineId>,
     /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
-    pub deaths_max: u32,
+    pub deaths_max: usize,
     /// A filter watches the time between events itself.
     pub watches_gaps: bool,
     /// Seam (b), in the order of registration.
@@ -245,7 +245,7 @@ impl Context {
             tells_owner: self.tells_owner,
             again: self.again,
             avoid: self.avoid.clone(),
-            deaths: self.deaths,
+            deaths: self.deaths.clone(),
             deaths_max: self.deaths_max,
             watches_gaps: false,
             observers: Vec::new(),
@@ -278,6 +278,12 @@ impl Context {
             }
             Some(UploadState::Runs(_) | UploadState::Broke | UploadState::Malformed) => now,
         }
+    }
+
+    /// Whether so many engines broke that it is not tried on another one.
+    #[must_use]
+    pub fn is_deadly(&self) -> bool {
+        self.deaths_max > 0 && self.deaths.len() >= self.deaths_max
     }
 
     /// Takes over what the attempt that counted left behind.

@@ -91,8 +91,8 @@ fn address<'a>(
     (!unreachable).then_some((host, port))
 }
 
-/// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, how many engines died of it.
-type Prefill = BoxFuture<'static, (Result<(), Failure>, u32)>;
+/// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, the engines that died of it.
+type Prefill = BoxFuture<'static, (Result<(), Failure>, Vec<EngineId>)>;
 
 /// Has the prompt computed and, at the same time, its tokens waited for.
 pub(super) async fn together(
@@ -114,15 +114,17 @@ pub(super) async fn together(
         at: [at.clone(), decode.endpoint.id.clone()],
         limit: Duration::from_millis(split.filter.config.prefill_timeout_ms),
         took: None,
-        deaths: 0,
+        deaths: Vec::new(),
     };
     let mut second = alone(context, Part::Decode, "", decode);
     second.log = context.log.clone();
     second.place = Some(place);
     let request = leg_request(head, &body, &second);
-    let deaths = context.deaths;
+    let before = context.deaths.len();
     let answer = legs.meet(split.next, request, &mut second).await;
-    context.deaths = second.deaths + legs.deaths.saturating_sub(deaths);
+    let of_prefill = std::mem::take(&mut legs.deaths).into_iter().skip(before);
+    second.deaths.extend(of_prefill);
+    context.deaths.clone_from(&second.deaths);
     let response = answer?;
     if let Some(took) = legs.took {
         let uncached = context.prompt.tokens.saturating_sub(hits.unwrap_or(0));
@@ -318,8 +320,8 @@ struct Legs {
     limit: Duration,
     /// What the prefill leg took, once it ended well.
     took: Option<Duration>,
-    /// How many engines died before and of it.
-    deaths: u32,
+    /// The engines that died before and of it.
+    deaths: Vec<EngineId>,
 }
 
 impl Legs {
@@ -372,7 +374,7 @@ impl Legs {
 }
 
 /// Ends with the leg, and never without one.
-async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, u32) {
+async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, Vec<EngineId>) {
     match prefill {
         Some(prefill) => prefill.await,
         None => std::future::pending().await,
@@ -405,7 +407,7 @@ async fn tokens(
     let response = Box::pin(pull::begun(response, Duration::MAX)).await;
     response.map_err(|reason| {
         // It broke before its first token, which may be due to the request.
-        leg.deaths += u32::from(reason == "failed");
+        leg.deaths.extend(at.clone().filter(|_| reason == "failed"));
         failed(reason)
     })
 }

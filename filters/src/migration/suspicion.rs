@@ -1,0 +1,289 @@
+//! Whether engines die of a request, or it was only there when they did.
+//!
+//! Every engine that breaks under a stream is noted for all streams of this proxy. Engines that broke before a request's
+//! first token there speak against it. Others that broke at the time, under streams that had their first token, speak for
+//! it: there is a storm, and it may be chance that the request was always there. What broke under a request that is
+//! itself suspect speaks for nobody, or two poisons at once would excuse each other.
+
+use super::budget::Shared;
+use outrigger_xds::report::EngineId;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// A request under which so many engines died before its first token is suspect.
+pub(super) const SUSPECT_DEATHS: usize = 2;
+/// So many and it is refused, storm or not. Where one death in three is chance, so many in a row are in one of 6,000.
+pub(super) const STORM_DEATHS_MAX: usize = 8;
+/// What broke so long before a request's first death belongs to the same storm.
+const STORM: Duration = Duration::from_secs(10);
+/// What streams tell of one engine within this time is one break.
+const SAME_BREAK: Duration = Duration::from_secs(2);
+/// Breaks that are remembered.
+const BREAKS_MAX: usize = 64;
+/// Before the next attempt.
+const PAUSE: Duration = Duration::from_millis(100);
+/// That pause doubles so often.
+const DOUBLINGS_MAX: u32 = 5;
+
+/// An engine broke.
+#[derive(Debug)]
+struct Break {
+    number: u64,
+    engine: EngineId,
+    at: Instant,
+    /// Requests that had no token there, and have none elsewhere yet.
+    suspects: u32,
+    /// It died of a request that was refused for it.
+    explained: bool,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    next: u64,
+    breaks: VecDeque<Break>,
+}
+
+impl Log {
+    /// The break that happened there no longer ago than `within`.
+    fn of(&mut self, engine: &EngineId, now: Instant, within: Duration) -> &mut Break {
+        let is_same = |known: &Break| {
+            known.engine == *engine && now.saturating_duration_since(known.at) < within
+        };
+        let at = self.breaks.iter().rposition(is_same).unwrap_or_else(|| {
+            if self.breaks.len() == BREAKS_MAX {
+                self.breaks.pop_front();
+            }
+            self.next += 1;
+            self.breaks.push_back(Break {
+                number: self.next,
+                engine: engine.clone(),
+                at: now,
+                suspects: 0,
+                explained: false,
+            });
+            self.breaks.len() - 1
+        });
+        &mut self.breaks[at]
+    }
+
+    fn numbered(&mut self, number: u64) -> Option<&mut Break> {
+        self.breaks.iter_mut().find(|known| known.number == number)
+    }
+}
+
+/// Engines that broke under streams of this proxy. Only those that lost an engine come here.
+#[derive(Debug, Default)]
+pub(super) struct Breaks(Mutex<Log>);
+
+impl Breaks {
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An engine broke under a stream that had its first token there.
+    pub(super) fn note(&self, engine: &EngineId) {
+        self.log().of(engine, Instant::now(), SAME_BREAK);
+    }
+}
+
+/// One engine that broke before a request's first token. Until that comes, elsewhere, the request may be why.
+#[derive(Debug)]
+struct Death {
+    shared: Arc<Shared>,
+    engine: EngineId,
+    at: Instant,
+    number: u64,
+}
+
+impl Drop for Death {
+    fn drop(&mut self) {
+        if let Some(known) = self.shared.breaks.log().numbered(self.number) {
+            known.suspects -= 1;
+        }
+    }
+}
+
+/// What speaks against a request: the engines that broke before its first token there.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Deaths {
+    all: Vec<Arc<Death>>,
+    /// It ran alone among suspects when it ran last.
+    ran_alone: bool,
+}
+
+impl Deaths {
+    pub(super) fn add(
+        &mut self,
+        shared: &Arc<Shared>,
+        engines: impl IntoIterator<Item = EngineId>,
+    ) {
+        for engine in engines {
+            let at = Instant::now();
+            let mut log = shared.breaks.log();
+            // Told late: when its call is over, which may have gone on to other engines.
+            let known = log.of(&engine, at, STORM);
+            known.suspects += 1;
+            let number = known.number;
+            drop(log);
+            self.all.push(Arc::new(Death {
+                shared: shared.clone(),
+                engine,
+                at,
+                number,
+            }));
+        }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.all.len()
+    }
+
+    /// It had a token: nothing speaks against it any more.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// How it runs next.
+    pub(super) fn runs(&mut self, alone: bool) {
+        self.ran_alone = alone;
+    }
+
+    pub(super) fn is_suspect(&self) -> bool {
+        self.count() >= SUSPECT_DEATHS
+    }
+
+    pub(super) fn ran_alone(&self) -> bool {
+        self.ran_alone
+    }
+
+    /// The engine to pass over.
+    pub(super) fn last(&self) -> Option<&EngineId> {
+        self.all.last().map(|death| &death.engine)
+    }
+
+    /// So many more engines may die of it in one call.
+    pub(super) fn left(&self) -> usize {
+        SUSPECT_DEATHS.saturating_sub(self.count()).max(1)
+    }
+
+    /// Whether engines broke at the time that neither this request was on nor another suspect.
+    pub(super) fn in_storm(&self, shared: &Shared) -> bool {
+        let first = self.all.first().map_or_else(Instant::now, |death| death.at);
+        shared.breaks.log().breaks.iter().any(|known| {
+            first.saturating_duration_since(known.at) < STORM
+                && known.suspects == 0
+                && !known.explained
+        })
+    }
+
+    /// Whether it is refused: also alone and in calm an engine died of it, or too many did.
+    pub(super) fn is_poison(&self, shared: &Shared) -> bool {
+        let alone = self.ran_alone && self.count() > SUSPECT_DEATHS;
+        self.count() >= STORM_DEATHS_MAX || alone && !self.in_storm(shared)
+    }
+
+    /// It is refused, and why these engines broke is known.
+    pub(super) fn convict(&self, shared: &Shared) {
+        metrics::counter!("outrigger_migration_poison_total").increment(1);
+        let mut log = shared.breaks.log();
+        for death in &self.all {
+            if let Some(known) = log.numbered(death.number) {
+                known.explained = true;
+            }
+        }
+    }
+
+    /// Before the next attempt; each death doubles it.
+    pub(super) fn pause(&self) -> Duration {
+        let doublings = u32::try_from(self.count().saturating_sub(1)).unwrap_or(u32::MAX);
+        PAUSE * (1 << doublings.min(DOUBLINGS_MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(name: &str) -> EngineId {
+        EngineId(name.into())
+    }
+
+    fn dead(shared: &Arc<Shared>, engines: &[&str]) -> Deaths {
+        let mut deaths = Deaths::default();
+        deaths.add(shared, engines.iter().map(|name| engine(name)));
+        deaths.runs(true);
+        deaths
+    }
+
+    #[test]
+    fn in_calm_a_third_death_convicts() {
+        let shared = Arc::<Shared>::default();
+        // Streams that were there, too.
+        for name in ["a", "b", "c"] {
+            shared.breaks.note(&engine(name));
+        }
+        assert!(!dead(&shared, &["a", "b"]).is_poison(&shared));
+        let mut deaths = dead(&shared, &["a", "b", "c"]);
+        assert!(deaths.is_poison(&shared));
+        deaths.runs(false);
+        assert!(!deaths.is_poison(&shared), "it never ran alone");
+    }
+
+    #[test]
+    fn in_a_storm_it_takes_more() {
+        let shared = Arc::<Shared>::default();
+        let mut deaths = dead(&shared, &["a", "b", "c"]);
+        shared.breaks.note(&engine("d"));
+        while deaths.count() < STORM_DEATHS_MAX {
+            assert!(deaths.in_storm(&shared) && !deaths.is_poison(&shared));
+            deaths.add(&shared, [engine("a")]);
+        }
+        assert!(deaths.in_storm(&shared) && deaths.is_poison(&shared));
+        deaths.clear();
+        assert!(!deaths.is_poison(&shared));
+    }
+
+    #[test]
+    fn suspects_do_not_excuse_each_other() {
+        let shared = Arc::<Shared>::default();
+        let one = dead(&shared, &["a", "b", "c"]);
+        let two = dead(&shared, &["d", "e", "f"]);
+        assert!(one.is_poison(&shared) && two.is_poison(&shared));
+        let again = two.clone();
+        drop(two);
+        assert!(one.is_poison(&shared), "the other is suspect still");
+        drop(again);
+        assert!(!one.is_poison(&shared), "the other had a token in the end");
+        let two = dead(&shared, &["d", "e", "f"]);
+        two.convict(&shared);
+        drop(two);
+        assert!(one.is_poison(&shared), "they died of the other");
+    }
+
+    #[test]
+    fn breaks_are_few_and_their_numbers_safe() {
+        let shared = Arc::<Shared>::default();
+        let deaths = dead(&shared, &["old", "old"]);
+        for at in 0..2 * BREAKS_MAX {
+            shared.breaks.note(&engine(&at.to_string()));
+            shared.breaks.note(&engine(&at.to_string()));
+        }
+        assert_eq!(shared.breaks.log().breaks.len(), BREAKS_MAX);
+        assert!(deaths.in_storm(&shared));
+    }
+
+    #[test]
+    fn pauses_double_and_end() {
+        let shared = Arc::<Shared>::default();
+        let mut deaths = Deaths::default();
+        let mut pauses = Vec::new();
+        for _ in 0..STORM_DEATHS_MAX {
+            pauses.push(deaths.pause().as_millis());
+            deaths.add(&shared, [engine("a")]);
+        }
+        assert_eq!(pauses, [100, 100, 200, 400, 800, 1600, 3200, 3200]);
+    }
+}
