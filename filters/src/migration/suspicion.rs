@@ -1,9 +1,9 @@
 //! Whether engines die of a request, or it was only there when they did.
 //!
 //! Every engine that breaks under a stream is noted for all streams of this proxy. Engines that broke before a request's
-//! first token there speak against it. Others that broke at the time, under streams that had their first token, speak for
-//! it: there is a storm, and it may be chance that the request was always there. What broke under a request that is
-//! itself suspect speaks for nobody, or two poisons at once would excuse each other.
+//! first token there speak against it. Others that broke at the time speak for it: there is a storm, and it may be chance
+//! that the request was always there. But if one other request, suspect itself, was on all those others, they speak for
+//! nobody, or two poisons at once would excuse each other.
 
 use super::budget::Shared;
 use outrigger_xds::report::EngineId;
@@ -23,6 +23,8 @@ const STORM: Duration = Duration::from_secs(10);
 const SAME_BREAK: Duration = Duration::from_secs(2);
 /// Breaks that are remembered.
 const BREAKS_MAX: usize = 64;
+/// Requests that are remembered of one break: where more were, none of them is likely to be why.
+const SUSPECTS_MAX: usize = 16;
 /// Before the next attempt.
 const PAUSE: Duration = Duration::from_millis(100);
 /// That pause doubles so often.
@@ -35,14 +37,15 @@ struct Break {
     engine: EngineId,
     at: Instant,
     /// Requests that had no token there, and have none elsewhere yet.
-    suspects: u32,
+    suspects: Vec<u64>,
     /// It died of a request that was refused for it.
     explained: bool,
 }
 
 #[derive(Debug, Default)]
 struct Log {
-    next: u64,
+    /// Of breaks, and of requests.
+    last_number: u64,
     breaks: VecDeque<Break>,
 }
 
@@ -56,17 +59,28 @@ impl Log {
             if self.breaks.len() == BREAKS_MAX {
                 self.breaks.pop_front();
             }
-            self.next += 1;
+            let number = self.new_number();
             self.breaks.push_back(Break {
-                number: self.next,
+                number,
                 engine: engine.clone(),
                 at: now,
-                suspects: 0,
+                suspects: Vec::new(),
                 explained: false,
             });
             self.breaks.len() - 1
         });
         &mut self.breaks[at]
+    }
+
+    fn new_number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    /// Whether a request was on more than one engine that broke.
+    fn is_suspect(&self, request: u64) -> bool {
+        let was_there = |known: &&Break| known.suspects.contains(&request);
+        self.breaks.iter().filter(was_there).count() >= SUSPECT_DEATHS
     }
 
     fn numbered(&mut self, number: u64) -> Option<&mut Break> {
@@ -93,15 +107,17 @@ impl Breaks {
 #[derive(Debug)]
 struct Death {
     shared: Arc<Shared>,
+    request: u64,
     engine: EngineId,
     at: Instant,
+    /// The break's.
     number: u64,
 }
 
 impl Drop for Death {
     fn drop(&mut self) {
         if let Some(known) = self.shared.breaks.log().numbered(self.number) {
-            known.suspects -= 1;
+            known.suspects.retain(|request| *request != self.request);
         }
     }
 }
@@ -123,13 +139,18 @@ impl Deaths {
         for engine in engines {
             let at = Instant::now();
             let mut log = shared.breaks.log();
+            let before = self.all.first().map(|death| death.request);
+            let request = before.unwrap_or_else(|| log.new_number());
             // Told late: when its call is over, which may have gone on to other engines.
             let known = log.of(&engine, at, STORM);
-            known.suspects += 1;
+            if known.suspects.len() < SUSPECTS_MAX && !known.suspects.contains(&request) {
+                known.suspects.push(request);
+            }
             let number = known.number;
             drop(log);
             self.all.push(Arc::new(Death {
                 shared: shared.clone(),
+                request,
                 engine,
                 at,
                 number,
@@ -169,13 +190,21 @@ impl Deaths {
         SUSPECT_DEATHS.saturating_sub(self.count()).max(1)
     }
 
-    /// Whether engines broke at the time that neither this request was on nor another suspect.
+    /// Whether engines broke at the time that this request was not on, and not all of them under one other suspect.
     pub(super) fn in_storm(&self, shared: &Shared) -> bool {
         let first = self.all.first().map_or_else(Instant::now, |death| death.at);
-        shared.breaks.log().breaks.iter().any(|known| {
-            first.saturating_duration_since(known.at) < STORM
-                && known.suspects == 0
-                && !known.explained
+        let was_there = |known: &Break| self.all.iter().any(|death| death.number == known.number);
+        let log = shared.breaks.log();
+        let mut others = log.breaks.iter().filter(|known| {
+            let at_the_time = first.saturating_duration_since(known.at) < STORM;
+            at_the_time && !known.explained && !was_there(known)
+        });
+        let Some(one) = others.next() else {
+            return false;
+        };
+        !one.suspects.iter().any(|request| {
+            let mut rest = others.clone();
+            log.is_suspect(*request) && rest.all(|known| known.suspects.contains(request))
         })
     }
 
@@ -261,6 +290,21 @@ mod tests {
         two.convict(&shared);
         drop(two);
         assert!(one.is_poison(&shared), "they died of the other");
+    }
+
+    #[test]
+    fn many_suspects_are_a_storm() {
+        let shared = Arc::<Shared>::default();
+        let one = dead(&shared, &["a", "b", "c"]);
+        let two = dead(&shared, &["d", "e"]);
+        let three = dead(&shared, &["f"]);
+        assert!(!one.is_poison(&shared), "no other was on all of d, e and f");
+        drop(three);
+        shared.breaks.log().breaks.pop_back();
+        assert!(one.is_poison(&shared));
+        drop(two);
+        let _there_once = dead(&shared, &["e"]);
+        assert!(!one.is_poison(&shared), "who lost one engine is no suspect");
     }
 
     #[test]
