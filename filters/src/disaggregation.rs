@@ -541,9 +541,9 @@ impl Split<'_> {
         let response = Box::pin(pull::begun(response, limit)).await;
         let response = response.map_err(|reason| {
             // It broke before its first token, which may be due to the request.
-            context
-                .deaths
-                .extend(at.clone().filter(|_| reason == "failed"));
+            if let Some(engine) = at.clone().filter(|_| reason == "failed") {
+                context.note_death(engine);
+            }
             failed(reason, None)
         })?;
         take_over(context, leg, predicted);

@@ -385,6 +385,8 @@ pub struct EndpointStats {
     pub leaving: AtomicBool,
     /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
     pub inhibited_until_ms: AtomicU64,
+    /// When it was last found dead, or was no longer heard of; 0: never.
+    pub fell_ms: AtomicU64,
 }
 
 /// Milliseconds on a monotonic clock that starts with the process.
@@ -417,6 +419,21 @@ impl Endpoint {
         }
         let live = self.live.load();
         live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
+    }
+
+    /// It was found dead just now, or is no longer heard of.
+    pub fn note_fall(&self) {
+        self.stats.fell_ms.store(clock_ms().max(1), Relaxed);
+    }
+
+    /// When that was last.
+    #[must_use]
+    pub fn fell_at(&self) -> Option<Instant> {
+        let fell = self.stats.fell_ms.load(Relaxed);
+        let ago = Duration::from_millis(clock_ms().saturating_sub(fell));
+        (fell > 0)
+            .then(|| Instant::now().checked_sub(ago))
+            .flatten()
     }
 
     /// Alive, and serving `model` if one is named: both answers from one look.

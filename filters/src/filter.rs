@@ -200,8 +200,8 @@ pub struct Context {
     pub again: bool,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
-    /// Engines that broke with this request before its response began.
-    pub deaths: Vec<EngineId>,
+    /// Engines that broke with this request before its response began, and when.
+    pub deaths: Vec<(EngineId, Instant)>,
     /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
     pub deaths_max: usize,
     /// A filter watches the time between events itself.
@@ -284,6 +284,11 @@ impl Context {
     #[must_use]
     pub fn is_deadly(&self) -> bool {
         self.deaths_max > 0 && self.deaths.len() >= self.deaths_max
+    }
+
+    /// An engine broke with this request before its response began.
+    pub fn note_death(&mut self, engine: EngineId) {
+        self.deaths.push((engine, Instant::now()));
     }
 
     /// Takes over what the attempt that counted left behind.

@@ -196,7 +196,7 @@ impl<'a> Walk<'a> {
             let permit = self.permit.take();
             let outcome = attempt.run(request, context).await;
             if outcome.is_death() {
-                context.deaths.push(target.endpoint.id.clone());
+                context.note_death(target.endpoint.id.clone());
             }
             drop(permit);
             if request.body().is_spent() || !self.may_retry(&outcome, context) {

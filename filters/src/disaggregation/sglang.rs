@@ -92,7 +92,7 @@ fn address<'a>(
 }
 
 /// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, the engines that died of it.
-type Prefill = BoxFuture<'static, (Result<(), Failure>, Vec<EngineId>)>;
+type Prefill = BoxFuture<'static, (Result<(), Failure>, Vec<(EngineId, Instant)>)>;
 
 /// Has the prompt computed and, at the same time, its tokens waited for.
 pub(super) async fn together(
@@ -321,7 +321,7 @@ struct Legs {
     /// What the prefill leg took, once it ended well.
     took: Option<Duration>,
     /// The engines that died before and of it.
-    deaths: Vec<EngineId>,
+    deaths: Vec<(EngineId, Instant)>,
 }
 
 impl Legs {
@@ -374,7 +374,7 @@ impl Legs {
 }
 
 /// Ends with the leg, and never without one.
-async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, Vec<EngineId>) {
+async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, Vec<(EngineId, Instant)>) {
     match prefill {
         Some(prefill) => prefill.await,
         None => std::future::pending().await,
@@ -407,7 +407,9 @@ async fn tokens(
     let response = Box::pin(pull::begun(response, Duration::MAX)).await;
     response.map_err(|reason| {
         // It broke before its first token, which may be due to the request.
-        leg.deaths.extend(at.clone().filter(|_| reason == "failed"));
+        if let Some(engine) = at.clone().filter(|_| reason == "failed") {
+            leg.note_death(engine);
+        }
         failed(reason)
     })
 }

@@ -27,12 +27,12 @@ pub(super) async fn begin(
     let begun = Instant::now();
     let (mut calls, mut refusals) = (0, 0);
     while is_lost(&answer) {
-        if deaths.is_poison(shared) {
+        if call.is_poison(&deaths) {
             deaths.convict(shared);
             return (Err(poison(deaths.count())), deaths);
         }
         refusals += u32::from(answer.is_ok());
-        let storm = deaths.in_storm(shared);
+        let storm = call.in_storm(&deaths);
         let alone_next = deaths.is_suspect() && !deaths.ran_alone() && answer.is_err();
         let over = refusals >= config.attempts_max || begun.elapsed() >= config.resume_timeout();
         if over || !storm && !alone_next {

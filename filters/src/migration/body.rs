@@ -237,8 +237,9 @@ impl Migrating {
             }
             return;
         }
-        trouble.deaths.add(shared, died_at.cloned());
-        let chance = died && trouble.deaths.in_storm(shared);
+        let death = died_at.map(|engine| (engine.clone(), Instant::now()));
+        trouble.deaths.add(shared, death);
+        let chance = died && self.call.in_storm(&trouble.deaths);
         trouble.attempts += u32::from(trouble.calls > 0 && !chance);
     }
 

@@ -147,6 +147,22 @@ impl Call {
         request
     }
 
+    /// Whether it may be chance that engines died of the request: others did, by their streams or by what is told of them.
+    pub(super) fn in_storm(&self, deaths: &Deaths) -> bool {
+        let services = &self.policy.services;
+        if let Some(view) = services.endpoints.view(self.cluster()) {
+            let fallen = view.endpoints.iter();
+            let fallen = fallen.filter_map(|endpoint| Some((&endpoint.id, endpoint.fell_at()?)));
+            services.migration.breaks.learn(fallen);
+        }
+        deaths.in_storm(&services.migration)
+    }
+
+    /// Whether the request is refused for the engines that died of it.
+    pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
+        deaths.are_too_many() || deaths.died_alone() && !self.in_storm(deaths)
+    }
+
     /// A place among the streams in prefill, if one is free.
     pub(super) fn place(&self) -> Option<Counted> {
         let config = &self.policy.config;
@@ -203,7 +219,7 @@ async fn find(
     let shared = &call.policy.services.migration;
     let runs_still = place.is_some();
     loop {
-        if trouble.deaths.is_poison(shared) {
+        if call.is_poison(&trouble.deaths) {
             trouble.deaths.convict(shared);
             return Err("poison");
         }
@@ -239,7 +255,7 @@ async fn find(
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             // Time ends it, and the number of deaths.
-            Err(_) if !runs_still && trouble.deaths.in_storm(shared) => {
+            Err(_) if !runs_still && call.in_storm(&trouble.deaths) => {
                 metrics::counter!("outrigger_migration_storm_runs_total").increment(1);
             }
             Ok(_) | Err(_) => trouble.attempts += 1,
@@ -260,7 +276,7 @@ pub(super) async fn turn<'a>(
     let shared = &call.policy.services.migration;
     let begun = Instant::now();
     let mut permit = std::pin::pin!(shared.alone.acquire());
-    while deaths.is_suspect() && !deaths.in_storm(shared) {
+    while deaths.is_suspect() && !call.in_storm(deaths) {
         match tokio::time::timeout(STORM_LOOK, &mut permit).await {
             Ok(permit) => return permit.map(Some).map_err(|_| "suspect"),
             Err(_) if begun.elapsed() >= call.policy.config.stall() => return Err("suspect"),

@@ -50,12 +50,14 @@ struct Log {
 }
 
 impl Log {
-    /// The break that happened there no longer ago than `within`.
-    fn of(&mut self, engine: &EngineId, now: Instant, within: Duration) -> &mut Break {
+    /// The break of an engine of which was told that it happened then, or up to `late` before.
+    fn of(&mut self, engine: &EngineId, at: Instant, late: Duration) -> &mut Break {
         let is_same = |known: &Break| {
-            known.engine == *engine && now.saturating_duration_since(known.at) < within
+            known.engine == *engine
+                && at.saturating_duration_since(known.at) < late
+                && known.at.saturating_duration_since(at) < SAME_BREAK
         };
-        let at = self.breaks.iter().rposition(is_same).unwrap_or_else(|| {
+        let place = self.breaks.iter().rposition(is_same).unwrap_or_else(|| {
             if self.breaks.len() == BREAKS_MAX {
                 self.breaks.pop_front();
             }
@@ -63,13 +65,13 @@ impl Log {
             self.breaks.push_back(Break {
                 number,
                 engine: engine.clone(),
-                at: now,
+                at,
                 suspects: Vec::new(),
                 explained: false,
             });
             self.breaks.len() - 1
         });
-        &mut self.breaks[at]
+        &mut self.breaks[place]
     }
 
     fn new_number(&mut self) -> u64 {
@@ -100,6 +102,14 @@ impl Breaks {
     /// An engine broke under a stream that had its first token there.
     pub(super) fn note(&self, engine: &EngineId) {
         self.log().of(engine, Instant::now(), SAME_BREAK);
+    }
+
+    /// What is known of engines from others than their streams, and later than by these.
+    pub(super) fn learn<'a>(&self, fallen: impl Iterator<Item = (&'a EngineId, Instant)>) {
+        let mut log = self.log();
+        for (engine, at) in fallen.filter(|(_, at)| at.elapsed() < STORM) {
+            log.of(engine, at, STORM);
+        }
     }
 }
 
@@ -134,15 +144,13 @@ impl Deaths {
     pub(super) fn add(
         &mut self,
         shared: &Arc<Shared>,
-        engines: impl IntoIterator<Item = EngineId>,
+        engines: impl IntoIterator<Item = (EngineId, Instant)>,
     ) {
-        for engine in engines {
-            let at = Instant::now();
+        for (engine, at) in engines {
             let mut log = shared.breaks.log();
             let before = self.all.first().map(|death| death.request);
             let request = before.unwrap_or_else(|| log.new_number());
-            // Told late: when its call is over, which may have gone on to other engines.
-            let known = log.of(&engine, at, STORM);
+            let known = log.of(&engine, at, SAME_BREAK);
             if known.suspects.len() < SUSPECTS_MAX && !known.suspects.contains(&request) {
                 known.suspects.push(request);
             }
@@ -208,10 +216,14 @@ impl Deaths {
         })
     }
 
-    /// Whether it is refused: also alone and in calm an engine died of it, or too many did.
-    pub(super) fn is_poison(&self, shared: &Shared) -> bool {
-        let alone = self.ran_alone && self.count() > SUSPECT_DEATHS;
-        self.count() >= STORM_DEATHS_MAX || alone && !self.in_storm(shared)
+    /// More would be too many, whatever the reason.
+    pub(super) fn are_too_many(&self) -> bool {
+        self.count() >= STORM_DEATHS_MAX
+    }
+
+    /// Also when it ran alone an engine died.
+    pub(super) fn died_alone(&self) -> bool {
+        self.ran_alone && self.count() > SUSPECT_DEATHS
     }
 
     /// It is refused, and why these engines broke is known.
@@ -240,9 +252,14 @@ mod tests {
         EngineId(name.into())
     }
 
+    fn is_poison(deaths: &Deaths, shared: &Shared) -> bool {
+        deaths.are_too_many() || deaths.died_alone() && !deaths.in_storm(shared)
+    }
+
     fn dead(shared: &Arc<Shared>, engines: &[&str]) -> Deaths {
         let mut deaths = Deaths::default();
-        deaths.add(shared, engines.iter().map(|name| engine(name)));
+        let now = Instant::now();
+        deaths.add(shared, engines.iter().map(|name| (engine(name), now)));
         deaths.runs(true);
         deaths
     }
@@ -254,11 +271,11 @@ mod tests {
         for name in ["a", "b", "c"] {
             shared.breaks.note(&engine(name));
         }
-        assert!(!dead(&shared, &["a", "b"]).is_poison(&shared));
+        assert!(!is_poison(&dead(&shared, &["a", "b"]), &shared));
         let mut deaths = dead(&shared, &["a", "b", "c"]);
-        assert!(deaths.is_poison(&shared));
+        assert!(is_poison(&deaths, &shared));
         deaths.runs(false);
-        assert!(!deaths.is_poison(&shared), "it never ran alone");
+        assert!(!is_poison(&deaths, &shared), "it never ran alone");
     }
 
     #[test]
@@ -267,12 +284,12 @@ mod tests {
         let mut deaths = dead(&shared, &["a", "b", "c"]);
         shared.breaks.note(&engine("d"));
         while deaths.count() < STORM_DEATHS_MAX {
-            assert!(deaths.in_storm(&shared) && !deaths.is_poison(&shared));
-            deaths.add(&shared, [engine("a")]);
+            assert!(deaths.in_storm(&shared) && !is_poison(&deaths, &shared));
+            deaths.add(&shared, [(engine("a"), Instant::now())]);
         }
-        assert!(deaths.in_storm(&shared) && deaths.is_poison(&shared));
+        assert!(deaths.in_storm(&shared) && is_poison(&deaths, &shared));
         deaths.clear();
-        assert!(!deaths.is_poison(&shared));
+        assert!(!is_poison(&deaths, &shared));
     }
 
     #[test]
@@ -280,16 +297,19 @@ mod tests {
         let shared = Arc::<Shared>::default();
         let one = dead(&shared, &["a", "b", "c"]);
         let two = dead(&shared, &["d", "e", "f"]);
-        assert!(one.is_poison(&shared) && two.is_poison(&shared));
+        assert!(is_poison(&one, &shared) && is_poison(&two, &shared));
         let again = two.clone();
         drop(two);
-        assert!(one.is_poison(&shared), "the other is suspect still");
+        assert!(is_poison(&one, &shared), "the other is suspect still");
         drop(again);
-        assert!(!one.is_poison(&shared), "the other had a token in the end");
+        assert!(
+            !is_poison(&one, &shared),
+            "the other had a token in the end"
+        );
         let two = dead(&shared, &["d", "e", "f"]);
         two.convict(&shared);
         drop(two);
-        assert!(one.is_poison(&shared), "they died of the other");
+        assert!(is_poison(&one, &shared), "they died of the other");
     }
 
     #[test]
@@ -298,13 +318,35 @@ mod tests {
         let one = dead(&shared, &["a", "b", "c"]);
         let two = dead(&shared, &["d", "e"]);
         let three = dead(&shared, &["f"]);
-        assert!(!one.is_poison(&shared), "no other was on all of d, e and f");
+        assert!(
+            !is_poison(&one, &shared),
+            "no other was on all of d, e and f"
+        );
         drop(three);
         shared.breaks.log().breaks.pop_back();
-        assert!(one.is_poison(&shared));
+        assert!(is_poison(&one, &shared));
         drop(two);
         let _there_once = dead(&shared, &["e"]);
-        assert!(!one.is_poison(&shared), "who lost one engine is no suspect");
+        assert!(
+            !is_poison(&one, &shared),
+            "who lost one engine is no suspect"
+        );
+    }
+
+    #[test]
+    fn what_is_told_later_is_the_same_break() {
+        let shared = Arc::<Shared>::default();
+        let (own, other) = (engine("a"), engine("d"));
+        let deaths = dead(&shared, &["a", "b", "c"]);
+        let now = Instant::now();
+        let later = now + SAME_BREAK;
+        shared.breaks.learn([(&own, later)].into_iter());
+        assert!(is_poison(&deaths, &shared));
+        let long_ago = now.checked_sub(STORM).map(|at| (&other, at));
+        shared.breaks.learn(long_ago.into_iter());
+        assert!(is_poison(&deaths, &shared));
+        shared.breaks.learn([(&other, now)].into_iter());
+        assert!(!is_poison(&deaths, &shared));
     }
 
     #[test]
@@ -326,7 +368,7 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..STORM_DEATHS_MAX {
             pauses.push(deaths.pause().as_millis());
-            deaths.add(&shared, [engine("a")]);
+            deaths.add(&shared, [(engine("a"), Instant::now())]);
         }
         assert_eq!(pauses, [100, 100, 200, 400, 800, 1600, 3200, 3200]);
     }
