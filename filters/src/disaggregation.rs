@@ -6,6 +6,7 @@
 //! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair,
 //! unless an engine speaks against the request itself.
 
+mod another;
 mod dialect;
 mod head;
 mod loan;
@@ -19,12 +20,10 @@ mod trtllm;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    breakers::{Held, Kind},
     endpoints::{ClusterView, Endpoint, Part, Place, Want},
     error::{Error, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
-    router::retry::RETRIES_MAX,
     services::Services,
 };
 use dialect::Dialect;
@@ -323,65 +322,6 @@ impl Split<'_> {
         };
         let loan = self.prefill(dialect, head, &decode, context).await?;
         self.decode(loan, (decode, place), context).await
-    }
-
-    /// Other pairs, where nobody can serve it whole: as many, and within the same budget, as `router` tries engines.
-    async fn again(
-        &mut self,
-        head: &Head,
-        mut failure: Failure,
-        context: &mut Context,
-    ) -> Result<Response<ResponseBody>, Error> {
-        let id = context.request_id.clone();
-        let avoid = context.avoid.clone();
-        let mut pairs = 0;
-        let answer = loop {
-            pairs += 1;
-            context.avoid = failure.at.take().or(context.avoid.take());
-            // What it answered holds a connection and a place.
-            drop(failure);
-            if !id.is_empty() {
-                let number = if pairs > 1 {
-                    pairs.to_string()
-                } else {
-                    String::new()
-                };
-                context.request_id = format!("{id}-w{number}").into();
-            }
-            let permit = self.permit(pairs, context);
-            failure = match self.legs(head, context).await {
-                Ok(response) => break Ok(response),
-                Err(failure) => failure,
-            };
-            drop(permit);
-            if !self.is_worth_another(&failure, pairs, context) {
-                break Err(failure);
-            }
-            self.record
-                .fall_back(failure.leg, failure.reason, Outcome::Pair.as_str());
-        };
-        context.request_id = id;
-        context.avoid = avoid;
-        answer.or_else(|failure| {
-            context.response_edited |= failure.answer.is_some();
-            failure.told()
-        })
-    }
-
-    /// The first other pair is free, as the first other engine is with `router`.
-    fn permit(&self, pairs: usize, context: &Context) -> Option<Held> {
-        let priority = context.route.priority;
-        (pairs > 1).then(|| self.view.breakers.hold(priority, Kind::Retry))
-    }
-
-    /// Whether, after so many other pairs, one more may do better: an engine broke, or refused, and it took no limit's time.
-    fn is_worth_another(&self, failure: &Failure, pairs: usize, context: &Context) -> bool {
-        let was_asked = failure.error.is_some() || failure.answer.is_some();
-        let breaker = self.view.breakers.of(context.route.priority);
-        pairs < RETRIES_MAX
-            && was_asked
-            && matches!(self.outcome(failure, context), Outcome::Pair)
-            && breaker.allows_retry()
     }
 
     /// Who decodes: of halves of SGLang rather one that pairs with somebody.

@@ -7,7 +7,6 @@ use outrigger_conformance::{
     },
     sim::{Config, SimEngine},
 };
-use rand::seq::IndexedRandom;
 use serde_json::json;
 use std::{
     sync::{
@@ -166,21 +165,20 @@ impl Fleet {
         }
     }
 
-    /// Engines break by themselves, one every 100 ms.
-    fn storm(&mut self) {
+    /// Engines break by themselves, in turn, one every 100 ms. Each did before this returns.
+    async fn storm(&mut self) {
         let lives: Vec<_> = self
             .engines
             .iter()
             .map(|engine| engine.life.clone())
             .collect();
         self.others.spawn(async move {
-            loop {
+            for life in lives.iter().cycle() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                if let Some(life) = lives.choose(&mut rand::rng()) {
-                    life.send_replace(());
-                }
+                life.send_replace(());
             }
         });
+        tokio::time::sleep(Duration::from_millis(1000)).await;
     }
 
     async fn ask(&self, what: &str) -> Reply {
@@ -217,7 +215,7 @@ async fn in_calm_poison_breaks_three_engines_each_time() {
 #[tokio::test]
 async fn in_a_storm_poison_breaks_a_few_engines_more_and_no_more() {
     let mut fleet = Fleet::of(5).await;
-    fleet.storm();
+    fleet.storm().await;
     let killed = fleet.poison().await;
     assert!((4..=IN_A_STORM).contains(&killed), "{killed}");
 }
@@ -225,7 +223,7 @@ async fn in_a_storm_poison_breaks_a_few_engines_more_and_no_more() {
 #[tokio::test]
 async fn who_was_only_there_when_engines_broke_is_served() {
     let mut fleet = Fleet::of(5).await;
-    fleet.storm();
+    fleet.storm().await;
     for what in [UNLUCKY, OPENED] {
         fleet.luck.bad.store(5, SeqCst);
         let got = story(&fleet.ask(what).await.text());
