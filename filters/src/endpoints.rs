@@ -345,6 +345,13 @@ pub struct Live {
     pub heard: bool,
 }
 
+impl Live {
+    fn is_alive(&self) -> bool {
+        use outrigger_xds::report::Health;
+        self.heard && matches!(self.state.health, Health::Healthy | Health::Unhealthy)
+    }
+}
+
 impl Default for Live {
     fn default() -> Self {
         Self {
@@ -410,20 +417,20 @@ impl Endpoint {
     /// May a request go there? An endpoint nothing is told of (an ordinary server) is alive until it fails.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        use outrigger_xds::report::Health;
         if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
             return true;
         }
-        let live = self.live.load();
-        live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
+        self.live.load().is_alive()
     }
 
-    /// It was found dead just now, or is no longer heard of.
-    pub fn note_fall(&self) {
-        self.stats.fell_ms.store(clock_ms().max(1), Relaxed);
+    /// It was found dead just now, or is no longer heard of: a break, if it was alive before.
+    pub fn note_fall(&self, before: &Live) {
+        if before.is_alive() {
+            self.stats.fell_ms.store(clock_ms().max(1), Relaxed);
+        }
     }
 
     /// When that was last.

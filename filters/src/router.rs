@@ -195,8 +195,8 @@ impl<'a> Walk<'a> {
             );
             let permit = self.permit.take();
             let outcome = attempt.run(request, context).await;
-            if outcome.is_death() {
-                context.note_death(target.endpoint.id.clone());
+            if outcome.is_loss() {
+                context.note_loss(target.endpoint.id.clone(), outcome.is_death());
             }
             drop(permit);
             if request.body().is_spent() || !self.may_retry(&outcome, context) {

@@ -57,10 +57,9 @@ impl Split<'_> {
 
     /// Whether, after so many other pairs, one more may do better: an engine broke, or refused, and it took no limit's time.
     fn is_worth_another(&self, failure: &Failure, pairs: usize, context: &Context) -> bool {
-        let was_asked = failure.error.is_some() || failure.answer.is_some();
         let breaker = self.view.breakers.of(context.route.priority);
         pairs < RETRIES_MAX
-            && was_asked
+            && failure.was_asked()
             && matches!(self.outcome(failure, context), Outcome::Pair)
             && breaker.allows_retry()
     }

@@ -12,7 +12,7 @@ use crate::{
     body::BodyError,
     endpoints::{Endpoint, Host, Level},
     error::Flag,
-    filter::{End, LogFields, StreamObserver},
+    filter::{End, LogFields, Loss, StreamObserver},
     openai::OpenAiRequest,
     sse::{EVENT_BYTES_MAX, Event, event_length},
 };
@@ -168,8 +168,9 @@ impl Migrating {
             self.splice.pass_through();
             out.extend_from_slice(&std::mem::take(&mut self.leg.pending));
         }
-        if self.trouble.deaths.count() > 0 && self.has_progress() {
-            self.trouble.deaths.clear();
+        if !self.trouble.deaths.is_empty() && self.has_progress() {
+            let shared = &self.call.policy.services.migration;
+            self.trouble.deaths.clear(shared);
         }
         (!out.is_empty()).then(|| out.freeze())
     }
@@ -229,16 +230,20 @@ impl Migrating {
             trouble.broke = Instant::now();
         }
         let died = matches!(cause, Cause::Broke(_) | Cause::Error(_) | Cause::Truncated);
-        let died_at = self.leg.engine.as_ref().filter(|_| died);
+        let engine = self.leg.engine.as_ref();
         if progress {
             trouble.attempts = 0;
-            if let Some(engine) = died_at {
+            if let Some(engine) = engine.filter(|_| died) {
                 shared.breaks.note(engine);
             }
             return;
         }
-        let death = died_at.map(|engine| (engine.clone(), Instant::now()));
-        trouble.deaths.add(shared, death);
+        let loss = engine.map(|engine| Loss {
+            engine: engine.clone(),
+            at: Instant::now(),
+            died,
+        });
+        trouble.deaths.add(shared, loss);
         let chance = died && self.call.in_storm(&trouble.deaths);
         trouble.attempts += u32::from(trouble.calls > 0 && !chance);
     }

@@ -1,7 +1,13 @@
 //! Calling the rest of the chain once more: within the budget, a few times, and never without an end.
 
 use super::{
-    Policy, budget::Counted, is_stream, leg::Leg, recipe::Recipe, splice::Way, suspicion::Deaths,
+    Policy,
+    budget::{Counted, Shared},
+    is_stream,
+    leg::Leg,
+    recipe::Recipe,
+    splice::Way,
+    suspicion::Deaths,
 };
 use crate::{
     body::RequestBody,
@@ -149,18 +155,23 @@ impl Call {
 
     /// Whether it may be chance that engines died of the request: others did, by their streams or by what is told of them.
     pub(super) fn in_storm(&self, deaths: &Deaths) -> bool {
+        deaths.in_storm(self.learned())
+    }
+
+    /// Whether the request is refused for the engines that died of it.
+    pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
+        deaths.is_poison(self.learned())
+    }
+
+    /// What all streams share, with what is told of engines by now.
+    fn learned(&self) -> &Shared {
         let services = &self.policy.services;
         if let Some(view) = services.endpoints.view(self.cluster()) {
             let fallen = view.endpoints.iter();
             let fallen = fallen.filter_map(|endpoint| Some((&endpoint.id, endpoint.fell_at()?)));
             services.migration.breaks.learn(fallen);
         }
-        deaths.in_storm(&services.migration)
-    }
-
-    /// Whether the request is refused for the engines that died of it.
-    pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
-        deaths.are_too_many() || deaths.died_alone() && !self.in_storm(deaths)
+        &services.migration
     }
 
     /// A place among the streams in prefill, if one is free.
@@ -227,8 +238,7 @@ async fn find(
             return Err("attempts");
         }
         let answer = {
-            let turn = turn(call, &trouble.deaths).await?;
-            trouble.deaths.runs(turn.is_some());
+            let _turn = turn(call, &mut trouble.deaths).await?;
             let place = match place.take() {
                 Some(place) => place,
                 None => wait_for_place(call, trouble.since).await?,
@@ -240,7 +250,7 @@ async fn find(
             context.deaths_max = trouble.deaths.left();
             let request = call.request(Some(recipe), &context);
             let answer = Next::new(&call.chain).run(request, &mut context).await;
-            trouble.deaths.add(shared, context.deaths.drain(..));
+            trouble.deaths.add(shared, context.losses.drain(..));
             answer.map(|response| (response, context, place))
         };
         match answer {
@@ -255,8 +265,7 @@ async fn find(
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             // Time ends it, and the number of deaths.
-            Err(_) if !runs_still && call.in_storm(&trouble.deaths) => {
-                metrics::counter!("outrigger_migration_storm_runs_total").increment(1);
+            Err(error) if error.is_breakdown() && !runs_still && call.in_storm(&trouble.deaths) => {
             }
             Ok(_) | Err(_) => trouble.attempts += 1,
         }
@@ -270,6 +279,18 @@ fn blames_request(status: StatusCode) -> bool {
 
 /// Waits until no other suspect runs, no longer than a stall is borne. In a storm there may be many: nobody waits then.
 pub(super) async fn turn<'a>(
+    call: &'a Call,
+    deaths: &mut Deaths,
+) -> Result<Option<SemaphorePermit<'a>>, &'static str> {
+    let turn = alone(call, deaths).await?;
+    deaths.runs(turn.is_some());
+    if turn.is_none() && deaths.count() > 0 && call.in_storm(deaths) {
+        metrics::counter!("outrigger_migration_storm_runs_total").increment(1);
+    }
+    Ok(turn)
+}
+
+async fn alone<'a>(
     call: &'a Call,
     deaths: &Deaths,
 ) -> Result<Option<SemaphorePermit<'a>>, &'static str> {

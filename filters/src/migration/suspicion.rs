@@ -6,10 +6,11 @@
 //! nobody, or two poisons at once would excuse each other.
 
 use super::budget::Shared;
+use crate::filter::Loss;
 use outrigger_xds::report::EngineId;
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,7 +18,8 @@ use std::{
 pub(super) const SUSPECT_DEATHS: usize = 2;
 /// So many and it is refused, storm or not. Where one death in three is chance, so many in a row are in one of 6,000.
 pub(super) const STORM_DEATHS_MAX: usize = 8;
-/// What broke so long before a request's first death belongs to the same storm.
+/// What broke so long before a request's first death belongs to the same storm. Feeds tell of a break so much sooner or later
+/// than streams.
 const STORM: Duration = Duration::from_secs(10);
 /// What streams tell of one engine within this time is one break.
 const SAME_BREAK: Duration = Duration::from_secs(2);
@@ -36,7 +38,9 @@ struct Break {
     number: u64,
     engine: EngineId,
     at: Instant,
-    /// Requests that had no token there, and have none elsewhere yet.
+    /// No stream broke with it so far: feeds told of it.
+    told: bool,
+    /// Requests that had no token there, and none elsewhere since.
     suspects: Vec<u64>,
     /// It died of a request that was refused for it.
     explained: bool,
@@ -50,28 +54,45 @@ struct Log {
 }
 
 impl Log {
-    /// The break of an engine of which was told that it happened then, or up to `late` before.
-    fn of(&mut self, engine: &EngineId, at: Instant, late: Duration) -> &mut Break {
+    /// The break of an engine with which a stream broke then.
+    fn seen(&mut self, engine: &EngineId, at: Instant) -> &mut Break {
         let is_same = |known: &Break| {
-            known.engine == *engine
-                && at.saturating_duration_since(known.at) < late
-                && known.at.saturating_duration_since(at) < SAME_BREAK
+            let within = if known.told { STORM } else { SAME_BREAK };
+            known.engine == *engine && apart(known.at, at) < within
         };
-        let place = self.breaks.iter().rposition(is_same).unwrap_or_else(|| {
-            if self.breaks.len() == BREAKS_MAX {
-                self.breaks.pop_front();
-            }
-            let number = self.new_number();
-            self.breaks.push_back(Break {
-                number,
-                engine: engine.clone(),
-                at,
-                suspects: Vec::new(),
-                explained: false,
-            });
-            self.breaks.len() - 1
+        let place = self.breaks.iter().rposition(is_same);
+        let place = place.unwrap_or_else(|| self.add(engine, at));
+        let known = &mut self.breaks[place];
+        if known.told {
+            known.told = false;
+            known.at = at;
+        }
+        known
+    }
+
+    /// A feed told that an engine broke then. If a stream broke with it about that time, that is known already.
+    fn hear(&mut self, engine: &EngineId, at: Instant) {
+        let is_same = |known: &Break| known.engine == *engine && apart(known.at, at) < STORM;
+        if !self.breaks.iter().any(is_same) {
+            let place = self.add(engine, at);
+            self.breaks[place].told = true;
+        }
+    }
+
+    fn add(&mut self, engine: &EngineId, at: Instant) -> usize {
+        if self.breaks.len() == BREAKS_MAX {
+            self.breaks.pop_front();
+        }
+        let number = self.new_number();
+        self.breaks.push_back(Break {
+            number,
+            engine: engine.clone(),
+            at,
+            told: false,
+            suspects: Vec::new(),
+            explained: false,
         });
-        &mut self.breaks[place]
+        self.breaks.len() - 1
     }
 
     fn new_number(&mut self) -> u64 {
@@ -90,6 +111,10 @@ impl Log {
     }
 }
 
+fn apart(one: Instant, other: Instant) -> Duration {
+    one.max(other) - one.min(other)
+}
+
 /// Engines that broke under streams of this proxy. Only those that lost an engine come here.
 #[derive(Debug, Default)]
 pub(super) struct Breaks(Mutex<Log>);
@@ -101,68 +126,58 @@ impl Breaks {
 
     /// An engine broke under a stream that had its first token there.
     pub(super) fn note(&self, engine: &EngineId) {
-        self.log().of(engine, Instant::now(), SAME_BREAK);
+        self.log().seen(engine, Instant::now());
     }
 
-    /// What is known of engines from others than their streams, and later than by these.
+    /// What is known of engines from others than their streams.
     pub(super) fn learn<'a>(&self, fallen: impl Iterator<Item = (&'a EngineId, Instant)>) {
+        let lately: Vec<_> = fallen.filter(|(_, at)| at.elapsed() < STORM).collect();
+        if lately.is_empty() {
+            return;
+        }
         let mut log = self.log();
-        for (engine, at) in fallen.filter(|(_, at)| at.elapsed() < STORM) {
-            log.of(engine, at, STORM);
+        for (engine, at) in lately {
+            log.hear(engine, at);
         }
     }
 }
 
 /// One engine that broke before a request's first token. Until that comes, elsewhere, the request may be why.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Death {
-    shared: Arc<Shared>,
-    request: u64,
     engine: EngineId,
     at: Instant,
     /// The break's.
     number: u64,
 }
 
-impl Drop for Death {
-    fn drop(&mut self) {
-        if let Some(known) = self.shared.breaks.log().numbered(self.number) {
-            known.suspects.retain(|request| *request != self.request);
-        }
-    }
-}
-
 /// What speaks against a request: the engines that broke before its first token there.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Deaths {
-    all: Vec<Arc<Death>>,
+    all: Vec<Death>,
+    /// Engines that failed it in other ways. If they break, too, it may be why.
+    failed: Vec<(EngineId, Instant)>,
+    /// The request's number, once an engine died.
+    request: Option<u64>,
     /// It ran alone among suspects when it ran last.
     ran_alone: bool,
 }
 
 impl Deaths {
-    pub(super) fn add(
-        &mut self,
-        shared: &Arc<Shared>,
-        engines: impl IntoIterator<Item = (EngineId, Instant)>,
-    ) {
-        for (engine, at) in engines {
+    pub(super) fn add(&mut self, shared: &Shared, losses: impl IntoIterator<Item = Loss>) {
+        for Loss { engine, at, died } in losses {
+            if !died {
+                self.failed.push((engine, at));
+                continue;
+            }
             let mut log = shared.breaks.log();
-            let before = self.all.first().map(|death| death.request);
-            let request = before.unwrap_or_else(|| log.new_number());
-            let known = log.of(&engine, at, SAME_BREAK);
+            let request = *self.request.get_or_insert_with(|| log.new_number());
+            let known = log.seen(&engine, at);
             if known.suspects.len() < SUSPECTS_MAX && !known.suspects.contains(&request) {
                 known.suspects.push(request);
             }
             let number = known.number;
-            drop(log);
-            self.all.push(Arc::new(Death {
-                shared: shared.clone(),
-                request,
-                engine,
-                at,
-                number,
-            }));
+            self.all.push(Death { engine, at, number });
         }
     }
 
@@ -170,9 +185,24 @@ impl Deaths {
         self.all.len()
     }
 
-    /// It had a token: nothing speaks against it any more.
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
+    /// It had a token: nothing speaks against it any more. Of one that ended without it stays known where it was, for it may be
+    /// sent again.
+    pub(super) fn clear(&mut self, shared: &Shared) {
+        let cleared = std::mem::take(self);
+        let Some(request) = cleared.request else {
+            return;
+        };
+        let mut log = shared.breaks.log();
+        for death in &cleared.all {
+            if let Some(known) = log.numbered(death.number) {
+                known.suspects.retain(|suspect| *suspect != request);
+            }
+        }
+    }
+
+    /// Whether there is nothing to clear.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty() && self.failed.is_empty()
     }
 
     /// How it runs next.
@@ -201,7 +231,13 @@ impl Deaths {
     /// Whether engines broke at the time that this request was not on, and not all of them under one other suspect.
     pub(super) fn in_storm(&self, shared: &Shared) -> bool {
         let first = self.all.first().map_or_else(Instant::now, |death| death.at);
-        let was_there = |known: &Break| self.all.iter().any(|death| death.number == known.number);
+        let was_there = |known: &Break| {
+            let failed_then = |(engine, at): &(EngineId, Instant)| {
+                *engine == known.engine && apart(known.at, *at) < STORM
+            };
+            self.all.iter().any(|death| death.number == known.number)
+                || self.failed.iter().any(failed_then)
+        };
         let log = shared.breaks.log();
         let mut others = log.breaks.iter().filter(|known| {
             let at_the_time = first.saturating_duration_since(known.at) < STORM;
@@ -216,13 +252,18 @@ impl Deaths {
         })
     }
 
+    /// Whether the request is refused for them.
+    pub(super) fn is_poison(&self, shared: &Shared) -> bool {
+        self.are_too_many() || self.died_alone() && !self.in_storm(shared)
+    }
+
     /// More would be too many, whatever the reason.
-    pub(super) fn are_too_many(&self) -> bool {
+    fn are_too_many(&self) -> bool {
         self.count() >= STORM_DEATHS_MAX
     }
 
     /// Also when it ran alone an engine died.
-    pub(super) fn died_alone(&self) -> bool {
+    fn died_alone(&self) -> bool {
         self.ran_alone && self.count() > SUSPECT_DEATHS
     }
 
@@ -247,19 +288,23 @@ impl Deaths {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
 
     fn engine(name: &str) -> EngineId {
         EngineId(name.into())
     }
 
-    fn is_poison(deaths: &Deaths, shared: &Shared) -> bool {
-        deaths.are_too_many() || deaths.died_alone() && !deaths.in_storm(shared)
+    fn loss(name: &str, died: bool) -> Loss {
+        Loss {
+            engine: engine(name),
+            at: Instant::now(),
+            died,
+        }
     }
 
-    fn dead(shared: &Arc<Shared>, engines: &[&str]) -> Deaths {
+    fn dead(shared: &Shared, engines: &[&str]) -> Deaths {
         let mut deaths = Deaths::default();
-        let now = Instant::now();
-        deaths.add(shared, engines.iter().map(|name| (engine(name), now)));
+        deaths.add(shared, engines.iter().map(|name| loss(name, true)));
         deaths.runs(true);
         deaths
     }
@@ -271,11 +316,11 @@ mod tests {
         for name in ["a", "b", "c"] {
             shared.breaks.note(&engine(name));
         }
-        assert!(!is_poison(&dead(&shared, &["a", "b"]), &shared));
+        assert!(!dead(&shared, &["a", "b"]).is_poison(&shared));
         let mut deaths = dead(&shared, &["a", "b", "c"]);
-        assert!(is_poison(&deaths, &shared));
+        assert!(deaths.is_poison(&shared));
         deaths.runs(false);
-        assert!(!is_poison(&deaths, &shared), "it never ran alone");
+        assert!(!deaths.is_poison(&shared), "it never ran alone");
     }
 
     #[test]
@@ -284,69 +329,81 @@ mod tests {
         let mut deaths = dead(&shared, &["a", "b", "c"]);
         shared.breaks.note(&engine("d"));
         while deaths.count() < STORM_DEATHS_MAX {
-            assert!(deaths.in_storm(&shared) && !is_poison(&deaths, &shared));
-            deaths.add(&shared, [(engine("a"), Instant::now())]);
+            assert!(deaths.in_storm(&shared) && !deaths.is_poison(&shared));
+            deaths.add(&shared, [loss("a", true)]);
         }
-        assert!(deaths.in_storm(&shared) && is_poison(&deaths, &shared));
-        deaths.clear();
-        assert!(!is_poison(&deaths, &shared));
+        assert!(deaths.in_storm(&shared) && deaths.is_poison(&shared));
+        deaths.clear(&shared);
+        assert!(!deaths.is_poison(&shared));
     }
 
     #[test]
     fn suspects_do_not_excuse_each_other() {
         let shared = Arc::<Shared>::default();
         let one = dead(&shared, &["a", "b", "c"]);
-        let two = dead(&shared, &["d", "e", "f"]);
-        assert!(is_poison(&one, &shared) && is_poison(&two, &shared));
-        let again = two.clone();
-        drop(two);
-        assert!(is_poison(&one, &shared), "the other is suspect still");
-        drop(again);
+        let mut two = dead(&shared, &["d", "e", "f"]);
+        assert!(one.is_poison(&shared) && two.is_poison(&shared));
+        drop(two.clone());
         assert!(
-            !is_poison(&one, &shared),
-            "the other had a token in the end"
+            one.is_poison(&shared),
+            "its client left, and may send it again"
         );
+        two.clear(&shared);
+        assert!(!one.is_poison(&shared), "the other had a token in the end");
         let two = dead(&shared, &["d", "e", "f"]);
         two.convict(&shared);
-        drop(two);
-        assert!(is_poison(&one, &shared), "they died of the other");
+        assert!(one.is_poison(&shared), "they died of the other");
     }
 
     #[test]
     fn many_suspects_are_a_storm() {
         let shared = Arc::<Shared>::default();
         let one = dead(&shared, &["a", "b", "c"]);
-        let two = dead(&shared, &["d", "e"]);
-        let three = dead(&shared, &["f"]);
-        assert!(
-            !is_poison(&one, &shared),
-            "no other was on all of d, e and f"
-        );
-        drop(three);
+        let mut two = dead(&shared, &["d", "e"]);
+        let mut three = dead(&shared, &["f"]);
+        assert!(!one.is_poison(&shared), "no other was on all of d, e and f");
+        three.clear(&shared);
         shared.breaks.log().breaks.pop_back();
-        assert!(is_poison(&one, &shared));
-        drop(two);
+        assert!(one.is_poison(&shared));
+        two.clear(&shared);
         let _there_once = dead(&shared, &["e"]);
-        assert!(
-            !is_poison(&one, &shared),
-            "who lost one engine is no suspect"
-        );
+        assert!(!one.is_poison(&shared), "who lost one engine is no suspect");
     }
 
     #[test]
-    fn what_is_told_later_is_the_same_break() {
-        let shared = Arc::<Shared>::default();
-        let (own, other) = (engine("a"), engine("d"));
-        let deaths = dead(&shared, &["a", "b", "c"]);
+    fn what_is_told_sooner_or_later_is_the_same_break() {
+        let shared = Shared::default();
         let now = Instant::now();
-        let later = now + SAME_BREAK;
-        shared.breaks.learn([(&own, later)].into_iter());
-        assert!(is_poison(&deaths, &shared));
-        let long_ago = now.checked_sub(STORM).map(|at| (&other, at));
-        shared.breaks.learn(long_ago.into_iter());
-        assert!(is_poison(&deaths, &shared));
-        shared.breaks.learn([(&other, now)].into_iter());
-        assert!(!is_poison(&deaths, &shared));
+        let tell = |name: &str, at: Option<Instant>| {
+            let engine = engine(name);
+            let told = at.map(|at| (&engine, at));
+            shared.breaks.learn(told.into_iter());
+        };
+        let hung = now.checked_sub(STORM / 2);
+        tell("a", hung);
+        let deaths = dead(&shared, &["a", "b", "c"]);
+        // Its other streams, and the feed once more, which also says a little late what became of another.
+        shared.breaks.note(&engine("a"));
+        tell("a", hung);
+        tell("b", Some(now + STORM / 2));
+        assert_eq!(shared.breaks.log().breaks.len(), 3);
+        assert!(deaths.is_poison(&shared));
+        tell("d", now.checked_sub(STORM));
+        assert!(deaths.is_poison(&shared), "long ago");
+        tell("d", Some(now));
+        assert!(!deaths.is_poison(&shared));
+    }
+
+    #[test]
+    fn engines_that_failed_the_request_otherwise_do_not_speak_for_it() {
+        let shared = Shared::default();
+        let mut deaths = dead(&shared, &["a", "b", "c"]);
+        deaths.add(&shared, [loss("d", false)]);
+        assert_eq!(deaths.count(), 3);
+        shared.breaks.note(&engine("d"));
+        assert!(deaths.is_poison(&shared));
+        shared.breaks.note(&engine("e"));
+        assert!(!deaths.is_poison(&shared));
     }
 
     #[test]
@@ -368,7 +425,7 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..STORM_DEATHS_MAX {
             pauses.push(deaths.pause().as_millis());
-            deaths.add(&shared, [(engine("a"), Instant::now())]);
+            deaths.add(&shared, [loss("a", true)]);
         }
         assert_eq!(pauses, [100, 100, 200, 400, 800, 1600, 3200, 3200]);
     }
