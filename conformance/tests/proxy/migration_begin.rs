@@ -2,7 +2,7 @@
 
 use super::support::story;
 use outrigger_conformance::{
-    harness::{Conn, ProxyBuilder, Reply, TestProxy, Upstream, Version},
+    harness::{Conn, OneChain, ProxyBuilder, Reply, TestProxy, Upstream, Version},
     sim::{Config, SimEngine},
 };
 use outrigger_proxy::bootstrap::OUTBOUND;
