@@ -3,7 +3,7 @@
 use super::disaggregation::{CHAT, always, chat, disaggregation};
 use super::{disaggregation as vllm, disaggregation_sglang as sglang, support::story};
 use outrigger_conformance::{
-    harness::{Client, Conn, Exchange, ProxyBuilder, TestProxy, Upstream, Version},
+    harness::{Client, Conn, Exchange, ProxyBuilder, Reply, TestProxy, Upstream, Version},
     sim::{Side, SimEngine},
 };
 use serde_json::json;
@@ -56,8 +56,8 @@ async fn frail(engine: &SimEngine, broken: Arc<AtomicUsize>) -> Upstream {
     .await
 }
 
-/// A chat is refused when it broke three of these, with `others` beside them.
-async fn three_break(engines: &[SimEngine], others: &[SimEngine], roles: [&str; 2]) {
+/// What a chat is told that breaks these, with `others` beside them: three of them, and no more.
+async fn three_break(engines: &[SimEngine], others: &[SimEngine], roles: [&str; 2]) -> Reply {
     let broken = Arc::<AtomicUsize>::default();
     let mut builder = ProxyBuilder::new().flag("--policy", "kv");
     let mut servers = Vec::new();
@@ -75,11 +75,8 @@ async fn three_break(engines: &[SimEngine], others: &[SimEngine], roles: [&str; 
     let mut client = proxy.client(Version::H1).await;
     let body = chat(1, &json!({"stream": true})).to_string();
     let reply = client.post(CHAT, body).await;
-    assert_eq!(reply.status, 422, "{}", reply.text());
-    let message = &reply.json()["error"]["message"];
-    let message = message.as_str().unwrap();
-    assert!(message.starts_with("poison: 3 engines died"), "{message}");
-    assert_eq!(broken.load(SeqCst), 3);
+    assert_eq!(broken.load(SeqCst), 3, "{}", reply.text());
+    reply
 }
 
 #[tokio::test]
@@ -87,7 +84,11 @@ async fn a_poison_breaks_three_halves_of_sglang() {
     for (side, other) in [(Side::Prefill, Side::Decode), (Side::Decode, Side::Prefill)] {
         let engines: Vec<_> = (0..5).map(|_| sglang::start(sglang::half(side))).collect();
         let others: Vec<_> = (0..2).map(|_| sglang::start(sglang::half(other))).collect();
-        three_break(&engines, &others, ["", ""]).await;
+        let reply = three_break(&engines, &others, ["", ""]).await;
+        assert_eq!(reply.status, 422, "{}", reply.text());
+        let message = &reply.json()["error"]["message"];
+        let message = message.as_str().unwrap();
+        assert!(message.starts_with("poison: 3 engines died"), "{message}");
     }
 }
 
@@ -95,7 +96,11 @@ async fn a_poison_breaks_three_halves_of_sglang() {
 async fn a_poison_breaks_three_engines_that_decode() {
     let start = |count| (0..count).map(|_| vllm::engine(vllm::config()));
     let (decode, prefill): (Vec<_>, Vec<_>) = (start(5).collect(), start(2).collect());
-    three_break(&decode, &prefill, [";role=decode", ";role=prefill"]).await;
+    let reply = three_break(&decode, &prefill, [";role=decode", ";role=prefill"]).await;
+    // The second of them was to serve it whole, and its head went out.
+    let error = story(&reply.text()).error.unwrap();
+    let message = error["message"].as_str().unwrap();
+    assert!(message.ends_with("elsewhere: poison"), "{message}");
 }
 
 /// A half for decode that breaks once and says nothing a few times, each time after the head of its answer.

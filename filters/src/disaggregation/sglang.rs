@@ -123,10 +123,16 @@ pub(super) async fn together(
     let before = context.losses.len();
     let answer = legs.meet(split.next, request, &mut second).await;
     if answer.is_err() {
-        legs.look_back(&mut second);
+        legs.look_back();
     }
     let of_prefill = std::mem::take(&mut legs.losses).into_iter().skip(before);
     second.losses.extend(of_prefill);
+    if answer.is_err() && !second.losses[before..].iter().any(|loss| loss.died) {
+        // Either may be why, also if it is found dead only later: then it is no other's death.
+        for engine in legs.at {
+            second.note_loss(engine, false);
+        }
+    }
     context.losses.clone_from(&second.losses);
     let response = answer?;
     if let Some(took) = legs.took {
@@ -382,14 +388,11 @@ impl Legs {
         }
     }
 
-    /// Both came to nothing. Either may be why, also if it is found dead only later: then it is no other's death.
-    fn look_back(&mut self, leg: &mut Context) {
+    /// The decode leg may have failed of the prefill leg's end, which is then there, too.
+    fn look_back(&mut self) {
         if let Some((_, losses)) = ended(&mut self.prefill).now_or_never() {
             self.prefill = None;
             self.losses = losses;
-        }
-        for engine in &self.at {
-            leg.note_loss(engine.clone(), false);
         }
     }
 

@@ -46,6 +46,13 @@ struct Break {
     explained: bool,
 }
 
+impl Break {
+    /// What happens to its engine so much sooner or later is due to it.
+    fn span(&self) -> Duration {
+        if self.told { STORM } else { SAME_BREAK }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Log {
     /// Of breaks, and of requests.
@@ -56,10 +63,7 @@ struct Log {
 impl Log {
     /// The break of an engine with which a stream broke then.
     fn seen(&mut self, engine: &EngineId, at: Instant) -> &mut Break {
-        let is_same = |known: &Break| {
-            let within = if known.told { STORM } else { SAME_BREAK };
-            known.engine == *engine && apart(known.at, at) < within
-        };
+        let is_same = |known: &Break| known.engine == *engine && apart(known.at, at) < known.span();
         let place = self.breaks.iter().rposition(is_same);
         let place = place.unwrap_or_else(|| self.add(engine, at));
         let known = &mut self.breaks[place];
@@ -233,7 +237,7 @@ impl Deaths {
         let first = self.all.first().map_or_else(Instant::now, |death| death.at);
         let was_there = |known: &Break| {
             let failed_then = |(engine, at): &(EngineId, Instant)| {
-                *engine == known.engine && apart(known.at, *at) < STORM
+                *engine == known.engine && apart(known.at, *at) < known.span()
             };
             self.all.iter().any(|death| death.number == known.number)
                 || self.failed.iter().any(failed_then)
