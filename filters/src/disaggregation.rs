@@ -3,9 +3,10 @@
 //! What it answers: whether a request is split, where its prefill runs, what goes from one leg to the other, and what
 //! becomes of the request, and of the blocks, when a leg fails or the client leaves. What it does not do: rank engines
 //! (`kv_routing` has done so), or move streams (`migration` calls it again, and it decides anew). Whatever goes wrong
-//! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair, once,
+//! before the first byte, the request is served whole, once; where there are only halves of SGLang, by another pair,
 //! unless an engine speaks against the request itself.
 
+mod another;
 mod dialect;
 mod head;
 mod loan;
@@ -20,7 +21,7 @@ mod trtllm;
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Want},
-    error::{Error, Origin, Retry},
+    error::{Error, Flag, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     registry,
     services::Services,
@@ -183,6 +184,9 @@ impl Disaggregation {
     }
 }
 
+/// Why a leg came to nothing: its engine broke.
+const BROKE: &str = "failed";
+
 /// Why a leg came to nothing.
 struct Failure {
     leg: &'static str,
@@ -211,12 +215,24 @@ impl Failure {
         answer.is_some_and(|answer| answer.status().is_client_error())
     }
 
+    /// Whether an engine had the request, and did not just take too long.
+    fn was_asked(&self) -> bool {
+        let broke = matches!(self.reason, BROKE | "empty");
+        broke || self.error.is_some() || self.answer.is_some()
+    }
+
     /// What the client is told where nobody is left to ask.
     fn told(self) -> Result<Response<ResponseBody>, Error> {
+        let was_asked = self.was_asked();
         match (self.answer, self.error) {
             (Some(answer), _) => Ok(*answer),
             (None, Some(error)) => Err(*error),
             (None, None) if self.reason == "timeout" => Err(Error::upstream_timeout()),
+            (None, None) if was_asked => Err(Error::upstream_reset(
+                Flag::UpstreamRemoteReset,
+                "remote reset",
+                Retry::NothingReceived,
+            )),
             (None, None) => Err(Error::no_healthy_upstream()),
         }
     }
@@ -288,15 +304,14 @@ impl Split<'_> {
 
     /// What becomes of a request whose leg failed.
     fn outcome(&self, failure: &Failure, context: &Context) -> Outcome {
-        if let Some(error) = &failure.error {
-            // Who called us knows what to do with it.
-            if error.origin == Origin::Downstream {
-                return Outcome::Gone;
-            }
-            // Who breaks engines is not sent to one more.
-            if context.deaths_max > 0 && context.deaths >= context.deaths_max {
-                return Outcome::Answered;
-            }
+        // Who called us knows what to do with it.
+        let error = failure.error.as_ref();
+        if error.is_some_and(|error| error.origin == Origin::Downstream) {
+            return Outcome::Gone;
+        }
+        // Who breaks engines is not sent to one more.
+        if context.is_deadly() {
+            return Outcome::Answered;
         }
         match rule::may_be_whole(self.view, context) {
             true => Outcome::Whole,
@@ -321,30 +336,6 @@ impl Split<'_> {
         };
         let loan = self.prefill(dialect, head, &decode, context).await?;
         self.decode(loan, (decode, place), context).await
-    }
-
-    /// Another pair, where nobody can serve it whole.
-    async fn again(
-        &mut self,
-        head: &Head,
-        mut failure: Failure,
-        context: &mut Context,
-    ) -> Result<Response<ResponseBody>, Error> {
-        let id = context.request_id.clone();
-        let avoid = context.avoid.clone();
-        context.avoid = failure.at.take().or(context.avoid.take());
-        // What it answered holds a connection and a place.
-        drop(failure);
-        if !id.is_empty() {
-            context.request_id = format!("{id}-w").into();
-        }
-        let answer = self.legs(head, context).await;
-        context.request_id = id;
-        context.avoid = avoid;
-        answer.or_else(|failure| {
-            context.response_edited |= failure.answer.is_some();
-            failure.told()
-        })
     }
 
     /// Who decodes: of halves of SGLang rather one that pairs with somebody.
@@ -434,7 +425,7 @@ impl Split<'_> {
         let limit = Duration::from_millis(self.filter.config.prefill_timeout_ms);
         let begun = std::time::Instant::now();
         let answer = tokio::time::timeout(limit, self.next.run(request, &mut leg)).await;
-        context.deaths = leg.deaths;
+        context.losses = leg.losses;
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error| Failure {
             error,
@@ -455,8 +446,10 @@ impl Split<'_> {
             response.into_body(),
         );
         let read = tokio::time::timeout(limit, loan.read()).await;
-        let read = read.unwrap_or(Err("timeout"));
-        read.map_err(|reason| failed(reason, None))?;
+        if let Err(reason) = read.unwrap_or(Err("timeout")) {
+            note_end(context, at.as_ref(), reason);
+            return Err(failed(reason, None));
+        }
         let uncached = context.prompt.tokens.saturating_sub(loan.cached());
         self.filter.pace.learn(uncached, begun.elapsed());
         self.record.prefilled(at, Some(begun.elapsed()));
@@ -481,7 +474,7 @@ impl Split<'_> {
         let request = loan.decode(&leg.request_id);
         let request = request.map_err(|reason| Failure::new("decode", reason))?;
         let answer = self.next.run(request, &mut leg).await;
-        context.deaths = leg.deaths;
+        context.losses.clone_from(&leg.losses);
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error| Failure {
             error,
@@ -504,8 +497,7 @@ impl Split<'_> {
         let limit = Duration::from_secs(pull::PULL_SECONDS_MAX);
         let response = Box::pin(pull::begun(response, limit)).await;
         let response = response.map_err(|reason| {
-            // It broke before its first token, which may be due to the request.
-            context.deaths += u32::from(reason == "failed");
+            note_end(context, at.as_ref(), reason);
             failed(reason, None)
         })?;
         take_over(context, leg, predicted);
@@ -537,6 +529,13 @@ impl Split<'_> {
 
 /// Who comes into question.
 type Fits<'a> = dyn Fn(&Endpoint) -> bool + 'a;
+
+/// A leg came to nothing after its head. If its engine broke, that may be due to the request.
+fn note_end(leg: &mut Context, engine: Option<&EngineId>, reason: &str) {
+    if let Some(engine) = engine {
+        leg.note_loss(engine.clone(), reason == BROKE);
+    }
+}
 
 fn none(leg: &'static str) -> Failure {
     Failure::new(leg, "none")

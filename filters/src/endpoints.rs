@@ -351,6 +351,13 @@ pub struct Live {
     pub heard: bool,
 }
 
+impl Live {
+    fn is_alive(&self) -> bool {
+        use outrigger_xds::report::Health;
+        self.heard && matches!(self.state.health, Health::Healthy | Health::Unhealthy)
+    }
+}
+
 impl Default for Live {
     fn default() -> Self {
         Self {
@@ -387,6 +394,8 @@ pub struct EndpointStats {
     pub leaving: AtomicBool,
     /// Until when it is passed over after a failure, in ms on [`clock_ms`]'s clock; 0 is not.
     pub inhibited_until_ms: AtomicU64,
+    /// When it was last found dead, or was no longer heard of; 0: never.
+    pub fell_ms: AtomicU64,
 }
 
 /// Milliseconds on a monotonic clock that starts with the process.
@@ -410,15 +419,30 @@ impl Endpoint {
     /// May a request go there? An endpoint nothing is told of (an ordinary server) is alive until it fails.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        use outrigger_xds::report::Health;
         if self.is_draining() {
             return false;
         }
         if self.via == Via::Plain {
             return true;
         }
-        let live = self.live.load();
-        live.heard && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
+        self.live.load().is_alive()
+    }
+
+    /// It was found dead just now, or is no longer heard of: a break, if it was alive before.
+    pub fn note_fall(&self, before: &Live) {
+        if before.is_alive() {
+            self.stats.fell_ms.store(clock_ms().max(1), Relaxed);
+        }
+    }
+
+    /// When that was last.
+    #[must_use]
+    pub fn fell_at(&self) -> Option<Instant> {
+        let fell = self.stats.fell_ms.load(Relaxed);
+        let ago = Duration::from_millis(clock_ms().saturating_sub(fell));
+        (fell > 0)
+            .then(|| Instant::now().checked_sub(ago))
+            .flatten()
     }
 
     /// Alive, and serving `model` if one is named: both answers from one look.

@@ -243,6 +243,18 @@ impl Error {
         self.origin == Origin::Proxy && self.flag == Flag::UpstreamOverflow
     }
 
+    /// Whether the upstream broke, or was not there, rather than being too busy or too slow.
+    #[must_use]
+    pub fn is_breakdown(&self) -> bool {
+        matches!(
+            self.flag,
+            Flag::UpstreamConnectionFailure
+                | Flag::UpstreamConnectionTermination
+                | Flag::UpstreamRemoteReset
+                | Flag::NoHealthyUpstream
+        )
+    }
+
     /// No endpoint can serve it now.
     #[must_use]
     pub fn no_healthy_upstream() -> Self {

@@ -202,10 +202,10 @@ pub struct Context {
     pub again: bool,
     /// The engine to pass over while there is another.
     pub avoid: Option<EngineId>,
-    /// Engines that broke with this request before its response began.
-    pub deaths: u32,
+    /// Engines that had this request and failed it before its response began.
+    pub losses: Vec<Loss>,
     /// So many are enough: it is not tried on another engine. 0: no limit but that of retries.
-    pub deaths_max: u32,
+    pub deaths_max: usize,
     /// Told why we give up what runs; shared by all attempts and legs.
     pub given_up: GivenUp,
     /// A filter watches the time between events itself.
@@ -249,7 +249,7 @@ impl Context {
             tells_owner: self.tells_owner,
             again: self.again,
             avoid: self.avoid.clone(),
-            deaths: self.deaths,
+            losses: self.losses.clone(),
             deaths_max: self.deaths_max,
             given_up: self.given_up.clone(),
             watches_gaps: false,
@@ -285,10 +285,23 @@ impl Context {
         }
     }
 
+    /// Whether so many engines broke that it is not tried on another one.
+    #[must_use]
+    pub fn is_deadly(&self) -> bool {
+        let deaths = self.losses.iter().filter(|loss| loss.died);
+        self.deaths_max > 0 && deaths.count() >= self.deaths_max
+    }
+
+    /// An engine that had this request failed it before its response began.
+    pub fn note_loss(&mut self, engine: EngineId, died: bool) {
+        let at = Instant::now();
+        self.losses.push(Loss { engine, at, died });
+    }
+
     /// Takes over what the attempt that counted left behind.
     pub fn adopt(&mut self, attempt: Self) {
         self.attempt = attempt.attempt;
-        self.deaths = attempt.deaths;
+        self.losses = attempt.losses;
         self.ranked = attempt.ranked;
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
@@ -310,6 +323,17 @@ impl Context {
             response.headers_mut().insert(ATTEMPT_COUNT_HEADER, count);
         }
     }
+}
+
+/// An engine that failed a request.
+#[derive(Debug, Clone)]
+pub struct Loss {
+    /// Which.
+    pub engine: EngineId,
+    /// When.
+    pub at: Instant,
+    /// It broke, which may be due to the request. Else it said so itself, or was too slow, and may yet turn out to be dead.
+    pub died: bool,
 }
 
 /// What a request leaves for the access log and metrics, beside what the connection manager sees itself.

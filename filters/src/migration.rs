@@ -4,6 +4,7 @@
 //! can go on elsewhere so that the client notices nothing but time, and how. What it does not do: choose the engine
 //! (the filters after it do, once per call), or judge engines. A stream that cannot go on says why, and how far it got.
 
+mod begin;
 mod body;
 mod budget;
 mod event;
@@ -12,12 +13,12 @@ mod recipe;
 mod resume;
 mod rewrite;
 mod splice;
+mod suspicion;
 #[cfg(test)]
 mod tests;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    error::{Error, Flag, Origin},
     filter::{Context, Handled, HttpFilter, Next, StreamObserver},
     openai::{Api, OpenAiRequest, Prompt},
     registry,
@@ -34,12 +35,11 @@ use outrigger_xds::report::EngineKind;
 use resume::Call;
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
+use suspicion::{Deaths, SUSPECT_DEATHS};
 
 /// Our own type.
 pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.migration.v1.Config";
 
-/// A request under which so many engines died before its first token is suspect: it runs alone, once.
-const SUSPECT_DEATHS: u32 = 2;
 /// Longest body that is asked for ids: an engine's first event tells those of the prompt, in some eight bytes each, and
 /// one that is longer than events may be would reach the client as it is. No token is shorter than a byte.
 const ASK_BODY_BYTES_MAX: usize = sse::EVENT_BYTES_MAX / 8;
@@ -144,17 +144,15 @@ impl HttpFilter for Migration {
             context.deaths_max = SUSPECT_DEATHS;
             let call = Call::new(policy.clone(), next.keep(), &request, context);
             let above = std::mem::take(&mut context.observers);
-            let mut answer = next.run(request, context).await;
-            if context.deaths >= SUSPECT_DEATHS && answer.is_err() {
-                answer = run_alone(&call, context, answer).await;
-            }
+            let answer = next.run(request, context).await;
+            let (answer, deaths) = begin::begin(&call, context, answer).await;
             let below = std::mem::replace(&mut context.observers, above);
             let response = answer?;
             if !is_stream(&response) {
                 context.observers.extend(below);
                 return Ok(response);
             }
-            Ok(follow(response, call, openai, context, below))
+            Ok(follow(response, call, (openai, deaths), context, below))
         })
     }
 }
@@ -220,44 +218,11 @@ fn ask_for_ids(request: &mut Request<RequestBody>) {
     }
 }
 
-/// A request under which engines died, once more and alone among such. If that engine dies, too, it is refused.
-async fn run_alone(
-    call: &Arc<Call>,
-    context: &mut Context,
-    before: Result<Response<ResponseBody>, Error>,
-) -> Result<Response<ResponseBody>, Error> {
-    let shared = &call.policy.services.migration;
-    let turn = tokio::time::timeout(call.policy.config.stall(), shared.alone.acquire()).await;
-    let Ok(_alone) = turn else {
-        return before;
-    };
-    let (request, mut attempt) = call.first_again(context);
-    attempt.deaths_max = context.deaths + 1;
-    let answer = Next::new(&call.chain).run(request, &mut attempt).await;
-    let died = attempt.deaths > context.deaths;
-    context.deaths = attempt.deaths;
-    context.adopt(attempt);
-    if !died || answer.is_ok() {
-        return answer;
-    }
-    metrics::counter!("outrigger_migration_poison_total").increment(1);
-    Err(Error::new(
-        Origin::Downstream,
-        Flag::UpstreamRetryLimitExceeded,
-        StatusCode::UNPROCESSABLE_ENTITY,
-        "poison_request",
-        format!(
-            "poison: {} engines died of this request before its first token; it is not tried again",
-            context.deaths
-        ),
-    ))
-}
-
 /// Puts the stream under watch.
 fn follow(
     response: Response<ResponseBody>,
     call: Arc<Call>,
-    openai: Arc<OpenAiRequest>,
+    (openai, deaths): (Arc<OpenAiRequest>, Deaths),
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
 ) -> Response<ResponseBody> {
@@ -269,6 +234,6 @@ fn follow(
         .observers
         .push(Box::new(body::Reporter(report.clone())));
     context.watches_gaps = true;
-    let body = Migrating::new(call, openai, leg, report, context.deaths);
+    let body = Migrating::new(call, openai, leg, report, deaths);
     Response::from_parts(parts, body.boxed_unsync())
 }

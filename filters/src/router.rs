@@ -195,7 +195,9 @@ impl<'a> Walk<'a> {
             );
             let permit = self.permit.take();
             let outcome = attempt.run(request, context).await;
-            context.deaths += u32::from(outcome.is_death());
+            if outcome.is_loss() {
+                context.note_loss(target.endpoint.id.clone(), outcome.is_death());
+            }
             drop(permit);
             if request.body().is_spent() || !self.may_retry(&outcome, context) {
                 return self.finish(outcome, context);
@@ -411,8 +413,7 @@ impl<'a> Walk<'a> {
 
     /// Whether another attempt may help, is left, and is within the budget.
     fn may_retry(&mut self, outcome: &Outcome, context: &Context) -> bool {
-        let died = context.deaths_max > 0 && context.deaths >= context.deaths_max;
-        if died || !outcome.retry_helps(&self.rules) {
+        if context.is_deadly() || !outcome.retry_helps(&self.rules) {
             return false;
         }
         let route = &context.route;

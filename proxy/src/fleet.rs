@@ -402,6 +402,7 @@ impl Fleet {
         }
         if state.health == Health::Dead {
             self.index.clear(endpoint.slot);
+            endpoint.note_fall(&known);
         }
         // Well again, or heard of again: what failed before says nothing about it now.
         if state.health == Health::Healthy
@@ -428,6 +429,7 @@ impl Fleet {
 
     fn forget(&self, endpoint: &Endpoint) {
         let known = endpoint.live.load_full();
+        endpoint.note_fall(&known);
         endpoint.live.store(Arc::new(Live {
             heard: false,
             ..(*known).clone()
@@ -597,6 +599,35 @@ mod tests {
             cluster: &"c".into(),
         };
         assert_eq!(fleet.behind(&far).len(), 1);
+    }
+
+    #[test]
+    fn only_an_engine_that_was_alive_falls() {
+        let (fleet, _index) = fleet();
+        let peer = Source::Peer(Address::default());
+        let tell = |engine: &str, health: Health| {
+            let state = EngineState {
+                health,
+                ..EngineState::default()
+            };
+            assert!(fleet.apply(&peer, message(engine, FeedBody::State(state))));
+        };
+        let fell = |engine: &str| fleet.known()[&engine.into()].endpoint().fell_at().is_some();
+        // One that was dead when it was first heard of, and one that is stopped in order.
+        tell("dead", Health::Dead);
+        for health in [Health::Unknown, Health::Healthy, Health::Draining] {
+            tell("drains", health);
+        }
+        tell("drains", Health::Dead);
+        for health in [Health::Healthy, Health::Unhealthy] {
+            tell("ill", health);
+            tell("lost", health);
+        }
+        tell("ill", Health::Dead);
+        assert!(fell("ill"));
+        fleet.lost(&peer);
+        assert!(fell("lost"));
+        assert!(!fell("dead") && !fell("drains"));
     }
 
     #[test]

@@ -307,6 +307,22 @@ async fn without_an_engine_for_all_of_it_another_pair_serves_it() {
 }
 
 #[tokio::test]
+async fn three_other_pairs_are_tried_and_no_more() {
+    let fleet = Fleet::of(1, 1, 0).await;
+    for (refusals, status) in [(3, 200), (4, 500)] {
+        fleet.decode[0].fault(Fault {
+            count: refusals,
+            ..Fault::new(FaultKind::Http500)
+        });
+        let body = chat(1, &json!({"stream": true}));
+        let (got, text, record) = fleet.ask(Version::H1, CHAT, &body).await;
+        assert_eq!(got, status, "{text}");
+        assert_eq!(record["fallback"], json!(["decode", "refused"]));
+        fleet.idle().await;
+    }
+}
+
+#[tokio::test]
 async fn a_half_that_dies_while_the_other_waits_for_it_is_done_without() {
     for (side, other) in [(Side::Prefill, Side::Decode), (Side::Decode, Side::Prefill)] {
         let decode = vec![half(Side::Decode)];

@@ -5,19 +5,19 @@
 //! told: whichever fails first, the other one's connection is closed at once, which ends it.
 
 use super::{
-    Failure, Head, Locality, Split, head::Pieces, leg, loan, near, none, pull, rule::is_there,
-    take_over,
+    BROKE, Failure, Head, Locality, Split, head::Pieces, leg, loan, near, none, note_end, pull,
+    rule::is_there, take_over,
 };
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Via},
-    filter::{Chain, Context, Next, Ranked},
+    filter::{Chain, Context, Loss, Next, Ranked},
     router::attempt::RANK_HEADER,
     services::is_loopback,
     sse::{self, EVENT_BYTES_MAX, Event},
 };
 use bytes::{Bytes, BytesMut};
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, future::BoxFuture};
 use http::{Request, Response, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
@@ -91,8 +91,8 @@ fn address<'a>(
     (!unreachable).then_some((host, port))
 }
 
-/// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, how many engines died of it.
-type Prefill = BoxFuture<'static, (Result<(), Failure>, u32)>;
+/// The prefill leg: it ends when all of its answer was read, which nobody wants. With it, the engines that failed.
+type Prefill = BoxFuture<'static, (Result<(), Failure>, Vec<Loss>)>;
 
 /// Has the prompt computed and, at the same time, its tokens waited for.
 pub(super) async fn together(
@@ -114,15 +114,26 @@ pub(super) async fn together(
         at: [at.clone(), decode.endpoint.id.clone()],
         limit: Duration::from_millis(split.filter.config.prefill_timeout_ms),
         took: None,
-        deaths: 0,
+        losses: Vec::new(),
     };
     let mut second = alone(context, Part::Decode, "", decode);
     second.log = context.log.clone();
     second.place = Some(place);
     let request = leg_request(head, &body, &second);
-    let deaths = context.deaths;
+    let before = context.losses.len();
     let answer = legs.meet(split.next, request, &mut second).await;
-    context.deaths = second.deaths + legs.deaths.saturating_sub(deaths);
+    if answer.is_err() {
+        legs.look_back();
+    }
+    let of_prefill = std::mem::take(&mut legs.losses).into_iter().skip(before);
+    second.losses.extend(of_prefill);
+    if answer.is_err() && !second.losses[before..].iter().any(|loss| loss.died) {
+        // Either may be why, also if it is found dead only later: then it is no other's death.
+        for engine in legs.at {
+            second.note_loss(engine, false);
+        }
+    }
+    context.losses.clone_from(&second.losses);
     let response = answer?;
     if let Some(took) = legs.took {
         let uncached = context.prompt.tokens.saturating_sub(hits.unwrap_or(0));
@@ -228,7 +239,7 @@ fn drained(chain: Chain, request: Request<RequestBody>, mut leg: Context) -> Pre
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error, answer| Failure {
             error,
-            at,
+            at: at.clone(),
             answer,
             ..Failure::new("prefill", reason)
         };
@@ -237,25 +248,28 @@ fn drained(chain: Chain, request: Request<RequestBody>, mut leg: Context) -> Pre
             Ok(response) if !response.status().is_success() => {
                 Err(failed("refused", None, Some(Box::new(response))))
             }
-            Ok(response) => match drain(response).await {
-                Ok(()) => Ok(()),
-                Err(answer) => Err(failed("failed", None, answer)),
-            },
+            Ok(response) => drain(response).await.map_err(|end| {
+                // Else it may mean the other one.
+                if let Some(engine) = at.clone().filter(|_| matches!(end, End::Broke)) {
+                    leg.note_loss(engine, true);
+                }
+                failed(BROKE, None, end.answer())
+            }),
         };
-        (outcome, leg.deaths)
+        (outcome, leg.losses)
     })
 }
 
 /// Reads an answer to its end. In a stream an engine tells in an event that it failed; what it then says against the
 /// request comes back as the answer that it would have been without a stream.
-async fn drain(response: Response<ResponseBody>) -> Result<(), Refusal> {
+async fn drain(response: Response<ResponseBody>) -> Result<(), End> {
     let headers = response.headers();
     let mut reads =
         sse::is_event_stream(headers) && !headers.contains_key(header::CONTENT_ENCODING);
     let mut body = response.into_body();
     let mut seen = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| None)?;
+        let frame = frame.map_err(|_| End::Broke)?;
         if !reads {
             continue;
         }
@@ -271,16 +285,16 @@ async fn drain(response: Response<ResponseBody>) -> Result<(), Refusal> {
 }
 
 /// Whether nothing in an event says that the leg came to nothing.
-fn fine(event: &Event<'_>) -> Result<(), Refusal> {
+fn fine(event: &Event<'_>) -> Result<(), End> {
     if event.is_error() {
         let code = event.error_code().filter(|_| event.blames_request());
         let answer = code.and_then(|code| refusal(code, event.data()));
-        return Err(answer);
+        return Err(End::Said(answer));
     }
     let chunk: Chunk = serde_json::from_slice(event.data()).unwrap_or_default();
     let is_aborted = |choice: &Choice| choice.finish_reason.as_deref() == Some("abort");
     match chunk.choices.iter().any(is_aborted) {
-        true => Err(None),
+        true => Err(End::Said(None)),
         false => Ok(()),
     }
 }
@@ -294,6 +308,23 @@ struct Chunk {
 #[derive(Deserialize)]
 struct Choice {
     finish_reason: Option<String>,
+}
+
+/// Why a leg came to nothing after its head.
+enum End {
+    /// The engine broke.
+    Broke,
+    /// It said so, and perhaps why.
+    Said(Refusal),
+}
+
+impl End {
+    fn answer(self) -> Refusal {
+        match self {
+            Self::Broke => None,
+            Self::Said(answer) => answer,
+        }
+    }
 }
 
 /// What an engine said against the request, if that is why a leg came to nothing.
@@ -318,8 +349,8 @@ struct Legs {
     limit: Duration,
     /// What the prefill leg took, once it ended well.
     took: Option<Duration>,
-    /// How many engines died before and of it.
-    deaths: u32,
+    /// The engines that failed before it and with it.
+    losses: Vec<Loss>,
 }
 
 impl Legs {
@@ -342,8 +373,8 @@ impl Legs {
             tokio::select! {
                 biased;
                 answer = &mut tokens => return answer,
-                (outcome, deaths) = ended(&mut self.prefill) => {
-                    self.deaths = deaths;
+                (outcome, losses) = ended(&mut self.prefill) => {
+                    self.losses = losses;
                     self.prefill = None;
                     outcome?;
                     self.took = Some(begun.elapsed());
@@ -354,6 +385,14 @@ impl Legs {
                     return Err(self.late());
                 }
             }
+        }
+    }
+
+    /// The decode leg may have failed of the prefill leg's end, which is then there, too.
+    fn look_back(&mut self) {
+        if let Some((_, losses)) = ended(&mut self.prefill).now_or_never() {
+            self.prefill = None;
+            self.losses = losses;
         }
     }
 
@@ -372,7 +411,7 @@ impl Legs {
 }
 
 /// Ends with the leg, and never without one.
-async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, u32) {
+async fn ended(prefill: &mut Option<Prefill>) -> (Result<(), Failure>, Vec<Loss>) {
     match prefill {
         Some(prefill) => prefill.await,
         None => std::future::pending().await,
@@ -404,8 +443,7 @@ async fn tokens(
     // Whoever calls has the limit.
     let response = Box::pin(pull::begun(response, Duration::MAX)).await;
     response.map_err(|reason| {
-        // It broke before its first token, which may be due to the request.
-        leg.deaths += u32::from(reason == "failed");
+        note_end(leg, at.as_ref(), reason);
         failed(reason)
     })
 }
@@ -548,8 +586,8 @@ mod tests {
         let response = Response::builder().header("content-type", kind);
         match drain(response.body(body).unwrap()).await {
             Ok(()) => Ok(()),
-            Err(None) => Err(None),
-            Err(Some(answer)) => {
+            Err(End::Broke | End::Said(None)) => Err(None),
+            Err(End::Said(Some(answer))) => {
                 let status = answer.status().as_u16();
                 let body = answer.into_body().collect().await.unwrap().to_bytes();
                 Err(Some((status, String::from_utf8(body.to_vec()).unwrap())))

@@ -6,12 +6,13 @@ use super::{
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
     splice::{Cause, Splice},
+    suspicion::Deaths,
 };
 use crate::{
     body::BodyError,
     endpoints::{Endpoint, Host, Level},
     error::Flag,
-    filter::{End, LogFields, StreamObserver},
+    filter::{End, LogFields, Loss, StreamObserver},
     openai::OpenAiRequest,
     sse::{EVENT_BYTES_MAX, Event, event_length},
 };
@@ -101,7 +102,7 @@ impl Migrating {
         openai: Arc<OpenAiRequest>,
         leg: Leg,
         report: Arc<Report>,
-        deaths: u32,
+        deaths: Deaths,
     ) -> Self {
         let policy = &call.policy;
         let shared = &policy.services.migration;
@@ -167,7 +168,17 @@ impl Migrating {
             self.splice.pass_through();
             out.extend_from_slice(&std::mem::take(&mut self.leg.pending));
         }
+        if !self.trouble.deaths.is_empty() && self.has_progress() {
+            let shared = &self.call.policy.services.migration;
+            self.trouble.deaths.clear(shared);
+        }
         (!out.is_empty()).then(|| out.freeze())
+    }
+
+    /// Whether it has more than when a leg ended last.
+    fn has_progress(&self) -> bool {
+        let splice = &self.splice;
+        splice.tokens > self.tokens_before || splice.untold.is_some() && splice.began
     }
 
     /// The stream is in trouble: it moves, or it does not. Gives what the client gets at once.
@@ -209,24 +220,32 @@ impl Migrating {
 
     /// What happened counts for the next attempt.
     fn take_stock(&mut self, cause: &Cause) {
+        let shared = &self.call.policy.services.migration;
+        let progress = self.has_progress();
+        self.tokens_before = self.tokens_before.max(self.splice.tokens);
         let trouble = &mut self.trouble;
         trouble.since = self.last;
         trouble.lost_by.clone_from(&self.leg.engine);
-        let splice = &self.splice;
-        let progress =
-            splice.tokens > self.tokens_before || splice.untold.is_some() && splice.began;
-        self.tokens_before = self.tokens_before.max(splice.tokens);
         if progress || trouble.calls == 0 {
             trouble.broke = Instant::now();
         }
+        let died = matches!(cause, Cause::Broke(_) | Cause::Error(_) | Cause::Truncated);
+        let engine = self.leg.engine.as_ref();
         if progress {
             trouble.attempts = 0;
-            trouble.deaths = 0;
+            if let Some(engine) = engine.filter(|_| died) {
+                shared.breaks.note(engine);
+            }
             return;
         }
-        trouble.attempts += u32::from(trouble.calls > 0);
-        let died = matches!(cause, Cause::Broke(_) | Cause::Error(_) | Cause::Truncated);
-        trouble.deaths += u32::from(died);
+        let loss = engine.map(|engine| Loss {
+            engine: engine.clone(),
+            at: Instant::now(),
+            died,
+        });
+        trouble.deaths.add(shared, loss);
+        let chance = died && self.call.in_storm(&trouble.deaths);
+        trouble.attempts += u32::from(trouble.calls > 0 && !chance);
     }
 
     fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {

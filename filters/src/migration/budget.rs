@@ -1,7 +1,9 @@
-//! What all streams of this proxy share: how many run, how many are moving, what is held of them, who runs alone.
+//! What all streams of this proxy share: how many run, how many are moving, what is held of them, who runs
+//! alone, and which engines they lost.
 //!
 //! It lives beside the configuration, so that a push neither forgets nor doubles it.
 
+use super::suspicion::Breaks;
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::Relaxed},
@@ -22,6 +24,8 @@ pub struct Shared {
     held: AtomicUsize,
     /// Requests under which engines died run one at a time.
     pub(super) alone: Semaphore,
+    /// Engines that broke lately.
+    pub(super) breaks: Breaks,
 }
 
 impl Default for Shared {
@@ -31,6 +35,7 @@ impl Default for Shared {
             resuming: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             alone: Semaphore::new(1),
+            breaks: Breaks::default(),
         }
     }
 }

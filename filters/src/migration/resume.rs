@@ -1,7 +1,13 @@
 //! Calling the rest of the chain once more: within the budget, a few times, and never without an end.
 
 use super::{
-    Policy, SUSPECT_DEATHS, budget::Counted, is_stream, leg::Leg, recipe::Recipe, splice::Way,
+    Policy,
+    budget::{Counted, Shared},
+    is_stream,
+    leg::Leg,
+    recipe::Recipe,
+    splice::Way,
+    suspicion::Deaths,
 };
 use crate::{
     body::RequestBody,
@@ -24,8 +30,8 @@ use tokio::sync::SemaphorePermit;
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 /// Between two looks at the budget.
 const BUDGET_LOOK: Duration = Duration::from_millis(20);
-/// Before another attempt, or another look for an engine.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Between two looks, while a suspect waits, whether there is a storm.
+const STORM_LOOK: Duration = Duration::from_millis(100);
 
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
@@ -54,7 +60,7 @@ pub(super) struct Trouble {
     /// Calls so far: each has an id of its own.
     pub(super) calls: u32,
     /// Engines that died before its first token there.
-    pub(super) deaths: u32,
+    pub(super) deaths: Deaths,
 }
 
 /// What came of moving.
@@ -102,10 +108,18 @@ impl Call {
         &self.template.given_up
     }
 
-    /// The first request, unchanged.
-    pub(super) fn first_again(&self, context: &Context) -> (Request<RequestBody>, Context) {
-        let mut again = self.context("a");
-        again.deaths = context.deaths;
+    /// The first request, unchanged, for the `calls`th time after the first.
+    pub(super) fn first_again(
+        &self,
+        calls: u32,
+        deaths: &Deaths,
+    ) -> (Request<RequestBody>, Context) {
+        let mut again = match deaths.ran_alone() {
+            true => self.context("a"),
+            false => self.context(&format!("s{calls}")),
+        };
+        again.avoid = deaths.last().cloned();
+        again.deaths_max = deaths.left();
         (self.request(None, &again), again)
     }
 
@@ -142,6 +156,27 @@ impl Call {
             headers.insert(REQUEST_ID_HEADER, id);
         }
         request
+    }
+
+    /// Whether it may be chance that engines died of the request: others did, by their streams or by what is told of them.
+    pub(super) fn in_storm(&self, deaths: &Deaths) -> bool {
+        deaths.in_storm(self.learned())
+    }
+
+    /// Whether the request is refused for the engines that died of it.
+    pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
+        deaths.is_poison(self.learned())
+    }
+
+    /// What all streams share, with what is told of engines by now.
+    fn learned(&self) -> &Shared {
+        let services = &self.policy.services;
+        if let Some(view) = services.endpoints.view(self.cluster()) {
+            let fallen = view.endpoints.iter();
+            let fallen = fallen.filter_map(|endpoint| Some((&endpoint.id, endpoint.fell_at()?)));
+            services.migration.breaks.learn(fallen);
+        }
+        &services.migration
     }
 
     /// A place among the streams in prefill, if one is free.
@@ -197,31 +232,30 @@ async fn find(
     trouble: &mut Trouble,
     mut place: Option<Counted>,
 ) -> Result<Leg, &'static str> {
+    let shared = &call.policy.services.migration;
     let runs_still = place.is_some();
     loop {
+        if call.is_poison(&trouble.deaths) {
+            trouble.deaths.convict(shared);
+            return Err("poison");
+        }
+        if trouble.attempts >= call.policy.config.attempts_max {
+            return Err("attempts");
+        }
         let answer = {
-            let suspect = trouble.deaths >= SUSPECT_DEATHS;
-            let _alone = match suspect {
-                true => Some(alone(call).await?),
-                false => None,
-            };
+            let _turn = turn(call, &mut trouble.deaths).await?;
             let place = match place.take() {
                 Some(place) => place,
-                None => wait_for_place(call, trouble).await?,
+                None => wait_for_place(call, trouble.since).await?,
             };
             trouble.calls += 1;
             let mut context = call.context(&format!("r{}", trouble.calls));
             context.openai = Some(recipe.openai.clone());
             context.avoid = trouble.lost_by.clone();
-            context.deaths = trouble.deaths;
-            context.deaths_max = SUSPECT_DEATHS.max(trouble.deaths + 1);
+            context.deaths_max = trouble.deaths.left();
             let request = call.request(Some(recipe), &context);
             let answer = Next::new(&call.chain).run(request, &mut context).await;
-            if suspect && context.deaths > trouble.deaths && answer.is_err() {
-                metrics::counter!("outrigger_migration_poison_total").increment(1);
-                return Err("poison");
-            }
-            trouble.deaths = context.deaths;
+            trouble.deaths.add(shared, context.losses.drain(..));
             answer.map(|response| (response, context, place))
         };
         match answer {
@@ -235,12 +269,12 @@ async fn find(
             }
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
+            // Time ends it, and the number of deaths.
+            Err(error) if error.is_breakdown() && !runs_still && call.in_storm(&trouble.deaths) => {
+            }
             Ok(_) | Err(_) => trouble.attempts += 1,
         }
-        if trouble.attempts >= call.policy.config.attempts_max {
-            return Err("attempts");
-        }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(trouble.deaths.pause()).await;
     }
 }
 
@@ -248,17 +282,38 @@ fn blames_request(status: StatusCode) -> bool {
     status.is_client_error() && !sse::is_of_the_moment(status.as_u16().into())
 }
 
-/// Waits until no other suspect runs, no longer than a stall is borne.
-async fn alone(call: &Call) -> Result<SemaphorePermit<'_>, &'static str> {
-    let turn = call.policy.services.migration.alone.acquire();
-    match tokio::time::timeout(call.policy.config.stall(), turn).await {
-        Ok(Ok(permit)) => Ok(permit),
-        _ => Err("suspect"),
+/// Waits until no other suspect runs, no longer than a stall is borne. In a storm there may be many: nobody waits then.
+pub(super) async fn turn<'a>(
+    call: &'a Call,
+    deaths: &mut Deaths,
+) -> Result<Option<SemaphorePermit<'a>>, &'static str> {
+    let turn = alone(call, deaths).await?;
+    deaths.runs(turn.is_some());
+    if turn.is_none() && deaths.count() > 0 && call.in_storm(deaths) {
+        metrics::counter!("outrigger_migration_storm_runs_total").increment(1);
     }
+    Ok(turn)
+}
+
+async fn alone<'a>(
+    call: &'a Call,
+    deaths: &Deaths,
+) -> Result<Option<SemaphorePermit<'a>>, &'static str> {
+    let shared = &call.policy.services.migration;
+    let begun = Instant::now();
+    let mut permit = std::pin::pin!(shared.alone.acquire());
+    while deaths.is_suspect() && !call.in_storm(deaths) {
+        match tokio::time::timeout(STORM_LOOK, &mut permit).await {
+            Ok(permit) => return permit.map(Some).map_err(|_| "suspect"),
+            Err(_) if begun.elapsed() >= call.policy.config.stall() => return Err("suspect"),
+            Err(_) => {}
+        }
+    }
+    Ok(None)
 }
 
 /// Waits for a place among the streams in prefill, no longer than a stall is borne.
-async fn wait_for_place(call: &Call, trouble: &Trouble) -> Result<Counted, &'static str> {
+pub(super) async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
     if let Some(place) = call.place() {
         return Ok(place);
     }
@@ -270,7 +325,7 @@ async fn wait_for_place(call: &Call, trouble: &Trouble) -> Result<Counted, &'sta
             return Ok(place);
         }
         if begun.elapsed() >= call.policy.config.stall() {
-            tracing::debug!(since = ?trouble.since.elapsed(), "no place to resume a stream");
+            tracing::debug!(since = ?since.elapsed(), "no place to resume a stream");
             return Err("budget");
         }
     }

@@ -3,7 +3,7 @@
 use super::retry::Rules;
 use crate::{
     body::ResponseBody,
-    error::{Error, Flag, Retry},
+    error::{Error, Flag, Origin, Retry},
 };
 use http::Response;
 
@@ -39,18 +39,25 @@ impl Outcome {
             && matches!(error.flag, Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset))
     }
 
+    /// Whether the endpoint had the request and failed it.
+    pub(crate) fn is_loss(&self) -> bool {
+        match self {
+            Self::Response(response) | Self::Unwanted(response) => {
+                response.status().is_server_error()
+            }
+            Self::Failed(error) => {
+                let had_it = error.retry != Retry::NothingSent && !error.stale;
+                had_it && error.origin == Origin::Upstream
+            }
+        }
+    }
+
     /// Whether the endpoint broke, rather than being too busy or too slow.
     pub(crate) fn is_breakdown(&self) -> bool {
         match self {
             Self::Response(_) => false,
             Self::Unwanted(response) => matches!(response.status().as_u16(), 500 | 502),
-            Self::Failed(error) => matches!(
-                error.flag,
-                Flag::UpstreamConnectionFailure
-                    | Flag::UpstreamConnectionTermination
-                    | Flag::UpstreamRemoteReset
-                    | Flag::NoHealthyUpstream
-            ),
+            Self::Failed(error) => error.is_breakdown(),
         }
     }
 

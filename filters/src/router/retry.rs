@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 /// Attempts after the first, where no policy says otherwise.
 pub const RETRIES_MAX: usize = 3;
 /// On responses of a proxy that refused a request because it, or its upstream, has too much to do.
-const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+pub(crate) const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 /// On responses of a proxy that refused a request because its client sends too many.
 const RATE_LIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
 

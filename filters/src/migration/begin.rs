@@ -1,0 +1,134 @@
+//! Until a stream's response begins: engines that break meanwhile are done without, unless it is the request that breaks them.
+
+use super::{
+    resume::{Call, turn, wait_for_place},
+    suspicion::Deaths,
+};
+use crate::{
+    body::{self, ResponseBody},
+    error::{Error, Flag, Origin, Retry},
+    filter::{Context, Next},
+    router::retry::OVERLOADED,
+};
+use http::{Response, StatusCode, header};
+use std::{sync::Arc, time::Instant};
+
+type Answer = Result<Response<ResponseBody>, Error>;
+
+/// What came of the request in the end, given what came of it first; and what still speaks against it.
+pub(super) async fn begin(
+    call: &Arc<Call>,
+    context: &mut Context,
+    answer: Answer,
+) -> (Answer, Deaths) {
+    let mut deaths = Deaths::default();
+    let losses = std::mem::take(&mut context.losses);
+    deaths.add(&call.policy.services.migration, losses);
+    if !is_lost(&answer) {
+        return (answer, deaths);
+    }
+    let mut lost = Lost {
+        answer,
+        deaths,
+        refusals: 0,
+    };
+    // All waits and calls together have one limit.
+    let total = context.total_timeout();
+    let total = total.map(|total| total.saturating_sub(context.complete_since().elapsed()));
+    let limit = call.policy.config.resume_timeout();
+    let calls = Box::pin(lost.call_again(call, context));
+    let in_time = tokio::time::timeout(total.unwrap_or(limit).min(limit), calls).await;
+    if in_time.is_err() && total.is_some_and(|total| total <= limit) {
+        lost.answer = Err(Error::upstream_timeout());
+    }
+    (lost.answer, lost.deaths)
+}
+
+/// A request whose response engines failed to begin.
+struct Lost {
+    /// The last one.
+    answer: Answer,
+    deaths: Deaths,
+    /// Answers among the failures.
+    refusals: u32,
+}
+
+impl Lost {
+    /// Calls the rest of the chain until something begins, or nothing is to be hoped for.
+    async fn call_again(&mut self, call: &Arc<Call>, context: &mut Context) {
+        let begun = Instant::now();
+        let mut calls = 0;
+        while is_lost(&self.answer) && self.may_run(call) {
+            // It holds a connection and a place. Its head is told if nothing better comes.
+            if let Ok(response) = &mut self.answer {
+                leave_head(response);
+            }
+            tokio::time::sleep(self.deaths.pause()).await;
+            let Ok(_turn) = turn(call, &mut self.deaths).await else {
+                return;
+            };
+            let Ok(_place) = wait_for_place(call, begun).await else {
+                return;
+            };
+            calls += 1;
+            let (request, mut attempt) = call.first_again(calls, &self.deaths);
+            self.answer = Next::new(&call.chain).run(request, &mut attempt).await;
+            let losses = attempt.losses.drain(..);
+            self.deaths.add(&call.policy.services.migration, losses);
+            // Of calls that came to nothing.
+            context.observers.clear();
+            context.adopt(attempt);
+        }
+    }
+
+    /// Whether it is called again: in a storm, or once alone. Poison gets its answer here.
+    fn may_run(&mut self, call: &Call) -> bool {
+        let deaths = &self.deaths;
+        if call.is_poison(deaths) {
+            deaths.convict(&call.policy.services.migration);
+            self.answer = Err(poison(deaths.count()));
+            return false;
+        }
+        self.refusals += u32::from(self.answer.is_ok());
+        let alone_next = deaths.is_suspect() && !deaths.ran_alone() && self.answer.is_err();
+        self.refusals < call.policy.config.attempts_max && (alone_next || call.in_storm(deaths))
+    }
+}
+
+/// Whether engines are to blame that nothing began. Moving does not help those that are too busy or too slow.
+fn is_lost(answer: &Answer) -> bool {
+    match answer {
+        Ok(response) => {
+            let overloaded = response.headers().contains_key(OVERLOADED);
+            !overloaded && matches!(response.status().as_u16(), 500 | 502 | 503)
+        }
+        Err(error) => {
+            let may_repeat = error.retry != Retry::No || error.flag == Flag::NoHealthyUpstream;
+            may_repeat && error.is_breakdown()
+        }
+    }
+}
+
+fn leave_head(response: &mut Response<ResponseBody>) {
+    *response.body_mut() = body::empty();
+    for name in [
+        header::CONTENT_LENGTH,
+        header::CONTENT_TYPE,
+        header::CONTENT_ENCODING,
+        header::TRANSFER_ENCODING,
+    ] {
+        response.headers_mut().remove(name);
+    }
+}
+
+fn poison(deaths: usize) -> Error {
+    Error::new(
+        Origin::Downstream,
+        Flag::UpstreamRetryLimitExceeded,
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "poison_request",
+        format!(
+            "poison: {deaths} engines died of this request before its first token; it is not tried again"
+        ),
+    )
+}
