@@ -19,6 +19,7 @@ use crate::{
     feed::{self, LocalFeed, Peers},
     fleet::Fleet,
     http::Owner,
+    leases::Leases,
     ledger::Ledgers,
     listener::bind::{Acceptor, bind_alone},
     listeners::{Common, Listeners, Share},
@@ -338,6 +339,7 @@ fn assemble(
     let common = Common {
         owner: owner(&node.id, drain)?,
         feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
+        leases: Leases::new(clusters.clone()),
         drain_time,
         runtime: runtime.clone(),
     };
@@ -381,6 +383,7 @@ fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
         via,
         drain: drain.clone(),
         feed: None,
+        leases: None,
     })
 }
 

@@ -19,6 +19,7 @@ mod config;
 mod connections;
 mod disaggregation;
 mod disaggregation_failures;
+mod disaggregation_lease;
 mod disaggregation_pairs;
 mod disaggregation_sglang;
 mod disaggregation_trtllm;
