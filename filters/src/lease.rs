@@ -155,3 +155,61 @@ impl Drop for Lease {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{body::empty, error::Error};
+    use futures_util::future::BoxFuture;
+    use std::time::Instant;
+
+    /// A peer that says the same to all, or nothing.
+    struct Says(Option<(u16, bool)>);
+
+    impl Upstream for Says {
+        fn send<'a>(
+            &'a self,
+            _endpoint: &'a Arc<Endpoint>,
+            _request: &'a mut Request<RequestBody>,
+            _options: SendOptions,
+        ) -> BoxFuture<'a, Result<Response<ResponseBody>, Error>> {
+            Box::pin(async {
+                let Some((status, knows)) = self.0 else {
+                    return std::future::pending().await;
+                };
+                let mut response = Response::builder().status(status);
+                if knows {
+                    response = response.header(LEASE_HEADER, "1");
+                }
+                Ok(response.body(empty()).unwrap())
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_peer_that_knows_leases_refuses() {
+        for (says, expected) in [
+            (Some((200, true)), "held"),
+            (Some((503, true)), "refused"),
+            (Some((404, true)), "untold"),
+            (Some((200, false)), "untold"),
+            (Some((503, false)), "untold"),
+            (None, "untold"),
+        ] {
+            let peer = Peer {
+                upstream: Arc::new(Says(says)),
+                endpoint: Arc::default(),
+                name: HeaderValue::from_static("a"),
+                headers: HeaderMap::new(),
+            };
+            let begun = Instant::now();
+            let asked = match first(Arc::new(peer)).await {
+                Asked::Held(_) => "held",
+                Asked::Refused => "refused",
+                Asked::Untold => "untold",
+            };
+            assert_eq!(asked, expected, "{says:?}");
+            assert!(begun.elapsed() < ANSWER * 20, "{says:?}");
+        }
+    }
+}
