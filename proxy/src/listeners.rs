@@ -8,7 +8,6 @@
 use crate::{
     drain::Drain,
     http::{FeedService, Owner},
-    leases::Leases,
     listener::{
         self, Active, Directory, Planned, Port,
         bind::{self, Listening},
@@ -94,8 +93,6 @@ pub struct Common {
     pub owner: Owner,
     /// The feed, on inbound listeners.
     pub feed: FeedService,
-    /// Places held for peers, there.
-    pub leases: Arc<Leases>,
     /// How long connections of a listener that is replaced or removed may go on.
     pub drain_time: Duration,
     /// Where drains are watched from.
@@ -217,7 +214,7 @@ impl Listeners {
         let inbound = direction == TrafficDirection::Inbound;
         let owner = Owner {
             feed: inbound.then(|| self.common.feed.clone()),
-            leases: inbound.then(|| self.common.leases.clone()),
+            leases: self.common.owner.leases.clone().filter(|_| inbound),
             ..self.common.owner.clone()
         };
         let active = Active::new(planned, owner, &self.directory);

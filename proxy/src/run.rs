@@ -19,7 +19,6 @@ use crate::{
     feed::{self, LocalFeed, Peers},
     fleet::Fleet,
     http::Owner,
-    leases::Leases,
     ledger::Ledgers,
     listener::bind::{Acceptor, bind_alone},
     listeners::{Common, Listeners, Share},
@@ -337,9 +336,8 @@ fn assemble(
     }
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
-        owner: owner(&node.id, drain)?,
+        owner: owner(&node.id, drain, clusters.clone())?,
         feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
-        leases: Leases::new(clusters.clone()),
         drain_time,
         runtime: runtime.clone(),
     };
@@ -372,8 +370,8 @@ fn assemble(
     Ok(shared)
 }
 
-/// What all connection managers share; those of peers have the feed beside.
-fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
+/// What all connection managers share; those of peers have the feed beside, and only they have leases.
+fn owner(id: &str, drain: &Drain, clusters: Arc<Clusters>) -> Result<Owner, Vec<String>> {
     let via = HeaderValue::from_str(id).map_err(|_| {
         let id = id.escape_debug();
         vec![format!("node id '{id}' cannot be a header value")]
@@ -383,7 +381,7 @@ fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
         via,
         drain: drain.clone(),
         feed: None,
-        leases: None,
+        leases: Some(crate::leases::Leases::new(clusters)),
     })
 }
 
