@@ -26,7 +26,7 @@ pub(super) async fn begin(
     deaths.add(shared, context.deaths.drain(..));
     let begun = Instant::now();
     let (mut calls, mut refusals) = (0, 0);
-    while is_lost(&answer) {
+    while is_lost(call, &answer) {
         if call.is_poison(&deaths) {
             deaths.convict(shared);
             return (Err(poison(deaths.count())), deaths);
@@ -61,11 +61,13 @@ pub(super) async fn begin(
 }
 
 /// Whether engines are to blame that nothing began.
-fn is_lost(answer: &Answer) -> bool {
+fn is_lost(call: &Call, answer: &Answer) -> bool {
     match answer {
         Ok(response) => matches!(response.status().as_u16(), 500 | 502..=504),
         Err(error) if error.origin == Origin::Downstream || error.is_own_overflow() => false,
-        Err(error) => error.retry != Retry::No || error.flag == Flag::NoHealthyUpstream,
+        // A half may be missing; where nobody is there at all, clients are told at once.
+        Err(error) if error.flag == Flag::NoHealthyUpstream => call.has_engine(),
+        Err(error) => error.retry != Retry::No,
     }
 }
 

@@ -158,6 +158,17 @@ impl Call {
         deaths.in_storm(&services.migration)
     }
 
+    /// Whether an engine of the fleet is alive that the request may be for.
+    pub(super) fn has_engine(&self) -> bool {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let view = self.policy.services.endpoints.view(self.cluster());
+        view.is_some_and(|view| {
+            let mut endpoints = view.endpoints.iter();
+            endpoints.any(|endpoint| endpoint.fits(model))
+        })
+    }
+
     /// Whether the request is refused for the engines that died of it.
     pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
         deaths.are_too_many() || deaths.died_alone() && !self.in_storm(deaths)
