@@ -1,7 +1,9 @@
 //! Until a stream's response begins: engines that break meanwhile are done without, unless it is the request that breaks them.
+//!
+//! It takes no place of streams that move: it is one request, as it was when it came, and those wait already.
 
 use super::{
-    resume::{Call, turn, wait_for_place},
+    resume::{Call, turn},
     suspicion::Deaths,
 };
 use crate::{
@@ -40,9 +42,6 @@ pub(super) async fn begin(
         }
         tokio::time::sleep(deaths.pause()).await;
         let Ok(turn) = turn(call, &deaths).await else {
-            break;
-        };
-        let Ok(_place) = wait_for_place(call, begun).await else {
             break;
         };
         calls += 1;

@@ -298,7 +298,7 @@ pub(super) async fn turn<'a>(
 }
 
 /// Waits for a place among the streams in prefill, no longer than a stall is borne.
-pub(super) async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
+async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
     if let Some(place) = call.place() {
         return Ok(place);
     }
