@@ -396,7 +396,7 @@ impl Split<'_> {
         let waits = endpoint.live.load().state.kind != EngineKind::Sglang;
         if waits && endpoint.via == Via::Peer {
             match lease::ask(&self.filter.services, endpoint, &context.prompt).await {
-                Asked::Held(lease) => place.lease = Some(lease),
+                Asked::Held(lease) | Asked::Late(lease) => place.lease = Some(lease),
                 Asked::Untold => {}
                 Asked::Refused => {
                     return Err(Failure {

@@ -1,8 +1,8 @@
 //! A place at an engine behind a peer, held by the proxy beside that engine until its request comes.
 //!
 //! The holder names the lease, and asks for it again and again until the request is on its way, which takes the name along.
-//! So others learn of the request before it comes. A peer that does not answer at once, or knows no leases, is done
-//! without: then the place is held here alone. Whoever holds a lease and is gone loses it by its silence.
+//! So others learn of the request before it comes. A peer that does not answer at once is not waited for; one that knows
+//! no leases is done without: then the place is held here alone. Whoever holds a lease and is gone loses it by its silence.
 
 use crate::{
     body::{RequestBody, ResponseBody},
@@ -41,7 +41,9 @@ pub enum Asked {
     Held(Lease),
     /// There is none.
     Refused,
-    /// Nobody said.
+    /// No answer in time: it may be held, or will be when it is asked for again.
+    Late(Lease),
+    /// The peer knows no leases, or not this engine.
     Untold,
 }
 
@@ -104,6 +106,7 @@ pub async fn ask(services: &Services, endpoint: &Arc<Endpoint>, prompt: &PromptF
     let outcome = match &asked {
         Asked::Held(_) => "held",
         Asked::Refused => "refused",
+        Asked::Late(_) => "late",
         Asked::Untold => "untold",
     };
     metrics::counter!("outrigger_leases_asked_total", "outcome" => outcome).increment(1);
@@ -111,18 +114,13 @@ pub async fn ask(services: &Services, endpoint: &Arc<Endpoint>, prompt: &PromptF
 }
 
 async fn first(peer: Arc<Peer>) -> Asked {
-    let answer = peer.say(HOLD, ANSWER).await;
-    let known = answer.filter(|answer| answer.headers().contains_key(LEASE_HEADER));
-    match known.map(|answer| answer.status()) {
-        Some(StatusCode::OK) => {
-            let renewals = tokio::spawn(renew(peer.clone())).abort_handle();
-            Asked::Held(Lease {
-                peer,
-                renewals,
-                claimed: false,
-            })
-        }
-        Some(StatusCode::SERVICE_UNAVAILABLE) => Asked::Refused,
+    let Some(answer) = peer.say(HOLD, ANSWER).await else {
+        return Asked::Late(Lease::new(peer));
+    };
+    let known = answer.headers().contains_key(LEASE_HEADER);
+    match answer.status() {
+        StatusCode::OK if known => Asked::Held(Lease::new(peer)),
+        StatusCode::SERVICE_UNAVAILABLE if known => Asked::Refused,
         _ => Asked::Untold,
     }
 }
@@ -135,6 +133,15 @@ async fn renew(peer: Arc<Peer>) {
 }
 
 impl Lease {
+    fn new(peer: Arc<Peer>) -> Self {
+        let renewals = tokio::spawn(renew(peer.clone())).abort_handle();
+        Self {
+            peer,
+            renewals,
+            claimed: false,
+        }
+    }
+
     /// Its name, for the request that takes it over. If that never comes the lease ends by itself.
     #[must_use]
     pub fn claim(mut self) -> HeaderValue {
@@ -194,7 +201,7 @@ mod tests {
             (Some((404, true)), "untold"),
             (Some((200, false)), "untold"),
             (Some((503, false)), "untold"),
-            (None, "untold"),
+            (None, "late"),
         ] {
             let peer = Peer {
                 upstream: Arc::new(Says(says)),
@@ -206,6 +213,7 @@ mod tests {
             let asked = match first(Arc::new(peer)).await {
                 Asked::Held(_) => "held",
                 Asked::Refused => "refused",
+                Asked::Late(_) => "late",
                 Asked::Untold => "untold",
             };
             assert_eq!(asked, expected, "{says:?}");

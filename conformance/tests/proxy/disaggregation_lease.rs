@@ -17,12 +17,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Until an answer comes in time, on a machine that has other things to do.
+const PATIENCE: Duration = Duration::from_secs(60);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_outrigger-demo");
 
 /// A prompt takes it longer than a lease lasts.
 fn slow() -> Config {
     Config {
-        prefill_tokens_per_s: 150.0,
+        prefill_tokens_per_s: 100.0,
         ..config()
     }
 }
@@ -114,9 +116,6 @@ async fn other_entries_know_of_a_place_before_its_leg_starts() {
     assert_eq!(got.record["fallback"], Value::Null, "{}", got.record);
     // The leg took the place over: it is not counted twice, nor afterwards.
     becomes(other.admin(), 0).await;
-    let held = r#"outcome="held""#;
-    let asked = fleet.proxy.metric("outrigger_leases_asked_total", held);
-    assert!(asked.await >= 1.0);
 }
 
 #[tokio::test]
@@ -176,8 +175,9 @@ async fn who_has_no_place_left_is_passed_over() {
     let labels = r#"outcome="refused""#;
     let refused = || fleet.proxy.metric("outrigger_leases_asked_total", labels);
     let before = refused().await;
+    let begun = Instant::now();
     for seed in 0.. {
-        assert!(seed < 40, "the full one is never asked");
+        assert!(begun.elapsed() < PATIENCE, "the full one never refuses");
         assert_eq!(say(HOLD, "all", &at_full).await, 200);
         assert_eq!(say(HOLD, "more", &at_full).await, 503);
         let told = fleet.both(Version::H1, CHAT, &chat(seed, &json!({}))).await;

@@ -377,7 +377,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_disaggregation_total", &["decision", "reason"], "Generations in fleets with roles: split into prefill and decode, or served whole, by why."),
     counter("outrigger_disaggregation_fallbacks_total", &["leg", "outcome", "reason"], "Split requests of which a leg failed, by which, and how, and by what became of them: whole (served by one engine), pair (by another pair), answered (the failure is the answer), gone (the client left)."),
     seconds("outrigger_disaggregation_prefill_seconds", NONE, "Prefill legs, from their start to the end of their answer."),
-    counter("outrigger_leases_asked_total", &["outcome"], "Places for a decode leg asked of the proxy beside its engine: held, refused, untold (no answer in time, or one of a proxy that knows no leases)."),
+    counter("outrigger_leases_asked_total", &["outcome"], "Places for a decode leg asked of the proxy beside its engine: held, refused, late (no answer in time; it is asked for again), untold (the answer of a proxy that knows no leases)."),
     gauge("outrigger_leases_held", NONE, "Leases of peers at engines beside this proxy, those that were used and are not over included."),
     counter("outrigger_leases_lapsed_total", NONE, "Leases of peers that ended by themselves, unused."),
     counter("outrigger_disaggregation_releases_total", &["outcome"], "Computed blocks that nobody waited for any more, by what became of giving them back."),
