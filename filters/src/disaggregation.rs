@@ -20,9 +20,10 @@ mod trtllm;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    endpoints::{ClusterView, Endpoint, Part, Place, Want},
+    endpoints::{ClusterView, Endpoint, Part, Place, Via, Want},
     error::{Error, Flag, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
+    lease::{self, Asked},
     registry,
     services::Services,
 };
@@ -42,6 +43,9 @@ pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.disaggreg
 
 /// Tells a client that asked for it whether and why its request was split.
 pub const DISAGGREGATION_HEADER: HeaderName = HeaderName::from_static("x-outrigger-disaggregation");
+
+/// Engines for decode whose proxies are asked for a place: after so many refusals the request is served whole.
+const DECODERS_ASKED_MAX: usize = 3;
 
 /// Configuration of the filter.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -325,8 +329,7 @@ impl Split<'_> {
         head: &Head,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Failure> {
-        let decode = self.decoder(context).ok_or_else(|| none("decode"))?;
-        let place = self.hold(&decode, context)?;
+        let (decode, place) = self.reserve(context).await?;
         let dialect = match decode.endpoint.live.load().state.kind {
             EngineKind::Sglang => {
                 return sglang::together(self, head, (decode, place), context).await;
@@ -384,6 +387,42 @@ impl Split<'_> {
         Some(crate::router::attempt::target(candidates[index].clone()))
     }
 
+    /// Who decodes, and a place there that others know of. A peer that has none is passed over.
+    async fn reserve(&self, context: &mut Context) -> Result<(Ranked, Place), Failure> {
+        let avoid = context.avoid.clone();
+        let mut found = Err(Failure::new("decode", "no_place"));
+        for _ in 0..DECODERS_ASKED_MAX {
+            found = self.ask(context).await;
+            match &found {
+                Err(failure) if failure.at.is_some() => context.avoid.clone_from(&failure.at),
+                Ok(_) | Err(_) => break,
+            }
+        }
+        context.avoid = avoid;
+        found
+    }
+
+    async fn ask(&self, context: &Context) -> Result<(Ranked, Place), Failure> {
+        let decode = self.decoder(context).ok_or_else(|| none("decode"))?;
+        let mut place = self.hold(&decode, context)?;
+        let endpoint = &decode.endpoint;
+        // Both legs of an SGLang start at once.
+        let waits = endpoint.live.load().state.kind != EngineKind::Sglang;
+        if waits && endpoint.via == Via::Peer {
+            match lease::ask(&self.filter.services, endpoint, &context.prompt).await {
+                Asked::Held(lease) | Asked::Late(lease) => place.lease = Some(lease),
+                Asked::Untold => {}
+                Asked::Refused => {
+                    return Err(Failure {
+                        at: Some(endpoint.id.clone()),
+                        ..Failure::new("decode", "no_place")
+                    });
+                }
+            }
+        }
+        Ok((decode, place))
+    }
+
     /// A place at the engine that will decode, before anything is computed for it.
     fn hold(&self, decode: &Ranked, context: &Context) -> Result<Place, Failure> {
         let want = Want {
@@ -402,6 +441,7 @@ impl Split<'_> {
         Ok(Place {
             endpoint: endpoint.id.clone(),
             reservation,
+            lease: None,
         })
     }
 

@@ -9,6 +9,7 @@ pub use upstream::{SendOptions, Upstream};
 use crate::{
     breakers::Breakers,
     error::{Error, Flag, GivenUp},
+    lease::Lease,
     samples::Samples,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -570,6 +571,8 @@ pub struct Place {
     pub endpoint: EngineId,
     /// It is counted there as the request would be.
     pub reservation: Box<dyn Reservation>,
+    /// The same at the proxy beside the engine, if that is a peer and knows leases.
+    pub lease: Option<Lease>,
 }
 
 /// The fleet.

@@ -21,6 +21,7 @@ pub mod header_mutation;
 pub mod health_check;
 pub mod kv_index;
 pub mod kv_routing;
+pub mod lease;
 pub mod local_ratelimit;
 pub mod local_reply;
 pub mod matching;

@@ -20,6 +20,7 @@ use crate::{
     flow::{self, FlowLimits},
     head,
     headers::{self, Seen},
+    leases::Leases,
     metrics::HttpStats,
     route::{BuiltRoute, Redirector, Target, grpc},
     snapshot::HttpConfig,
@@ -38,6 +39,7 @@ use outrigger_filters::{
     end_address::EndAddress,
     error::{Error, Flag, Origin},
     filter::{Context, End, LogFields, Next},
+    lease,
     local_reply::{self, Shape},
     router::attempt,
     sse::{Observed, Summary},
@@ -77,6 +79,8 @@ pub struct Owner {
     pub drain: Drain,
     /// On inbound listeners of proxies that have something to tell.
     pub feed: Option<FeedService>,
+    /// Places held for peers, where there is a feed.
+    pub leases: Option<Arc<Leases>>,
 }
 
 /// The connection a request came on.
@@ -141,6 +145,12 @@ impl Manager {
             && let Some(feed) = &self.owner.feed
         {
             return feed(request).await;
+        }
+        if config.inbound
+            && request.uri().path().starts_with(lease::PREFIX)
+            && let Some(leases) = &self.owner.leases
+        {
+            return leases.answer(&config, &request.into_parts().0);
         }
         let (mut parts, body) = request.into_parts();
         let mut record = Record::begin(self, &parts, connection.clone());
@@ -237,6 +247,9 @@ impl Manager {
                 .and_then(|id| Some(EngineId::from(id.to_str().ok()?)));
             context.prompt = attempt::told(fields);
             context.told_hit_tokens = attempt::told_hits(fields);
+            if let Some(leases) = self.owner.leases.as_ref().filter(|_| seen.between_proxies) {
+                context.place = leases.take(fields);
+            }
         } else if !seen.via {
             fields.insert(headers::VIA, self.owner.via.clone());
         } else if !headers::append_via(fields, &self.owner.node) {

@@ -24,6 +24,7 @@ pub mod headers;
 pub mod health;
 pub mod http;
 pub mod lb;
+pub mod leases;
 pub mod ledger;
 pub mod listener;
 pub mod listeners;

@@ -214,6 +214,7 @@ impl Listeners {
         let inbound = direction == TrafficDirection::Inbound;
         let owner = Owner {
             feed: inbound.then(|| self.common.feed.clone()),
+            leases: self.common.owner.leases.clone().filter(|_| inbound),
             ..self.common.owner.clone()
         };
         let active = Active::new(planned, owner, &self.directory);

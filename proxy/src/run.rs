@@ -332,7 +332,7 @@ fn assemble(
     }
     let local = LocalFeed::new(watcher.source.clone(), ledgers);
     let common = Common {
-        owner: owner(&node.id, drain)?,
+        owner: owner(&node.id, drain, clusters.clone())?,
         feed: feed::service(local.clone(), runtime.clone(), drain.clone()),
         drain_time,
         runtime: runtime.clone(),
@@ -366,8 +366,8 @@ fn assemble(
     Ok(shared)
 }
 
-/// What all connection managers share; those of peers have the feed beside.
-fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
+/// What all connection managers share; those of peers have the feed beside, and only they have leases.
+fn owner(id: &str, drain: &Drain, clusters: Arc<Clusters>) -> Result<Owner, Vec<String>> {
     let via = HeaderValue::from_str(id).map_err(|_| {
         let id = id.escape_debug();
         vec![format!("node id '{id}' cannot be a header value")]
@@ -377,6 +377,7 @@ fn owner(id: &str, drain: &Drain) -> Result<Owner, Vec<String>> {
         via,
         drain: drain.clone(),
         feed: None,
+        leases: Some(crate::leases::Leases::new(clusters)),
     })
 }
 

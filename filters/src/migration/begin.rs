@@ -1,7 +1,9 @@
 //! Until a stream's response begins: engines that break meanwhile are done without, unless it is the request that breaks them.
+//!
+//! It takes no place of streams that move: it is one request, as it was when it came, and those wait already.
 
 use super::{
-    resume::{Call, turn, wait_for_place},
+    resume::{Call, turn},
     suspicion::Deaths,
 };
 use crate::{
@@ -11,7 +13,7 @@ use crate::{
     router::retry::OVERLOADED,
 };
 use http::{Response, StatusCode, header};
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 type Answer = Result<Response<ResponseBody>, Error>;
 
@@ -24,7 +26,7 @@ pub(super) async fn begin(
     let mut deaths = Deaths::default();
     let losses = std::mem::take(&mut context.losses);
     deaths.add(&call.policy.services.migration, losses);
-    if !is_lost(&answer) {
+    if !is_lost(call, &answer) {
         return (answer, deaths);
     }
     let mut lost = Lost {
@@ -56,18 +58,14 @@ struct Lost {
 impl Lost {
     /// Calls the rest of the chain until something begins, or nothing is to be hoped for.
     async fn call_again(&mut self, call: &Arc<Call>, context: &mut Context) {
-        let begun = Instant::now();
         let mut calls = 0;
-        while is_lost(&self.answer) && self.may_run(call) {
+        while is_lost(call, &self.answer) && self.may_run(call) {
             // It holds a connection and a place. Its head is told if nothing better comes.
             if let Ok(response) = &mut self.answer {
                 leave_head(response);
             }
             tokio::time::sleep(self.deaths.pause()).await;
             let Ok(_turn) = turn(call, &mut self.deaths).await else {
-                return;
-            };
-            let Ok(_place) = wait_for_place(call, begun).await else {
                 return;
             };
             calls += 1;
@@ -96,16 +94,15 @@ impl Lost {
 }
 
 /// Whether engines are to blame that nothing began. Moving does not help those that are too busy or too slow.
-fn is_lost(answer: &Answer) -> bool {
+fn is_lost(call: &Call, answer: &Answer) -> bool {
     match answer {
         Ok(response) => {
             let overloaded = response.headers().contains_key(OVERLOADED);
             !overloaded && matches!(response.status().as_u16(), 500 | 502 | 503)
         }
-        Err(error) => {
-            let may_repeat = error.retry != Retry::No || error.flag == Flag::NoHealthyUpstream;
-            may_repeat && error.is_breakdown()
-        }
+        // A half may be missing; where nobody is there at all, clients are told at once.
+        Err(error) if error.flag == Flag::NoHealthyUpstream => call.has_engine(),
+        Err(error) => error.retry != Retry::No && error.is_breakdown(),
     }
 }
 

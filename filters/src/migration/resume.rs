@@ -179,6 +179,17 @@ impl Call {
         &services.migration
     }
 
+    /// Whether an engine of the fleet is alive that the request may be for.
+    pub(super) fn has_engine(&self) -> bool {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let view = self.policy.services.endpoints.view(self.cluster());
+        view.is_some_and(|view| {
+            let mut endpoints = view.endpoints.iter();
+            endpoints.any(|endpoint| endpoint.fits(model))
+        })
+    }
+
     /// A place among the streams in prefill, if one is free.
     pub(super) fn place(&self) -> Option<Counted> {
         let config = &self.policy.config;
@@ -313,7 +324,7 @@ async fn alone<'a>(
 }
 
 /// Waits for a place among the streams in prefill, no longer than a stall is borne.
-pub(super) async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
+async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
     if let Some(place) = call.place() {
         return Ok(place);
     }

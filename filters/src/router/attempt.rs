@@ -12,7 +12,8 @@ use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Reservation, SendOptions, Via},
     error::{Error, Flag, Retry},
-    filter::{AutoHost, Context, Ranked},
+    filter::{AutoHost, Context, PromptFacts, Ranked},
+    lease::{LEASE_HEADER, Lease},
     local_reply,
     matching::is_grpc,
     openai,
@@ -69,6 +70,9 @@ struct Before {
     head: Option<Box<(Uri, HeaderMap)>>,
 }
 
+/// A place, and the name of the lease that others know it by.
+type Reserved = (Box<dyn Reservation>, Option<HeaderValue>);
+
 /// A response, and what is to become of it.
 struct Answer<'a> {
     response: Response<ResponseBody>,
@@ -124,11 +128,14 @@ impl<'a> Attempt<'a> {
         step: &mut Option<Step>,
     ) -> Outcome {
         let endpoint = &self.target.endpoint;
-        let mut reservation = match self.reserve(context) {
-            Ok(reservation) => reservation,
+        let (mut reservation, lease) = match self.reserve(context) {
+            Ok(reserved) => reserved,
             Err(error) => return Outcome::Failed(error),
         };
         let before = self.address(request, context);
+        if let Some(lease) = lease {
+            request.headers_mut().insert(LEASE_HEADER, lease);
+        }
         let is_computed =
             reservation.watches_answers() && openai::is_computed(request.uri().path());
         let audience = Audience::of(request.headers(), context.route.inbound);
@@ -173,14 +180,19 @@ impl<'a> Attempt<'a> {
     }
 
     /// The place that was held at this endpoint, or one of its own. A place that was held elsewhere is given up.
-    fn reserve(&self, context: &mut Context) -> Result<Box<dyn Reservation>, Error> {
+    /// With it, the name of the lease that goes with it.
+    fn reserve(&self, context: &mut Context) -> Result<Reserved, Error> {
         let endpoint = &self.target.endpoint;
         let held = context.place.take();
         if let Some(place) = held.filter(|place| place.endpoint == endpoint.id) {
-            return Ok(place.reservation);
+            return Ok((place.reservation, place.lease.map(Lease::claim)));
         }
         let want = want(context, self.target);
-        self.services.endpoints.reserve(self.view, endpoint, &want)
+        let reserved = self
+            .services
+            .endpoints
+            .reserve(self.view, endpoint, &want)?;
+        Ok((reserved, None))
     }
 
     /// Takes off what only this attempt's endpoint was to be told.
@@ -297,21 +309,7 @@ impl<'a> Attempt<'a> {
         if let Some(id) = self.target.endpoint.id_header() {
             headers.insert(ENDPOINT_HEADER, id);
         }
-        if context.prompt.tokens == 0 {
-            return;
-        }
-        headers.insert(
-            PROMPT_TOKENS_HEADER,
-            HeaderValue::from(context.prompt.tokens),
-        );
-        if let Some(hit_tokens) = hit_tokens(context, self.target) {
-            headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(hit_tokens));
-        }
-        let told = &context.prompt.blocks[..context.prompt.blocks.len().min(TOLD_BLOCKS_MAX)];
-        let bytes: Vec<u8> = told.iter().flat_map(|hash| hash.to_le_bytes()).collect();
-        if let Ok(blocks) = HeaderValue::from_str(&STANDARD_NO_PAD.encode(bytes)) {
-            headers.insert(BLOCKS_HEADER, blocks);
-        }
+        tell_prompt(headers, &context.prompt, hit_tokens(context, self.target));
     }
 
     fn failed(&self, error: Error, mut reservation: Box<dyn Reservation>) -> Error {
@@ -505,9 +503,25 @@ fn rewrite_host(request: &mut Request<RequestBody>, name: &str, auto: AutoHost) 
     }
 }
 
+/// Tells a peer of the prompt, and how much of it is cached there.
+pub(crate) fn tell_prompt(headers: &mut HeaderMap, prompt: &PromptFacts, hit_tokens: Option<u64>) {
+    if prompt.tokens == 0 {
+        return;
+    }
+    headers.insert(PROMPT_TOKENS_HEADER, HeaderValue::from(prompt.tokens));
+    if let Some(hit_tokens) = hit_tokens {
+        headers.insert(HIT_TOKENS_HEADER, HeaderValue::from(hit_tokens));
+    }
+    let told = &prompt.blocks[..prompt.blocks.len().min(TOLD_BLOCKS_MAX)];
+    let bytes: Vec<u8> = told.iter().flat_map(|hash| hash.to_le_bytes()).collect();
+    if let Ok(blocks) = HeaderValue::from_str(&STANDARD_NO_PAD.encode(bytes)) {
+        headers.insert(BLOCKS_HEADER, blocks);
+    }
+}
+
 /// Reads what a peer told of the prompt. Garbage counts as untold.
 #[must_use]
-pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
+pub fn told(headers: &HeaderMap) -> PromptFacts {
     let number = |name: &HeaderName| {
         headers
             .get(name)
@@ -524,7 +538,7 @@ pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
             u64::from_le_bytes(chunk.try_into().expect("invariant: chunks of eight bytes"))
         })
         .collect();
-    crate::filter::PromptFacts {
+    PromptFacts {
         tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0),
         blocks: blocks.into(),
     }
@@ -544,6 +558,7 @@ pub fn strip_hop_headers(headers: &mut HeaderMap) {
         &HIT_TOKENS_HEADER,
         &BLOCKS_HEADER,
         &RETRY_HEADER,
+        &LEASE_HEADER,
     ] {
         headers.remove(name);
     }
