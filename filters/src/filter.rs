@@ -287,7 +287,10 @@ impl Context {
         self.ranked = attempt.ranked;
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
+        // What was known before any attempt.
+        let model = self.log.model.take();
         self.log = attempt.log;
+        self.log.model = self.log.model.take().or(model);
         self.response_edited = attempt.response_edited;
     }
 

@@ -1,8 +1,9 @@
-//! The `migration` filter: a stream survives its engine.
+//! The `migration` filter: a stream survives its engine, and so does an answer in one piece.
 //!
 //! What it answers: what a stream's prompt and tokens are, when its engine can no longer be trusted with it, whether it
 //! can go on elsewhere so that the client notices nothing but time, and how. What it does not do: choose the engine
 //! (the filters after it do, once per call), or judge engines. A stream that cannot go on says why, and how far it got.
+//! An answer in one piece is held until it is whole, and asked for anew if it never is.
 
 mod body;
 mod budget;
@@ -14,6 +15,7 @@ mod rewrite;
 mod splice;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use crate::{
     body::{RequestBody, ResponseBody},
@@ -60,8 +62,10 @@ pub struct Config {
     pub budget_percent: u32,
     /// …or so many. Default 8.
     pub min_resume_concurrency: u32,
-    /// Bytes of token ids held for all streams. Default 256 MiB.
+    /// Bytes of token ids held for all streams, and of answers that are not whole yet. Default 256 MiB.
     pub held_bytes_max: usize,
+    /// Bytes of one answer in one piece that are held until it is whole. Default 8 MiB.
+    pub whole_bytes_max: usize,
     /// Streams with a seed or with penalties go on where only their distribution stays the same. Default off.
     pub same_distribution: bool,
 }
@@ -75,6 +79,7 @@ impl Default for Config {
             budget_percent: 20,
             min_resume_concurrency: 8,
             held_bytes_max: 256 << 20,
+            whole_bytes_max: 8 << 20,
             same_distribution: false,
         }
     }
@@ -135,7 +140,8 @@ impl HttpFilter for Migration {
         Box::pin(async move {
             let policy = &self.0;
             let bytes = openai.body.as_ref().map_or(0, Bytes::len);
-            if !openai.return_token_ids
+            if openai.stream
+                && !openai.return_token_ids
                 && bytes <= ASK_BODY_BYTES_MAX
                 && policy.tells_ids(&openai, context)
             {
@@ -143,6 +149,8 @@ impl HttpFilter for Migration {
             }
             context.deaths_max = SUSPECT_DEATHS;
             let call = Call::new(policy.clone(), next.keep(), &request, context);
+            // Streams count as long as they run, whole answers until they are whole.
+            let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
             let mut answer = next.run(request, context).await;
             if context.deaths >= SUSPECT_DEATHS && answer.is_err() {
@@ -150,19 +158,17 @@ impl HttpFilter for Migration {
             }
             let below = std::mem::replace(&mut context.observers, above);
             let response = answer?;
-            if !is_stream(&response) {
-                context.observers.extend(below);
-                return Ok(response);
+            if is_stream(&response) {
+                return Ok(follow(response, call, openai, context, below));
             }
-            Ok(follow(response, call, openai, context, below))
+            whole::hold(response, &call, &openai, context, below).await
         })
     }
 }
 
-/// Streams whose form is known.
+/// Requests whose answer has a known form, and that can be sent again.
 fn is_ours(openai: &OpenAiRequest) -> bool {
-    openai.stream
-        && matches!(openai.api, Api::Chat | Api::Completions)
+    matches!(openai.api, Api::Chat | Api::Completions)
         && openai.body.is_some()
         && openai.prompt != Prompt::None
 }
@@ -241,16 +247,20 @@ async fn run_alone(
         return answer;
     }
     metrics::counter!("outrigger_migration_poison_total").increment(1);
-    Err(Error::new(
+    Err(poisonous(context.deaths))
+}
+
+/// The answer to a request that engines die of.
+fn poisonous(deaths: u32) -> Error {
+    Error::new(
         Origin::Downstream,
         Flag::UpstreamRetryLimitExceeded,
         StatusCode::UNPROCESSABLE_ENTITY,
         "poison_request",
         format!(
-            "poison: {} engines died of this request before its first token; it is not tried again",
-            context.deaths
+            "poison: {deaths} engines died of this request before its first token; it is not tried again"
         ),
-    ))
+    )
 }
 
 /// Puts the stream under watch.

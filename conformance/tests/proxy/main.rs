@@ -43,6 +43,7 @@ mod migration;
 mod migration_kill;
 mod migration_kinds;
 mod migration_limits;
+mod migration_whole;
 mod orca;
 mod original_dst;
 mod own_answers;

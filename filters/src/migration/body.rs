@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     body::BodyError,
-    endpoints::{Endpoint, Host, Level},
+    endpoints::{Endpoint, Host},
     error::Flag,
     filter::{End, LogFields, StreamObserver},
     openai::OpenAiRequest,
@@ -113,14 +113,7 @@ impl Migrating {
             splice: Splice::new(recipe::asked(&openai), held),
             state: State::Live,
             broke: None,
-            trouble: Trouble {
-                since: now,
-                broke: now,
-                lost_by: None,
-                attempts: 0,
-                calls: 0,
-                deaths,
-            },
+            trouble: Trouble::new(deaths),
             tokens_before: 0,
             report,
             last: now,
@@ -274,8 +267,7 @@ impl Migrating {
         if before == now && matches!(cause, Cause::Leaving) {
             return;
         }
-        metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
-            .increment(1);
+        count_refusal(cause, reason);
     }
 
     fn end(&mut self, end: End) {
@@ -366,22 +358,6 @@ impl Migrating {
         endpoints.find(|endpoint| endpoint.id == *engine).cloned()
     }
 
-    /// Whether somebody else could serve it, and is well: where none is, streams would go from one to the next.
-    fn has_other(&self) -> bool {
-        let services = &self.call.policy.services;
-        let model = self.openai.model.as_deref();
-        services
-            .endpoints
-            .view(self.call.cluster())
-            .is_some_and(|view| {
-                view.endpoints.iter().any(|endpoint| {
-                    Some(&endpoint.id) != self.leg.engine.as_ref()
-                        && endpoint.fits(model)
-                        && matches!(endpoint.level(), Level::Healthy | Level::Degraded)
-                })
-            })
-    }
-
     /// Before its first event an engine is in prefill, which may take longer than a stall.
     fn has_stalled(&self, silent: Duration) -> bool {
         let limit = match self.leg.chunks {
@@ -413,7 +389,9 @@ impl Migrating {
             Condition::Dead => Cause::Stall,
             Condition::Leaving => Cause::Leaving,
         };
-        self.has_other().then_some(cause)
+        self.call
+            .has_other(self.leg.engine.as_ref())
+            .then_some(cause)
     }
 
     /// Ready when the stream should not stay where it is.
@@ -500,7 +478,14 @@ fn condition(endpoint: &Endpoint) -> Condition {
     }
 }
 
-fn count(cause: &Cause, outcome: &'static str) {
+/// It should have gone on elsewhere, and could not.
+pub(super) fn count_refusal(cause: &Cause, reason: &'static str) {
+    metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
+        .increment(1);
+}
+
+/// It went on elsewhere, or was to.
+pub(super) fn count(cause: &Cause, outcome: &'static str) {
     metrics::counter!("outrigger_migrations_total", "cause" => cause.as_str(), "outcome" => outcome)
         .increment(1);
 }

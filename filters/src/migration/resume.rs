@@ -4,15 +4,16 @@ use super::{
     Policy, SUSPECT_DEATHS, budget::Counted, is_stream, leg::Leg, recipe::Recipe, splice::Way,
 };
 use crate::{
-    body::RequestBody,
-    error::Flag,
+    body::{RequestBody, ResponseBody},
+    endpoints::Level,
+    error::{Error, Flag},
     filter::{Chain, Context, Next, RouteFacts},
     sse,
 };
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header,
-    uri::PathAndQuery,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    header, uri::PathAndQuery,
 };
 use outrigger_xds::report::EngineId;
 use std::{
@@ -25,7 +26,7 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 /// Between two looks at the budget.
 const BUDGET_LOOK: Duration = Duration::from_millis(20);
 /// Before another attempt, or another look for an engine.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
@@ -55,6 +56,29 @@ pub(super) struct Trouble {
     pub(super) calls: u32,
     /// Engines that died before its first token there.
     pub(super) deaths: u32,
+}
+
+impl Trouble {
+    /// None yet.
+    pub(super) fn new(deaths: u32) -> Self {
+        let now = Instant::now();
+        Self {
+            since: now,
+            broke: now,
+            lost_by: None,
+            attempts: 0,
+            calls: 0,
+            deaths,
+        }
+    }
+}
+
+/// What came of one call.
+pub(super) struct Answered {
+    pub(super) result: Result<Response<ResponseBody>, Error>,
+    pub(super) context: Context,
+    /// Its place among those in prefill.
+    pub(super) place: Counted,
 }
 
 /// What came of moving.
@@ -146,6 +170,20 @@ impl Call {
         shared.resume(config.budget_percent, config.min_resume_concurrency)
     }
 
+    /// Whether somebody else could serve it, and is well: where none is, it would go from one to the next.
+    pub(super) fn has_other(&self, engine: Option<&EngineId>) -> bool {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let endpoints = &self.policy.services.endpoints;
+        endpoints.view(self.cluster()).is_some_and(|view| {
+            view.endpoints.iter().any(|endpoint| {
+                Some(&endpoint.id) != engine
+                    && endpoint.fits(model)
+                    && matches!(endpoint.level(), Level::Healthy | Level::Degraded)
+            })
+        })
+    }
+
     /// Whether the request can be sent again.
     pub(super) fn can_repeat(&self) -> bool {
         !self.body.0.is_empty()
@@ -194,44 +232,21 @@ async fn find(
 ) -> Result<Leg, &'static str> {
     let runs_still = place.is_some();
     loop {
-        let answer = {
-            let suspect = trouble.deaths >= SUSPECT_DEATHS;
-            let _alone = match suspect {
-                true => Some(alone(call).await?),
-                false => None,
-            };
-            let place = match place.take() {
-                Some(place) => place,
-                None => wait_for_place(call, trouble).await?,
-            };
-            trouble.calls += 1;
-            let mut context = call.context(&format!("r{}", trouble.calls));
-            context.openai = Some(recipe.openai.clone());
-            context.avoid = trouble.lost_by.clone();
-            context.deaths = trouble.deaths;
-            context.deaths_max = SUSPECT_DEATHS.max(trouble.deaths + 1);
-            let request = call.request(Some(recipe), &context);
-            let answer = Next::new(&call.chain).run(request, &mut context).await;
-            if suspect && context.deaths > trouble.deaths && answer.is_err() {
-                metrics::counter!("outrigger_migration_poison_total").increment(1);
-                return Err("poison");
-            }
-            trouble.deaths = context.deaths;
-            answer.map(|response| (response, context, place))
-        };
-        match answer {
-            Ok((response, context, place)) if is_stream(&response) => {
+        let answered = ask(call, Some(recipe), trouble, place.take()).await?;
+        match answered.result {
+            Ok(response) if is_stream(&response) => {
+                let context = answered.context;
                 let engine = context.log.upstream_host.clone();
                 let body = response.into_body();
-                return Ok(Leg::new(body, context.observers, engine, Some(place)));
+                let place = Some(answered.place);
+                return Ok(Leg::new(body, context.observers, engine, place));
             }
-            Ok((response, ..)) if blames_request(response.status()) => {
-                return Err("engine_refused");
-            }
+            Ok(response) if blames_request(response.status()) => return Err("engine_refused"),
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             Ok(_) | Err(_) => trouble.attempts += 1,
         }
+        drop(answered.place);
         if trouble.attempts >= call.policy.config.attempts_max {
             return Err("attempts");
         }
@@ -239,7 +254,46 @@ async fn find(
     }
 }
 
-fn blames_request(status: StatusCode) -> bool {
+/// Calls the rest of the chain once more: within the budget, and alone if engines died of the request.
+pub(super) async fn ask(
+    call: &Arc<Call>,
+    recipe: Option<&Recipe>,
+    trouble: &mut Trouble,
+    place: Option<Counted>,
+) -> Result<Answered, &'static str> {
+    let suspect = trouble.deaths >= SUSPECT_DEATHS;
+    let _alone = match suspect {
+        true => Some(alone(call).await?),
+        false => None,
+    };
+    let place = match place {
+        Some(place) => place,
+        None => wait_for_place(call, trouble).await?,
+    };
+    trouble.calls += 1;
+    let mut context = call.context(&format!("r{}", trouble.calls));
+    if let Some(recipe) = recipe {
+        context.openai = Some(recipe.openai.clone());
+    }
+    context.avoid = trouble.lost_by.clone();
+    context.deaths = trouble.deaths;
+    context.deaths_max = SUSPECT_DEATHS.max(trouble.deaths + 1);
+    let request = call.request(recipe, &context);
+    let result = Next::new(&call.chain).run(request, &mut context).await;
+    let died = context.deaths > trouble.deaths;
+    trouble.deaths = context.deaths;
+    if suspect && died && result.is_err() {
+        metrics::counter!("outrigger_migration_poison_total").increment(1);
+        return Err("poison");
+    }
+    Ok(Answered {
+        result,
+        context,
+        place,
+    })
+}
+
+pub(super) fn blames_request(status: StatusCode) -> bool {
     status.is_client_error() && !sse::is_of_the_moment(status.as_u16().into())
 }
 

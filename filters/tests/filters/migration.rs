@@ -404,3 +404,40 @@ async fn a_prompt_whose_ids_make_no_event_is_not_asked_for_them() {
         assert_eq!(text.contains("return_token_ids"), asked, "{bytes}");
     }
 }
+
+/// An engine that answers in one piece, at once.
+struct InOnePiece;
+
+impl HttpFilter for InOnePiece {
+    fn handle<'a>(
+        &'a self,
+        _: Request<RequestBody>,
+        _: &'a mut Context,
+        _: Next<'a>,
+    ) -> Handled<'a> {
+        let head = Response::builder().header("content-type", "application/json");
+        let answer = head.body(full("{\"choices\":[]}")).unwrap();
+        Box::pin(std::future::ready(Ok(answer)))
+    }
+}
+
+/// `cargo test -p outrigger-filters --release --test filters -- --ignored --nocapture the_cost_of_a_whole_answer`
+#[tokio::test]
+#[ignore = "prints figures"]
+async fn the_cost_of_a_whole_answer() {
+    let fleet = fleet();
+    let (with, _) = chain(&fleet, json!({}), Vec::new());
+    let with: Chain = vec![with[0].clone(), Arc::new(InOnePiece)].into();
+    let without: Chain = vec![Arc::new(InOnePiece) as Arc<dyn HttpFilter>].into();
+    for (name, chain) in [("without", without), ("with", with)] {
+        let mut best = Duration::MAX;
+        for _ in 0..200 {
+            let begun = Instant::now();
+            for _ in 0..100 {
+                std::hint::black_box(read(&chain, json!({"stream": false})).await);
+            }
+            best = best.min(begun.elapsed() / 100);
+        }
+        println!("{name} migration: {} ns a request", best.as_nanos());
+    }
+}
