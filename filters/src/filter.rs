@@ -155,6 +155,8 @@ pub struct PromptFacts {
     pub tokens: u64,
     /// Chain hashes of its full blocks.
     pub blocks: Arc<[BlockHash]>,
+    /// Its token ids, where they are exact. They stay at this proxy.
+    pub ids: Option<Arc<[u32]>>,
 }
 
 /// What a request carries along the chain.

@@ -15,6 +15,7 @@ mod rewrite;
 mod splice;
 #[cfg(test)]
 mod tests;
+mod told;
 mod whole;
 
 use crate::{
@@ -140,13 +141,16 @@ impl HttpFilter for Migration {
         Box::pin(async move {
             let policy = &self.0;
             let bytes = openai.body.as_ref().map_or(0, Bytes::len);
-            if openai.stream
+            let cluster = context.route.cluster.clone();
+            let told = openai.stream
                 && !openai.return_token_ids
                 && bytes <= ASK_BODY_BYTES_MAX
-                && policy.tells_ids(&openai, context)
-            {
+                && policy.tells_ids(&openai, &cluster);
+            if told {
                 ask_for_ids(&mut request);
             }
+            let keeps_text =
+                openai.stream && !told && policy.may_tell(&openai, &cluster, request.headers());
             context.deaths_max = SUSPECT_DEATHS;
             let call = Call::new(policy.clone(), next.keep(), &request, context);
             // Streams count as long as they run, whole answers until they are whole.
@@ -159,7 +163,7 @@ impl HttpFilter for Migration {
             let below = std::mem::replace(&mut context.observers, above);
             let response = answer?;
             if is_stream(&response) {
-                return Ok(follow(response, call, openai, context, below));
+                return Ok(follow(response, call, openai, context, below, keeps_text));
             }
             whole::hold(response, &call, &openai, context, below).await
         })
@@ -185,8 +189,23 @@ fn is_stream(response: &Response<ResponseBody>) -> bool {
 
 impl Policy {
     /// Whether every engine that may get the request understands `return_token_ids` in a stream.
-    fn tells_ids(&self, openai: &OpenAiRequest, context: &Context) -> bool {
-        let Some(view) = self.services.endpoints.view(&context.route.cluster) else {
+    fn tells_ids(&self, openai: &OpenAiRequest, cluster: &str) -> bool {
+        self.all_are(openai, cluster, |kind| match kind {
+            EngineKind::Vllm => true,
+            // Its chat refuses it in streams.
+            EngineKind::Sglang => openai.api == Api::Completions,
+            EngineKind::TrtLlm | EngineKind::Unknown => false,
+        })
+    }
+
+    /// Whether every engine that may get the request is of a kind that suits; false if there is none.
+    fn all_are(
+        &self,
+        openai: &OpenAiRequest,
+        cluster: &str,
+        suits: impl Fn(EngineKind) -> bool,
+    ) -> bool {
+        let Some(view) = self.services.endpoints.view(cluster) else {
             return false;
         };
         let model = openai.model.as_deref();
@@ -196,13 +215,7 @@ impl Policy {
             .filter(|endpoint| endpoint.fits(model))
             .map(|endpoint| endpoint.live.load().state.kind)
             .peekable();
-        candidates.peek().is_some()
-            && candidates.all(|kind| match kind {
-                EngineKind::Vllm => true,
-                // Its chat refuses it in streams.
-                EngineKind::Sglang => openai.api == Api::Completions,
-                EngineKind::TrtLlm | EngineKind::Unknown => false,
-            })
+        candidates.peek().is_some() && candidates.all(suits)
     }
 }
 
@@ -270,6 +283,7 @@ fn follow(
     openai: Arc<OpenAiRequest>,
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
+    keeps_text: bool,
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
@@ -279,6 +293,10 @@ fn follow(
         .observers
         .push(Box::new(body::Reporter(report.clone())));
     context.watches_gaps = true;
-    let body = Migrating::new(call, openai, leg, report, context.deaths);
+    let mut body = Migrating::new(call, openai, leg, report, context.deaths);
+    if keeps_text {
+        body.keep_text(context.prompt.ids.take());
+    }
+    context.prompt.ids = None;
     Response::from_parts(parts, body.boxed_unsync())
 }

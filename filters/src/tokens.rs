@@ -6,6 +6,7 @@
 
 pub(crate) mod cache;
 mod engine;
+mod generated;
 mod local;
 mod template;
 mod verify;

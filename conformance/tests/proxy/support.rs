@@ -13,14 +13,14 @@ pub(crate) struct Story {
     token_ids: Vec<u64>,
     logprobs: Vec<Value>,
     text_offsets: Vec<u64>,
-    usage: Value,
+    pub(crate) usage: Value,
     /// Chunks that brought something.
     pub(crate) tokens: usize,
     /// The engine's or the proxy's error.
     pub(crate) error: Option<Value>,
     ids: BTreeSet<String>,
     objects: BTreeSet<String>,
-    roles: usize,
+    pub(crate) roles: usize,
     finishes: usize,
     dones: usize,
     after_done: usize,

@@ -6,6 +6,7 @@ use super::{
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
     splice::{Cause, Splice},
+    told::{Kept, Told, tell},
 };
 use crate::{
     body::BodyError,
@@ -65,6 +66,12 @@ impl StreamObserver for Reporter {
 enum State {
     /// The leg runs.
     Live,
+    /// Its ids are looked for: the engine told none. It may have a place already.
+    Telling(
+        Cause,
+        Option<Counted>,
+        BoxFuture<'static, Result<Told, &'static str>>,
+    ),
     /// Another is looked for. The old one is kept: it may be all there is.
     Moving(Cause, BoxFuture<'static, Moved>),
     Over,
@@ -141,6 +148,11 @@ impl Migrating {
         }
     }
 
+    /// Its engine tells no ids: the text is kept, and the prompt's ids, if they are known.
+    pub(super) fn keep_text(&mut self, prompt: Option<Arc<[u32]>>) {
+        self.splice.keep_text(Kept::new(prompt));
+    }
+
     /// What the client gets of the events that have come.
     fn take_events(&mut self) -> Option<Bytes> {
         if self.leg.pending.is_empty() {
@@ -184,8 +196,9 @@ impl Migrating {
         }
         let before = (self.trouble.clone(), self.tokens_before);
         self.take_stock(&cause);
-        let recipe = match self.recipe(&cause) {
-            Ok(recipe) => recipe,
+        match self.recipe(&cause) {
+            Ok(recipe) => self.set_out(cause, recipe, place),
+            Err("no_token_ids") if self.ask_for_ids(&cause, place) => {}
             Err(reason) => {
                 if healthy {
                     // Nothing happened yet.
@@ -193,11 +206,51 @@ impl Migrating {
                 }
                 return self.refuse(cause, reason);
             }
-        };
+        }
+        None
+    }
+
+    fn set_out(&mut self, cause: Cause, recipe: recipe::Recipe, place: Option<Counted>) {
         tracing::debug!(cause = cause.as_str(), engine = ?self.leg.engine, way = recipe.way.as_str(), "a stream moves");
         let future = resume(self.call.clone(), recipe, self.trouble.clone(), place);
         self.state = State::Moving(cause, Box::pin(future));
-        None
+    }
+
+    /// Has the ids of prompt and text found, if they may be.
+    fn ask_for_ids(&mut self, cause: &Cause, place: Option<Counted>) -> bool {
+        let kept = self.splice.kept.as_ref().filter(|kept| !kept.is_empty());
+        let Some(kept) = kept.cloned() else {
+            return false;
+        };
+        let lost_by = self.trouble.lost_by.clone();
+        let future = tell(self.call.clone(), self.openai.clone(), kept, lost_by);
+        self.state = State::Telling(cause.clone(), place, Box::pin(future));
+        true
+    }
+
+    /// What came of looking for the ids. A stream without them does not move.
+    fn retell(
+        &mut self,
+        cause: Cause,
+        place: Option<Counted>,
+        told: Result<Told, &'static str>,
+    ) -> Option<Result<Bytes, BodyError>> {
+        self.state = State::Live;
+        let recipe = told.and_then(|told| {
+            self.splice.retell(&told);
+            self.tokens_before = self.splice.tokens;
+            self.recipe(&cause)
+        });
+        match recipe {
+            Ok(recipe) => {
+                self.set_out(cause, recipe, place);
+                None
+            }
+            Err(reason) => {
+                self.splice.forget(reason);
+                self.refuse(cause, reason)
+            }
+        }
     }
 
     /// What happened counts for the next attempt.
@@ -511,12 +564,16 @@ impl Body for Migrating {
                         None => continue,
                     }
                 }
-                State::Moving(_, future) => {
+                State::Telling(cause, place, future) => {
+                    let told = ready!(future.as_mut().poll(cx));
+                    let (cause, place) = (cause.clone(), place.take());
+                    this.retell(cause, place, told)
+                }
+                State::Moving(cause, future) => {
                     let moved = ready!(future.as_mut().poll(cx));
-                    match std::mem::replace(&mut this.state, State::Live) {
-                        State::Moving(cause, _) => this.arrive(cause, moved),
-                        State::Live | State::Over => None,
-                    }
+                    let cause = cause.clone();
+                    this.state = State::Live;
+                    this.arrive(cause, moved)
                 }
             };
             if let Some(now) = now {

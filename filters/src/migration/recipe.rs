@@ -118,6 +118,9 @@ pub(super) fn recipe(
     }
     let may_call = is_set(&fields, "tools") && fields.get("tool_choice") != Some(&json!("none"));
     let entrance = splice.asked.chat && (may_call || is_set(&fields, "logprobs"));
+    if splice.is_retold {
+        check_retold(&fields, entrance, context_tokens)?;
+    }
     let sequence = splice.sequence(&cut);
     let fields = if entrance {
         chat_again(fields, cut.tokens)?
@@ -136,6 +139,25 @@ pub(super) fn recipe(
         body: Some(body),
         openai,
     })
+}
+
+/// What streams that tell no ids cannot do: nothing there proves that a chat's tokens were taken, and SGLang's completions
+/// end after a few tokens where nobody says when.
+fn check_retold(
+    fields: &Map<String, Value>,
+    entrance: bool,
+    context_tokens: u64,
+) -> Result<(), &'static str> {
+    if entrance {
+        return Err("entrance");
+    }
+    let limited = ["max_tokens", "max_completion_tokens"]
+        .iter()
+        .any(|name| is_set(fields, name));
+    match limited || context_tokens > 0 {
+        true => Ok(()),
+        false => Err("no_context_length"),
+    }
 }
 
 /// Requests whose continuation no engine can make.

@@ -121,6 +121,11 @@ impl Call {
         &self.template.route.cluster
     }
 
+    /// As the client sent them, but for what earlier filters did.
+    pub(super) fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
     /// The first request, unchanged.
     pub(super) fn first_again(&self, context: &Context) -> (Request<RequestBody>, Context) {
         let mut again = self.context("a");

@@ -10,6 +10,7 @@ use super::{
     budget::Held,
     event::{Facts, characters, list_length},
     rewrite::{self, Skip},
+    told::{self, Kept, Told},
 };
 use crate::{body::BodyError, sse::Event};
 use bytes::{Bytes, BytesMut};
@@ -151,6 +152,10 @@ struct Piece {
 pub(super) struct Splice {
     pub(super) asked: Asked,
     held: Held,
+    /// Of a stream that tells no ids.
+    pub(super) kept: Option<Kept>,
+    /// Its ids are of a tokenizer of our own.
+    pub(super) is_retold: bool,
     /// JSON of the first chunk up to its choices: id, model and the like.
     head: Vec<u8>,
     /// What stands between the brackets.
@@ -187,6 +192,8 @@ impl Splice {
         Self {
             asked,
             held,
+            kept: None,
+            is_retold: false,
             head: Vec::new(),
             prompt_ids: Vec::new(),
             ids: Vec::new(),
@@ -365,9 +372,18 @@ impl Splice {
             let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
             self.text(&raw[text], ids);
         }
-        if self.untold.is_none() && !self.held.grow(self.prompt_ids.len() + self.ids.len()) {
+        if self.kept.is_some() && (facts.tools || facts.reasoning) {
+            // There were tokens whose text is not in the content.
+            self.forget("no_token_ids");
+        }
+        if self.untold.is_none() && !self.held.grow(self.bytes()) {
             self.forget("memory");
         }
+    }
+
+    fn bytes(&self) -> usize {
+        let kept = self.kept.as_ref().map_or(0, Kept::bytes);
+        self.prompt_ids.len() + self.ids.len() + kept
     }
 
     /// Takes in the text of an event, which brought so many ids, if it told any.
@@ -380,6 +396,12 @@ impl Splice {
             self.parsed = Parsed::Plain;
         }
         if self.untold.is_some() {
+            return;
+        }
+        if let (Some(kept), None) = (&mut self.kept, ids) {
+            kept.take_in(quoted);
+            // As good a guess as any.
+            self.tokens += 1;
             return;
         }
         if ids.is_none() || self.prompt_ids.is_empty() {
@@ -402,10 +424,34 @@ impl Splice {
     /// Gives up what is held: the stream can only begin anew.
     pub(super) fn forget(&mut self, why: &'static str) {
         self.untold = Some(why);
+        self.kept = None;
         self.ids = Vec::new();
         self.prompt_ids = Vec::new();
         self.marks.clear();
         self.held.clear();
+    }
+
+    /// Its engine tells no ids: its text is kept instead, if engines hold none of it back.
+    pub(super) fn keep_text(&mut self, kept: Kept) {
+        self.kept = Some(kept).filter(|_| self.asked.margin == 0);
+    }
+
+    /// Takes in the ids of prompt and text, as if the engine had told them.
+    pub(super) fn retell(&mut self, told: &Told) {
+        self.kept = None;
+        self.is_retold = true;
+        self.prompt_ids = told::list(&told.prompt);
+        self.prompt_ids.pop();
+        self.ids = told::list(&told.ids);
+        self.tokens = told.ids.len();
+        self.marks = VecDeque::from([Mark {
+            ids: self.ids.len(),
+            tokens: self.tokens,
+            told: self.told,
+        }]);
+        if !self.held.grow(self.bytes()) {
+            self.forget("memory");
+        }
     }
 
     fn may_cut(&self, mark: &Mark) -> bool {

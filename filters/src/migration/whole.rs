@@ -94,6 +94,15 @@ enum Broken {
     Late(Error),
 }
 
+/// What comes next of an answer.
+enum Next {
+    Piece(Frame<Bytes>),
+    Broke(BodyError),
+    End,
+    /// Nothing, so far: it is time to look whether anything still comes.
+    Look,
+}
+
 /// What an engine has sent of its answer.
 struct Answer {
     parts: Parts,
@@ -140,29 +149,28 @@ impl Answer {
             return Ok(());
         }
         loop {
-            match poll_fn(|cx| self.poll_piece(limits, cx)).await {
-                Some(Some(Ok(frame))) => {
+            match poll_fn(|cx| self.poll_next(limits, cx)).await {
+                Next::Piece(frame) => {
                     if self.keep(frame, limits) {
                         return Ok(());
                     }
                 }
-                Some(Some(Err(error))) => return Err(Broken::Lost(Cause::Broke(error))),
-                Some(None) if self.is_cut() => return Err(Broken::Lost(Cause::Truncated)),
-                Some(None) => return Ok(()),
-                None => self.judge(call, limits)?,
+                Next::Broke(error) => return Err(Broken::Lost(Cause::Broke(error))),
+                Next::End if self.is_cut() => return Err(Broken::Lost(Cause::Truncated)),
+                Next::End => return Ok(()),
+                Next::Look => self.judge(call, limits)?,
             }
         }
     }
 
-    /// The next piece, or the end; `None` when it is time to look whether it still comes.
-    fn poll_piece(
-        &mut self,
-        limits: &Limits,
-        cx: &mut task::Context<'_>,
-    ) -> Poll<Option<Option<Result<Frame<Bytes>, BodyError>>>> {
+    fn poll_next(&mut self, limits: &Limits, cx: &mut task::Context<'_>) -> Poll<Next> {
         if let Poll::Ready(frame) = Pin::new(&mut self.leg.body).poll_frame(cx) {
             self.last = Instant::now();
-            return Poll::Ready(Some(frame));
+            return Poll::Ready(match frame {
+                Some(Ok(frame)) => Next::Piece(frame),
+                Some(Err(error)) => Next::Broke(error),
+                None => Next::End,
+            });
         }
         let look = Some(self.last.max(self.looked) + limits.stall);
         let gap = limits.gap.map(|gap| self.last + gap);
@@ -178,7 +186,7 @@ impl Answer {
                 return Poll::Pending;
             }
             if at <= tokio::time::Instant::now() {
-                return Poll::Ready(None);
+                return Poll::Ready(Next::Look);
             }
             timer.as_mut().reset(at);
         }

@@ -521,6 +521,7 @@ pub fn told(headers: &HeaderMap) -> crate::filter::PromptFacts {
     crate::filter::PromptFacts {
         tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0),
         blocks: blocks.into(),
+        ids: None,
     }
 }
 
