@@ -7,6 +7,7 @@
 
 mod body;
 mod budget;
+mod cause;
 mod event;
 mod leg;
 mod recipe;
@@ -47,7 +48,7 @@ const SUSPECT_DEATHS: u32 = 2;
 /// one that is longer than events may be would reach the client as it is. No token is shorter than a byte.
 const ASK_BODY_BYTES_MAX: usize = sse::EVENT_BYTES_MAX / 8;
 /// Ends a request's object instead of its last brace. Of a key that comes twice engines take the last.
-const ASK_IDS: &[u8] = b",\"return_token_ids\":true}";
+const ASK_IDS: &str = ",\"return_token_ids\":true}";
 
 /// Configuration of the filter.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -69,6 +70,8 @@ pub struct Config {
     pub whole_bytes_max: usize,
     /// Streams with a seed or with penalties go on where only their distribution stays the same. Default off.
     pub same_distribution: bool,
+    /// Streams of vLLM get a seed where no client gave one, so that what is drawn can be drawn again. Default off.
+    pub seeds: bool,
 }
 
 impl Default for Config {
@@ -82,6 +85,7 @@ impl Default for Config {
             held_bytes_max: 256 << 20,
             whole_bytes_max: 8 << 20,
             same_distribution: false,
+            seeds: false,
         }
     }
 }
@@ -146,11 +150,15 @@ impl HttpFilter for Migration {
                 && !openai.return_token_ids
                 && bytes <= ASK_BODY_BYTES_MAX
                 && policy.tells_ids(&openai, &cluster);
-            if told {
-                ask_for_ids(&mut request);
-            }
-            let keeps_text =
-                openai.stream && !told && policy.may_tell(&openai, &cluster, request.headers());
+            let help = if told {
+                let seed = policy.seed(&openai, &cluster);
+                ask_for_ids(&mut request, seed);
+                Help::Asked(seed.is_some())
+            } else if openai.stream && policy.may_tell(&openai, &cluster, request.headers()) {
+                Help::Text
+            } else {
+                Help::None
+            };
             context.deaths_max = SUSPECT_DEATHS;
             let call = Call::new(policy.clone(), next.keep(), &request, context);
             // Streams count as long as they run, whole answers until they are whole.
@@ -163,11 +171,21 @@ impl HttpFilter for Migration {
             let below = std::mem::replace(&mut context.observers, above);
             let response = answer?;
             if is_stream(&response) {
-                return Ok(follow(response, call, openai, context, below, keeps_text));
+                return Ok(follow(response, call, openai, context, below, help));
             }
             whole::hold(response, &call, &openai, context, below).await
         })
     }
+}
+
+/// What is done so that a stream can go on elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Help {
+    None,
+    /// Its engine is asked for ids, and may be given a seed.
+    Asked(bool),
+    /// Its text is kept.
+    Text,
 }
 
 /// Requests whose answer has a known form, and that can be sent again.
@@ -198,6 +216,13 @@ impl Policy {
         })
     }
 
+    /// The seed of a stream that has none, where that is wanted, and engines keep to it.
+    fn seed(&self, openai: &OpenAiRequest, cluster: &str) -> Option<u32> {
+        let wanted = self.config.seeds && !openai.has_seed && openai.n == 1;
+        let keeps = |kind| kind == EngineKind::Vllm;
+        (wanted && self.all_are(openai, cluster, keeps)).then(|| rand::random::<u32>() >> 1)
+    }
+
     /// Whether every engine that may get the request is of a kind that suits; false if there is none.
     fn all_are(
         &self,
@@ -219,8 +244,8 @@ impl Policy {
     }
 }
 
-/// Adds a field to the body, which stays where it is.
-fn ask_for_ids(request: &mut Request<RequestBody>) {
+/// Adds fields to the body, which stays where it is.
+fn ask_for_ids(request: &mut Request<RequestBody>, seed: Option<u32>) {
     let Some(whole) = request.body().whole() else {
         return;
     };
@@ -231,8 +256,12 @@ fn ask_for_ids(request: &mut Request<RequestBody>) {
         // No object: the engine says so.
         return;
     }
-    let body = RequestBody::joined(whole.slice(..brace), Bytes::from_static(ASK_IDS));
-    let length = HeaderValue::from(brace + ASK_IDS.len());
+    let end = match seed {
+        None => Bytes::from_static(ASK_IDS.as_bytes()),
+        Some(seed) => format!(",\"seed\":{seed}{ASK_IDS}").into(),
+    };
+    let length = HeaderValue::from(brace + end.len());
+    let body = RequestBody::joined(whole.slice(..brace), end);
     *request.body_mut() = body;
     if let Some(told) = request.headers_mut().get_mut(header::CONTENT_LENGTH) {
         *told = length;
@@ -283,7 +312,7 @@ fn follow(
     openai: Arc<OpenAiRequest>,
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
-    keeps_text: bool,
+    help: Help,
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
@@ -294,8 +323,10 @@ fn follow(
         .push(Box::new(body::Reporter(report.clone())));
     context.watches_gaps = true;
     let mut body = Migrating::new(call, openai, leg, report, context.deaths);
-    if keeps_text {
-        body.keep_text(context.prompt.ids.take());
+    match help {
+        Help::Text => body.keep_text(context.prompt.ids.take()),
+        Help::Asked(seeded) => body.has_our_seed = seeded,
+        Help::None => {}
     }
     context.prompt.ids = None;
     Response::from_parts(parts, body.boxed_unsync())

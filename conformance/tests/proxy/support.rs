@@ -7,6 +7,9 @@ use std::collections::BTreeSet;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Story {
     pub(crate) text: String,
+    /// Names and arguments of its tool calls, one behind the other.
+    pub(crate) calls: String,
+    call_ids: usize,
     /// Why it ended.
     pub(crate) finish: String,
     stop: Value,
@@ -31,7 +34,7 @@ impl PartialEq for Story {
     fn eq(&self, other: &Self) -> bool {
         let facts = |story: &Self| {
             (
-                story.text.clone(),
+                (story.text.clone(), story.calls.clone(), story.call_ids),
                 story.finish.clone(),
                 story.stop.clone(),
                 story.token_ids.clone(),
@@ -83,6 +86,12 @@ impl Story {
         self.prompts += usize::from(choice["prompt_token_ids"].is_array());
         let text = delta["content"].as_str().or(choice["text"].as_str());
         self.text += text.unwrap_or_default();
+        for call in delta["tool_calls"].as_array().into_iter().flatten() {
+            self.call_ids += usize::from(call["id"].is_string());
+            for name in ["name", "arguments"] {
+                self.calls += call["function"][name].as_str().unwrap_or_default();
+            }
+        }
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.finish = reason.to_owned();
             self.finishes += 1;

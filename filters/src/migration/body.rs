@@ -2,10 +2,11 @@
 
 use super::{
     budget::{Counted, Held},
+    cause::Cause,
     leg::Leg,
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
-    splice::{Cause, Splice},
+    splice::Splice,
     told::{Kept, Told, tell},
 };
 use crate::{
@@ -93,6 +94,8 @@ pub(super) struct Migrating {
     timer: Option<Pin<Box<Sleep>>>,
     /// How much text the engine holds back for stop strings.
     lag_is_known: bool,
+    /// What is drawn for it can be drawn again, though its client gave no seed.
+    pub(super) has_our_seed: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
     /// Why it did not, when that was last counted.
@@ -126,6 +129,7 @@ impl Migrating {
             last: now,
             timer: None,
             lag_is_known: true,
+            has_our_seed: false,
             stays: false,
             refused: None,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
@@ -272,7 +276,7 @@ impl Migrating {
         }
         trouble.attempts += u32::from(trouble.calls > 0);
         let died = matches!(cause, Cause::Broke(_) | Cause::Error(_) | Cause::Truncated);
-        trouble.deaths += u32::from(died);
+        trouble.deaths += u32::from(died && !splice.has_progressed());
     }
 
     fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {
@@ -300,17 +304,14 @@ impl Migrating {
                 .next()
                 .unwrap_or(0)
         });
-        // How much the others hold back is not known.
-        if self.splice.began && !self.lag_is_known {
-            return Err("stop");
-        }
-        let same_distribution = self.call.policy.config.same_distribution;
-        recipe(
-            &self.openai,
-            &self.splice,
-            same_distribution,
+        let rules = recipe::Rules {
+            same_distribution: self.call.policy.config.same_distribution,
             context_tokens,
-        )
+            lag_is_known: self.lag_is_known,
+            may_compare: !matches!(cause, Cause::Leaving),
+            has_our_seed: self.has_our_seed,
+        };
+        recipe(&self.openai, &self.splice, &rules)
     }
 
     /// Once, however often it is looked at for the same reason.
@@ -320,7 +321,7 @@ impl Migrating {
         if before == now && matches!(cause, Cause::Leaving) {
             return;
         }
-        count_refusal(cause, reason);
+        cause.count_refusal(reason);
     }
 
     fn end(&mut self, end: End) {
@@ -359,7 +360,7 @@ impl Migrating {
             ),
         };
         self.end(End::UpstreamBroke);
-        let tokens = self.splice.tokens;
+        let tokens = self.splice.tokens.max(self.tokens_before);
         Some(Err(BodyError::new(
             flag,
             format_args!(
@@ -375,12 +376,12 @@ impl Migrating {
         let leg = match moved.leg {
             Ok(leg) => leg,
             Err(reason) => {
-                count(&cause, "failed");
+                cause.count("failed");
                 return self.refuse(cause, reason);
             }
         };
         let way = moved.recipe.way;
-        count(&cause, way.as_str());
+        cause.count(way.as_str());
         metrics::histogram!("outrigger_migration_seconds")
             .record(self.trouble.since.elapsed().as_secs_f64());
         self.splice.go_on(&moved.recipe.cut, way);
@@ -529,18 +530,6 @@ fn condition(endpoint: &Endpoint) -> Condition {
     } else {
         Condition::Well
     }
-}
-
-/// It should have gone on elsewhere, and could not.
-pub(super) fn count_refusal(cause: &Cause, reason: &'static str) {
-    metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
-        .increment(1);
-}
-
-/// It went on elsewhere, or was to.
-pub(super) fn count(cause: &Cause, outcome: &'static str) {
-    metrics::counter!("outrigger_migrations_total", "cause" => cause.as_str(), "outcome" => outcome)
-        .increment(1);
 }
 
 impl Body for Migrating {

@@ -89,6 +89,19 @@ fn longest_stop(raw: &str) -> usize {
     }
 }
 
+/// What is known beside the request.
+pub(super) struct Rules {
+    pub(super) same_distribution: bool,
+    /// Of the model's context; 0 if unknown.
+    pub(super) context_tokens: u64,
+    /// How much text the engine holds back for stop strings is known.
+    pub(super) lag_is_known: bool,
+    /// It may begin anew, and be compared. A stream that still runs is not risked so.
+    pub(super) may_compare: bool,
+    /// It was given a seed that its client did not.
+    pub(super) has_our_seed: bool,
+}
+
 /// How a stream goes on.
 ///
 /// # Errors
@@ -96,26 +109,39 @@ fn longest_stop(raw: &str) -> usize {
 pub(super) fn recipe(
     openai: &Arc<OpenAiRequest>,
     splice: &Splice,
-    same_distribution: bool,
-    context_tokens: u64,
+    rules: &Rules,
 ) -> Result<Recipe, &'static str> {
     let cut = splice.cut();
-    let restart = Recipe {
+    let restart = |cut| Recipe {
         way: Way::Restart,
         cut,
         body: None,
         openai: openai.clone(),
     };
     if !splice.began {
-        return Ok(restart);
+        return Ok(restart(cut));
     }
     let body = openai.body.as_ref().ok_or("no_body")?;
     let fields: Map<String, Value> = serde_json::from_slice(body).map_err(|_| "no_body")?;
-    judge(openai, &fields, splice)?;
-    judge_sampling(&fields, splice, &cut, same_distribution)?;
-    if cut.tokens == 0 {
-        return Ok(restart);
+    judge_whole(openai, &fields)?;
+    let here = judge_cut(&fields, splice, rules)
+        .and_then(|()| judge_sampling(&fields, rules.same_distribution));
+    let ids = has_ids(splice);
+    if here.is_ok() {
+        ids?;
     }
+    if let Err(reason) = here.and_then(|()| judge_again(&fields, splice, &cut)) {
+        // What is generated again is compared, token by token.
+        let determined = rules.has_our_seed || is_determined(&fields);
+        let again = rules.may_compare && determined && ids.is_ok() && !splice.is_retold;
+        return again
+            .then(|| restart(splice.from_the_beginning()))
+            .ok_or(reason);
+    }
+    if cut.tokens == 0 {
+        return Ok(restart(cut));
+    }
+    let context_tokens = rules.context_tokens;
     let may_call = is_set(&fields, "tools") && fields.get("tool_choice") != Some(&json!("none"));
     let entrance = splice.asked.chat && (may_call || is_set(&fields, "logprobs"));
     if splice.is_retold {
@@ -160,12 +186,8 @@ fn check_retold(
     }
 }
 
-/// Requests whose continuation no engine can make.
-fn judge(
-    openai: &OpenAiRequest,
-    fields: &Map<String, Value>,
-    splice: &Splice,
-) -> Result<(), &'static str> {
+/// Requests whose continuation no engine can make, nor prove that it is the same from the beginning.
+fn judge_whole(openai: &OpenAiRequest, fields: &Map<String, Value>) -> Result<(), &'static str> {
     let above_one = |name: &str| fields.get(name).and_then(Value::as_u64).unwrap_or(1) > 1;
     if openai.n > 1 || above_one("best_of") {
         return Err("n");
@@ -175,6 +197,34 @@ fn judge(
         Prompt::Media => return Err("media"),
         _ => {}
     }
+    for (name, reason) in [
+        ("use_beam_search", "beam_search"),
+        ("echo", "echo"),
+        ("suffix", "suffix"),
+        ("prompt_logprobs", "prompt_logprobs"),
+    ] {
+        if is_set(fields, name) {
+            return Err(reason);
+        }
+    }
+    Ok(())
+}
+
+/// Whether all tokens are known.
+fn has_ids(splice: &Splice) -> Result<(), &'static str> {
+    match splice.untold {
+        Some(reason) => Err(reason),
+        None if splice.prompt_ids.is_empty() || splice.tokens == 0 => Err("no_token_ids"),
+        None => Ok(()),
+    }
+}
+
+/// Engines whose state at the cut nobody knows, or can give to another.
+fn judge_cut(
+    fields: &Map<String, Value>,
+    splice: &Splice,
+    rules: &Rules,
+) -> Result<(), &'static str> {
     if is_guided(fields) {
         return Err("guided");
     }
@@ -184,10 +234,6 @@ fn judge(
         Parsed::Plain => {}
     }
     for (name, reason) in [
-        ("use_beam_search", "beam_search"),
-        ("echo", "echo"),
-        ("suffix", "suffix"),
-        ("prompt_logprobs", "prompt_logprobs"),
         ("logits_processors", "logit_state"),
         ("vllm_xargs", "logit_state"),
         ("custom_logit_processor", "logit_state"),
@@ -201,38 +247,47 @@ fn judge(
             return Err(reason);
         }
     }
-    if let Some(reason) = splice.untold {
-        return Err(reason);
-    }
-    if splice.prompt_ids.is_empty() || splice.tokens == 0 {
-        return Err("no_token_ids");
-    }
-    Ok(())
+    rules.lag_is_known.then_some(()).ok_or("stop")
+}
+
+/// Whether another engine generates the same from the beginning: the likeliest tokens, or those that a seed draws.
+fn is_determined(fields: &Map<String, Value>) -> bool {
+    is_greedy(fields) || is_set(fields, "seed")
+}
+
+fn is_greedy(fields: &Map<String, Value>) -> bool {
+    fields.get("temperature").and_then(Value::as_f64) == Some(0.0)
 }
 
 /// Sampling whose state is lost with its engine.
 fn judge_sampling(
     fields: &Map<String, Value>,
-    splice: &Splice,
-    cut: &Cut,
     same_distribution: bool,
 ) -> Result<(), &'static str> {
-    let number = |name: &str| fields.get(name).and_then(Value::as_f64);
-    let greedy = number("temperature") == Some(0.0);
-    if !greedy && is_set(fields, "seed") && !same_distribution {
+    if !is_greedy(fields) && is_set(fields, "seed") && !same_distribution {
         return Err("seed");
     }
     // Repetition penalties count the prompt, too, and lose nothing.
+    let number = |name: &str| fields.get(name).and_then(Value::as_f64);
     let penalty = |name: &str| number(name).is_some_and(|penalty| penalty != 0.0);
     if (penalty("presence_penalty") || penalty("frequency_penalty")) && !same_distribution {
         return Err("penalties");
     }
-    // What is drawn again will be another text.
-    let shown = splice.asked.ids || is_set(fields, "logprobs");
-    if !greedy && (cut.again_chars > 0 || shown && cut.again_tokens > 0) {
-        return Err("held_text");
-    }
     Ok(())
+}
+
+/// What is drawn again will be another text.
+fn judge_again(
+    fields: &Map<String, Value>,
+    splice: &Splice,
+    cut: &Cut,
+) -> Result<(), &'static str> {
+    let shown = splice.asked.ids || is_set(fields, "logprobs");
+    let seen = cut.again_chars > 0 || shown && cut.again_tokens > 0;
+    match seen && !is_greedy(fields) {
+        true => Err("held_text"),
+        false => Ok(()),
+    }
 }
 
 fn is_set(fields: &Map<String, Value>, name: &str) -> bool {

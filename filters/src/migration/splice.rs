@@ -8,50 +8,14 @@
 
 use super::{
     budget::Held,
+    cause::Cause,
     event::{Facts, characters, list_length},
     rewrite::{self, Skip},
     told::{self, Kept, Told},
 };
-use crate::{body::BodyError, sse::Event};
+use crate::sse::Event;
 use bytes::{Bytes, BytesMut};
 use std::{collections::VecDeque, ops::Range};
-
-/// Why a stream cannot go on where it is.
-#[derive(Debug, Clone)]
-pub(super) enum Cause {
-    /// The connection broke.
-    Broke(BodyError),
-    /// The engine said that it failed; these are its words.
-    Error(Bytes),
-    /// It ended the stream as if it were whole.
-    Truncated,
-    /// It aborted the request; this is how it says so.
-    Aborted(Bytes),
-    /// Nothing came for too long.
-    Stall,
-    /// The engine drains, or was ejected.
-    Leaving,
-    /// The engine does not take tokens where they were given.
-    Unproven,
-    /// What was generated again is not what was delivered.
-    Diverged,
-}
-
-impl Cause {
-    /// As in metrics.
-    pub(super) fn as_str(&self) -> &'static str {
-        match self {
-            Self::Broke(_) => "broke",
-            Self::Error(_) => "error_event",
-            Self::Truncated => "truncated",
-            Self::Aborted(_) => "aborted",
-            Self::Stall => "stall",
-            Self::Leaving => "leaving",
-            Self::Unproven => "unproven",
-            Self::Diverged => "diverged",
-        }
-    }
-}
 
 /// What a client asked of its stream, as far as it matters here.
 #[derive(Debug, Clone, Default)]
@@ -93,7 +57,7 @@ struct Mark {
 }
 
 /// Where a stream will be cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Cut {
     mark: Mark,
     /// Tokens that are kept.
@@ -285,6 +249,15 @@ impl Splice {
         }
         let skip = self.skip(raw, facts)?;
         self.book(raw, facts);
+        if skip.tokens > 0 && (facts.tools || facts.reasoning) {
+            // A parser made it of tokens that were told: all of it, or nobody knows what.
+            let ids = facts.ids.clone().map_or(0, |ids| list_length(&raw[ids]));
+            return if skip.tokens == ids {
+                Ok(())
+            } else {
+                Err(Cause::Diverged)
+            };
+        }
         let usage = facts.usage && self.piece.before > 0;
         if self.piece.same_form && skip.is_nothing() && !usage {
             if !self.is_silent(facts) {
@@ -396,6 +369,8 @@ impl Splice {
             self.parsed = Parsed::Plain;
         }
         if self.untold.is_some() {
+            // Nothing is made of it but the last words of a stream that cannot go on.
+            self.tokens += ids.unwrap_or(1);
             return;
         }
         if let (Some(kept), None) = (&mut self.kept, ids) {
@@ -405,6 +380,7 @@ impl Splice {
             return;
         }
         if ids.is_none() || self.prompt_ids.is_empty() {
+            self.tokens += usize::from(ids.is_none());
             self.forget("no_token_ids");
             return;
         }
@@ -470,6 +446,20 @@ impl Splice {
         }
     }
 
+    /// Nothing is kept: all is generated again, and left out as far as it was delivered.
+    pub(super) fn from_the_beginning(&self) -> Cut {
+        Cut {
+            again_tokens: self.tokens,
+            again_chars: self.delivered,
+            ..Cut::default()
+        }
+    }
+
+    /// Whether the engine that runs now has told a token.
+    pub(super) fn has_progressed(&self) -> bool {
+        self.tokens > self.piece.before
+    }
+
     /// Prompt and kept tokens as the inside of a list.
     pub(super) fn sequence(&self, cut: &Cut) -> Vec<u8> {
         let mut all = self.prompt_ids.clone();
@@ -495,7 +485,10 @@ impl Splice {
             offset: text_before,
             again,
             again_tokens: cut.again_tokens,
-            bound: self.asked.ids || self.logprobs || cut.again_chars > 0,
+            bound: self.asked.ids
+                || self.logprobs
+                || cut.again_chars > 0
+                || way == Way::Restart && self.began,
             openings: self.openings,
             unproven: way == Way::Entrance,
         };

@@ -5,12 +5,11 @@
 
 use super::{
     SUSPECT_DEATHS,
-    body::{count, count_refusal},
     budget::Held,
+    cause::Cause,
     leg::Leg,
     poisonous,
     resume::{Call, PAUSE, Trouble, ask, blames_request},
-    splice::Cause,
 };
 use crate::{
     body::{BodyError, ResponseBody, is_over},
@@ -293,13 +292,13 @@ async fn anew(
         let mut found = match find(call, &mut trouble).await {
             Ok(found) => found,
             Err(refusal) => {
-                count(&cause, "failed");
-                count_refusal(&cause, refusal.reason);
+                cause.count("failed");
+                cause.count_refusal(refusal.reason);
                 return refuse(refusal, &cause, trouble.deaths, context, moves);
             }
         };
         moves += 1;
-        count(&cause, "restart");
+        cause.count("restart");
         metrics::histogram!("outrigger_migration_seconds")
             .record(trouble.since.elapsed().as_secs_f64());
         let below = std::mem::take(&mut found.context.observers);
