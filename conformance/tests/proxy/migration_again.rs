@@ -13,10 +13,12 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 
-fn engines() -> Vec<SimEngine> {
+fn engines(reasoning_tokens: usize, takes_tokens: bool) -> Vec<SimEngine> {
     let start = |_| {
         let config = Config {
             decode_itl_ms: 1.0,
+            reasoning_tokens,
+            chat_token_prompts: takes_tokens,
             ..Config::default()
         };
         SimEngine::start(config).unwrap()
@@ -69,7 +71,7 @@ fn object() -> Value {
 
 #[tokio::test]
 async fn calls_json_seeds_and_penalties_are_told_once_and_whole() {
-    let engines = engines();
+    let engines = engines(0, true);
     let proxy = proxy(&engines, json!({})).await;
     let tools = json!([{"type": "function", "function": {"name": "f", "parameters": object()}}]);
     let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": object()}});
@@ -104,7 +106,7 @@ async fn calls_json_seeds_and_penalties_are_told_once_and_whole() {
 
 #[tokio::test]
 async fn an_engine_that_generates_another_text_is_found_out() {
-    let engines = engines();
+    let engines = engines(0, true);
     let proxy = proxy(&engines, json!({})).await;
     let more = json!({"presence_penalty": 0.5});
     arm(&engines, FaultKind::Reset, 20);
@@ -116,4 +118,53 @@ async fn an_engine_that_generates_another_text_is_found_out() {
         .map(|error| error["message"].as_str().unwrap().to_owned());
     let told = error.unwrap();
     assert!(told.contains("another text"), "{told}");
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_within_its_reasoning_and_behind_it() {
+    let engines = engines(40, true);
+    let proxy = proxy(&engines, json!({})).await;
+    for more in [
+        json!({"temperature": 0}),
+        json!({"temperature": 0, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+        json!({"temperature": 1, "seed": 5, "return_token_ids": true}),
+    ] {
+        let whole = ask(&proxy, &more).await;
+        assert_eq!(whole.problem(), None);
+        assert!(
+            !whole.reasoning.is_empty() && !whole.text.is_empty(),
+            "{whole:?}"
+        );
+        for cut in [3, 25, 38, 39, 40, 41, 42, 60] {
+            arm(&engines, FaultKind::Reset, cut);
+            let got = ask(&proxy, &more).await;
+            disarm(&engines).await;
+            assert_eq!((got.problem(), &got), (None, &whole), "{cut}: {more}");
+        }
+    }
+    // Drawn by chance it is another text, told as the same: reasoning, and then content.
+    for cut in [3, 25, 60] {
+        arm(&engines, FaultKind::Reset, cut);
+        let got = ask(&proxy, &json!({"temperature": 1, "ignore_eos": true})).await;
+        disarm(&engines).await;
+        assert_eq!(got.problem(), None, "{cut}");
+        let usage = got.usage["completion_tokens"].as_u64();
+        assert_eq!((usage, got.finish.as_str()), (Some(90), "length"));
+        assert!(!got.reasoning.is_empty() && !got.text.is_empty(), "{got:?}");
+    }
+    let entrance = proxy
+        .metric("outrigger_migrations_total", "outcome=\"entrance\"")
+        .await;
+    assert!(entrance >= 2.0, "{entrance}");
+}
+
+#[tokio::test]
+async fn an_engine_whose_parser_does_not_know_that_it_reasons_is_found_out() {
+    let engines = engines(40, false);
+    let proxy = proxy(&engines, json!({})).await;
+    arm(&engines, FaultKind::Reset, 20);
+    let got = ask(&proxy, &json!({"temperature": 1})).await;
+    let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
+    assert!(told.ends_with("elsewhere: entrance"), "{told}");
+    assert!(got.text.is_empty(), "{}", got.text);
 }

@@ -41,39 +41,34 @@ fn mix() -> Vec<(usize, &'static str, Value)> {
         with(json!({"response_format": format}), &more)
     };
     let (greedy, drawn) = (json!({"temperature": 0}), json!({"temperature": 0.7}));
+    let reasons = |more: Value| with(json!({"tools": tools(), "reasons": true}), &more);
     vec![
-        (24, "a tool call under way, greedy", call(greedy.clone())),
-        (8, "a tool call under way, drawn", call(drawn.clone())),
-        (
-            14,
-            "tools offered, content sent, greedy",
-            offered(greedy.clone()),
-        ),
-        (
-            12,
-            "tools offered, content sent, drawn",
-            offered(drawn.clone()),
-        ),
-        (6, "plain chat, greedy", greedy.clone()),
-        (8, "plain chat, drawn", drawn.clone()),
-        (6, "a JSON schema, greedy", schema(greedy.clone())),
+        (20, "a tool call, greedy", call(greedy.clone())),
+        (7, "a tool call, drawn", call(drawn.clone())),
+        (12, "tools, content sent, greedy", offered(greedy.clone())),
+        (10, "tools, content sent, drawn", offered(drawn.clone())),
+        (4, "tools, reasoning, greedy", reasons(greedy.clone())),
+        (8, "tools, reasoning, drawn", reasons(drawn.clone())),
+        (5, "plain, greedy", greedy.clone()),
+        (7, "plain, drawn", drawn.clone()),
+        (6, "a JSON schema, greedy", schema(greedy)),
         (2, "a JSON schema, drawn", schema(drawn.clone())),
         (
             3,
-            "logprobs",
-            json!({"temperature": 0.7, "logprobs": true, "top_logprobs": 2}),
+            "logprobs, drawn",
+            with(json!({"logprobs": true, "top_logprobs": 2}), &drawn),
         ),
-        (3, "a seed", json!({"temperature": 0.7, "seed": 7})),
+        (3, "a seed", with(json!({"seed": 7}), &drawn)),
         (
             1,
             "a presence penalty, drawn",
-            json!({"temperature": 0.7, "presence_penalty": 0.5}),
+            with(json!({"presence_penalty": 0.5}), &drawn),
         ),
-        (1, "two choices", json!({"temperature": 0.7, "n": 2})),
+        (1, "two choices, drawn", with(json!({"n": 2}), &drawn)),
         (
-            12,
-            "no stream, of any of these",
-            call(json!({"temperature": 0.7, "stream": false})),
+            11,
+            "no stream, a call, drawn",
+            call(with(json!({"stream": false}), &drawn)),
         ),
     ]
 }
@@ -94,7 +89,11 @@ fn refusal(got: &Story) -> Option<String> {
     let told = error["message"].as_str().unwrap();
     let reason = told.split_once("could not go on elsewhere: ");
     // An engine's own error event is passed on as it is.
-    Some(reason.map_or("its own error", |(_, reason)| reason).to_owned())
+    Some(
+        reason
+            .map_or("its own error", |(_, reason)| reason)
+            .to_owned(),
+    )
 }
 
 async fn disarm(engines: &[SimEngine]) {
@@ -135,45 +134,52 @@ async fn ask(proxy: &TestProxy, more: &Value) -> (usize, Option<String>) {
     )
 }
 
-/// Cuts every request of the mix somewhere; gives the refused ones by reason, and how many were asked.
-async fn run(fields: Value, seed: u64) -> (BTreeMap<String, usize>, usize) {
+/// Engines, some of which have a reasoning parser, and a proxy.
+async fn fleet(fields: &Value, reasoning_tokens: usize) -> (Vec<SimEngine>, TestProxy) {
     let start = |_| {
         let config = Config {
             decode_itl_ms: 0.5,
+            reasoning_tokens,
             ..Config::default()
         };
         SimEngine::start(config).unwrap()
     };
     let engines: Vec<_> = (0..3).map(start).collect();
-    let builder = ProxyBuilder::new().edit(migration(fields));
+    let builder = ProxyBuilder::new().edit(migration(fields.clone()));
     let add = |builder: ProxyBuilder, engine: &SimEngine| builder.engine(engine.http_addr);
     let proxy = engines.iter().fold(builder, add).start();
     proxy.wait_alive(3).await;
+    (engines, proxy)
+}
+
+/// Cuts every request of the mix somewhere; gives the refused ones by reason, and how many were asked.
+async fn run(fields: &Value, seed: u64) -> (BTreeMap<String, usize>, usize) {
+    let fleets = [fleet(fields, 0).await, fleet(fields, 30).await];
     let mut random = StdRng::seed_from_u64(seed);
     let mut refused = BTreeMap::new();
     let mut asked = 0;
-    for (count, kind, more) in mix() {
-        let more = with(json!({"stream_options": {"include_usage": true}}), &more);
-        let more = match more["stream"] == false {
-            true => with(more, &json!({"stream_options": null})),
-            false => more,
-        };
-        let (tokens, none) = ask(&proxy, &more).await;
+    for (count, kind, mut more) in mix() {
+        let reasons = more.as_object_mut().unwrap().remove("reasons").is_some();
+        let (engines, proxy) = &fleets[usize::from(reasons)];
+        let is_whole = more["stream"] == false;
+        if !is_whole {
+            more["stream_options"] = json!({"include_usage": true});
+        }
+        let (tokens, none) = ask(proxy, &more).await;
         assert_eq!(none, None, "{kind}: undisturbed");
         for _ in 0..count * ROUNDS {
             asked += 1;
             let cut = random.random_range(1..tokens.max(2) as u64);
             let how = BREAKS[random.random_range(0..BREAKS.len())];
             // Nothing is left of an answer in one piece that every engine broke: one of them is well.
-            let well = usize::from(more["stream"] == false);
-            for engine in &engines[well..] {
+            for engine in &engines[usize::from(is_whole)..] {
                 engine.fault(Fault {
                     after_tokens: cut,
                     ..Fault::new(how)
                 });
             }
-            let (_, reason) = ask(&proxy, &more).await;
-            disarm(&engines).await;
+            let (_, reason) = ask(proxy, &more).await;
+            disarm(engines).await;
             if let Some(reason) = reason {
                 *refused.entry(format!("{reason} ({kind})")).or_default() += 1;
             }
@@ -186,7 +192,7 @@ async fn run(fields: Value, seed: u64) -> (BTreeMap<String, usize>, usize) {
 async fn refusals_are_few_of_a_mix_of_agents_traffic() {
     let seed = 20_261_127;
     for (fields, most) in [(json!({"seeds": true}), 5), (json!({}), 12)] {
-        let (refused, asked) = run(fields.clone(), seed).await;
+        let (refused, asked) = run(&fields, seed).await;
         let all: usize = refused.values().sum();
         println!("random seed {seed}, {fields}: {all} of {asked} refused: {refused:?}");
         assert!(asked == 100 * ROUNDS, "{asked}");

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Story {
     pub(crate) text: String,
+    pub(crate) reasoning: String,
     /// Names and arguments of its tool calls, one behind the other.
     pub(crate) calls: String,
     call_ids: usize,
@@ -34,7 +35,8 @@ impl PartialEq for Story {
     fn eq(&self, other: &Self) -> bool {
         let facts = |story: &Self| {
             (
-                (story.text.clone(), story.calls.clone(), story.call_ids),
+                (story.text.clone(), story.reasoning.clone()),
+                (story.calls.clone(), story.call_ids),
                 story.finish.clone(),
                 story.stop.clone(),
                 story.token_ids.clone(),
@@ -86,6 +88,7 @@ impl Story {
         self.prompts += usize::from(choice["prompt_token_ids"].is_array());
         let text = delta["content"].as_str().or(choice["text"].as_str());
         self.text += text.unwrap_or_default();
+        self.reasoning += delta["reasoning"].as_str().unwrap_or_default();
         for call in delta["tool_calls"].as_array().into_iter().flatten() {
             self.call_ids += usize::from(call["id"].is_string());
             for name in ["name", "arguments"] {

@@ -308,7 +308,7 @@ impl Migrating {
             same_distribution: self.call.policy.config.same_distribution,
             context_tokens,
             lag_is_known: self.lag_is_known,
-            may_compare: !matches!(cause, Cause::Leaving),
+            may_risk: !matches!(cause, Cause::Leaving),
             has_our_seed: self.has_our_seed,
         };
         recipe(&self.openai, &self.splice, &rules)

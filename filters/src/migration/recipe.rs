@@ -96,8 +96,8 @@ pub(super) struct Rules {
     pub(super) context_tokens: u64,
     /// How much text the engine holds back for stop strings is known.
     pub(super) lag_is_known: bool,
-    /// It may begin anew, and be compared. A stream that still runs is not risked so.
-    pub(super) may_compare: bool,
+    /// It may go on where only its next tokens show whether that was right. A stream that still runs is not risked so.
+    pub(super) may_risk: bool,
     /// It was given a seed that its client did not.
     pub(super) has_our_seed: bool,
 }
@@ -124,7 +124,8 @@ pub(super) fn recipe(
     let body = openai.body.as_ref().ok_or("no_body")?;
     let fields: Map<String, Value> = serde_json::from_slice(body).map_err(|_| "no_body")?;
     judge_whole(openai, &fields)?;
-    let here = judge_cut(&fields, splice, rules)
+    let determined = rules.has_our_seed || is_determined(&fields);
+    let here = judge_cut(&fields, splice, rules, determined)
         .and_then(|()| judge_sampling(&fields, rules.same_distribution));
     let ids = has_ids(splice);
     if here.is_ok() {
@@ -132,18 +133,19 @@ pub(super) fn recipe(
     }
     if let Err(reason) = here.and_then(|()| judge_again(&fields, splice, &cut)) {
         // What is generated again is compared, token by token.
-        let determined = rules.has_our_seed || is_determined(&fields);
-        let again = rules.may_compare && determined && ids.is_ok() && !splice.is_retold;
-        return again
-            .then(|| restart(splice.from_the_beginning()))
-            .ok_or(reason);
+        let again = rules.may_risk && determined && ids.is_ok() && !splice.is_retold;
+        return again.then(|| restart(splice.all_again())).ok_or(reason);
+    }
+    if cut.tokens == 0 && splice.parsed == Parsed::Reasoning {
+        return Err("reasoning");
     }
     if cut.tokens == 0 {
         return Ok(restart(cut));
     }
     let context_tokens = rules.context_tokens;
     let may_call = is_set(&fields, "tools") && fields.get("tool_choice") != Some(&json!("none"));
-    let entrance = splice.asked.chat && (may_call || is_set(&fields, "logprobs"));
+    let parsed = may_call || splice.parsed == Parsed::Reasoning;
+    let entrance = splice.asked.chat && (parsed || is_set(&fields, "logprobs"));
     if splice.is_retold {
         check_retold(&fields, entrance, context_tokens)?;
     }
@@ -224,14 +226,18 @@ fn judge_cut(
     fields: &Map<String, Value>,
     splice: &Splice,
     rules: &Rules,
+    determined: bool,
 ) -> Result<(), &'static str> {
     if is_guided(fields) {
         return Err("guided");
     }
     match splice.parsed {
         Parsed::Tools => return Err("tool_calls"),
-        Parsed::Reasoning => return Err("reasoning"),
-        Parsed::Plain => {}
+        // What is compared needs no proof of its parser.
+        Parsed::Reasoning if determined || !rules.may_risk || !splice.asked.chat => {
+            return Err("reasoning");
+        }
+        Parsed::Reasoning | Parsed::Plain => {}
     }
     for (name, reason) in [
         ("logits_processors", "logit_state"),

@@ -91,7 +91,7 @@ impl Way {
 }
 
 /// The piece that runs now.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Piece {
     first: bool,
     /// It is written as the client wants it.
@@ -107,8 +107,12 @@ struct Piece {
     bound: bool,
     /// Opening chunks that the client has had.
     openings: usize,
+    /// All of it was told before, and is compared with that.
+    compared: bool,
     /// Its prompt is still to be compared with what was asked.
     unproven: bool,
+    /// It goes on within reasoning, and is still to show that its parser knows.
+    reasons: bool,
 }
 
 /// The state of one stream.
@@ -177,14 +181,7 @@ impl Splice {
             settled: false,
             piece: Piece {
                 first: true,
-                same_form: true,
-                before: 0,
-                offset: 0,
-                again: Vec::new(),
-                again_tokens: 0,
-                bound: false,
-                openings: 0,
-                unproven: false,
+                ..Piece::default()
             },
         }
     }
@@ -247,9 +244,16 @@ impl Splice {
             self.piece.openings -= 1;
             return Ok(());
         }
+        if self.piece.reasons {
+            self.piece.reasons = !facts.reasoning;
+            let told = facts.has_text() || facts.tools || facts.finish.is_some();
+            if told && self.piece.reasons {
+                return Err(Cause::Unproven);
+            }
+        }
         let skip = self.skip(raw, facts)?;
         self.book(raw, facts);
-        if skip.tokens > 0 && (facts.tools || facts.reasoning) {
+        if self.piece.compared && skip.tokens > 0 && (facts.tools || facts.reasoning) {
             // A parser made it of tokens that were told: all of it, or nobody knows what.
             let ids = facts.ids.clone().map_or(0, |ids| list_length(&raw[ids]));
             return if skip.tokens == ids {
@@ -341,9 +345,11 @@ impl Splice {
         } else if facts.reasoning && self.parsed == Parsed::Plain {
             self.parsed = Parsed::Reasoning;
         }
+        let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
         if let Some(text) = facts.text.clone().filter(|_| facts.has_text()) {
-            let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
             self.text(&raw[text], ids);
+        } else if facts.reasoning && ids == Some(1) && self.untold.is_none() {
+            self.mark();
         }
         if self.kept.is_some() && (facts.tools || facts.reasoning) {
             // There were tokens whose text is not in the content.
@@ -384,9 +390,13 @@ impl Splice {
             self.forget("no_token_ids");
             return;
         }
-        if ids != Some(1) {
-            return;
+        if ids == Some(1) {
+            self.mark();
         }
+    }
+
+    /// The stream may be cut here, now or soon.
+    fn mark(&mut self) {
         self.marks.push_back(Mark {
             ids: self.ids.len(),
             tokens: self.tokens,
@@ -447,7 +457,7 @@ impl Splice {
     }
 
     /// Nothing is kept: all is generated again, and left out as far as it was delivered.
-    pub(super) fn from_the_beginning(&self) -> Cut {
+    pub(super) fn all_again(&self) -> Cut {
         Cut {
             again_tokens: self.tokens,
             again_chars: self.delivered,
@@ -489,6 +499,8 @@ impl Splice {
                 || self.logprobs
                 || cut.again_chars > 0
                 || way == Way::Restart && self.began,
+            compared: way == Way::Restart && self.began,
+            reasons: way == Way::Entrance && self.parsed == Parsed::Reasoning,
             openings: self.openings,
             unproven: way == Way::Entrance,
         };

@@ -461,12 +461,12 @@ fn completion(more: &Value) -> Arc<OpenAiRequest> {
     Arc::new(openai.unwrap())
 }
 
-fn rules(may_compare: bool) -> recipe::Rules {
+fn rules(may_risk: bool) -> recipe::Rules {
     recipe::Rules {
         same_distribution: false,
         context_tokens: 0,
         lag_is_known: true,
-        may_compare,
+        may_risk,
         has_our_seed: false,
     }
 }
@@ -539,7 +539,7 @@ fn a_call_that_is_made_again_is_told_once_or_not_at_all() {
         ] {
             stream.admit(&event(delta, &[id]), &mut out).unwrap();
         }
-        let cut = stream.from_the_beginning();
+        let cut = stream.all_again();
         stream.go_on(&cut, Way::Restart);
         (stream, BytesMut::new())
     };
