@@ -155,7 +155,7 @@ pub struct PromptFacts {
     pub tokens: u64,
     /// Chain hashes of its full blocks.
     pub blocks: Arc<[BlockHash]>,
-    /// Its token ids, where they are exact. They stay at this proxy.
+    /// Its token ids, where they are exact and somebody keeps them. They stay at this proxy.
     pub ids: Option<Arc<[u32]>>,
 }
 
@@ -180,6 +180,8 @@ pub struct Context {
     pub ranked: Vec<Ranked>,
     /// What is known of the prompt.
     pub prompt: PromptFacts,
+    /// Somebody will need its token ids, should routing find them.
+    pub keeps_prompt_ids: bool,
     /// Endpoint named by the peer (inbound only).
     pub named: Option<EngineId>,
     /// Hit tokens the peer predicted, if it did (inbound only).
@@ -236,6 +238,7 @@ impl Context {
             openai: self.openai.clone(),
             ranked: Vec::new(),
             prompt: self.prompt.clone(),
+            keeps_prompt_ids: self.keeps_prompt_ids,
             named: self.named.clone(),
             told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,

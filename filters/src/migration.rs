@@ -159,19 +159,23 @@ impl HttpFilter for Migration {
             } else {
                 Help::None
             };
-            context.deaths_max = SUSPECT_DEATHS;
+            if openai.stream {
+                context.deaths_max = SUSPECT_DEATHS;
+            }
             let call = Call::new(policy.clone(), next.keep(), &request, context);
+            context.keeps_prompt_ids = help == Help::Text;
             // Streams count as long as they run, whole answers until they are whole.
             let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
             let mut answer = next.run(request, context).await;
-            if context.deaths >= SUSPECT_DEATHS && answer.is_err() {
+            if openai.stream && context.deaths >= SUSPECT_DEATHS && answer.is_err() {
                 answer = run_alone(&call, context, answer).await;
             }
             let below = std::mem::replace(&mut context.observers, above);
+            let prompt = context.prompt.ids.take();
             let response = answer?;
             if is_stream(&response) {
-                return Ok(follow(response, call, openai, context, below, help));
+                return Ok(follow(response, call, openai, context, below, (help, prompt)));
             }
             whole::hold(response, &call, &openai, context, below).await
         })
@@ -312,7 +316,7 @@ fn follow(
     openai: Arc<OpenAiRequest>,
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
-    help: Help,
+    (help, prompt): (Help, Option<Arc<[u32]>>),
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
@@ -324,10 +328,9 @@ fn follow(
     context.watches_gaps = true;
     let mut body = Migrating::new(call, openai, leg, report, context.deaths);
     match help {
-        Help::Text => body.keep_text(context.prompt.ids.take()),
+        Help::Text => body.keep_text(prompt),
         Help::Asked(seeded) => body.has_our_seed = seeded,
         Help::None => {}
     }
-    context.prompt.ids = None;
     Response::from_parts(parts, body.boxed_unsync())
 }

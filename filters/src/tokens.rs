@@ -263,7 +263,7 @@ impl Tokenizers {
                 .verify(kind, request, source, &self.asker, again_after)
                 .await;
         }
-        if model.trust(kind) != Trust::Trusted {
+        if !matches!(model.trust(kind), Trust::Trusted | Trust::Assumed) {
             return None;
         }
         let ids = self

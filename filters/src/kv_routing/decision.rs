@@ -352,7 +352,7 @@ impl Decider<'_> {
             } else {
                 Arc::default()
             },
-            ids: blocks.ids(),
+            ids: context.keeps_prompt_ids.then(|| blocks.ids()).flatten(),
         };
         context.log.hit_tokens_predicted = winner.hit_tokens;
         context.ranked = candidates.iter().map(Candidate::ranked).collect();

@@ -2,7 +2,7 @@
 
 use super::{
     budget::{Counted, Held},
-    cause::Cause,
+    cause::{Cause, Condition, condition},
     leg::Leg,
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     body::BodyError,
-    endpoints::{Endpoint, Host},
+    endpoints::Endpoint,
     error::Flag,
     filter::{End, LogFields, StreamObserver},
     openai::OpenAiRequest,
@@ -20,10 +20,7 @@ use crate::{
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http_body::{Body, Frame};
-use outrigger_xds::{
-    report::{EngineId, EngineKind, Health},
-    resource::endpoint::HealthStatus,
-};
+use outrigger_xds::report::{EngineId, EngineKind};
 use std::{
     pin::Pin,
     sync::{
@@ -42,7 +39,14 @@ const LOOK_MIN: Duration = Duration::from_millis(10);
 /// A stream that brought something so lately is alive, whatever is said of its engine.
 const LIVE_MAX: Duration = Duration::from_secs(2);
 /// Reasons to stay that may be none in a moment, while the engine still has one to leave.
-const PASSING: [&str; 5] = ["reasoning", "held_text", "attempts", "budget", "timeout"];
+const PASSING: [&str; 6] = [
+    "reasoning",
+    "held_text",
+    "attempts",
+    "budget",
+    "timeout",
+    "not_verified",
+];
 
 /// What the access log will say, told by the body to an observer of the same response.
 #[derive(Debug, Default)]
@@ -78,6 +82,14 @@ enum State {
     Over,
 }
 
+/// What is as before if a stream stays where it is.
+#[derive(Default)]
+struct Undo {
+    trouble: Option<Trouble>,
+    tokens_before: usize,
+    kept: Option<Kept>,
+}
+
 /// A stream that can move.
 pub(super) struct Migrating {
     call: Arc<Call>,
@@ -89,6 +101,8 @@ pub(super) struct Migrating {
     trouble: Trouble,
     /// Most tokens that it had when a leg ended.
     tokens_before: usize,
+    /// How it stood before the move that is tried.
+    undo: Undo,
     report: Arc<Report>,
     last: Instant,
     timer: Option<Pin<Box<Sleep>>>,
@@ -125,6 +139,7 @@ impl Migrating {
             broke: None,
             trouble: Trouble::new(deaths),
             tokens_before: 0,
+            undo: Undo::default(),
             report,
             last: now,
             timer: None,
@@ -198,20 +213,32 @@ impl Migrating {
         if healthy && place.is_none() {
             return self.refuse(cause, "budget");
         }
-        let before = (self.trouble.clone(), self.tokens_before);
+        self.undo = Undo {
+            trouble: healthy.then(|| self.trouble.clone()),
+            tokens_before: self.tokens_before,
+            kept: None,
+        };
         self.take_stock(&cause);
         match self.recipe(&cause) {
             Ok(recipe) => self.set_out(cause, recipe, place),
             Err("no_token_ids") if self.ask_for_ids(&cause, place) => {}
             Err(reason) => {
-                if healthy {
-                    // Nothing happened yet.
-                    (self.trouble, self.tokens_before) = before;
-                }
+                self.undo();
                 return self.refuse(cause, reason);
             }
         }
         None
+    }
+
+    /// It did not move: an engine that is well lost nothing, and goes on telling no ids.
+    fn undo(&mut self) {
+        let undo = std::mem::take(&mut self.undo);
+        if let Some(trouble) = undo.trouble {
+            (self.trouble, self.tokens_before) = (trouble, undo.tokens_before);
+        }
+        if let Some(kept) = undo.kept {
+            self.splice.untell(kept);
+        }
     }
 
     fn set_out(&mut self, cause: Cause, recipe: recipe::Recipe, place: Option<Counted>) {
@@ -241,7 +268,7 @@ impl Migrating {
     ) -> Option<Result<Bytes, BodyError>> {
         self.state = State::Live;
         let recipe = told.and_then(|told| {
-            self.splice.retell(&told);
+            self.undo.kept = self.splice.retell(&told);
             self.tokens_before = self.splice.tokens;
             self.recipe(&cause)
         });
@@ -251,7 +278,7 @@ impl Migrating {
                 None
             }
             Err(reason) => {
-                self.splice.forget(reason);
+                self.undo();
                 self.refuse(cause, reason)
             }
         }
@@ -294,19 +321,9 @@ impl Migrating {
         if !self.call.can_repeat() {
             return Err("no_body");
         }
-        let context_tokens = self.endpoint().map_or(0, |endpoint| {
-            let live = endpoint.live.load();
-            let model = self.openai.model.as_deref();
-            let models = live.state.models.iter();
-            models
-                .filter(|known| Some(known.id.as_str()) == model)
-                .map(|known| known.context_tokens)
-                .next()
-                .unwrap_or(0)
-        });
         let rules = recipe::Rules {
             same_distribution: self.call.policy.config.same_distribution,
-            context_tokens,
+            context_tokens: self.call.context_tokens(self.leg.engine.as_ref()),
             lag_is_known: self.lag_is_known,
             may_risk: !matches!(cause, Cause::Leaving),
             has_our_seed: self.has_our_seed,
@@ -377,9 +394,13 @@ impl Migrating {
             Ok(leg) => leg,
             Err(reason) => {
                 cause.count("failed");
+                if let Some(kept) = self.undo.kept.take() {
+                    self.splice.untell(kept);
+                }
                 return self.refuse(cause, reason);
             }
         };
+        self.undo = Undo::default();
         let way = moved.recipe.way;
         cause.count(way.as_str());
         metrics::histogram!("outrigger_migration_seconds")
@@ -401,15 +422,7 @@ impl Migrating {
     }
 
     fn endpoint(&self) -> Option<Arc<Endpoint>> {
-        let engine = self.leg.engine.as_ref()?;
-        let view = self
-            .call
-            .policy
-            .services
-            .endpoints
-            .view(self.call.cluster())?;
-        let mut endpoints = view.endpoints.iter();
-        endpoints.find(|endpoint| endpoint.id == *engine).cloned()
+        self.call.endpoint(Some(self.leg.engine.as_ref()?))
     }
 
     /// Before its first event an engine is in prefill, which may take longer than a stall.
@@ -505,30 +518,6 @@ impl Migrating {
                 Poll::Pending => self.broke = Some(ready!(self.poll_watch(cx))),
             }
         }
-    }
-}
-
-/// What is known of an engine.
-enum Condition {
-    Well,
-    /// It does not answer.
-    Dead,
-    /// It is to get no more requests, and to lose those that it has.
-    Leaving,
-}
-
-fn condition(endpoint: &Endpoint) -> Condition {
-    let health = endpoint.live.load().state.health;
-    let told = endpoint.health_status == HealthStatus::Draining
-        || endpoint.stats.leaving.load(Relaxed)
-        || health == Health::Draining;
-    let ejected = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
-    if told || health == Health::Unhealthy || endpoint.host.has(ejected) {
-        Condition::Leaving
-    } else if health == Health::Dead {
-        Condition::Dead
-    } else {
-        Condition::Well
     }
 }
 

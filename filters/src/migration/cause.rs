@@ -1,7 +1,12 @@
 //! Why a stream or an answer cannot stay where it is.
 
-use crate::body::BodyError;
+use crate::{
+    body::BodyError,
+    endpoints::{Endpoint, Host},
+};
 use bytes::Bytes;
+use outrigger_xds::{report::Health, resource::endpoint::HealthStatus};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Why a stream cannot go on where it is.
 #[derive(Debug, Clone)]
@@ -49,5 +54,37 @@ impl Cause {
     pub(super) fn count_refusal(&self, reason: &'static str) {
         metrics::counter!("outrigger_migration_refusals_total", "cause" => self.as_str(), "reason" => reason)
             .increment(1);
+    }
+}
+
+/// Why checks take an engine out.
+const EJECTED: u32 = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
+
+/// What is known of an engine.
+pub(super) enum Condition {
+    Well,
+    /// It does not answer.
+    Dead,
+    /// It is to get no more requests, and to lose those that it has.
+    Leaving,
+}
+
+/// Whether nothing more is to be hoped for from an engine: one that only drains ends what it has.
+pub(super) fn is_gone(endpoint: &Endpoint) -> bool {
+    endpoint.live.load().state.health == Health::Dead || endpoint.host.has(EJECTED)
+}
+
+/// As its own words, its checks and the control plane say.
+pub(super) fn condition(endpoint: &Endpoint) -> Condition {
+    let health = endpoint.live.load().state.health;
+    let told = endpoint.health_status == HealthStatus::Draining
+        || endpoint.stats.leaving.load(Relaxed)
+        || health == Health::Draining;
+    if told || health == Health::Unhealthy || endpoint.host.has(EJECTED) {
+        Condition::Leaving
+    } else if health == Health::Dead {
+        Condition::Dead
+    } else {
+        Condition::Well
     }
 }

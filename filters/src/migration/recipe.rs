@@ -1,6 +1,6 @@
 //! Whether and how a stream may go on elsewhere: judged when it breaks, by the request as the client wrote it.
 
-use super::splice::{Asked, Cut, Parsed, Splice, Way};
+use super::splice::{Asked, Cut, Parsed, Splice};
 use crate::openai::{Api, OpenAiRequest, Prompt, PromptFlags, Spans};
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
@@ -49,6 +49,28 @@ const GUIDED: [&str; 9] = [
     "ebnf",
     "structural_tag",
 ];
+
+/// How the next piece is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The same request from its beginning.
+    Restart,
+    /// `/v1/completions` behind prompt and delivered tokens.
+    Completions,
+    /// The engine's entrance to chat for prompts of tokens.
+    Entrance,
+}
+
+impl Way {
+    /// As in metrics.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Restart => "restart",
+            Self::Completions => "completions",
+            Self::Entrance => "entrance",
+        }
+    }
+}
 
 /// How the rest of a stream is asked for.
 #[derive(Debug)]
@@ -136,7 +158,9 @@ pub(super) fn recipe(
         let again = rules.may_risk && determined && ids.is_ok() && !splice.is_retold;
         return again.then(|| restart(splice.all_again())).ok_or(reason);
     }
-    if cut.tokens == 0 && splice.parsed == Parsed::Reasoning {
+    // Of reasoning it is not known how much was told behind the cut.
+    let within = cut.tokens > 0 && cut.again_tokens == 0;
+    if splice.parsed == Parsed::Reasoning && !within {
         return Err("reasoning");
     }
     if cut.tokens == 0 {
@@ -216,7 +240,7 @@ fn judge_whole(openai: &OpenAiRequest, fields: &Map<String, Value>) -> Result<()
 fn has_ids(splice: &Splice) -> Result<(), &'static str> {
     match splice.untold {
         Some(reason) => Err(reason),
-        None if splice.prompt_ids.is_empty() || splice.tokens == 0 => Err("no_token_ids"),
+        None if splice.prompt_ids.is_empty() || splice.tokens_told() == 0 => Err("no_token_ids"),
         None => Ok(()),
     }
 }

@@ -1,11 +1,15 @@
 //! Calling the rest of the chain once more: within the budget, a few times, and never without an end.
 
 use super::{
-    Policy, SUSPECT_DEATHS, budget::Counted, is_stream, leg::Leg, recipe::Recipe, splice::Way,
+    Policy, SUSPECT_DEATHS,
+    budget::Counted,
+    is_stream,
+    leg::Leg,
+    recipe::{Recipe, Way},
 };
 use crate::{
     body::{RequestBody, ResponseBody},
-    endpoints::Level,
+    endpoints::{Endpoint, Level},
     error::{Error, Flag},
     filter::{Chain, Context, Next, RouteFacts},
     sse,
@@ -56,6 +60,8 @@ pub(super) struct Trouble {
     pub(super) calls: u32,
     /// Engines that died before its first token there.
     pub(super) deaths: u32,
+    /// When all must be over, if nothing else sees to that.
+    pub(super) until: Option<Instant>,
 }
 
 impl Trouble {
@@ -69,7 +75,14 @@ impl Trouble {
             attempts: 0,
             calls: 0,
             deaths,
+            until: None,
         }
+    }
+
+    /// So much of a pause as is left until all must be over.
+    pub(super) fn within(&self, pause: Duration) -> Duration {
+        let left = |until: Instant| until.saturating_duration_since(Instant::now());
+        self.until.map_or(pause, |until| pause.min(left(until)))
     }
 }
 
@@ -189,6 +202,37 @@ impl Call {
         })
     }
 
+    /// An engine of the cluster, while it is there.
+    pub(super) fn endpoint(&self, engine: Option<&EngineId>) -> Option<Arc<Endpoint>> {
+        let view = self.policy.services.endpoints.view(self.cluster())?;
+        let mut endpoints = view.endpoints.iter();
+        endpoints
+            .find(|endpoint| Some(&endpoint.id) == engine)
+            .cloned()
+    }
+
+    /// Tokens of the model's context, as the engine says, or said. If it is gone: the least that others say.
+    pub(super) fn context_tokens(&self, engine: Option<&EngineId>) -> u64 {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let told = |endpoint: &Endpoint| {
+            let live = endpoint.live.load();
+            let mut models = live.state.models.iter();
+            let known = models.find(|known| Some(known.id.as_str()) == model);
+            known.map_or(0, |known| known.context_tokens)
+        };
+        let own = self.endpoint(engine).map_or(0, |endpoint| told(&endpoint));
+        if own > 0 {
+            return own;
+        }
+        let Some(view) = self.policy.services.endpoints.view(self.cluster()) else {
+            return 0;
+        };
+        let fitting = view.endpoints.iter().filter(|one| one.fits(model));
+        let known = fitting.map(|one| told(one)).filter(|tokens| *tokens > 0);
+        known.min().unwrap_or(0)
+    }
+
     /// Whether the request can be sent again.
     pub(super) fn can_repeat(&self) -> bool {
         !self.body.0.is_empty()
@@ -259,14 +303,15 @@ async fn find(
     }
 }
 
-/// Calls the rest of the chain once more: within the budget, and alone if engines died of the request.
+/// Calls the rest of the chain once more: within the budget, and alone if engines died of the stream. (An answer in one
+/// piece says nothing until all of it was generated: when its engine died tells nothing of its request.)
 pub(super) async fn ask(
     call: &Arc<Call>,
     recipe: Option<&Recipe>,
     trouble: &mut Trouble,
     place: Option<Counted>,
 ) -> Result<Answered, &'static str> {
-    let suspect = trouble.deaths >= SUSPECT_DEATHS;
+    let suspect = recipe.is_some() && trouble.deaths >= SUSPECT_DEATHS;
     let _alone = match suspect {
         true => Some(alone(call).await?),
         false => None,
@@ -282,7 +327,10 @@ pub(super) async fn ask(
     }
     context.avoid = trouble.lost_by.clone();
     context.deaths = trouble.deaths;
-    context.deaths_max = SUSPECT_DEATHS.max(trouble.deaths + 1);
+    context.deaths_max = match recipe {
+        Some(_) => SUSPECT_DEATHS.max(trouble.deaths + 1),
+        None => 0,
+    };
     let request = call.request(recipe, &context);
     let result = Next::new(&call.chain).run(request, &mut context).await;
     let died = context.deaths > trouble.deaths;
@@ -318,12 +366,13 @@ async fn wait_for_place(call: &Call, trouble: &Trouble) -> Result<Counted, &'sta
     }
     metrics::counter!("outrigger_migration_budget_waits_total").increment(1);
     let begun = Instant::now();
+    let limit = trouble.within(call.policy.config.stall());
     loop {
         tokio::time::sleep(BUDGET_LOOK).await;
         if let Some(place) = call.place() {
             return Ok(place);
         }
-        if begun.elapsed() >= call.policy.config.stall() {
+        if begun.elapsed() >= limit {
             tracing::debug!(since = ?trouble.since.elapsed(), "no place to resume a stream");
             return Err("budget");
         }

@@ -10,11 +10,12 @@ use super::{
     budget::Held,
     cause::Cause,
     event::{Facts, characters, list_length},
+    recipe::Way,
     rewrite::{self, Skip},
     told::{self, Kept, Told},
 };
 use crate::sse::Event;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use std::{collections::VecDeque, ops::Range};
 
 /// What a client asked of its stream, as far as it matters here.
@@ -68,28 +69,6 @@ pub(super) struct Cut {
     pub(super) again_chars: usize,
 }
 
-/// How the next piece is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
-    /// The same request from its beginning.
-    Restart,
-    /// `/v1/completions` behind prompt and delivered tokens.
-    Completions,
-    /// The engine's entrance to chat for prompts of tokens.
-    Entrance,
-}
-
-impl Way {
-    /// As in metrics.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Self::Restart => "restart",
-            Self::Completions => "completions",
-            Self::Entrance => "entrance",
-        }
-    }
-}
-
 /// The piece that runs now.
 #[derive(Debug, Default)]
 struct Piece {
@@ -101,7 +80,7 @@ struct Piece {
     /// Characters before it.
     offset: usize,
     /// Ids that it must generate again, as text, and how many.
-    again: Vec<u8>,
+    again: Bytes,
     again_tokens: usize,
     /// Something of these was shown, so that others would not do.
     bound: bool,
@@ -113,6 +92,13 @@ struct Piece {
     unproven: bool,
     /// It goes on within reasoning, and is still to show that its parser knows.
     reasons: bool,
+}
+
+impl Piece {
+    /// Tokens told before it that it has not come to yet. Where nothing of them was shown, others will do.
+    fn told_ahead(&self) -> usize {
+        self.again_tokens * usize::from(self.bound)
+    }
 }
 
 /// The state of one stream.
@@ -290,11 +276,10 @@ impl Splice {
             let inner = &ids[1..ids.len() - 1];
             let bound = tokens * usize::from(piece.bound);
             for id in inner.split(|byte| *byte == b',').take(bound) {
-                let id = id.trim_ascii();
-                if !piece.again.starts_with(id) || piece.again.get(id.len()) != Some(&b',') {
+                let told = next_id(&mut piece.again).ok_or(Cause::Diverged)?;
+                if told.trim_ascii() != id.trim_ascii() {
                     return Err(Cause::Diverged);
                 }
-                piece.again.drain(..=id.len());
             }
             piece.again_tokens -= tokens;
         }
@@ -362,7 +347,7 @@ impl Splice {
 
     fn bytes(&self) -> usize {
         let kept = self.kept.as_ref().map_or(0, Kept::bytes);
-        self.prompt_ids.len() + self.ids.len() + kept
+        self.prompt_ids.len() + self.ids.len() + self.piece.again.len() + kept
     }
 
     /// Takes in the text of an event, which brought so many ids, if it told any.
@@ -422,9 +407,9 @@ impl Splice {
         self.kept = Some(kept).filter(|_| self.asked.margin == 0);
     }
 
-    /// Takes in the ids of prompt and text, as if the engine had told them.
-    pub(super) fn retell(&mut self, told: &Told) {
-        self.kept = None;
+    /// Takes in the ids of prompt and text, as if the engine had told them. Gives what was kept instead.
+    pub(super) fn retell(&mut self, told: &Told) -> Option<Kept> {
+        let kept = self.kept.take();
         self.is_retold = true;
         self.prompt_ids = told::list(&told.prompt);
         self.prompt_ids.pop();
@@ -437,6 +422,18 @@ impl Splice {
         }]);
         if !self.held.grow(self.bytes()) {
             self.forget("memory");
+        }
+        kept.map(|kept| kept.with(told.prompt.clone()))
+    }
+
+    /// It stays, and its engine tells no ids: what was kept is kept on.
+    pub(super) fn untell(&mut self, kept: Kept) {
+        self.is_retold = false;
+        self.prompt_ids = Vec::new();
+        self.ids = Vec::new();
+        self.marks.clear();
+        if self.untold.is_none() {
+            self.kept = Some(kept);
         }
     }
 
@@ -451,7 +448,7 @@ impl Splice {
         Cut {
             mark,
             tokens: mark.tokens,
-            again_tokens: self.tokens - mark.tokens,
+            again_tokens: self.tokens - mark.tokens + self.piece.told_ahead(),
             again_chars: self.delivered.saturating_sub(mark.told + lag),
         }
     }
@@ -459,7 +456,7 @@ impl Splice {
     /// Nothing is kept: all is generated again, and left out as far as it was delivered.
     pub(super) fn all_again(&self) -> Cut {
         Cut {
-            again_tokens: self.tokens,
+            again_tokens: self.tokens_told(),
             again_chars: self.delivered,
             ..Cut::default()
         }
@@ -468,6 +465,11 @@ impl Splice {
     /// Whether the engine that runs now has told a token.
     pub(super) fn has_progressed(&self) -> bool {
         self.tokens > self.piece.before
+    }
+
+    /// Tokens that the client has had, whether or not the engine that runs now has got as far.
+    pub(super) fn tokens_told(&self) -> usize {
+        self.tokens + self.piece.told_ahead()
     }
 
     /// Prompt and kept tokens as the inside of a list.
@@ -483,7 +485,10 @@ impl Splice {
 
     /// The rest comes from a new piece.
     pub(super) fn go_on(&mut self, cut: &Cut, way: Way) {
-        let again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
+        let mut again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
+        if self.piece.told_ahead() > 0 {
+            again.extend_from_slice(&self.piece.again);
+        }
         self.tokens = cut.tokens;
         self.marks.truncate(usize::from(cut.tokens > 0));
         let text_before = self.delivered - cut.again_chars;
@@ -493,7 +498,7 @@ impl Splice {
             same_form: way != Way::Completions || !self.asked.chat,
             before: if way == Way::Restart { 0 } else { cut.tokens },
             offset: text_before,
-            again,
+            again: again.into(),
             again_tokens: cut.again_tokens,
             bound: self.asked.ids
                 || self.logprobs
@@ -586,6 +591,14 @@ impl Splice {
         self.done = true;
         true
     }
+}
+
+/// Takes the first of ids that each have a comma behind them.
+fn next_id(ids: &mut Bytes) -> Option<Bytes> {
+    let comma = memchr::memchr(b',', ids)?;
+    let id = ids.split_to(comma);
+    ids.advance(1);
+    Some(id)
 }
 
 /// Whether an event says that the engine failed, rather than that the request is wrong.

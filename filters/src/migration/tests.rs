@@ -3,8 +3,9 @@
 use super::{
     budget::{Held, Shared},
     cause::Cause,
-    recipe, rewrite,
-    splice::{Asked, Splice, Way},
+    recipe::{self, Way},
+    rewrite,
+    splice::{Asked, Splice},
 };
 use crate::{
     openai::{Api, OpenAiRequest, StreamLimits},

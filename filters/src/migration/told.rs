@@ -9,7 +9,16 @@ use crate::{
 };
 use http::HeaderMap;
 use outrigger_xds::report::{EngineId, EngineKind};
+use serde_json::{Map, Value};
 use std::sync::Arc;
+
+/// Fields that, where they are false, have something left out of the text, or put into it.
+const HIDING: [&str; 4] = [
+    "include_reasoning",
+    "separate_reasoning",
+    "stream_reasoning",
+    "skip_special_tokens",
+];
 
 /// What ids can be made of, should they be needed.
 #[derive(Debug, Clone)]
@@ -32,6 +41,14 @@ impl Kept {
     pub(super) fn take_in(&mut self, quoted: &[u8]) {
         let inner = quoted.get(1..quoted.len() - 1);
         self.text.extend_from_slice(inner.unwrap_or_default());
+    }
+
+    /// The same, with the prompt's ids, which need not be looked for again.
+    pub(super) fn with(self, prompt: Arc<[u32]>) -> Self {
+        Self {
+            prompt: Some(prompt),
+            ..self
+        }
     }
 
     /// What it holds.
@@ -103,6 +120,9 @@ pub(super) async fn tell(
     kept: Kept,
     lost_by: Option<EngineId>,
 ) -> Result<Told, &'static str> {
+    if !shows_all(&openai) {
+        return Err("not_verified");
+    }
     let policy = &call.policy;
     let tokenizers = &policy.services.tokenizers;
     let endpoint = whom_to_ask(policy, &openai, call.cluster(), lost_by.as_ref());
@@ -115,12 +135,24 @@ pub(super) async fn tell(
             known.map_err(|_| "no_token_ids")?.ids
         }
     };
-    let ids = tokenizers.generated(&openai, kept.text, source).await;
+    let ids = tokenizers
+        .generated(&openai, prompt.clone(), kept.text, source)
+        .await;
     match ids.filter(|ids| !ids.is_empty()) {
         Some(ids) => Ok(Told { prompt, ids }),
         None if !tokenizers.may_know(&openai, source) => Err("no_token_ids"),
         None => Err("not_verified"),
     }
+}
+
+/// Whether the client asked to have all that is generated told, and as text alone.
+fn shows_all(openai: &OpenAiRequest) -> bool {
+    let body = openai.body.as_deref().unwrap_or_default();
+    let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(body) else {
+        return false;
+    };
+    let off = |name: &&str| fields.get(*name) == Some(&Value::Bool(false));
+    !HIDING.iter().any(off)
 }
 
 /// An engine that serves the model, and is well; not the one that lost the stream, where there is another.

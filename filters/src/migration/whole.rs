@@ -4,16 +4,14 @@
 //! answer that is too long to be held goes on as it comes, and a break then shows.
 
 use super::{
-    SUSPECT_DEATHS,
     budget::Held,
-    cause::Cause,
+    cause::{Cause, is_gone},
     leg::Leg,
-    poisonous,
     resume::{Call, PAUSE, Trouble, ask, blames_request},
 };
 use crate::{
-    body::{BodyError, ResponseBody, is_over},
-    error::{Error, Flag, Retry},
+    body::{BodyError, ResponseBody, empty, full, is_over},
+    error::{Error, Flag, Origin, Retry},
     filter::{Context, End, StreamObserver},
     openai::OpenAiRequest,
     sse,
@@ -21,7 +19,8 @@ use crate::{
 use bytes::Bytes;
 use http::{Response, StatusCode, header, response::Parts};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Limited};
+use serde::de::IgnoredAny;
 use std::{
     collections::VecDeque,
     future::poll_fn,
@@ -31,6 +30,9 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::time::Sleep;
+
+/// Most of an error's text that is kept while other engines are asked.
+const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// Gives the answer when it is whole, or as it comes if it cannot be held; another engine's, if this one breaks.
 pub(super) async fn hold(
@@ -63,7 +65,9 @@ fn can_be_held(response: &Response<ResponseBody>) -> bool {
 /// How long an answer may be, and how long it is waited for.
 struct Limits {
     bytes_max: usize,
-    /// Silence after which another engine is asked, if there is one.
+    /// Silence before its first byte after which another engine is asked, if there is one: engines generate meanwhile.
+    first: Option<Duration>,
+    /// The same behind it, and where the engine is gone.
     stall: Duration,
     /// Silence that ends it.
     gap: Option<Duration>,
@@ -78,6 +82,7 @@ impl Limits {
         let total = context.total_timeout();
         Self {
             bytes_max: config.whole_bytes_max,
+            first: openai.limits.first_token_timeout.into_iter().chain(gap).min(),
             stall: gap.map_or(config.stall(), |gap| gap.min(config.stall())),
             gap,
             until: total.map(|total| context.complete_since() + total),
@@ -171,7 +176,9 @@ impl Answer {
                 None => Next::End,
             });
         }
-        let look = Some(self.last.max(self.looked) + limits.stall);
+        let first = limits.first.filter(|_| self.bytes == 0);
+        let pause = first.map_or(limits.stall, |first| first.min(limits.stall));
+        let look = Some(self.last.max(self.looked) + pause);
         let gap = limits.gap.map(|gap| self.last + gap);
         let Some(at) = [look, gap, limits.until].into_iter().flatten().min() else {
             return Poll::Pending;
@@ -213,16 +220,26 @@ impl Answer {
         !self.held.grow(self.bytes)
     }
 
-    /// A clean end says little where only the end of the connection tells it: then the JSON must be whole.
+    /// A clean end says little where neither a length nor chunks told it: then the JSON must be whole.
     fn is_cut(&self) -> bool {
         let headers = &self.parts.headers;
         let json = headers
             .get(header::CONTENT_TYPE)
             .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
-        let mut backwards = self.pieces.iter().rev();
-        let last = backwards.find_map(|piece| piece.trim_ascii_end().last());
-        json && !headers.contains_key(header::CONTENT_ENCODING)
-            && last.is_some_and(|last| *last != b'}')
+        let told = [
+            header::CONTENT_LENGTH,
+            header::TRANSFER_ENCODING,
+            header::CONTENT_ENCODING,
+        ]
+        .iter()
+        .any(|name| headers.contains_key(name));
+        json && !told && !self.is_json()
+    }
+
+    /// Copies, since nothing else reads pieces; only servers of HTTP/1.0's kind make it do so.
+    fn is_json(&self) -> bool {
+        let pieces: Vec<&[u8]> = self.pieces.iter().map(Bytes::as_ref).collect();
+        serde_json::from_slice::<IgnoredAny>(&pieces.concat()).is_ok()
     }
 
     /// It is silent: for too long?
@@ -230,21 +247,26 @@ impl Answer {
         let now = Instant::now();
         self.looked = now;
         let silent = now.saturating_duration_since(self.last);
-        let late = |error: Error| {
-            metrics::counter!("outrigger_stream_timeouts_total", "kind" => error.flag.as_str())
-                .increment(1);
-            Err(Broken::Late(error))
-        };
         if limits.until.is_some_and(|until| until <= now) {
-            return late(Error::upstream_timeout());
+            return Err(Broken::Late(late(out_of_time())));
         }
-        if silent >= limits.stall && call.has_other(self.leg.engine.as_ref()) {
+        if self.has_stalled(silent, call, limits) && call.has_other(self.leg.engine.as_ref()) {
             return Err(Broken::Lost(Cause::Stall));
         }
         if limits.gap.is_some_and(|gap| silent >= gap) {
-            return late(Error::stream_idle(false));
+            return Err(Broken::Late(late(Error::stream_idle(false))));
         }
         Ok(())
+    }
+
+    /// Some servers send the head at once, and nothing more before all is generated.
+    fn has_stalled(&self, silent: Duration, call: &Call, limits: &Limits) -> bool {
+        if self.bytes > 0 {
+            return silent >= limits.stall;
+        }
+        let engine = call.endpoint(self.leg.engine.as_ref());
+        let gone = engine.is_some_and(|engine| is_gone(&engine));
+        limits.first.is_some_and(|first| silent >= first) || gone && silent >= limits.stall
     }
 
     /// It goes on to the client, with whatever is still to come of it.
@@ -266,6 +288,23 @@ impl Answer {
     }
 }
 
+fn late(error: Error) -> Error {
+    metrics::counter!("outrigger_stream_timeouts_total", "kind" => error.flag.as_str())
+        .increment(1);
+    error
+}
+
+/// As Envoy words it.
+fn out_of_time() -> Error {
+    Error::new(
+        Origin::Upstream,
+        Flag::DurationTimeout,
+        StatusCode::GATEWAY_TIMEOUT,
+        "max_duration_timeout",
+        "downstream duration timeout",
+    )
+}
+
 fn count_too_long() {
     metrics::counter!("outrigger_migration_whole_overflow_total").increment(1);
 }
@@ -278,7 +317,8 @@ async fn anew(
     limits: &Limits,
     context: &mut Context,
 ) -> Result<Response<ResponseBody>, Error> {
-    let mut trouble = Trouble::new(context.deaths);
+    let mut trouble = Trouble::new(0);
+    trouble.until = limits.until;
     let mut moves = 0;
     loop {
         let cause = match broken {
@@ -294,7 +334,7 @@ async fn anew(
             Err(refusal) => {
                 cause.count("failed");
                 cause.count_refusal(refusal.reason);
-                return refuse(refusal, &cause, trouble.deaths, context, moves);
+                return refuse(refusal, &cause, &trouble, context, moves);
             }
         };
         moves += 1;
@@ -316,13 +356,11 @@ async fn anew(
     }
 }
 
-/// What happened counts for the next attempt. An engine that had sent something of its answer did not die of it.
+/// What happened counts for the next attempt.
 fn lose(trouble: &mut Trouble, answer: Answer, cause: &Cause) {
     trouble.since = answer.last;
     trouble.lost_by.clone_from(&answer.leg.engine);
     trouble.attempts += u32::from(trouble.calls > 0);
-    let died = matches!(cause, Cause::Broke(_) | Cause::Truncated) && answer.bytes == 0;
-    trouble.deaths += u32::from(died);
     tracing::debug!(cause = cause.as_str(), engine = ?answer.leg.engine, bytes = answer.bytes, "an answer is asked for anew");
     answer.give_up();
 }
@@ -359,25 +397,48 @@ async fn find(call: &Arc<Call>, trouble: &mut Trouble) -> Result<Found, Refusal>
             Err(error) if error.flag == Flag::NoHealthyUpstream => {
                 last = Some((Err(error), context));
             }
-            other => {
+            Ok(response) => {
                 trouble.attempts += 1;
-                last = Some((other, context));
+                last = Some((Ok(keep_error(response).await), context));
+            }
+            Err(error) => {
+                trouble.attempts += 1;
+                last = Some((Err(error), context));
             }
         }
         drop(answered.place);
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(trouble.within(PAUSE)).await;
     }
+}
+
+/// An engine's error without its connection, which others may need meanwhile. What does not come at once is left.
+async fn keep_error(response: Response<ResponseBody>) -> Response<ResponseBody> {
+    let (mut parts, body) = response.into_parts();
+    let text = tokio::time::timeout(PAUSE, Limited::new(body, ERROR_BYTES_MAX).collect()).await;
+    let body = match text {
+        Ok(Ok(text)) => full(text.to_bytes()),
+        Ok(Err(_)) | Err(_) => {
+            parts.headers.remove(header::CONTENT_TYPE);
+            empty()
+        }
+    };
+    for name in [
+        header::CONTENT_LENGTH,
+        header::TRANSFER_ENCODING,
+        header::TRAILER,
+    ] {
+        parts.headers.remove(name);
+    }
+    Response::from_parts(parts, body)
 }
 
 /// Why nobody is asked any more.
 fn end(call: &Call, trouble: &Trouble) -> Option<&'static str> {
     let config = &call.policy.config;
-    if trouble.deaths > SUSPECT_DEATHS {
-        // The last one died of it alone.
-        metrics::counter!("outrigger_migration_poison_total").increment(1);
-        Some("poison")
-    } else if !call.can_repeat() {
+    if !call.can_repeat() {
         Some("no_body")
+    } else if trouble.within(PAUSE).is_zero() {
+        Some("timeout")
     } else if trouble.attempts >= config.attempts_max {
         Some("attempts")
     } else {
@@ -389,12 +450,12 @@ fn end(call: &Call, trouble: &Trouble) -> Option<&'static str> {
 fn refuse(
     refusal: Refusal,
     cause: &Cause,
-    deaths: u32,
+    trouble: &Trouble,
     context: &mut Context,
     moves: u32,
 ) -> Result<Response<ResponseBody>, Error> {
-    if refusal.reason == "poison" {
-        return Err(poisonous(deaths));
+    if trouble.within(PAUSE).is_zero() {
+        return Err(late(out_of_time()));
     }
     if let Some((result, attempt)) = refusal.last {
         context.adopt(attempt);

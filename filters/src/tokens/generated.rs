@@ -17,6 +17,19 @@ use std::{
 
 /// A character has four bytes, and a token may be any of them.
 const TOKENS_OF_A_CHARACTER_MAX: usize = 4;
+/// How far behind its end a prompt may close the reasoning that its template opened: the mark and blank lines.
+const CLOSED_TOKENS_MAX: usize = 4;
+/// Marks of what models say before, or beside, their answer. Engines take it out of the text, the marks with it, and say
+/// nothing of it where it is empty. What ends it, if anything.
+const MARKS: [(&str, &str); 7] = [
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>", ""),
+    ("<|channel>", ""),
+];
 /// Between two looks at a tokenizer that is being loaded or verified.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -35,18 +48,24 @@ impl Tokenizers {
         })
     }
 
-    /// The ids of text that the request's model generated, given as the inside of a JSON string. `None`: nothing proves any.
+    /// The ids of text that the request's model generated behind a prompt, given as the inside of a JSON string. `None`:
+    /// nothing proves any, or not those of the prompt.
     pub(crate) async fn generated(
         &self,
         request: &OpenAiRequest,
+        prompt: Arc<[u32]>,
         escaped: Vec<u8>,
         source: Source<'_>,
     ) -> Option<Vec<u32>> {
         let model = self.trusted(request, source).await?;
-        if escaped.len() <= self.config.inline_bytes_max {
-            return ids(&model.local, &escaped);
+        let kind = Kind::of(request);
+        if kind.is_some_and(|kind| model.trust(kind) == Trust::Assumed) {
+            return None;
         }
-        let job = move || ids(&model.local, &escaped);
+        if escaped.len() <= self.config.inline_bytes_max {
+            return ids(&model.local, &prompt, &escaped);
+        }
+        let job = move || ids(&model.local, &prompt, &escaped);
         source.services.compute.spawn_blocking(job).await.ok()?
     }
 }
@@ -70,7 +89,7 @@ impl Tokenizers {
                     }
                 }
                 Some(Trust::Asking) => tokio::time::sleep(LOOK).await,
-                Some(Trust::Unknown | Trust::Distrusted) => return None,
+                Some(Trust::Unknown | Trust::Distrusted | Trust::Assumed) => return None,
                 None if self.may_know(request, source) => tokio::time::sleep(LOOK).await,
                 None => return None,
             }
@@ -81,7 +100,10 @@ impl Tokenizers {
     }
 }
 
-fn ids(model: &LocalModel, escaped: &[u8]) -> Option<Vec<u32>> {
+fn ids(model: &LocalModel, prompt: &[u32], escaped: &[u8]) -> Option<Vec<u32>> {
+    if model.may_hide(prompt) {
+        return None;
+    }
     let quoted = [b"\"", escaped, b"\""].concat();
     let text: String = serde_json::from_slice(&quoted).ok()?;
     let ids = model.encode_generated(&text);
@@ -90,6 +112,23 @@ fn ids(model: &LocalModel, escaped: &[u8]) -> Option<Vec<u32>> {
 }
 
 impl LocalModel {
+    /// Whether a model may have said something behind the prompt that is not in its text. Where an engine parses
+    /// reasoning is not known here: so wherever the model knows marks of it, unless the prompt itself has closed it.
+    fn may_hide(&self, prompt: &[u32]) -> bool {
+        let end = &prompt[prompt.len().saturating_sub(CLOSED_TOKENS_MAX)..];
+        let Ok(end) = self.tokenizer.decode(end, false) else {
+            return true;
+        };
+        MARKS.iter().any(|(open, close)| {
+            let closed = Some(*close).filter(|close| !close.is_empty());
+            match (end.rfind(open), closed.and_then(|close| end.rfind(close))) {
+                (Some(open), closed) => closed.is_none_or(|closed| closed < open),
+                (None, Some(_)) => false,
+                (None, None) => self.tokenizer.token_to_id(open).is_some(),
+            }
+        })
+    }
+
     /// The ids of text that the model generated. Names of control tokens are text there, since engines leave the tokens out.
     fn encode_generated(&self, text: &str) -> Result<Vec<u32>, String> {
         let encode = |text: &str| {
@@ -155,10 +194,29 @@ mod tests {
     }
 
     #[test]
+    fn text_behind_an_open_mark_is_not_all() {
+        let model = model();
+        for (prompt, hides) in [
+            ("Hi.\n", false),
+            ("Hi.<think>", true),
+            ("<think></think>", false),
+            ("</think><think>", true),
+            ("<|channel|>", true),
+        ] {
+            // The model has no such tokens: each stands for itself here.
+            let ids = model.tokenizer.encode(prompt).unwrap();
+            let end = &prompt[prompt.len().saturating_sub(7)..];
+            let told = model.may_hide(&ids);
+            // Of a mark in pieces only the last four are looked at.
+            assert!(told == hides || ids.len() > CLOSED_TOKENS_MAX, "{end}: {ids:?}");
+        }
+    }
+
+    #[test]
     fn text_that_is_no_json_has_no_ids() {
-        assert_eq!(ids(&model(), b"a\\"), None);
+        assert_eq!(ids(&model(), &[], b"a\\"), None);
         assert_eq!(
-            ids(&model(), br#"\ud83c\udfa8"#),
+            ids(&model(), &[], br#"\ud83c\udfa8"#),
             model().encode_generated("🎨").ok()
         );
     }
