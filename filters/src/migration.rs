@@ -15,6 +15,8 @@ mod resume;
 mod rewrite;
 mod splice;
 #[cfg(test)]
+mod splice_tests;
+#[cfg(test)]
 mod tests;
 mod told;
 mod whole;

@@ -105,6 +105,38 @@ async fn calls_json_seeds_and_penalties_are_told_once_and_whole() {
 }
 
 #[tokio::test]
+async fn a_second_engine_may_break_before_it_has_repeated_all() {
+    let engines = engines(0, true);
+    let proxy = proxy(&engines, json!({})).await;
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": object()}}]);
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": object()}});
+    let mut moves = 0;
+    for more in [
+        json!({"tools": tools, "tool_choice": "required", "logprobs": true}),
+        json!({"response_format": format, "return_token_ids": true}),
+        json!({"temperature": 1, "seed": 3}),
+        json!({"presence_penalty": 0.5}),
+    ] {
+        let whole = ask(&proxy, &more).await;
+        assert_eq!(whole.problem(), None, "{more}");
+        moves += 1;
+        // Whoever begins: in one of two orders the other one breaks sooner.
+        for (one, other) in [(27, 6), (6, 27), (27, 1), (1, 27), (27, 0), (0, 27)] {
+            arm(&engines[..1], FaultKind::Reset, one);
+            arm(&engines[1..], FaultKind::Reset, other);
+            let got = ask(&proxy, &more).await;
+            disarm(&engines).await;
+            let cuts = format!("{one}, {other}: {more}");
+            assert_eq!((got.problem(), &got), (None, &whole), "{cuts}");
+            moves += 1;
+        }
+    }
+    let twice = proxy.log(moves).await;
+    let twice = twice.iter().filter(|line| line["migrations"] == 2).count();
+    assert!(twice >= 8, "{twice}");
+}
+
+#[tokio::test]
 async fn an_engine_that_generates_another_text_is_found_out() {
     let engines = engines(0, true);
     let proxy = proxy(&engines, json!({})).await;

@@ -202,6 +202,10 @@ async fn a_chat_of_sglang_that_cannot_move_says_why() {
         (json!({"stop": "never to be seen"}), "stop"),
         (json!({"temperature": 1, "seed": 3}), "seed"),
         (json!({"n": 2}), "n"),
+        (json!({"separate_reasoning": false}), "not_verified"),
+        (json!({"stream_reasoning": false}), "not_verified"),
+        (json!({"include_reasoning": false}), "not_verified"),
+        (json!({"skip_special_tokens": false}), "not_verified"),
     ] {
         arm(&engines, FaultKind::Reset, 14);
         let got = ask(&proxy, &more).await;
@@ -243,6 +247,24 @@ async fn a_tokenizer_that_is_not_the_engines_proves_nothing() {
         told.contains("broke after 1"),
         "it says how far it got: {told}"
     );
+}
+
+#[tokio::test]
+async fn text_of_a_model_that_may_have_reasoned_unseen_is_not_all() {
+    let files = scratch("migration-kinds-thinks");
+    std::fs::create_dir_all(&files).unwrap();
+    let mut thinks: Value = serde_json::from_str(TOKENIZER_JSON).unwrap();
+    let added = thinks["added_tokens"].as_array_mut().unwrap();
+    let mut mark = added.last().unwrap().clone();
+    (mark["id"], mark["content"], mark["special"]) = (json!(900_000), json!("<think>"), json!(false));
+    added.push(mark);
+    std::fs::write(files.join("tokenizer.json"), thinks.to_string()).unwrap();
+    let engines = engines_with(&files, &[Profile::Sglang, Profile::Sglang]);
+    let proxy = proxy_of(&engines, "least_request", json!({})).await;
+    arm(&engines, FaultKind::Reset, 14);
+    let got = ask(&proxy, &json!({})).await;
+    let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
+    assert!(told.ends_with("elsewhere: not_verified"), "{told}");
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ fn recording(name: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn splice(asked: &Asked) -> Splice {
+pub(super) fn splice(asked: &Asked) -> Splice {
     let shared = Arc::<Shared>::default();
     Splice::new(
         Asked {
@@ -34,11 +34,11 @@ fn splice(asked: &Asked) -> Splice {
     )
 }
 
-fn raw(chunk: &Value) -> Vec<u8> {
+pub(super) fn raw(chunk: &Value) -> Vec<u8> {
     format!("data: {chunk}\n\n").into_bytes()
 }
 
-fn text_of(out: &[u8]) -> String {
+pub(super) fn text_of(out: &[u8]) -> String {
     let events = std::str::from_utf8(out).unwrap().split("\n\n");
     let chunks = events.filter_map(|event| event.strip_prefix("data: {"));
     chunks
@@ -53,7 +53,7 @@ fn text_of(out: &[u8]) -> String {
         .collect()
 }
 
-fn chunk(text: &str, ids: &[u64]) -> Vec<u8> {
+pub(super) fn chunk(text: &str, ids: &[u64]) -> Vec<u8> {
     raw(
         &json!({"id": "c", "choices": [{"index": 0, "text": text, "token_ids": ids,
         "finish_reason": null, "prompt_token_ids": [1, 2, 3]}]}),

@@ -18,7 +18,7 @@ use outrigger_filters::{
     registry,
 };
 use outrigger_xds::{
-    report::{EngineId, Health},
+    report::{EngineId, EngineKind, Health},
     resource::route::TypedConfig,
 };
 use serde_json::{Value, json};
@@ -403,6 +403,41 @@ async fn a_prompt_whose_ids_make_no_event_is_not_asked_for_them() {
         let text = std::str::from_utf8(&body).unwrap();
         assert_eq!(text.contains("return_token_ids"), asked, "{bytes}");
     }
+}
+
+#[tokio::test]
+async fn the_length_of_a_context_is_known_when_its_engine_is_gone() {
+    let mut state = vllm("");
+    state.models[0].context_tokens = 100;
+    let nobody = Arc::new(|_: &str, _: &[u8]| (StatusCode::NOT_FOUND, String::new()));
+    let fleet = Fleet::new(&[Via::Local, Via::Local], &state, nobody);
+    let answers = vec![Answer::Events(0, begun(), Last::Break), rest()];
+    let (chain, engines) = chain(&fleet, json!({}), answers);
+    // Whoever is asked first is no longer among the endpoints.
+    let before = (Uri::from_static("/"), Bytes::new());
+    *engines.seen.lock().unwrap() = vec![before.clone(), before];
+    let (text, error) = ask(&chain, json!({})).await;
+    assert_eq!(error, None, "{text}");
+    let moved = engines.seen.lock().unwrap()[3].1.clone();
+    let moved: Value = serde_json::from_slice(&moved).unwrap();
+    assert_eq!(moved["max_tokens"], 97, "two of the prompt, one told");
+}
+
+#[tokio::test]
+async fn a_tokenizer_that_no_engine_confirmed_proves_nothing() {
+    let files = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/assets");
+    let mut state = vllm(files);
+    state.kind = EngineKind::Sglang;
+    let nobody = Arc::new(|_: &str, _: &[u8]| (StatusCode::NOT_FOUND, String::new()));
+    let fleet = Fleet::new(&[Via::Local, Via::Local], &state, nobody);
+    let told = json!({"id": "c", "choices": [{"index": 0, "delta": {"content": "The sky"}}]});
+    let answers = vec![Answer::Events(0, vec![told.to_string()], Last::Break), rest()];
+    let (chain, engines) = chain(&fleet, json!({}), answers);
+    let (_, error) = ask(&chain, json!({"max_tokens": 9})).await;
+    let told = error.unwrap();
+    assert!(told.ends_with("elsewhere: not_verified"), "{told}");
+    assert_eq!(engines.seen.lock().unwrap().len(), 1);
+    assert!(fleet.paths().contains(&"/tokenize".to_owned()), "it was asked");
 }
 
 /// An engine that answers in one piece, at once.
