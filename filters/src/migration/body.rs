@@ -6,7 +6,7 @@ use super::{
     leg::Leg,
     recipe::{self, recipe},
     resume::{Call, Moved, Trouble, resume},
-    splice::Splice,
+    splice::{Splice, Way},
     told::{Kept, Told, tell},
 };
 use crate::{
@@ -369,7 +369,7 @@ impl Migrating {
             Cause::Broke(error) => (error.flag, error.message),
             Cause::Unproven => (
                 Flag::UpstreamProtocolError,
-                "the engine takes no chat prompt of tokens".to_owned(),
+                "the engine takes no chat prompt of tokens, or not within reasoning".to_owned(),
             ),
             Cause::Diverged => (
                 Flag::UpstreamProtocolError,
@@ -415,6 +415,8 @@ impl Migrating {
         self.leg = leg;
         // What held it there may not hold it here.
         self.stays = false;
+        // The rest is drawn without it.
+        self.has_our_seed &= way == Way::Restart;
         self.refused = None;
         self.note_lag();
         self.last = Instant::now();

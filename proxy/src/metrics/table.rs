@@ -369,7 +369,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_migrations_total", &["cause", "outcome"], "Streams and whole answers that left their engine, by why, and how they went on: completions, entrance, restart, failed."),
     counter("outrigger_migration_refusals_total", &["cause", "reason"], "Streams and whole answers that could not leave their engine, by why they should, and why not."),
     seconds("outrigger_migration_seconds", NONE, "From the last that a stream got to its next engine's first."),
-    gauge("outrigger_migration_held_bytes", NONE, "Token ids held so that streams can move, and answers that are not whole yet."),
+    gauge("outrigger_migration_held_bytes", NONE, "Token ids and texts held so that streams can move, and answers that are not whole yet."),
     counter("outrigger_migration_memory_overflow_total", NONE, "Streams and whole answers that can no longer move because too much is held."),
     counter("outrigger_migration_whole_overflow_total", NONE, "Whole answers that went on as they came because they were longer than whole_bytes_max."),
     counter("outrigger_migration_budget_waits_total", NONE, "Moves that waited because too many streams were in prefill elsewhere."),
