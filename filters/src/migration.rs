@@ -177,7 +177,14 @@ impl HttpFilter for Migration {
             let prompt = context.prompt.ids.take();
             let response = answer?;
             if is_stream(&response) {
-                return Ok(follow(response, call, openai, context, below, (help, prompt)));
+                return Ok(follow(
+                    response,
+                    call,
+                    openai,
+                    context,
+                    below,
+                    (help, prompt),
+                ));
             }
             whole::hold(response, &call, &openai, context, below).await
         })

@@ -47,6 +47,7 @@ mod migration_kinds;
 mod migration_limits;
 mod migration_mix;
 mod migration_whole;
+mod migration_whole_limits;
 mod orca;
 mod original_dst;
 mod own_answers;

@@ -256,7 +256,8 @@ async fn text_of_a_model_that_may_have_reasoned_unseen_is_not_all() {
     let mut thinks: Value = serde_json::from_str(TOKENIZER_JSON).unwrap();
     let added = thinks["added_tokens"].as_array_mut().unwrap();
     let mut mark = added.last().unwrap().clone();
-    (mark["id"], mark["content"], mark["special"]) = (json!(900_000), json!("<think>"), json!(false));
+    (mark["id"], mark["content"], mark["special"]) =
+        (json!(900_000), json!("<think>"), json!(false));
     added.push(mark);
     std::fs::write(files.join("tokenizer.json"), thinks.to_string()).unwrap();
     let engines = engines_with(&files, &[Profile::Sglang, Profile::Sglang]);

@@ -4,9 +4,9 @@ use super::{
     budget::{Counted, Held},
     cause::{Cause, Condition, condition},
     leg::Leg,
-    recipe::{self, recipe},
+    recipe::{self, Way, recipe},
     resume::{Call, Moved, Trouble, resume},
-    splice::{Splice, Way},
+    splice::Splice,
     told::{Kept, Told, tell},
 };
 use crate::{

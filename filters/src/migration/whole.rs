@@ -82,7 +82,12 @@ impl Limits {
         let total = context.total_timeout();
         Self {
             bytes_max: config.whole_bytes_max,
-            first: openai.limits.first_token_timeout.into_iter().chain(gap).min(),
+            first: openai
+                .limits
+                .first_token_timeout
+                .into_iter()
+                .chain(gap)
+                .min(),
             stall: gap.map_or(config.stall(), |gap| gap.min(config.stall())),
             gap,
             until: total.map(|total| context.complete_since() + total),

@@ -208,7 +208,10 @@ mod tests {
             let end = &prompt[prompt.len().saturating_sub(7)..];
             let told = model.may_hide(&ids);
             // Of a mark in pieces only the last four are looked at.
-            assert!(told == hides || ids.len() > CLOSED_TOKENS_MAX, "{end}: {ids:?}");
+            assert!(
+                told == hides || ids.len() > CLOSED_TOKENS_MAX,
+                "{end}: {ids:?}"
+            );
         }
     }
 

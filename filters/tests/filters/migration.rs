@@ -431,13 +431,19 @@ async fn a_tokenizer_that_no_engine_confirmed_proves_nothing() {
     let nobody = Arc::new(|_: &str, _: &[u8]| (StatusCode::NOT_FOUND, String::new()));
     let fleet = Fleet::new(&[Via::Local, Via::Local], &state, nobody);
     let told = json!({"id": "c", "choices": [{"index": 0, "delta": {"content": "The sky"}}]});
-    let answers = vec![Answer::Events(0, vec![told.to_string()], Last::Break), rest()];
+    let answers = vec![
+        Answer::Events(0, vec![told.to_string()], Last::Break),
+        rest(),
+    ];
     let (chain, engines) = chain(&fleet, json!({}), answers);
     let (_, error) = ask(&chain, json!({"max_tokens": 9})).await;
     let told = error.unwrap();
     assert!(told.ends_with("elsewhere: not_verified"), "{told}");
     assert_eq!(engines.seen.lock().unwrap().len(), 1);
-    assert!(fleet.paths().contains(&"/tokenize".to_owned()), "it was asked");
+    assert!(
+        fleet.paths().contains(&"/tokenize".to_owned()),
+        "it was asked"
+    );
 }
 
 /// An engine that answers in one piece, at once.
