@@ -38,6 +38,7 @@ mod messages;
 mod metrics_page;
 mod model;
 mod nixl;
+mod reasoning;
 mod rendered;
 mod responses;
 mod routes;

@@ -157,6 +157,8 @@ pub struct PromptFacts {
     pub tokens: u64,
     /// Chain hashes of its full blocks.
     pub blocks: Arc<[BlockHash]>,
+    /// Its token ids, where they are exact and somebody keeps them. They stay at this proxy.
+    pub ids: Option<Arc<[u32]>>,
 }
 
 /// What a request carries along the chain.
@@ -180,6 +182,8 @@ pub struct Context {
     pub ranked: Vec<Ranked>,
     /// What is known of the prompt.
     pub prompt: PromptFacts,
+    /// Somebody will need its token ids, should routing find them.
+    pub keeps_prompt_ids: bool,
     /// Endpoint named by the peer (inbound only).
     pub named: Option<EngineId>,
     /// Hit tokens the peer predicted, if it did (inbound only).
@@ -238,6 +242,7 @@ impl Context {
             openai: self.openai.clone(),
             ranked: Vec::new(),
             prompt: self.prompt.clone(),
+            keeps_prompt_ids: self.keeps_prompt_ids,
             named: self.named.clone(),
             told_hit_tokens: self.told_hit_tokens,
             debug: self.debug,
@@ -305,7 +310,10 @@ impl Context {
         self.ranked = attempt.ranked;
         self.prompt = attempt.prompt;
         self.observers.extend(attempt.observers);
+        // What was known before any attempt.
+        let model = self.log.model.take();
         self.log = attempt.log;
+        self.log.model = self.log.model.take().or(model);
         self.response_edited = attempt.response_edited;
     }
 

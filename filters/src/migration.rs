@@ -1,21 +1,27 @@
-//! The `migration` filter: a stream survives its engine.
+//! The `migration` filter: a stream survives its engine, and so does an answer in one piece.
 //!
 //! What it answers: what a stream's prompt and tokens are, when its engine can no longer be trusted with it, whether it
 //! can go on elsewhere so that the client notices nothing but time, and how. What it does not do: choose the engine
 //! (the filters after it do, once per call), or judge engines. A stream that cannot go on says why, and how far it got.
+//! An answer in one piece is held until it is whole, and asked for anew if it never is.
 
 mod begin;
 mod body;
 mod budget;
+mod cause;
 mod event;
 mod leg;
 mod recipe;
 mod resume;
 mod rewrite;
 mod splice;
+#[cfg(test)]
+mod splice_tests;
 mod suspicion;
 #[cfg(test)]
 mod tests;
+mod told;
+mod whole;
 
 use crate::{
     body::{RequestBody, ResponseBody},
@@ -44,7 +50,7 @@ pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.migration
 /// one that is longer than events may be would reach the client as it is. No token is shorter than a byte.
 const ASK_BODY_BYTES_MAX: usize = sse::EVENT_BYTES_MAX / 8;
 /// Ends a request's object instead of its last brace. Of a key that comes twice engines take the last.
-const ASK_IDS: &[u8] = b",\"return_token_ids\":true}";
+const ASK_IDS: &str = ",\"return_token_ids\":true}";
 
 /// Configuration of the filter.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -60,10 +66,14 @@ pub struct Config {
     pub budget_percent: u32,
     /// …or so many. Default 8.
     pub min_resume_concurrency: u32,
-    /// Bytes of token ids held for all streams. Default 256 MiB.
+    /// Bytes of token ids held for all streams, and of answers that are not whole yet. Default 256 MiB.
     pub held_bytes_max: usize,
+    /// Bytes of one answer in one piece that are held until it is whole. Default 8 MiB.
+    pub whole_bytes_max: usize,
     /// Streams with a seed or with penalties go on where only their distribution stays the same. Default off.
     pub same_distribution: bool,
+    /// Streams of vLLM get a seed where no client gave one, so that what is drawn can be drawn again. Default off.
+    pub seeds: bool,
 }
 
 impl Default for Config {
@@ -75,7 +85,9 @@ impl Default for Config {
             budget_percent: 20,
             min_resume_concurrency: 8,
             held_bytes_max: 256 << 20,
+            whole_bytes_max: 8 << 20,
             same_distribution: false,
+            seeds: false,
         }
     }
 }
@@ -135,32 +147,64 @@ impl HttpFilter for Migration {
         Box::pin(async move {
             let policy = &self.0;
             let bytes = openai.body.as_ref().map_or(0, Bytes::len);
-            if !openai.return_token_ids
+            let cluster = context.route.cluster.clone();
+            let told = openai.stream
+                && !openai.return_token_ids
                 && bytes <= ASK_BODY_BYTES_MAX
-                && policy.tells_ids(&openai, context)
-            {
-                ask_for_ids(&mut request);
+                && policy.tells_ids(&openai, &cluster);
+            let help = if told {
+                let seed = policy.seed(&openai, &cluster);
+                ask_for_ids(&mut request, seed);
+                Help::Asked(seed.is_some())
+            } else if openai.stream && policy.may_tell(&openai, &cluster, request.headers()) {
+                Help::Text
+            } else {
+                Help::None
+            };
+            if openai.stream {
+                context.deaths_max = SUSPECT_DEATHS;
             }
-            context.deaths_max = SUSPECT_DEATHS;
             let call = Call::new(policy.clone(), next.keep(), &request, context);
+            context.keeps_prompt_ids = help == Help::Text;
+            // Streams count as long as they run, whole answers until they are whole.
+            let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
             let answer = next.run(request, context).await;
-            let (answer, deaths) = begin::begin(&call, context, answer).await;
+            let (answer, deaths) = match openai.stream {
+                true => begin::begin(&call, context, answer).await,
+                false => (answer, Deaths::default()),
+            };
             let below = std::mem::replace(&mut context.observers, above);
+            let prompt = context.prompt.ids.take();
             let response = answer?;
-            if !is_stream(&response) {
-                context.observers.extend(below);
-                return Ok(response);
+            if is_stream(&response) {
+                return Ok(follow(
+                    response,
+                    call,
+                    (openai, deaths),
+                    context,
+                    below,
+                    (help, prompt),
+                ));
             }
-            Ok(follow(response, call, (openai, deaths), context, below))
+            whole::hold(response, &call, &openai, context, below).await
         })
     }
 }
 
-/// Streams whose form is known.
+/// What is done so that a stream can go on elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Help {
+    None,
+    /// Its engine is asked for ids, and may be given a seed.
+    Asked(bool),
+    /// Its text is kept.
+    Text,
+}
+
+/// Requests whose answer has a known form, and that can be sent again.
 fn is_ours(openai: &OpenAiRequest) -> bool {
-    openai.stream
-        && matches!(openai.api, Api::Chat | Api::Completions)
+    matches!(openai.api, Api::Chat | Api::Completions)
         && openai.body.is_some()
         && openai.prompt != Prompt::None
 }
@@ -177,8 +221,30 @@ fn is_stream(response: &Response<ResponseBody>) -> bool {
 
 impl Policy {
     /// Whether every engine that may get the request understands `return_token_ids` in a stream.
-    fn tells_ids(&self, openai: &OpenAiRequest, context: &Context) -> bool {
-        let Some(view) = self.services.endpoints.view(&context.route.cluster) else {
+    fn tells_ids(&self, openai: &OpenAiRequest, cluster: &str) -> bool {
+        self.all_are(openai, cluster, |kind| match kind {
+            EngineKind::Vllm => true,
+            // Its chat refuses it in streams.
+            EngineKind::Sglang => openai.api == Api::Completions,
+            EngineKind::TrtLlm | EngineKind::Unknown => false,
+        })
+    }
+
+    /// The seed of a stream that has none, where that is wanted, and engines keep to it.
+    fn seed(&self, openai: &OpenAiRequest, cluster: &str) -> Option<u32> {
+        let wanted = self.config.seeds && !openai.has_seed && openai.n == 1;
+        let keeps = |kind| kind == EngineKind::Vllm;
+        (wanted && self.all_are(openai, cluster, keeps)).then(|| rand::random::<u32>() >> 1)
+    }
+
+    /// Whether every engine that may get the request is of a kind that suits; false if there is none.
+    fn all_are(
+        &self,
+        openai: &OpenAiRequest,
+        cluster: &str,
+        suits: impl Fn(EngineKind) -> bool,
+    ) -> bool {
+        let Some(view) = self.services.endpoints.view(cluster) else {
             return false;
         };
         let model = openai.model.as_deref();
@@ -188,18 +254,12 @@ impl Policy {
             .filter(|endpoint| endpoint.fits(model))
             .map(|endpoint| endpoint.live.load().state.kind)
             .peekable();
-        candidates.peek().is_some()
-            && candidates.all(|kind| match kind {
-                EngineKind::Vllm => true,
-                // Its chat refuses it in streams.
-                EngineKind::Sglang => openai.api == Api::Completions,
-                EngineKind::TrtLlm | EngineKind::Unknown => false,
-            })
+        candidates.peek().is_some() && candidates.all(suits)
     }
 }
 
-/// Adds a field to the body, which stays where it is.
-fn ask_for_ids(request: &mut Request<RequestBody>) {
+/// Adds fields to the body, which stays where it is.
+fn ask_for_ids(request: &mut Request<RequestBody>, seed: Option<u32>) {
     let Some(whole) = request.body().whole() else {
         return;
     };
@@ -210,8 +270,12 @@ fn ask_for_ids(request: &mut Request<RequestBody>) {
         // No object: the engine says so.
         return;
     }
-    let body = RequestBody::joined(whole.slice(..brace), Bytes::from_static(ASK_IDS));
-    let length = HeaderValue::from(brace + ASK_IDS.len());
+    let end = match seed {
+        None => Bytes::from_static(ASK_IDS.as_bytes()),
+        Some(seed) => format!(",\"seed\":{seed}{ASK_IDS}").into(),
+    };
+    let length = HeaderValue::from(brace + end.len());
+    let body = RequestBody::joined(whole.slice(..brace), end);
     *request.body_mut() = body;
     if let Some(told) = request.headers_mut().get_mut(header::CONTENT_LENGTH) {
         *told = length;
@@ -225,6 +289,7 @@ fn follow(
     (openai, deaths): (Arc<OpenAiRequest>, Deaths),
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
+    (help, prompt): (Help, Option<Arc<[u32]>>),
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
@@ -234,6 +299,11 @@ fn follow(
         .observers
         .push(Box::new(body::Reporter(report.clone())));
     context.watches_gaps = true;
-    let body = Migrating::new(call, openai, leg, report, deaths);
+    let mut body = Migrating::new(call, openai, leg, report, deaths);
+    match help {
+        Help::Text => body.keep_text(prompt),
+        Help::Asked(seeded) => body.has_our_seed = seeded,
+        Help::None => {}
+    }
     Response::from_parts(parts, body.boxed_unsync())
 }

@@ -179,6 +179,8 @@ pub struct OpenAiRequest {
     pub return_token_ids: bool,
     /// `include_stop_str_in_output`.
     pub include_stop: bool,
+    /// `seed` is set.
+    pub has_seed: bool,
     /// `n`, at least 1.
     pub n: u32,
     /// `max_completion_tokens`, `max_tokens`, `max_output_tokens` or `max_new_tokens`.

@@ -16,6 +16,7 @@ use super::forms::{self, Call, Form, ToolCall, ToolDelta};
 use super::http::{Piece, Request, Response};
 use super::model::Choice;
 use super::nixl::{self, Params};
+use super::reasoning::{Part, Reasoning};
 use super::rendered::{render_id, rendered};
 use super::scheduler::{Output, Sampling};
 use super::template::{Ending, Message, render};
@@ -123,6 +124,8 @@ struct Delta {
     /// `null` beside a tool call.
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<[ToolDelta; 1]>,
 }
@@ -272,6 +275,7 @@ pub(crate) async fn completions(
             told: vec![0; asked.n],
             open: asked.n,
             cached_tokens: None,
+            reasoning: Reasoning::of(engine, &asked.prompt),
             engine: Arc::clone(engine),
             asked,
         };
@@ -394,6 +398,7 @@ struct ChatWriter {
     told: Vec<usize>,
     open: usize,
     cached_tokens: Option<usize>,
+    reasoning: Reasoning,
 }
 
 impl ChatWriter {
@@ -438,7 +443,7 @@ impl ChatWriter {
             let delta = Delta {
                 role: Some("assistant"),
                 content: Some(Some(String::new())),
-                tool_calls: None,
+                ..Delta::default()
             };
             let choice = ChunkChoice {
                 index,
@@ -471,14 +476,20 @@ impl ChatWriter {
             Some(call) => call.delta(told, &text).map(|call| Delta {
                 content: Some(None),
                 tool_calls: Some([call]),
-                role: None,
+                ..Delta::default()
             }),
-            None => Some(text)
-                .filter(|text| !text.is_empty())
-                .map(|text| Delta {
+            None if text.is_empty() => None,
+            None => match self.reasoning.part(self.made[index]) {
+                Part::Mark => None,
+                Part::Reasoning => Some(Delta {
+                    reasoning: Some(text),
+                    ..Delta::default()
+                }),
+                Part::Content => Some(Delta {
                     content: Some(Some(text)),
                     ..Delta::default()
                 }),
+            },
         }
     }
 }

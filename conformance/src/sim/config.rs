@@ -96,6 +96,8 @@ pub struct Config {
     pub responses_store: bool,
     /// Chat takes prompts of tokens (`kv_transfer_params.prompt_token_ids`), as newer engines do.
     pub chat_token_prompts: bool,
+    /// Tokens of a streamed chat that a reasoning parser takes for reasoning; 0: there is no parser.
+    pub reasoning_tokens: usize,
     /// `--kv-transfer-config` with the NIXL connector: blocks go from engine to engine.
     pub nixl: Option<Nixl>,
     /// SGLang's `--disaggregation-mode`: half of a pair that meets in rooms.
@@ -135,6 +137,7 @@ impl Default for Config {
             server_load_tracking: false,
             responses_store: false,
             chat_token_prompts: true,
+            reasoning_tokens: 0,
             nixl: None,
             bootstrap: None,
             abort_on_priority: false,
@@ -318,6 +321,7 @@ impl From<Flags> for Config {
             server_load_tracking: flags.enable_server_load_tracking,
             responses_store: flags.enable_responses_store,
             chat_token_prompts: true,
+            reasoning_tokens: 0,
             nixl: flags.nixl.then(Nixl::default),
             bootstrap,
             abort_on_priority: flags.abort_on_priority_when_disabled,

@@ -277,15 +277,15 @@ async fn a_stream_that_cannot_move_waits_for_its_engine() {
         builder.edit(migration(json!({"stall_ms": 200})))
     })
     .await;
-    let body = chat(json!({"seed": 1, "temperature": 1}));
+    let body = chat(json!({"presence_penalty": 1, "temperature": 1}));
     fleet.arm_for(FaultKind::Stall, 5, 900);
     let got = fleet.ask(Version::H1, CHAT, &body).await;
     assert_eq!(got.problem(), None);
-    let seed = fleet
+    let penalties = fleet
         .proxy
-        .metric("outrigger_migration_refusals_total", "reason=\"seed\"")
+        .metric("outrigger_migration_refusals_total", "reason=\"penalties\"")
         .await;
-    assert!(seed >= 1.0, "{seed}");
+    assert!(penalties >= 1.0, "{penalties}");
 }
 
 impl Fleet {

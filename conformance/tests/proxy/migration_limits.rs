@@ -95,15 +95,26 @@ async fn a_stream_whose_rest_cannot_be_made_says_why_and_how_far_it_got() {
         "properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "required": ["a", "b"]}}}]);
     for (more, reason) in [
         (json!({"n": 2}), "n"),
-        (json!({"response_format": schema}), "guided"),
-        (json!({"tools": tool, "tool_choice": "required"}), "guided"),
-        (json!({"temperature": 1, "seed": 3}), "seed"),
-        (json!({"presence_penalty": 0.5}), "penalties"),
+        (
+            json!({"response_format": schema, "temperature": 1}),
+            "guided",
+        ),
+        (
+            json!({"tools": tool, "tool_choice": "required", "temperature": 1}),
+            "guided",
+        ),
+        (
+            json!({"presence_penalty": 0.5, "temperature": 1}),
+            "penalties",
+        ),
         (
             json!({"temperature": 1, "stop": "never to be seen"}),
             "held_text",
         ),
-        (json!({"thinking_token_budget": 5}), "thinking_budget"),
+        (
+            json!({"thinking_token_budget": 5, "temperature": 1}),
+            "thinking_budget",
+        ),
     ] {
         let told = broken(&engines, &proxy, &more).await;
         assert!(

@@ -7,20 +7,24 @@ use std::collections::BTreeSet;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Story {
     pub(crate) text: String,
+    pub(crate) reasoning: String,
+    /// Names and arguments of its tool calls, one behind the other.
+    pub(crate) calls: String,
+    call_ids: usize,
     /// Why it ended.
     pub(crate) finish: String,
     stop: Value,
     token_ids: Vec<u64>,
     logprobs: Vec<Value>,
     text_offsets: Vec<u64>,
-    usage: Value,
+    pub(crate) usage: Value,
     /// Chunks that brought something.
     pub(crate) tokens: usize,
     /// The engine's or the proxy's error.
     pub(crate) error: Option<Value>,
     ids: BTreeSet<String>,
     objects: BTreeSet<String>,
-    roles: usize,
+    pub(crate) roles: usize,
     finishes: usize,
     dones: usize,
     after_done: usize,
@@ -31,7 +35,8 @@ impl PartialEq for Story {
     fn eq(&self, other: &Self) -> bool {
         let facts = |story: &Self| {
             (
-                story.text.clone(),
+                (story.text.clone(), story.reasoning.clone()),
+                (story.calls.clone(), story.call_ids),
                 story.finish.clone(),
                 story.stop.clone(),
                 story.token_ids.clone(),
@@ -83,6 +88,13 @@ impl Story {
         self.prompts += usize::from(choice["prompt_token_ids"].is_array());
         let text = delta["content"].as_str().or(choice["text"].as_str());
         self.text += text.unwrap_or_default();
+        self.reasoning += delta["reasoning"].as_str().unwrap_or_default();
+        for call in delta["tool_calls"].as_array().into_iter().flatten() {
+            self.call_ids += usize::from(call["id"].is_string());
+            for name in ["name", "arguments"] {
+                self.calls += call["function"][name].as_str().unwrap_or_default();
+            }
+        }
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.finish = reason.to_owned();
             self.finishes += 1;

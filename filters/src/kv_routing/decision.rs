@@ -47,6 +47,13 @@ impl Blocks {
         matches!(self, Self::Tokens(_))
     }
 
+    fn ids(&self) -> Option<Arc<[u32]>> {
+        match self {
+            Self::Tokens(ids) => Some(ids.clone()),
+            Self::Bytes(_) => None,
+        }
+    }
+
     fn prompt_tokens(&self) -> u64 {
         match self {
             Self::Tokens(ids) => ids.len() as u64,
@@ -345,6 +352,7 @@ impl Decider<'_> {
             } else {
                 Arc::default()
             },
+            ids: context.keeps_prompt_ids.then(|| blocks.ids()).flatten(),
         };
         context.log.hit_tokens_predicted = winner.hit_tokens;
         context.ranked = candidates.iter().map(Candidate::ranked).collect();

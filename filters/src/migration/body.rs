@@ -2,15 +2,17 @@
 
 use super::{
     budget::{Counted, Held},
+    cause::{Cause, Condition, condition},
     leg::Leg,
-    recipe::{self, recipe},
+    recipe::{self, Way, recipe},
     resume::{Call, Moved, Trouble, resume},
-    splice::{Cause, Splice},
+    splice::Splice,
     suspicion::Deaths,
+    told::{Kept, Told, tell},
 };
 use crate::{
     body::BodyError,
-    endpoints::{Endpoint, Host, Level},
+    endpoints::Endpoint,
     error::Flag,
     filter::{End, LogFields, Loss, StreamObserver},
     openai::OpenAiRequest,
@@ -19,10 +21,7 @@ use crate::{
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http_body::{Body, Frame};
-use outrigger_xds::{
-    report::{EngineId, EngineKind, Health},
-    resource::endpoint::HealthStatus,
-};
+use outrigger_xds::report::{EngineId, EngineKind};
 use std::{
     pin::Pin,
     sync::{
@@ -41,7 +40,14 @@ const LOOK_MIN: Duration = Duration::from_millis(10);
 /// A stream that brought something so lately is alive, whatever is said of its engine.
 const LIVE_MAX: Duration = Duration::from_secs(2);
 /// Reasons to stay that may be none in a moment, while the engine still has one to leave.
-const PASSING: [&str; 5] = ["reasoning", "held_text", "attempts", "budget", "timeout"];
+const PASSING: [&str; 6] = [
+    "reasoning",
+    "held_text",
+    "attempts",
+    "budget",
+    "timeout",
+    "not_verified",
+];
 
 /// What the access log will say, told by the body to an observer of the same response.
 #[derive(Debug, Default)]
@@ -66,9 +72,23 @@ impl StreamObserver for Reporter {
 enum State {
     /// The leg runs.
     Live,
+    /// Its ids are looked for: the engine told none. It may have a place already.
+    Telling(
+        Cause,
+        Option<Counted>,
+        BoxFuture<'static, Result<Told, &'static str>>,
+    ),
     /// Another is looked for. The old one is kept: it may be all there is.
     Moving(Cause, BoxFuture<'static, Moved>),
     Over,
+}
+
+/// What is as before if a stream stays where it is.
+#[derive(Default)]
+struct Undo {
+    trouble: Option<Trouble>,
+    tokens_before: usize,
+    kept: Option<Kept>,
 }
 
 /// A stream that can move.
@@ -82,11 +102,15 @@ pub(super) struct Migrating {
     trouble: Trouble,
     /// Most tokens that it had when a leg ended.
     tokens_before: usize,
+    /// How it stood before the move that is tried.
+    undo: Undo,
     report: Arc<Report>,
     last: Instant,
     timer: Option<Pin<Box<Sleep>>>,
     /// How much text the engine holds back for stop strings.
     lag_is_known: bool,
+    /// What is drawn for it can be drawn again, though its client gave no seed.
+    pub(super) has_our_seed: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
     /// Why it did not, when that was last counted.
@@ -114,19 +138,14 @@ impl Migrating {
             splice: Splice::new(recipe::asked(&openai), held),
             state: State::Live,
             broke: None,
-            trouble: Trouble {
-                since: now,
-                broke: now,
-                lost_by: None,
-                attempts: 0,
-                calls: 0,
-                deaths,
-            },
+            trouble: Trouble::new(deaths),
             tokens_before: 0,
+            undo: Undo::default(),
             report,
             last: now,
             timer: None,
             lag_is_known: true,
+            has_our_seed: false,
             stays: false,
             refused: None,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
@@ -147,6 +166,11 @@ impl Migrating {
             let kind = endpoint.map(|endpoint| endpoint.live.load().state.kind);
             self.lag_is_known = kind == Some(EngineKind::Vllm);
         }
+    }
+
+    /// Its engine tells no ids: the text is kept, and the prompt's ids, if they are known.
+    pub(super) fn keep_text(&mut self, prompt: Option<Arc<[u32]>>) {
+        self.splice.keep_text(Kept::new(prompt));
     }
 
     /// What the client gets of the events that have come.
@@ -200,22 +224,75 @@ impl Migrating {
         if healthy && place.is_none() {
             return self.refuse(cause, "budget");
         }
-        let before = (self.trouble.clone(), self.tokens_before);
+        self.undo = Undo {
+            trouble: healthy.then(|| self.trouble.clone()),
+            tokens_before: self.tokens_before,
+            kept: None,
+        };
         self.take_stock(&cause);
-        let recipe = match self.recipe(&cause) {
-            Ok(recipe) => recipe,
+        match self.recipe(&cause) {
+            Ok(recipe) => self.set_out(cause, recipe, place),
+            Err("no_token_ids") if self.ask_for_ids(&cause, place) => {}
             Err(reason) => {
-                if healthy {
-                    // Nothing happened yet.
-                    (self.trouble, self.tokens_before) = before;
-                }
+                self.undo();
                 return self.refuse(cause, reason);
             }
-        };
+        }
+        None
+    }
+
+    /// It did not move: an engine that is well lost nothing, and goes on telling no ids.
+    fn undo(&mut self) {
+        let undo = std::mem::take(&mut self.undo);
+        if let Some(trouble) = undo.trouble {
+            (self.trouble, self.tokens_before) = (trouble, undo.tokens_before);
+        }
+        if let Some(kept) = undo.kept {
+            self.splice.untell(kept);
+        }
+    }
+
+    fn set_out(&mut self, cause: Cause, recipe: recipe::Recipe, place: Option<Counted>) {
         tracing::debug!(cause = cause.as_str(), engine = ?self.leg.engine, way = recipe.way.as_str(), "a stream moves");
         let future = resume(self.call.clone(), recipe, self.trouble.clone(), place);
         self.state = State::Moving(cause, Box::pin(future));
-        None
+    }
+
+    /// Has the ids of prompt and text found, if they may be.
+    fn ask_for_ids(&mut self, cause: &Cause, place: Option<Counted>) -> bool {
+        let kept = self.splice.kept.as_ref().filter(|kept| !kept.is_empty());
+        let Some(kept) = kept.cloned() else {
+            return false;
+        };
+        let lost_by = self.trouble.lost_by.clone();
+        let future = tell(self.call.clone(), self.openai.clone(), kept, lost_by);
+        self.state = State::Telling(cause.clone(), place, Box::pin(future));
+        true
+    }
+
+    /// What came of looking for the ids. A stream without them does not move.
+    fn retell(
+        &mut self,
+        cause: Cause,
+        place: Option<Counted>,
+        told: Result<Told, &'static str>,
+    ) -> Option<Result<Bytes, BodyError>> {
+        self.state = State::Live;
+        let recipe = told.and_then(|told| {
+            self.undo.kept = self.splice.retell(&told);
+            self.tokens_before = self.splice.tokens;
+            self.recipe(&cause)
+        });
+        match recipe {
+            Ok(recipe) => {
+                self.set_out(cause, recipe, place);
+                None
+            }
+            Err(reason) => {
+                self.undo();
+                self.refuse(cause, reason)
+            }
+        }
     }
 
     /// What happened counts for the next attempt.
@@ -238,10 +315,15 @@ impl Migrating {
             }
             return;
         }
+        // Engines that tell again what was told are no further, but did not die of the request.
+        let died_first = died && !self.splice.has_progressed();
+        if let Some(engine) = engine.filter(|_| died && !died_first) {
+            shared.breaks.note(engine);
+        }
         let loss = engine.map(|engine| Loss {
             engine: engine.clone(),
             at: Instant::now(),
-            died,
+            died: died_first,
         });
         trouble.deaths.add(shared, loss);
         let chance = died && self.call.in_storm(&trouble.deaths);
@@ -263,27 +345,14 @@ impl Migrating {
         if !self.call.can_repeat() {
             return Err("no_body");
         }
-        let context_tokens = self.endpoint().map_or(0, |endpoint| {
-            let live = endpoint.live.load();
-            let model = self.openai.model.as_deref();
-            let models = live.state.models.iter();
-            models
-                .filter(|known| Some(known.id.as_str()) == model)
-                .map(|known| known.context_tokens)
-                .next()
-                .unwrap_or(0)
-        });
-        // How much the others hold back is not known.
-        if self.splice.began && !self.lag_is_known {
-            return Err("stop");
-        }
-        let same_distribution = self.call.policy.config.same_distribution;
-        recipe(
-            &self.openai,
-            &self.splice,
-            same_distribution,
-            context_tokens,
-        )
+        let rules = recipe::Rules {
+            same_distribution: self.call.policy.config.same_distribution,
+            context_tokens: self.call.context_tokens(self.leg.engine.as_ref()),
+            lag_is_known: self.lag_is_known,
+            may_risk: !matches!(cause, Cause::Leaving),
+            has_our_seed: self.has_our_seed,
+        };
+        recipe(&self.openai, &self.splice, &rules)
     }
 
     /// Once, however often it is looked at for the same reason.
@@ -293,8 +362,7 @@ impl Migrating {
         if before == now && matches!(cause, Cause::Leaving) {
             return;
         }
-        metrics::counter!("outrigger_migration_refusals_total", "cause" => cause.as_str(), "reason" => reason)
-            .increment(1);
+        cause.count_refusal(reason);
     }
 
     fn end(&mut self, end: End) {
@@ -325,7 +393,7 @@ impl Migrating {
             Cause::Broke(error) => (error.flag, error.message),
             Cause::Unproven => (
                 Flag::UpstreamProtocolError,
-                "the engine takes no chat prompt of tokens".to_owned(),
+                "the engine takes no chat prompt of tokens, or not within reasoning".to_owned(),
             ),
             Cause::Diverged => (
                 Flag::UpstreamProtocolError,
@@ -334,7 +402,7 @@ impl Migrating {
         };
         self.end(End::UpstreamBroke);
         self.call.given_up().note(flag);
-        let tokens = self.splice.tokens;
+        let tokens = self.splice.tokens.max(self.tokens_before);
         Some(Err(BodyError::new(
             flag,
             format_args!(
@@ -350,12 +418,16 @@ impl Migrating {
         let leg = match moved.leg {
             Ok(leg) => leg,
             Err(reason) => {
-                count(&cause, "failed");
+                cause.count("failed");
+                if let Some(kept) = self.undo.kept.take() {
+                    self.splice.untell(kept);
+                }
                 return self.refuse(cause, reason);
             }
         };
+        self.undo = Undo::default();
         let way = moved.recipe.way;
-        count(&cause, way.as_str());
+        cause.count(way.as_str());
         metrics::histogram!("outrigger_migration_seconds")
             .record(self.trouble.since.elapsed().as_secs_f64());
         self.splice.go_on(&moved.recipe.cut, way);
@@ -373,6 +445,8 @@ impl Migrating {
         given_up.clear();
         // What held it there may not hold it here.
         self.stays = false;
+        // The rest is drawn without it.
+        self.has_our_seed &= way == Way::Restart;
         self.refused = None;
         self.note_lag();
         self.last = Instant::now();
@@ -380,31 +454,7 @@ impl Migrating {
     }
 
     fn endpoint(&self) -> Option<Arc<Endpoint>> {
-        let engine = self.leg.engine.as_ref()?;
-        let view = self
-            .call
-            .policy
-            .services
-            .endpoints
-            .view(self.call.cluster())?;
-        let mut endpoints = view.endpoints.iter();
-        endpoints.find(|endpoint| endpoint.id == *engine).cloned()
-    }
-
-    /// Whether somebody else could serve it, and is well: where none is, streams would go from one to the next.
-    fn has_other(&self) -> bool {
-        let services = &self.call.policy.services;
-        let model = self.openai.model.as_deref();
-        services
-            .endpoints
-            .view(self.call.cluster())
-            .is_some_and(|view| {
-                view.endpoints.iter().any(|endpoint| {
-                    Some(&endpoint.id) != self.leg.engine.as_ref()
-                        && endpoint.fits(model)
-                        && matches!(endpoint.level(), Level::Healthy | Level::Degraded)
-                })
-            })
+        self.call.endpoint(Some(self.leg.engine.as_ref()?))
     }
 
     /// Before its first event an engine is in prefill, which may take longer than a stall.
@@ -438,7 +488,9 @@ impl Migrating {
             Condition::Dead => Cause::Stall,
             Condition::Leaving => Cause::Leaving,
         };
-        self.has_other().then_some(cause)
+        self.call
+            .has_other(self.leg.engine.as_ref())
+            .then_some(cause)
     }
 
     /// Ready when the stream should not stay where it is.
@@ -501,35 +553,6 @@ impl Migrating {
     }
 }
 
-/// What is known of an engine.
-enum Condition {
-    Well,
-    /// It does not answer.
-    Dead,
-    /// It is to get no more requests, and to lose those that it has.
-    Leaving,
-}
-
-fn condition(endpoint: &Endpoint) -> Condition {
-    let health = endpoint.live.load().state.health;
-    let told = endpoint.health_status == HealthStatus::Draining
-        || endpoint.stats.leaving.load(Relaxed)
-        || health == Health::Draining;
-    let ejected = Host::FAILED_ACTIVE_HC | Host::FAILED_OUTLIER_CHECK;
-    if told || health == Health::Unhealthy || endpoint.host.has(ejected) {
-        Condition::Leaving
-    } else if health == Health::Dead {
-        Condition::Dead
-    } else {
-        Condition::Well
-    }
-}
-
-fn count(cause: &Cause, outcome: &'static str) {
-    metrics::counter!("outrigger_migrations_total", "cause" => cause.as_str(), "outcome" => outcome)
-        .increment(1);
-}
-
 impl Body for Migrating {
     type Data = Bytes;
     type Error = BodyError;
@@ -551,12 +574,16 @@ impl Body for Migrating {
                         None => continue,
                     }
                 }
-                State::Moving(_, future) => {
+                State::Telling(cause, place, future) => {
+                    let told = ready!(future.as_mut().poll(cx));
+                    let (cause, place) = (cause.clone(), place.take());
+                    this.retell(cause, place, told)
+                }
+                State::Moving(cause, future) => {
                     let moved = ready!(future.as_mut().poll(cx));
-                    match std::mem::replace(&mut this.state, State::Live) {
-                        State::Moving(cause, _) => this.arrive(cause, moved),
-                        State::Live | State::Over => None,
-                    }
+                    let cause = cause.clone();
+                    this.state = State::Live;
+                    this.arrive(cause, moved)
                 }
             };
             if let Some(now) = now {

@@ -2,7 +2,7 @@
 
 use super::budget::Counted;
 use crate::{
-    body::ResponseBody,
+    body::{ResponseBody, empty},
     filter::{End, LogFields, StreamObserver},
     sse::Event,
 };
@@ -66,6 +66,12 @@ impl Leg {
         for observer in &mut self.observers {
             observer.on_event(event, at);
         }
+    }
+
+    /// Whoever watches it goes on watching elsewhere.
+    pub(super) fn hand_over(mut self) -> (ResponseBody, Vec<Box<dyn StreamObserver>>) {
+        let observers = std::mem::take(&mut self.observers);
+        (std::mem::replace(&mut self.body, empty()), observers)
     }
 
     /// Takes in what the engine sent.

@@ -1,6 +1,6 @@
 //! Whether and how a stream may go on elsewhere: judged when it breaks, by the request as the client wrote it.
 
-use super::splice::{Asked, Cut, Parsed, Splice, Way};
+use super::splice::{Asked, Cut, Parsed, Splice};
 use crate::openai::{Api, OpenAiRequest, Prompt, PromptFlags, Spans};
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
@@ -50,6 +50,28 @@ const GUIDED: [&str; 9] = [
     "structural_tag",
 ];
 
+/// How the next piece is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The same request from its beginning.
+    Restart,
+    /// `/v1/completions` behind prompt and delivered tokens.
+    Completions,
+    /// The engine's entrance to chat for prompts of tokens.
+    Entrance,
+}
+
+impl Way {
+    /// As in metrics.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Restart => "restart",
+            Self::Completions => "completions",
+            Self::Entrance => "entrance",
+        }
+    }
+}
+
 /// How the rest of a stream is asked for.
 #[derive(Debug)]
 pub(super) struct Recipe {
@@ -89,6 +111,19 @@ fn longest_stop(raw: &str) -> usize {
     }
 }
 
+/// What is known beside the request.
+pub(super) struct Rules {
+    pub(super) same_distribution: bool,
+    /// Of the model's context; 0 if unknown.
+    pub(super) context_tokens: u64,
+    /// How much text the engine holds back for stop strings is known.
+    pub(super) lag_is_known: bool,
+    /// It may go on where only its next tokens show whether that was right. A stream that still runs is not risked so.
+    pub(super) may_risk: bool,
+    /// It was given a seed that its client did not.
+    pub(super) has_our_seed: bool,
+}
+
 /// How a stream goes on.
 ///
 /// # Errors
@@ -96,28 +131,48 @@ fn longest_stop(raw: &str) -> usize {
 pub(super) fn recipe(
     openai: &Arc<OpenAiRequest>,
     splice: &Splice,
-    same_distribution: bool,
-    context_tokens: u64,
+    rules: &Rules,
 ) -> Result<Recipe, &'static str> {
     let cut = splice.cut();
-    let restart = Recipe {
+    let restart = |cut| Recipe {
         way: Way::Restart,
         cut,
         body: None,
         openai: openai.clone(),
     };
     if !splice.began {
-        return Ok(restart);
+        return Ok(restart(cut));
     }
     let body = openai.body.as_ref().ok_or("no_body")?;
     let fields: Map<String, Value> = serde_json::from_slice(body).map_err(|_| "no_body")?;
-    judge(openai, &fields, splice)?;
-    judge_sampling(&fields, splice, &cut, same_distribution)?;
-    if cut.tokens == 0 {
-        return Ok(restart);
+    judge_whole(openai, &fields)?;
+    let determined = rules.has_our_seed || is_determined(&fields);
+    let here = judge_cut(&fields, splice, rules, determined)
+        .and_then(|()| judge_sampling(&fields, rules.same_distribution));
+    let ids = has_ids(splice);
+    if here.is_ok() {
+        ids?;
     }
+    if let Err(reason) = here.and_then(|()| judge_again(&fields, splice, &cut)) {
+        // What is generated again is compared, token by token.
+        let again = rules.may_risk && determined && ids.is_ok() && !splice.is_retold;
+        return again.then(|| restart(splice.all_again())).ok_or(reason);
+    }
+    // Of reasoning it is not known how much was told behind the cut.
+    let within = cut.tokens > 0 && cut.again_tokens == 0;
+    if splice.parsed == Parsed::Reasoning && !within {
+        return Err("reasoning");
+    }
+    if cut.tokens == 0 {
+        return Ok(restart(cut));
+    }
+    let context_tokens = rules.context_tokens;
     let may_call = is_set(&fields, "tools") && fields.get("tool_choice") != Some(&json!("none"));
-    let entrance = splice.asked.chat && (may_call || is_set(&fields, "logprobs"));
+    let parsed = may_call || splice.parsed == Parsed::Reasoning;
+    let entrance = splice.asked.chat && (parsed || is_set(&fields, "logprobs"));
+    if splice.is_retold {
+        check_retold(&fields, entrance, context_tokens)?;
+    }
     let sequence = splice.sequence(&cut);
     let fields = if entrance {
         chat_again(fields, cut.tokens)?
@@ -138,12 +193,27 @@ pub(super) fn recipe(
     })
 }
 
-/// Requests whose continuation no engine can make.
-fn judge(
-    openai: &OpenAiRequest,
+/// What streams that tell no ids cannot do: nothing there proves that a chat's tokens were taken, and SGLang's completions
+/// end after a few tokens where nobody says when.
+fn check_retold(
     fields: &Map<String, Value>,
-    splice: &Splice,
+    entrance: bool,
+    context_tokens: u64,
 ) -> Result<(), &'static str> {
+    if entrance {
+        return Err("entrance");
+    }
+    let limited = ["max_tokens", "max_completion_tokens"]
+        .iter()
+        .any(|name| is_set(fields, name));
+    match limited || context_tokens > 0 {
+        true => Ok(()),
+        false => Err("no_context_length"),
+    }
+}
+
+/// Requests whose continuation no engine can make, nor prove that it is the same from the beginning.
+fn judge_whole(openai: &OpenAiRequest, fields: &Map<String, Value>) -> Result<(), &'static str> {
     let above_one = |name: &str| fields.get(name).and_then(Value::as_u64).unwrap_or(1) > 1;
     if openai.n > 1 || above_one("best_of") {
         return Err("n");
@@ -153,19 +223,47 @@ fn judge(
         Prompt::Media => return Err("media"),
         _ => {}
     }
-    if is_guided(fields) {
-        return Err("guided");
-    }
-    match splice.parsed {
-        Parsed::Tools => return Err("tool_calls"),
-        Parsed::Reasoning => return Err("reasoning"),
-        Parsed::Plain => {}
-    }
     for (name, reason) in [
         ("use_beam_search", "beam_search"),
         ("echo", "echo"),
         ("suffix", "suffix"),
         ("prompt_logprobs", "prompt_logprobs"),
+    ] {
+        if is_set(fields, name) {
+            return Err(reason);
+        }
+    }
+    Ok(())
+}
+
+/// Whether all tokens are known.
+fn has_ids(splice: &Splice) -> Result<(), &'static str> {
+    match splice.untold {
+        Some(reason) => Err(reason),
+        None if splice.prompt_ids.is_empty() || splice.tokens_told() == 0 => Err("no_token_ids"),
+        None => Ok(()),
+    }
+}
+
+/// Engines whose state at the cut nobody knows, or can give to another.
+fn judge_cut(
+    fields: &Map<String, Value>,
+    splice: &Splice,
+    rules: &Rules,
+    determined: bool,
+) -> Result<(), &'static str> {
+    if is_guided(fields) {
+        return Err("guided");
+    }
+    match splice.parsed {
+        Parsed::Tools => return Err("tool_calls"),
+        // What is compared needs no proof of its parser.
+        Parsed::Reasoning if determined || !rules.may_risk || !splice.asked.chat => {
+            return Err("reasoning");
+        }
+        Parsed::Reasoning | Parsed::Plain => {}
+    }
+    for (name, reason) in [
         ("logits_processors", "logit_state"),
         ("vllm_xargs", "logit_state"),
         ("custom_logit_processor", "logit_state"),
@@ -179,38 +277,47 @@ fn judge(
             return Err(reason);
         }
     }
-    if let Some(reason) = splice.untold {
-        return Err(reason);
-    }
-    if splice.prompt_ids.is_empty() || splice.tokens == 0 {
-        return Err("no_token_ids");
-    }
-    Ok(())
+    rules.lag_is_known.then_some(()).ok_or("stop")
+}
+
+/// Whether another engine generates the same from the beginning: the likeliest tokens, or those that a seed draws.
+fn is_determined(fields: &Map<String, Value>) -> bool {
+    is_greedy(fields) || is_set(fields, "seed")
+}
+
+fn is_greedy(fields: &Map<String, Value>) -> bool {
+    fields.get("temperature").and_then(Value::as_f64) == Some(0.0)
 }
 
 /// Sampling whose state is lost with its engine.
 fn judge_sampling(
     fields: &Map<String, Value>,
-    splice: &Splice,
-    cut: &Cut,
     same_distribution: bool,
 ) -> Result<(), &'static str> {
-    let number = |name: &str| fields.get(name).and_then(Value::as_f64);
-    let greedy = number("temperature") == Some(0.0);
-    if !greedy && is_set(fields, "seed") && !same_distribution {
+    if !is_greedy(fields) && is_set(fields, "seed") && !same_distribution {
         return Err("seed");
     }
     // Repetition penalties count the prompt, too, and lose nothing.
+    let number = |name: &str| fields.get(name).and_then(Value::as_f64);
     let penalty = |name: &str| number(name).is_some_and(|penalty| penalty != 0.0);
     if (penalty("presence_penalty") || penalty("frequency_penalty")) && !same_distribution {
         return Err("penalties");
     }
-    // What is drawn again will be another text.
-    let shown = splice.asked.ids || is_set(fields, "logprobs");
-    if !greedy && (cut.again_chars > 0 || shown && cut.again_tokens > 0) {
-        return Err("held_text");
-    }
     Ok(())
+}
+
+/// What is drawn again will be another text.
+fn judge_again(
+    fields: &Map<String, Value>,
+    splice: &Splice,
+    cut: &Cut,
+) -> Result<(), &'static str> {
+    let shown = splice.asked.ids || is_set(fields, "logprobs");
+    let seen = cut.again_chars > 0 || shown && cut.again_tokens > 0;
+    match seen && !is_greedy(fields) {
+        true => Err("held_text"),
+        false => Ok(()),
+    }
 }
 
 fn is_set(fields: &Map<String, Value>, name: &str) -> bool {

@@ -5,20 +5,20 @@ use super::{
     budget::{Counted, Shared},
     is_stream,
     leg::Leg,
-    recipe::Recipe,
-    splice::Way,
+    recipe::{Recipe, Way},
     suspicion::Deaths,
 };
 use crate::{
-    body::RequestBody,
-    error::{Flag, GivenUp},
+    body::{RequestBody, ResponseBody},
+    endpoints::{Endpoint, Level},
+    error::{Error, Flag, GivenUp},
     filter::{Chain, Context, Next, RouteFacts},
     sse,
 };
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header,
-    uri::PathAndQuery,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    header, uri::PathAndQuery,
 };
 use outrigger_xds::report::EngineId;
 use std::{
@@ -32,6 +32,8 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 const BUDGET_LOOK: Duration = Duration::from_millis(20);
 /// Between two looks, while a suspect waits, whether there is a storm.
 const STORM_LOOK: Duration = Duration::from_millis(100);
+/// Before another attempt at a whole answer.
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
@@ -61,6 +63,38 @@ pub(super) struct Trouble {
     pub(super) calls: u32,
     /// Engines that died before its first token there.
     pub(super) deaths: Deaths,
+    /// When all must be over, if nothing else sees to that.
+    pub(super) until: Option<Instant>,
+}
+
+impl Trouble {
+    /// None yet.
+    pub(super) fn new(deaths: Deaths) -> Self {
+        let now = Instant::now();
+        Self {
+            since: now,
+            broke: now,
+            lost_by: None,
+            attempts: 0,
+            calls: 0,
+            deaths,
+            until: None,
+        }
+    }
+
+    /// So much of a pause as is left until all must be over.
+    pub(super) fn within(&self, pause: Duration) -> Duration {
+        let left = |until: Instant| until.saturating_duration_since(Instant::now());
+        self.until.map_or(pause, |until| pause.min(left(until)))
+    }
+}
+
+/// What came of one call.
+pub(super) struct Answered {
+    pub(super) result: Result<Response<ResponseBody>, Error>,
+    pub(super) context: Context,
+    /// Its place among those in prefill.
+    pub(super) place: Counted,
 }
 
 /// What came of moving.
@@ -101,6 +135,11 @@ impl Call {
     /// The cluster that the request goes to.
     pub(super) fn cluster(&self) -> &str {
         &self.template.route.cluster
+    }
+
+    /// As the client sent them, but for what earlier filters did.
+    pub(super) fn headers(&self) -> &HeaderMap {
+        &self.headers
     }
 
     /// Where it is said why a leg is left.
@@ -197,6 +236,51 @@ impl Call {
         shared.resume(config.budget_percent, config.min_resume_concurrency)
     }
 
+    /// Whether somebody else could serve it, and is well: where none is, it would go from one to the next.
+    pub(super) fn has_other(&self, engine: Option<&EngineId>) -> bool {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let endpoints = &self.policy.services.endpoints;
+        endpoints.view(self.cluster()).is_some_and(|view| {
+            view.endpoints.iter().any(|endpoint| {
+                Some(&endpoint.id) != engine
+                    && endpoint.fits(model)
+                    && matches!(endpoint.level(), Level::Healthy | Level::Degraded)
+            })
+        })
+    }
+
+    /// An engine of the cluster, while it is there.
+    pub(super) fn endpoint(&self, engine: Option<&EngineId>) -> Option<Arc<Endpoint>> {
+        let view = self.policy.services.endpoints.view(self.cluster())?;
+        let mut endpoints = view.endpoints.iter();
+        endpoints
+            .find(|endpoint| Some(&endpoint.id) == engine)
+            .cloned()
+    }
+
+    /// Tokens of the model's context, as the engine says, or said. If it is gone: the least that others say.
+    pub(super) fn context_tokens(&self, engine: Option<&EngineId>) -> u64 {
+        let openai = self.template.openai.as_deref();
+        let model = openai.and_then(|openai| openai.model.as_deref());
+        let told = |endpoint: &Endpoint| {
+            let live = endpoint.live.load();
+            let mut models = live.state.models.iter();
+            let known = models.find(|known| Some(known.id.as_str()) == model);
+            known.map_or(0, |known| known.context_tokens)
+        };
+        let own = self.endpoint(engine).map_or(0, |endpoint| told(&endpoint));
+        if own > 0 {
+            return own;
+        }
+        let Some(view) = self.policy.services.endpoints.view(self.cluster()) else {
+            return 0;
+        };
+        let fitting = view.endpoints.iter().filter(|one| one.fits(model));
+        let known = fitting.map(|one| told(one)).filter(|tokens| *tokens > 0);
+        known.min().unwrap_or(0)
+    }
+
     /// Whether the request can be sent again.
     pub(super) fn can_repeat(&self) -> bool {
         !self.body.0.is_empty()
@@ -253,31 +337,16 @@ async fn find(
         if trouble.attempts >= call.policy.config.attempts_max {
             return Err("attempts");
         }
-        let answer = {
-            let _turn = turn(call, &mut trouble.deaths).await?;
-            let place = match place.take() {
-                Some(place) => place,
-                None => wait_for_place(call, trouble.since).await?,
-            };
-            trouble.calls += 1;
-            let mut context = call.context(&format!("r{}", trouble.calls));
-            context.openai = Some(recipe.openai.clone());
-            context.avoid = trouble.lost_by.clone();
-            context.deaths_max = trouble.deaths.left();
-            let request = call.request(Some(recipe), &context);
-            let answer = Next::new(&call.chain).run(request, &mut context).await;
-            trouble.deaths.add(shared, context.losses.drain(..));
-            answer.map(|response| (response, context, place))
-        };
-        match answer {
-            Ok((response, context, place)) if is_stream(&response) => {
+        let answered = ask(call, Some(recipe), trouble, place.take()).await?;
+        match answered.result {
+            Ok(response) if is_stream(&response) => {
+                let context = answered.context;
                 let engine = context.log.upstream_host.clone();
                 let body = response.into_body();
-                return Ok(Leg::new(body, context.observers, engine, Some(place)));
+                let place = Some(answered.place);
+                return Ok(Leg::new(body, context.observers, engine, place));
             }
-            Ok((response, ..)) if blames_request(response.status()) => {
-                return Err("engine_refused");
-            }
+            Ok(response) if blames_request(response.status()) => return Err("engine_refused"),
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             // Time ends it, and the number of deaths.
@@ -285,11 +354,56 @@ async fn find(
             }
             Ok(_) | Err(_) => trouble.attempts += 1,
         }
+        drop(answered.place);
         tokio::time::sleep(trouble.deaths.pause()).await;
     }
 }
 
-fn blames_request(status: StatusCode) -> bool {
+/// Calls the rest of the chain once more: within the budget, and alone if engines died of the stream. (An answer in one
+/// piece says nothing until all of it was generated: when its engine died tells nothing of its request.)
+pub(super) async fn ask(
+    call: &Arc<Call>,
+    recipe: Option<&Recipe>,
+    trouble: &mut Trouble,
+    place: Option<Counted>,
+) -> Result<Answered, &'static str> {
+    let shared = &call.policy.services.migration;
+    let _turn = match recipe {
+        Some(_) => turn(call, &mut trouble.deaths).await?,
+        None => None,
+    };
+    let place = match place {
+        Some(place) => place,
+        None => wait_for_place(call, trouble).await?,
+    };
+    trouble.calls += 1;
+    let mut context = call.context(&format!("r{}", trouble.calls));
+    if let Some(recipe) = recipe {
+        context.openai = Some(recipe.openai.clone());
+    }
+    context.avoid = trouble.lost_by.clone();
+    if recipe.is_some() {
+        context.deaths_max = trouble.deaths.left();
+    }
+    let request = call.request(recipe, &context);
+    let result = Next::new(&call.chain).run(request, &mut context).await;
+    let losses = context.losses.drain(..);
+    match recipe {
+        Some(_) => trouble.deaths.add(shared, losses),
+        None => {
+            for loss in losses.filter(|loss| loss.died) {
+                shared.breaks.note(&loss.engine);
+            }
+        }
+    }
+    Ok(Answered {
+        result,
+        context,
+        place,
+    })
+}
+
+pub(super) fn blames_request(status: StatusCode) -> bool {
     status.is_client_error() && !sse::is_of_the_moment(status.as_u16().into())
 }
 
@@ -324,19 +438,20 @@ async fn alone<'a>(
 }
 
 /// Waits for a place among the streams in prefill, no longer than a stall is borne.
-async fn wait_for_place(call: &Call, since: Instant) -> Result<Counted, &'static str> {
+async fn wait_for_place(call: &Call, trouble: &Trouble) -> Result<Counted, &'static str> {
     if let Some(place) = call.place() {
         return Ok(place);
     }
     metrics::counter!("outrigger_migration_budget_waits_total").increment(1);
     let begun = Instant::now();
+    let limit = trouble.within(call.policy.config.stall());
     loop {
         tokio::time::sleep(BUDGET_LOOK).await;
         if let Some(place) = call.place() {
             return Ok(place);
         }
-        if begun.elapsed() >= call.policy.config.stall() {
-            tracing::debug!(since = ?since.elapsed(), "no place to resume a stream");
+        if begun.elapsed() >= limit {
+            tracing::debug!(since = ?trouble.since.elapsed(), "no place to resume a stream");
             return Err("budget");
         }
     }

@@ -8,63 +8,15 @@
 
 use super::{
     budget::Held,
+    cause::Cause,
     event::{Facts, characters, list_length},
+    recipe::Way,
     rewrite::{self, Skip},
+    told::{self, Kept, Told},
 };
-use crate::{body::BodyError, error::Flag, sse::Event};
-use bytes::{Bytes, BytesMut};
+use crate::sse::Event;
+use bytes::{Buf, Bytes, BytesMut};
 use std::{collections::VecDeque, ops::Range};
-
-/// Why a stream cannot go on where it is.
-#[derive(Debug, Clone)]
-pub(super) enum Cause {
-    /// The connection broke.
-    Broke(BodyError),
-    /// The engine said that it failed; these are its words.
-    Error(Bytes),
-    /// It ended the stream as if it were whole.
-    Truncated,
-    /// It aborted the request; this is how it says so.
-    Aborted(Bytes),
-    /// Nothing came for too long.
-    Stall,
-    /// The engine drains, or was ejected.
-    Leaving,
-    /// The engine does not take tokens where they were given.
-    Unproven,
-    /// What was generated again is not what was delivered.
-    Diverged,
-}
-
-impl Cause {
-    /// What its engine is blamed for, where a leg is left for this before its end.
-    pub(super) fn blame(&self) -> Option<Flag> {
-        match self {
-            Self::Broke(error) => Some(error.flag),
-            Self::Error(_) => Some(Flag::UpstreamRemoteReset),
-            Self::Stall => Some(Flag::StreamIdleTimeout),
-            Self::Truncated
-            | Self::Aborted(_)
-            | Self::Leaving
-            | Self::Unproven
-            | Self::Diverged => None,
-        }
-    }
-
-    /// As in metrics.
-    pub(super) fn as_str(&self) -> &'static str {
-        match self {
-            Self::Broke(_) => "broke",
-            Self::Error(_) => "error_event",
-            Self::Truncated => "truncated",
-            Self::Aborted(_) => "aborted",
-            Self::Stall => "stall",
-            Self::Leaving => "leaving",
-            Self::Unproven => "unproven",
-            Self::Diverged => "diverged",
-        }
-    }
-}
 
 /// What a client asked of its stream, as far as it matters here.
 #[derive(Debug, Clone, Default)]
@@ -106,7 +58,7 @@ struct Mark {
 }
 
 /// Where a stream will be cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Cut {
     mark: Mark,
     /// Tokens that are kept.
@@ -117,30 +69,8 @@ pub(super) struct Cut {
     pub(super) again_chars: usize,
 }
 
-/// How the next piece is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
-    /// The same request from its beginning.
-    Restart,
-    /// `/v1/completions` behind prompt and delivered tokens.
-    Completions,
-    /// The engine's entrance to chat for prompts of tokens.
-    Entrance,
-}
-
-impl Way {
-    /// As in metrics.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Self::Restart => "restart",
-            Self::Completions => "completions",
-            Self::Entrance => "entrance",
-        }
-    }
-}
-
 /// The piece that runs now.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Piece {
     first: bool,
     /// It is written as the client wants it.
@@ -150,14 +80,25 @@ struct Piece {
     /// Characters before it.
     offset: usize,
     /// Ids that it must generate again, as text, and how many.
-    again: Vec<u8>,
+    again: Bytes,
     again_tokens: usize,
     /// Something of these was shown, so that others would not do.
     bound: bool,
     /// Opening chunks that the client has had.
     openings: usize,
+    /// All of it was told before, and is compared with that.
+    compared: bool,
     /// Its prompt is still to be compared with what was asked.
     unproven: bool,
+    /// It goes on within reasoning, and is still to show that its parser knows.
+    reasons: bool,
+}
+
+impl Piece {
+    /// Tokens told before it that it has not come to yet. Where nothing of them was shown, others will do.
+    fn told_ahead(&self) -> usize {
+        self.again_tokens * usize::from(self.bound)
+    }
 }
 
 /// The state of one stream.
@@ -165,6 +106,10 @@ struct Piece {
 pub(super) struct Splice {
     pub(super) asked: Asked,
     held: Held,
+    /// Of a stream that tells no ids.
+    pub(super) kept: Option<Kept>,
+    /// Its ids are of a tokenizer of our own.
+    pub(super) is_retold: bool,
     /// JSON of the first chunk up to its choices: id, model and the like.
     head: Vec<u8>,
     /// What stands between the brackets.
@@ -201,6 +146,8 @@ impl Splice {
         Self {
             asked,
             held,
+            kept: None,
+            is_retold: false,
             head: Vec::new(),
             prompt_ids: Vec::new(),
             ids: Vec::new(),
@@ -220,14 +167,7 @@ impl Splice {
             settled: false,
             piece: Piece {
                 first: true,
-                same_form: true,
-                before: 0,
-                offset: 0,
-                again: Vec::new(),
-                again_tokens: 0,
-                bound: false,
-                openings: 0,
-                unproven: false,
+                ..Piece::default()
             },
         }
     }
@@ -290,8 +230,24 @@ impl Splice {
             self.piece.openings -= 1;
             return Ok(());
         }
+        if self.piece.reasons {
+            self.piece.reasons = !facts.reasoning;
+            let told = facts.has_text() || facts.tools || facts.finish.is_some();
+            if told && self.piece.reasons {
+                return Err(Cause::Unproven);
+            }
+        }
         let skip = self.skip(raw, facts)?;
         self.book(raw, facts);
+        if self.piece.compared && skip.tokens > 0 && (facts.tools || facts.reasoning) {
+            // A parser made it of tokens that were told: all of it, or nobody knows what.
+            let ids = facts.ids.clone().map_or(0, |ids| list_length(&raw[ids]));
+            return if skip.tokens == ids {
+                Ok(())
+            } else {
+                Err(Cause::Diverged)
+            };
+        }
         let usage = facts.usage && self.piece.before > 0;
         if self.piece.same_form && skip.is_nothing() && !usage {
             if !self.is_silent(facts) {
@@ -320,11 +276,10 @@ impl Splice {
             let inner = &ids[1..ids.len() - 1];
             let bound = tokens * usize::from(piece.bound);
             for id in inner.split(|byte| *byte == b',').take(bound) {
-                let id = id.trim_ascii();
-                if !piece.again.starts_with(id) || piece.again.get(id.len()) != Some(&b',') {
+                let told = next_id(&mut piece.again).ok_or(Cause::Diverged)?;
+                if told.trim_ascii() != id.trim_ascii() {
                     return Err(Cause::Diverged);
                 }
-                piece.again.drain(..=id.len());
             }
             piece.again_tokens -= tokens;
         }
@@ -375,13 +330,24 @@ impl Splice {
         } else if facts.reasoning && self.parsed == Parsed::Plain {
             self.parsed = Parsed::Reasoning;
         }
+        let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
         if let Some(text) = facts.text.clone().filter(|_| facts.has_text()) {
-            let ids = facts.ids.clone().map(|ids| list_length(&raw[ids]));
             self.text(&raw[text], ids);
+        } else if facts.reasoning && ids == Some(1) && self.untold.is_none() {
+            self.mark();
         }
-        if self.untold.is_none() && !self.held.grow(self.prompt_ids.len() + self.ids.len()) {
+        if self.kept.is_some() && (facts.tools || facts.reasoning) {
+            // There were tokens whose text is not in the content.
+            self.forget("no_token_ids");
+        }
+        if self.untold.is_none() && !self.held.grow(self.bytes()) {
             self.forget("memory");
         }
+    }
+
+    fn bytes(&self) -> usize {
+        let kept = self.kept.as_ref().map_or(0, Kept::bytes);
+        self.prompt_ids.len() + self.ids.len() + self.piece.again.len() + kept
     }
 
     /// Takes in the text of an event, which brought so many ids, if it told any.
@@ -394,15 +360,28 @@ impl Splice {
             self.parsed = Parsed::Plain;
         }
         if self.untold.is_some() {
+            // Nothing is made of it but the last words of a stream that cannot go on.
+            self.tokens += ids.unwrap_or(1);
+            return;
+        }
+        if let (Some(kept), None) = (&mut self.kept, ids) {
+            kept.take_in(quoted);
+            // As good a guess as any.
+            self.tokens += 1;
             return;
         }
         if ids.is_none() || self.prompt_ids.is_empty() {
+            self.tokens += usize::from(ids.is_none());
             self.forget("no_token_ids");
             return;
         }
-        if ids != Some(1) {
-            return;
+        if ids == Some(1) {
+            self.mark();
         }
+    }
+
+    /// The stream may be cut here, now or soon.
+    fn mark(&mut self) {
         self.marks.push_back(Mark {
             ids: self.ids.len(),
             tokens: self.tokens,
@@ -416,10 +395,46 @@ impl Splice {
     /// Gives up what is held: the stream can only begin anew.
     pub(super) fn forget(&mut self, why: &'static str) {
         self.untold = Some(why);
+        self.kept = None;
         self.ids = Vec::new();
         self.prompt_ids = Vec::new();
         self.marks.clear();
         self.held.clear();
+    }
+
+    /// Its engine tells no ids: its text is kept instead, if engines hold none of it back.
+    pub(super) fn keep_text(&mut self, kept: Kept) {
+        self.kept = Some(kept).filter(|_| self.asked.margin == 0);
+    }
+
+    /// Takes in the ids of prompt and text, as if the engine had told them. Gives what was kept instead.
+    pub(super) fn retell(&mut self, told: &Told) -> Option<Kept> {
+        let kept = self.kept.take();
+        self.is_retold = true;
+        self.prompt_ids = told::list(&told.prompt);
+        self.prompt_ids.pop();
+        self.ids = told::list(&told.ids);
+        self.tokens = told.ids.len();
+        self.marks = VecDeque::from([Mark {
+            ids: self.ids.len(),
+            tokens: self.tokens,
+            told: self.told,
+        }]);
+        if !self.held.grow(self.bytes()) {
+            self.forget("memory");
+        }
+        kept.map(|kept| kept.with(told.prompt.clone()))
+    }
+
+    /// It stays, and its engine tells no ids: what was kept is kept on.
+    pub(super) fn untell(&mut self, kept: Kept) {
+        self.is_retold = false;
+        self.prompt_ids = Vec::new();
+        self.ids = Vec::new();
+        self.marks.clear();
+        if self.untold.is_none() {
+            self.kept = Some(kept);
+        }
     }
 
     fn may_cut(&self, mark: &Mark) -> bool {
@@ -433,9 +448,28 @@ impl Splice {
         Cut {
             mark,
             tokens: mark.tokens,
-            again_tokens: self.tokens - mark.tokens,
+            again_tokens: self.tokens - mark.tokens + self.piece.told_ahead(),
             again_chars: self.delivered.saturating_sub(mark.told + lag),
         }
+    }
+
+    /// Nothing is kept: all is generated again, and left out as far as it was delivered.
+    pub(super) fn all_again(&self) -> Cut {
+        Cut {
+            again_tokens: self.tokens_told(),
+            again_chars: self.delivered,
+            ..Cut::default()
+        }
+    }
+
+    /// Whether the engine that runs now has told a token.
+    pub(super) fn has_progressed(&self) -> bool {
+        self.tokens > self.piece.before
+    }
+
+    /// Tokens that the client has had, whether or not the engine that runs now has got as far.
+    pub(super) fn tokens_told(&self) -> usize {
+        self.tokens + self.piece.told_ahead()
     }
 
     /// Prompt and kept tokens as the inside of a list.
@@ -451,7 +485,10 @@ impl Splice {
 
     /// The rest comes from a new piece.
     pub(super) fn go_on(&mut self, cut: &Cut, way: Way) {
-        let again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
+        let mut again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
+        if self.piece.told_ahead() > 0 {
+            again.extend_from_slice(&self.piece.again);
+        }
         self.tokens = cut.tokens;
         self.marks.truncate(usize::from(cut.tokens > 0));
         let text_before = self.delivered - cut.again_chars;
@@ -461,9 +498,14 @@ impl Splice {
             same_form: way != Way::Completions || !self.asked.chat,
             before: if way == Way::Restart { 0 } else { cut.tokens },
             offset: text_before,
-            again,
+            again: again.into(),
             again_tokens: cut.again_tokens,
-            bound: self.asked.ids || self.logprobs || cut.again_chars > 0,
+            bound: self.asked.ids
+                || self.logprobs
+                || cut.again_chars > 0
+                || way == Way::Restart && self.began,
+            compared: way == Way::Restart && self.began,
+            reasons: way == Way::Entrance && self.parsed == Parsed::Reasoning,
             openings: self.openings,
             unproven: way == Way::Entrance,
         };
@@ -549,6 +591,14 @@ impl Splice {
         self.done = true;
         true
     }
+}
+
+/// Takes the first of ids that each have a comma behind them.
+fn next_id(ids: &mut Bytes) -> Option<Bytes> {
+    let comma = memchr::memchr(b',', ids)?;
+    let id = ids.split_to(comma);
+    ids.advance(1);
+    Some(id)
 }
 
 /// Whether an event says that the engine failed, rather than that the request is wrong.

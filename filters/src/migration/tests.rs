@@ -2,8 +2,10 @@
 
 use super::{
     budget::{Held, Shared},
-    recipe, rewrite,
-    splice::{Asked, Cause, Splice, Way},
+    cause::Cause,
+    recipe::{self, Way},
+    rewrite,
+    splice::{Asked, Splice},
 };
 use crate::{
     openai::{Api, OpenAiRequest, StreamLimits},
@@ -21,7 +23,7 @@ fn recording(name: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn splice(asked: &Asked) -> Splice {
+pub(super) fn splice(asked: &Asked) -> Splice {
     let shared = Arc::<Shared>::default();
     Splice::new(
         Asked {
@@ -32,11 +34,11 @@ fn splice(asked: &Asked) -> Splice {
     )
 }
 
-fn raw(chunk: &Value) -> Vec<u8> {
+pub(super) fn raw(chunk: &Value) -> Vec<u8> {
     format!("data: {chunk}\n\n").into_bytes()
 }
 
-fn text_of(out: &[u8]) -> String {
+pub(super) fn text_of(out: &[u8]) -> String {
     let events = std::str::from_utf8(out).unwrap().split("\n\n");
     let chunks = events.filter_map(|event| event.strip_prefix("data: {"));
     chunks
@@ -51,7 +53,7 @@ fn text_of(out: &[u8]) -> String {
         .collect()
 }
 
-fn chunk(text: &str, ids: &[u64]) -> Vec<u8> {
+pub(super) fn chunk(text: &str, ids: &[u64]) -> Vec<u8> {
     raw(
         &json!({"id": "c", "choices": [{"index": 0, "text": text, "token_ids": ids,
         "finish_reason": null, "prompt_token_ids": [1, 2, 3]}]}),
@@ -450,24 +452,120 @@ fn only_what_a_parser_kept_to_itself_is_kept_from_who_asked_for_no_ids() {
     }
 }
 
+fn completion(more: &Value) -> Arc<OpenAiRequest> {
+    let mut body = json!({"model": "m", "stream": true, "prompt": "a"});
+    for (name, value) in more.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    let body = body.to_string().into();
+    let openai = OpenAiRequest::parse(Api::Completions, &body, StreamLimits::default());
+    Arc::new(openai.unwrap())
+}
+
+fn rules(may_risk: bool) -> recipe::Rules {
+    recipe::Rules {
+        same_distribution: false,
+        context_tokens: 0,
+        lag_is_known: true,
+        may_risk,
+        has_our_seed: false,
+    }
+}
+
 #[test]
-fn grammars_and_stops_that_cannot_be_followed_are_refused() {
+fn what_no_engine_can_follow_begins_anew_where_it_can_be_compared() {
     for (field, value, reason) in [
         ("ebnf", json!("root ::= x"), "guided"),
         ("structural_tag", json!("{}"), "guided"),
         ("stop_regex", json!("a+"), "stop"),
         ("bad_words", json!(["x"]), "logit_state"),
+        ("presence_penalty", json!(1), "penalties"),
+        ("thinking_token_budget", json!(9), "thinking_budget"),
     ] {
-        let body =
-            json!({"model": "m", "stream": true, "temperature": 0, "prompt": "a", (field): value});
-        let body = body.to_string().into();
-        let openai = OpenAiRequest::parse(Api::Completions, &body, StreamLimits::default());
-        let openai = Arc::new(openai.unwrap());
         let mut stream = splice(&Asked::default());
         stream
             .admit(&chunk("a", &[1]), &mut BytesMut::new())
             .unwrap();
-        let refused = recipe::recipe(&openai, &stream, false, 0).unwrap_err();
+        let drawn = completion(&json!({(field): value}));
+        let refused = recipe::recipe(&drawn, &stream, &rules(true)).unwrap_err();
         assert_eq!(refused, reason, "{field}");
+        let greedy = completion(&json!({"temperature": 0, (field): value}));
+        let runs = recipe::recipe(&greedy, &stream, &rules(false)).unwrap_err();
+        assert_eq!(runs, reason, "a stream that runs is not risked");
+        for determined in [
+            json!({"temperature": 0, (field): value}),
+            json!({"seed": 1, (field): value}),
+        ] {
+            let determined = completion(&determined);
+            let anew = recipe::recipe(&determined, &stream, &rules(true)).unwrap();
+            let again = (anew.cut.again_tokens, anew.cut.again_chars);
+            assert_eq!((anew.way, anew.body, again), (Way::Restart, None, (1, 1)));
+        }
+    }
+    let seeded = completion(&json!({"seed": 1}));
+    let mut stream = splice(&Asked::default());
+    stream
+        .admit(&chunk("a", &[1]), &mut BytesMut::new())
+        .unwrap();
+    assert_eq!(
+        recipe::recipe(&seeded, &stream, &rules(false)).unwrap_err(),
+        "seed"
+    );
+    assert_eq!(
+        recipe::recipe(&seeded, &stream, &rules(true)).unwrap().way,
+        Way::Restart
+    );
+}
+
+#[test]
+fn a_call_that_is_made_again_is_told_once_or_not_at_all() {
+    let event = |delta: Value, ids: &[u64]| {
+        raw(
+            &json!({"id": "c", "choices": [{"index": 0, "delta": delta, "token_ids": ids, "finish_reason": null}],
+            "prompt_token_ids": [9]}),
+        )
+    };
+    let call = |arguments: &str| json!({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]});
+    let begin = || {
+        let mut stream = splice(&Asked {
+            chat: true,
+            ..Asked::default()
+        });
+        let mut out = BytesMut::new();
+        for (delta, id) in [
+            (json!({"reasoning": "hm"}), 1),
+            (json!({}), 2),
+            (json!({"content": "well"}), 3),
+            (call("{\"a"), 4),
+        ] {
+            stream.admit(&event(delta, &[id]), &mut out).unwrap();
+        }
+        let cut = stream.all_again();
+        stream.go_on(&cut, Way::Restart);
+        (stream, BytesMut::new())
+    };
+    let (mut stream, mut out) = begin();
+    for (delta, id) in [
+        (json!({"reasoning": "hm"}), 1),
+        (json!({}), 2),
+        (json!({"content": "well"}), 3),
+        (call("{\"a"), 4),
+    ] {
+        stream.admit(&event(delta, &[id]), &mut out).unwrap();
+        assert!(out.is_empty(), "the client has had it: {out:?}");
+    }
+    stream.admit(&event(call("\"}"), &[5]), &mut out).unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&out).matches("arguments").count(),
+        1
+    );
+    for other in [
+        event(json!({"reasoning": "hm"}), &[7]),
+        event(json!({"reasoning": "hm, well"}), &[1, 2, 3, 4, 5]),
+    ] {
+        let (mut stream, mut out) = begin();
+        let got = stream.admit(&other, &mut out);
+        assert!(matches!(got, Err(Cause::Diverged)), "{got:?}");
+        assert!(out.is_empty());
     }
 }

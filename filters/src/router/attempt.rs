@@ -541,6 +541,7 @@ pub fn told(headers: &HeaderMap) -> PromptFacts {
     PromptFacts {
         tokens: number(&PROMPT_TOKENS_HEADER).unwrap_or(0),
         blocks: blocks.into(),
+        ids: None,
     }
 }
 

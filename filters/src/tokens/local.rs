@@ -70,7 +70,7 @@ impl Kind {
 
 /// A model's files, read.
 pub(super) struct LocalModel {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
 }
 

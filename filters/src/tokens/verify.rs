@@ -26,10 +26,12 @@ pub(super) enum Trust {
     Unknown = 0,
     /// Another request is asking.
     Asking = 1,
-    /// Equal to the engine's (or the engine has no way to tell).
+    /// Equal to the engine's.
     Trusted = 2,
     /// Different.
     Distrusted = 3,
+    /// The engine has no way to tell: good enough to route by, and no proof.
+    Assumed = 4,
 }
 
 /// A local tokenizer and how far it is trusted.
@@ -53,6 +55,7 @@ impl Verified {
             0 => Trust::Unknown,
             1 => Trust::Asking,
             2 => Trust::Trusted,
+            4 => Trust::Assumed,
             _ => Trust::Distrusted,
         }
     }
@@ -100,7 +103,7 @@ impl Verified {
         metrics::counter!("outrigger_tokens_local_verifications_total", "kind" => kind.as_str(), "result" => result)
             .increment(1);
         let model = request.model.as_deref().unwrap_or_default();
-        if outcome == Trust::Trusted {
+        if matches!(outcome, Trust::Trusted | Trust::Assumed) {
             tracing::info!(
                 model,
                 kind = kind.as_str(),
@@ -123,7 +126,7 @@ fn judge(
         (Ok(_), Ok(_)) => (Trust::Distrusted, "different"),
         (Err(_), _) => (Trust::Distrusted, "local_error"),
         // Without anything to compare with, the model's own files are still the best guess.
-        (Ok(_), Err(Unavailable::EngineRefused)) => (Trust::Trusted, "unverifiable"),
+        (Ok(_), Err(Unavailable::EngineRefused)) => (Trust::Assumed, "unverifiable"),
         (Ok(_), Err(Unavailable::EngineFailed)) => (Trust::Unknown, "engine_failed"),
         // The client that happened to be first has no key, or a wrong one: the next one may.
         (Ok(_), Err(Unavailable::EngineDenied)) => (Trust::Unknown, "engine_denied"),
@@ -207,7 +210,7 @@ mod tests {
             (
                 Ok(&[1, 2][..]),
                 Err(&Unavailable::EngineRefused),
-                Trust::Trusted,
+                Trust::Assumed,
             ),
             (
                 Ok(&[1, 2][..]),

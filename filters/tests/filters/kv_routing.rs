@@ -93,6 +93,7 @@ async fn the_longest_prefix_wins_and_the_prediction_obeys_the_last_token_rule() 
         .collect();
     assert_eq!(costs, [10.0, 16.0, 20.0]);
     assert_eq!(outcome.context.prompt.tokens, 320);
+    assert!(outcome.context.prompt.ids.is_none(), "nobody keeps them");
     assert_eq!(*outcome.context.prompt.blocks, blocks[..]);
     assert_eq!(outcome.context.log.hit_tokens_predicted, Some(288));
     let decision = outcome.decision();

@@ -18,7 +18,7 @@ use outrigger_filters::{
     registry,
 };
 use outrigger_xds::{
-    report::{EngineId, Health},
+    report::{EngineId, EngineKind, Health},
     resource::route::TypedConfig,
 };
 use serde_json::{Value, json};
@@ -402,5 +402,90 @@ async fn a_prompt_whose_ids_make_no_event_is_not_asked_for_them() {
         let body = engines.seen.lock().unwrap()[0].1.clone();
         let text = std::str::from_utf8(&body).unwrap();
         assert_eq!(text.contains("return_token_ids"), asked, "{bytes}");
+    }
+}
+
+#[tokio::test]
+async fn the_length_of_a_context_is_known_when_its_engine_is_gone() {
+    let mut state = vllm("");
+    state.models[0].context_tokens = 100;
+    let nobody = Arc::new(|_: &str, _: &[u8]| (StatusCode::NOT_FOUND, String::new()));
+    let fleet = Fleet::new(&[Via::Local, Via::Local], &state, nobody);
+    let answers = vec![Answer::Events(0, begun(), Last::Break), rest()];
+    let (chain, engines) = chain(&fleet, json!({}), answers);
+    // Whoever is asked first is no longer among the endpoints.
+    let before = (Uri::from_static("/"), Bytes::new());
+    *engines.seen.lock().unwrap() = vec![before.clone(), before];
+    let (text, error) = ask(&chain, json!({})).await;
+    assert_eq!(error, None, "{text}");
+    let moved = engines.seen.lock().unwrap()[3].1.clone();
+    let moved: Value = serde_json::from_slice(&moved).unwrap();
+    assert_eq!(moved["max_tokens"], 97, "two of the prompt, one told");
+}
+
+#[tokio::test]
+async fn a_tokenizer_that_no_engine_confirmed_proves_nothing() {
+    let files = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/assets");
+    let mut state = vllm(files);
+    state.kind = EngineKind::Sglang;
+    let nobody = Arc::new(|_: &str, _: &[u8]| (StatusCode::NOT_FOUND, String::new()));
+    let fleet = Fleet::new(&[Via::Local, Via::Local], &state, nobody);
+    let told = json!({"id": "c", "choices": [{"index": 0, "delta": {"content": "The sky"}}]});
+    let broken = || Answer::Events(0, vec![told.to_string()], Last::Break);
+    let answers = std::iter::repeat_with(broken).take(100).collect();
+    let (chain, engines) = chain(&fleet, json!({}), answers);
+    let mut asked = 0;
+    let told = loop {
+        let (_, error) = ask(&chain, json!({"max_tokens": 9})).await;
+        let told = error.unwrap();
+        asked += 1;
+        // Until the tokenizer is loaded, nobody knows the prompt.
+        if !told.ends_with("elsewhere: no_token_ids") || asked == 100 {
+            break told;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert!(told.ends_with("elsewhere: not_verified"), "{told}");
+    assert_eq!(engines.seen.lock().unwrap().len(), asked, "none moved");
+    assert!(
+        fleet.paths().contains(&"/tokenize".to_owned()),
+        "it was asked"
+    );
+}
+
+/// An engine that answers in one piece, at once.
+struct InOnePiece;
+
+impl HttpFilter for InOnePiece {
+    fn handle<'a>(
+        &'a self,
+        _: Request<RequestBody>,
+        _: &'a mut Context,
+        _: Next<'a>,
+    ) -> Handled<'a> {
+        let head = Response::builder().header("content-type", "application/json");
+        let answer = head.body(full("{\"choices\":[]}")).unwrap();
+        Box::pin(std::future::ready(Ok(answer)))
+    }
+}
+
+/// `cargo test -p outrigger-filters --release --test filters -- --ignored --nocapture the_cost_of_a_whole_answer`
+#[tokio::test]
+#[ignore = "prints figures"]
+async fn the_cost_of_a_whole_answer() {
+    let fleet = fleet();
+    let (with, _) = chain(&fleet, json!({}), Vec::new());
+    let with: Chain = vec![with[0].clone(), Arc::new(InOnePiece)].into();
+    let without: Chain = vec![Arc::new(InOnePiece) as Arc<dyn HttpFilter>].into();
+    for (name, chain) in [("without", without), ("with", with)] {
+        let mut best = Duration::MAX;
+        for _ in 0..200 {
+            let begun = Instant::now();
+            for _ in 0..100 {
+                std::hint::black_box(read(&chain, json!({"stream": false})).await);
+            }
+            best = best.min(begun.elapsed() / 100);
+        }
+        println!("{name} migration: {} ns a request", best.as_nanos());
     }
 }
