@@ -30,10 +30,7 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
-use tokio::{
-    net::{TcpListener, UnixListener},
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// A resource with its version and life.
@@ -132,27 +129,7 @@ impl AdsServer {
             world: self.world.clone(),
             changed: self.changed.clone(),
         };
-        listener.set_nonblocking(true).unwrap();
-        let router = ads_services::all(&service);
-        runtime.spawn(async move {
-            let listener = TcpListener::from_std(listener).unwrap();
-            let accepted = stream::unfold(listener, |listener| async move {
-                let accepted = listener.accept().await.map(|(socket, _)| socket);
-                Some((accepted, listener))
-            });
-            router.serve_with_incoming(accepted).await
-        });
-        if let Some(path) = &self.pipe {
-            let _ = std::fs::remove_file(path);
-            let guard = runtime.enter();
-            let listener = UnixListener::bind(path).unwrap();
-            drop(guard);
-            let accepted = stream::unfold(listener, |listener| async move {
-                let accepted = listener.accept().await.map(|(socket, _)| socket);
-                Some((accepted, listener))
-            });
-            runtime.spawn(ads_services::all(&service).serve_with_incoming(accepted));
-        }
+        ads_services::serve(&runtime, &service, listener, self.pipe.as_deref());
         self.runtime = Some(runtime);
     }
 

@@ -1,6 +1,7 @@
 //! The services by which the tests' own control plane is reached: of all types, and of each.
 
 use super::ads_server::{Answers, Delta, Service, State, converse};
+use futures_util::stream;
 use outrigger_xds::wire::envoy::service::{
     cluster::v3::cluster_discovery_service_server::{
         ClusterDiscoveryService, ClusterDiscoveryServiceServer,
@@ -24,13 +25,48 @@ use outrigger_xds::wire::envoy::service::{
         SecretDiscoveryService, SecretDiscoveryServiceServer,
     },
 };
+use std::path::Path;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    runtime::Runtime,
+};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, server::Router},
 };
 
+/// Serves all of them at an address and, if there is one, at a pipe.
+pub(super) fn serve(
+    runtime: &Runtime,
+    service: &Service,
+    listener: std::net::TcpListener,
+    pipe: Option<&Path>,
+) {
+    listener.set_nonblocking(true).unwrap();
+    let router = all(service);
+    runtime.spawn(async move {
+        let listener = TcpListener::from_std(listener).unwrap();
+        let accepted = stream::unfold(listener, |listener| async move {
+            let accepted = listener.accept().await.map(|(socket, _)| socket);
+            Some((accepted, listener))
+        });
+        router.serve_with_incoming(accepted).await
+    });
+    if let Some(path) = pipe {
+        let _ = std::fs::remove_file(path);
+        let guard = runtime.enter();
+        let listener = UnixListener::bind(path).unwrap();
+        drop(guard);
+        let accepted = stream::unfold(listener, |listener| async move {
+            let accepted = listener.accept().await.map(|(socket, _)| socket);
+            Some((accepted, listener))
+        });
+        runtime.spawn(all(service).serve_with_incoming(accepted));
+    }
+}
+
 /// All of them.
-pub(super) fn all(service: &Service) -> Router {
+fn all(service: &Service) -> Router {
     Server::builder()
         .add_service(AggregatedDiscoveryServiceServer::new(service.clone()))
         .add_service(ClusterDiscoveryServiceServer::new(service.clone()))
