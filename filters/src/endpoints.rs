@@ -449,7 +449,6 @@ impl Endpoint {
     /// Alive, and serving `model` if one is named: both answers from one look.
     #[must_use]
     pub fn fits(&self, model: Option<&str>) -> bool {
-        use outrigger_xds::report::Health;
         if self.is_draining() {
             return false;
         }
@@ -458,11 +457,8 @@ impl Endpoint {
         }
         let live = self.live.load();
         let models = &live.state.models;
-        live.heard
-            && matches!(live.state.health, Health::Healthy | Health::Unhealthy)
-            && model.is_none_or(|model| {
-                models.is_empty() || models.iter().any(|known| known.id == model)
-            })
+        let serves = |model| models.is_empty() || models.iter().any(|known| known.id == model);
+        live.is_alive() && model.is_none_or(serves)
     }
 
     /// What it is used for.
