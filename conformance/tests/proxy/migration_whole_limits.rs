@@ -20,10 +20,7 @@ use std::{
 #[tokio::test]
 async fn engines_that_die_before_a_byte_make_it_no_suspect() {
     // Each request loses its first two engines; were it then to run alone, they would wait for one another.
-    let lost = Arc::new(std::sync::Mutex::new(std::collections::HashMap::<
-        String,
-        u32,
-    >::new()));
+    let lost = Arc::new(Mutex::new(HashMap::<String, u32>::new()));
     let mut servers = Vec::new();
     for _ in 0..8 {
         let lost = lost.clone();

@@ -159,8 +159,8 @@ pub(super) fn recipe(
         return again.then(|| restart(splice.all_again())).ok_or(reason);
     }
     // Of reasoning it is not known how much was told behind the cut.
-    let within = cut.tokens > 0 && cut.again_tokens == 0;
-    if splice.parsed == Parsed::Reasoning && !within {
+    let told = cut.tokens == 0 || splice.reasoned_since;
+    if splice.parsed == Parsed::Reasoning && told {
         return Err("reasoning");
     }
     if cut.tokens == 0 {

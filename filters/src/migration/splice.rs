@@ -121,6 +121,8 @@ pub(super) struct Splice {
     pub(super) untold: Option<&'static str>,
     /// The first one that may be cut at, if any, and those behind it.
     marks: VecDeque<Mark>,
+    /// Reasoning was told behind the last of them.
+    pub(super) reasoned_since: bool,
     /// Characters that the engines told, and that were delivered.
     told: usize,
     delivered: usize,
@@ -154,6 +156,7 @@ impl Splice {
             tokens: 0,
             untold: None,
             marks: VecDeque::new(),
+            reasoned_since: false,
             told: 0,
             delivered: 0,
             parsed: Parsed::Plain,
@@ -335,6 +338,8 @@ impl Splice {
             self.text(&raw[text], ids);
         } else if facts.reasoning && ids == Some(1) && self.untold.is_none() {
             self.mark();
+        } else {
+            self.reasoned_since |= facts.reasoning;
         }
         if self.kept.is_some() && (facts.tools || facts.reasoning) {
             // There were tokens whose text is not in the content.
@@ -382,6 +387,7 @@ impl Splice {
 
     /// The stream may be cut here, now or soon.
     fn mark(&mut self) {
+        self.reasoned_since = false;
         self.marks.push_back(Mark {
             ids: self.ids.len(),
             tokens: self.tokens,

@@ -89,6 +89,24 @@ fn a_call_is_not_told_twice_after_a_second_break() {
 }
 
 #[test]
+fn reasoning_behind_the_last_mark_is_known() {
+    let thought = |ids: &[u64]| {
+        let choice = json!({"index": 0, "delta": {"reasoning": "hm"}, "token_ids": ids});
+        raw(&json!({"id": "c", "choices": [choice], "prompt_token_ids": [1]}))
+    };
+    let mut stream = splice(&Asked {
+        chat: true,
+        ..Asked::default()
+    });
+    let mut out = BytesMut::new();
+    for (ids, since) in [(&[5][..], false), (&[6, 7], true), (&[8], false)] {
+        stream.admit(&thought(ids), &mut out).unwrap();
+        assert_eq!(stream.reasoned_since, since, "{ids:?}");
+    }
+    assert_eq!(stream.cut().tokens, 4);
+}
+
+#[test]
 fn a_stream_that_stays_keeps_its_text() {
     let silent = |text: &str| raw(&json!({"id": "c", "choices": [{"index": 0, "text": text}]}));
     let mut stream = splice(&Asked::default());
