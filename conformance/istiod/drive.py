@@ -21,6 +21,7 @@ import urllib.request
 import grpc
 
 import mesh
+import sds
 
 PATIENCE_S = 60
 CERTIFICATE_S = 3600
@@ -136,6 +137,7 @@ class Stage:
         self.taken.update(taken)
         own = self.logs / name
         own.mkdir(exist_ok=True)
+        give_secrets(self, name)
         path = own / "bootstrap.json"
         path.write_text(json.dumps(made, indent=1))
         argv = [self.args.proxy, "-c", path, "--drain-time-s", "1", "--drain-strategy", "immediate", "--local-address-ip-version", "v4",
@@ -204,27 +206,11 @@ def ignored(stage, name):
     return collections.Counter(re.sub(r"\[\d+\]", "[]", place) for place in places)
 
 
-def varint(number):
-    out = bytearray()
-    while number > 0x7f:
-        out.append(number & 0x7f | 0x80)
-        number >>= 7
-    return bytes(out + bytes([number]))
-
-
 def texts(message):
     """All of field 1 of a message that has nothing else."""
-    found, at = [], 0
-    while at < len(message):
-        assert message[at] == 0x0a, f"field {message[at] >> 3} in an answer of Istio's certificate service"
-        length, shift, at = 0, 0, at + 1
-        while True:
-            length, shift, at = length | (message[at] & 0x7f) << shift, shift + 7, at + 1
-            if message[at - 1] < 0x80:
-                break
-        found.append(message[at:at + length].decode())
-        at += length
-    return found
+    found = list(sds.fields(message))
+    assert all(number == 1 for number, _ in found), "another field in an answer of Istio's certificate service"
+    return [content.decode() for _, content in found]
 
 
 def certificate(stage, name):
@@ -233,7 +219,7 @@ def certificate(stage, name):
     subprocess.run(["openssl", "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/O=demo",
                     "-keyout", key, "-out", request], check=True, capture_output=True)
     csr = request.read_bytes()
-    message = b"\x0a" + varint(len(csr)) + csr + b"\x18" + varint(CERTIFICATE_S)
+    message = sds.field(1, csr) + b"\x18" + sds.varint(CERTIFICATE_S)
     with grpc.insecure_channel(f"127.0.0.1:{stage.ports['xds']}") as channel:
         create = channel.unary_unary(CREATE, request_serializer=bytes, response_deserializer=bytes)
         whose = (("x-forwarded-client-cert", mesh.whose(name)),)
@@ -242,16 +228,13 @@ def certificate(stage, name):
 
 
 def give_secrets(stage, name):
-    """Where the EnvoyFilter says that they are: below the directory in which the sidecar was started."""
+    """At the socket that pilot-agent's bootstrap names, below the directory in which the sidecar was started."""
     chain, key, root = eventually(f"a certificate for {name}", lambda: certificate(stage, name))
-    secret = mesh.TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret"
-    inline = lambda text: {"inline_string": text}
-    contents = {"default": {"tls_certificate": {"certificate_chain": inline(chain), "private_key": inline(key)}},
-                "ROOTCA": {"validation_context": {"trusted_ca": inline(root)}}}
-    for of, content in contents.items():
-        path = stage.logs / name / "secrets" / f"{of}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"version_info": "1", "resources": [{"@type": secret, "name": of, **content}]}))
+    path = stage.logs / name / mesh.SECRETS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    server = sds.serve(path, sds.secrets(chain, key, root))
+    stage.ending.callback(server.stop, None)
 
 
 def ask(stage, path, headers=None, host=mesh.CLIENT, port="out_http"):
@@ -280,9 +263,6 @@ def plaintext(stage):
 
 
 def mutual(stage):
-    for name in ("client", "echo", "redirected"):
-        give_secrets(stage, name)
-    stage.write("files", [mesh.named_by_files("./secrets")])
     stage.write("peers", [mesh.peers("STRICT")])
 
     def is_secured():

@@ -10,7 +10,8 @@ ISTIO_VERSION = "1.31.0"
 ISTIOD = "v0.0.0-20260827124520-eed52ebb66ad"
 IDENTITY = f"spiffe://cluster.local/ns/{NAMESPACE}/sa/"
 
-# Parts of pilot-agent's bootstrap that are refused by name, and taken out: none of them changes what happens to a request here.
+SECRETS = "var/run/secrets/workload-spiffe-uds/test.sock"  # as in pilot-agent's bootstrap
+# Parts of that bootstrap that are refused by name, and taken out: none of them changes what happens to a request here.
 LEFT_OUT = ("application_log_config", "overload_manager")
 COMPRESSOR = TYPE + "envoy.extensions.filters.http.compressor.v3.Compressor"
 
@@ -104,38 +105,6 @@ def sidecars(ports):
 
 def peers(mode):
     return resource("security.istio.io/v1", "PeerAuthentication", "default", {"mtls": {"mode": mode}})
-
-
-def named_by_files(directory):
-    """Istio's own way to change what it sends: secrets come from files, since `api_config_source` is refused by name."""
-    source = lambda name: {"name": name, "sds_config": {
-        "path_config_source": {"path": f"{directory}/{name}.yaml"}, "resource_api_version": "V3"}}
-    common = lambda identity: {
-        "tls_certificate_sds_secret_configs": [source("default")],
-        "combined_validation_context": {
-            "default_validation_context": {"match_subject_alt_names": [{"exact": IDENTITY + identity}] if identity else []},
-            "validation_context_sds_secret_config": source("ROOTCA")}}
-    # With a name of its own it takes the place of what was there; with the same one, lists would be appended to.
-    socket = lambda kind, context: {"name": "by-files", "typed_config": {
-        "@type": f"{TYPE}envoy.extensions.transport_sockets.tls.v3.{kind}", **context}}
-    upstream = lambda service: socket("UpstreamTlsContext", {
-        "common_tls_context": {**common(service), "alpn_protocols": ["istio-peer-exchange", "istio"]},
-        "sni": f"outbound_.{service}.demo.svc.cluster.local"})
-    downstream = socket("DownstreamTlsContext", {
-        "common_tls_context": {**common(""), "alpn_protocols": ["istio-peer-exchange", "h2", "http/1.1"]},
-        "require_client_certificate": True})
-    matches = lambda service: [
-               {"name": "tlsMode-istio", "match": {"tlsMode": "istio"}, "transport_socket": upstream(service)},
-               {"name": "tlsMode-disabled", "match": {}, "transport_socket": {"name": "raw", "typed_config": {
-                   "@type": f"{TYPE}envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer"}}}]
-    patches = [
-        *({"applyTo": "CLUSTER", "match": {"context": "SIDECAR_OUTBOUND", "cluster": {"service": f"{service}.demo.svc.cluster.local"}},
-           "patch": {"operation": "MERGE_AND_REPLACE_LIST", "value": {"transport_socket_matches": matches(service)}}}
-          for service in ("echo", "several")),
-        {"applyTo": "FILTER_CHAIN", "match": {
-            "context": "SIDECAR_INBOUND", "listener": {"filterChain": {"transportProtocol": "tls"}}},
-         "patch": {"operation": "MERGE_AND_REPLACE_LIST", "value": {"transport_socket": downstream}}}]
-    return resource("networking.istio.io/v1alpha3", "EnvoyFilter", "files", {"configPatches": patches})
 
 
 def configuration(ports):
