@@ -3,6 +3,7 @@
 
 use super::disaggregation::{CHAT, COMPLETIONS, always, chat, completion, disaggregation};
 use super::disaggregation_sglang::{Fleet, config, half, start};
+use super::migration::migration;
 use outrigger_conformance::{
     harness::{ProxyBuilder, Upstream, Version, eventually},
     sim::{Config, Fault, FaultKind, Side},
@@ -15,9 +16,14 @@ fn again(side: Side, port: u16) -> Config {
     Config { port, ..half(side) }
 }
 
-async fn of_halves(fields: Value) -> Fleet {
+/// One of each, and nobody else.
+async fn of_halves(moves: Value) -> Fleet {
     let (prefill, decode) = (vec![half(Side::Prefill)], vec![half(Side::Decode)]);
-    Fleet::start(prefill, decode, Vec::new(), fields).await
+    let build = |builder: ProxyBuilder| {
+        let builder = builder.edit(disaggregation(always(json!({}))));
+        builder.edit(migration(moves))
+    };
+    Fleet::build(prefill, decode, Vec::new(), build).await
 }
 
 /// Nobody is there for a request; says why it was not split.
@@ -32,7 +38,8 @@ async fn assert_nobody(fleet: &Fleet, body: &Value, reason: &str) {
 #[tokio::test]
 async fn a_half_is_not_asked_for_all_of_it_while_the_other_is_missing() {
     for (side, reason) in [(Side::Prefill, "no_prefill"), (Side::Decode, "no_decode")] {
-        let mut fleet = of_halves(always(json!({}))).await;
+        // Streams wait in a storm.
+        let mut fleet = of_halves(json!({"resume_timeout_ms": 300})).await;
         let engines = match side {
             Side::Prefill => &mut fleet.prefill,
             Side::Decode => &mut fleet.decode,
@@ -124,7 +131,8 @@ async fn a_half_does_not_stand_in_for_an_engine_that_failed() {
 /// The only half for decode dies in the middle of a stream, and comes back: the half for prefill is not asked for the rest.
 #[tokio::test]
 async fn a_stream_waits_for_the_half_that_is_missing() {
-    let mut fleet = of_halves(always(json!({}))).await;
+    // It asks for the half that died until that is known to be dead.
+    let mut fleet = of_halves(json!({"attempts_max": 50})).await;
     let mut gone = fleet.decode.remove(0);
     let port = gone.http_addr.port();
     gone.fault(Fault {
@@ -140,6 +148,6 @@ async fn a_stream_waits_for_the_half_that_is_missing() {
         start(again(Side::Decode, port))
     };
     let body = completion(1, &json!({"stream": true, "max_tokens": 60}));
-    let (_record, _back) = tokio::join!(fleet.same(Version::H1, COMPLETIONS, &body), restart);
+    let (_, _back) = tokio::join!(fleet.same(Version::H1, COMPLETIONS, &body), restart);
     assert!(fleet.proxy.metric("outrigger_migrations_total", "").await >= 1.0);
 }
