@@ -8,6 +8,7 @@
 
 mod another;
 mod dialect;
+mod failure;
 mod head;
 mod loan;
 mod nixl;
@@ -21,13 +22,14 @@ mod trtllm;
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Via, Want},
-    error::{Error, Flag, Origin, Retry},
+    error::{Error, Origin, Retry},
     filter::{Context, Handled, HttpFilter, Next, Ranked},
     lease::{self, Asked},
     registry,
     services::Services,
 };
 use dialect::Dialect;
+use failure::{BROKE, Failure, none};
 use head::{Head, put_id};
 use http::{HeaderName, HeaderValue, Request, Response, header};
 use loan::Loan;
@@ -189,60 +191,6 @@ impl Disaggregation {
             response.headers_mut().insert(DISAGGREGATION_HEADER, value);
         }
         response
-    }
-}
-
-/// Why a leg came to nothing: its engine broke.
-const BROKE: &str = "failed";
-
-/// Why a leg came to nothing.
-struct Failure {
-    leg: &'static str,
-    reason: &'static str,
-    error: Option<Box<Error>>,
-    /// The engine that failed, to be passed over.
-    at: Option<EngineId>,
-    /// What it answered, where the client may have to be told.
-    answer: Option<Box<Response<ResponseBody>>>,
-}
-
-impl Failure {
-    fn new(leg: &'static str, reason: &'static str) -> Self {
-        Self {
-            leg,
-            reason,
-            error: None,
-            at: None,
-            answer: None,
-        }
-    }
-
-    /// Whether the request is to blame, by the engine's word.
-    fn blames_request(&self) -> bool {
-        let answer = self.answer.as_ref();
-        answer.is_some_and(|answer| answer.status().is_client_error())
-    }
-
-    /// Whether an engine had the request, and did not just take too long.
-    fn was_asked(&self) -> bool {
-        let broke = matches!(self.reason, BROKE | "empty");
-        broke || self.error.is_some() || self.answer.is_some()
-    }
-
-    /// What the client is told where nobody is left to ask.
-    fn told(self) -> Result<Response<ResponseBody>, Error> {
-        let was_asked = self.was_asked();
-        match (self.answer, self.error) {
-            (Some(answer), _) => Ok(*answer),
-            (None, Some(error)) => Err(*error),
-            (None, None) if self.reason == "timeout" => Err(Error::upstream_timeout()),
-            (None, None) if was_asked => Err(Error::upstream_reset(
-                Flag::UpstreamRemoteReset,
-                "remote reset",
-                Retry::NothingReceived,
-            )),
-            (None, None) => Err(Error::no_healthy_upstream()),
-        }
     }
 }
 
@@ -579,10 +527,6 @@ fn note_end(leg: &mut Context, engine: Option<&EngineId>, reason: &str) {
     if let Some(engine) = engine {
         leg.note_loss(engine.clone(), reason == BROKE);
     }
-}
-
-fn none(leg: &'static str) -> Failure {
-    Failure::new(leg, "none")
 }
 
 /// The leg that counts is the decode leg; what was predicted is what prefill found.

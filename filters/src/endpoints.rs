@@ -1,10 +1,12 @@
 //! The fleet as filters see it: clusters, their endpoints, and the way to them. The proxy implements the traits.
 
 mod part;
+mod record;
 mod tally;
 mod upstream;
 
 pub use part::{Part, has_halves};
+pub use record::{Outcomes, Record};
 pub use tally::{Counts, Ended, Tally};
 pub use upstream::{SendOptions, Upstream};
 
@@ -12,7 +14,6 @@ use crate::{
     breakers::Breakers,
     error::{Error, Flag, GivenUp},
     lease::Lease,
-    samples::Samples,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -125,55 +126,6 @@ pub struct Host {
     pub connections: AtomicU64,
     /// Since when it is there, or well again, on [`clock_ms`]'s clock.
     pub since_ms: AtomicU64,
-}
-
-/// How an endpoint's requests went, as outlier detection counts them.
-#[derive(Debug, Default)]
-pub struct Record {
-    /// 5xx in a row.
-    pub failures: AtomicU32,
-    /// 502, 503 and 504 in a row.
-    pub gateway_failures: AtomicU32,
-    /// Failures to reach it in a row.
-    pub local_failures: AtomicU32,
-    /// Those without a 5xx are well.
-    pub answered: Outcomes,
-    /// Those that reached it are well; only where that is counted apart.
-    pub local: Outcomes,
-    /// When it was last ejected, on [`clock_ms`]'s clock.
-    pub ejected_ms: AtomicU64,
-    /// How often, less the intervals it was not.
-    pub ejections: AtomicU32,
-    /// What this ejection takes longer by chance.
-    pub jitter_ms: AtomicU64,
-    /// Times to first token in this interval, where somebody compares them.
-    pub first_tokens: Samples,
-    /// Times between tokens.
-    pub later_tokens: Samples,
-}
-
-/// Requests of an interval.
-#[derive(Debug, Default)]
-pub struct Outcomes {
-    requests: AtomicU64,
-    successes: AtomicU64,
-}
-
-impl Outcomes {
-    /// One more.
-    pub fn count(&self, success: bool) {
-        self.requests.fetch_add(1, Relaxed);
-        if success {
-            self.successes.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// How many there were, and how many of them, in percent, were well; counts anew. `None` if there were none.
-    pub fn take(&self) -> Option<(u64, f64)> {
-        let requests = self.requests.swap(0, Relaxed);
-        let successes = self.successes.swap(0, Relaxed);
-        (requests > 0).then(|| (requests, successes as f64 * 100.0 / requests as f64))
-    }
 }
 
 /// The weight that an endpoint's load reports earn it. Times are on [`clock_ms`]'s clock; 0 is never.

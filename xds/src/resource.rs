@@ -29,6 +29,7 @@ pub mod local_reply;
 pub mod log_filter;
 pub mod matching;
 pub mod mirror_policy;
+mod name_match;
 pub mod outlier_detection;
 pub mod retry_policy;
 pub mod route;

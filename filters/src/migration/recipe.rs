@@ -1,6 +1,6 @@
 //! Whether and how a stream may go on elsewhere: judged when it breaks, by the request as the client wrote it.
 
-use super::splice::{Asked, Cut, Parsed, Splice};
+use super::splice::{Cut, Parsed, Splice};
 use crate::openai::{Api, OpenAiRequest, Prompt, PromptFlags, Spans};
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
@@ -49,6 +49,23 @@ const GUIDED: [&str; 9] = [
     "ebnf",
     "structural_tag",
 ];
+
+/// What a client asked of its stream, as far as it matters here.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Asked {
+    /// Chat, or plain completions.
+    pub(super) chat: bool,
+    /// How many choices, at least 1; the most there are where it is not known.
+    pub(super) choices: usize,
+    /// It wants to see token ids.
+    pub(super) ids: bool,
+    /// A chunk with `usage` at the end.
+    pub(super) usage: bool,
+    /// Characters of text that a stop string may still take back, less one: the longest one's length.
+    pub(super) margin: usize,
+    /// As many are held back by the engine.
+    pub(super) lag: usize,
+}
 
 /// How the next piece is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,30 +10,13 @@ use super::{
     budget::Held,
     cause::Cause,
     event::{Facts, characters, list_length},
-    recipe::Way,
+    recipe::{Asked, Way},
     rewrite::{self, Skip},
     told::{self, Kept, Told},
 };
 use crate::sse::Event;
 use bytes::{Buf, Bytes, BytesMut};
 use std::{collections::VecDeque, ops::Range};
-
-/// What a client asked of its stream, as far as it matters here.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Asked {
-    /// Chat, or plain completions.
-    pub(super) chat: bool,
-    /// How many choices, at least 1; the most there are where it is not known.
-    pub(super) choices: usize,
-    /// It wants to see token ids.
-    pub(super) ids: bool,
-    /// A chunk with `usage` at the end.
-    pub(super) usage: bool,
-    /// Characters of text that a stop string may still take back, less one: the longest one's length.
-    pub(super) margin: usize,
-    /// As many are held back by the engine.
-    pub(super) lag: usize,
-}
 
 /// What the text of a stream is at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -2,8 +2,8 @@
 
 use super::{
     cause::Cause,
-    recipe::Way,
-    splice::{Asked, Splice},
+    recipe::{Asked, Way},
+    splice::Splice,
     tests::{chunk, raw, splice, text_of},
     told::{Kept, Told},
 };

@@ -3,9 +3,9 @@
 use super::{
     budget::{Held, Shared},
     cause::Cause,
-    recipe::{self, Way},
+    recipe::{self, Asked, Way},
     rewrite,
-    splice::{Asked, Splice},
+    splice::Splice,
 };
 use crate::{
     openai::{Api, OpenAiRequest, StreamLimits},

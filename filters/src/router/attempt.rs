@@ -53,7 +53,7 @@ pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
 /// Milliseconds that this attempt may take.
 const GRPC_TIMEOUT_HEADER: HeaderName = HeaderName::from_static("grpc-timeout");
 /// A number in it has at most eight digits.
-const GRPC_TIMEOUT_MAX: u64 = 99_999_999;
+const LARGEST_GRPC_TIMEOUT: u64 = 99_999_999;
 const EXPECTED_TIMEOUT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -578,10 +578,10 @@ pub fn target(endpoint: Arc<Endpoint>) -> Ranked {
 
 /// Milliseconds as gRPC writes them; seconds where they are too many.
 fn grpc_timeout(ms: u64) -> HeaderValue {
-    let text = if ms <= GRPC_TIMEOUT_MAX {
+    let text = if ms <= LARGEST_GRPC_TIMEOUT {
         format!("{ms}m")
     } else {
-        format!("{}S", (ms / 1000).min(GRPC_TIMEOUT_MAX))
+        format!("{}S", (ms / 1000).min(LARGEST_GRPC_TIMEOUT))
     };
     HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("1m"))
 }
