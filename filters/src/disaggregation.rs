@@ -36,7 +36,7 @@ use loan::Loan;
 use outrigger_xds::report::{EngineId, EngineKind, Role};
 use record::Record;
 pub use rule::Mode;
-use rule::{Pace, Rule};
+use rule::{Pace, Rule, Way};
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 
@@ -143,11 +143,15 @@ impl HttpFilter for Disaggregation {
                 pace: &self.pace,
                 view: &view,
             };
-            let (split, mut record) = rule.decide(&request, context);
-            context.part = Part::Whole;
-            let answer = match split {
-                false => next.run(*request, context).await,
-                true => {
+            let (way, mut record) = rule.decide(&request, context);
+            context.part = match way {
+                Way::Refused => Part::Any,
+                Way::Split | Way::Whole | Way::Nobody => Part::Whole,
+            };
+            let answer = match way {
+                Way::Whole | Way::Refused => next.run(*request, context).await,
+                Way::Nobody => Err(Error::no_healthy_upstream()),
+                Way::Split => {
                     let mut split = Split {
                         filter: self,
                         view: &view,

@@ -1,9 +1,11 @@
 //! The fleet as filters see it: clusters, their endpoints, and the way to them. The proxy implements the traits.
 
+mod part;
 mod record;
 mod tally;
 mod upstream;
 
+pub use part::{Part, has_halves};
 pub use record::{Outcomes, Record};
 pub use tally::{Counts, Ended, Tally};
 pub use upstream::{SendOptions, Upstream};
@@ -17,7 +19,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use outrigger_xds::{
     block_hash::BlockHash,
-    report::{EngineId, EngineKind, EngineState, Load, Role},
+    report::{EngineId, EngineState, Load, Role},
     resource::{
         cluster::{ConnectionOptions, LbPolicy, OriginalDst, UpstreamProtocol},
         endpoint::{Address, HealthStatus},
@@ -91,48 +93,6 @@ impl ClusterView {
                 alive.retain(|endpoint| endpoint.level() == level);
                 return;
             }
-        }
-    }
-}
-
-/// Which part of a request's work an endpoint is asked for, where engines have roles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Part {
-    /// Nobody looked at roles: any endpoint will do.
-    #[default]
-    Any,
-    /// All of it. Engines for prefill alone do it where there is nobody else.
-    Whole,
-    /// Prefill.
-    Prefill,
-    /// All tokens, from blocks that were computed elsewhere.
-    Decode,
-}
-
-impl Part {
-    /// Whether an engine is meant for it.
-    #[must_use]
-    pub fn suits(self, endpoint: &Endpoint) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Whole => match endpoint.role() {
-                Role::Both => true,
-                Role::Prefill => false,
-                // Half of an SGLang refuses whatever comes without its other half.
-                Role::Decode => endpoint.live.load().state.kind != EngineKind::Sglang,
-            },
-            Self::Prefill => endpoint.role() == Role::Prefill,
-            Self::Decode => endpoint.role() == Role::Decode,
-        }
-    }
-
-    /// Takes out the endpoints that are not meant for it.
-    pub fn keep_suited(self, endpoints: &mut Vec<Arc<Endpoint>>) {
-        let suits = |endpoint: &Arc<Endpoint>| self.suits(endpoint);
-        match self {
-            Self::Any => {}
-            Self::Whole if !endpoints.iter().any(suits) => {}
-            Self::Whole | Self::Prefill | Self::Decode => endpoints.retain(suits),
         }
     }
 }

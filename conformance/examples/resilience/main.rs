@@ -25,6 +25,8 @@ const LOG_LAG: Duration = Duration::from_millis(500);
 
 /// Streams on a fleet whose engines break.
 #[derive(Parser, Clone)]
+// `run` gives defaults of its own before what it is told.
+#[command(args_override_self = true)]
 struct Args {
     /// What the engines imitate.
     #[arg(long, value_enum, default_value_t)]

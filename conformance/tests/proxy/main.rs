@@ -22,6 +22,7 @@ mod config;
 mod connections;
 mod disaggregation;
 mod disaggregation_failures;
+mod disaggregation_halves;
 mod disaggregation_lease;
 mod disaggregation_pairs;
 mod disaggregation_poison;

@@ -29,8 +29,8 @@ fn name<S: Serializer>(id: &Option<EngineId>, serializer: S) -> Result<S::Ok, S:
 }
 
 impl Record {
-    pub(super) fn decide(&mut self, split: bool, reason: &'static str) {
-        self.decision = if split { "split" } else { "whole" };
+    pub(super) fn decide(&mut self, decision: &'static str, reason: &'static str) {
+        self.decision = decision;
         self.reason = reason;
     }
 

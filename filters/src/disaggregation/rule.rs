@@ -3,18 +3,14 @@
 use super::{Config, record::Record};
 use crate::{
     body::RequestBody,
-    endpoints::{ClusterView, Endpoint, Part},
+    endpoints::{ClusterView, Endpoint, Part, has_halves},
     filter::Context,
     openai::{Api, OpenAiRequest, Prompt},
 };
 use http::{Method, Request};
-use outrigger_xds::report::EngineKind;
 use serde::Deserialize;
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -66,38 +62,80 @@ pub(super) struct Rule<'a> {
     pub(super) view: &'a ClusterView,
 }
 
+/// What is done with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Two engines serve it.
+    Split,
+    /// One serves all of it.
+    Whole,
+    /// Nobody can serve it: whoever is there says so.
+    Refused,
+    /// Nobody is there for it now: there are only halves, and no pair of them.
+    Nobody,
+}
+
+impl Way {
+    /// As the record has it.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Split => "split",
+            Self::Whole | Self::Refused => "whole",
+            Self::Nobody => "none",
+        }
+    }
+}
+
 impl Rule<'_> {
-    /// Whether it is split, and why.
+    /// What is done with it, and why.
     pub(super) fn decide(
         &self,
         request: &Request<RequestBody>,
         context: &Context,
-    ) -> (bool, Record) {
+    ) -> (Way, Record) {
         let mut record = Record::default();
         record.prompt_tokens = prompt_tokens(context);
         record.uncached_tokens = record.prompt_tokens - self.cached(context, record.prompt_tokens);
-        let forbidden = self.forbidden(request, context);
-        let (split, reason) = match (forbidden, self.config.mode) {
-            (Some(reason), _) => (false, reason),
-            (None, _) if !may_be_whole(self.view, context) => (true, "no_whole"),
-            (None, Mode::Never) => (false, "never"),
-            (None, Mode::Always) => (true, "always"),
-            (None, Mode::Threshold) => self.weigh(&mut record),
+        let whole = may_be_whole(self.view, context);
+        let (way, reason) = match (of_call(request, context), self.of_fleet(context)) {
+            (Some(reason), _) | (None, Some(reason)) if whole => (Way::Whole, reason),
+            (Some(reason), _) => (Way::Refused, reason),
+            (None, Some(reason)) => (self.without_pair(context), reason),
+            (None, None) if !whole => (Way::Split, "no_whole"),
+            (None, None) => self.by_mode(&mut record),
         };
-        record.decide(split, reason);
-        (split, record)
+        record.decide(way.as_str(), reason);
+        (way, record)
     }
 
-    fn weigh(&self, record: &mut Record) -> (bool, &'static str) {
+    fn by_mode(&self, record: &mut Record) -> (Way, &'static str) {
+        match self.config.mode {
+            Mode::Never => (Way::Whole, "never"),
+            Mode::Always => (Way::Split, "always"),
+            Mode::Threshold => self.weigh(record),
+        }
+    }
+
+    /// What is done where nobody can serve it whole and there is no pair. A model that nobody has is refused by an engine.
+    fn without_pair(&self, context: &Context) -> Way {
+        let model = model(context);
+        let mut there = self.view.endpoints.iter();
+        match there.any(|endpoint| endpoint.fits(model)) {
+            true => Way::Nobody,
+            false => Way::Refused,
+        }
+    }
+
+    fn weigh(&self, record: &mut Record) -> (Way, &'static str) {
         let predicted = self.pace.predict_ms(record.uncached_tokens);
         record.predicted_ms = Some(predicted);
         let by_time = self.config.uncached_ms_min;
         if record.uncached_tokens >= self.config.uncached_tokens_min.max(1) {
-            (true, "uncached_tokens")
+            (Way::Split, "uncached_tokens")
         } else if by_time > 0 && predicted >= by_time {
-            (true, "uncached_ms")
+            (Way::Split, "uncached_ms")
         } else {
-            (false, "short")
+            (Way::Whole, "short")
         }
     }
 
@@ -109,39 +147,43 @@ impl Rule<'_> {
         hits.min(prompt_tokens)
     }
 
-    /// Why a request cannot be split at all.
-    fn forbidden(&self, request: &Request<RequestBody>, context: &Context) -> Option<&'static str> {
-        let openai = context.openai.as_deref()?;
-        let model = openai.model.as_deref();
+    /// Why nothing can be split now.
+    fn of_fleet(&self, context: &Context) -> Option<&'static str> {
+        let model = model(context);
         let there = |part: Part| {
-            self.view
-                .endpoints
-                .iter()
-                .any(|endpoint| is_there(endpoint, part, model))
+            let endpoints = self.view.endpoints.iter();
+            endpoints.filter(move |endpoint| is_there(endpoint, part, model))
         };
-        if !there(Part::Prefill) {
+        if there(Part::Prefill).next().is_none() {
             return Some("no_prefill");
         }
-        if !there(Part::Decode) {
+        if there(Part::Decode).next().is_none() {
             return Some("no_decode");
         }
-        let is_half = |endpoint: &&Arc<Endpoint>| {
-            is_there(endpoint, Part::Prefill, model) || is_there(endpoint, Part::Decode, model)
-        };
-        let halves = self.view.endpoints.iter().filter(is_half);
+        let halves = there(Part::Prefill).chain(there(Part::Decode));
         let mut kinds = halves.map(|endpoint| endpoint.live.load().state.kind);
         let first = kinds.next();
-        if first == Some(EngineKind::Unknown) || kinds.any(|kind| Some(kind) != first) {
-            return Some("engine_kind");
-        }
-        if !context.route.mirrors.is_empty() {
-            return Some("mirror");
-        }
-        if request.method() != Method::POST || request.body().parts().is_none() {
-            return Some("body");
-        }
-        of_request(openai)
+        kinds
+            .any(|kind| Some(kind) != first)
+            .then_some("engine_kind")
     }
+}
+
+/// The model that a request names.
+fn model(context: &Context) -> Option<&str> {
+    context.openai.as_deref()?.model.as_deref()
+}
+
+/// Why this call cannot be split, whoever is there.
+fn of_call(request: &Request<RequestBody>, context: &Context) -> Option<&'static str> {
+    let openai = context.openai.as_deref()?;
+    if !context.route.mirrors.is_empty() {
+        return Some("mirror");
+    }
+    if request.method() != Method::POST || request.body().parts().is_none() {
+        return Some("body");
+    }
+    of_request(openai)
 }
 
 /// Whether somebody is there for a part of requests of this model.
@@ -151,16 +193,13 @@ pub(super) fn is_there(endpoint: &Endpoint, part: Part, model: Option<&str>) -> 
 
 /// Whether anybody can serve the request whole; halves of SGLang cannot.
 pub(super) fn may_be_whole(view: &ClusterView, context: &Context) -> bool {
-    let openai = context.openai.as_deref();
-    let model = openai.and_then(|openai| openai.model.as_deref());
+    let model = model(context);
+    let has_halves = has_halves(&view.endpoints);
     let mut there = view
         .endpoints
         .iter()
         .filter(|endpoint| endpoint.fits(model));
-    there.any(|endpoint| {
-        let kind = endpoint.live.load().state.kind;
-        kind != EngineKind::Sglang || Part::Whole.suits(endpoint)
-    })
+    there.any(|endpoint| endpoint.can_be_whole(has_halves))
 }
 
 /// What a request asks for that two engines cannot give, or that was not recorded of two.
