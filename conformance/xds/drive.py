@@ -327,6 +327,10 @@ class GrpcClient(Driven):
         self.put("clusters.yaml", {**cluster("backend"), "lb_policy": policy})
 
     def drive(self, one, two):
+        with grpc_server("one") as again:
+            self.drive_with(one, again, two)
+
+    def drive_with(self, one, again, two):
         table = {"rds": {"route_config_name": "table", "config_source": ADS}}
         echo = listener("echo", free_port(), table, CORS)
         self.backend()
@@ -338,7 +342,7 @@ class GrpcClient(Driven):
         self.until("all is taken", self.all_synced)
         self.put("endpoints.yaml", endpoints("backend", two))
         self.until("endpoints change", self.is_served_by("two"))
-        self.put("more.yaml", cluster("more"), endpoints("more", one, one))
+        self.put("more.yaml", cluster("more"), endpoints("more", one, again))
         self.put("routes.yaml", routes("more", CORS_OF_ROUTE))
         self.until("routes lead to another cluster", self.is_served_by("one"))
         self.put("routes.yaml", routes("backend", CORS_OF_ROUTE))

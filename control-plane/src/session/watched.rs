@@ -118,11 +118,16 @@ impl Watched {
     pub(super) fn answered(
         &mut self,
         protocol: Protocol,
-        nonce: u64,
+        (nonce, version): (u64, Option<&str>),
         error: Option<String>,
         now: SystemTime,
     ) {
-        if self.last.as_ref().is_none_or(|last| nonce > last.nonce) {
+        let Some(last) = self.last.as_ref().filter(|last| nonce <= last.nonce) else {
+            return;
+        };
+        let has_another = version.is_some_and(|version| version != last.version);
+        if error.is_none() && last.nonce == nonce && has_another {
+            // It says what it wants, after it refused that response, whose nonce it repeats.
             return;
         }
         let state = if error.is_some() {
