@@ -57,6 +57,19 @@ const CIPHER_SUITES: [(&str, CipherSuite); 6] = [
         CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
     ),
 ];
+/// BoringSSL's names of those that rustls leaves out on purpose: without forward secrecy, or with CBC. Beside others they are passed over,
+/// as istiod lists some of them for every sidecar.
+const WEAK_CIPHER_SUITES: [&str; 9] = [
+    "AES128-GCM-SHA256",
+    "AES256-GCM-SHA384",
+    "AES128-SHA",
+    "AES256-SHA",
+    "DES-CBC3-SHA",
+    "ECDHE-ECDSA-AES128-SHA",
+    "ECDHE-ECDSA-AES256-SHA",
+    "ECDHE-RSA-AES128-SHA",
+    "ECDHE-RSA-AES256-SHA",
+];
 /// BoringSSL's names of the groups we have.
 const CURVES: [(&str, NamedGroup); 3] = [
     ("X25519", NamedGroup::X25519),
@@ -90,7 +103,10 @@ fn provider(params: &TlsParams) -> Result<Arc<CryptoProvider>, String> {
             .into_iter()
             .partition(|suite| suite.version() == &TLS13);
         provider.cipher_suites = of_1_3;
-        for wanted in &params.cipher_suites {
+        let is_weak = |wanted: &&String| WEAK_CIPHER_SUITES.contains(&wanted.as_str());
+        let all_are_weak = params.cipher_suites.iter().all(|wanted| is_weak(&wanted));
+        let wanted = params.cipher_suites.iter();
+        for wanted in wanted.filter(|wanted| all_are_weak || !is_weak(wanted)) {
             let id = named(&CIPHER_SUITES, wanted)
                 .ok_or_else(|| format!("not supported: cipher suite {wanted}"))?;
             let suite = of_1_2.iter().find(|suite| suite.suite() == id);
@@ -201,4 +217,29 @@ pub struct TlsFacts {
     pub peer: Option<Peer>,
     /// URI names of the certificate that it was shown.
     pub local_uri_sans: Arc<[String]>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weak_suites_are_passed_over_beside_others_and_refused_by_themselves() {
+        let suites = |names: &[&str]| {
+            let params = TlsParams {
+                cipher_suites: names.iter().map(|name| (*name).to_owned()).collect(),
+                ..TlsParams::default()
+            };
+            let of_1_2 = |suite: &&rustls::SupportedCipherSuite| suite.version() != &TLS13;
+            provider(&params).map(|made| made.cipher_suites.iter().filter(of_1_2).count())
+        };
+        let good = "ECDHE-RSA-AES128-GCM-SHA256";
+        assert_eq!(
+            suites(&["AES256-GCM-SHA384", good, "AES128-GCM-SHA256"]),
+            Ok(1)
+        );
+        for refused in [&["AES256-GCM-SHA384"][..], &[good, "NULL-MD5"]] {
+            assert!(suites(refused).is_err(), "{refused:?}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The TLS contexts in use, by listener and by cluster: kept for as long as they are configured the same, and renewed
 //! when what they are made of changes.
 
-use super::{certificate::Certificate, client::Client, material::Find, server::Server};
+use super::{certificate::Certificate, client::Client, material::Find, provider, server::Server};
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::resource::{cluster::Cluster, filter_chain::FilterChain, tls::UpstreamTls};
 use serde_json::{Value, json};
@@ -42,7 +42,9 @@ impl Contexts {
         if let Some(known) = known.find(|known| known.is(tls, limit)) {
             return Ok(Some(known.clone()));
         }
-        let server = Server::new(tls, limit, find)
+        // Also where its secrets are still to come: who sent it is told now.
+        let server = provider(&tls.common.params)
+            .and_then(|_| Server::new(tls, limit, find))
             .map_err(|error| format!("listener '{listener}': transport_socket: {error}"))?;
         Ok(Some(Arc::new(server)))
     }
@@ -60,7 +62,11 @@ impl Contexts {
             let same = known
                 .find(|secured| Client::of(secured).is_some_and(|client| client.is(tls)))
                 .cloned();
-            same.map_or_else(|| Client::new(tls, find).map(Client::secured), Ok)
+            let made = || {
+                provider(&tls.common.params)?;
+                Client::new(tls, find).map(Client::secured)
+            };
+            same.map_or_else(made, Ok)
         };
         cluster
             .sockets()
