@@ -170,8 +170,10 @@ impl HttpFilter for Migration {
             let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
             let answer = next.run(request, context).await;
-            let (answer, deaths) = match openai.stream {
-                true => begin::begin(&call, context, answer).await,
+            let in_trouble = openai.stream && begin::is_in_trouble(&call, context, &answer);
+            let (answer, deaths) = match in_trouble {
+                // Boxed: it is rare, and would be part of every request's future.
+                true => Box::pin(begin::begin(&call, context, answer)).await,
                 false => (answer, Deaths::default()),
             };
             let below = std::mem::replace(&mut context.observers, above);

@@ -15,7 +15,12 @@ use crate::{
 use http::{Response, StatusCode, header};
 use std::sync::Arc;
 
-type Answer = Result<Response<ResponseBody>, Error>;
+pub(super) type Answer = Result<Response<ResponseBody>, Error>;
+
+/// Whether engines failed before a response began, or none did begin.
+pub(super) fn is_in_trouble(call: &Call, context: &Context, answer: &Answer) -> bool {
+    !context.losses.is_empty() || is_lost(call, answer)
+}
 
 /// What came of the request in the end, given what came of it first; and what still speaks against it.
 pub(super) async fn begin(
@@ -38,7 +43,7 @@ pub(super) async fn begin(
     let total = context.total_timeout();
     let total = total.map(|total| total.saturating_sub(context.complete_since().elapsed()));
     let limit = call.policy.config.resume_timeout();
-    let calls = Box::pin(lost.call_again(call, context));
+    let calls = lost.call_again(call, context);
     let in_time = tokio::time::timeout(total.unwrap_or(limit).min(limit), calls).await;
     if in_time.is_err() && total.is_some_and(|total| total <= limit) {
         lost.answer = Err(Error::upstream_timeout());

@@ -37,7 +37,7 @@ const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// Gives the answer when it is whole, or as it comes if it cannot be held; another engine's, if this one breaks.
 pub(super) async fn hold(
-    response: Response<ResponseBody>,
+    mut response: Response<ResponseBody>,
     call: &Arc<Call>,
     openai: &OpenAiRequest,
     context: &mut Context,
@@ -47,12 +47,46 @@ pub(super) async fn hold(
         context.observers.extend(below);
         return Ok(response);
     }
+    let first = come_already(response.body_mut()).await;
+    if is_over(response.body())
+        && let Some(Some(Ok(piece))) = first
+    {
+        // Nearly always: nothing is to be waited for.
+        context.observers.extend(below);
+        let piece = Some(piece);
+        return Ok(response.map(|rest| Preceded { piece, rest }.boxed_unsync()));
+    }
+    // Boxed: it would be part of every request's future.
+    Box::pin(wait(response, first, (call, openai), context, below)).await
+}
+
+/// What came next of a body, if it is here.
+type Come = Option<Option<Result<Frame<Bytes>, BodyError>>>;
+
+/// What came with the head.
+async fn come_already(body: &mut ResponseBody) -> Come {
+    poll_fn(|cx| {
+        Poll::Ready(match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Ready(come) => Some(come),
+            Poll::Pending => None,
+        })
+    })
+    .await
+}
+
+/// Holds what is still to come, and what came first.
+async fn wait(
+    response: Response<ResponseBody>,
+    first: Come,
+    (call, openai): (&Arc<Call>, &OpenAiRequest),
+    context: &mut Context,
+    below: Vec<Box<dyn StreamObserver>>,
+) -> Result<Response<ResponseBody>, Error> {
     let limits = Limits::new(call, openai, context);
     let mut answer = Answer::new(response, below, call, context);
-    match answer.gather(call, &limits).await {
+    match answer.gather(first, call, &limits).await {
         Ok(()) => Ok(answer.hand_over(context)),
-        // Boxed: it is rare, and would be part of every request's future.
-        Err(broken) => Box::pin(anew(answer, broken, call, &limits, context)).await,
+        Err(broken) => anew(answer, broken, call, &limits, context).await,
     }
 }
 
@@ -113,6 +147,16 @@ enum Next {
     Look,
 }
 
+impl From<Option<Result<Frame<Bytes>, BodyError>>> for Next {
+    fn from(come: Option<Result<Frame<Bytes>, BodyError>>) -> Self {
+        match come {
+            Some(Ok(frame)) => Self::Piece(frame),
+            Some(Err(error)) => Self::Broke(error),
+            None => Self::End,
+        }
+    }
+}
+
 /// What an engine has sent of its answer.
 struct Answer {
     parts: Parts,
@@ -153,13 +197,22 @@ impl Answer {
     }
 
     /// Waits until it is whole, or is not to be held.
-    async fn gather(&mut self, call: &Call, limits: &Limits) -> Result<(), Broken> {
+    async fn gather(
+        &mut self,
+        mut first: Come,
+        call: &Call,
+        limits: &Limits,
+    ) -> Result<(), Broken> {
         if self.leg.body.size_hint().lower() > limits.bytes_max as u64 {
             count_too_long();
             return Ok(());
         }
         loop {
-            match poll_fn(|cx| self.poll_next(limits, cx)).await {
+            let next = match first.take() {
+                Some(come) => Next::from(come),
+                None => poll_fn(|cx| self.poll_next(limits, cx)).await,
+            };
+            match next {
                 Next::Piece(frame) => {
                     if self.keep(frame, limits) {
                         return Ok(());
@@ -176,11 +229,7 @@ impl Answer {
     fn poll_next(&mut self, limits: &Limits, cx: &mut task::Context<'_>) -> Poll<Next> {
         if let Poll::Ready(frame) = Pin::new(&mut self.leg.body).poll_frame(cx) {
             self.last = Instant::now();
-            return Poll::Ready(match frame {
-                Some(Ok(frame)) => Next::Piece(frame),
-                Some(Err(error)) => Next::Broke(error),
-                None => Next::End,
-            });
+            return Poll::Ready(Next::from(frame));
         }
         let first = limits.first.filter(|_| self.bytes == 0);
         let pause = first.map_or(limits.stall, |first| first.min(limits.stall));
@@ -355,7 +404,7 @@ async fn anew(
             return Ok(found.response);
         }
         answer = Answer::new(found.response, below, call, context);
-        match answer.gather(call, limits).await {
+        match answer.gather(None, call, limits).await {
             Ok(()) => return Ok(answer.hand_over(context)),
             Err(again) => broken = again,
         }
@@ -485,6 +534,39 @@ fn refuse(
         Cause::Stall => Error::stream_idle(false),
         _ => Error::upstream_reset(Flag::UpstreamProtocolError, "protocol error", Retry::No),
     })
+}
+
+/// A body of which one piece was taken, and which is over but for those who count its end.
+struct Preceded {
+    piece: Option<Frame<Bytes>>,
+    rest: ResponseBody,
+}
+
+impl Body for Preceded {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.piece.take() {
+            Some(piece) => Poll::Ready(Some(Ok(piece))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.piece.is_none() && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let data = self.piece.as_ref().and_then(Frame::data_ref);
+        match data {
+            Some(data) => SizeHint::with_exact(data.len() as u64),
+            None => self.rest.size_hint(),
+        }
+    }
 }
 
 /// A body that was held: its pieces, and what comes after them.
