@@ -158,11 +158,10 @@ fn endpoints(resource: &Resource) -> Option<Resource> {
         let sum = weights.fold(0, u32::saturating_add).max(1);
         group.locality.get_or_insert_default();
         let weight = *group.load_balancing_weight.get_or_insert(sum);
-        let place = |it: &LocalityLbEndpoints| (it.priority, it.locality.clone());
-        match groups
-            .iter_mut()
-            .find(|known| place(known) == place(&group))
-        {
+        let is_there = |known: &&mut LocalityLbEndpoints| {
+            known.priority == group.priority && known.locality == group.locality
+        };
+        match groups.iter_mut().find(is_there) {
             None => groups.push(group),
             Some(known) => {
                 known.lb_endpoints.append(&mut group.lb_endpoints);

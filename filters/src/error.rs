@@ -314,6 +314,18 @@ impl Error {
         )
     }
 
+    /// The whole exchange took too long.
+    #[must_use]
+    pub fn duration_timeout() -> Self {
+        Self::new(
+            Origin::Upstream,
+            Flag::DurationTimeout,
+            StatusCode::GATEWAY_TIMEOUT,
+            "max_duration_timeout",
+            "downstream duration timeout",
+        )
+    }
+
     /// The upstream took too long.
     #[must_use]
     pub fn upstream_timeout() -> Self {

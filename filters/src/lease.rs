@@ -7,6 +7,7 @@
 use crate::{
     body::{RequestBody, ResponseBody},
     endpoints::{Endpoint, SendOptions, Upstream},
+    error::Error,
     filter::PromptFacts,
     router::attempt::{ENDPOINT_HEADER, tell_prompt},
     services::Services,
@@ -17,7 +18,10 @@ use http::{
 };
 use outrigger_xds::resource::route_action::Priority;
 use rand::Rng;
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::{runtime::Handle, task::AbortHandle};
 
 /// Paths of leases, on inbound listeners.
@@ -80,7 +84,11 @@ impl Peer {
         })
     }
 
-    async fn say(&self, path: &'static str, limit: Duration) -> Option<Response<ResponseBody>> {
+    async fn say(
+        &self,
+        path: &'static str,
+        limit: Duration,
+    ) -> Option<Result<Response<ResponseBody>, Error>> {
         let mut request = Request::new(RequestBody::full(Bytes::new()));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = Uri::from_static(path);
@@ -93,7 +101,7 @@ impl Peer {
             priority: Priority::default(),
         };
         let sent = self.upstream.send(&self.endpoint, &mut request, options);
-        tokio::time::timeout(limit, sent).await.ok()?.ok()
+        tokio::time::timeout(limit, sent).await.ok()
     }
 }
 
@@ -114,8 +122,14 @@ pub async fn ask(services: &Services, endpoint: &Arc<Endpoint>, prompt: &PromptF
 }
 
 async fn first(peer: Arc<Peer>) -> Asked {
-    let Some(answer) = peer.say(HOLD, ANSWER).await else {
-        return Asked::Late(Lease::new(peer));
+    let begun = Instant::now();
+    let answer = match peer.say(HOLD, ANSWER).await {
+        Some(Ok(answer)) => answer,
+        // Who is gone says so at once; a connection that takes too long is of somebody who is busy.
+        Some(Err(error)) if error.is_breakdown() && begun.elapsed() < ANSWER => {
+            return Asked::Refused;
+        }
+        Some(Err(_)) | None => return Asked::Late(Lease::new(peer)),
     };
     let known = answer.headers().contains_key(LEASE_HEADER);
     match answer.status() {
@@ -166,11 +180,10 @@ impl Drop for Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{body::empty, error::Error};
+    use crate::body::empty;
     use futures_util::future::BoxFuture;
-    use std::time::Instant;
 
-    /// A peer that says the same to all, or nothing.
+    /// A peer that says the same to all, or nothing, or is not there (status 0).
     struct Says(Option<(u16, bool)>);
 
     impl Upstream for Says {
@@ -184,6 +197,9 @@ mod tests {
                 let Some((status, knows)) = self.0 else {
                     return std::future::pending().await;
                 };
+                if status == 0 {
+                    return Err(Error::no_healthy_upstream());
+                }
                 let mut response = Response::builder().status(status);
                 if knows {
                     response = response.header(LEASE_HEADER, "1");
@@ -201,6 +217,7 @@ mod tests {
             (Some((404, true)), "untold"),
             (Some((200, false)), "untold"),
             (Some((503, false)), "untold"),
+            (Some((0, false)), "refused"),
             (None, "late"),
         ] {
             let peer = Peer {

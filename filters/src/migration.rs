@@ -174,7 +174,12 @@ impl HttpFilter for Migration {
             let (answer, deaths) = match in_trouble {
                 // Boxed: it is rare, and would be part of every request's future.
                 true => Box::pin(begin::begin(&call, context, answer)).await,
-                false => (answer, Deaths::default()),
+                false => {
+                    // An answer in one piece says nothing of its request, but of its engine.
+                    let breaks = &policy.services.migration.breaks;
+                    breaks.note_all(context.losses.drain(..));
+                    (answer, Deaths::default())
+                }
             };
             let below = std::mem::replace(&mut context.observers, above);
             let prompt = context.prompt.ids.take();

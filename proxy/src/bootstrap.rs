@@ -26,7 +26,7 @@ use outrigger_xds::{
         server_header::ServerHeader,
         tls::{
             CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
-            UpstreamTls, Validation,
+            UpstreamTls, Validation, WholeRegex,
         },
         tracing::{EXPORT_TIMEOUT_DEFAULT, OpenTelemetry, Tracing, Transport},
         upgrade::Upgrade,
@@ -150,6 +150,7 @@ fn driven(
 ) -> Result<Bootstrap, Vec<String>> {
     let (server, secured) = options::control_plane(options, url).map_err(|error| vec![error])?;
     let cluster = secured.then(|| control_plane_cluster(options, &server));
+    let cluster = cluster.transpose().map_err(|error| vec![error])?;
     let from_ads = Some(ConfigSource {
         origin: Origin::Ads,
         initial_fetch_timeout: INITIAL_FETCH_TIMEOUT_DEFAULT,
@@ -197,12 +198,13 @@ fn driven(
 }
 
 /// `--control-plane https://…`: this node's identity is the one that peers see.
-fn control_plane_cluster(options: &Options, address: &Address) -> Cluster {
+fn control_plane_cluster(options: &Options, address: &Address) -> Result<Cluster, String> {
+    let id = WholeRegex::new(CONTROL_PLANE_ID)?;
     let tls = peers_tls(options).map(|mut common| {
         if let Some(validation) = &mut common.validation {
             validation.names.push(NameMatch {
                 kind: NameKind::Uri,
-                pattern: NamePattern::Regex(CONTROL_PLANE_ID.into()),
+                pattern: NamePattern::Regex(id.clone()),
             });
         }
         let is_name = address.host.parse::<std::net::IpAddr>().is_err();
@@ -215,11 +217,11 @@ fn control_plane_cluster(options: &Options, address: &Address) -> Cluster {
             },
         }
     });
-    Cluster {
+    Ok(Cluster {
         protocol: UpstreamProtocol::Http2,
         tls,
         ..server_cluster(CONTROL_PLANE, address)
-    }
+    })
 }
 
 /// `--otlp-endpoint`.

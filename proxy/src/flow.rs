@@ -4,12 +4,11 @@
 
 use crate::{snapshot::HttpConfig, upstream::headers_within};
 use bytes::Bytes;
-use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use outrigger_filters::{
     body::{BodyError, ResponseBody, Upload, UploadState},
-    error::{Error, Flag, GivenUp, Origin},
+    error::{Error, Flag, GivenUp},
     filter::Context as Request,
 };
 use std::{
@@ -128,13 +127,7 @@ impl Patience {
 }
 
 fn too_long() -> Error {
-    count(Error::new(
-        Origin::Upstream,
-        Flag::DurationTimeout,
-        StatusCode::GATEWAY_TIMEOUT,
-        "max_duration_timeout",
-        "downstream duration timeout",
-    ))
+    count(Error::duration_timeout())
 }
 
 fn idle() -> Error {

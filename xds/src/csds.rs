@@ -137,7 +137,14 @@ impl Teller {
 impl From<Held> for GenericXdsConfig {
     fn from(plain: Held) -> Self {
         let resource = plain.resource.as_ref();
-        let typed = resource.and_then(|resource| TypedConfig::from_json(resource).ok());
+        let (kind, name) = (plain.kind, &plain.name);
+        let typed = resource.and_then(|resource| {
+            TypedConfig::from_json(resource)
+                .inspect_err(|error| {
+                    tracing::warn!(?kind, name, %error, "its content cannot be told over CSDS");
+                })
+                .ok()
+        });
         Self {
             type_url: plain.kind.type_url().to_owned(),
             name: plain.name,

@@ -20,6 +20,8 @@ use tonic::Status;
 
 /// The metric of [`Load::first_tokens`], in `load_metric_stats`.
 pub const FIRST_TOKEN_METRIC: &str = "ttft_ms";
+/// Between reports where a server does not say.
+const INTERVAL_DEFAULT: Duration = Duration::from_secs(10);
 /// Reports come no more often, whatever is asked for.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// And no less often.
@@ -54,7 +56,8 @@ impl Asked {
 impl From<wire::LoadStatsResponse> for Asked {
     fn from(wire: wire::LoadStatsResponse) -> Self {
         let interval = wire.load_reporting_interval.map(protobuf::duration);
-        let interval = interval.and_then(Result::ok).unwrap_or_default();
+        let said = interval.and_then(Result::ok).filter(|it| !it.is_zero());
+        let interval = said.unwrap_or(INTERVAL_DEFAULT);
         Self {
             clusters: (!wire.send_all_clusters).then(|| wire.clusters.into_iter().collect()),
             interval: interval.clamp(INTERVAL_MIN, INTERVAL_MAX),
@@ -278,7 +281,8 @@ mod tests {
         for (seconds, nanos, interval) in [
             (10, 0, Duration::from_secs(10)),
             (0, 1, INTERVAL_MIN),
-            (-5, 0, INTERVAL_MIN),
+            (-5, 0, INTERVAL_DEFAULT),
+            (0, 0, INTERVAL_DEFAULT),
             (i64::MAX, 0, INTERVAL_MAX),
             (100_000, 0, INTERVAL_MAX),
         ] {
@@ -287,7 +291,7 @@ mod tests {
         assert!(asked(1, 0).wants("a") && !asked(1, 0).wants("b"));
         let none = Asked::from(wire::LoadStatsResponse::default());
         assert!(!none.wants("a"), "nothing is asked for");
-        assert_eq!(none.interval, INTERVAL_MIN);
+        assert_eq!(none.interval, INTERVAL_DEFAULT);
         let all = Asked::from(wire::LoadStatsResponse {
             send_all_clusters: true,
             ..Default::default()

@@ -191,8 +191,7 @@ async fn run(fields: &Value, seed: u64) -> (BTreeMap<String, usize>, usize) {
 #[tokio::test]
 async fn refusals_are_few_of_a_mix_of_agents_traffic() {
     let seed = 20_261_127;
-    // By default the goal of 5 is missed, and a busy machine adds a few.
-    for (fields, most) in [(json!({"seeds": true}), 5), (json!({}), 16)] {
+    for (fields, most) in [(json!({"seeds": true}), 5), (json!({}), 12)] {
         let (refused, asked) = run(&fields, seed).await;
         let all: usize = refused.values().sum();
         println!("random seed {seed}, {fields}: {all} of {asked} refused: {refused:?}");

@@ -97,12 +97,15 @@ impl Rule<'_> {
         record.prompt_tokens = prompt_tokens(context);
         record.uncached_tokens = record.prompt_tokens - self.cached(context, record.prompt_tokens);
         let whole = may_be_whole(self.view, context);
-        let (way, reason) = match (of_call(request, context), self.of_fleet(context)) {
-            (Some(reason), _) | (None, Some(reason)) if whole => (Way::Whole, reason),
-            (Some(reason), _) => (Way::Refused, reason),
-            (None, Some(reason)) => (self.without_pair(context), reason),
-            (None, None) if !whole => (Way::Split, "no_whole"),
-            (None, None) => self.by_mode(&mut record),
+        let (way, reason) = match of_call(request, context) {
+            Some(reason) if whole => (Way::Whole, reason),
+            Some(reason) => (Way::Refused, reason),
+            None => match self.of_fleet(context) {
+                Some(reason) if whole => (Way::Whole, reason),
+                Some(reason) => (self.without_pair(context), reason),
+                None if !whole => (Way::Split, "no_whole"),
+                None => self.by_mode(&mut record),
+            },
         };
         record.decide(way.as_str(), reason);
         (way, record)
@@ -194,12 +197,11 @@ pub(super) fn is_there(endpoint: &Endpoint, part: Part, model: Option<&str>) -> 
 /// Whether anybody can serve the request whole; halves of SGLang cannot.
 pub(super) fn may_be_whole(view: &ClusterView, context: &Context) -> bool {
     let model = model(context);
-    let has_halves = has_halves(&view.endpoints);
-    let mut there = view
-        .endpoints
-        .iter()
-        .filter(|endpoint| endpoint.fits(model));
-    there.any(|endpoint| endpoint.can_be_whole(has_halves))
+    let there = view.endpoints.iter();
+    let mut there = there.filter(|endpoint| endpoint.fits(model));
+    // The first of nearly all fleets can, whatever the others are.
+    there.clone().any(|endpoint| endpoint.can_be_whole(true))
+        || !has_halves(&view.endpoints) && there.any(|endpoint| endpoint.can_be_whole(false))
 }
 
 /// What a request asks for that two engines cannot give, or that was not recorded of two.

@@ -16,7 +16,7 @@ pub struct Record {
     pub answered: Outcomes,
     /// Those that reached it are well; only where that is counted apart.
     pub local: Outcomes,
-    /// When it was last ejected, on [`clock_ms`]'s clock.
+    /// When it was last ejected, on [`clock_ms`](super::clock_ms)'s clock.
     pub ejected_ms: AtomicU64,
     /// How often, less the intervals it was not.
     pub ejections: AtomicU32,

@@ -3,16 +3,16 @@
 //! It takes no place of streams that move: it is one request, as it was when it came, and those wait already.
 
 use super::{
-    resume::{Call, turn},
+    resume::{Call, keep_error, turn},
     suspicion::Deaths,
 };
 use crate::{
-    body::{self, ResponseBody},
+    body::ResponseBody,
     error::{Error, Flag, Origin, Retry},
     filter::{Context, Next},
     router::retry::OVERLOADED,
 };
-use http::{Response, StatusCode, header};
+use http::{Response, StatusCode};
 use std::sync::Arc;
 
 pub(super) type Answer = Result<Response<ResponseBody>, Error>;
@@ -65,10 +65,12 @@ impl Lost {
     async fn call_again(&mut self, call: &Arc<Call>, context: &mut Context) {
         let mut calls = 0;
         while is_lost(call, &self.answer) && self.may_run(call) {
-            // It holds a connection and a place. Its head is told if nothing better comes.
-            if let Ok(response) = &mut self.answer {
-                leave_head(response);
-            }
+            // It holds a connection and a place. What it says is told if nothing better comes.
+            self.answer = match std::mem::replace(&mut self.answer, Err(Error::upstream_timeout()))
+            {
+                Ok(response) => Ok(keep_error(response).await),
+                Err(error) => Err(error),
+            };
             tokio::time::sleep(self.deaths.pause()).await;
             let Ok(_turn) = turn(call, &mut self.deaths).await else {
                 return;
@@ -88,7 +90,7 @@ impl Lost {
     fn may_run(&mut self, call: &Call) -> bool {
         let deaths = &self.deaths;
         if call.is_poison(deaths) {
-            deaths.convict(&call.policy.services.migration);
+            deaths.convict(&call.policy.services.migration, call.request_id());
             self.answer = Err(poison(deaths.count()));
             return false;
         }
@@ -108,18 +110,6 @@ fn is_lost(call: &Call, answer: &Answer) -> bool {
         // A half may be missing; where nobody is there at all, clients are told at once.
         Err(error) if error.flag == Flag::NoHealthyUpstream => call.has_engine(),
         Err(error) => error.retry != Retry::No && error.is_breakdown(),
-    }
-}
-
-fn leave_head(response: &mut Response<ResponseBody>) {
-    *response.body_mut() = body::empty();
-    for name in [
-        header::CONTENT_LENGTH,
-        header::CONTENT_TYPE,
-        header::CONTENT_ENCODING,
-        header::TRANSFER_ENCODING,
-    ] {
-        response.headers_mut().remove(name);
     }
 }
 

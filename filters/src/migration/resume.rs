@@ -9,7 +9,7 @@ use super::{
     suspicion::Deaths,
 };
 use crate::{
-    body::{RequestBody, ResponseBody},
+    body::{RequestBody, ResponseBody, empty, full},
     endpoints::{Endpoint, Level},
     error::{Error, Flag, GivenUp},
     filter::{Chain, Context, Next, RouteFacts},
@@ -20,6 +20,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header, uri::PathAndQuery,
 };
+use http_body_util::{BodyExt, Limited};
 use outrigger_xds::report::EngineId;
 use std::{
     sync::Arc,
@@ -34,6 +35,11 @@ const BUDGET_LOOK: Duration = Duration::from_millis(20);
 const STORM_LOOK: Duration = Duration::from_millis(100);
 /// Before another attempt at a whole answer.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
+
+/// Most of an error's text that is kept while other engines are asked.
+const ERROR_BYTES_MAX: usize = 64 << 10;
+/// …if it comes so soon.
+const ERROR_WAIT: Duration = Duration::from_millis(100);
 
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
@@ -130,6 +136,11 @@ impl Call {
             body: request.body().parts().unwrap_or_default(),
             template,
         })
+    }
+
+    /// The client's request, whichever call it is.
+    pub(super) fn request_id(&self) -> &str {
+        &self.template.request_id
     }
 
     /// The cluster that the request goes to.
@@ -331,7 +342,7 @@ async fn find(
     let runs_still = place.is_some();
     loop {
         if call.is_poison(&trouble.deaths) {
-            trouble.deaths.convict(shared);
+            trouble.deaths.convict(shared, call.request_id());
             return Err("poison");
         }
         if trouble.attempts >= call.policy.config.attempts_max {
@@ -390,11 +401,7 @@ pub(super) async fn ask(
     let losses = context.losses.drain(..);
     match recipe {
         Some(_) => trouble.deaths.add(shared, losses),
-        None => {
-            for loss in losses.filter(|loss| loss.died) {
-                shared.breaks.note(&loss.engine);
-            }
-        }
+        None => shared.breaks.note_all(losses),
     }
     Ok(Answered {
         result,
@@ -405,6 +412,28 @@ pub(super) async fn ask(
 
 pub(super) fn blames_request(status: StatusCode) -> bool {
     status.is_client_error() && !sse::is_of_the_moment(status.as_u16().into())
+}
+
+/// An engine's error without its connection, which others may need meanwhile. What does not come at once is left.
+pub(super) async fn keep_error(response: Response<ResponseBody>) -> Response<ResponseBody> {
+    let (mut parts, body) = response.into_parts();
+    let text =
+        tokio::time::timeout(ERROR_WAIT, Limited::new(body, ERROR_BYTES_MAX).collect()).await;
+    let body = match text {
+        Ok(Ok(text)) => full(text.to_bytes()),
+        Ok(Err(_)) | Err(_) => {
+            parts.headers.remove(header::CONTENT_TYPE);
+            empty()
+        }
+    };
+    for name in [
+        header::CONTENT_LENGTH,
+        header::TRANSFER_ENCODING,
+        header::TRAILER,
+    ] {
+        parts.headers.remove(name);
+    }
+    Response::from_parts(parts, body)
 }
 
 /// Waits until no other suspect runs, no longer than a stall is borne. In a storm there may be many: nobody waits then.

@@ -133,6 +133,13 @@ impl Breaks {
         self.log().seen(engine, Instant::now());
     }
 
+    /// Of these, those that died.
+    pub(super) fn note_all(&self, losses: impl Iterator<Item = Loss>) {
+        losses
+            .filter(|loss| loss.died)
+            .for_each(|loss| self.note(&loss.engine));
+    }
+
     /// What is known of engines from others than their streams.
     pub(super) fn learn<'a>(&self, fallen: impl Iterator<Item = (&'a EngineId, Instant)>) {
         let lately: Vec<_> = fallen.filter(|(_, at)| at.elapsed() < STORM).collect();
@@ -272,8 +279,15 @@ impl Deaths {
     }
 
     /// It is refused, and why these engines broke is known.
-    pub(super) fn convict(&self, shared: &Shared) {
+    pub(super) fn convict(&self, shared: &Shared, request_id: &str) {
         metrics::counter!("outrigger_migration_poison_total").increment(1);
+        let engines: Vec<_> = self.all.iter().map(|death| &death.engine).collect();
+        tracing::warn!(
+            request_id,
+            ?engines,
+            ran_alone = self.ran_alone,
+            "a request is refused: these engines died before its first token there, and no others that would explain it"
+        );
         let mut log = shared.breaks.log();
         for death in &self.all {
             if let Some(known) = log.numbered(death.number) {
@@ -355,7 +369,7 @@ mod tests {
         two.clear(&shared);
         assert!(!one.is_poison(&shared), "the other had a token in the end");
         let two = dead(&shared, &["d", "e", "f"]);
-        two.convict(&shared);
+        two.convict(&shared, "two");
         assert!(one.is_poison(&shared), "they died of the other");
     }
 

@@ -7,12 +7,12 @@ use super::{
     budget::Held,
     cause::{Cause, is_gone},
     leg::Leg,
-    resume::{Call, PAUSE, Trouble, ask, blames_request},
+    resume::{Call, PAUSE, Trouble, ask, blames_request, keep_error},
     suspicion::Deaths,
 };
 use crate::{
-    body::{BodyError, ResponseBody, empty, full, is_over},
-    error::{Error, Flag, Origin, Retry},
+    body::{BodyError, ResponseBody, is_over},
+    error::{Error, Flag, Retry},
     filter::{Context, End, StreamObserver},
     openai::OpenAiRequest,
     sse,
@@ -20,7 +20,7 @@ use crate::{
 use bytes::Bytes;
 use http::{Response, StatusCode, header, response::Parts};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use serde::de::IgnoredAny;
 use std::{
     collections::VecDeque,
@@ -31,9 +31,6 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::time::Sleep;
-
-/// Most of an error's text that is kept while other engines are asked.
-const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// Gives the answer when it is whole, or as it comes if it cannot be held; another engine's, if this one breaks.
 pub(super) async fn hold(
@@ -303,7 +300,7 @@ impl Answer {
         self.looked = now;
         let silent = now.saturating_duration_since(self.last);
         if limits.until.is_some_and(|until| until <= now) {
-            return Err(Broken::Late(late(out_of_time())));
+            return Err(Broken::Late(late(Error::duration_timeout())));
         }
         if self.has_stalled(silent, call, limits) && call.has_other(self.leg.engine.as_ref()) {
             return Err(Broken::Lost(Cause::Stall));
@@ -347,17 +344,6 @@ fn late(error: Error) -> Error {
     metrics::counter!("outrigger_stream_timeouts_total", "kind" => error.flag.as_str())
         .increment(1);
     error
-}
-
-/// As Envoy words it.
-fn out_of_time() -> Error {
-    Error::new(
-        Origin::Upstream,
-        Flag::DurationTimeout,
-        StatusCode::GATEWAY_TIMEOUT,
-        "max_duration_timeout",
-        "downstream duration timeout",
-    )
 }
 
 fn count_too_long() {
@@ -416,6 +402,10 @@ fn lose(call: &Call, trouble: &mut Trouble, answer: Answer, cause: &Cause) {
     trouble.since = answer.last;
     trouble.lost_by.clone_from(&answer.leg.engine);
     trouble.attempts += u32::from(trouble.calls > 0);
+    let died = matches!(cause, Cause::Broke(_) | Cause::Truncated);
+    if let Some(engine) = answer.leg.engine.as_ref().filter(|_| died) {
+        call.policy.services.migration.breaks.note(engine);
+    }
     tracing::debug!(cause = cause.as_str(), engine = ?answer.leg.engine, bytes = answer.bytes, "an answer is asked for anew");
     let given_up = call.given_up();
     if let Some(blame) = cause.blame() {
@@ -471,27 +461,6 @@ async fn find(call: &Arc<Call>, trouble: &mut Trouble) -> Result<Found, Refusal>
     }
 }
 
-/// An engine's error without its connection, which others may need meanwhile. What does not come at once is left.
-async fn keep_error(response: Response<ResponseBody>) -> Response<ResponseBody> {
-    let (mut parts, body) = response.into_parts();
-    let text = tokio::time::timeout(PAUSE, Limited::new(body, ERROR_BYTES_MAX).collect()).await;
-    let body = match text {
-        Ok(Ok(text)) => full(text.to_bytes()),
-        Ok(Err(_)) | Err(_) => {
-            parts.headers.remove(header::CONTENT_TYPE);
-            empty()
-        }
-    };
-    for name in [
-        header::CONTENT_LENGTH,
-        header::TRANSFER_ENCODING,
-        header::TRAILER,
-    ] {
-        parts.headers.remove(name);
-    }
-    Response::from_parts(parts, body)
-}
-
 /// Why nobody is asked any more.
 fn end(call: &Call, trouble: &Trouble) -> Option<&'static str> {
     let config = &call.policy.config;
@@ -515,7 +484,7 @@ fn refuse(
     moves: u32,
 ) -> Result<Response<ResponseBody>, Error> {
     if trouble.within(PAUSE).is_zero() {
-        return Err(late(out_of_time()));
+        return Err(late(Error::duration_timeout()));
     }
     if let Some((result, attempt)) = refusal.last {
         context.adopt(attempt);

@@ -50,10 +50,11 @@ pub(crate) const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-paral
 /// Which attempt this is.
 pub(crate) const ATTEMPT_COUNT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-attempt-count");
-/// Milliseconds that this attempt may take.
+/// How long a gRPC server may take, as gRPC says it.
 const GRPC_TIMEOUT_HEADER: HeaderName = HeaderName::from_static("grpc-timeout");
 /// A number in it has at most eight digits.
 const GRPC_TIMEOUT_LARGEST: u64 = 99_999_999;
+/// Milliseconds that this attempt may take.
 const EXPECTED_TIMEOUT_HEADER: HeaderName =
     HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");

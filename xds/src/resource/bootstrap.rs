@@ -3,7 +3,7 @@
 use super::{
     ads::{Ads, Target},
     cluster::Cluster,
-    config_source::ConfigSource,
+    config_source::{ConfigSource, not_aggregated},
     endpoint::{Address, pipe_mode, with_pipe_mode},
     filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
@@ -199,6 +199,7 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
 /// Reports have one form only.
 fn load_stats(problems: &mut ConfigErrors, manager: Option<wire::ClusterManager>) -> Option<Ads> {
     let source = manager?.load_stats_config?;
+    problems.take(LOAD_STATS, not_aggregated(&source))?;
     let config: Ads = problems.take(LOAD_STATS, source.try_into())?;
     if config.protocol != Protocol::State {
         let message = "must be GRPC: load reports have no deltas";

@@ -161,16 +161,21 @@ impl TryFrom<wire::ApiConfigSource> for Service {
     type Error = ConfigErrors;
 
     fn try_from(wire: wire::ApiConfigSource) -> Result<Self, ConfigErrors> {
-        let api_type = wire.api_type();
-        if matches!(
-            api_type,
-            ApiType::AggregatedGrpc | ApiType::AggregatedDeltaGrpc
-        ) {
+        not_aggregated(&wire)?;
+        Ads::try_from(wire).map(Self::new)
+    }
+}
+
+/// Only `ads_config` is of all types.
+pub(super) fn not_aggregated(wire: &wire::ApiConfigSource) -> Result<(), ConfigErrors> {
+    let api_type = wire.api_type();
+    match api_type {
+        ApiType::AggregatedGrpc | ApiType::AggregatedDeltaGrpc => {
             let name = api_type.as_str_name();
             let message = format!("not supported: {name}; what is aggregated is named by ads");
-            return Err(ConfigErrors::one("api_type", message));
+            Err(ConfigErrors::one("api_type", message))
         }
-        Ads::try_from(wire).map(Self::new)
+        _ => Ok(()),
     }
 }
 

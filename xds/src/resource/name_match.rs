@@ -8,6 +8,7 @@ use crate::{
         r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern},
     },
 };
+use regex::bytes::Regex;
 use wire::subject_alt_name_matcher::SanType;
 
 /// `SubjectAltNameMatcher`.
@@ -40,7 +41,34 @@ pub enum NamePattern {
     /// Contains.
     Contains(String),
     /// All of it fits.
-    Regex(String),
+    Regex(WholeRegex),
+}
+
+/// A regular expression that all of a name must fit; built once, for handshakes.
+#[derive(Debug, Clone)]
+pub struct WholeRegex {
+    text: String,
+    built: Regex,
+}
+
+impl PartialEq for WholeRegex {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for WholeRegex {}
+
+impl WholeRegex {
+    /// # Errors
+    /// It is none; the text says where.
+    pub fn new(text: &str) -> Result<Self, String> {
+        let built = matching::whole(text)?;
+        Ok(Self {
+            text: text.to_owned(),
+            built,
+        })
+    }
 }
 
 impl NamePattern {
@@ -52,10 +80,7 @@ impl NamePattern {
             Self::Prefix(text) => name.starts_with(text.as_str()),
             Self::Suffix(text) => name.ends_with(text.as_str()),
             Self::Contains(text) => name.contains(text.as_str()),
-            // Built anew for each handshake, which takes many times as long.
-            Self::Regex(text) => {
-                matching::whole(text).is_ok_and(|regex| regex.is_match(name.as_bytes()))
-            }
+            Self::Regex(regex) => regex.built.is_match(name.as_bytes()),
         }
     }
 }
@@ -98,7 +123,14 @@ impl TryFrom<StringMatcher> for NamePattern {
             Some(MatchPattern::SafeRegex(matcher)) => {
                 let mut problems = ConfigErrors::default();
                 let regex = problems.take("safe_regex", matching::regex(matcher));
-                problems.finish(regex.map(Self::Regex))
+                let built = regex.and_then(|text| {
+                    let built = WholeRegex::new(&text);
+                    problems.take(
+                        "safe_regex",
+                        built.map_err(|error| ConfigErrors::one("regex", error)),
+                    )
+                });
+                problems.finish(built.map(Self::Regex))
             }
             None => refused("required"),
         }
@@ -116,7 +148,7 @@ impl From<&NameMatch> for wire::SubjectAltNameMatcher {
             NamePattern::Prefix(text) => MatchPattern::Prefix(text),
             NamePattern::Suffix(text) => MatchPattern::Suffix(text),
             NamePattern::Contains(text) => MatchPattern::Contains(text),
-            NamePattern::Regex(text) => MatchPattern::SafeRegex(matching::to_regex(&text)),
+            NamePattern::Regex(regex) => MatchPattern::SafeRegex(matching::to_regex(&regex.text)),
         };
         Self {
             san_type: san_type.into(),

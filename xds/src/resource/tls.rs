@@ -2,7 +2,7 @@
 //!
 //! Only what was written: files are read, and certificates judged, by whoever builds a context of it.
 
-pub use super::name_match::{NameKind, NameMatch, NamePattern};
+pub use super::name_match::{NameKind, NameMatch, NamePattern, WholeRegex};
 
 use super::secret::{self, SecretConfig, ValidationSecret};
 use crate::{
