@@ -11,9 +11,11 @@ mod budget;
 mod cause;
 mod event;
 mod leg;
+mod piece;
 mod recipe;
 mod resume;
 mod rewrite;
+mod seeds;
 mod splice;
 #[cfg(test)]
 mod splice_tests;
@@ -31,14 +33,15 @@ use crate::{
     services::Services,
     sse,
 };
-use body::{Migrating, Report};
+use body::Migrating;
 pub use budget::Shared;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
-use leg::Leg;
+use leg::{Leg, Report, Reporter};
 use outrigger_xds::report::EngineKind;
 use resume::Call;
+pub use seeds::Seeds;
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 use suspicion::{Deaths, SUSPECT_DEATHS};
@@ -72,8 +75,9 @@ pub struct Config {
     pub whole_bytes_max: usize,
     /// Streams with a seed or with penalties go on where only their distribution stays the same. Default off.
     pub same_distribution: bool,
-    /// Streams of vLLM get a seed where no client gave one, so that what is drawn can be drawn again. Default off.
-    pub seeds: bool,
+    /// Streams of vLLM that get a seed where no client gave one, so that what is drawn can be drawn again. Default: those that
+    /// could not go on otherwise.
+    pub seeds: Seeds,
 }
 
 impl Default for Config {
@@ -87,7 +91,7 @@ impl Default for Config {
             held_bytes_max: 256 << 20,
             whole_bytes_max: 8 << 20,
             same_distribution: false,
-            seeds: false,
+            seeds: Seeds::default(),
         }
     }
 }
@@ -146,33 +150,25 @@ impl HttpFilter for Migration {
         };
         Box::pin(async move {
             let policy = &self.0;
-            let bytes = openai.body.as_ref().map_or(0, Bytes::len);
-            let cluster = context.route.cluster.clone();
-            let told = openai.stream
-                && !openai.return_token_ids
-                && bytes <= ASK_BODY_BYTES_MAX
-                && policy.tells_ids(&openai, &cluster);
-            let help = if told {
-                let seed = policy.seed(&openai, &cluster);
-                ask_for_ids(&mut request, seed);
-                Help::Asked(seed.is_some())
-            } else if openai.stream && policy.may_tell(&openai, &cluster, request.headers()) {
-                Help::Text
-            } else {
-                Help::None
-            };
+            let (help, unseeded_end) = policy.help(&openai, &mut request, context);
             if openai.stream {
                 context.deaths_max = SUSPECT_DEATHS;
             }
-            let call = Call::new(policy.clone(), next.keep(), &request, context);
+            let call = Call::new(policy.clone(), next.keep(), &request, unseeded_end, context);
             context.keeps_prompt_ids = help == Help::Text;
             // Streams count as long as they run, whole answers until they are whole.
             let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
             let answer = next.run(request, context).await;
+            let answer = match answer {
+                // Boxed, as what follows: it is rare, and would be part of every request's future.
+                Ok(response) if call.has_our_seed() && seeds::may_refuse(&response) => {
+                    Box::pin(seeds::ask_without(&call, &openai, context, response)).await
+                }
+                answer => answer,
+            };
             let in_trouble = openai.stream && begin::is_in_trouble(&call, context, &answer);
             let (answer, deaths) = match in_trouble {
-                // Boxed: it is rare, and would be part of every request's future.
                 true => Box::pin(begin::begin(&call, context, answer)).await,
                 false => {
                     // An answer in one piece says nothing of its request, but of its engine.
@@ -185,14 +181,14 @@ impl HttpFilter for Migration {
             let prompt = context.prompt.ids.take();
             let response = answer?;
             if is_stream(&response) {
-                return Ok(follow(
-                    response,
-                    call,
-                    (openai, deaths),
-                    context,
+                let begun = Begun {
+                    openai,
+                    deaths,
                     below,
-                    (help, prompt),
-                ));
+                    help,
+                    prompt,
+                };
+                return Ok(follow(response, call, context, begun));
             }
             whole::hold(response, &call, &openai, context, below).await
         })
@@ -203,8 +199,8 @@ impl HttpFilter for Migration {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Help {
     None,
-    /// Its engine is asked for ids, and may be given a seed.
-    Asked(bool),
+    /// Its engine tells ids.
+    Ids,
     /// Its text is kept.
     Text,
 }
@@ -237,11 +233,27 @@ impl Policy {
         })
     }
 
-    /// The seed of a stream that has none, where that is wanted, and engines keep to it.
-    fn seed(&self, openai: &OpenAiRequest, cluster: &str) -> Option<u32> {
-        let wanted = self.config.seeds && !openai.has_seed && openai.n == 1;
-        let keeps = |kind| kind == EngineKind::Vllm;
-        (wanted && self.all_are(openai, cluster, keeps)).then(|| rand::random::<u32>() >> 1)
+    /// Has its engine help a stream, if it can; also how the request would end without a seed of ours, if it has one now.
+    fn help(
+        &self,
+        openai: &OpenAiRequest,
+        request: &mut Request<RequestBody>,
+        context: &Context,
+    ) -> (Help, Option<Bytes>) {
+        if !openai.stream {
+            return (Help::None, None);
+        }
+        let cluster = &context.route.cluster;
+        let bytes = openai.body.as_ref().map_or(0, Bytes::len);
+        let asks = openai.return_token_ids || bytes <= ASK_BODY_BYTES_MAX;
+        if asks && self.tells_ids(openai, cluster) {
+            let seed = self.seed(openai, cluster);
+            (Help::Ids, ask_for_ids(request, openai, seed))
+        } else if self.may_tell(openai, cluster, request.headers()) {
+            (Help::Text, None)
+        } else {
+            (Help::None, None)
+        }
     }
 
     /// Whether every engine that may get the request is of a kind that suits; false if there is none.
@@ -265,21 +277,29 @@ impl Policy {
     }
 }
 
-/// Adds fields to the body, which stays where it is.
-fn ask_for_ids(request: &mut Request<RequestBody>, seed: Option<u32>) {
-    let Some(whole) = request.body().whole() else {
-        return;
-    };
-    let Some(brace) = memchr::memrchr(b'}', whole) else {
-        return;
-    };
+/// Adds fields to the body, which stays where it is. Gives its end without the seed, if it has one now.
+fn ask_for_ids(
+    request: &mut Request<RequestBody>,
+    openai: &OpenAiRequest,
+    seed: Option<u32>,
+) -> Option<Bytes> {
+    if openai.return_token_ids && seed.is_none() {
+        // The client asked.
+        return None;
+    }
+    let whole = request.body().whole()?;
+    let brace = memchr::memrchr(b'}', whole)?;
     if !whole[brace + 1..].trim_ascii().is_empty() {
         // No object: the engine says so.
-        return;
+        return None;
     }
+    let unseeded = match openai.return_token_ids {
+        true => "}",
+        false => ASK_IDS,
+    };
     let end = match seed {
-        None => Bytes::from_static(ASK_IDS.as_bytes()),
-        Some(seed) => format!(",\"seed\":{seed}{ASK_IDS}").into(),
+        None => Bytes::from_static(unseeded.as_bytes()),
+        Some(seed) => format!(",\"seed\":{seed}{unseeded}").into(),
     };
     let length = HeaderValue::from(brace + end.len());
     let body = RequestBody::joined(whole.slice(..brace), end);
@@ -287,30 +307,38 @@ fn ask_for_ids(request: &mut Request<RequestBody>, seed: Option<u32>) {
     if let Some(told) = request.headers_mut().get_mut(header::CONTENT_LENGTH) {
         *told = length;
     }
+    seed.map(|_| Bytes::from_static(unseeded.as_bytes()))
+}
+
+/// A stream whose response has begun.
+struct Begun {
+    openai: Arc<OpenAiRequest>,
+    /// What speaks against it.
+    deaths: Deaths,
+    /// Who watches this engine's part of it.
+    below: Vec<Box<dyn StreamObserver>>,
+    help: Help,
+    /// The ids of its prompt, if they are known and may be needed.
+    prompt: Option<Arc<[u32]>>,
 }
 
 /// Puts the stream under watch.
 fn follow(
     response: Response<ResponseBody>,
     call: Arc<Call>,
-    (openai, deaths): (Arc<OpenAiRequest>, Deaths),
     context: &mut Context,
-    below: Vec<Box<dyn StreamObserver>>,
-    (help, prompt): (Help, Option<Arc<[u32]>>),
+    begun: Begun,
 ) -> Response<ResponseBody> {
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
-    let leg = Leg::new(body, below, context.log.upstream_host.clone(), None);
+    let engine = context.log.upstream_host.clone();
+    let leg = Leg::new(body, begun.below, engine, None);
     let report = Arc::<Report>::default();
-    context
-        .observers
-        .push(Box::new(body::Reporter(report.clone())));
+    context.observers.push(Box::new(Reporter(report.clone())));
     context.watches_gaps = true;
-    let mut body = Migrating::new(call, openai, leg, report, deaths);
-    match help {
-        Help::Text => body.keep_text(prompt),
-        Help::Asked(seeded) => body.has_our_seed = seeded,
-        Help::None => {}
+    let mut body = Migrating::new(call, begun.openai, leg, report, begun.deaths);
+    if begun.help == Help::Text {
+        body.keep_text(begun.prompt);
     }
     Response::from_parts(parts, body.boxed_unsync())
 }

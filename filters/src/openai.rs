@@ -6,6 +6,7 @@
 
 mod observe;
 mod parse;
+pub(crate) mod sampling;
 mod scan;
 mod tenants;
 mod usage;
@@ -20,6 +21,7 @@ use crate::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Method, Request, header};
 use observe::{Models, Observer};
+pub use sampling::Sampling;
 pub(crate) use scan::members;
 use serde::Deserialize;
 use std::{
@@ -204,6 +206,8 @@ pub struct OpenAiRequest {
     /// It asks for something that ties prompt and tokens to one engine (`echo`, `prompt_logprobs`, beam search,
     /// `kv_transfer_params` of its own, …).
     pub one_engine: bool,
+    /// How its tokens are chosen.
+    pub sampling: Sampling,
     /// Limits that the connection manager and `router` enforce.
     pub limits: StreamLimits,
 }

@@ -72,12 +72,13 @@ impl Lost {
                 Err(error) => Err(error),
             };
             tokio::time::sleep(self.deaths.pause()).await;
+            call.learn();
             let Ok(_turn) = turn(call, &mut self.deaths).await else {
                 return;
             };
             calls += 1;
             let (request, mut attempt) = call.first_again(calls, &self.deaths);
-            self.answer = Next::new(&call.chain).run(request, &mut attempt).await;
+            self.answer = Next::new(call.chain()).run(request, &mut attempt).await;
             let losses = attempt.losses.drain(..);
             self.deaths.add(&call.policy.services.migration, losses);
             // Of calls that came to nothing.
@@ -89,6 +90,7 @@ impl Lost {
     /// Whether it is called again: in a storm, or once alone. Poison gets its answer here.
     fn may_run(&mut self, call: &Call) -> bool {
         let deaths = &self.deaths;
+        call.learn();
         if call.is_poison(deaths) {
             deaths.convict(&call.policy.services.migration, call.request_id());
             self.answer = Err(poison(deaths.count()));

@@ -2,10 +2,11 @@
 
 use super::{
     budget::{Counted, Held},
-    cause::{Cause, Condition, condition},
-    leg::Leg,
+    cause::{self, Cause, Condition, condition},
+    leg::{Leg, Report},
     recipe::{self, Way, recipe},
     resume::{Call, Moved, Trouble, resume},
+    seeds,
     splice::Splice,
     suspicion::Deaths,
     told::{Kept, Told, tell},
@@ -14,20 +15,17 @@ use crate::{
     body::BodyError,
     endpoints::Endpoint,
     error::Flag,
-    filter::{End, LogFields, Loss, StreamObserver},
+    filter::{End, Loss},
     openai::OpenAiRequest,
     sse::{EVENT_BYTES_MAX, Event, event_length},
 };
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http_body::{Body, Frame};
-use outrigger_xds::report::{EngineId, EngineKind};
+use outrigger_xds::report::EngineKind;
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
+    sync::{Arc, PoisonError, atomic::Ordering::Relaxed},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -48,26 +46,6 @@ const PASSING: [&str; 6] = [
     "timeout",
     "not_verified",
 ];
-
-/// What the access log will say, told by the body to an observer of the same response.
-#[derive(Debug, Default)]
-pub(super) struct Report {
-    moves: AtomicU32,
-    engine: Mutex<Option<EngineId>>,
-}
-
-/// Writes the report.
-pub(super) struct Reporter(pub(super) Arc<Report>);
-
-impl StreamObserver for Reporter {
-    fn on_end(&mut self, _end: End, log: &mut LogFields) {
-        log.migrations = self.0.moves.load(Relaxed);
-        let engine = self.0.engine.lock();
-        if let Some(engine) = engine.unwrap_or_else(PoisonError::into_inner).take() {
-            log.upstream_host = Some(engine);
-        }
-    }
-}
 
 enum State {
     /// The leg runs.
@@ -109,8 +87,10 @@ pub(super) struct Migrating {
     timer: Option<Pin<Box<Sleep>>>,
     /// How much text the engine holds back for stop strings.
     lag_is_known: bool,
-    /// What is drawn for it can be drawn again, though its client gave no seed.
-    pub(super) has_our_seed: bool,
+    /// All that it told was drawn by a seed of ours.
+    drawn_by_seed: bool,
+    /// So is what the leg brings.
+    leg_is_seeded: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
     /// Why it did not, when that was last counted.
@@ -134,6 +114,7 @@ impl Migrating {
         let gap = openai.limits.inter_token_timeout;
         let stall = policy.config.stall();
         let now = Instant::now();
+        let seeded = call.has_our_seed();
         let mut body = Self {
             splice: Splice::new(recipe::asked(&openai), held),
             state: State::Live,
@@ -145,7 +126,8 @@ impl Migrating {
             last: now,
             timer: None,
             lag_is_known: true,
-            has_our_seed: false,
+            drawn_by_seed: seeded,
+            leg_is_seeded: seeded,
             stays: false,
             refused: None,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
@@ -181,8 +163,13 @@ impl Migrating {
         let mut out = BytesMut::with_capacity(self.leg.pending.len());
         while let Some(length) = event_length(&self.leg.pending) {
             let raw = self.leg.pending.split_to(length);
-            self.leg.note(&Event { raw: &raw }, self.last);
-            if let Err(cause) = self.splice.admit(&raw, &mut out) {
+            let event = Event { raw: &raw };
+            self.leg.note(&event, self.last);
+            let admitted = match self.is_refused(&event) {
+                true => Err(Cause::SeedRefused),
+                false => self.splice.admit(&raw, &mut out),
+            };
+            if let Err(cause) = admitted {
                 self.broke = Some(cause);
                 break;
             }
@@ -197,6 +184,11 @@ impl Migrating {
             self.trouble.deaths.clear(shared);
         }
         (!out.is_empty()).then(|| out.freeze())
+    }
+
+    /// Whether an engine refuses our seed now that it looks at the request: in its first event.
+    fn is_refused(&self, event: &Event<'_>) -> bool {
+        self.leg_is_seeded && !self.splice.has_progressed() && seeds::is_refusal(event)
     }
 
     /// Whether it has more than when a leg ended last.
@@ -214,6 +206,11 @@ impl Migrating {
             }
             self.end(End::Complete);
             return (!out.is_empty()).then(|| Ok(out.freeze()));
+        }
+        match cause {
+            Cause::SeedRefused => seeds::note(&self.call, &self.openai, self.splice.began),
+            Cause::Unproven => self.splice.take_back(),
+            _ => {}
         }
         // A stream that still runs is not stopped to wait for a place.
         let healthy = matches!(cause, Cause::Leaving);
@@ -299,6 +296,7 @@ impl Migrating {
     fn take_stock(&mut self, cause: &Cause) {
         let shared = &self.call.policy.services.migration;
         let progress = self.has_progress();
+        self.drawn_by_seed &= self.leg_is_seeded || !self.splice.has_progressed();
         self.tokens_before = self.tokens_before.max(self.splice.tokens);
         let trouble = &mut self.trouble;
         trouble.since = self.last;
@@ -315,6 +313,11 @@ impl Migrating {
             }
             return;
         }
+        if matches!(cause, Cause::SeedRefused) && !self.call.has_our_seed() {
+            // That engine is well, and takes it without.
+            trouble.lost_by = None;
+            return;
+        }
         // Engines that tell again what was told are no further, but did not die of the request.
         let died_first = died && !self.splice.has_progressed();
         if let Some(engine) = engine.filter(|_| died && !died_first) {
@@ -326,15 +329,16 @@ impl Migrating {
             died: died_first,
         });
         trouble.deaths.add(shared, loss);
+        if died {
+            self.call.learn();
+        }
         let chance = died && self.call.in_storm(&trouble.deaths);
         trouble.attempts += u32::from(trouble.calls > 0 && !chance);
     }
 
     fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {
-        match cause {
-            Cause::Unproven => return Err("entrance"),
-            Cause::Diverged => return Err("diverged"),
-            _ => {}
+        if matches!(cause, Cause::Diverged) {
+            return Err("diverged");
         }
         if self.trouble.attempts >= self.call.policy.config.attempts_max {
             return Err("attempts");
@@ -350,7 +354,8 @@ impl Migrating {
             context_tokens: self.call.context_tokens(self.leg.engine.as_ref()),
             lag_is_known: self.lag_is_known,
             may_risk: !matches!(cause, Cause::Leaving),
-            has_our_seed: self.has_our_seed,
+            has_our_seed: self.drawn_by_seed && self.call.has_our_seed(),
+            unproven: matches!(cause, Cause::Unproven),
         };
         recipe(&self.openai, &self.splice, &rules)
     }
@@ -373,6 +378,7 @@ impl Migrating {
     /// It stays where it is, or ends there.
     fn refuse(&mut self, cause: Cause, reason: &'static str) -> Option<Result<Bytes, BodyError>> {
         self.count_refusal(&cause, reason);
+        let protocol = |what: &str| (Flag::UpstreamProtocolError, what.to_owned());
         let (flag, what) = match cause {
             Cause::Stall | Cause::Leaving => {
                 self.stays = matches!(cause, Cause::Stall) || !PASSING.contains(&reason);
@@ -391,14 +397,9 @@ impl Migrating {
                 return (!rest.is_empty()).then_some(Ok(rest));
             }
             Cause::Broke(error) => (error.flag, error.message),
-            Cause::Unproven => (
-                Flag::UpstreamProtocolError,
-                "the engine takes no chat prompt of tokens, or not within reasoning".to_owned(),
-            ),
-            Cause::Diverged => (
-                Flag::UpstreamProtocolError,
-                "the engine generated another text than the one before it".to_owned(),
-            ),
+            Cause::Unproven => protocol(cause::UNPROVEN),
+            Cause::SeedRefused => protocol(cause::SEED_REFUSED),
+            Cause::Diverged => protocol(cause::DIVERGED),
         };
         self.end(End::UpstreamBroke);
         self.call.given_up().note(flag);
@@ -445,8 +446,7 @@ impl Migrating {
         given_up.clear();
         // What held it there may not hold it here.
         self.stays = false;
-        // The rest is drawn without it.
-        self.has_our_seed &= way == Way::Restart;
+        self.leg_is_seeded = way == Way::Restart && self.call.has_our_seed();
         self.refused = None;
         self.note_lag();
         self.last = Instant::now();

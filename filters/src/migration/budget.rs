@@ -1,9 +1,9 @@
 //! What all streams of this proxy share: how many run, how many are moving, what is held of them, who runs
-//! alone, and which engines they lost.
+//! alone, which engines they lost, and which refuse seeds.
 //!
 //! It lives beside the configuration, so that a push neither forgets nor doubles it.
 
-use super::suspicion::Breaks;
+use super::{seeds::Refusals, suspicion::Breaks};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::Relaxed},
@@ -26,6 +26,8 @@ pub struct Shared {
     pub(super) alone: Semaphore,
     /// Engines that broke lately.
     pub(super) breaks: Breaks,
+    /// Engines that refused seeds lately.
+    pub(super) seed_refusals: Refusals,
 }
 
 impl Default for Shared {
@@ -36,6 +38,7 @@ impl Default for Shared {
             held: AtomicUsize::new(0),
             alone: Semaphore::new(1),
             breaks: Breaks::default(),
+            seed_refusals: Refusals::default(),
         }
     }
 }

@@ -9,6 +9,12 @@ use bytes::Bytes;
 use outrigger_xds::{report::Health, resource::endpoint::HealthStatus};
 use std::sync::atomic::Ordering::Relaxed;
 
+/// What clients are told of an engine whose stream ends so.
+pub(super) const UNPROVEN: &str =
+    "the engine takes no chat prompt of tokens, or not within reasoning";
+pub(super) const DIVERGED: &str = "the engine generated another text than the one before it";
+pub(super) const SEED_REFUSED: &str = "the engine takes no seeds";
+
 /// Why a stream cannot go on where it is.
 #[derive(Debug, Clone)]
 pub(super) enum Cause {
@@ -28,6 +34,8 @@ pub(super) enum Cause {
     Unproven,
     /// What was generated again is not what was delivered.
     Diverged,
+    /// The engine takes no seeds, and the request's was ours.
+    SeedRefused,
 }
 
 impl Cause {
@@ -41,7 +49,8 @@ impl Cause {
             | Self::Aborted(_)
             | Self::Leaving
             | Self::Unproven
-            | Self::Diverged => None,
+            | Self::Diverged
+            | Self::SeedRefused => None,
         }
     }
 
@@ -56,6 +65,7 @@ impl Cause {
             Self::Leaving => "leaving",
             Self::Unproven => "unproven",
             Self::Diverged => "diverged",
+            Self::SeedRefused => "seed_refused",
         }
     }
 

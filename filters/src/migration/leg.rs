@@ -8,7 +8,33 @@ use crate::{
 };
 use bytes::{Bytes, BytesMut};
 use outrigger_xds::report::EngineId;
-use std::time::Instant;
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+/// What the access log will say, told by the body to an observer of the same response.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    pub(super) moves: AtomicU32,
+    pub(super) engine: Mutex<Option<EngineId>>,
+}
+
+/// Writes the report.
+pub(super) struct Reporter(pub(super) Arc<Report>);
+
+impl StreamObserver for Reporter {
+    fn on_end(&mut self, _end: End, log: &mut LogFields) {
+        log.migrations = self.0.moves.load(Relaxed);
+        let engine = self.0.engine.lock();
+        if let Some(engine) = engine.unwrap_or_else(PoisonError::into_inner).take() {
+            log.upstream_host = Some(engine);
+        }
+    }
+}
 
 /// One engine's part of a stream.
 pub(super) struct Leg {

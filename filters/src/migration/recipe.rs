@@ -1,7 +1,13 @@
 //! Whether and how a stream may go on elsewhere: judged when it breaks, by the request as the client wrote it.
 
-use super::splice::{Cut, Parsed, Splice};
-use crate::openai::{Api, OpenAiRequest, Prompt, PromptFlags, Spans};
+use super::{
+    piece::Cut,
+    splice::{Parsed, Splice},
+};
+use crate::openai::{
+    Api, OpenAiRequest, Prompt, PromptFlags, Spans,
+    sampling::{GUIDED, PENALTIES, STATES},
+};
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -36,18 +42,6 @@ const ONCE: [&str; 5] = [
     "truncate_prompt_tokens",
     "echo",
     "prompt",
-];
-/// Output bound to a grammar, whose state no engine tells.
-const GUIDED: [&str; 9] = [
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "json_schema",
-    "regex",
-    "ebnf",
-    "structural_tag",
 ];
 
 /// What a client asked of its stream, as far as it matters here.
@@ -96,6 +90,8 @@ pub(super) struct Recipe {
     pub(super) cut: Cut,
     /// The body; `None` is the one that was sent first.
     pub(super) body: Option<Bytes>,
+    /// Some of what comes was delivered, and is compared with that.
+    pub(super) compared: bool,
     /// What routing is to know of it.
     pub(super) openai: Arc<OpenAiRequest>,
 }
@@ -137,8 +133,10 @@ pub(super) struct Rules {
     pub(super) lag_is_known: bool,
     /// It may go on where only its next tokens show whether that was right. A stream that still runs is not risked so.
     pub(super) may_risk: bool,
-    /// It was given a seed that its client did not.
+    /// All that was told was drawn by a seed that its client did not give.
     pub(super) has_our_seed: bool,
+    /// An engine has just shown that it cannot go on from tokens.
+    pub(super) unproven: bool,
 }
 
 /// How a stream goes on.
@@ -155,6 +153,7 @@ pub(super) fn recipe(
         way: Way::Restart,
         cut,
         body: None,
+        compared: splice.began,
         openai: openai.clone(),
     };
     if !splice.began {
@@ -163,22 +162,18 @@ pub(super) fn recipe(
     let body = openai.body.as_ref().ok_or("no_body")?;
     let fields: Map<String, Value> = serde_json::from_slice(body).map_err(|_| "no_body")?;
     judge_whole(openai, &fields)?;
-    let determined = rules.has_our_seed || is_determined(&fields);
-    let here = judge_cut(&fields, splice, rules, determined)
+    let here = judge_cut(&fields, splice, rules)
         .and_then(|()| judge_sampling(&fields, rules.same_distribution));
     let ids = has_ids(splice);
     if here.is_ok() {
         ids?;
     }
-    if let Err(reason) = here.and_then(|()| judge_again(&fields, splice, &cut)) {
+    let here = here.and_then(|()| judge_again(&fields, splice, &cut));
+    if let Err(reason) = here.and_then(|()| judge_reasoning(splice, &cut)) {
         // What is generated again is compared, token by token.
+        let determined = rules.has_our_seed || is_determined(&fields);
         let again = rules.may_risk && determined && ids.is_ok() && !splice.is_retold;
         return again.then(|| restart(splice.all_again())).ok_or(reason);
-    }
-    // Of reasoning it is not known how much was told behind the cut.
-    let told = cut.tokens == 0 || splice.reasoned_since;
-    if splice.parsed == Parsed::Reasoning && told {
-        return Err("reasoning");
     }
     if cut.tokens == 0 {
         return Ok(restart(cut));
@@ -206,6 +201,7 @@ pub(super) fn recipe(
         way,
         cut,
         body: Some(body),
+        compared: cut.again_tokens > 0,
         openai,
     })
 }
@@ -267,29 +263,28 @@ fn judge_cut(
     fields: &Map<String, Value>,
     splice: &Splice,
     rules: &Rules,
-    determined: bool,
 ) -> Result<(), &'static str> {
+    if rules.unproven {
+        return Err("entrance");
+    }
     if is_guided(fields) {
         return Err("guided");
     }
     match splice.parsed {
         Parsed::Tools => return Err("tool_calls"),
-        // What is compared needs no proof of its parser.
-        Parsed::Reasoning if determined || !rules.may_risk || !splice.asked.chat => {
+        // What is compared needs no proof of its parser. With a seed of ours the cheaper way is tried first, where all that
+        // it might tell can be taken back.
+        Parsed::Reasoning
+            if is_determined(fields)
+                || rules.has_our_seed && splice.shows_tokens()
+                || !rules.may_risk
+                || !splice.asked.chat =>
+        {
             return Err("reasoning");
         }
         Parsed::Reasoning | Parsed::Plain => {}
     }
-    for (name, reason) in [
-        ("logits_processors", "logit_state"),
-        ("vllm_xargs", "logit_state"),
-        ("custom_logit_processor", "logit_state"),
-        // Words of several tokens are looked for in the output alone.
-        ("bad_words", "logit_state"),
-        // How much text it holds back is not known.
-        ("stop_regex", "stop"),
-        ("thinking_token_budget", "thinking_budget"),
-    ] {
+    for (name, reason) in STATES {
         if is_set(fields, name) {
             return Err(reason);
         }
@@ -314,13 +309,21 @@ fn judge_sampling(
     if !is_greedy(fields) && is_set(fields, "seed") && !same_distribution {
         return Err("seed");
     }
-    // Repetition penalties count the prompt, too, and lose nothing.
     let number = |name: &str| fields.get(name).and_then(Value::as_f64);
-    let penalty = |name: &str| number(name).is_some_and(|penalty| penalty != 0.0);
-    if (penalty("presence_penalty") || penalty("frequency_penalty")) && !same_distribution {
+    let penalty = |name: &&str| number(name).is_some_and(|penalty| penalty != 0.0);
+    if PENALTIES.iter().any(penalty) && !same_distribution {
         return Err("penalties");
     }
     Ok(())
+}
+
+/// Of reasoning it is not known how much was told behind the cut.
+fn judge_reasoning(splice: &Splice, cut: &Cut) -> Result<(), &'static str> {
+    let told = cut.tokens == 0 || splice.reasoned_since;
+    match splice.parsed == Parsed::Reasoning && told {
+        true => Err("reasoning"),
+        false => Ok(()),
+    }
 }
 
 /// What is drawn again will be another text.

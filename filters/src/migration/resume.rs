@@ -2,10 +2,11 @@
 
 use super::{
     Policy,
-    budget::{Counted, Shared},
+    budget::Counted,
     is_stream,
     leg::Leg,
     recipe::{Recipe, Way},
+    seeds,
     suspicion::Deaths,
 };
 use crate::{
@@ -23,7 +24,10 @@ use http::{
 use http_body_util::{BodyExt, Limited};
 use outrigger_xds::report::EngineId;
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::SemaphorePermit;
@@ -37,20 +41,24 @@ const STORM_LOOK: Duration = Duration::from_millis(100);
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// Most of an error's text that is kept while other engines are asked.
-const ERROR_BYTES_MAX: usize = 64 << 10;
+pub(super) const ERROR_BYTES_MAX: usize = 64 << 10;
 /// …if it comes so soon.
-const ERROR_WAIT: Duration = Duration::from_millis(100);
+pub(super) const ERROR_WAIT: Duration = Duration::from_millis(100);
 
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
     pub(super) policy: Arc<Policy>,
-    pub(super) chain: Chain,
+    chain: Chain,
     method: Method,
     uri: Uri,
     version: Version,
     headers: HeaderMap,
     /// As it was sent first; empty if it cannot be sent again.
     body: (Bytes, Bytes),
+    /// How it ends without the seed that we gave it, if we did.
+    unseeded_end: Option<Bytes>,
+    /// That seed is no longer sent.
+    seed_dropped: AtomicBool,
     template: Context,
 }
 
@@ -111,11 +119,12 @@ pub(super) struct Moved {
 }
 
 impl Call {
-    /// Of the request as it goes on now.
+    /// Of the request as it goes on now; `unseeded_end` is its end without our seed, if it has one.
     pub(super) fn new(
         policy: Arc<Policy>,
         chain: Chain,
         request: &Request<RequestBody>,
+        unseeded_end: Option<Bytes>,
         context: &Context,
     ) -> Arc<Self> {
         let mut template = context.fork();
@@ -134,8 +143,31 @@ impl Call {
             version: request.version(),
             headers: request.headers().clone(),
             body: request.body().parts().unwrap_or_default(),
+            unseeded_end,
+            seed_dropped: AtomicBool::new(false),
             template,
         })
+    }
+
+    /// The filters after this one.
+    pub(super) fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Whether the request is sent with a seed of ours.
+    pub(super) fn has_our_seed(&self) -> bool {
+        self.unseeded_end.is_some() && !self.seed_dropped.load(Relaxed)
+    }
+
+    /// It is no longer.
+    pub(super) fn drop_seed(&self) {
+        self.seed_dropped.store(true, Relaxed);
+    }
+
+    /// The first request once more, now that its seed was dropped.
+    pub(super) fn first_unseeded(&self) -> (Request<RequestBody>, Context) {
+        let again = self.context("u");
+        (self.request(Wanted::Whole, &again), again)
     }
 
     /// The client's request, whichever call it is.
@@ -170,7 +202,7 @@ impl Call {
         };
         again.avoid = deaths.last().cloned();
         again.deaths_max = deaths.left();
-        (self.request(None, &again), again)
+        (self.request(Wanted::Whole, &again), again)
     }
 
     fn context(&self, suffix: &str) -> Context {
@@ -181,11 +213,11 @@ impl Call {
         context
     }
 
-    fn request(&self, recipe: Option<&Recipe>, context: &Context) -> Request<RequestBody> {
-        let (first, rest) = self.body.clone();
+    fn request(&self, wanted: Wanted<'_>, context: &Context) -> Request<RequestBody> {
+        let recipe = wanted.recipe();
         let body = match recipe.and_then(|recipe| recipe.body.clone()) {
             Some(body) => RequestBody::full(body),
-            None => RequestBody::joined(first, rest),
+            None => self.first_body(),
         };
         let length = http_body::Body::size_hint(&body).lower();
         let mut request = Request::new(body);
@@ -208,25 +240,31 @@ impl Call {
         request
     }
 
+    fn first_body(&self) -> RequestBody {
+        let (first, rest) = self.body.clone();
+        let unseeded = self.unseeded_end.clone();
+        let rest = unseeded.filter(|_| !self.has_our_seed()).unwrap_or(rest);
+        RequestBody::joined(first, rest)
+    }
+
     /// Whether it may be chance that engines died of the request: others did, by their streams or by what is told of them.
     pub(super) fn in_storm(&self, deaths: &Deaths) -> bool {
-        deaths.in_storm(self.learned())
+        deaths.in_storm(&self.policy.services.migration)
     }
 
     /// Whether the request is refused for the engines that died of it.
     pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
-        deaths.is_poison(self.learned())
+        deaths.is_poison(&self.policy.services.migration)
     }
 
-    /// What all streams share, with what is told of engines by now.
-    fn learned(&self) -> &Shared {
+    /// Takes in what is told of engines by now: once before a request is judged, however many questions that takes.
+    pub(super) fn learn(&self) {
         let services = &self.policy.services;
         if let Some(view) = services.endpoints.view(self.cluster()) {
             let fallen = view.endpoints.iter();
             let fallen = fallen.filter_map(|endpoint| Some((&endpoint.id, endpoint.fell_at()?)));
             services.migration.breaks.learn(fallen);
         }
-        &services.migration
     }
 
     /// Whether an engine of the fleet is alive that the request may be for.
@@ -341,6 +379,7 @@ async fn find(
     let shared = &call.policy.services.migration;
     let runs_still = place.is_some();
     loop {
+        call.learn();
         if call.is_poison(&trouble.deaths) {
             trouble.deaths.convict(shared, call.request_id());
             return Err("poison");
@@ -348,7 +387,10 @@ async fn find(
         if trouble.attempts >= call.policy.config.attempts_max {
             return Err("attempts");
         }
-        let answered = ask(call, Some(recipe), trouble, place.take()).await?;
+        let answered = ask(call, Wanted::Rest(recipe), trouble, place.take()).await?;
+        if answered.result.is_err() && trouble.deaths.count() > 0 {
+            call.learn();
+        }
         match answered.result {
             Ok(response) if is_stream(&response) => {
                 let context = answered.context;
@@ -357,7 +399,13 @@ async fn find(
                 let place = Some(answered.place);
                 return Ok(Leg::new(body, context.observers, engine, place));
             }
-            Ok(response) if blames_request(response.status()) => return Err("engine_refused"),
+            Ok(response) if blames_request(response.status()) => {
+                if !seeds::is_refused(call, recipe, response).await {
+                    return Err("engine_refused");
+                }
+                // What has to be compared needs an engine that takes it.
+                trouble.attempts += u32::from(call.has_our_seed());
+            }
             // Nobody was asked: somebody may come back.
             Err(error) if error.flag == Flag::NoHealthyUpstream && !runs_still => {}
             // Time ends it, and the number of deaths.
@@ -370,18 +418,36 @@ async fn find(
     }
 }
 
-/// Calls the rest of the chain once more: within the budget, and alone if engines died of the stream. (An answer in one
-/// piece says nothing until all of it was generated: when its engine died tells nothing of its request.)
+/// What a call is for.
+#[derive(Clone, Copy)]
+pub(super) enum Wanted<'a> {
+    /// The request as it was sent first. (An answer in one piece says nothing until all of it was generated: when its engine
+    /// died tells nothing of its request.)
+    Whole,
+    /// The rest of a stream.
+    Rest(&'a Recipe),
+}
+
+impl<'a> Wanted<'a> {
+    fn recipe(self) -> Option<&'a Recipe> {
+        match self {
+            Self::Whole => None,
+            Self::Rest(recipe) => Some(recipe),
+        }
+    }
+}
+
+/// Calls the rest of the chain once more: within the budget, and alone if engines died of the stream.
 pub(super) async fn ask(
     call: &Arc<Call>,
-    recipe: Option<&Recipe>,
+    wanted: Wanted<'_>,
     trouble: &mut Trouble,
     place: Option<Counted>,
 ) -> Result<Answered, &'static str> {
     let shared = &call.policy.services.migration;
-    let _turn = match recipe {
-        Some(_) => turn(call, &mut trouble.deaths).await?,
-        None => None,
+    let _turn = match wanted {
+        Wanted::Rest(_) => turn(call, &mut trouble.deaths).await?,
+        Wanted::Whole => None,
     };
     let place = match place {
         Some(place) => place,
@@ -389,19 +455,17 @@ pub(super) async fn ask(
     };
     trouble.calls += 1;
     let mut context = call.context(&format!("r{}", trouble.calls));
-    if let Some(recipe) = recipe {
-        context.openai = Some(recipe.openai.clone());
-    }
     context.avoid = trouble.lost_by.clone();
-    if recipe.is_some() {
+    if let Wanted::Rest(recipe) = wanted {
+        context.openai = Some(recipe.openai.clone());
         context.deaths_max = trouble.deaths.left();
     }
-    let request = call.request(recipe, &context);
+    let request = call.request(wanted, &context);
     let result = Next::new(&call.chain).run(request, &mut context).await;
     let losses = context.losses.drain(..);
-    match recipe {
-        Some(_) => trouble.deaths.add(shared, losses),
-        None => shared.breaks.note_all(losses),
+    match wanted {
+        Wanted::Rest(_) => trouble.deaths.add(shared, losses),
+        Wanted::Whole => shared.breaks.note_all(losses),
     }
     Ok(Answered {
         result,
@@ -460,7 +524,7 @@ async fn alone<'a>(
         match tokio::time::timeout(STORM_LOOK, &mut permit).await {
             Ok(permit) => return permit.map(Some).map_err(|_| "suspect"),
             Err(_) if begun.elapsed() >= call.policy.config.stall() => return Err("suspect"),
-            Err(_) => {}
+            Err(_) => call.learn(),
         }
     }
     Ok(None)

@@ -10,6 +10,7 @@ use super::{
     budget::Held,
     cause::Cause,
     event::{Facts, characters, list_length},
+    piece::{Cut, Mark, Piece, Start},
     recipe::{Asked, Way},
     rewrite::{self, Skip},
     told::{self, Kept, Told},
@@ -28,60 +29,6 @@ pub(super) enum Parsed {
     Reasoning,
     /// There were tool calls.
     Tools,
-}
-
-/// A place behind an event that brought text, and one token.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Mark {
-    /// Bytes of ids.
-    ids: usize,
-    tokens: usize,
-    /// Characters that the engine had told.
-    told: usize,
-}
-
-/// Where a stream will be cut.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Cut {
-    mark: Mark,
-    /// Tokens that are kept.
-    pub(super) tokens: usize,
-    /// Tokens that the client has had, in part, and that will be generated again.
-    pub(super) again_tokens: usize,
-    /// Characters of their text that were delivered.
-    pub(super) again_chars: usize,
-}
-
-/// The piece that runs now.
-#[derive(Debug, Default)]
-struct Piece {
-    first: bool,
-    /// It is written as the client wants it.
-    same_form: bool,
-    /// Tokens before it, which its prompt holds.
-    before: usize,
-    /// Characters before it.
-    offset: usize,
-    /// Ids that it must generate again, as text, and how many.
-    again: Bytes,
-    again_tokens: usize,
-    /// Something of these was shown, so that others would not do.
-    bound: bool,
-    /// Opening chunks that the client has had.
-    openings: usize,
-    /// All of it was told before, and is compared with that.
-    compared: bool,
-    /// Its prompt is still to be compared with what was asked.
-    unproven: bool,
-    /// It goes on within reasoning, and is still to show that its parser knows.
-    reasons: bool,
-}
-
-impl Piece {
-    /// Tokens told before it that it has not come to yet. Where nothing of them was shown, others will do.
-    fn told_ahead(&self) -> usize {
-        self.again_tokens * usize::from(self.bound)
-    }
 }
 
 /// The state of one stream.
@@ -451,6 +398,23 @@ impl Splice {
         }
     }
 
+    /// Whether clients see tokens of which a parser tells nothing.
+    pub(super) fn shows_tokens(&self) -> bool {
+        self.asked.ids || self.logprobs
+    }
+
+    /// The engine that runs now cannot go on from tokens. What it said before that showed nobody was told: it does not count.
+    pub(super) fn take_back(&mut self) {
+        if self.shows_tokens() || self.untold.is_some() {
+            return;
+        }
+        let start = std::mem::take(&mut self.piece.start);
+        self.ids.truncate(start.ids);
+        self.tokens = start.tokens;
+        self.piece.again = start.again;
+        self.piece.again_tokens = start.again_tokens;
+    }
+
     /// Whether the engine that runs now has told a token.
     pub(super) fn has_progressed(&self) -> bool {
         self.tokens > self.piece.before
@@ -482,12 +446,19 @@ impl Splice {
         self.marks.truncate(usize::from(cut.tokens > 0));
         let text_before = self.delivered - cut.again_chars;
         self.told = text_before;
+        let again = Bytes::from(again);
         self.piece = Piece {
+            start: Start {
+                ids: self.ids.len(),
+                tokens: cut.tokens,
+                again: again.clone(),
+                again_tokens: cut.again_tokens,
+            },
             first: false,
             same_form: way != Way::Completions || !self.asked.chat,
             before: if way == Way::Restart { 0 } else { cut.tokens },
             offset: text_before,
-            again: again.into(),
+            again,
             again_tokens: cut.again_tokens,
             bound: self.asked.ids
                 || self.logprobs

@@ -7,7 +7,7 @@ use super::{
     budget::Held,
     cause::{Cause, is_gone},
     leg::Leg,
-    resume::{Call, PAUSE, Trouble, ask, blames_request, keep_error},
+    resume::{Call, PAUSE, Trouble, Wanted, ask, blames_request, keep_error},
     suspicion::Deaths,
 };
 use crate::{
@@ -434,7 +434,7 @@ async fn find(call: &Arc<Call>, trouble: &mut Trouble) -> Result<Found, Refusal>
         if let Some(reason) = end(call, trouble) {
             return Err(Refusal { reason, last });
         }
-        let answered = match ask(call, None, trouble, None).await {
+        let answered = match ask(call, Wanted::Whole, trouble, None).await {
             Ok(answered) => answered,
             Err(reason) => return Err(Refusal { reason, last }),
         };
@@ -539,11 +539,28 @@ impl Body for Preceded {
 }
 
 /// A body that was held: its pieces, and what comes after them.
-struct Gathered {
+pub(super) struct Gathered {
     pieces: VecDeque<Bytes>,
     trailers: Option<Frame<Bytes>>,
     rest: ResponseBody,
     held: Held,
+}
+
+impl Gathered {
+    /// Of a few pieces, which are not counted.
+    pub(super) fn unheld(
+        call: &Call,
+        pieces: VecDeque<Bytes>,
+        trailers: Option<Frame<Bytes>>,
+        rest: ResponseBody,
+    ) -> Self {
+        Self {
+            pieces,
+            trailers,
+            rest,
+            held: Held::new(call.policy.services.migration.clone(), 0),
+        }
+    }
 }
 
 impl Body for Gathered {

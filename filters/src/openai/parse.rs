@@ -3,7 +3,7 @@
 //! Contents are skipped, not unescaped; nothing is copied but the few small strings. A body that is no JSON object of
 //! the expected kind gives `None`: it is forwarded as it is, and the engine answers with its own error.
 
-use super::{Api, OpenAiRequest, Prompt, PromptFlags, Spans, StreamLimits, scan};
+use super::{Api, OpenAiRequest, Prompt, PromptFlags, Sampling, Spans, StreamLimits, scan};
 use bytes::Bytes;
 use serde::{
     Deserialize, Deserializer,
@@ -57,6 +57,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
     let text = std::str::from_utf8(body).ok()?;
     let mut fields = Fields::default();
     scan::members(text, |key, raw| fields.set(key, raw))?;
+    fields.sampling.complete(fields.tools, fields.tool_choice);
     let span = |raw: Option<&str>| raw.filter(|raw| *raw != "null").map(|raw| place(text, raw));
     let raw_prompt = fields.raw_prompt(api);
     let options = fields.stream_options.as_ref();
@@ -106,6 +107,7 @@ pub(super) fn request(api: Api, body: &Bytes, limits: StreamLimits) -> Option<Op
             opaque: fields.opaque(),
         },
         one_engine: fields.one_engine,
+        sampling: fields.sampling,
         limits,
     })
 }
@@ -126,7 +128,7 @@ struct Fields<'a> {
     max_completion_tokens: Option<u64>,
     max_tokens: Option<u64>,
     max_output_tokens: Option<u64>,
-    sampling_params: Option<Sampling>,
+    sampling_params: Option<SamplingParams>,
     cache_salt: Option<Cow<'a, str>>,
     messages: Option<&'a str>,
     prompt: Option<&'a str>,
@@ -154,6 +156,7 @@ struct Fields<'a> {
     request_id: bool,
     kv_transfer_params: bool,
     one_engine: bool,
+    sampling: Sampling,
 }
 
 impl<'a> Fields<'a> {
@@ -198,7 +201,7 @@ struct StreamOptions {
 }
 
 #[derive(Default, Deserialize)]
-struct Sampling {
+struct SamplingParams {
     #[serde(default)]
     max_tokens: Option<u64>,
     #[serde(default)]
@@ -206,17 +209,17 @@ struct Sampling {
 }
 
 /// A value of the expected type, or nothing: a wrong type is the engine's to complain about.
-fn lenient<'a, T: Deserialize<'a>>(raw: &'a str) -> Option<T> {
+pub(super) fn lenient<'a, T: Deserialize<'a>>(raw: &'a str) -> Option<T> {
     serde_json::from_str(raw).ok()
 }
 
-fn is_set(raw: &str) -> bool {
+pub(super) fn is_set(raw: &str) -> bool {
     !matches!(raw, "null" | "[]" | "{}" | "false")
 }
 
 /// A text, borrowed where it has no escapes (serde would copy a plain `Cow`).
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+pub(super) struct Text<'a>(#[serde(borrow)] pub(super) Cow<'a, str>);
 
 impl<'a> Fields<'a> {
     fn set(&mut self, key: &str, raw: &'a str) {
@@ -275,7 +278,7 @@ impl<'a> Fields<'a> {
             | "ec_transfer_params"
             | "bootstrap_room"
             | "disaggregated_params" => self.one_engine |= is_set(raw),
-            _ => {}
+            _ => self.sampling.set(key, raw),
         }
     }
 }
@@ -404,6 +407,72 @@ mod tests {
         );
         assert_eq!(request.spans.tools, None, "null is absent");
         assert_eq!(request.body.as_deref(), Some(body.as_bytes()));
+    }
+
+    #[test]
+    fn how_tokens_are_chosen_is_read() {
+        let plain = Sampling::default();
+        let stateful = Sampling {
+            stateful: true,
+            ..plain
+        };
+        let may_call = Sampling {
+            may_call: true,
+            ..plain
+        };
+        for (fields, expected) in [
+            (r#""temperature":0.7,"seed":null,"logprobs":false"#, plain),
+            (
+                r#""temperature":0.0"#,
+                Sampling {
+                    greedy: true,
+                    ..plain
+                },
+            ),
+            (
+                r#""logprobs":true"#,
+                Sampling {
+                    logprobs: true,
+                    ..plain
+                },
+            ),
+            (
+                r#""presence_penalty":0,"frequency_penalty":0.5"#,
+                Sampling {
+                    penalties: true,
+                    ..plain
+                },
+            ),
+            (r#""response_format":{"type":"text"},"bad_words":[]"#, plain),
+            (r#""response_format":{"type":"json_object"}"#, stateful),
+            (r#""guided_regex":"a+""#, stateful),
+            (r#""thinking_token_budget":9"#, stateful),
+            (r#""tools":[{}]"#, may_call),
+            (r#""tools":[],"tool_choice":"auto""#, plain),
+            (r#""tools":[{}],"tool_choice":"none""#, plain),
+            (r#""tools":[{}],"tool_choice":"auto""#, may_call),
+            (
+                r#""tools":[{}],"tool_choice":"required""#,
+                Sampling {
+                    may_call: true,
+                    ..stateful
+                },
+            ),
+            (
+                r#""tools":[{}],"tool_choice":{"type":"function"}"#,
+                Sampling {
+                    may_call: true,
+                    ..stateful
+                },
+            ),
+        ] {
+            let body = format!(r#"{{"messages":[{{"content":"a"}}],{fields}}}"#);
+            assert_eq!(
+                read(Api::Chat, &body).unwrap().sampling,
+                expected,
+                "{fields}"
+            );
+        }
     }
 
     #[test]
