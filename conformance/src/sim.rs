@@ -68,7 +68,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 pub use bootstrap::{Bootstrap, Side};
-pub use config::{Config, Events, Profile};
+pub use config::{Config, Events, Profile, Seeds};
 pub use fault::{Fault, FaultKind};
 pub use nixl::Nixl;
 pub use template::{CHAT_TEMPLATE, Ending, Message, render};
@@ -161,6 +161,11 @@ impl SimEngine {
     /// Generation requests that are being answered, whether or not anything of them runs.
     pub fn requests(&self) -> usize {
         self.engine.in_flight().len()
+    }
+
+    /// The seed of the chat that came last.
+    pub fn last_seed(&self) -> Option<u64> {
+        self.engine.last_seed()
     }
 
     /// Requests that wait and that run, and the share of KV blocks in use.

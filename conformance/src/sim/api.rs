@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::config::Seeds;
 use super::engine::Engine;
 use super::http::{Request, Response};
 use super::json_error::first_error;
@@ -294,9 +295,7 @@ pub(crate) fn read_sampling(
         max_tokens,
         min_tokens,
         temperature,
-        seed: set(fields, "seed")
-            .and_then(Value::as_i64)
-            .map(i64::cast_unsigned),
+        seed: read_seed(engine, fields, temperature)?,
         ignore_eos: flag(fields, "ignore_eos"),
         stop,
         stop_token_ids: set(fields, "stop_token_ids")
@@ -309,6 +308,20 @@ pub(crate) fn read_sampling(
         transfer: Transfer::None,
         wrong: false,
     })
+}
+
+/// What a refusal of seeds says: vLLM's words, where it runs on TPUs.
+pub(crate) const NO_SEEDS: &str = "Torch XLA does not support per-request seed.";
+
+fn read_seed(engine: &Engine, fields: &Fields, temperature: f64) -> Result<Option<u64>, ApiError> {
+    let seed = set(fields, "seed").and_then(Value::as_i64);
+    match engine.config.seeds {
+        Seeds::Ignored => Ok(None),
+        Seeds::Refused if seed.is_some() && temperature > 0.0 => {
+            Err(ApiError::new(400, "BadRequestError", NO_SEEDS, None))
+        }
+        Seeds::Kept | Seeds::Refused | Seeds::RefusedInStream => Ok(seed.map(i64::cast_unsigned)),
+    }
 }
 
 fn check_length(

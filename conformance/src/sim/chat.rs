@@ -11,7 +11,7 @@ use super::api::{
 };
 use super::completions::{ENTRANCE, given_prompt, held};
 use super::engine::{Engine, unix_s};
-use super::feed::{DONE, Events, Feed, Writer};
+use super::feed::{self, DONE, Events, Feed, Writer};
 use super::forms::{self, Call, Form, ToolCall, ToolDelta};
 use super::http::{Piece, Request, Response};
 use super::model::Choice;
@@ -267,6 +267,9 @@ pub(crate) async fn completions(
     let mut feed = Feed::new(engine, generation, flight);
     let created = unix_s() as u64;
     if api::flag(&fields, "stream") {
+        if let Some(refusal) = feed::late_refusal(engine, &asked.sampling) {
+            return Ok(refusal);
+        }
         let writer = ChatWriter {
             id: feed.id().to_owned(),
             created,

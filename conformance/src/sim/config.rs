@@ -45,6 +45,20 @@ pub enum Events {
     Connect(String),
 }
 
+/// What an engine makes of a request's `seed`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Seeds {
+    /// It draws by it.
+    #[default]
+    Kept,
+    /// It draws as if there were none.
+    Ignored,
+    /// It refuses those that are drawn by one, as vLLM on TPUs does.
+    Refused,
+    /// The same, when the head of the stream has gone.
+    RefusedInStream,
+}
+
 /// Settings of one simulated engine. `Config::default()` is a fast engine on free ports.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -98,6 +112,8 @@ pub struct Config {
     pub chat_token_prompts: bool,
     /// Tokens of a streamed chat that a reasoning parser takes for reasoning; 0: there is no parser.
     pub reasoning_tokens: usize,
+    /// What becomes of seeds.
+    pub seeds: Seeds,
     /// `--kv-transfer-config` with the NIXL connector: blocks go from engine to engine.
     pub nixl: Option<Nixl>,
     /// SGLang's `--disaggregation-mode`: half of a pair that meets in rooms.
@@ -138,6 +154,7 @@ impl Default for Config {
             responses_store: false,
             chat_token_prompts: true,
             reasoning_tokens: 0,
+            seeds: Seeds::default(),
             nixl: None,
             bootstrap: None,
             abort_on_priority: false,
@@ -322,6 +339,7 @@ impl From<Flags> for Config {
             responses_store: flags.enable_responses_store,
             chat_token_prompts: true,
             reasoning_tokens: 0,
+            seeds: Seeds::default(),
             nixl: flags.nixl.then(Nixl::default),
             bootstrap,
             abort_on_priority: flags.abort_on_priority_when_disabled,

@@ -62,6 +62,7 @@ pub(crate) struct Engine {
     next_id: AtomicU64,
     id_salt: u64,
     transfer_port: AtomicU16,
+    last_seed: Mutex<Option<u64>>,
 }
 
 impl Engine {
@@ -102,6 +103,7 @@ impl Engine {
             next_id: AtomicU64::new(1),
             id_salt: mix(config.seed ^ (id_salt << 32)),
             transfer_port: AtomicU16::new(0),
+            last_seed: Mutex::default(),
             config,
         }
     }
@@ -126,6 +128,15 @@ impl Engine {
 
     fn number(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// What the last chat brought.
+    pub(crate) fn last_seed(&self) -> Option<u64> {
+        *lock(&self.last_seed)
+    }
+
+    pub(crate) fn note_seed(&self, seed: Option<u64>) {
+        *lock(&self.last_seed) = seed;
     }
 
     /// The seed of a sampled request that brings none.

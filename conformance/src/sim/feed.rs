@@ -6,18 +6,30 @@ use std::time::Duration;
 
 use futures_util::{Stream, stream};
 
-use super::api::{ApiError, Flight};
-use super::config::Profile;
+use super::api::{ApiError, Flight, NO_SEEDS};
+use super::config::{Profile, Seeds};
 use super::engine::{Engine, Generation};
 use super::fault::FaultKind;
 use super::http::{Piece, Response};
-use super::scheduler::Output;
+use super::scheduler::{Output, Sampling};
 use super::sglang;
 
 /// The error event of an engine whose process died, as recorded.
 const DEAD: &str = "data: {\"error\": {\"message\": \"EngineCore encountered an issue. See stack trace (above) for the root cause.\", \"type\": \"InternalServerError\", \"param\": null, \"code\": 500}}\n\n";
 /// The last event of a stream.
 pub(crate) const DONE: &str = "data: [DONE]\n\n";
+
+/// The stream of an engine that finds only now that it takes no seeds, as vLLM does.
+pub(crate) fn late_refusal(engine: &Engine, sampling: &Sampling) -> Option<Response> {
+    engine.note_seed(sampling.seed);
+    let drawn = sampling.seed.is_some() && sampling.temperature > 0.0;
+    let refused = drawn && engine.config.seeds == Seeds::RefusedInStream;
+    let error = format!(
+        "data: {{\"error\": {{\"message\": \"{NO_SEEDS}\", \"type\": \"BadRequestError\", \"param\": null, \"code\": 400}}}}\n\n"
+    );
+    let events = [error, DONE.to_owned()].map(Piece::Data);
+    refused.then(|| Response::events(stream::iter(events)))
+}
 
 /// One step of a generation, as its client may see it.
 pub(crate) enum Seen {

@@ -57,6 +57,7 @@ mod migration_kinds;
 mod migration_limits;
 mod migration_mix;
 mod migration_poison;
+mod migration_seeds;
 mod migration_whole;
 mod migration_whole_limits;
 mod orca;

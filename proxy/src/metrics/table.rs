@@ -396,6 +396,7 @@ pub const ROWS: &[Row] = &[
     counter("outrigger_migration_budget_waits_total", NONE, "Moves that waited because too many streams were in prefill elsewhere."),
     counter("outrigger_migration_poison_total", NONE, "Requests refused because every engine died of them."),
     counter("outrigger_migration_storm_runs_total", NONE, "Calls of requests under which engines had died, made in a storm: other engines broke at the time, too."),
+    counter("outrigger_migration_seeds_refused_total", NONE, "Seeds of ours that engines refused; their streams were asked for without."),
     counter("outrigger_disaggregation_total", &["decision", "reason"], "Generations in fleets with roles: split into prefill and decode, or served whole, by why."),
     counter("outrigger_disaggregation_fallbacks_total", &["leg", "outcome", "reason"], "Split requests of which a leg failed, by which, and how, and by what became of them: whole (served by one engine), pair (by another pair), answered (the failure is the answer), gone (the client left)."),
     seconds("outrigger_disaggregation_prefill_seconds", NONE, "Prefill legs, from their start to the end of their answer."),
