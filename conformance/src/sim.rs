@@ -168,6 +168,11 @@ impl SimEngine {
         self.engine.last_seed()
     }
 
+    /// Requests whose seed it refused.
+    pub fn seeds_refused(&self) -> u64 {
+        self.engine.seeds_refused()
+    }
+
     /// Requests that wait and that run, and the share of KV blocks in use.
     pub fn load(&self) -> (usize, usize, f64) {
         self.engine.scheduler().load()

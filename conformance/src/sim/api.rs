@@ -318,6 +318,7 @@ fn read_seed(engine: &Engine, fields: &Fields, temperature: f64) -> Result<Optio
     match engine.config.seeds {
         Seeds::Ignored => Ok(None),
         Seeds::Refused if seed.is_some() && temperature > 0.0 => {
+            engine.refuse_seed();
             Err(ApiError::new(400, "BadRequestError", NO_SEEDS, None))
         }
         Seeds::Kept | Seeds::Refused | Seeds::RefusedInStream => Ok(seed.map(i64::cast_unsigned)),

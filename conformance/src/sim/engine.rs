@@ -63,6 +63,7 @@ pub(crate) struct Engine {
     id_salt: u64,
     transfer_port: AtomicU16,
     last_seed: Mutex<Option<u64>>,
+    seeds_refused: AtomicU64,
 }
 
 impl Engine {
@@ -104,6 +105,7 @@ impl Engine {
             id_salt: mix(config.seed ^ (id_salt << 32)),
             transfer_port: AtomicU16::new(0),
             last_seed: Mutex::default(),
+            seeds_refused: AtomicU64::new(0),
             config,
         }
     }
@@ -133,6 +135,15 @@ impl Engine {
     /// What the last chat brought.
     pub(crate) fn last_seed(&self) -> Option<u64> {
         *lock(&self.last_seed)
+    }
+
+    /// So many seeds were refused.
+    pub(crate) fn seeds_refused(&self) -> u64 {
+        self.seeds_refused.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn refuse_seed(&self) {
+        self.seeds_refused.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn note_seed(&self, seed: Option<u64>) {

@@ -23,12 +23,15 @@ pub(crate) const DONE: &str = "data: [DONE]\n\n";
 pub(crate) fn late_refusal(engine: &Engine, sampling: &Sampling) -> Option<Response> {
     engine.note_seed(sampling.seed);
     let drawn = sampling.seed.is_some() && sampling.temperature > 0.0;
-    let refused = drawn && engine.config.seeds == Seeds::RefusedInStream;
+    if !drawn || engine.config.seeds != Seeds::RefusedInStream {
+        return None;
+    }
+    engine.refuse_seed();
     let error = format!(
         "data: {{\"error\": {{\"message\": \"{NO_SEEDS}\", \"type\": \"BadRequestError\", \"param\": null, \"code\": 400}}}}\n\n"
     );
     let events = [error, DONE.to_owned()].map(Piece::Data);
-    refused.then(|| Response::events(stream::iter(events)))
+    Some(Response::events(stream::iter(events)))
 }
 
 /// One step of a generation, as its client may see it.

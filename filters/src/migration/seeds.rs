@@ -242,3 +242,46 @@ async fn read_words(
     let body = Gathered::unheld(call, pieces, trailers, rest);
     (Response::from_parts(parts, body.boxed_unsync()), words)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(model: &str) -> OpenAiRequest {
+        OpenAiRequest {
+            model: Some(model.into()),
+            ..OpenAiRequest::default()
+        }
+    }
+
+    #[test]
+    fn refusals_are_of_a_model_in_a_cluster_and_few() {
+        let refusals = Refusals::default();
+        refusals.note(&of("first"), "fleet");
+        refusals.note(&of("first"), "fleet");
+        assert!(refusals.has(&of("first"), "fleet"));
+        assert!(!refusals.has(&of("first"), "other") && !refusals.has(&of("second"), "fleet"));
+        for at in 0..REFUSALS_MAX {
+            refusals.note(&of(&at.to_string()), "fleet");
+        }
+        assert_eq!(refusals.0.load().len(), REFUSALS_MAX);
+        assert!(
+            !refusals.has(&of("first"), "fleet"),
+            "the oldest is forgotten"
+        );
+    }
+
+    #[test]
+    fn a_refusal_names_the_seed() {
+        let said = |words: &str| {
+            format!("data: {{\"error\":{{\"message\":\"{words}\",\"code\":400}}}}\n\n")
+        };
+        for (words, refused) in [("no per-request Seed", true), ("no", false), ("see", false)] {
+            let raw = said(words);
+            let event = sse::Event {
+                raw: raw.as_bytes(),
+            };
+            assert_eq!(is_refusal(&event), refused, "{words}");
+        }
+    }
+}
