@@ -274,7 +274,7 @@ async fn a_stalled_stream_costs_no_more_than_the_limit_and_a_prefill() {
 #[tokio::test]
 async fn a_stream_that_cannot_move_waits_for_its_engine() {
     let fleet = Fleet::of(2, |builder| {
-        builder.edit(migration(json!({"stall_ms": 200})))
+        builder.edit(migration(json!({"stall_ms": 200, "seeds": "NEVER"})))
     })
     .await;
     let body = chat(json!({"presence_penalty": 1, "temperature": 1}));

@@ -88,7 +88,7 @@ async fn broken(engines: &[SimEngine], proxy: &TestProxy, more: &Value) -> Strin
 
 #[tokio::test]
 async fn a_stream_whose_rest_cannot_be_made_says_why_and_how_far_it_got() {
-    let (engines, proxy) = sims(2, fast, json!({})).await;
+    let (engines, proxy) = sims(2, fast, json!({"seeds": "NEVER"})).await;
     let schema = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object",
         "properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "required": ["a", "b"]}}});
     let tool = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object",
@@ -154,10 +154,16 @@ async fn tools_need_an_engine_that_takes_chat_as_tokens() {
         chat_token_prompts: false,
         ..fast()
     };
-    let (engines, proxy) = sims(2, old, json!({})).await;
-    let tools = json!({"tools": [{"type": "function", "function": {"name": "f"}}]});
-    let told = broken(&engines, &proxy, &tools).await;
+    let (engines, proxy) = sims(2, old, json!({"seeds": "NEVER"})).await;
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    let drawn = json!({"tools": tools, "temperature": 1});
+    let told = broken(&engines, &proxy, &drawn).await;
     assert!(told.ends_with("elsewhere: entrance"), "{told}");
+    // What is certain is generated from the beginning then, and compared.
+    arm(&engines, FaultKind::Reset, 14);
+    let mut client = proxy.client(Version::H1).await;
+    let got = client.post(CHAT, body(&json!({"tools": tools}))).await;
+    assert_eq!(story(&got.text()).problem(), None);
     arm(&engines, FaultKind::Reset, 6);
     let mut client = proxy.client(Version::H1).await;
     let got = story(&client.post(CHAT, body(&json!({}))).await.text());

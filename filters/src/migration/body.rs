@@ -91,6 +91,8 @@ pub(super) struct Migrating {
     drawn_by_seed: bool,
     /// So is what the leg brings.
     leg_is_seeded: bool,
+    /// An engine showed that it cannot go on from tokens, and nothing came since.
+    unproven: bool,
     /// It cannot move: only the limit between tokens counts.
     stays: bool,
     /// Why it did not, when that was last counted.
@@ -128,6 +130,7 @@ impl Migrating {
             lag_is_known: true,
             drawn_by_seed: seeded,
             leg_is_seeded: seeded,
+            unproven: false,
             stays: false,
             refused: None,
             stall: gap.map_or(stall, |gap| gap.min(stall)),
@@ -296,6 +299,8 @@ impl Migrating {
     fn take_stock(&mut self, cause: &Cause) {
         let shared = &self.call.policy.services.migration;
         let progress = self.has_progress();
+        let unproven = matches!(cause, Cause::Unproven);
+        self.unproven = unproven || self.unproven && !progress;
         self.drawn_by_seed &= self.leg_is_seeded || !self.splice.has_progressed();
         self.tokens_before = self.tokens_before.max(self.splice.tokens);
         let trouble = &mut self.trouble;
@@ -333,7 +338,7 @@ impl Migrating {
             self.call.learn();
         }
         let chance = died && self.call.in_storm(&trouble.deaths);
-        trouble.attempts += u32::from(trouble.calls > 0 && !chance);
+        trouble.attempts += u32::from(trouble.calls > 0 && !chance && !unproven);
     }
 
     fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {
@@ -355,7 +360,7 @@ impl Migrating {
             lag_is_known: self.lag_is_known,
             may_risk: !matches!(cause, Cause::Leaving),
             has_our_seed: self.drawn_by_seed && self.call.has_our_seed(),
-            unproven: matches!(cause, Cause::Unproven),
+            unproven: self.unproven,
         };
         recipe(&self.openai, &self.splice, &rules)
     }
