@@ -271,8 +271,8 @@ async fn a_drawn_stream_goes_on_at_the_end_of_its_reasoning() {
     let proxy = proxy(&engines, json!({})).await;
     for cut in 26..34 {
         for more in [
-            json!({"tools": tools()}),
-            json!({"tools": tools(), "logprobs": true}),
+            json!({"tools": tools(), "ignore_eos": true}),
+            json!({"tools": tools(), "ignore_eos": true, "logprobs": true}),
         ] {
             arm(&engines, cut);
             let got = ask(proxy.client(Version::H1).await, &more).await;
