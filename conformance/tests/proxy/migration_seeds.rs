@@ -274,11 +274,19 @@ async fn a_drawn_stream_goes_on_at_the_end_of_its_reasoning() {
             json!({"tools": tools(), "ignore_eos": true}),
             json!({"tools": tools(), "ignore_eos": true, "logprobs": true}),
         ] {
-            arm(&engines, cut);
-            let got = ask(proxy.client(Version::H1).await, &more).await;
-            disarm(&engines).await;
-            assert_eq!(got.problem(), None, "{cut}: {more}");
-            assert!(!got.reasoning.is_empty());
+            // Whoever goes on may draw without a seed, and is not to break; one of the two begins.
+            for one in [&engines[..1], &engines[1..]] {
+                arm(one, cut);
+                let got = ask(proxy.client(Version::H1).await, &more).await;
+                disarm(&engines).await;
+                assert_eq!(got.problem(), None, "{cut}: {more}");
+                assert!(!got.reasoning.is_empty());
+            }
         }
     }
+    let mut moves = 0.0;
+    for outcome in ["outcome=\"restart\"", "outcome=\"entrance\""] {
+        moves += proxy.metric("outrigger_migrations_total", outcome).await;
+    }
+    assert!(moves >= 8.0, "{moves}");
 }
