@@ -81,7 +81,7 @@ pub(crate) fn registering(
 
 fn beside(config: &EngineConfig) -> anyhow::Result<Beside> {
     let authority = authority(&config.url)?;
-    let at = address(&authority.to_string());
+    let at = address(&authority);
     Ok(Beside {
         id: config.id.clone(),
         address: at.ok_or_else(|| anyhow!("--engine {}: expected HOST:PORT", config.url))?,

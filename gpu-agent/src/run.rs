@@ -111,6 +111,26 @@ pub fn parse_engine(text: &str, node: &str) -> anyhow::Result<EngineConfig> {
     Ok(config)
 }
 
+/// The engines of the command line.
+fn watched(args: &Args, node: &str) -> anyhow::Result<Vec<EngineConfig>> {
+    let key = args
+        .engine_api_key_file
+        .as_deref()
+        .map(std::fs::read_to_string)
+        .transpose()
+        .context("--engine-api-key-file")?;
+    let mut configs = Vec::new();
+    for engine in &args.engines {
+        let config = parse_engine(engine, node)?;
+        configs.push(EngineConfig {
+            api_key: key.as_deref().map(ApiKey::new),
+            block_tokens: args.block_tokens,
+            ..config
+        });
+    }
+    Ok(configs)
+}
+
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -123,21 +143,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .install_recorder()
         .context("metrics")?;
     let node = args.node.clone().unwrap_or_else(host_name);
-    let key = args
-        .engine_api_key_file
-        .as_deref()
-        .map(std::fs::read_to_string)
-        .transpose()
-        .context("--engine-api-key-file")?;
-    let mut configs = Vec::new();
-    for engine in &args.engines {
-        let config = parse_engine(engine, &node)?;
-        configs.push(EngineConfig {
-            api_key: key.as_deref().map(ApiKey::new),
-            block_tokens: args.block_tokens,
-            ..config
-        });
-    }
+    let configs = watched(&args, &node)?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("--listen {}", args.listen))?;
