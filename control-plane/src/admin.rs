@@ -11,7 +11,7 @@ use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Collected, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use outrigger_xds::{load::written, subscription::Kind};
+use outrigger_xds::{load::written, registry::Holder, subscription::Kind};
 use serde_json::{Value, json};
 use std::{
     convert::Infallible, net::IpAddr, pin::pin, sync::Arc, time::Duration, time::SystemTime,
@@ -177,12 +177,12 @@ fn sources(admin: &Admin) -> Value {
 
 fn leases(admin: &Admin, _: &str) -> Answer {
     let places = admin.catalog.places();
-    let placed = |node: &str, engine: &str| {
-        let place = places.get(node).and_then(|engines| engines.get(engine));
+    let placed = |holder: &Holder, engine: &str| {
+        let place = places.get(holder).and_then(|engines| engines.get(engine));
         match place {
-            Some(Ok(pool)) => json!(pool),
-            Some(Err(why)) => json!({ "none": why }),
-            None => json!({ "none": "not judged yet" }),
+            Some(Ok(place)) => (json!(place.pool), json!(place.through)),
+            Some(Err(why)) => (json!({ "none": why }), Value::Null),
+            None => (json!({ "none": "not judged yet" }), Value::Null),
         }
     };
     let leases = admin.registry.as_ref().map(|it| it.to_json(placed));

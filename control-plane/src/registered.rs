@@ -2,25 +2,37 @@
 //!
 //! Whatever registers, it never makes a configuration bad: what does not fit is left out, and why is told at `/leases`.
 
+mod agents;
+
 use crate::short::{
     Document, Spec,
     fleet::{Engine, Fleet, Leased, Node, Pool, Role},
     text::Address,
 };
 use outrigger_xds::{
-    registry::{self, Registration},
+    registry::{self, Holder, Registrant, Registration},
     report::Health,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What became of an engine: the fleet and the pool that it is in, or why it is in none.
-pub type Place = Result<String, String>;
+/// Where an engine is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// The fleet and the pool.
+    pub pool: String,
+    /// The node whose proxy requests go through, if it is not the one that registered it.
+    pub through: Option<String>,
+}
 
-/// That of all engines, by node and engine.
-pub type Places = BTreeMap<String, BTreeMap<String, Place>>;
+/// What became of an engine: where it is, or why it is in no pool.
+pub type Place = Result<Placed, String>;
+
+/// That of all engines, by who registered them and by engine.
+pub type Places = BTreeMap<Holder, BTreeMap<String, Place>>;
 
 /// Puts what registered into fleets. A node is in the first fleet by name that has a pool for one of its engines, and an engine in
-/// the first pool there that chooses it.
+/// the first pool there that chooses it. What agents say of engines that a proxy registers completes what that says; other engines
+/// of theirs are there for everybody.
 pub fn place(documents: &mut [Document], nodes: &[&Registration]) -> Places {
     let mut written = BTreeMap::new();
     let mut fleets: Vec<(&str, &mut Fleet)> = Vec::new();
@@ -32,14 +44,26 @@ pub fn place(documents: &mut [Document], nodes: &[&Registration]) -> Places {
         }
     }
     fleets.sort_by_key(|(name, _)| *name);
-    let each = nodes.iter().map(|said| {
+    let of = |registrant: Registrant| {
+        let own = nodes.iter().filter(move |it| it.registrant == registrant);
+        own.copied()
+    };
+    let watching: Vec<&Registration> = of(Registrant::Agent).collect();
+    // Before fleets have what registered: only what is written counts.
+    let named = agents::written(&fleets, &watching);
+    let proxies: Vec<Registration> = of(Registrant::Proxy)
+        .map(|said| agents::completed(said, &watching))
+        .collect();
+    let each = proxies.iter().map(|said| {
         let places = match written.get(&said.node.id) {
             Some(fleet) => all(said, &format!("Fleet {fleet} has a node of this id")),
             None => of_node(&mut fleets, said),
         };
-        (said.node.id.clone(), places)
+        (said.holder(), places)
     });
-    each.collect()
+    let mut places: Places = each.collect();
+    agents::place(&mut fleets, (&watching, &proxies), &named, &mut places);
+    places
 }
 
 /// The same of all engines.
@@ -68,7 +92,10 @@ fn of_node(fleets: &mut [(&str, &mut Fleet)], said: &Registration) -> BTreeMap<S
     let mut kind = None;
     for engine in &said.engines {
         let place = into_pool(fleet, said, engine, &mut kind);
-        let place = place.map(|pool| format!("{name}/{pool}"));
+        let place = place.map(|pool| Placed {
+            pool: format!("{name}/{pool}"),
+            through: None,
+        });
         places.insert(engine.id.clone(), place);
     }
     if kind.is_some() {
@@ -83,6 +110,7 @@ fn of_node(fleets: &mut [(&str, &mut Fleet)], said: &Registration) -> BTreeMap<S
 }
 
 const NOT_CHOSEN: &str = "no pool chooses it";
+const NOT_LOOPBACK: &str = "with peerTls, engines have to be at loopback addresses";
 
 /// Which pool of a fleet chooses an engine.
 fn chosen_by(fleet: &Fleet, said: &Registration, engine: &registry::Engine) -> Option<usize> {
@@ -110,7 +138,7 @@ fn into_pool(
     said: &Registration,
     engine: &registry::Engine,
     kind: &mut Option<(String, u32)>,
-) -> Place {
+) -> Result<String, String> {
     let index = chosen_by(fleet, said, engine).ok_or(NOT_CHOSEN)?;
     let pool = &fleet.pools[index];
     let zone = if pool.zone.is_empty() {
@@ -127,10 +155,11 @@ fn into_pool(
         lease: Some(Leased {
             id: engine.id.clone(),
             is_draining: engine.state.health == Health::Draining,
+            alone: None,
         }),
     };
     if fleet.peer_tls.is_some() && !written.is_loopback() {
-        return Err("with peerTls, engines have to be at loopback addresses".into());
+        return Err(NOT_LOOPBACK.into());
     }
     if kind.get_or_insert_with(|| own.clone()) != &own {
         let why = "engines of one node have to be in pools of one zone and weight";
@@ -216,8 +245,15 @@ spec: {pools: [{name: all, registered: {}}]}
                 ..registry::Node::default()
             },
             engines: engines.collect(),
-            leaving: false,
+            ..Registration::default()
         }
+    }
+
+    /// The same as an agent says it, from another port.
+    fn watched(mut said: Registration) -> Registration {
+        said.registrant = Registrant::Agent;
+        said.node.address.port = 15021;
+        said
     }
 
     /// Where engines are, and what becomes of the whole.
@@ -229,7 +265,10 @@ spec: {pools: [{name: all, registered: {}}]}
         let places = place(&mut documents, nodes);
         let places = places.values().flat_map(BTreeMap::values);
         let places = places.map(|place| match place {
-            Ok(pool) => pool.clone(),
+            Ok(place) => match &place.through {
+                Some(node) => format!("{} through {node}", place.pool),
+                None => place.pool.clone(),
+            },
             Err(why) => why.clone(),
         });
         let made = translate(&documents, &BTreeSet::new());
@@ -322,6 +361,105 @@ spec: {pools: [{name: all, registered: {}}]}
         fits.engines[0].address = address("10.0.0.1:8000").unwrap();
         let why = "with peerTls, engines have to be at loopback addresses";
         assert_eq!(placed(&tls, &[&fits]).0, [why]);
+    }
+
+    #[test]
+    fn what_an_agent_watches_is_there_for_everybody_unless_a_proxy_has_it() {
+        let mut agent = watched(node("a", &[("m", Told::Both), ("m", Told::Prefill)]));
+        agent.engines[0].address = address("10.0.0.1:8000").unwrap();
+        let local = "it is at a loopback address, and no proxy beside it is registered";
+        let (places, made) = placed(FLEET, &[&agent]);
+        assert_eq!(places, ["chat/rest", local]);
+        for node in ["", "a", "f"] {
+            let found = endpoints(&made, node);
+            assert!(found.iter().any(|it| it.0 == "10.0.0.1:8000"), "{found:?}");
+        }
+        let metadata = made.iter().find_map(|resource| match &resource.v3 {
+            V3::Endpoints(it) if it.cluster_name == "chat" => {
+                let mut all = it.endpoints.iter();
+                let own = all.find(|it| it.address.host == "10.0.0.1")?;
+                Some(own.metadata.values().next()?.clone())
+            }
+            _ => None,
+        });
+        let expected =
+            serde_json::json!({"duty": "engine", "role": "both", "id": "a/127.0.0.1:8000"});
+        assert_eq!(metadata, Some(expected));
+        // Its proxy comes: requests go through that, and only once.
+        let proxy = node("a", &[("m", Told::Both), ("m", Told::Both)]);
+        let (places, made) = placed(FLEET, &[&proxy, &agent]);
+        let through = "chat/rest through a";
+        assert_eq!(places, ["chat/rest", "chat/rest", through, through]);
+        let found: Vec<String> = endpoints(&made, "").into_iter().map(|it| it.0).collect();
+        assert_eq!(found, ["a:8081", "f:8081"]);
+        // What no pool chooses of the proxy's is in none by its agent either.
+        let none = FLEET.replace("registered: {}", "registered: {models: [z]}");
+        let places = placed(&none, &[&proxy, &agent]).0;
+        assert_eq!(places, [NOT_CHOSEN; 4]);
+    }
+
+    #[test]
+    fn what_two_say_of_engines_makes_nothing_bad() {
+        let at = |mut said: Registration, at: &str| {
+            said.engines[0].address = address(at).unwrap();
+            said
+        };
+        let one = at(watched(node("a", &[("m", Told::Both)])), "10.0.0.1:8000");
+        let two = at(watched(node("b", &[("m", Told::Both)])), "10.0.0.1:8000");
+        let mut third = at(watched(node("c", &[("m", Told::Both)])), "10.0.0.3:8000");
+        third.engines[0].id = one.engines[0].id.clone();
+        let named = at(watched(node("f", &[("m", Told::Both)])), "10.0.0.4:8000");
+        let (places, made) = placed(FLEET, &[&one, &two, &third, &named]);
+        let expected = [
+            "chat/rest",
+            "the agent of node 'a' registered it",
+            "its id does not begin with c/",
+            "Fleet chat has a node of this id",
+        ];
+        assert_eq!(places, expected);
+        assert_eq!(endpoints(&made, "").len(), 2);
+        let tls = FLEET.replace(
+            "  nodes: {f",
+            "  peerTls: {certificate: c, key: k, ca: a}\n  nodes: {f",
+        );
+        assert_eq!(placed(&tls, &[&one]).0, [NOT_LOOPBACK]);
+        // An engine that is written, by its address or at a node of the machine.
+        for written in ["10.0.0.1:8000", "{node: f, address: '127.0.0.1:8000'}"] {
+            let text = FLEET
+                .replace("{node: f, address: '127.0.0.1:8000'}", written)
+                .replace("f:8081", "10.0.0.1:8081");
+            let text = match written.starts_with('{') {
+                true => text,
+                false => text.replace("nodes: {f: '10.0.0.1:8081'}", "nodes: {}"),
+            };
+            assert_eq!(
+                placed(&text, &[&one]).0,
+                ["Fleet chat names it"],
+                "{written}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_an_agent_knows_completes_what_its_proxy_says() {
+        let mut proxy = node("a", &[("m", Told::Both)]);
+        proxy.node.address = address("10.0.0.1:8081").unwrap();
+        proxy.engines[0].state = EngineState::default();
+        let mut agent = watched(node("h", &[("small", Told::Both)]));
+        agent.node.address.host = "10.0.0.1".into();
+        agent.node.labels.insert("gpu".into(), "l4".into());
+        agent.engines[0].address = address("10.0.0.1:8000").unwrap();
+        agent.engines[0].state.kv_blocks = 7;
+        let full = agents::completed(&proxy, &[&agent]);
+        assert_eq!(full.engines[0].state.kv_blocks, 7);
+        let places = placed(FLEET, &[&proxy, &agent]).0;
+        assert_eq!(places, ["chat/small", "chat/small through a"]);
+        // Either may say that it is to be left.
+        agent.engines[0].state.health = Health::Draining;
+        let made = placed(FLEET, &[&proxy, &agent]).1;
+        let found = endpoints(&made, "");
+        let own = found.iter().find(|it| it.0 == "10.0.0.1:8081").unwrap();
+        assert_eq!(own.1, HealthStatus::Draining);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     tls::Peer,
 };
 use outrigger_xds::{
-    registry::{self, Registration},
+    registry::{self, Holder, Registration},
     wire::outrigger::registry::v1::{self as wire, registry_server},
 };
 use serde_json::{Value, json};
@@ -78,7 +78,7 @@ impl Registry {
     }
 
     pub(crate) fn hear(&self, said: Registration, from: &str) -> Result<wire::Lease, Refusal> {
-        let node = said.node.id.clone();
+        let node = said.holder().to_string();
         let mut table = self.table();
         let heard = table.hear(said, from, Instant::now());
         self.tell(&table);
@@ -108,20 +108,22 @@ impl Registry {
             metrics::counter!("outrigger_control_plane_leases_expired_total")
                 .increment(over.len() as u64);
             for node in over {
-                tracing::warn!(node, "its lease is over: its engines are taken away");
+                tracing::warn!(%node, "its lease is over: its engines are taken away");
             }
         }
     }
 
-    /// For people: who registered what, and until when. `placed` says what became of an engine of a node.
+    /// For people: who registered what, and until when. `placed` says what became of an engine: the pool that it is in, and whom
+    /// requests to it go through.
     #[must_use]
-    pub fn to_json(&self, placed: impl Fn(&str, &str) -> Value) -> Value {
+    pub fn to_json(&self, placed: impl Fn(&Holder, &str) -> (Value, Value)) -> Value {
         let now = Instant::now();
         let table = self.table();
-        let leases = table.leases().iter().map(|(node, lease)| {
+        let leases = table.leases().iter().map(|(holder, lease)| {
             let said = &lease.registration;
             let engines = said.engines.iter().map(|engine| {
                 let (state, models) = (&engine.state, engine.state.models.iter());
+                let (pool, through) = placed(holder, &engine.id);
                 json!({
                     "id": engine.id,
                     "address": engine.address.to_string(),
@@ -133,11 +135,14 @@ impl Registry {
                     "reason": state.reason,
                     "kv_blocks": state.kv_blocks,
                     "block_tokens": state.block_tokens,
-                    "pool": placed(node, &engine.id),
+                    "pool": pool,
+                    "through": through,
                 })
             });
             json!({
-                "node": node,
+                "node": holder.id,
+                "registrant": holder.registrant.as_str(),
+                "version": said.node.version,
                 "cluster": said.node.cluster,
                 "region": said.node.region,
                 "zone": said.node.zone,

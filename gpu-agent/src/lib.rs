@@ -10,11 +10,15 @@ pub mod engine;
 pub mod event;
 pub mod http;
 pub mod hub;
+#[cfg(feature = "publish")]
+mod identity;
 pub mod lineage;
 pub mod load;
 mod numerics;
 #[cfg(feature = "nats")]
 pub mod publish;
+#[cfg(feature = "publish")]
+mod registration;
 #[cfg(feature = "publish")]
 pub mod run;
 #[cfg(feature = "publish")]

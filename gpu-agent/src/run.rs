@@ -4,12 +4,17 @@ use crate::engine::{EngineConfig, KvEndpoints};
 use crate::http::{ApiKey, authority};
 use crate::hub::Hub;
 use crate::publish::nats_publish;
+use crate::registration::registering;
 use crate::server::serve;
 use anyhow::{Context, bail};
 use clap::Parser;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use outrigger_xds::block_hash::BLOCK_TOKENS_DEFAULT;
 use outrigger_xds::feed::FeedSource;
+use outrigger_xds::registry::{
+    Registrant,
+    holder::{FAREWELL, hold},
+};
 use outrigger_xds::report::{EngineId, Role};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,6 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 /// Between two tries to tell the feed over NATS.
 const NATS_RETRY: Duration = Duration::from_secs(1);
@@ -43,6 +50,33 @@ pub struct Args {
     /// Tokens in a canonical KV block; the same on all proxies and agents of a fleet.
     #[arg(long, value_name = "N", default_value_t = BLOCK_TOKENS_DEFAULT)]
     pub block_tokens: usize,
+    /// A control plane where these engines are registered, `http://HOST:PORT`, or `https://HOST:PORT` by mutual TLS.
+    #[arg(long, visible_alias = "control-plane", value_name = "URL")]
+    pub register: Option<String>,
+    /// Where others hear the feed, as it is registered: HOST:PORT; default is where it is served.
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<String>,
+    /// What its engines are registered with, to be chosen by; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub label: Vec<String>,
+    /// The group of nodes that it is registered in.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub cluster: String,
+    /// Where it is registered to be.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub region: String,
+    /// The same, closer.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub zone: String,
+    /// With --register: certificate of this node, PEM, leaf first.
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_cert: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_key: Option<PathBuf>,
+    /// CAs of the control plane.
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_ca: Option<PathBuf>,
 }
 
 /// Reads one `--engine`; `node` begins its name.
@@ -77,6 +111,26 @@ pub fn parse_engine(text: &str, node: &str) -> anyhow::Result<EngineConfig> {
     Ok(config)
 }
 
+/// The engines of the command line.
+fn watched(args: &Args, node: &str) -> anyhow::Result<Vec<EngineConfig>> {
+    let key = args
+        .engine_api_key_file
+        .as_deref()
+        .map(std::fs::read_to_string)
+        .transpose()
+        .context("--engine-api-key-file")?;
+    let mut configs = Vec::new();
+    for engine in &args.engines {
+        let config = parse_engine(engine, node)?;
+        configs.push(EngineConfig {
+            api_key: key.as_deref().map(ApiKey::new),
+            block_tokens: args.block_tokens,
+            ..config
+        });
+    }
+    Ok(configs)
+}
+
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -89,25 +143,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .install_recorder()
         .context("metrics")?;
     let node = args.node.clone().unwrap_or_else(host_name);
-    let key = args
-        .engine_api_key_file
-        .as_deref()
-        .map(std::fs::read_to_string)
-        .transpose()
-        .context("--engine-api-key-file")?;
-    let mut configs = Vec::new();
-    for engine in &args.engines {
-        let config = parse_engine(engine, &node)?;
-        configs.push(EngineConfig {
-            api_key: key.as_deref().map(ApiKey::new),
-            block_tokens: args.block_tokens,
-            ..config
-        });
-    }
+    let configs = watched(&args, &node)?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("--listen {}", args.listen))?;
-    tracing::info!(address = %listener.local_addr()?, node, "serving the feed");
+    let listening = listener.local_addr()?;
+    let registering = registering(&args, &node, &configs, listening)?;
+    tracing::info!(address = %listening, node, "serving the feed");
     let (mut terminate, mut interrupt) = (
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
@@ -118,7 +160,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         hub.watch(config);
     }
     let source: Arc<dyn FeedSource> = hub;
-    if let Some(url) = args.nats {
+    if let Some(url) = args.nats.clone() {
         let source = Arc::clone(&source);
         tokio::spawn(async move {
             while let Err(error) = nats_publish(&url, Arc::clone(&source)).await {
@@ -127,11 +169,31 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             }
         });
     }
+    let (end, ended) = oneshot::channel::<()>();
+    let holding = registering.map(|registering| {
+        let node = registering.node.clone();
+        let over = Box::pin(async move {
+            // Dropped or told, it is over.
+            let _ = ended.await;
+        });
+        let who = (node, Registrant::Agent);
+        tokio::spawn(hold(Arc::new(registering), who, Arc::clone(&source), over))
+    });
     // Subscribers see their connection end, and the engines live on: nothing has to be drained.
+    let ending = async {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM"),
+            _ = interrupt.recv() => tracing::info!("SIGINT"),
+        }
+        drop(end);
+        if let Some(holding) = holding {
+            // The feed is told until nobody is sent there any more.
+            let _ = timeout(FAREWELL, holding).await;
+        }
+    };
     tokio::select! {
-        () = serve(listener, source, Some(metrics)) => {}
-        _ = terminate.recv() => tracing::info!("SIGTERM"),
-        _ = interrupt.recv() => tracing::info!("SIGINT"),
+        () = serve(listener, Arc::clone(&source), Some(metrics)) => {}
+        () = ending => {}
     }
     Ok(())
 }

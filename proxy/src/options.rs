@@ -9,8 +9,8 @@ use crate::{
     run::{Registrar, Registry},
 };
 use clap::Parser;
-use outrigger_xds::{registry, report::Role, resource::endpoint::Address};
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
+use outrigger_xds::{registry::holder, report::Role, resource::endpoint::Address};
+use std::{path::PathBuf, time::Duration};
 
 /// Default of `--stream-gather-us`: little beside an inter-token time, and several looks long.
 pub const STREAM_GATHER_US_DEFAULT: u64 = 60;
@@ -288,26 +288,11 @@ pub fn registrar(options: &Options) -> Result<Option<Registrar>, Vec<String>> {
         _ => url(text, flag).map(Registry::Address),
     };
     let server = server.map_err(|error| errors.push(error)).ok();
-    let advertise = options.advertise.as_ref().and_then(|text| {
-        let address = registry::address(text);
-        if address.is_none() {
-            errors.push(format!("--advertise {text}: must be HOST:PORT"));
-        }
-        let ip = address
-            .as_ref()
-            .and_then(|it| it.host.parse::<IpAddr>().ok());
-        if ip.is_some_and(|ip| ip.is_unspecified()) {
-            errors.push(format!("--advertise {text}: nobody can reach that"));
-        }
-        address
-    });
-    let mut labels = BTreeMap::new();
-    for label in &options.label {
-        match label.split_once('=') {
-            Some((key, value)) if !key.is_empty() => drop(labels.insert(key.into(), value.into())),
-            _ => errors.push(format!("--label {label}: must be KEY=VALUE")),
-        }
-    }
+    let advertise = options.advertise.as_deref().map(holder::advertised);
+    let advertise = advertise.transpose().map_err(|error| errors.push(error));
+    let advertise = advertise.unwrap_or_default();
+    let labels = holder::labels(&options.label).map_err(|all| errors.extend(all));
+    let labels = labels.unwrap_or_default();
     let Some(server) = server.filter(|_| errors.is_empty()) else {
         return Err(errors);
     };

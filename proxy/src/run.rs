@@ -35,7 +35,10 @@ use outrigger_filters::{
     services::Services,
     tokens::{Tokenizers, TokenizersConfig},
 };
-use outrigger_xds::resource::{bootstrap::Bootstrap, cluster::Cluster};
+use outrigger_xds::{
+    registry::holder::FAREWELL,
+    resource::{bootstrap::Bootstrap, cluster::Cluster},
+};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -271,7 +274,7 @@ impl Proxy {
         self.shared.store();
         self.shared.sinks.flush(Duration::from_secs(1));
         self.shared.exporters.flush(SPANS_FAREWELL);
-        let _ = self.left.recv_timeout(registration::FAREWELL);
+        let _ = self.left.recv_timeout(FAREWELL);
         // Whoever asked for the end by the admin is to get its answer.
         let _ = self.admin_ended.recv_timeout(ADMIN_FAREWELL);
         if let Some(main) = self.main.take() {

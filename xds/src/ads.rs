@@ -7,7 +7,7 @@ use crate::{
     feed::Dialer,
     load::binary::Packed,
     problems::causes,
-    resource::bootstrap::Node,
+    resource::{ads::MESSAGE_BYTES_MAX_DEFAULT, bootstrap::Node},
     subscription::{Answer, Ask, Kind, Protocol, Request, Sent},
     wire::{
         envoy::{
@@ -40,6 +40,12 @@ const CLIENT_FEATURES: [&str; 2] = [
     "xds.config.supports-resource-ttl",
     "xds.config.resource-in-sotw",
 ];
+/// How long a connection to a server may take, unless somebody says otherwise.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a server is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// A server that does not say so by then is gone.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Protobuf allows 10,000 years.
 const PROTOBUF_SECONDS: u64 = 315_576_000_000;
 const NANOS_PER_SECOND: u32 = 1_000_000_000;
@@ -63,6 +69,22 @@ pub struct Server {
     pub ping_interval: Duration,
     /// A connection is dead that does not answer a ping for so long.
     pub ping_timeout: Duration,
+}
+
+impl Server {
+    /// That is reached so, without headers and with the usual times.
+    #[must_use]
+    pub fn new(authority: String, dialer: Dialer) -> Self {
+        Self {
+            authority,
+            dialer,
+            metadata: Vec::new(),
+            message_bytes_max: MESSAGE_BYTES_MAX_DEFAULT,
+            connect_timeout: CONNECT_TIMEOUT,
+            ping_interval: PING_INTERVAL,
+            ping_timeout: PING_TIMEOUT,
+        }
+    }
 }
 
 /// Why a stream cannot be opened, or ended.

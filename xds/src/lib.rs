@@ -9,6 +9,7 @@
 
 pub mod accepted;
 pub mod ads;
+pub mod backoff;
 pub mod block_hash;
 pub mod csds;
 pub mod feed;

@@ -1,9 +1,11 @@
-//! How engines become known to a control plane: what the proxy beside them says, as plain validated types.
+//! How engines become known to a control plane: what the proxy or the agent beside them says, as plain validated types.
 //!
 //! A [`Registration`] is all that a node has. It is said again and again; a control plane answers each time for how long it
 //! believes it. Nothing here knows time: leases are the control plane's.
 
 mod client;
+pub mod holder;
+mod known;
 
 pub use client::{RegistryError, RegistryStream, open};
 
@@ -17,6 +19,7 @@ use crate::{
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     time::Duration,
 };
 
@@ -38,9 +41,61 @@ pub struct Registration {
     pub engines: Vec<Engine>,
     /// It goes, and nothing else counts.
     pub leaving: bool,
+    /// Who says it.
+    pub registrant: Registrant,
 }
 
-/// A proxy that engines stand beside.
+impl Registration {
+    /// Who holds the lease: of each kind there is one under an id.
+    #[must_use]
+    pub fn holder(&self) -> Holder {
+        Holder {
+            id: self.node.id.clone(),
+            registrant: self.registrant,
+        }
+    }
+}
+
+/// Which program stands beside the engines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Registrant {
+    /// Requests to them go through it.
+    #[default]
+    Proxy,
+    /// It only watches them.
+    Agent,
+}
+
+impl Registrant {
+    /// Lower-case name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Proxy => "proxy",
+            Self::Agent => "agent",
+        }
+    }
+}
+
+/// Who holds a lease.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Holder {
+    /// Of its node.
+    pub id: String,
+    /// Which of those that may be there under it.
+    pub registrant: Registrant,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.registrant {
+            Registrant::Proxy => write!(f, "node '{}'", self.id),
+            Registrant::Agent => write!(f, "the agent of node '{}'", self.id),
+        }
+    }
+}
+
+/// Whom engines stand beside.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Node {
     /// Unique in the fleet.
@@ -51,10 +106,12 @@ pub struct Node {
     pub region: String,
     /// The same, closer.
     pub zone: String,
-    /// Where other proxies reach it.
+    /// Where other proxies reach it; its feed is heard there.
     pub address: Address,
     /// To be chosen by.
     pub labels: BTreeMap<String, String>,
+    /// Of the program; may be empty.
+    pub version: String,
 }
 
 /// An engine beside a node. Of its state, models have names only, and what is not here is as by default.
@@ -131,10 +188,19 @@ impl TryFrom<wire::Registration> for Registration {
                 problems.add(format!("engines[{index}]"), message);
             }
         }
+        let registrant = match wire::Registrant::try_from(wire.registrant) {
+            Ok(wire::Registrant::Proxy) => Registrant::Proxy,
+            Ok(wire::Registrant::Agent) => Registrant::Agent,
+            Err(_) => {
+                problems.add("registrant", format!("{} is none", wire.registrant));
+                Registrant::default()
+            }
+        };
         let plain = Self {
             node: node.unwrap_or_default(),
             engines,
             leaving: wire.leaving,
+            registrant,
         };
         problems.finish(Some(plain))
     }
@@ -154,6 +220,7 @@ impl TryFrom<wire::Node> for Node {
             ("cluster", &wire.cluster),
             ("region", &wire.region),
             ("zone", &wire.zone),
+            ("version", &wire.version),
         ] {
             text(place, said, &mut problems);
         }
@@ -171,6 +238,7 @@ impl TryFrom<wire::Node> for Node {
             zone: wire.zone,
             address: address.unwrap_or_default(),
             labels: wire.labels,
+            version: wire.version,
         };
         problems.finish(Some(plain))
     }
@@ -235,6 +303,10 @@ impl From<&Registration> for wire::Registration {
             node: Some((&plain.node).into()),
             engines: plain.engines.iter().map(Into::into).collect(),
             leaving: plain.leaving,
+            registrant: match plain.registrant {
+                Registrant::Proxy => wire::Registrant::Proxy.into(),
+                Registrant::Agent => wire::Registrant::Agent.into(),
+            },
         }
     }
 }
@@ -248,6 +320,7 @@ impl From<&Node> for wire::Node {
             zone: plain.zone.clone(),
             address: plain.address.to_string(),
             labels: plain.labels.clone(),
+            version: plain.version.clone(),
         }
     }
 }

@@ -190,6 +190,19 @@ impl Agent {
         .await;
         agent
     }
+
+    /// Sends a signal.
+    ///
+    /// # Panics
+    /// If the process is gone.
+    pub fn signal(&self, name: &str) {
+        send_signal(self.child.id(), name);
+    }
+
+    /// Waits for its end; `None` if it still runs after `limit`.
+    pub async fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
+        wait(&mut self.child, limit.min(PATIENCE)).await
+    }
 }
 
 /// The address in the line that says that the feed is served.

@@ -26,7 +26,7 @@ spec: {listeners: [{address: "127.0.0.1:0"}], routes: [{fleet: chat}], accessLog
 "#;
 
 /// A directory, and a control plane that is started again and again on it.
-struct Leasing(PathBuf);
+pub(super) struct Leasing(pub(super) PathBuf);
 
 impl Drop for Leasing {
     fn drop(&mut self) {
@@ -35,7 +35,15 @@ impl Drop for Leasing {
 }
 
 impl Leasing {
-    async fn control(&self, at: SocketAddr, lease_s: &str) -> ControlPlane {
+    /// With that fleet.
+    pub(super) fn new() -> Self {
+        let leasing = Self(scratch("leasing"));
+        fs::create_dir_all(leasing.0.join("config")).unwrap();
+        fs::write(leasing.0.join("config/fleet.yaml"), REGISTERED).unwrap();
+        leasing
+    }
+
+    pub(super) async fn control(&self, at: SocketAddr, lease_s: &str) -> ControlPlane {
         let leases = self.0.join("leases.json");
         let flags = ["--leases", leases.to_str().unwrap(), "--lease-s", lease_s];
         let config = self.0.join("config");
@@ -43,8 +51,21 @@ impl Leasing {
     }
 }
 
+/// Where the door of a gateway is, as soon as it is there.
+pub(super) async fn door(gateway: &Process) -> SocketAddr {
+    eventually("the door is there", || async {
+        let page = Client::get(gateway.admin, "/listeners").await.text();
+        let mut lines = page.lines();
+        lines
+            .find_map(|line| line.strip_prefix("front::"))?
+            .parse()
+            .ok()
+    })
+    .await
+}
+
 /// A proxy beside an engine, that knows a control plane.
-async fn beside(engine: &SimEngine, control: &ControlPlane) -> Process {
+pub(super) async fn beside(engine: &SimEngine, control: &ControlPlane) -> Process {
     let (engine, control) = (
         format!("http://{}", engine.http_addr),
         format!("http://{}", control.address),
@@ -62,19 +83,19 @@ async fn beside(engine: &SimEngine, control: &ControlPlane) -> Process {
 }
 
 /// Whether a proxy has an endpoint of the fleet at this address.
-async fn knows(proxy: &Process, peer: SocketAddr) -> bool {
+pub(super) async fn knows(proxy: &Process, peer: SocketAddr) -> bool {
     let page = Client::get(proxy.admin, "/clusters").await.text();
     page.contains(&format!("chat::{peer}::"))
 }
 
-async fn until(proxy: &Process, peer: SocketAddr, is_known: bool) {
+pub(super) async fn until(proxy: &Process, peer: SocketAddr, is_known: bool) {
     eventually("the endpoint is there, or gone", || async {
         (knows(proxy, peer).await == is_known).then_some(())
     })
     .await;
 }
 
-async fn answered(edge: SocketAddr) -> bool {
+pub(super) async fn answered(edge: SocketAddr) -> bool {
     let body = r#"{"model":"sim","prompt":"hello","max_tokens":2}"#;
     let mut client = Client::connect(edge, Version::H1).await;
     client.post("/v1/completions", body).await.status == 200
@@ -82,9 +103,7 @@ async fn answered(edge: SocketAddr) -> bool {
 
 #[tokio::test]
 async fn an_engine_that_registers_is_live_elsewhere_for_as_long_as_its_lease() {
-    let leasing = Leasing(scratch("leasing"));
-    fs::create_dir_all(leasing.0.join("config")).unwrap();
-    fs::write(leasing.0.join("config/fleet.yaml"), REGISTERED).unwrap();
+    let leasing = Leasing::new();
     let mut control = leasing.control(any_port(), "3600").await;
     let engine = SimEngine::start(Config {
         model: "sim".into(),
@@ -96,15 +115,7 @@ async fn an_engine_that_registers_is_live_elsewhere_for_as_long_as_its_lease() {
     let url = format!("http://{}", control.address);
     let gateway = Process::driven(PROGRAM, &["--node-id", "g", "--control-plane", &url]).await;
     until(&gateway, peer, true).await;
-    let edge = eventually("the door is there", || async {
-        let page = Client::get(gateway.admin, "/listeners").await.text();
-        let mut lines = page.lines();
-        lines
-            .find_map(|line| line.strip_prefix("front::"))?
-            .parse()
-            .ok()
-    })
-    .await;
+    let edge = door(&gateway).await;
     eventually("a request is answered", || async {
         answered(edge).await.then_some(())
     })

@@ -5,6 +5,7 @@
     reason = "the helpers of a test fail it by panicking, as its body does"
 )]
 
+mod agents;
 mod driven;
 mod identities;
 mod leases;

@@ -3,13 +3,13 @@
 //! Leases end by time: not when a stream breaks, and not when the clock on the wall jumps, for [`Instant`] does not. Time in
 //! which this process stood still counts for nobody, since it heard nobody.
 
-use outrigger_xds::registry::{Kept, Registration};
+use outrigger_xds::registry::{Holder, Kept, Registration};
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-/// Nodes that may hold a lease. Each is sent all others: what that takes grows with the square of them, and is not measured.
+/// Nodes, and agents, that may hold a lease. Each is sent all others: what that takes grows with the square of them, and is not measured.
 pub const LEASES_MAX: usize = 1_000;
 /// Shortest lease that can be given.
 pub const LEASE_MIN: Duration = Duration::from_secs(1);
@@ -66,22 +66,20 @@ pub enum Refusal {
     #[error("{0} nodes hold a lease, and no more may")]
     TooMany(usize),
     /// The id is in use.
-    #[error(
-        "node '{id}' is registered at {at}: the id is free when that lease is over or given back"
-    )]
+    #[error("{id} is registered at {at}: the id is free when that lease is over or given back")]
     Elsewhere {
         /// Of the node.
-        id: String,
+        id: Holder,
         /// Who has it.
         at: String,
     },
     /// The address is in use.
-    #[error("{at} is where node '{by}' is registered")]
+    #[error("{at} is where {by} is registered")]
     Taken {
         /// Where.
         at: String,
         /// Who has it.
-        by: String,
+        by: Holder,
     },
 }
 
@@ -89,9 +87,9 @@ pub enum Refusal {
 #[derive(Debug)]
 pub struct Table {
     length: Duration,
-    leases: BTreeMap<String, Lease>,
-    /// Nodes by their addresses.
-    addresses: BTreeMap<String, String>,
+    leases: BTreeMap<Holder, Lease>,
+    /// Who is where.
+    addresses: BTreeMap<String, Holder>,
     /// Another one whenever something else is to be served.
     generation: u64,
     looked: Instant,
@@ -117,9 +115,9 @@ impl Table {
         table
     }
 
-    /// All leases by node.
+    /// All leases.
     #[must_use]
-    pub fn leases(&self) -> &BTreeMap<String, Lease> {
+    pub fn leases(&self) -> &BTreeMap<Holder, Lease> {
         &self.leases
     }
 
@@ -130,16 +128,16 @@ impl Table {
     }
 
     fn put(&mut self, registration: Registration, from: &str, length: Duration, now: Instant) {
-        let (id, at) = (&registration.node.id, &registration.node.address);
-        self.addresses.insert(at.to_string(), id.clone());
+        let holder = registration.holder();
+        let at = registration.node.address.to_string();
+        self.addresses.insert(at, holder.clone());
         let lease = Lease {
             from: from.to_owned(),
             length,
             until: now + length,
             registration,
         };
-        self.leases
-            .insert(lease.registration.node.id.clone(), lease);
+        self.leases.insert(holder, lease);
     }
 
     /// Takes in what a node says. A node is who it was if it is at the same address: whoever starts again there goes on with
@@ -153,20 +151,19 @@ impl Table {
         from: &str,
         now: Instant,
     ) -> Result<(Heard, Duration), Refusal> {
-        let id = &registration.node.id;
+        let id = registration.holder();
         let at = registration.node.address.to_string();
-        let known = self.leases.get(id);
+        let known = self.leases.get(&id);
         if let Some(other) = known.map(|lease| lease.registration.node.address.to_string())
             && other != at
         {
-            let id = id.clone();
             return Err(Refusal::Elsewhere { id, at: other });
         }
         if registration.leaving {
-            self.remove(&registration.node.id);
+            self.remove(&id);
             return Ok((Heard::Left, Duration::ZERO));
         }
-        if let Some(by) = self.addresses.get(&at).filter(|by| *by != id) {
+        if let Some(by) = self.addresses.get(&at).filter(|by| **by != id) {
             let by = by.clone();
             return Err(Refusal::Taken { at, by });
         }
@@ -181,7 +178,7 @@ impl Table {
         Ok((heard, self.length))
     }
 
-    fn remove(&mut self, id: &str) {
+    fn remove(&mut self, id: &Holder) {
         if let Some(lease) = self.leases.remove(id) {
             self.addresses
                 .remove(&lease.registration.node.address.to_string());
@@ -190,7 +187,7 @@ impl Table {
     }
 
     /// Ends the leases that are over, and says whose they were. To be called every [`LOOK_INTERVAL`].
-    pub fn look(&mut self, now: Instant) -> Vec<String> {
+    pub fn look(&mut self, now: Instant) -> Vec<Holder> {
         let since = now.saturating_duration_since(self.looked);
         self.looked = now;
         if since > STALL {
@@ -200,7 +197,7 @@ impl Table {
             }
         }
         let over = self.leases.iter().filter(|(_, lease)| lease.until <= now);
-        let over: Vec<String> = over.map(|(id, _)| id.clone()).collect();
+        let over: Vec<Holder> = over.map(|(id, _)| id.clone()).collect();
         for id in &over {
             self.remove(id);
         }
@@ -211,7 +208,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use outrigger_xds::registry::{Node, address};
+    use outrigger_xds::registry::{Node, Registrant, address};
 
     const LENGTH: Duration = Duration::from_secs(30);
 
@@ -252,7 +249,8 @@ mod tests {
             let mut over = Vec::new();
             while self.now < end {
                 self.now = end.min(self.now + LOOK_INTERVAL);
-                over.extend(self.table.look(self.now));
+                let ended = self.table.look(self.now);
+                over.extend(ended.into_iter().map(|it| it.id));
             }
             over
         }
@@ -288,14 +286,14 @@ mod tests {
         let mut run = Run::new(Vec::new());
         run.hear(said("a", "h:1")).unwrap();
         let elsewhere = Refusal::Elsewhere {
-            id: "a".into(),
+            id: said("a", "h:1").holder(),
             at: "h:1".into(),
         };
         assert_eq!(run.hear(said("a", "h:2")), Err(elsewhere.clone()));
         assert_eq!(run.hear(leaving("a", "h:2")), Err(elsewhere));
         let taken = Refusal::Taken {
             at: "h:1".into(),
-            by: "a".into(),
+            by: said("a", "h:1").holder(),
         };
         assert_eq!(run.hear(said("b", "h:1")), Err(taken));
         assert_eq!(run.table.leases().len(), 1);
@@ -303,6 +301,28 @@ mod tests {
         assert_eq!(run.pass(LENGTH), ["a"]);
         assert_eq!(run.hear(said("a", "h:2")), Ok(Heard::New));
         assert_eq!(run.hear(said("b", "h:1")), Ok(Heard::New));
+    }
+
+    #[test]
+    fn a_proxy_and_an_agent_are_two_under_one_id() {
+        let agent = |at: &str| Registration {
+            registrant: Registrant::Agent,
+            ..said("a", at)
+        };
+        let mut run = Run::new(Vec::new());
+        assert_eq!(run.hear(said("a", "h:1")), Ok(Heard::New));
+        let by = said("a", "h:1").holder();
+        let taken = Refusal::Taken {
+            at: "h:1".into(),
+            by,
+        };
+        assert_eq!(run.hear(agent("h:1")), Err(taken));
+        assert_eq!(run.hear(agent("h:2")), Ok(Heard::New));
+        let refused = run.hear(agent("h:3")).unwrap_err().to_string();
+        assert!(refused.starts_with("the agent of node 'a' is registered at h:2"));
+        assert_eq!(run.hear(leaving("a", "h:1")), Ok(Heard::Left));
+        assert_eq!(run.table.leases().len(), 1);
+        assert_eq!(run.hear(agent("h:2")), Ok(Heard::Renewed));
     }
 
     #[test]
@@ -330,7 +350,7 @@ mod tests {
         run.pass(LENGTH / 2);
         run.now += LENGTH * 100;
         let now = run.now;
-        assert_eq!(run.table.look(now), [""; 0]);
+        assert!(run.table.look(now).is_empty());
         assert_eq!(run.pass(LENGTH / 2 - LOOK_INTERVAL), [""; 0]);
         assert_eq!(run.pass(LOOK_INTERVAL * 2), ["a"]);
     }

@@ -125,6 +125,8 @@ pub struct Leased {
     pub id: String,
     /// It is to get no new requests.
     pub is_draining: bool,
+    /// What it is for, if requests go to it without a proxy beside it.
+    pub alone: Option<Role>,
 }
 
 #[derive(Deserialize)]

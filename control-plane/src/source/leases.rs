@@ -6,7 +6,7 @@
 use super::{Content, News, Problem, Source};
 use crate::registry::{Registry, table::Table};
 use anyhow::Context;
-use outrigger_xds::registry::{self, Registration};
+use outrigger_xds::registry::{self, Holder, Registration};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -24,8 +24,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Its name among the sources.
 pub const NAME: &str = "leases";
 
-/// Registrations by node, and for how long each counts.
-type Said = BTreeMap<String, (Registration, Duration)>;
+/// Registrations, and for how long each counts.
+type Said = BTreeMap<Holder, (Registration, Duration)>;
 
 /// The leases of a registry.
 #[derive(Debug)]
@@ -137,7 +137,7 @@ fn all(said: &Said) -> Vec<Registration> {
 
 /// What a restart would not take away: engines that are on disk, as they are now.
 fn known(mut said: Registration, on_disk: &Said) -> Option<Registration> {
-    let (before, _) = on_disk.get(&said.node.id)?;
+    let (before, _) = on_disk.get(&said.holder())?;
     if before.node.address != said.node.address {
         return None;
     }
@@ -231,7 +231,7 @@ mod tests {
     }
 
     fn held(table: &Table) -> Vec<&str> {
-        table.leases().keys().map(String::as_str).collect()
+        table.leases().keys().map(|it| &*it.id).collect()
     }
 
     /// With an engine, that drains or not.

@@ -186,6 +186,9 @@ fn health(engine: &Engine) -> HealthStatus {
 
 fn metadata(pool: &Pool, engine: &Engine) -> Value {
     if let Some(lease) = &engine.lease {
+        if let Some(role) = lease.alone {
+            return json!({"duty": "engine", "role": role.as_str(), "id": lease.id});
+        }
         // Its node knows the rest better.
         return json!({"duty": "engine", "role": Role::Both.as_str(), "id": lease.id});
     }

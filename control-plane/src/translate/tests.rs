@@ -174,7 +174,7 @@ fn strangers() -> Vec<Registration> {
                 ..EngineState::default()
             },
         }],
-        leaving: false,
+        ..Registration::default()
     });
     each.collect()
 }

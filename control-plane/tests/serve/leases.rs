@@ -42,7 +42,7 @@ fn said(id: &str) -> Registration {
             health: Health::Healthy.into(),
             ..Engine::default()
         }],
-        leaving: false,
+        ..Registration::default()
     }
 }
 

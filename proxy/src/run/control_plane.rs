@@ -11,13 +11,13 @@ use crate::{
 use outrigger_filters::endpoints::Secured;
 use outrigger_xds::{
     ads::{self, AdsError, AdsStream, Event, Server},
+    backoff::Backoff,
     resource::{
         ads::{Ads, GrpcService, MESSAGE_BYTES_MAX_DEFAULT, Target},
         cluster::{Cluster, ConnectionOptions, TcpKeepalive},
         endpoint::{Address, LbEndpoint},
     },
 };
-use rand::Rng;
 use std::{
     collections::BTreeMap,
     convert::Infallible,
@@ -30,24 +30,14 @@ use std::{
 };
 use tokio::{sync::watch, task::AbortHandle};
 
-/// Longest pause before the first attempt to open a stream again; doubles up to [`RETRY_MAX`].
-const RETRY_MIN: Duration = Duration::from_millis(500);
-/// Longest pause before an attempt to open a stream again.
-const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often it is looked whether there is a server to be asked.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// How long a connection to a server by its address may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A dead server is noticed although nothing is said.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive {
     probes: Some(3),
     time: Some(Duration::from_secs(30)),
     interval: Some(Duration::from_secs(10)),
 };
-/// How often a server is asked whether it is there.
-const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// A server that does not say so by then is gone.
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often what the control plane brought is kept, at most.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after a write that failed.
@@ -69,23 +59,6 @@ impl Cache {
             is_stale: AtomicBool::new(false),
             writing: Mutex::new(()),
         }
-    }
-}
-
-/// Pauses that grow, each chosen at random below a limit that doubles.
-pub(super) struct Backoff {
-    limit: Duration,
-}
-
-impl Backoff {
-    pub(super) fn new() -> Self {
-        Self { limit: RETRY_MIN }
-    }
-
-    pub(super) fn pause(&mut self) -> Duration {
-        let pause = self.limit.mul_f64(rand::rng().random());
-        self.limit = (self.limit * 2).min(RETRY_MAX);
-        pause
     }
 }
 
@@ -115,7 +88,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
 
 /// Talks to a control plane, by one stream after the other, until somebody ends it.
 async fn talk(shared: Arc<Shared>, channel: Channel) {
-    let mut backoff = Backoff::new();
+    let mut backoff = Backoff::default();
     let mut is_alone = false;
     loop {
         let servers = servers(&shared, &channel.control_plane);
@@ -139,7 +112,7 @@ async fn talk(shared: Arc<Shared>, channel: Channel) {
             };
             let Err(error) = talk.with(&server).await;
             was_answered = talk.was_answered;
-            let (server, limit) = (&server.authority, backoff.limit);
+            let (server, limit) = (&server.authority, backoff.limit());
             tracing::warn!(
                 server, stream = channel.name, %error,
                 "no stream to the control plane; what is there stays in effect, the next attempt comes within {limit:?}"
@@ -150,7 +123,7 @@ async fn talk(shared: Arc<Shared>, channel: Channel) {
             }
         }
         if was_answered {
-            backoff = Backoff::new();
+            backoff = Backoff::default();
         }
         tokio::time::sleep(backoff.pause()).await;
     }
@@ -295,13 +268,8 @@ fn server(
 ) -> Server {
     options.keepalive.get_or_insert(KEEPALIVE);
     Server {
-        authority,
-        dialer: dialer(address.clone(), tls, options),
         metadata: service.initial_metadata.clone(),
-        message_bytes_max: MESSAGE_BYTES_MAX_DEFAULT,
-        connect_timeout: CONNECT_TIMEOUT,
-        ping_interval: PING_INTERVAL,
-        ping_timeout: PING_TIMEOUT,
+        ..Server::new(authority, dialer(address.clone(), tls, options))
     }
 }
 

@@ -5,12 +5,13 @@
 
 use super::{
     Shared,
-    control_plane::{Backoff, LOOK_INTERVAL, servers},
+    control_plane::{LOOK_INTERVAL, servers},
 };
 use crate::cluster::Clusters;
 use metrics::Counter;
 use outrigger_xds::{
     ads::{AdsError, Server},
+    backoff::Backoff,
     lrs::{self, Asked, LoadStream},
     resource::ads::Ads,
 };
@@ -40,7 +41,7 @@ impl Stats {
 
 /// Reports to whoever is to be told, if anybody is, for as long as the process lives.
 pub(super) async fn follow(shared: Arc<Shared>) {
-    let (stats, mut backoff) = (Stats::new(), Backoff::new());
+    let (stats, mut backoff) = (Stats::new(), Backoff::default());
     let mut last_error = String::new();
     loop {
         let config = shared.bootstrap.load().load_stats.clone();
@@ -59,7 +60,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
             continue;
         };
         if telling.asked.is_some() {
-            backoff = Backoff::new();
+            backoff = Backoff::default();
             last_error.clear();
         }
         stats.errors.increment(1);

@@ -13,6 +13,7 @@ fn registration() -> Registration {
             zone: "z".into(),
             address: address("[::1]:8081").unwrap(),
             labels: BTreeMap::from([("gpu".to_owned(), "h100".to_owned())]),
+            version: "0.1.0".into(),
         },
         engines: vec![Engine {
             id: "a/127.0.0.1:8000".into(),
@@ -30,6 +31,7 @@ fn registration() -> Registration {
             },
         }],
         leaving: false,
+        registrant: Registrant::Agent,
     }
 }
 
@@ -56,7 +58,8 @@ fn what_is_said_comes_back_equal() {
 #[test]
 fn what_cannot_be_is_refused_with_its_place() {
     type Edit = fn(&mut wire::Registration);
-    let cases: [(Edit, &str); 13] = [
+    let cases: [(Edit, &str); 14] = [
+        (|it| it.registrant = 2, "registrant: 2 is none"),
         (|it| it.node = None, "node: required"),
         (
             |it| it.node.as_mut().unwrap().id.clear(),

@@ -31,6 +31,13 @@ impl Address {
         self.host.starts_with('@') || self.host.contains('/')
     }
 
+    /// Whether only who is on the same machine is meant.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        let ip = self.host.parse::<IpAddr>();
+        self.host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
+    }
+
     /// Whether its host is a name, which has to be looked up.
     #[must_use]
     pub fn is_name(&self) -> bool {

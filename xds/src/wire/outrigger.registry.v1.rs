@@ -9,6 +9,9 @@ pub struct Registration {
     /// The node goes: its lease ends at once, and nothing else counts.
     #[prost(bool, tag = "3")]
     pub leaving: bool,
+    /// Who says it. Of each kind there is one under an id.
+    #[prost(enumeration = "Registrant", tag = "4")]
+    pub registrant: i32,
 }
 impl ::prost::Name for Registration {
     const NAME: &'static str = "Registration";
@@ -20,7 +23,7 @@ impl ::prost::Name for Registration {
         "/outrigger.registry.v1.Registration".into()
     }
 }
-/// A proxy that engines stand beside.
+/// Whom engines stand beside.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Node {
     /// Unique in the fleet, the same after a restart.
@@ -33,7 +36,7 @@ pub struct Node {
     pub region: ::prost::alloc::string::String,
     #[prost(string, tag = "4")]
     pub zone: ::prost::alloc::string::String,
-    /// host:port where other proxies reach it.
+    /// host:port where other proxies reach it; its feed is heard there.
     #[prost(string, tag = "5")]
     pub address: ::prost::alloc::string::String,
     /// To be chosen by.
@@ -42,6 +45,9 @@ pub struct Node {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+    /// Of the program.
+    #[prost(string, tag = "7")]
+    pub version: ::prost::alloc::string::String,
 }
 impl ::prost::Name for Node {
     const NAME: &'static str = "Node";
@@ -143,6 +149,35 @@ impl ::prost::Name for KeptLease {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/outrigger.registry.v1.KeptLease".into()
+    }
+}
+/// Which program stands beside the engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Registrant {
+    /// Requests to them go through it.
+    Proxy = 0,
+    /// It only watches them: requests go to them, or through the proxy beside them.
+    Agent = 1,
+}
+impl Registrant {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Proxy => "REGISTRANT_PROXY",
+            Self::Agent => "REGISTRANT_AGENT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REGISTRANT_PROXY" => Some(Self::Proxy),
+            "REGISTRANT_AGENT" => Some(Self::Agent),
+            _ => None,
+        }
     }
 }
 /// Generated client implementations.
