@@ -52,20 +52,43 @@ pub type Chain = Arc<[Arc<dyn HttpFilter>]>;
 /// The rest of the chain.
 #[derive(Clone, Copy)]
 pub struct Next<'a> {
-    rest: &'a [Arc<dyn HttpFilter>],
+    chain: &'a Chain,
+    /// Which filter comes next.
+    at: usize,
+}
+
+/// The rest of a chain, for who calls it again when `handle` is long over.
+#[derive(Clone)]
+pub struct Kept {
+    chain: Chain,
+    at: usize,
+}
+
+impl Kept {
+    /// To be run once more.
+    #[must_use]
+    pub fn next(&self) -> Next<'_> {
+        Next {
+            chain: &self.chain,
+            at: self.at,
+        }
+    }
 }
 
 impl<'a> Next<'a> {
-    /// A chain of its own, for who calls it again when `handle` is long over.
+    /// What outlives `handle`.
     #[must_use]
-    pub fn keep(self) -> Chain {
-        Arc::from(self.rest)
+    pub fn keep(self) -> Kept {
+        Kept {
+            chain: self.chain.clone(),
+            at: self.at,
+        }
     }
 
     /// The whole chain.
     #[must_use]
-    pub fn new(chain: &'a [Arc<dyn HttpFilter>]) -> Self {
-        Self { rest: chain }
+    pub fn new(chain: &'a Chain) -> Self {
+        Self { chain, at: 0 }
     }
 
     /// Runs it.
@@ -73,8 +96,11 @@ impl<'a> Next<'a> {
     /// # Errors
     /// As [`HttpFilter::handle`]; also if the chain has no terminal filter, which configuration checks rule out.
     pub fn run(self, request: Request<RequestBody>, context: &'a mut Context) -> Handled<'a> {
-        match self.rest.split_first() {
-            Some((filter, rest)) => filter.handle(request, context, Next { rest }),
+        match self.chain.get(self.at) {
+            Some(filter) => {
+                let (chain, at) = (self.chain, self.at + 1);
+                filter.handle(request, context, Next { chain, at })
+            }
             None => Box::pin(std::future::ready(Err(Error::no_healthy_upstream()))),
         }
     }
@@ -232,7 +258,13 @@ impl Context {
     /// A context for one more attempt: same request, no observers, no ranking, an empty log.
     #[must_use]
     pub fn fork(&self) -> Self {
-        Self {
+        self.template().context()
+    }
+
+    /// What [`fork`](Self::fork) keeps, for contexts that may be wanted later.
+    #[must_use]
+    pub fn template(&self) -> Template {
+        Template {
             route: self.route.clone(),
             request_id: self.request_id.clone(),
             connection: self.connection.clone(),
@@ -240,7 +272,6 @@ impl Context {
             received: self.received,
             upload: self.upload.clone(),
             openai: self.openai.clone(),
-            ranked: Vec::new(),
             prompt: self.prompt.clone(),
             keeps_prompt_ids: self.keeps_prompt_ids,
             named: self.named.clone(),
@@ -249,7 +280,6 @@ impl Context {
             upgrade: self.upgrade,
             attempt: self.attempt + 1,
             part: self.part,
-            place: None,
             only: self.only.clone(),
             tells_owner: self.tells_owner,
             again: self.again,
@@ -257,11 +287,7 @@ impl Context {
             losses: self.losses.clone(),
             deaths_max: self.deaths_max,
             given_up: self.given_up.clone(),
-            watches_gaps: false,
-            observers: Vec::new(),
-            log: LogFields::default(),
             heads: self.heads.clone(),
-            response_edited: false,
             trace: self.trace.clone(),
             extensions: self.extensions.clone(),
         }
@@ -329,6 +355,75 @@ impl Context {
         if self.route.attempts_to_client && self.log.attempts > 0 {
             let count = HeaderValue::from(self.log.attempts);
             response.headers_mut().insert(ATTEMPT_COUNT_HEADER, count);
+        }
+    }
+}
+
+/// Makes contexts for further attempts at a request; see the fields of [`Context`]. It has none of what only an attempt
+/// that runs needs, which is half of a context.
+pub struct Template {
+    /// The matched route.
+    pub route: Arc<RouteFacts>,
+    /// Our id of the request.
+    pub request_id: Arc<str>,
+    connection: Option<(EndAddress, EndAddress)>,
+    original_dst: Option<SocketAddr>,
+    received: Option<Instant>,
+    upload: Option<Upload>,
+    /// What `openai` parsed.
+    pub openai: Option<Arc<OpenAiRequest>>,
+    prompt: PromptFacts,
+    keeps_prompt_ids: bool,
+    named: Option<EngineId>,
+    told_hit_tokens: Option<u64>,
+    debug: bool,
+    upgrade: bool,
+    attempt: u32,
+    part: Part,
+    only: Option<Arc<Endpoint>>,
+    tells_owner: bool,
+    again: bool,
+    avoid: Option<EngineId>,
+    losses: Vec<Loss>,
+    deaths_max: usize,
+    /// Told why we give up what runs.
+    pub given_up: GivenUp,
+    heads: Option<Arc<dyn Heads>>,
+    trace: Option<Arc<Trace>>,
+    extensions: http::Extensions,
+}
+
+impl Template {
+    /// For one more attempt.
+    #[must_use]
+    pub fn context(&self) -> Context {
+        Context {
+            route: self.route.clone(),
+            request_id: self.request_id.clone(),
+            connection: self.connection.clone(),
+            original_dst: self.original_dst,
+            received: self.received,
+            upload: self.upload.clone(),
+            openai: self.openai.clone(),
+            prompt: self.prompt.clone(),
+            keeps_prompt_ids: self.keeps_prompt_ids,
+            named: self.named.clone(),
+            told_hit_tokens: self.told_hit_tokens,
+            debug: self.debug,
+            upgrade: self.upgrade,
+            attempt: self.attempt,
+            part: self.part,
+            only: self.only.clone(),
+            tells_owner: self.tells_owner,
+            again: self.again,
+            avoid: self.avoid.clone(),
+            losses: self.losses.clone(),
+            deaths_max: self.deaths_max,
+            given_up: self.given_up.clone(),
+            heads: self.heads.clone(),
+            trace: self.trace.clone(),
+            extensions: self.extensions.clone(),
+            ..Context::default()
         }
     }
 }

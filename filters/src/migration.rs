@@ -25,6 +25,7 @@ mod whole;
 
 use crate::{
     body::{RequestBody, ResponseBody},
+    error::Error,
     filter::{Context, Handled, HttpFilter, Next, StreamObserver},
     openai::{Api, OpenAiRequest, Prompt},
     registry,
@@ -144,59 +145,83 @@ impl HttpFilter for Migration {
         let Some(openai) = openai.filter(|openai| is_ours(openai)).cloned() else {
             return next.run(request, context);
         };
-        Box::pin(async move {
-            let policy = &self.0;
-            let bytes = openai.body.as_ref().map_or(0, Bytes::len);
-            let cluster = context.route.cluster.clone();
-            let told = openai.stream
-                && !openai.return_token_ids
-                && bytes <= ASK_BODY_BYTES_MAX
-                && policy.tells_ids(&openai, &cluster);
-            let help = if told {
-                let seed = policy.seed(&openai, &cluster);
-                ask_for_ids(&mut request, seed);
-                Help::Asked(seed.is_some())
-            } else if openai.stream && policy.may_tell(&openai, &cluster, request.headers()) {
-                Help::Text
-            } else {
-                Help::None
-            };
-            if openai.stream {
-                context.deaths_max = SUSPECT_DEATHS;
-            }
-            let call = Call::new(policy.clone(), next.keep(), &request, context);
-            context.keeps_prompt_ids = help == Help::Text;
-            // Streams count as long as they run, whole answers until they are whole.
-            let _counted = (!openai.stream).then(|| policy.services.migration.enter());
-            let above = std::mem::take(&mut context.observers);
-            let answer = next.run(request, context).await;
-            let in_trouble = openai.stream && begin::is_in_trouble(&call, context, &answer);
-            let (answer, deaths) = match in_trouble {
-                // Boxed: it is rare, and would be part of every request's future.
-                true => Box::pin(begin::begin(&call, context, answer)).await,
-                false => {
-                    // An answer in one piece says nothing of its request, but of its engine.
-                    let breaks = &policy.services.migration.breaks;
-                    breaks.note_all(context.losses.drain(..));
-                    (answer, Deaths::default())
-                }
-            };
-            let below = std::mem::replace(&mut context.observers, above);
-            let prompt = context.prompt.ids.take();
-            let response = answer?;
-            if is_stream(&response) {
-                return Ok(follow(
-                    response,
-                    call,
-                    (openai, deaths),
-                    context,
-                    below,
-                    (help, prompt),
-                ));
-            }
-            whole::hold(response, &call, &openai, context, below).await
-        })
+        // Not within the future, which would have room for all of it.
+        let policy = &self.0;
+        let help = policy.help(&openai, &mut request, context);
+        let call = Call::new(policy.clone(), next.keep(), &request, context);
+        context.keeps_prompt_ids = help == Help::Text;
+        let above = std::mem::take(&mut context.observers);
+        if openai.stream {
+            Box::pin(stream(call, (openai, help), request, context, next, above))
+        } else {
+            Box::pin(one_piece(call, openai, request, context, next, above))
+        }
     }
+}
+
+/// An answer in one piece. It says nothing of its request, but of its engine.
+async fn one_piece<'a>(
+    call: Arc<Call>,
+    openai: Arc<OpenAiRequest>,
+    request: Request<RequestBody>,
+    context: &'a mut Context,
+    next: Next<'a>,
+    above: Vec<Box<dyn StreamObserver>>,
+) -> Result<Response<ResponseBody>, Error> {
+    // It counts until it is whole.
+    let _counted = call.policy.services.migration.enter();
+    let answer = next.run(request, context).await;
+    let breaks = &call.policy.services.migration.breaks;
+    breaks.note_all(context.losses.drain(..));
+    let below = std::mem::replace(&mut context.observers, above);
+    context.prompt.ids = None;
+    let response = answer?;
+    if is_stream(&response) {
+        // Nobody asked for one.
+        let deaths = Deaths::default();
+        let help = (Help::None, None);
+        return Ok(follow(
+            response,
+            call,
+            (openai, deaths),
+            context,
+            below,
+            help,
+        ));
+    }
+    whole::hold(response, &call, &openai, context, below).await
+}
+
+/// A stream. It counts as long as it runs.
+async fn stream<'a>(
+    call: Arc<Call>,
+    (openai, help): (Arc<OpenAiRequest>, Help),
+    request: Request<RequestBody>,
+    context: &'a mut Context,
+    next: Next<'a>,
+    above: Vec<Box<dyn StreamObserver>>,
+) -> Result<Response<ResponseBody>, Error> {
+    let answer = next.run(request, context).await;
+    let (answer, deaths) = match begin::is_in_trouble(&call, context, &answer) {
+        // Boxed: it is rare, and would be part of every request's future.
+        true => Box::pin(begin::begin(&call, context, answer)).await,
+        false => (answer, Deaths::default()),
+    };
+    let below = std::mem::replace(&mut context.observers, above);
+    let prompt = context.prompt.ids.take();
+    let response = answer?;
+    if is_stream(&response) {
+        let help = (help, prompt);
+        return Ok(follow(
+            response,
+            call,
+            (openai, deaths),
+            context,
+            below,
+            help,
+        ));
+    }
+    whole::hold(response, &call, &openai, context, below).await
 }
 
 /// What is done so that a stream can go on elsewhere.
@@ -227,6 +252,31 @@ fn is_stream(response: &Response<ResponseBody>) -> bool {
 }
 
 impl Policy {
+    /// Does what can be done for a stream before it is sent.
+    fn help(
+        &self,
+        openai: &OpenAiRequest,
+        request: &mut Request<RequestBody>,
+        context: &mut Context,
+    ) -> Help {
+        if !openai.stream {
+            return Help::None;
+        }
+        context.deaths_max = SUSPECT_DEATHS;
+        let bytes = openai.body.as_ref().map_or(0, Bytes::len);
+        let cluster = &context.route.cluster;
+        let asks = !openai.return_token_ids && bytes <= ASK_BODY_BYTES_MAX;
+        if asks && self.tells_ids(openai, cluster) {
+            let seed = self.seed(openai, cluster);
+            ask_for_ids(request, seed);
+            Help::Asked(seed.is_some())
+        } else if self.may_tell(openai, cluster, request.headers()) {
+            Help::Text
+        } else {
+            Help::None
+        }
+    }
+
     /// Whether every engine that may get the request understands `return_token_ids` in a stream.
     fn tells_ids(&self, openai: &OpenAiRequest, cluster: &str) -> bool {
         self.all_are(openai, cluster, |kind| match kind {

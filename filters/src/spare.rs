@@ -1,6 +1,6 @@
 //! Room that a thread has used and uses again: for header maps, which are larger than what an allocator gives away cheaply.
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use std::cell::RefCell;
 
 /// Most things of a kind that a thread keeps.
@@ -10,6 +10,7 @@ const FIELDS_KEPT_MAX: usize = 64;
 
 thread_local! {
     static HEADERS: Shelf<HeaderMap> = const { Shelf::new() };
+    static FIELDS: Shelf<Vec<(HeaderName, HeaderValue)>> = const { Shelf::new() };
 }
 
 /// What a thread keeps of one kind, last in, first out.
@@ -57,6 +58,42 @@ pub fn release_headers(mut headers: HeaderMap) {
     if (1..=FIELDS_KEPT_MAX).contains(&headers.capacity()) {
         headers.clear();
         HEADERS.with(|kept| kept.keep(headers));
+    }
+}
+
+/// A copy of a head's fields that is most likely never needed: a list, in room that was used before, is made sooner than a map.
+#[derive(Debug)]
+pub struct Fields(Vec<(HeaderName, HeaderValue)>);
+
+impl Fields {
+    /// Of this map.
+    #[must_use]
+    pub fn of(headers: &HeaderMap) -> Self {
+        let mut fields = FIELDS.with(Shelf::take).unwrap_or_default();
+        fields.reserve(headers.len());
+        let named = |(name, value): (&HeaderName, &HeaderValue)| (name.clone(), value.clone());
+        fields.extend(headers.iter().map(named));
+        Self(fields)
+    }
+
+    /// The map again.
+    #[must_use]
+    pub fn map(&self) -> HeaderMap {
+        let mut map = headers(self.0.len());
+        for (name, value) in &self.0 {
+            map.append(name.clone(), value.clone());
+        }
+        map
+    }
+}
+
+impl Drop for Fields {
+    fn drop(&mut self) {
+        if self.0.capacity() <= FIELDS_KEPT_MAX {
+            let mut fields = std::mem::take(&mut self.0);
+            fields.clear();
+            FIELDS.with(|kept| kept.keep(fields));
+        }
     }
 }
 

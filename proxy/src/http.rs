@@ -380,7 +380,8 @@ impl Manager {
                 let filters = destination.filters.as_ref().unwrap_or(filters);
                 let answer = Next::new(filters).run(request, context);
                 match patience {
-                    Some(patience) => patience.wait(answer).await,
+                    // Boxed: it is rare, and its timers would be part of every request's future.
+                    Some(patience) => Box::pin(patience.wait(answer)).await,
                     None => answer.await,
                 }
             }

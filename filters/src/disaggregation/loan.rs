@@ -17,7 +17,7 @@ use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::Part,
     error::Flag,
-    filter::{Chain, Context, Next},
+    filter::{Context, Kept},
 };
 use bytes::{Bytes, BytesMut};
 use http::Request;
@@ -71,7 +71,7 @@ impl Taken {
 pub(super) struct Loan(Option<Terms>);
 
 struct Terms {
-    chain: Chain,
+    chain: Kept,
     head: Head,
     template: Context,
     /// The answer, until it was read.
@@ -88,7 +88,7 @@ struct Terms {
 impl Loan {
     pub(super) fn new(
         dialect: &'static Dialect,
-        chain: Chain,
+        chain: Kept,
         head: Head,
         context: &Context,
         body: ResponseBody,
@@ -210,7 +210,7 @@ impl Terms {
         let body = once(parts, Arc::default());
         let mut context = std::mem::take(&mut self.template);
         let request = self.head.request(body, &context.request_id);
-        match Next::new(&self.chain).run(request, &mut context).await {
+        match self.chain.next().run(request, &mut context).await {
             Ok(response) if response.status().is_success() => {
                 match response.into_body().collect().await {
                     Ok(_) => "released",

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     body::{BodyError, RequestBody, ResponseBody},
     endpoints::{ClusterView, Endpoint, Part, Place, Via},
-    filter::{Chain, Context, Loss, Next, Ranked},
+    filter::{Context, Kept, Loss, Next, Ranked},
     router::attempt::RANK_HEADER,
     services::is_loopback,
     sse::{self, EVENT_BYTES_MAX, Event},
@@ -233,9 +233,9 @@ fn leg_request(head: &Head, body: &Pieces, leg: &Context) -> Request<RequestBody
     request
 }
 
-fn drained(chain: Chain, request: Request<RequestBody>, mut leg: Context) -> Prefill {
+fn drained(chain: Kept, request: Request<RequestBody>, mut leg: Context) -> Prefill {
     Box::pin(async move {
-        let answer = Next::new(&chain).run(request, &mut leg).await;
+        let answer = chain.next().run(request, &mut leg).await;
         let at = leg.log.upstream_host.clone();
         let failed = |reason, error, answer| Failure {
             error,

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     body::ResponseBody,
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, Next},
+    filter::Context,
     router::retry::OVERLOADED,
 };
 use http::{Response, StatusCode};
@@ -77,7 +77,7 @@ impl Lost {
             };
             calls += 1;
             let (request, mut attempt) = call.first_again(calls, &self.deaths);
-            self.answer = Next::new(&call.chain).run(request, &mut attempt).await;
+            self.answer = call.chain.next().run(request, &mut attempt).await;
             let losses = attempt.losses.drain(..);
             self.deaths.add(&call.policy.services.migration, losses);
             // Of calls that came to nothing.

@@ -12,7 +12,8 @@ use crate::{
     body::{RequestBody, ResponseBody, empty, full},
     endpoints::{Endpoint, Level},
     error::{Error, Flag, GivenUp},
-    filter::{Chain, Context, Next, RouteFacts},
+    filter::{Context, Kept, RouteFacts, Template},
+    spare::Fields,
     sse,
 };
 use bytes::Bytes;
@@ -44,14 +45,14 @@ const ERROR_WAIT: Duration = Duration::from_millis(100);
 /// What is needed to call the rest of the chain again.
 pub(super) struct Call {
     pub(super) policy: Arc<Policy>,
-    pub(super) chain: Chain,
+    pub(super) chain: Kept,
     method: Method,
     uri: Uri,
     version: Version,
-    headers: HeaderMap,
+    headers: Fields,
     /// As it was sent first; empty if it cannot be sent again.
     body: (Bytes, Bytes),
-    template: Context,
+    template: Template,
 }
 
 /// How it stands with a stream in trouble.
@@ -114,11 +115,11 @@ impl Call {
     /// Of the request as it goes on now.
     pub(super) fn new(
         policy: Arc<Policy>,
-        chain: Chain,
+        chain: Kept,
         request: &Request<RequestBody>,
         context: &Context,
     ) -> Arc<Self> {
-        let mut template = context.fork();
+        let mut template = context.template();
         if !context.route.mirrors.is_empty() {
             // Copies were sent already.
             template.route = Arc::new(RouteFacts {
@@ -132,7 +133,7 @@ impl Call {
             method: request.method().clone(),
             uri: request.uri().clone(),
             version: request.version(),
-            headers: request.headers().clone(),
+            headers: Fields::of(request.headers()),
             body: request.body().parts().unwrap_or_default(),
             template,
         })
@@ -149,8 +150,8 @@ impl Call {
     }
 
     /// As the client sent them, but for what earlier filters did.
-    pub(super) fn headers(&self) -> &HeaderMap {
-        &self.headers
+    pub(super) fn headers(&self) -> HeaderMap {
+        self.headers.map()
     }
 
     /// Where it is said why a leg is left.
@@ -174,7 +175,7 @@ impl Call {
     }
 
     fn context(&self, suffix: &str) -> Context {
-        let mut context = self.template.fork();
+        let mut context = self.template.context();
         if !context.request_id.is_empty() {
             context.request_id = format!("{}-{suffix}", self.template.request_id).into();
         }
@@ -196,7 +197,7 @@ impl Call {
             *request.uri_mut() = completions_of(&self.uri);
         }
         let headers = request.headers_mut();
-        headers.clone_from(&self.headers);
+        *headers = self.headers.map();
         if headers.contains_key(header::CONTENT_LENGTH) {
             headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
         }
@@ -397,7 +398,7 @@ pub(super) async fn ask(
         context.deaths_max = trouble.deaths.left();
     }
     let request = call.request(recipe, &context);
-    let result = Next::new(&call.chain).run(request, &mut context).await;
+    let result = call.chain.next().run(request, &mut context).await;
     let losses = context.losses.drain(..);
     match recipe {
         Some(_) => trouble.deaths.add(shared, losses),

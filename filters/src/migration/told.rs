@@ -127,7 +127,8 @@ pub(super) async fn tell(
     let tokenizers = &policy.services.tokenizers;
     let endpoint = whom_to_ask(policy, &openai, call.cluster(), lost_by.as_ref());
     let endpoint = endpoint.ok_or("not_verified")?;
-    let source = policy.source(&endpoint, call.headers());
+    let headers = call.headers();
+    let source = policy.source(&endpoint, &headers);
     let prompt = match kept.prompt {
         Some(prompt) => prompt,
         None => {
