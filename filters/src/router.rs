@@ -175,10 +175,11 @@ impl<'a> Walk<'a> {
         request: &mut Request<RequestBody>,
         context: &mut Context,
     ) -> Result<Response<ResponseBody>, Error> {
-        let mut last: Option<Outcome> = None;
+        // Boxed: it is rare, and would be part of every request's future.
+        let mut last: Option<Box<Outcome>> = None;
         loop {
             let Some(target) = self.next_target(context)? else {
-                return give_up(last, self.tried.len(), context);
+                return give_up(last.map(|last| *last), self.tried.len(), context);
             };
             if let Some(last) = &last {
                 self.count_retry(last, &target, context);
@@ -208,7 +209,7 @@ impl<'a> Walk<'a> {
             }
             tracing::debug!(endpoint = %target.endpoint.id, outcome = %outcome.describe(), "walking on");
             let pause = self.pause(&outcome);
-            last = Some(outcome);
+            last = Some(Box::new(outcome));
             if let Some(pause) = pause {
                 tokio::time::sleep(pause).await;
             }

@@ -118,6 +118,21 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_fields_makes_the_map_it_was_made_of() {
+        let mut map = HeaderMap::new();
+        map.insert(header::HOST, HeaderValue::from_static("a"));
+        map.append(header::VIA, HeaderValue::from_static("one"));
+        map.append("x-own", HeaderValue::from_static("b"));
+        map.append(header::VIA, HeaderValue::from_static("two"));
+        let fields = Fields::of(&map);
+        assert_eq!(fields.map(), map);
+        let room = fields.0.capacity();
+        drop(fields);
+        let again = Fields::of(&HeaderMap::new());
+        assert_eq!((again.0.len(), again.0.capacity()), (0, room));
+    }
+
+    #[test]
     fn what_is_too_small_too_large_or_too_much_is_not_kept() {
         release_headers(HeaderMap::with_capacity(4));
         assert!(headers(40).capacity() >= 40);
