@@ -166,6 +166,10 @@ impl HttpFilter for Disaggregation {
             answer.map(|response| self.explain(response, context))
         })
     }
+
+    fn gives_back(&self, context: &Context) -> bool {
+        self.view_with_roles(context).is_none()
+    }
 }
 
 impl Disaggregation {

@@ -10,8 +10,9 @@ use crate::{
     sse::Event,
     trace::Trace,
 };
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode, request::Parts};
 use outrigger_xds::{
     block_hash::BlockHash,
     report::EngineId,
@@ -44,6 +45,13 @@ pub trait HttpFilter: Send + Sync {
         context: &'a mut Context,
         next: Next<'a>,
     ) -> Handled<'a>;
+
+    /// Whether this request goes on from here as it came, or, from the last filter, is given back by
+    /// [`Context::given_back`] if that is wanted. Where all filters say so nobody above them need keep a copy.
+    fn gives_back(&self, context: &Context) -> bool {
+        let _ = context;
+        false
+    }
 }
 
 /// A chain, ready to run; shared by all requests of a route.
@@ -89,6 +97,13 @@ impl<'a> Next<'a> {
     #[must_use]
     pub fn new(chain: &'a Chain) -> Self {
         Self { chain, at: 0 }
+    }
+
+    /// Whether who asks for it gets the request back, as it is now.
+    #[must_use]
+    pub fn gives_back(self, context: &Context) -> bool {
+        let mut rest = self.chain[self.at..].iter();
+        rest.all(|filter| filter.gives_back(context))
     }
 
     /// Runs it.
@@ -238,6 +253,10 @@ pub struct Context {
     pub deaths_max: usize,
     /// Told why we give up what runs; shared by all attempts and legs.
     pub given_up: GivenUp,
+    /// Somebody may want to send the request again, and has no copy.
+    pub wants_back: bool,
+    /// The request as it came to the last filter, if somebody wants it.
+    pub given_back: Option<Box<GivenBack>>,
     /// A filter watches the time between events itself.
     pub watches_gaps: bool,
     /// Seam (b), in the order of registration.
@@ -356,6 +375,24 @@ impl Context {
             let count = HeaderValue::from(self.log.attempts);
             response.headers_mut().insert(ATTEMPT_COUNT_HEADER, count);
         }
+    }
+}
+
+/// A request that was sent, and can be sent again.
+pub struct GivenBack {
+    /// Its head.
+    pub parts: Parts,
+    /// Its bytes; none if they cannot be sent again.
+    pub body: (Bytes, Bytes),
+}
+
+impl GivenBack {
+    /// Of a request that nobody else needs.
+    #[must_use]
+    pub fn new(request: Request<RequestBody>) -> Self {
+        let (parts, body) = request.into_parts();
+        let body = body.parts().unwrap_or_default();
+        Self { parts, body }
     }
 }
 

@@ -146,6 +146,10 @@ impl HttpFilter for KvRouting {
             Ok(response)
         })
     }
+
+    fn gives_back(&self, _context: &Context) -> bool {
+        true
+    }
 }
 
 /// How a request was routed; one that is sent again was counted.

@@ -39,7 +39,7 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use leg::Leg;
 use outrigger_xds::report::EngineKind;
-use resume::Call;
+use resume::{Again, Call};
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 use suspicion::{Deaths, SUSPECT_DEATHS};
@@ -147,37 +147,37 @@ impl HttpFilter for Migration {
         };
         // Not within the future, which would have room for all of it.
         let policy = &self.0;
+        if !openai.stream {
+            let again = Again::new(policy, next, &request, context);
+            return Box::pin(one_piece((policy, openai), again, request, context, next));
+        }
         let help = policy.help(&openai, &mut request, context);
         let call = Call::new(policy.clone(), next.keep(), &request, context);
         context.keeps_prompt_ids = help == Help::Text;
-        let above = std::mem::take(&mut context.observers);
-        if openai.stream {
-            Box::pin(stream(call, (openai, help), request, context, next, above))
-        } else {
-            Box::pin(one_piece(call, openai, request, context, next, above))
-        }
+        Box::pin(stream(call, (openai, help), request, context, next))
     }
 }
 
 /// An answer in one piece. It says nothing of its request, but of its engine.
 async fn one_piece<'a>(
-    call: Arc<Call>,
-    openai: Arc<OpenAiRequest>,
+    (policy, openai): (&'a Arc<Policy>, Arc<OpenAiRequest>),
+    again: Again<'a>,
     request: Request<RequestBody>,
     context: &'a mut Context,
     next: Next<'a>,
-    above: Vec<Box<dyn StreamObserver>>,
 ) -> Result<Response<ResponseBody>, Error> {
     // It counts until it is whole.
-    let _counted = call.policy.services.migration.enter();
+    let _counted = policy.services.migration.enter();
+    let above = std::mem::take(&mut context.observers);
     let answer = next.run(request, context).await;
-    let breaks = &call.policy.services.migration.breaks;
+    let breaks = &policy.services.migration.breaks;
     breaks.note_all(context.losses.drain(..));
     let below = std::mem::replace(&mut context.observers, above);
     context.prompt.ids = None;
     let response = answer?;
     if is_stream(&response) {
         // Nobody asked for one.
+        let call = again.call(context);
         let deaths = Deaths::default();
         let help = (Help::None, None);
         return Ok(follow(
@@ -189,7 +189,7 @@ async fn one_piece<'a>(
             help,
         ));
     }
-    whole::hold(response, &call, &openai, context, below).await
+    whole::hold(response, again, &openai, context, below).await
 }
 
 /// A stream. It counts as long as it runs.
@@ -199,8 +199,8 @@ async fn stream<'a>(
     request: Request<RequestBody>,
     context: &'a mut Context,
     next: Next<'a>,
-    above: Vec<Box<dyn StreamObserver>>,
 ) -> Result<Response<ResponseBody>, Error> {
+    let above = std::mem::take(&mut context.observers);
     let answer = next.run(request, context).await;
     let (answer, deaths) = match begin::is_in_trouble(&call, context, &answer) {
         // Boxed: it is rare, and would be part of every request's future.
@@ -221,7 +221,7 @@ async fn stream<'a>(
             help,
         ));
     }
-    whole::hold(response, &call, &openai, context, below).await
+    whole::hold(response, Again::Kept(call), &openai, context, below).await
 }
 
 /// What is done so that a stream can go on elsewhere.

@@ -20,7 +20,7 @@ use crate::{
     breakers::{Held, Kind},
     endpoints::{ClusterView, Endpoint, Level, Part, Via, Want},
     error::{Error, Flag, Origin, Retry},
-    filter::{Context, Handled, HttpFilter, Next, Ranked, RouteFacts},
+    filter::{Context, GivenBack, Handled, HttpFilter, Next, Ranked, RouteFacts},
     registry,
     services::Services,
     spare,
@@ -96,9 +96,19 @@ impl HttpFilter for Router {
                 walk.set_cookies(response);
                 context.edit_response(response);
             }
-            spare::release_headers(std::mem::take(request.headers_mut()));
+            drop(walk);
+            if context.wants_back {
+                context.given_back = Some(Box::new(GivenBack::new(*request)));
+            } else {
+                spare::release_headers(std::mem::take(request.headers_mut()));
+            }
             outcome
         })
+    }
+
+    /// What an attempt writes into a head is taken off, or written anew by the next. What the route writes is not.
+    fn gives_back(&self, context: &Context) -> bool {
+        context.heads.is_none()
     }
 }
 

@@ -12,8 +12,8 @@ use crate::{
     body::{RequestBody, ResponseBody, empty, full},
     endpoints::{Endpoint, Level},
     error::{Error, Flag, GivenUp},
-    filter::{Context, Kept, RouteFacts, Template},
-    spare::Fields,
+    filter::{Context, GivenBack, Kept, Next, RouteFacts, Template},
+    spare::{Fields, release_headers},
     sse,
 };
 use bytes::Bytes;
@@ -49,10 +49,80 @@ pub(super) struct Call {
     method: Method,
     uri: Uri,
     version: Version,
-    headers: Fields,
+    headers: Headers,
     /// As it was sent first; empty if it cannot be sent again.
     body: (Bytes, Bytes),
     template: Template,
+}
+
+/// Fields of a head.
+enum Headers {
+    Own(HeaderMap),
+    Copied(Fields),
+}
+
+impl Headers {
+    fn map(&self) -> HeaderMap {
+        match self {
+            Self::Own(map) => map.clone(),
+            Self::Copied(fields) => fields.map(),
+        }
+    }
+}
+
+/// Where the request of a whole answer is until it is known whether it is needed again.
+pub(super) enum Again<'a> {
+    /// Here.
+    Kept(Arc<Call>),
+    /// The rest of the chain gives it back.
+    GivenBack(&'a Arc<Policy>, Next<'a>),
+}
+
+impl<'a> Again<'a> {
+    /// Before it goes on.
+    pub(super) fn new(
+        policy: &'a Arc<Policy>,
+        next: Next<'a>,
+        request: &Request<RequestBody>,
+        context: &mut Context,
+    ) -> Self {
+        if next.gives_back(context) {
+            context.wants_back = true;
+            Self::GivenBack(policy, next)
+        } else {
+            Self::Kept(Call::new(policy.clone(), next.keep(), request, context))
+        }
+    }
+
+    /// It may be needed.
+    pub(super) fn call(self, context: &mut Context) -> Arc<Call> {
+        match self {
+            Self::Kept(call) => call,
+            Self::GivenBack(policy, next) => {
+                Call::of_given_back(policy.clone(), next.keep(), context)
+            }
+        }
+    }
+
+    /// It is not.
+    pub(super) fn release(self, context: &mut Context) {
+        if let Some(given_back) = context.given_back.take() {
+            release_headers(given_back.parts.headers);
+        }
+    }
+}
+
+/// For further attempts.
+fn template(context: &Context) -> Template {
+    let mut template = context.template();
+    if !context.route.mirrors.is_empty() {
+        // Copies were sent already.
+        template.route = Arc::new(RouteFacts {
+            mirrors: Arc::default(),
+            ..RouteFacts::clone(&context.route)
+        });
+    }
+    template
 }
 
 /// How it stands with a stream in trouble.
@@ -119,23 +189,38 @@ impl Call {
         request: &Request<RequestBody>,
         context: &Context,
     ) -> Arc<Self> {
-        let mut template = context.template();
-        if !context.route.mirrors.is_empty() {
-            // Copies were sent already.
-            template.route = Arc::new(RouteFacts {
-                mirrors: Arc::default(),
-                ..RouteFacts::clone(&context.route)
-            });
-        }
         Arc::new(Self {
             policy,
             chain,
+            template: template(context),
             method: request.method().clone(),
             uri: request.uri().clone(),
             version: request.version(),
-            headers: Fields::of(request.headers()),
+            headers: Headers::Copied(Fields::of(request.headers())),
             body: request.body().parts().unwrap_or_default(),
-            template,
+        })
+    }
+
+    /// Of a request that was given back. One that was not, since somebody below had other plans after all, cannot be repeated.
+    pub(super) fn of_given_back(
+        policy: Arc<Policy>,
+        chain: Kept,
+        context: &mut Context,
+    ) -> Arc<Self> {
+        let given_back = context.given_back.take();
+        let GivenBack { parts, body } = given_back.map_or_else(
+            || GivenBack::new(Request::new(RequestBody::boxed(empty()))),
+            |given_back| *given_back,
+        );
+        Arc::new(Self {
+            policy,
+            chain,
+            template: template(context),
+            method: parts.method,
+            uri: parts.uri,
+            version: parts.version,
+            headers: Headers::Own(parts.headers),
+            body,
         })
     }
 

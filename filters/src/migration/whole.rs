@@ -7,7 +7,7 @@ use super::{
     budget::Held,
     cause::{Cause, is_gone},
     leg::Leg,
-    resume::{Call, PAUSE, Trouble, ask, blames_request, keep_error},
+    resume::{Again, Call, PAUSE, Trouble, ask, blames_request, keep_error},
     suspicion::Deaths,
 };
 use crate::{
@@ -35,12 +35,13 @@ use tokio::time::Sleep;
 /// Gives the answer when it is whole, or as it comes if it cannot be held; another engine's, if this one breaks.
 pub(super) async fn hold(
     mut response: Response<ResponseBody>,
-    call: &Arc<Call>,
+    again: Again<'_>,
     openai: &OpenAiRequest,
     context: &mut Context,
     below: Vec<Box<dyn StreamObserver>>,
 ) -> Result<Response<ResponseBody>, Error> {
     if !can_be_held(&response) {
+        again.release(context);
         context.observers.extend(below);
         return Ok(response);
     }
@@ -49,12 +50,14 @@ pub(super) async fn hold(
         && let Some(Some(Ok(piece))) = first
     {
         // Nearly always: nothing is to be waited for.
+        again.release(context);
         context.observers.extend(below);
         let piece = Some(piece);
         return Ok(response.map(|rest| Preceded { piece, rest }.boxed_unsync()));
     }
+    let call = again.call(context);
     // Boxed: it would be part of every request's future.
-    Box::pin(wait(response, first, (call, openai), context, below)).await
+    Box::pin(wait(response, first, (&call, openai), context, below)).await
 }
 
 /// What came next of a body, if it is here.
