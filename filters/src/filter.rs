@@ -256,7 +256,7 @@ pub struct Context {
     /// Somebody may want to send the request again, and has no copy.
     pub wants_back: bool,
     /// The request as it came to the last filter, if somebody wants it.
-    pub given_back: Option<Box<GivenBack>>,
+    pub given_back: Option<GivenBack>,
     /// A filter watches the time between events itself.
     pub watches_gaps: bool,
     /// Seam (b), in the order of registration.

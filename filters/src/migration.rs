@@ -25,7 +25,6 @@ mod whole;
 
 use crate::{
     body::{RequestBody, ResponseBody},
-    error::Error,
     filter::{Context, Handled, HttpFilter, Next, StreamObserver},
     openai::{Api, OpenAiRequest, Prompt},
     registry,
@@ -149,79 +148,84 @@ impl HttpFilter for Migration {
         let policy = &self.0;
         if !openai.stream {
             let again = Again::new(policy, next, &request, context);
-            return Box::pin(one_piece((policy, openai), again, request, context, next));
+            return one_piece((policy, openai), again, request, context, next);
         }
         let help = policy.help(&openai, &mut request, context);
         let call = Call::new(policy.clone(), next.keep(), &request, context);
         context.keeps_prompt_ids = help == Help::Text;
-        Box::pin(stream(call, (openai, help), request, context, next))
+        stream(call, (openai, help), request, context, next)
     }
 }
 
-/// An answer in one piece. It says nothing of its request, but of its engine.
-async fn one_piece<'a>(
+/// An answer in one piece. It says nothing of its request, but of its engine. (No `async fn`, which would have room for what
+/// it is given twice.)
+fn one_piece<'a>(
     (policy, openai): (&'a Arc<Policy>, Arc<OpenAiRequest>),
     again: Again<'a>,
     request: Request<RequestBody>,
     context: &'a mut Context,
     next: Next<'a>,
-) -> Result<Response<ResponseBody>, Error> {
-    // It counts until it is whole.
-    let _counted = policy.services.migration.enter();
-    let above = std::mem::take(&mut context.observers);
-    let answer = next.run(request, context).await;
-    let breaks = &policy.services.migration.breaks;
-    breaks.note_all(context.losses.drain(..));
-    let below = std::mem::replace(&mut context.observers, above);
-    context.prompt.ids = None;
-    let response = answer?;
-    if is_stream(&response) {
-        // Nobody asked for one.
-        let call = again.call(context);
-        let deaths = Deaths::default();
-        let help = (Help::None, None);
-        return Ok(follow(
-            response,
-            call,
-            (openai, deaths),
-            context,
-            below,
-            help,
-        ));
-    }
-    whole::hold(response, again, &openai, context, below).await
+) -> Handled<'a> {
+    Box::pin(async move {
+        // It counts until it is whole.
+        let _counted = policy.services.migration.enter();
+        let above = std::mem::take(&mut context.observers);
+        let answer = next.run(request, context).await;
+        let breaks = &policy.services.migration.breaks;
+        breaks.note_all(context.losses.drain(..));
+        let below = std::mem::replace(&mut context.observers, above);
+        context.prompt.ids = None;
+        let response = answer?;
+        if is_stream(&response) {
+            // Nobody asked for one.
+            let call = again.call(context);
+            let deaths = Deaths::default();
+            let help = (Help::None, None);
+            return Ok(follow(
+                response,
+                call,
+                (openai, deaths),
+                context,
+                below,
+                help,
+            ));
+        }
+        whole::hold(response, again, &openai, context, below).await
+    })
 }
 
 /// A stream. It counts as long as it runs.
-async fn stream<'a>(
+fn stream<'a>(
     call: Arc<Call>,
     (openai, help): (Arc<OpenAiRequest>, Help),
     request: Request<RequestBody>,
     context: &'a mut Context,
     next: Next<'a>,
-) -> Result<Response<ResponseBody>, Error> {
-    let above = std::mem::take(&mut context.observers);
-    let answer = next.run(request, context).await;
-    let (answer, deaths) = match begin::is_in_trouble(&call, context, &answer) {
-        // Boxed: it is rare, and would be part of every request's future.
-        true => Box::pin(begin::begin(&call, context, answer)).await,
-        false => (answer, Deaths::default()),
-    };
-    let below = std::mem::replace(&mut context.observers, above);
-    let prompt = context.prompt.ids.take();
-    let response = answer?;
-    if is_stream(&response) {
-        let help = (help, prompt);
-        return Ok(follow(
-            response,
-            call,
-            (openai, deaths),
-            context,
-            below,
-            help,
-        ));
-    }
-    whole::hold(response, Again::Kept(call), &openai, context, below).await
+) -> Handled<'a> {
+    Box::pin(async move {
+        let above = std::mem::take(&mut context.observers);
+        let answer = next.run(request, context).await;
+        let (answer, deaths) = match begin::is_in_trouble(&call, context, &answer) {
+            // Boxed: it is rare, and would be part of every request's future.
+            true => Box::pin(begin::begin(&call, context, answer)).await,
+            false => (answer, Deaths::default()),
+        };
+        let below = std::mem::replace(&mut context.observers, above);
+        let prompt = context.prompt.ids.take();
+        let response = answer?;
+        if is_stream(&response) {
+            let help = (help, prompt);
+            return Ok(follow(
+                response,
+                call,
+                (openai, deaths),
+                context,
+                below,
+                help,
+            ));
+        }
+        whole::hold(response, Again::Kept(call), &openai, context, below).await
+    })
 }
 
 /// What is done so that a stream can go on elsewhere.

@@ -98,7 +98,7 @@ impl HttpFilter for Router {
             }
             drop(walk);
             if context.wants_back {
-                context.given_back = Some(Box::new(GivenBack::new(*request)));
+                context.given_back = Some(GivenBack::new(*request));
             } else {
                 spare::release_headers(std::mem::take(request.headers_mut()));
             }

@@ -4,6 +4,7 @@ use super::migration::migration;
 use outrigger_conformance::harness::{
     Conn, Exchange, OneChain, ProxyBuilder, TestProxy, Upstream, Version,
 };
+use outrigger_xds::resource::header_mutation::{AppendAction, HeaderToAdd};
 use serde_json::{Value, json};
 use std::{
     sync::{
@@ -183,6 +184,44 @@ async fn what_breaks_before_it_is_whole_is_asked_for_anew() {
             .map(|got| got.header("x-request-id").to_owned())
             .collect();
         assert!(ids[0] != ids[1], "each call has an id of its own: {ids:?}");
+    }
+}
+
+/// Where routes change nothing the router gives back what it sent; where they do, it is copied before.
+#[tokio::test]
+async fn the_next_engine_is_asked_what_the_first_was() {
+    for added in [0, 1] {
+        let servers = servers(2, 1, Break::Length).await;
+        let builder = ProxyBuilder::new().edit(move |bootstrap| {
+            for listener in &mut bootstrap.listeners {
+                let headers = &mut listener.http().route_config.headers.request.add;
+                headers.extend((0..added).map(|_| HeaderToAdd {
+                    name: "x-route".to_owned(),
+                    value: "told".to_owned(),
+                    action: AppendAction::AppendIfExistsOrAdd,
+                    keep_empty_value: false,
+                }));
+            }
+        });
+        let add = |builder: ProxyBuilder, server: &Upstream| builder.server(server.address);
+        let proxy = servers.iter().fold(builder, add).start();
+        let mut client = proxy.client(Version::H1).await;
+        let body = body(CHAT, &json!({}));
+        let reply = client.post(CHAT, body.clone()).await;
+        assert_eq!(reply.text(), WHOLE);
+        let asked: Vec<_> = servers.iter().flat_map(Upstream::exchanges).collect();
+        assert_eq!(asked.len(), 2);
+        for exchange in &asked {
+            assert_eq!(exchange.body, body.as_bytes());
+            assert_eq!(exchange.count("x-route"), added);
+        }
+        let fields = |exchange: &Exchange| {
+            let mut fields = exchange.headers.clone();
+            fields.retain(|(name, _)| name != "x-request-id");
+            fields.sort();
+            (exchange.line.clone(), fields)
+        };
+        assert_eq!(fields(&asked[0]), fields(&asked[1]));
     }
 }
 

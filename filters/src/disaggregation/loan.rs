@@ -302,7 +302,10 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_that_tells_the_prompt_may_be_longer_for_it() {
-        use crate::disaggregation::{nixl, trtllm};
+        use crate::{
+            disaggregation::{nixl, trtllm},
+            filter::{Chain, Next},
+        };
         let read = async |dialect: &'static Dialect, tokens: usize| {
             let ids = vec!["123456"; tokens].join(",");
             let told = format!(
@@ -314,7 +317,9 @@ mod tests {
             context.prompt.tokens = tokens as u64;
             let body = http_body_util::Full::new(Bytes::from(told));
             let body = body.map_err(|never| match never {}).boxed_unsync();
-            let mut loan = Loan::new(dialect, Arc::from([]), head, &context, body);
+            let chain: Chain = Arc::from([]);
+            let rest = Next::new(&chain).keep();
+            let mut loan = Loan::new(dialect, rest, head, &context, body);
             loan.read().await
         };
         assert_eq!(read(&nixl::DIALECT, 9).await, Ok(()));

@@ -208,10 +208,8 @@ impl Call {
         context: &mut Context,
     ) -> Arc<Self> {
         let given_back = context.given_back.take();
-        let GivenBack { parts, body } = given_back.map_or_else(
-            || GivenBack::new(Request::new(RequestBody::boxed(empty()))),
-            |given_back| *given_back,
-        );
+        let none = || GivenBack::new(Request::new(RequestBody::boxed(empty())));
+        let GivenBack { parts, body } = given_back.unwrap_or_else(none);
         Arc::new(Self {
             policy,
             chain,

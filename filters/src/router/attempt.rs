@@ -111,7 +111,7 @@ impl<'a> Attempt<'a> {
     }
 
     pub(crate) async fn run(
-        self,
+        &self,
         request: &mut Request<RequestBody>,
         context: &mut Context,
     ) -> Outcome {

@@ -19,9 +19,7 @@ impl Escape {
     /// Appends `bytes`, cut to `bytes_max` of them at a character boundary.
     pub(super) fn append(self, bytes: &[u8], bytes_max: Option<usize>, out: &mut Vec<u8>) {
         let bytes = cut(bytes, bytes_max);
-        // Without a way out in the middle, the compiler looks at many bytes at once.
-        let plain = || bytes.iter().fold(true, |all, byte| all & is_plain(*byte));
-        if self == Self::Nothing || plain() {
+        if self == Self::Nothing || are_plain(bytes) {
             out.extend_from_slice(bytes);
             return;
         }
@@ -76,8 +74,26 @@ fn needs_escape(character: char) -> bool {
     character.is_control() || character == '"' || character == '\\'
 }
 
-fn is_plain(byte: u8) -> bool {
-    matches!(byte, 0x20..=0x7e) && byte != b'"' && byte != b'\\'
+/// Whether all are printable ASCII, and neither quote nor backslash. Eight at a time: most of a line passes here.
+fn are_plain(bytes: &[u8]) -> bool {
+    let (eights, rest) = bytes.as_chunks::<8>();
+    let mut last = [b' '; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let found = eights
+        .iter()
+        .fold(odd(last), |found, eight| found | odd(*eight));
+    found == 0
+}
+
+/// Not zero if one of them is not plain.
+fn odd(bytes: [u8; 8]) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGH: u64 = ONES << 7;
+    let word = u64::from_le_bytes(bytes);
+    // Borrows out of a byte spoil only those above one that was found.
+    let below = |word: u64, least: u8| word.wrapping_sub(ONES * u64::from(least)) & !word;
+    let is = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
+    (word | below(word, 0x20) | is(0x7f) | is(b'"') | is(b'\\')) & HIGH
 }
 
 fn cut(bytes: &[u8], bytes_max: Option<usize>) -> &[u8] {
@@ -129,6 +145,19 @@ mod tests {
             expect,
             "{input:?}"
         );
+    }
+
+    #[test]
+    fn one_byte_that_is_not_plain_is_found_wherever_it_stands() {
+        let is_plain = |byte: u8| matches!(byte, 0x20..=0x7e) && byte != b'"' && byte != b'\\';
+        for (length, others) in [(8, b' '), (13, b'~'), (13, b'!'), (3, b'#'), (16, b'[')] {
+            for (at, byte) in (0..length).flat_map(|at| (0..=255).map(move |byte| (at, byte))) {
+                let mut bytes = vec![others; length];
+                bytes[at] = byte;
+                assert_eq!(are_plain(&bytes), is_plain(byte), "{bytes:?}");
+            }
+        }
+        assert!(are_plain(b""));
     }
 
     #[test]
