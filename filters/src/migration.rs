@@ -325,7 +325,7 @@ fn follow(
     let mut body = Migrating::new(call, openai, leg, report, deaths);
     match help {
         Help::Text { retells, compares } => {
-            body.keep_text(Kept::new(prompt, retells, compares));
+            body.splice.keep_text(Kept::new(prompt, retells, compares));
         }
         Help::Asked(seeded) => body.has_our_seed = seeded,
         Help::None => {}

@@ -166,7 +166,7 @@ async fn a_calm_that_lasts_ends_a_request_that_an_engine_died_of() {
     let case = Case::calm(0, |_, _| async { None }).await;
     let begun = Instant::now();
     let reply = case.ask().await;
-    assert_eq!((reply.status.as_u16(), case.asked()), (502, 1));
+    assert_eq!((reply.status.as_u16(), case.asked()), (503, 1));
     assert!(begun.elapsed() >= Duration::from_secs(3));
 }
 

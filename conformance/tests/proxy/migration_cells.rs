@@ -135,7 +135,8 @@ fn chunk(path: &str, text: &str, finish: &Value) -> String {
         CHAT => choice["delta"] = json!({"content": text}),
         _ => choice["text"] = json!(text),
     }
-    json!({"id": "c", "object": "o", "created": 1, "model": "m", "choices": [choice]}).to_string()
+    // As engines do, the id first.
+    format!(r#"{{"id":"c","object":"o","created":1,"model":"m","choices":[{choice}]}}"#)
 }
 
 /// Servers of a kind that nobody knows. The first to be asked breaks off behind so many events.

@@ -95,7 +95,7 @@ struct Undo {
 pub(super) struct Migrating {
     call: Arc<Call>,
     openai: Arc<OpenAiRequest>,
-    splice: Splice,
+    pub(super) splice: Splice,
     leg: Leg,
     state: State,
     broke: Option<Cause>,
@@ -166,11 +166,6 @@ impl Migrating {
             let kind = endpoint.map(|endpoint| endpoint.live.load().state.kind);
             self.lag_is_known = kind == Some(EngineKind::Vllm);
         }
-    }
-
-    /// Its engine tells no ids: the text is kept.
-    pub(super) fn keep_text(&mut self, kept: Kept) {
-        self.splice.keep_text(kept);
     }
 
     /// What the client gets of the events that have come.

@@ -439,7 +439,9 @@ impl Splice {
     pub(super) fn text_again(&self, retold: bool) -> Option<Cut> {
         let kept = self.kept.as_ref().filter(|kept| kept.compares)?;
         let shown = self.logprobs || retold && kept.retells;
-        (!shown && kept.again().is_some()).then(|| Cut {
+        // What stands behind the choices is not rewritten.
+        let named = memchr::memmem::find(&self.head, b"\"id\"").is_some();
+        (!shown && named && kept.again().is_some()).then(|| Cut {
             again_chars: self.delivered,
             by_text: true,
             ..Cut::default()
