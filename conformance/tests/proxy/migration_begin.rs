@@ -135,6 +135,26 @@ async fn a_refused_answer_is_let_go_before_the_next_call() {
     assert_eq!((case.asked(), seen.load(SeqCst)), (3, 1));
 }
 
+/// Whether an engine that dies closes its connections in order, or the system cuts them, says nothing of the request.
+#[tokio::test]
+async fn an_orderly_end_behind_the_head_is_a_break() {
+    let case = Case::of(0, |mut conn, before| async move {
+        conn.begin_events().await;
+        if before < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            return None;
+        }
+        conn.event(OPENING).await;
+        conn.event(LAST).await;
+        conn.event("[DONE]").await;
+        conn.end().await.then_some(conn)
+    })
+    .await;
+    let got = story(&case.ask().await.text());
+    assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
+    assert_eq!(case.asked(), 3);
+}
+
 /// The first engine that breaks is this stream's; that it was the first of many shows a little later.
 #[tokio::test]
 async fn a_storm_that_begins_with_a_request_is_waited_for() {
