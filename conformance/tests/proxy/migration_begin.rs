@@ -22,15 +22,32 @@ const LAST: &str = r#"{"id":"c","object":"o","created":1,"model":"m","choices":[
 /// Limit of the whole exchange, in the case that has one.
 const TOTAL_MS: u64 = 1000;
 
-/// One engine, whose chats are answered by the case. Another one has just died: there is a storm.
+/// One engine, whose chats are answered by the case. Another one, of another model, dies: there is a storm.
 struct Case {
     proxy: TestProxy,
     asked: Arc<AtomicUsize>,
+    /// Until it died.
+    other: Option<SimEngine>,
     _server: Upstream,
 }
 
 impl Case {
+    /// In a storm.
     async fn of<F>(
+        total_ms: u64,
+        chat: impl Fn(Conn, usize) -> F + Clone + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Option<Conn>> + Send + 'static,
+    {
+        let mut case = Self::calm(total_ms, chat).await;
+        case.other = None;
+        case.proxy.wait_alive(1).await;
+        case
+    }
+
+    /// Before it.
+    async fn calm<F>(
         total_ms: u64,
         chat: impl Fn(Conn, usize) -> F + Clone + Send + Sync + 'static,
     ) -> Self
@@ -49,7 +66,11 @@ impl Case {
             }
         })
         .await;
-        let dies = SimEngine::start(Config::default()).unwrap();
+        let config = Config {
+            model: "another".into(),
+            ..Config::default()
+        };
+        let dies = SimEngine::start(config).unwrap();
         let proxy = ProxyBuilder::new()
             .server(server.address)
             .engine(dies.http_addr)
@@ -65,11 +86,10 @@ impl Case {
             })
             .start();
         proxy.wait_alive(2).await;
-        drop(dies);
-        proxy.wait_alive(1).await;
         Self {
             proxy,
             asked,
+            other: Some(dies),
             _server: server,
         }
     }
@@ -113,6 +133,61 @@ async fn a_refused_answer_is_let_go_before_the_next_call() {
     let got = story(&case.ask().await.text());
     assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
     assert_eq!((case.asked(), seen.load(SeqCst)), (3, 1));
+}
+
+/// Whether an engine that dies closes its connections in order, or the system cuts them, says nothing of the request.
+#[tokio::test]
+async fn an_orderly_end_behind_the_head_is_a_break() {
+    let case = Case::of(0, |mut conn, before| async move {
+        conn.begin_events().await;
+        if before < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            return None;
+        }
+        conn.event(OPENING).await;
+        conn.event(LAST).await;
+        conn.event("[DONE]").await;
+        conn.end().await.then_some(conn)
+    })
+    .await;
+    let got = story(&case.ask().await.text());
+    assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
+    assert_eq!(case.asked(), 3);
+}
+
+/// The first engine that breaks is this stream's; that it was the first of many shows a little later.
+#[tokio::test]
+async fn a_storm_that_begins_with_a_request_is_waited_for() {
+    let chat = |mut conn: Conn, before| async move {
+        if before == 0 {
+            return None;
+        }
+        conn.begin_events().await;
+        conn.event(OPENING).await;
+        conn.event(LAST).await;
+        conn.event("[DONE]").await;
+        conn.end().await.then_some(conn)
+    };
+    let mut case = Case::calm(0, chat).await;
+    let other = case.other.take();
+    let dies = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(other);
+    };
+    let (reply, ()) = tokio::join!(case.ask(), dies);
+    let got = story(&reply.text());
+    assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
+    assert_eq!(case.asked(), 2);
+}
+
+/// Where nothing else breaks the client is told, a little later.
+#[tokio::test]
+async fn a_calm_that_lasts_ends_a_request_that_an_engine_died_of() {
+    let case = Case::calm(0, |_, _| async { None }).await;
+    let begun = Instant::now();
+    let reply = case.ask().await;
+    assert_eq!((reply.status.as_u16(), case.asked()), (503, 1));
+    assert!(begun.elapsed() >= Duration::from_secs(3));
 }
 
 #[tokio::test]

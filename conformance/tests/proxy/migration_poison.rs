@@ -252,6 +252,24 @@ async fn engines_that_are_said_to_be_dead_speak_for_a_request_too() {
     assert_eq!(fleet.luck.bad.load(SeqCst), 0, "five engines broke");
 }
 
+/// Before it is refused some time passes: the first three engines of a storm may be those that it was on.
+#[tokio::test]
+async fn a_storm_that_shows_late_speaks_for_a_request_too() {
+    let fleet = Fleet::of(5).await;
+    fleet.luck.bad.store(3, SeqCst);
+    let breaks = async {
+        let all = || async { (fleet.luck.bad.load(SeqCst) == 0).then_some(()) };
+        eventually("three engines broke", all).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        for engine in &fleet.engines {
+            engine.life.send_replace(());
+        }
+    };
+    let (reply, ()) = tokio::join!(fleet.ask(UNLUCKY), breaks);
+    let got = story(&reply.text());
+    assert_eq!((got.problem(), got.text.as_str()), (None, "b"));
+}
+
 #[tokio::test]
 async fn in_calm_the_same_is_poison() {
     let fleet = Fleet::of(5).await;

@@ -64,7 +64,7 @@ impl Lost {
     /// Calls the rest of the chain until something begins, or nothing is to be hoped for.
     async fn call_again(&mut self, call: &Arc<Call>, context: &mut Context) {
         let mut calls = 0;
-        while is_lost(call, &self.answer) && self.may_run(call) {
+        while is_lost(call, &self.answer) && self.may_run(call).await {
             // It holds a connection and a place. What it says is told if nothing better comes.
             self.answer = match std::mem::replace(&mut self.answer, Err(Error::upstream_timeout()))
             {
@@ -87,16 +87,21 @@ impl Lost {
     }
 
     /// Whether it is called again: in a storm, or once alone. Poison gets its answer here.
-    fn may_run(&mut self, call: &Call) -> bool {
+    async fn may_run(&mut self, call: &Call) -> bool {
         let deaths = &self.deaths;
-        if call.is_poison(deaths) {
+        if call.is_poison(deaths).await {
             deaths.convict(&call.policy.services.migration, call.request_id());
             self.answer = Err(poison(deaths.count()));
             return false;
         }
         self.refusals += u32::from(self.answer.is_ok());
         let alone_next = deaths.is_suspect() && !deaths.ran_alone() && self.answer.is_err();
-        self.refusals < call.policy.config.attempts_max && (alone_next || call.in_storm(deaths))
+        if self.refusals >= call.policy.config.attempts_max {
+            return false;
+        }
+        // Engines that broke under it may be the first of many.
+        let broke = self.answer.is_err() && !deaths.is_empty();
+        alone_next || call.in_storm(deaths) || broke && call.may_be_storm(deaths).await
     }
 }
 

@@ -33,6 +33,8 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 const BUDGET_LOOK: Duration = Duration::from_millis(20);
 /// Between two looks, while a suspect waits, whether there is a storm.
 const STORM_LOOK: Duration = Duration::from_millis(100);
+/// How long a verdict waits for what else breaks: a storm that has just begun, or a proxy that has, shows one engine at a time.
+const DOUBT: Duration = Duration::from_secs(3);
 /// Before another attempt at a whole answer.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
@@ -213,9 +215,27 @@ impl Call {
         deaths.in_storm(self.learned())
     }
 
-    /// Whether the request is refused for the engines that died of it.
-    pub(super) fn is_poison(&self, deaths: &Deaths) -> bool {
-        deaths.is_poison(self.learned())
+    /// Whether the request is refused for the engines that died of it, also when some time has passed.
+    pub(super) async fn is_poison(&self, deaths: &Deaths) -> bool {
+        let is_poison = || deaths.is_poison(self.learned());
+        is_poison() && (deaths.are_too_many() || !self.comes(|| !is_poison()).await)
+    }
+
+    /// Whether there is a storm, or one shows before long.
+    pub(super) async fn may_be_storm(&self, deaths: &Deaths) -> bool {
+        self.comes(|| self.in_storm(deaths)).await
+    }
+
+    /// Whether it is so in time.
+    async fn comes(&self, is_so: impl Fn() -> bool) -> bool {
+        let begun = Instant::now();
+        while !is_so() {
+            if begun.elapsed() >= DOUBT || !self.has_engine() {
+                return false;
+            }
+            tokio::time::sleep(STORM_LOOK).await;
+        }
+        true
     }
 
     /// What all streams share, with what is told of engines by now.
@@ -341,7 +361,7 @@ async fn find(
     let shared = &call.policy.services.migration;
     let runs_still = place.is_some();
     loop {
-        if call.is_poison(&trouble.deaths) {
+        if call.is_poison(&trouble.deaths).await {
             trouble.deaths.convict(shared, call.request_id());
             return Err("poison");
         }

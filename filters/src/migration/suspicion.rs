@@ -269,7 +269,7 @@ impl Deaths {
     }
 
     /// More would be too many, whatever the reason.
-    fn are_too_many(&self) -> bool {
+    pub(super) fn are_too_many(&self) -> bool {
         self.count() >= STORM_DEATHS_MAX
     }
 

@@ -409,9 +409,7 @@ impl<'a> Attempt<'a> {
                 .map_err(|_| Error::upstream_timeout())?,
             None => first_event(body).await,
         };
-        let frame = frame.map_err(|error| {
-            Error::upstream_reset(error.flag, "remote reset", Retry::NothingReceived)
-        })?;
+        let frame = frame.map_err(|error| broke_off(error.flag))?;
         let data = frame.as_ref().and_then(Frame::data_ref);
         if let Some(event) = data.map(|raw| sse::Event { raw })
             && event.is_error()
@@ -445,6 +443,19 @@ impl<'a> Attempt<'a> {
             headers.insert(ENDPOINT_HEADER, id);
         }
     }
+}
+
+/// An engine broke off behind a head that was good. An orderly end within a body is no HTTP either, but it says no more of
+/// the engine than being cut does: that it is gone.
+fn broke_off(flag: Flag) -> Error {
+    let (flag, reason) = match flag {
+        Flag::UpstreamProtocolError => (
+            Flag::UpstreamConnectionTermination,
+            "connection termination",
+        ),
+        flag => (flag, "remote reset"),
+    };
+    Error::upstream_reset(flag, reason, Retry::NothingReceived)
 }
 
 /// A stream that has begun well, and whose first event may still say otherwise.
