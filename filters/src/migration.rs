@@ -11,6 +11,7 @@ mod budget;
 mod cause;
 mod event;
 mod leg;
+mod piece;
 mod recipe;
 mod resume;
 mod rewrite;
@@ -34,7 +35,7 @@ use crate::{
 use body::{Migrating, Report};
 pub use budget::Shared;
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use leg::Leg;
 use outrigger_xds::report::EngineKind;
@@ -42,6 +43,7 @@ use resume::Call;
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 use suspicion::{Deaths, SUSPECT_DEATHS};
+use told::Kept;
 
 /// Our own type.
 pub const TYPE_URL: &str = "type.googleapis.com/outrigger.filters.http.migration.v1.Config";
@@ -156,16 +158,14 @@ impl HttpFilter for Migration {
                 let seed = policy.seed(&openai, &cluster);
                 ask_for_ids(&mut request, seed);
                 Help::Asked(seed.is_some())
-            } else if openai.stream && policy.may_tell(&openai, &cluster, request.headers()) {
-                Help::Text
             } else {
-                Help::None
+                policy.help_by_text(&openai, &cluster, request.headers())
             };
             if openai.stream {
                 context.deaths_max = SUSPECT_DEATHS;
             }
             let call = Call::new(policy.clone(), next.keep(), &request, context);
-            context.keeps_prompt_ids = help == Help::Text;
+            context.keeps_prompt_ids = matches!(help, Help::Text { retells: true, .. });
             // Streams count as long as they run, whole answers until they are whole.
             let _counted = (!openai.stream).then(|| policy.services.migration.enter());
             let above = std::mem::take(&mut context.observers);
@@ -205,8 +205,11 @@ enum Help {
     None,
     /// Its engine is asked for ids, and may be given a seed.
     Asked(bool),
-    /// Its text is kept.
-    Text,
+    /// Its text is kept: ids may be made of it, or it comes again.
+    Text {
+        retells: bool,
+        compares: bool,
+    },
 }
 
 /// Requests whose answer has a known form, and that can be sent again.
@@ -235,6 +238,19 @@ impl Policy {
             EngineKind::Sglang => openai.api == Api::Completions,
             EngineKind::TrtLlm | EngineKind::Unknown => false,
         })
+    }
+
+    /// What is done for a stream that is told no ids.
+    fn help_by_text(&self, openai: &OpenAiRequest, cluster: &str, headers: &HeaderMap) -> Help {
+        if !openai.stream {
+            return Help::None;
+        }
+        let retells = self.may_tell(openai, cluster, headers);
+        let compares = Self::may_compare(openai);
+        match retells || compares {
+            true => Help::Text { retells, compares },
+            false => Help::None,
+        }
     }
 
     /// The seed of a stream that has none, where that is wanted, and engines keep to it.
@@ -308,7 +324,9 @@ fn follow(
     context.watches_gaps = true;
     let mut body = Migrating::new(call, openai, leg, report, deaths);
     match help {
-        Help::Text => body.keep_text(prompt),
+        Help::Text { retells, compares } => {
+            body.splice.keep_text(Kept::new(prompt, retells, compares));
+        }
         Help::Asked(seeded) => body.has_our_seed = seeded,
         Help::None => {}
     }

@@ -181,6 +181,8 @@ pub struct OpenAiRequest {
     pub include_stop: bool,
     /// `seed` is set.
     pub has_seed: bool,
+    /// `temperature` is 0, in as many words.
+    pub greedy: bool,
     /// `n`, at least 1.
     pub n: u32,
     /// `max_completion_tokens`, `max_tokens`, `max_output_tokens` or `max_new_tokens`.

@@ -269,12 +269,12 @@ impl OpenAi {
             true => "chat.completion.chunk",
             false => "text_completion",
         };
-        let mut chunk = json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
-            "choices": choices});
-        if let Some(usage) = usage {
-            chunk["usage"] = usage;
-        }
-        events.push_back(Piece::Data(format!("data: {chunk}\n\n")));
+        // In the order of the engine's own fields.
+        let (id, created, model) = (&self.id, self.created, json!(self.model));
+        let usage = usage.map_or(String::new(), |usage| format!(",\"usage\":{usage}"));
+        events.push_back(Piece::Data(format!(
+            "data: {{\"id\":\"{id}\",\"object\":\"{object}\",\"created\":{created},\"model\":{model},\"choices\":{choices}{usage}}}\n\n"
+        )));
     }
 }
 

@@ -1,4 +1,5 @@
-//! The cells of the book's table of engines whose streams begin anew while nothing was delivered, and else end and say how far they got.
+//! The cells of the book's table of engines that tell no ids: streams begin anew while nothing was delivered; later they do if
+//! they are determined, and are compared by their text; else they end and say how far they got.
 
 use super::support::{Story, story};
 use outrigger_conformance::{
@@ -17,8 +18,9 @@ use std::{
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
-fn body(path: &str, model: &str) -> String {
-    let mut body = json!({"model": model, "stream": true, "temperature": 0, "max_tokens": 40, "ignore_eos": true,
+/// Of a stream that is the same from the beginning, or is drawn.
+fn body(path: &str, model: &str, temperature: u8) -> String {
+    let mut body = json!({"model": model, "stream": true, "temperature": temperature, "max_tokens": 40, "ignore_eos": true,
         "stream_options": {"include_usage": true}});
     match path {
         CHAT => body["messages"] = json!([{"role": "user", "content": "Paint the sky."}]),
@@ -28,8 +30,12 @@ fn body(path: &str, model: &str) -> String {
 }
 
 async fn ask(proxy: &TestProxy, path: &str, model: &str) -> Story {
+    ask_at(proxy, path, model, 0).await
+}
+
+async fn ask_at(proxy: &TestProxy, path: &str, model: &str, temperature: u8) -> Story {
     let mut client = proxy.client(Version::H1).await;
-    let reply = client.post(path, body(path, model)).await;
+    let reply = client.post(path, body(path, model, temperature)).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
     assert!(
         reply.text().ends_with("data: [DONE]\n\n"),
@@ -37,6 +43,11 @@ async fn ask(proxy: &TestProxy, path: &str, model: &str) -> Story {
         reply.text()
     );
     story(&reply.text())
+}
+
+/// Tokens by the engine's count.
+fn made(story: &Story) -> &Value {
+    &story.usage["completion_tokens"]
 }
 
 /// What the error event of a stream says that got so far.
@@ -50,6 +61,20 @@ fn check_end(got: Story, tokens: std::ops::RangeInclusive<u64>, cell: &str) {
     let (_, rest) = told.split_once("broke after ").unwrap();
     let far: u64 = rest.split(' ').next().unwrap().parse().unwrap();
     assert!(tokens.contains(&far), "{cell}: {told}");
+}
+
+/// The next stream at each of them breaks behind nine tokens.
+async fn break_all(engines: &[SimEngine]) {
+    for engine in engines {
+        let mut client = Client::connect(engine.http_addr, Version::H1).await;
+        client
+            .send(request(http::Method::DELETE, "/sim/fault", ""))
+            .await;
+        engine.fault(Fault {
+            after_tokens: 9,
+            ..Fault::new(FaultKind::Reset)
+        });
+    }
 }
 
 /// Streams break at every engine before their first token, and behind some.
@@ -82,28 +107,24 @@ async fn check(profiles: &[Profile]) {
             (&whole.text, &whole.finish),
             "{cell}"
         );
-        for engine in &engines {
-            let mut client = Client::connect(engine.http_addr, Version::H1).await;
-            client
-                .send(request(http::Method::DELETE, "/sim/fault", ""))
-                .await;
-            engine.fault(Fault {
-                after_tokens: 9,
-                ..Fault::new(FaultKind::Reset)
-            });
-        }
+        break_all(&engines).await;
         let got = ask(&proxy, path, "sim").await;
-        assert!(
-            whole.text.starts_with(&got.text) && !got.text.is_empty(),
+        assert_eq!(got.problem(), None, "{cell}");
+        assert_eq!(
+            (&got.text, made(&got)),
+            (&whole.text, made(&whole)),
             "{cell}"
         );
+        break_all(&engines).await;
+        let got = ask_at(&proxy, path, "sim", 1).await;
+        assert!(!got.text.is_empty(), "{cell}");
         // Pieces of a character have no event of their own.
         check_end(got, 5..=9, &cell);
     }
 }
 
 #[tokio::test]
-async fn streams_of_tensorrt_llm_begin_anew_or_end() {
+async fn streams_of_tensorrt_llm_begin_anew_and_are_compared() {
     check(&[Profile::Trtllm, Profile::Trtllm, Profile::Trtllm]).await;
 }
 
@@ -119,7 +140,8 @@ fn chunk(path: &str, text: &str, finish: &Value) -> String {
         CHAT => choice["delta"] = json!({"content": text}),
         _ => choice["text"] = json!(text),
     }
-    json!({"id": "c", "object": "o", "created": 1, "model": "m", "choices": [choice]}).to_string()
+    // As engines do, the id first.
+    format!(r#"{{"id":"c","object":"o","created":1,"model":"m","choices":[{choice}]}}"#)
 }
 
 /// Servers of a kind that nobody knows. The first to be asked breaks off behind so many events.
@@ -161,6 +183,9 @@ async fn streams_of_unknown_engines_begin_anew_or_end() {
         assert_eq!(tried, 2, "{path}");
         let (_servers, proxy) = unknown(path, 2).await;
         let got = ask(&proxy, path, "m").await;
+        assert_eq!((got.problem(), got.text.as_str()), (None, "ab"), "{path}");
+        let (_servers, proxy) = unknown(path, 2).await;
+        let got = ask_at(&proxy, path, "m", 1).await;
         assert_eq!(got.text, "a", "{path}");
         check_end(got, 1..=1, path);
     }

@@ -193,6 +193,16 @@ async fn a_chat_that_is_too_long_for_a_worker_to_tokenise_moves_too() {
     assert!(moved >= Some(1), "{moved:?}");
 }
 
+/// What is determined comes again, and is compared by its text.
+async fn goes_on(engines: &[SimEngine], proxy: &TestProxy, more: &Value) {
+    let whole = ask(proxy, more).await;
+    arm(engines, FaultKind::Reset, 14);
+    let got = ask(proxy, more).await;
+    disarm(engines).await;
+    assert_eq!(got.problem(), None, "{more}");
+    assert_eq!(facts(&got), facts(&whole), "{more}");
+}
+
 #[tokio::test]
 async fn a_chat_of_sglang_that_cannot_move_says_why() {
     let files = scratch("migration-kinds-refused");
@@ -200,19 +210,24 @@ async fn a_chat_of_sglang_that_cannot_move_says_why() {
     let proxy = proxy_of(&engines, "kv", json!({})).await;
     for (more, reason) in [
         (json!({"stop": "never to be seen"}), "stop"),
-        (json!({"temperature": 1, "seed": 3}), "seed"),
         (json!({"n": 2}), "n"),
         (json!({"separate_reasoning": false}), "not_verified"),
         (json!({"stream_reasoning": false}), "not_verified"),
         (json!({"include_reasoning": false}), "not_verified"),
         (json!({"skip_special_tokens": false}), "not_verified"),
     ] {
+        let mut drawn = more.clone();
+        drawn["temperature"] = 1.into();
         arm(&engines, FaultKind::Reset, 14);
-        let got = ask(&proxy, &more).await;
+        let got = ask(&proxy, &drawn).await;
         disarm(&engines).await;
         let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
         assert!(told.ends_with(&format!("elsewhere: {reason}")), "{told}");
+        if reason != "n" {
+            goes_on(&engines, &proxy, &more).await;
+        }
     }
+    goes_on(&engines, &proxy, &json!({"temperature": 1, "seed": 3})).await;
     arm(&engines, FaultKind::Reset, 14);
     let drawn = ask(&proxy, &json!({"temperature": 1})).await;
     assert_eq!(
@@ -240,7 +255,7 @@ async fn a_tokenizer_that_is_not_the_engines_proves_nothing() {
     let proxy = proxy_of(&engines, "least_request", json!({})).await;
     ask(&proxy, &json!({})).await;
     arm(&engines, FaultKind::Reset, 14);
-    let got = ask(&proxy, &json!({})).await;
+    let got = ask(&proxy, &json!({"temperature": 1})).await;
     let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
     assert!(told.ends_with("elsewhere: not_verified"), "{told}");
     assert!(
@@ -263,17 +278,19 @@ async fn text_of_a_model_that_may_have_reasoned_unseen_is_not_all() {
     let engines = engines_with(&files, &[Profile::Sglang, Profile::Sglang]);
     let proxy = proxy_of(&engines, "least_request", json!({})).await;
     arm(&engines, FaultKind::Reset, 14);
-    let got = ask(&proxy, &json!({})).await;
+    let got = ask(&proxy, &json!({"temperature": 1})).await;
     let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
     assert!(told.ends_with("elsewhere: not_verified"), "{told}");
 }
 
 #[tokio::test]
-async fn where_the_model_is_not_on_this_machine_chats_of_sglang_end() {
+async fn where_the_model_is_not_on_this_machine_drawn_chats_of_sglang_end() {
     let engines = [engine(Profile::Sglang), engine(Profile::Sglang)];
     let proxy = proxy_of(&engines, "kv", json!({})).await;
     arm(&engines, FaultKind::Reset, 14);
-    let got = ask(&proxy, &json!({})).await;
+    let got = ask(&proxy, &json!({"temperature": 1})).await;
     let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
     assert!(told.ends_with("elsewhere: no_token_ids"), "{told}");
+    disarm(&engines).await;
+    goes_on(&engines, &proxy, &json!({})).await;
 }

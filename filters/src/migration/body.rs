@@ -95,7 +95,7 @@ struct Undo {
 pub(super) struct Migrating {
     call: Arc<Call>,
     openai: Arc<OpenAiRequest>,
-    splice: Splice,
+    pub(super) splice: Splice,
     leg: Leg,
     state: State,
     broke: Option<Cause>,
@@ -168,11 +168,6 @@ impl Migrating {
         }
     }
 
-    /// Its engine tells no ids: the text is kept, and the prompt's ids, if they are known.
-    pub(super) fn keep_text(&mut self, prompt: Option<Arc<[u32]>>) {
-        self.splice.keep_text(Kept::new(prompt));
-    }
-
     /// What the client gets of the events that have come.
     fn take_events(&mut self) -> Option<Bytes> {
         if self.leg.pending.is_empty() {
@@ -230,7 +225,7 @@ impl Migrating {
             kept: None,
         };
         self.take_stock(&cause);
-        match self.recipe(&cause) {
+        match self.recipe(&cause, false) {
             Ok(recipe) => self.set_out(cause, recipe, place),
             Err("no_token_ids") if self.ask_for_ids(&cause, place) => {}
             Err(reason) => {
@@ -260,7 +255,8 @@ impl Migrating {
 
     /// Has the ids of prompt and text found, if they may be.
     fn ask_for_ids(&mut self, cause: &Cause, place: Option<Counted>) -> bool {
-        let kept = self.splice.kept.as_ref().filter(|kept| !kept.is_empty());
+        let kept = self.splice.kept.as_ref();
+        let kept = kept.filter(|kept| kept.retells && !kept.is_empty());
         let Some(kept) = kept.cloned() else {
             return false;
         };
@@ -281,7 +277,14 @@ impl Migrating {
         let recipe = told.and_then(|told| {
             self.undo.kept = self.splice.retell(&told);
             self.tokens_before = self.splice.tokens;
-            self.recipe(&cause)
+            self.recipe(&cause, false)
+        });
+        let recipe = recipe.or_else(|reason| {
+            if let Some(kept) = self.undo.kept.take() {
+                self.splice.untell(kept);
+            }
+            // What no ids are made of may still be told again.
+            self.recipe(&cause, true).map_err(|_| reason)
         });
         match recipe {
             Ok(recipe) => {
@@ -330,7 +333,7 @@ impl Migrating {
         trouble.attempts += u32::from(trouble.calls > 0 && !chance);
     }
 
-    fn recipe(&self, cause: &Cause) -> Result<recipe::Recipe, &'static str> {
+    fn recipe(&self, cause: &Cause, told_none: bool) -> Result<recipe::Recipe, &'static str> {
         match cause {
             Cause::Unproven => return Err("entrance"),
             Cause::Diverged => return Err("diverged"),
@@ -351,6 +354,7 @@ impl Migrating {
             lag_is_known: self.lag_is_known,
             may_risk: !matches!(cause, Cause::Leaving),
             has_our_seed: self.has_our_seed,
+            told_none,
         };
         recipe(&self.openai, &self.splice, &rules)
     }

@@ -139,6 +139,8 @@ pub(super) struct Rules {
     pub(super) may_risk: bool,
     /// It was given a seed that its client did not.
     pub(super) has_our_seed: bool,
+    /// No ids could be made of its text.
+    pub(super) told_none: bool,
 }
 
 /// How a stream goes on.
@@ -167,6 +169,12 @@ pub(super) fn recipe(
     let here = judge_cut(&fields, splice, rules, determined)
         .and_then(|()| judge_sampling(&fields, rules.same_distribution));
     let ids = has_ids(splice);
+    if ids.is_err() && rules.may_risk {
+        let retold = here.is_ok() && !rules.told_none;
+        if let Some(again) = splice.text_again(retold) {
+            return Ok(restart(again));
+        }
+    }
     if here.is_ok() {
         ids?;
     }

@@ -10,6 +10,7 @@ use super::{
     budget::Held,
     cause::Cause,
     event::{Facts, characters, list_length},
+    piece::{Again, Piece},
     recipe::{Asked, Way},
     rewrite::{self, Skip},
     told::{self, Kept, Told},
@@ -50,38 +51,8 @@ pub(super) struct Cut {
     pub(super) again_tokens: usize,
     /// Characters of their text that were delivered.
     pub(super) again_chars: usize,
-}
-
-/// The piece that runs now.
-#[derive(Debug, Default)]
-struct Piece {
-    first: bool,
-    /// It is written as the client wants it.
-    same_form: bool,
-    /// Tokens before it, which its prompt holds.
-    before: usize,
-    /// Characters before it.
-    offset: usize,
-    /// Ids that it must generate again, as text, and how many.
-    again: Bytes,
-    again_tokens: usize,
-    /// Something of these was shown, so that others would not do.
-    bound: bool,
-    /// Opening chunks that the client has had.
-    openings: usize,
-    /// All of it was told before, and is compared with that.
-    compared: bool,
-    /// Its prompt is still to be compared with what was asked.
-    unproven: bool,
-    /// It goes on within reasoning, and is still to show that its parser knows.
-    reasons: bool,
-}
-
-impl Piece {
-    /// Tokens told before it that it has not come to yet. Where nothing of them was shown, others will do.
-    fn told_ahead(&self) -> usize {
-        self.again_tokens * usize::from(self.bound)
-    }
+    /// By these it is judged whether it is the same text: no ids were told.
+    by_text: bool,
 }
 
 /// The state of one stream.
@@ -269,6 +240,9 @@ impl Splice {
             }
             piece.again_tokens -= tokens;
         }
+        if let Some(again) = &mut piece.again_text {
+            again.admit(raw, facts)?;
+        }
         Ok(Skip {
             tokens,
             chars: self.delivered - self.told.min(self.delivered),
@@ -335,14 +309,18 @@ impl Splice {
 
     fn bytes(&self) -> usize {
         let kept = self.kept.as_ref().map_or(0, Kept::bytes);
-        self.prompt_ids.len() + self.ids.len() + self.piece.again.len() + kept
+        let again = self.piece.again_text.as_ref().map_or(0, Again::bytes);
+        self.prompt_ids.len() + self.ids.len() + self.piece.again.len() + kept + again
     }
 
     /// Takes in the text of an event, which brought so many ids, if it told any.
     fn text(&mut self, quoted: &[u8], ids: Option<usize>) {
         self.began = true;
         // Also when no ids are held: a piece that runs may still have to leave out what was delivered.
+        // Of a piece that tells again what was delivered, so many characters are no news.
+        let known = self.delivered - self.told.min(self.delivered);
         self.told += characters(quoted);
+        let news = self.told > self.delivered;
         self.delivered = self.delivered.max(self.told);
         if self.parsed == Parsed::Reasoning {
             self.parsed = Parsed::Plain;
@@ -353,9 +331,13 @@ impl Splice {
             return;
         }
         if let (Some(kept), None) = (&mut self.kept, ids) {
-            kept.take_in(quoted);
+            kept.take_in(quoted, known);
             // As good a guess as any.
-            self.tokens += 1;
+            let reached = self.piece.reached;
+            self.tokens = match news {
+                true => self.tokens.max(reached) + 1,
+                false => reached.min(self.tokens + 1),
+            };
             return;
         }
         if ids.is_none() || self.prompt_ids.is_empty() {
@@ -391,9 +373,10 @@ impl Splice {
         self.held.clear();
     }
 
-    /// Its engine tells no ids: its text is kept instead, if engines hold none of it back.
-    pub(super) fn keep_text(&mut self, kept: Kept) {
-        self.kept = Some(kept).filter(|_| self.asked.margin == 0);
+    /// Its engine tells no ids: its text is kept instead. Ids are made of it only if engines hold none of it back.
+    pub(super) fn keep_text(&mut self, mut kept: Kept) {
+        kept.retells &= self.asked.margin == 0;
+        self.kept = Some(kept).filter(|kept| kept.retells || kept.compares);
     }
 
     /// Takes in the ids of prompt and text, as if the engine had told them. Gives what was kept instead.
@@ -439,6 +422,7 @@ impl Splice {
             tokens: mark.tokens,
             again_tokens: self.tokens - mark.tokens + self.piece.told_ahead(),
             again_chars: self.delivered.saturating_sub(mark.told + lag),
+            by_text: false,
         }
     }
 
@@ -449,6 +433,19 @@ impl Splice {
             again_chars: self.delivered,
             ..Cut::default()
         }
+    }
+
+    /// The same by its text alone, if that is all there is of it; with `retold` only if no ids are to be made of that.
+    pub(super) fn text_again(&self, retold: bool) -> Option<Cut> {
+        let kept = self.kept.as_ref().filter(|kept| kept.compares)?;
+        let shown = self.logprobs || retold && kept.retells;
+        // What stands behind the choices is not rewritten.
+        let named = memchr::memmem::find(&self.head, b"\"id\"").is_some();
+        (!shown && named && kept.again().is_some()).then(|| Cut {
+            again_chars: self.delivered,
+            by_text: true,
+            ..Cut::default()
+        })
     }
 
     /// Whether the engine that runs now has told a token.
@@ -474,6 +471,7 @@ impl Splice {
 
     /// The rest comes from a new piece.
     pub(super) fn go_on(&mut self, cut: &Cut, way: Way) {
+        let reached = self.piece.reached.max(self.tokens);
         let mut again = self.ids.split_off(cut.mark.ids.min(self.ids.len()));
         if self.piece.told_ahead() > 0 {
             again.extend_from_slice(&self.piece.again);
@@ -481,6 +479,7 @@ impl Splice {
         self.tokens = cut.tokens;
         self.marks.truncate(usize::from(cut.tokens > 0));
         let text_before = self.delivered - cut.again_chars;
+        let by_text = self.kept.as_ref().filter(|_| cut.by_text);
         self.told = text_before;
         self.piece = Piece {
             first: false,
@@ -489,6 +488,8 @@ impl Splice {
             offset: text_before,
             again: again.into(),
             again_tokens: cut.again_tokens,
+            again_text: by_text.and_then(Kept::again),
+            reached,
             bound: self.asked.ids
                 || self.logprobs
                 || cut.again_chars > 0

@@ -110,7 +110,7 @@ fn reasoning_behind_the_last_mark_is_known() {
 fn a_stream_that_stays_keeps_its_text() {
     let silent = |text: &str| raw(&json!({"id": "c", "choices": [{"index": 0, "text": text}]}));
     let mut stream = splice(&Asked::default());
-    stream.keep_text(Kept::new(None));
+    stream.keep_text(Kept::new(None, true, false));
     let mut out = BytesMut::new();
     stream.admit(&silent("ab"), &mut out).unwrap();
     let told = Told {

@@ -469,6 +469,7 @@ fn rules(may_risk: bool) -> recipe::Rules {
         lag_is_known: true,
         may_risk,
         has_our_seed: false,
+        told_none: false,
     }
 }
 

@@ -1,7 +1,11 @@
-//! The ids of a stream whose engine tells none: of the prompt as routing knows them, of the text by the model's own
-//! tokenizer. Only when the stream is to move: until then nothing but its text is kept.
+//! What is kept of a stream whose engine tells no ids: its text, until it is to move. Then it is told again and compared,
+//! or ids are looked for: of the prompt as routing knows them, of the text by the model's own tokenizer.
 
-use super::{Policy, resume::Call};
+use super::{
+    Policy,
+    piece::{Again, read},
+    resume::Call,
+};
 use crate::{
     endpoints::{Endpoint, Level},
     openai::{Api, OpenAiRequest, Prompt},
@@ -27,20 +31,33 @@ pub(super) struct Kept {
     prompt: Option<Arc<[u32]>>,
     /// What was delivered, as it stands within strings of JSON.
     text: Vec<u8>,
+    /// Ids may be made of it.
+    pub(super) retells: bool,
+    /// It comes again if the request is sent again.
+    pub(super) compares: bool,
 }
 
 impl Kept {
-    pub(super) fn new(prompt: Option<Arc<[u32]>>) -> Self {
+    pub(super) fn new(prompt: Option<Arc<[u32]>>, retells: bool, compares: bool) -> Self {
         Self {
             prompt,
             text: Vec::new(),
+            retells,
+            compares,
         }
     }
 
-    /// The text of one more event, with its quotes.
-    pub(super) fn take_in(&mut self, quoted: &[u8]) {
-        let inner = quoted.get(1..quoted.len() - 1);
+    /// The text of one more event, with its quotes, less so many characters that are here.
+    pub(super) fn take_in(&mut self, quoted: &[u8], known: usize) {
+        let rest = (known > 0).then(|| rest(quoted, known).unwrap_or_default());
+        let news = rest.as_deref().map_or(quoted, str::as_bytes);
+        let inner = news.get(1..news.len().saturating_sub(1));
         self.text.extend_from_slice(inner.unwrap_or_default());
+    }
+
+    /// What another engine is to tell again.
+    pub(super) fn again(&self) -> Option<Again> {
+        Again::of(&self.text)
     }
 
     /// The same, with the prompt's ids, which need not be looked for again.
@@ -62,6 +79,13 @@ impl Kept {
     }
 }
 
+/// A string of JSON less so many characters, if that leaves some.
+fn rest(quoted: &[u8], known: usize) -> Option<String> {
+    let text = read(quoted)?;
+    let (at, _) = text.char_indices().nth(known)?;
+    serde_json::to_string(&text[at..]).ok()
+}
+
 /// Ids as they stand in a list, each with a comma behind it.
 pub(super) fn list(ids: &[u32]) -> Vec<u8> {
     let mut text = Vec::with_capacity(ids.len() * 6);
@@ -80,6 +104,17 @@ pub(super) struct Told {
 }
 
 impl Policy {
+    /// Whether a stream whose engine tells no ids comes again if it is asked for again: one text, and its tokens are
+    /// determined.
+    pub(super) fn may_compare(openai: &OpenAiRequest) -> bool {
+        let one = matches!(
+            openai.prompt,
+            Prompt::Messages | Prompt::Text | Prompt::TokenIds
+        );
+        let determined = openai.greedy || openai.has_seed;
+        one && openai.n == 1 && determined && !openai.return_token_ids
+    }
+
     /// Whether a chat whose engine tells no ids may go on by those of a tokenizer of our own: it is one text, engines
     /// that may get it go on from ids, and a tokenizer is here, or will be.
     pub(super) fn may_tell(
