@@ -56,7 +56,7 @@ impl EnginesOf {
             },
             Self::Trtllm => Row {
                 profiles: &[Profile::Trtllm],
-                paths: &[],
+                paths: &[CHAT, COMPLETIONS],
                 splits: true,
             },
             Self::Mixed => Row {
@@ -70,11 +70,7 @@ impl EnginesOf {
     /// # Errors
     /// Nothing can be shown of such a fleet; this is why.
     pub(crate) fn check(self, split: bool) -> Result<(), &'static str> {
-        let row = self.row();
-        if row.paths.is_empty() {
-            return Err("streams of these engines do not go on once they have begun");
-        }
-        if split && !row.splits {
+        if split && !self.row().splits {
             return Err("prefill and decode are at engines of one kind");
         }
         Ok(())
@@ -116,15 +112,15 @@ impl EnginesOf {
         let mut text = format!("Tell story number {prompt} of the outrigger.");
         let mut body = json!({"model": "sim", "stream": true, "temperature": 0, "max_tokens": args.tokens,
             "ignore_eos": true, "stream_options": {"include_usage": true}});
+        let paths = self.row().paths;
+        let path = paths[prompt % paths.len()];
         if args.split {
             text.push_str(&LONG.repeat(LONG_TIMES));
-            if self != Self::Sglang {
-                // What is cached is not worth to be split.
+            // What is cached is not worth to be split. Completions of TensorRT-LLM know no salt.
+            if self == Self::Vllm || self == Self::Trtllm && path == CHAT {
                 body["cache_salt"] = id.into();
             }
         }
-        let paths = self.row().paths;
-        let path = paths[prompt % paths.len()];
         if path == CHAT {
             body["messages"] = json!([{"role": "user", "content": text}]);
         } else {

@@ -61,9 +61,9 @@ struct Args {
     /// Take this `outrigger-proxy`; the default is one that is built in.
     #[arg(long)]
     proxy: Option<PathBuf>,
-    /// Where the proxies' access logs are.
-    #[arg(long, hide = true, default_value = ".")]
-    logs: PathBuf,
+    /// Keep there what the proxies log: `N.log` is the access log of pod N, `N.err` its messages (`RUST_LOG` says which).
+    #[arg(long)]
+    logs: Option<PathBuf>,
     /// Be the proxy of this pod.
     #[arg(long, hide = true)]
     proxy_of: Option<usize>,
@@ -101,9 +101,10 @@ async fn main() -> ExitCode {
         eprintln!("{why}");
         return ExitCode::from(2);
     }
-    let logs = std::env::temp_dir().join(format!("outrigger-resilience-{}", std::process::id()));
+    let scratch = std::env::temp_dir().join(format!("outrigger-resilience-{}", std::process::id()));
+    let logs = args.logs.clone().unwrap_or_else(|| scratch.clone());
     std::fs::create_dir_all(&logs).expect("invariant: there is room for logs");
-    args.logs.clone_from(&logs);
+    let keeps = args.logs.replace(logs.clone()).is_some();
     let mut pods = pod::start(&mut args).await;
     let expected = undisturbed(&args).await;
     let until = Instant::now() + Duration::from_secs(args.seconds);
@@ -121,8 +122,10 @@ async fn main() -> ExitCode {
     tokio::time::sleep(LOG_LAG).await;
     drop(pods);
     let report = Report::of(&ended, &args, &fire, &report::logged(&logs));
-    // Best effort: scratch files.
-    let _ = std::fs::remove_dir_all(&logs);
+    if !keeps {
+        // Best effort: scratch files.
+        let _ = std::fs::remove_dir_all(&logs);
+    }
     report.print();
     ExitCode::from(u8::from(!report.is_kept()))
 }

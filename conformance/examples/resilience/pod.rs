@@ -10,7 +10,9 @@ use outrigger_proxy::bootstrap::OUTBOUND;
 use outrigger_xds::resource::{bootstrap::Bootstrap, listener::Listener};
 use rand::Rng;
 use std::{
+    fs::OpenOptions,
     net::SocketAddr,
+    path::{Path, PathBuf},
     process::{ExitCode, Stdio},
     sync::{
         Arc,
@@ -22,6 +24,7 @@ use tokio::{
     net::TcpStream,
     process::{Child, Command},
 };
+use tracing_subscriber::EnvFilter;
 
 /// Between two looks at a proxy that starts.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -57,6 +60,12 @@ impl Addresses {
     }
 }
 
+/// A file of what the proxy of a pod logs.
+fn log(at: usize, kind: &str, args: &Args) -> PathBuf {
+    let logs = args.logs.as_deref().unwrap_or(Path::new("."));
+    logs.join(format!("{at}.{kind}"))
+}
+
 /// Flags of the proxy of a pod: who is where. All else is as shipped, but for the threads: one, since pods share cores.
 fn flags(at: usize, args: &Args) -> Vec<(&'static str, String)> {
     let pods: Vec<_> = args.addresses.chunks(4).map(Addresses::of).collect();
@@ -64,7 +73,7 @@ fn flags(at: usize, args: &Args) -> Vec<(&'static str, String)> {
         Side::Prefill => "prefill",
         Side::Decode => "decode",
     });
-    let log = args.logs.join(format!("{at}.log"));
+    let log = log(at, "log", args);
     let mut flags = vec![
         (
             "--engine",
@@ -84,6 +93,12 @@ fn flags(at: usize, args: &Args) -> Vec<(&'static str, String)> {
 
 /// Runs the proxy of a pod until whoever started it ends.
 pub(crate) fn run_proxy(at: usize, args: &Args) -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     let flags = flags(at, args).into_iter();
     let builder = flags.fold(ProxyBuilder::new(), |builder, (name, value)| {
         builder.flag(name, &value)
@@ -193,7 +208,11 @@ fn start_proxy(at: usize, args: &Args) -> std::io::Result<Child> {
         }
         None => this_again(at, args)?,
     };
-    command.stdin(Stdio::piped()).kill_on_drop(true);
+    let mut messages = OpenOptions::new();
+    let messages = messages.create(true).append(true);
+    let messages = messages.open(log(at, "err", args))?;
+    command.stdin(Stdio::piped()).stderr(messages);
+    command.kill_on_drop(true);
     command.spawn()
 }
 
@@ -209,7 +228,7 @@ fn this_again(at: usize, args: &Args) -> std::io::Result<Command> {
         .args(["--engines-of", engines_of.get_name()])
         .args(["--engines", &args.engines.to_string()])
         .arg("--logs")
-        .arg(&args.logs);
+        .args(&args.logs);
     for (flag, on) in [("--without", args.without), ("--split", args.split)] {
         if on {
             command.arg(flag);
