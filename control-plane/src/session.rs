@@ -301,11 +301,9 @@ impl Session {
         let watched = self.types.entry(request.type_url.clone()).or_default();
         watched.wake();
         if let Ok(nonce) = request.nonce.parse() {
-            // Of others it is not known that they name the version of whatever they take.
-            let is_grpc = self.client.as_ref().is_some_and(Client::is_grpc);
             let version = match &request.ask {
-                Ask::State { version, .. } if is_grpc => Some(version.as_str()),
-                Ask::State { .. } | Ask::Delta { .. } => None,
+                Ask::State { version, .. } => Some(version.as_str()),
+                Ask::Delta { .. } => None,
             };
             watched.answered(self.protocol, (nonce, version), request.error, now);
         }

@@ -6,6 +6,68 @@ use super::{
 };
 use Kind::{Clusters, Endpoints, Routes};
 
+/// A client that took one version of `a`, and refused the next one, which came last; with the version that it took.
+fn refusing() -> (Talk, String) {
+    let mut talk = Talk::new(Protocol::State);
+    talk.want(Endpoints, &["a"]);
+    talk.told(&[(Endpoints, "a", "1")]);
+    talk.answer(Endpoints, &["a"], None);
+    let good = talk.last[Endpoints.type_url()].version.clone();
+    talk.told(&[(Endpoints, "a", "2")]);
+    talk.answer(Endpoints, &["a"], Some("no"));
+    (talk, good)
+}
+
+/// What a client wants is another thing from now on: it repeats the nonce of what it refused, and the version that it has.
+fn want_instead(talk: &mut Talk, version: &str, names: &[&str]) {
+    let bad = talk.last[Endpoints.type_url()].clone();
+    talk.hear(Request {
+        type_url: bad.type_url,
+        nonce: bad.nonce,
+        ask: Ask::State {
+            version: version.to_owned(),
+            names: set(names),
+        },
+        ..Request::default()
+    });
+}
+
+/// Everybody does so who asks for something else after a refusal: Envoy, gRPC, our own proxies.
+#[test]
+fn who_repeats_the_nonce_of_what_it_refused_has_not_taken_it() {
+    let (mut talk, good) = refusing();
+    want_instead(&mut talk, &good, &["a", "b"]);
+    assert_eq!(talk.state(Endpoints), State::Nacked);
+    assert!(talk.status(Endpoints).nacked.is_some());
+    talk.told(&[(Endpoints, "a", "3")]);
+    talk.answer(Endpoints, &["a", "b"], None);
+    assert_eq!(talk.state(Endpoints), State::Acked);
+}
+
+/// Nothing is waited for then, and nothing is left to be told.
+#[test]
+fn who_gives_up_what_it_refused_has_answered() {
+    for names in [&[][..], &["b"]] {
+        let (mut talk, good) = refusing();
+        want_instead(&mut talk, &good, names);
+        assert!(!talk.session.is_pending(), "{names:?}");
+        assert_eq!(talk.state(Endpoints), State::Acked, "{names:?}");
+        assert_eq!(talk.status(Endpoints).nacked, None, "{names:?}");
+    }
+}
+
+/// A response that only says what is gone has nothing that could be refused by name.
+#[test]
+fn what_is_refused_of_a_removal_is_a_refusal() {
+    let mut talk = settled(Protocol::Delta);
+    let world: Vec<_> = WORLD.iter().copied().filter(|of| of.0 != Routes).collect();
+    assert_eq!(talk.told(&world), ["Routes[] -[r]"]);
+    assert_eq!(talk.state(Routes), State::Pending);
+    talk.answer(Routes, &[], Some("no"));
+    assert_eq!(talk.state(Routes), State::Nacked);
+    assert!(!talk.session.is_pending());
+}
+
 #[test]
 fn a_refusal_is_remembered_and_not_answered() {
     for protocol in BOTH {

@@ -41,6 +41,8 @@ pub(super) struct By {
     pub(super) nonce: u64,
     /// Of all of the type.
     pub(super) version: String,
+    /// It brought nothing: nothing that is there can be what was refused of it.
+    pub(super) is_bare: bool,
     pub(super) at: SystemTime,
 }
 
@@ -88,6 +90,7 @@ pub(super) fn restored(
     let by = Arc::new(By {
         nonce: 0,
         version: String::new(),
+        is_bare: false,
         at: now,
     });
     let sent = versions.into_iter().map(|(name, version)| {

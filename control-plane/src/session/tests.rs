@@ -431,33 +431,6 @@ fn names_count_even_beside_an_old_nonce() {
     assert_eq!(talk.told(&world), ["Endpoints[b@1]"]);
 }
 
-/// gRPC does so whenever it asks for something else after a refusal.
-#[test]
-fn who_repeats_the_nonce_of_what_it_refused_has_not_taken_it() {
-    let mut talk = Talk::new(Protocol::State);
-    talk.user_agent = "gRPC C-core linux";
-    talk.want(Endpoints, &["a"]);
-    talk.told(&[(Endpoints, "a", "1")]);
-    talk.answer(Endpoints, &["a"], None);
-    let good = talk.last[Endpoints.type_url()].version.clone();
-    talk.told(&[(Endpoints, "a", "2")]);
-    talk.answer(Endpoints, &["a"], Some("no"));
-    let bad = talk.last[Endpoints.type_url()].clone();
-    talk.hear(Request {
-        type_url: bad.type_url,
-        nonce: bad.nonce,
-        ask: Ask::State {
-            version: good,
-            names: set(&["a", "b"]),
-        },
-        ..Request::default()
-    });
-    assert_eq!(talk.state(Endpoints), State::Nacked);
-    talk.told(&[(Endpoints, "a", "3")]);
-    talk.answer(Endpoints, &["a", "b"], None);
-    assert_eq!(talk.state(Endpoints), State::Acked);
-}
-
 #[test]
 fn who_asks_again_is_answered() {
     let mut talk = settled(Protocol::Delta);

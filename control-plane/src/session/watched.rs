@@ -76,6 +76,8 @@ pub(super) struct Watched {
     claimed: String,
     sent: BTreeMap<String, Sent>,
     last: Option<Arc<By>>,
+    /// The last response of those that were taken or refused.
+    answered: u64,
     acked: Option<Told>,
     nacked: Option<Nack>,
     /// All that there was when it lacked nothing of it, and has said nothing since.
@@ -127,9 +129,10 @@ impl Watched {
         };
         let has_another = version.is_some_and(|version| version != last.version);
         if error.is_none() && last.nonce == nonce && has_another {
-            // It says what it wants, after it refused that response, whose nonce it repeats.
+            // It says what it wants, after it refused that response, whose nonce it repeats: who takes a response names its version.
             return;
         }
+        self.answered = self.answered.max(nonce);
         let state = if error.is_some() {
             State::Nacked
         } else {
@@ -175,8 +178,19 @@ impl Watched {
         self.due |= all && !self.all;
         self.asked.extend(names.difference(&self.names).cloned());
         self.asked.retain(|name| names.contains(name));
-        self.sent.retain(|name, _| all || names.contains(name));
         (self.all, self.names) = (all, names);
+        self.forget_the_unwanted();
+    }
+
+    /// A refusal is over when nothing is left of what was refused.
+    fn forget_the_unwanted(&mut self) {
+        let is_refused = |sent: &Sent| sent.state == State::Nacked;
+        let had_refused = self.sent.values().any(is_refused);
+        let (all, names) = (self.all, &self.names);
+        self.sent.retain(|name, _| all || names.contains(name));
+        if had_refused && !self.sent.values().any(is_refused) {
+            self.nacked = None;
+        }
     }
 
     /// With what changed, it says what it wants beside that, and no more.
@@ -204,8 +218,7 @@ impl Watched {
         let new = subscribe.iter().filter(|name| !known(name));
         self.asked.extend(new.cloned());
         self.names.extend(subscribe);
-        self.sent
-            .retain(|name, _| self.all || self.names.contains(name));
+        self.forget_the_unwanted();
     }
 
     fn give_up(&mut self, name: &str) {
@@ -300,6 +313,7 @@ impl Watched {
         let by = Arc::new(By {
             nonce: 0,
             version: content.version,
+            is_bare: false,
             at,
         });
         for resource in content.resources {
@@ -417,6 +431,7 @@ impl Watched {
         let by = Arc::new(By {
             nonce,
             version: content.version.clone(),
+            is_bare: content.resources.is_empty(),
             at: now,
         });
         let is_whole = protocol == Protocol::State && kind.is_some_and(Kind::is_whole);
@@ -460,20 +475,20 @@ impl Watched {
 
     /// A response without resources is answered, too.
     fn is_unanswered(&self) -> bool {
-        let last = self.last.as_ref().map(|last| &last.version);
-        let acked = self.acked.as_ref().map(|acked| &acked.version);
-        self.sent.is_empty() && last != acked
+        let last = self.last.as_ref().map_or(0, |last| last.nonce);
+        self.sent.is_empty() && last > self.answered
     }
 
     /// Whether something was not answered at all, whatever was refused.
     pub(super) fn is_pending(&self) -> bool {
-        let is_unanswered = self.is_unanswered() && self.nacked.is_none();
-        is_unanswered || self.sent.values().any(|it| it.state == State::Pending)
+        self.is_unanswered() || self.sent.values().any(|it| it.state == State::Pending)
     }
 
     fn state(&self) -> State {
         let has = |state| self.sent.values().any(|sent| sent.state == state);
-        if has(State::Nacked) {
+        let is_bare = self.last.as_ref().is_some_and(|last| last.is_bare);
+        let is_refused = self.sent.is_empty() && is_bare && self.nacked.is_some();
+        if has(State::Nacked) || is_refused {
             State::Nacked
         } else if has(State::Pending) || self.is_unanswered() {
             State::Pending
