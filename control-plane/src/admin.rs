@@ -243,9 +243,11 @@ fn configs(snapshot: &Snapshot) -> Vec<Value> {
         let body = match kind {
             // Keys are nobody's business.
             Kind::Secrets => json!("left out"),
-            Kind::Clusters | Kind::Endpoints | Kind::Listeners | Kind::Routes => {
-                written::to_json(&resource.any).unwrap_or_default()
-            }
+            Kind::Clusters
+            | Kind::Endpoints
+            | Kind::Listeners
+            | Kind::Routes
+            | Kind::Extensions => written::to_json(&resource.any).unwrap_or_default(),
         };
         json!({
             "type_url": kind.type_url(),

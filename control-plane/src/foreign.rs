@@ -35,6 +35,35 @@ fn may_have_ours(written: &Written) -> bool {
             && has_operators_of_ours(&String::from_utf8_lossy(bytes)))
 }
 
+/// Whether a resource is of use to nobody else: the configuration of a filter of ours.
+#[must_use]
+pub fn is_of_ours(meaning: &Meaning) -> bool {
+    match meaning {
+        Meaning::Extension(extension) => is_type_of_ours(&extension.config.type_url),
+        _ => false,
+    }
+}
+
+fn is_type_of_ours(url: &str) -> bool {
+    url.rsplit('/').next().unwrap_or(url).starts_with(OURS)
+}
+
+/// A filter whose configuration comes from elsewhere may be whatever is left of what it may be; whether nothing is.
+fn is_nothing_else(discovery: &mut Value) -> bool {
+    let Some(listed) = discovery["type_urls"].as_array_mut() else {
+        return false;
+    };
+    listed.retain(|url| !url.as_str().is_some_and(is_type_of_ours));
+    let is_nothing = listed.is_empty();
+    if is_ours(&discovery["default_config"])
+        && let Some(fields) = discovery.as_object_mut()
+    {
+        fields.remove("default_config");
+        fields.remove("apply_default_config_without_warming");
+    }
+    is_nothing
+}
+
 fn strip(value: &mut Value) {
     match value {
         Value::Array(list) => list.iter_mut().for_each(strip),
@@ -44,6 +73,10 @@ fn strip(value: &mut Value) {
                 match (key.as_str(), &mut *value) {
                     ("http_filters" | "monitors", Value::Array(list)) => {
                         list.retain(|item| !is_ours(&item["typed_config"]) || is_optional(item));
+                        list.retain_mut(|item| {
+                            let discovery = item.get_mut("config_discovery");
+                            !discovery.is_some_and(is_nothing_else)
+                        });
                     }
                     ("health_checks", Value::Array(list)) => {
                         list.retain(|item| !is_ours(&item["custom_health_check"]["typed_config"]));
@@ -97,10 +130,7 @@ fn is_optional(item: &Value) -> bool {
 
 /// Whether the JSON of an `Any` is of a type of ours: itself, in a `TypedStruct`, or in what a route says about a filter.
 fn is_ours(any: &Value) -> bool {
-    let is_named = |key: &str| {
-        let url = any[key].as_str().unwrap_or_default();
-        url.rsplit('/').next().unwrap_or(url).starts_with(OURS)
-    };
+    let is_named = |key: &str| any[key].as_str().is_some_and(is_type_of_ours);
     let inner = &any["config"];
     is_named("@type")
         || is_named("type_url")

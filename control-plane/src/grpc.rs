@@ -85,7 +85,8 @@ fn managed(manager: HttpConnectionManager) -> HttpConnectionManager {
     let mut http_filters = manager.http_filters;
     http_filters.retain(|filter| match &filter.config_type {
         Some(ConfigType::TypedConfig(any)) => filter.is_optional || is_understood(any),
-        None => false,
+        // It has no filters whose configuration comes from elsewhere.
+        Some(ConfigType::ConfigDiscovery(_)) | None => false,
     });
     let mut route_specifier = manager.route_specifier;
     if let Some(RouteSpecifier::RouteConfig(table)) = &mut route_specifier {

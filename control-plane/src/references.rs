@@ -8,6 +8,7 @@ use outrigger_xds::{
     resource::{
         cluster::Cluster,
         config_source::{ConfigSource, Origin},
+        extension::ExtensionConfigSource,
         filter_chain::Network,
         listener::Listener,
         mirror_policy::MirrorPolicy,
@@ -46,11 +47,25 @@ pub fn problems(resources: &[&Placed], issued: &BTreeSet<String>) -> Vec<Problem
     problems
 }
 
-/// The secrets that these name.
-pub fn secrets_of<'a>(resources: impl Iterator<Item = &'a Placed>) -> BTreeSet<&'a str> {
-    let named = resources.flat_map(|placed| named(&placed.written.meaning));
-    let secrets = named.filter(|(kind, _)| *kind == Kind::Secrets);
-    secrets.map(|(_, name)| name).collect()
+/// The secrets and the configurations of filters that these name, whether they have a default or not.
+pub fn kept_of<'a>(resources: impl Iterator<Item = &'a Placed>) -> BTreeSet<(Kind, &'a str)> {
+    let mut kept = BTreeSet::new();
+    for placed in resources {
+        kept.extend(named(&placed.written.meaning));
+        if let Meaning::Listener(listener) = &placed.written.meaning {
+            kept.extend(discovered(listener).map(|(name, _)| (Kind::Extensions, name)));
+        }
+    }
+    kept
+}
+
+/// The filters of a listener whose configurations come from the control plane.
+fn discovered(listener: &Listener) -> impl Iterator<Item = (&str, &ExtensionConfigSource)> {
+    let filters = listener.http_managers().flat_map(|http| &http.http_filters);
+    filters.filter_map(|filter| {
+        let from = filter.discovery.as_deref()?;
+        is_ours(&from.source).then_some((filter.name.as_str(), from))
+    })
 }
 
 fn problem(placed: &Placed, message: &str) -> Problem {
@@ -75,6 +90,7 @@ fn noun(kind: Kind) -> &'static str {
         Kind::Listeners => "listener",
         Kind::Routes => "route_configuration",
         Kind::Secrets => "secret",
+        Kind::Extensions => "typed_extension_config",
     }
 }
 
@@ -84,7 +100,7 @@ fn named(meaning: &Meaning) -> Vec<(Kind, &str)> {
         Meaning::Cluster(cluster) => of_cluster(cluster),
         Meaning::Listener(listener) => of_listener(listener),
         Meaning::Routes(table) => of_routes(table),
-        Meaning::Endpoints(_) | Meaning::Secret(_) => Vec::new(),
+        Meaning::Endpoints(_) | Meaning::Secret(_) | Meaning::Extension(_) => Vec::new(),
     }
 }
 
@@ -101,7 +117,9 @@ fn of_cluster(cluster: &Cluster) -> Vec<(Kind, &str)> {
 }
 
 fn of_listener(listener: &Listener) -> Vec<(Kind, &str)> {
-    let mut named = Vec::new();
+    // Without it a default counts, or nothing goes through.
+    let needed = discovered(listener).filter(|(_, from)| from.default_config.is_none());
+    let mut named: Vec<_> = needed.map(|(name, _)| (Kind::Extensions, name)).collect();
     for (_, chain) in listener.chains() {
         if let Some(tls) = &chain.tls {
             named.extend(secrets(&tls.common));

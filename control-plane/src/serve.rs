@@ -25,6 +25,7 @@ use outrigger_xds::wire::{
         cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer,
         discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
         endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryServiceServer,
+        extension::v3::extension_config_discovery_service_server::ExtensionConfigDiscoveryServiceServer,
         listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
         load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
         route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
@@ -316,6 +317,7 @@ fn router(shared: &Shared, (loads, registry): (Arc<Loads>, Option<Arc<Registry>>
         .add_service(service!(ListenerDiscoveryServiceServer))
         .add_service(service!(RouteDiscoveryServiceServer))
         .add_service(service!(SecretDiscoveryServiceServer))
+        .add_service(service!(ExtensionConfigDiscoveryServiceServer))
         .add_service(ClientStatusDiscoveryServiceServer::new(status))
         .add_service(load_reporting)
         .add_service(registry)

@@ -3,7 +3,7 @@
 //! [`Session::hear`] takes in a request, [`Session::next`] gives the next response against the newest snapshot, if there is one to give.
 //! Whoever calls does so when there is room for it, so that a slow client gets what is true then, and never a queue of what was; and once more
 //! after [`Session::held`].
-//! Clusters go first, then endpoints, listeners, routes and secrets; what is gone goes last, in the order in which nobody needs it any more.
+//! Clusters go first, then endpoints, listeners, routes, secrets and configurations of filters; what is gone goes last, in the order in which nobody needs it any more.
 
 mod sent;
 mod watched;
@@ -46,7 +46,13 @@ pub const ENDPOINTS_MAX: Duration = Duration::from_secs(5);
 pub const RESPONSE_BYTES_MAX: usize = 2 << 20;
 
 /// What is gone is told in this order, when listeners and routes were taken: those that are there still may need it. Listeners are not here: what takes the address of one that is gone can only come together with that.
-const REMOVALS: [Kind; 4] = [Kind::Routes, Kind::Clusters, Kind::Endpoints, Kind::Secrets];
+const REMOVALS: [Kind; 5] = [
+    Kind::Routes,
+    Kind::Clusters,
+    Kind::Endpoints,
+    Kind::Secrets,
+    Kind::Extensions,
+];
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -354,8 +360,9 @@ impl Session {
         }
         self.held = self.awaits(snapshot, now);
         let is_held = self.held.is_some();
-        let then = [Kind::Listeners, Kind::Routes, Kind::Secrets].into_iter();
-        let mut then = then.filter(|kind| !is_held || *kind == Kind::Secrets);
+        let held = [Kind::Listeners, Kind::Routes].into_iter();
+        let free = [Kind::Secrets, Kind::Extensions];
+        let mut then = held.filter(|_| !is_held).chain(free);
         let news = then.find_map(|kind| self.news(kind, snapshot, now));
         let next = news.or_else(|| self.unknown(now));
         if next.is_some() || is_held {
@@ -434,7 +441,7 @@ impl Session {
                 Kind::Endpoints => {
                     self.owed.remove(&resource.name);
                 }
-                Kind::Listeners | Kind::Routes | Kind::Secrets => {}
+                Kind::Listeners | Kind::Routes | Kind::Secrets | Kind::Extensions => {}
             }
         }
         if let Some(endpoints) = self.types.get_mut(Kind::Endpoints.type_url()) {

@@ -132,6 +132,10 @@ impl View {
             return Ok(());
         }
         let own = Arc::new(own);
+        if foreign::is_of_ours(&placed.written.meaning) {
+            self.ours.insert(kind, own);
+            return Ok(());
+        }
         let other = match foreign::without_ours(&placed.written) {
             Ok(Some(other)) => Arc::new(Resource::from(&other)),
             Ok(None) => own.clone(),
@@ -147,10 +151,12 @@ impl View {
         Ok(())
     }
 
-    /// Of secrets only those.
-    fn keep_secrets(&mut self, named: &BTreeSet<&str>) {
+    /// Of secrets and configurations of filters only those.
+    fn keep(&mut self, named: &BTreeSet<(Kind, &str)>) {
         for snapshot in [&mut self.ours, &mut self.others] {
-            snapshot.keep(Kind::Secrets, |name| named.contains(name));
+            for kind in [Kind::Secrets, Kind::Extensions] {
+                snapshot.keep(kind, |name| named.contains(&(kind, name)));
+            }
         }
     }
 
@@ -280,7 +286,7 @@ fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Ve
         problems.extend(whole.insert(placed, &last.general).err());
     }
     let mut general = whole.clone();
-    general.keep_secrets(&references::secrets_of(
+    general.keep(&references::kept_of(
         raw.iter().copied().chain(&made.general),
     ));
     general.share(&last.general);
@@ -292,7 +298,7 @@ fn build(raw: &[&Placed], made: &Made, last: &Published) -> Result<Published, Ve
             problems.extend(view.insert(placed, before).err());
         }
         let all = raw.iter().copied().chain(made.of_node(own));
-        view.keep_secrets(&references::secrets_of(all));
+        view.keep(&references::kept_of(all));
         view.share(before);
         nodes.insert(node.clone(), view);
     }

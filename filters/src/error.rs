@@ -17,6 +17,8 @@ use std::{
 pub enum Flag {
     /// NR: no route.
     NoRouteFound,
+    /// NFCF: a filter's configuration has not come.
+    NoFilterConfigFound,
     /// NC: no such cluster.
     NoClusterFound,
     /// UH: no healthy upstream.
@@ -101,6 +103,7 @@ impl Flag {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::NoRouteFound => "NR",
+            Self::NoFilterConfigFound => "NFCF",
             Self::NoClusterFound => "NC",
             Self::NoHealthyUpstream => "UH",
             Self::UpstreamConnectionFailure => "UF",

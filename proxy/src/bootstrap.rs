@@ -389,6 +389,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
                 type_url: openai::TYPE_URL.into(),
                 value: json!({"body_bytes_max": options.body_bytes_max}),
             },
+            discovery: None,
             is_optional: false,
             disabled: false,
         },
@@ -402,6 +403,7 @@ fn outbound_listener(options: &Options, address: Address) -> Listener {
                 type_url: kv_routing::TYPE_URL.into(),
                 value: json!({"block_tokens": options.block_tokens, "decision_header": true}),
             },
+            discovery: None,
             is_optional: false,
             disabled: false,
         });
@@ -479,6 +481,7 @@ fn ours(name: &str, value: Value) -> HttpFilter {
     HttpFilter {
         name: name.into(),
         config: TypedConfig { type_url, value },
+        discovery: None,
         is_optional: false,
         disabled: false,
     }
@@ -491,6 +494,7 @@ fn router_filter() -> HttpFilter {
             type_url: router::TYPE_URL.into(),
             value: json!({}),
         },
+        discovery: None,
         is_optional: false,
         disabled: false,
     }

@@ -58,10 +58,14 @@ impl<'a> Chains<'a> {
         let mut openai = false;
         let mut suppress_envoy_headers = false;
         let mut before: Vec<&str> = Vec::new();
+        let mut lacks = false;
         for index in 0..self.filters.len() {
             if let Some(filter) = self.filter(index, own)? {
                 let type_url = &self.filters[index].config.type_url;
+                lacks |= self.filters[index].is_missing();
                 let needed = registry::find(type_url).and_then(|known| known.after);
+                // Where one is missing, no request comes any further.
+                let needed = needed.filter(|_| !lacks);
                 if let Some(needed) = needed.filter(|needed| !before.contains(needed)) {
                     let name = &self.filters[index].name;
                     return Err(format!("http_filters[{name}]: needs '{needed}' before it"));
@@ -98,7 +102,8 @@ impl<'a> Chains<'a> {
         let mut built = Vec::new();
         for index in 0..self.filters.len() {
             let registration = registry::find(&self.filters[index].config.type_url);
-            if registration.is_some_and(|registration| registration.sees_all) {
+            let sees_all = registration.is_some_and(|registration| registration.sees_all);
+            if sees_all || self.filters[index].is_missing() {
                 built.extend(self.filter(index, own)?);
             }
         }
@@ -115,6 +120,9 @@ impl<'a> Chains<'a> {
         let Some(own) = effective(filter, own).map_err(located)? else {
             return Ok(None);
         };
+        if filter.is_missing() {
+            return Ok(Some(Arc::new(NoFilterConfig)));
+        }
         let registration = registry::find(&filter.config.type_url);
         if filter.is_optional && registration.is_none() {
             tracing::info!(
@@ -194,6 +202,38 @@ impl Filter for Direct {
             shape,
         ))))
     }
+}
+
+/// Stands for a filter whose configuration is missing, and lets nothing through.
+pub struct NoFilterConfig;
+
+impl Filter for NoFilterConfig {
+    /// Envoy's answer.
+    fn handle<'a>(
+        &'a self,
+        _request: http::Request<RequestBody>,
+        _context: &'a mut Context,
+        _next: Next<'a>,
+    ) -> Handled<'a> {
+        let status = http::StatusCode::INTERNAL_SERVER_ERROR;
+        let flag = Flag::NoFilterConfigFound;
+        Box::pin(ready(Err(Error::new(Origin::Proxy, flag, status, "", ""))))
+    }
+}
+
+/// What is wrong with what filters may become, in Envoy's words.
+#[must_use]
+pub fn check_discovery(filters: &[HttpFilter]) -> Vec<String> {
+    let each = filters
+        .iter()
+        .filter_map(|filter| Some((&filter.name, filter.discovery.as_ref()?)));
+    let listed = each.flat_map(|(name, from)| from.type_urls.iter().map(move |url| (name, url)));
+    let unknown = listed.filter(|(_, url)| registry::find(url).is_none());
+    unknown
+        .map(|(name, url)| {
+            format!("http_filters[{name}].config_discovery.type_urls: no factory found for a required type URL {url}")
+        })
+        .collect()
 }
 
 /// Ends the chain of requests that no route matches.

@@ -14,6 +14,7 @@ pub mod kept;
 mod model;
 mod stats;
 mod status;
+mod take;
 #[cfg(test)]
 mod tests;
 
@@ -27,16 +28,16 @@ use files::Files;
 use model::{Kind, Model, Subscription};
 use outrigger_filters::services::Services;
 use outrigger_xds::{
-    accepted::{Outcome, Scope, Update},
+    accepted::Outcome,
     load::{
         Syntax,
-        discovery::{self, Resource, Response},
+        discovery::{self, Response},
     },
     resource::{
         bootstrap::Bootstrap,
         cluster::{CircuitBreakers, Cluster},
         config_source::Origin,
-        secret::{Secret, SecretConfig},
+        secret::SecretConfig,
     },
 };
 use stats::Event;
@@ -251,71 +252,6 @@ impl Discovery {
         }
     }
 
-    /// Takes the resources of one type from one source, whatever brought them: the good ones take effect with the next
-    /// plan, a bad one keeps its last good version.
-    fn take(&mut self, kind: Kind, origin: &Origin, response: Response) -> Outcome {
-        // A control plane says what is gone.
-        let all = match origin {
-            Origin::Path(_) => Scope::Whole,
-            Origin::Ads | Origin::Service(_) => Scope::Named,
-        };
-        let (builder, model, contexts) = (&self.builder, &mut self.model, &self.contexts);
-        let outcome = match kind {
-            Kind::Clusters => {
-                let update = update(response, all);
-                let mut set = model.clusters.take_out(&update);
-                let mut check = builder.cluster_check(model, contexts, &update);
-                let outcome = set.take(update, &mut check);
-                drop(check);
-                model.clusters.put_back(set);
-                outcome
-            }
-            Kind::Listeners => {
-                let update = update(response, all);
-                let mut set = model.listeners.take_out(&update);
-                let mut check = builder.listener_check(model, contexts);
-                let outcome = set.take(update, &mut check);
-                drop(check);
-                model.listeners.put_back(set);
-                outcome
-            }
-            Kind::Routes => {
-                let update = update(response, Scope::Named);
-                let tables = model.tables.entry(origin.clone()).or_default();
-                let mut set = tables.take_out(&update);
-                let mut check = builder.route_check(model, origin);
-                let outcome = set.take(update, &mut check);
-                drop(check);
-                model
-                    .tables
-                    .entry(origin.clone())
-                    .or_default()
-                    .put_back(set);
-                outcome
-            }
-            Kind::Endpoints => {
-                let update = update(response, Scope::Named);
-                let known = model.assignments.entry(origin.clone()).or_default();
-                let mut set = known.take_out(&update);
-                let mut check = builder.endpoint_check(model, origin, &update);
-                let outcome = set.take(update, &mut check);
-                drop(check);
-                let known = model.assignments.entry(origin.clone()).or_default();
-                known.put_back(set);
-                outcome
-            }
-            Kind::Secrets => {
-                let set = model.secrets.entry(origin.clone()).or_default();
-                set.take(update(response, Scope::Named), &mut |secret: &Secret| {
-                    crate::tls::check_secret(&secret.content)
-                })
-            }
-        };
-        self.stale = true;
-        self.renewable |= kind == Kind::Secrets;
-        outcome
-    }
-
     /// Says what came of an update, which says nothing of others than `about` if it is given.
     fn tell(
         &mut self,
@@ -331,6 +267,11 @@ impl Discovery {
         if !outcome.changed.is_empty() || !outcome.removed.is_empty() {
             let (changed, removed) = (outcome.changed.len(), outcome.removed.len());
             tracing::info!(?kind, %origin, changed, removed, "configuration taken");
+        }
+        if kind == Kind::Extensions {
+            for name in &outcome.changed {
+                stats::count_extension(stats::EXTENSION_RELOAD, name);
+            }
         }
         let concerns =
             |name: &String| name.is_empty() || about.is_none_or(|about| about.contains(name));
@@ -558,17 +499,6 @@ impl Discovery {
         self.breakers = breakers;
         self.contexts.keep_servers(servers);
         self.contexts.count_days();
-    }
-}
-
-/// An update that comes now.
-fn update<R: Resource>(response: Response, scope: Scope) -> Update<R> {
-    Update {
-        version: response.version.clone(),
-        at: SystemTime::now(),
-        removed: response.removed.clone(),
-        resources: response.read(),
-        scope,
     }
 }
 

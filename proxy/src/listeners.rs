@@ -64,7 +64,7 @@ struct Running {
     place: Place,
 }
 
-/// Whether a listener is not what it was. A route table that came anew does not make it another.
+/// Whether a listener is not what it was. A route table or a filter's configuration that came anew does not make it another.
 fn is_another(before: &Arc<Listener>, now: &Arc<Listener>) -> bool {
     if Arc::ptr_eq(before, now) {
         return false;
@@ -73,6 +73,11 @@ fn is_another(before: &Arc<Listener>, now: &Arc<Listener>) -> bool {
     for (before, now) in known.http_managers_mut().zip(now.http_managers()) {
         if now.rds.is_some() {
             before.route_config = now.route_config.clone();
+        }
+        for (before, now) in before.http_filters.iter_mut().zip(&now.http_filters) {
+            if now.discovery.is_some() {
+                before.config = now.config.clone();
+            }
         }
     }
     known != **now

@@ -1,7 +1,7 @@
 //! The configuration as the request path uses it: immutable, swapped whole, with nothing live in it.
 
 use crate::{
-    chain::{Chains, NoRoute},
+    chain::{Chains, NoRoute, check_discovery},
     cluster::engine_id,
     http::LocalReplies,
     route::{self, BuiltRoute, Domains, Scope},
@@ -55,7 +55,7 @@ impl HttpConfig {
         exporters: &Exporters,
     ) -> Result<Self, Vec<String>> {
         let inbound = direction == TrafficDirection::Inbound;
-        let mut errors = Vec::new();
+        let mut errors = check_discovery(&manager.http_filters);
         let mut hosts = Vec::new();
         let services = Services {
             stat_prefix: manager.stat_prefix.as_str().into(),

@@ -203,6 +203,10 @@ fn method(kind: Option<Kind>, protocol: Protocol) -> &'static str {
             "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
             "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
         ],
+        Some(Kind::Extensions) => [
+            "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/StreamExtensionConfigs",
+            "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/DeltaExtensionConfigs",
+        ],
     };
     match protocol {
         Protocol::State => state,

@@ -4,7 +4,8 @@
 //! It does no IO, decodes nothing and judges nothing: [`Subscriptions::received`] says what of an answer is to be applied,
 //! [`Subscriptions::judged`] what came of it, and [`Subscriptions::next_request`] what is to be sent. A change of what is asked
 //! for never rides on an answer: some servers overlook it there. Answers go first, then types in the order in which
-//! they need each other: clusters, endpoints, listeners, routes, secrets.
+//! they need each other: clusters, endpoints, listeners, routes, secrets, configurations of
+//! filters.
 
 #[cfg(test)]
 mod model_server;
@@ -45,16 +46,19 @@ pub enum Kind {
     Routes,
     /// SDS.
     Secrets,
+    /// ECDS.
+    Extensions,
 }
 
 impl Kind {
     /// All of them, in order.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Clusters,
         Self::Endpoints,
         Self::Listeners,
         Self::Routes,
         Self::Secrets,
+        Self::Extensions,
     ];
 
     /// As it is written in requests.
@@ -66,6 +70,7 @@ impl Kind {
             Self::Listeners => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Routes => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Self::Secrets => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+            Self::Extensions => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
         }
     }
 
@@ -75,6 +80,12 @@ impl Kind {
         Self::ALL
             .into_iter()
             .find(|kind| kind.type_url() == type_url)
+    }
+
+    /// Whether one that a server removes is gone although somebody uses it: there is a default in its place.
+    #[must_use]
+    pub fn is_revocable(self) -> bool {
+        matches!(self, Self::Extensions)
     }
 
     /// Whether an answer with the state of the world holds all that there are: what it lacks is gone.

@@ -15,6 +15,9 @@ use outrigger_xds::wire::envoy::service::{
     endpoint::v3::endpoint_discovery_service_server::{
         EndpointDiscoveryService, EndpointDiscoveryServiceServer,
     },
+    extension::v3::extension_config_discovery_service_server::{
+        ExtensionConfigDiscoveryService, ExtensionConfigDiscoveryServiceServer,
+    },
     listener::v3::listener_discovery_service_server::{
         ListenerDiscoveryService, ListenerDiscoveryServiceServer,
     },
@@ -74,6 +77,7 @@ fn all(service: &Service) -> Router {
         .add_service(ListenerDiscoveryServiceServer::new(service.clone()))
         .add_service(RouteDiscoveryServiceServer::new(service.clone()))
         .add_service(SecretDiscoveryServiceServer::new(service.clone()))
+        .add_service(ExtensionConfigDiscoveryServiceServer::new(service.clone()))
 }
 
 /// A service in both protocols, and what else its trait has.
@@ -114,3 +118,4 @@ serves!(EndpointDiscoveryService, "eds", StreamEndpointsStream stream_endpoints,
 serves!(ListenerDiscoveryService, "lds", StreamListenersStream stream_listeners, DeltaListenersStream delta_listeners, fetch_listeners);
 serves!(RouteDiscoveryService, "rds", StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
 serves!(SecretDiscoveryService, "sds", StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
+serves!(ExtensionConfigDiscoveryService, "ecds", StreamExtensionConfigsStream stream_extension_configs, DeltaExtensionConfigsStream delta_extension_configs, fetch_extension_configs);

@@ -73,7 +73,7 @@ pub(super) fn secured(name: &str, certificate: &str, source: &Value) -> Value {
 }
 
 /// What a file with these would say.
-fn written(listeners: &[Value], clusters: &[Value], dynamic: &Value) -> Bootstrap {
+pub(super) fn written(listeners: &[Value], clusters: &[Value], dynamic: &Value) -> Bootstrap {
     let mut all = json!({
         "static_resources": { "listeners": listeners, "clusters": clusters },
         "dynamic_resources": dynamic,

@@ -34,6 +34,7 @@ mod dynamic;
 mod dynamic_listeners;
 mod dynamic_load;
 mod dynamic_tls;
+mod ecds;
 mod edge;
 mod envoy;
 mod failures;

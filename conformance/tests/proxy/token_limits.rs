@@ -59,6 +59,7 @@ fn limit(bootstrap: &mut Bootstrap, limits: &Value) {
         let limits = HttpFilter {
             name: "limits".into(),
             config,
+            discovery: None,
             is_optional: false,
             disabled: false,
         };

@@ -19,6 +19,7 @@ use outrigger_xds::{
             aggregated_discovery_service_server::AggregatedDiscoveryService,
         },
         endpoint::v3::endpoint_discovery_service_server::EndpointDiscoveryService,
+        extension::v3::extension_config_discovery_service_server::ExtensionConfigDiscoveryService,
         listener::v3::listener_discovery_service_server::ListenerDiscoveryService,
         route::v3::route_discovery_service_server::RouteDiscoveryService,
         secret::v3::secret_discovery_service_server::SecretDiscoveryService,
@@ -103,6 +104,7 @@ of_one_type!(EndpointDiscoveryService, one("eds", Kind::Endpoints), StreamEndpoi
 of_one_type!(ListenerDiscoveryService, one("lds", Kind::Listeners), StreamListenersStream stream_listeners, DeltaListenersStream delta_listeners, fetch_listeners);
 of_one_type!(RouteDiscoveryService, one("rds", Kind::Routes), StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
 of_one_type!(SecretDiscoveryService, one("sds", Kind::Secrets), StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
+of_one_type!(ExtensionConfigDiscoveryService, one("ecds", Kind::Extensions), StreamExtensionConfigsStream stream_extension_configs, DeltaExtensionConfigsStream delta_extension_configs, fetch_extension_configs);
 
 impl Shared {
     /// One response to one request: as a stream that ends after it.

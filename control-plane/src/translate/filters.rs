@@ -120,6 +120,7 @@ fn filter(name: &str, type_url: String, value: Value) -> HttpFilter {
     HttpFilter {
         name: name.into(),
         config: TypedConfig { type_url, value },
+        discovery: None,
         is_optional: false,
         disabled: false,
     }

@@ -524,6 +524,7 @@ fn hostname() -> String {
 pub(super) fn long_flag(flag: Flag) -> &'static str {
     match flag {
         Flag::NoRouteFound => "NoRouteFound",
+        Flag::NoFilterConfigFound => "NoFilterConfigFound",
         Flag::NoClusterFound => "NoClusterFound",
         Flag::NoHealthyUpstream => "NoHealthyUpstream",
         Flag::UpstreamConnectionFailure => "UpstreamConnectionFailure",

@@ -56,7 +56,7 @@ fn absent(model: &Model, kind: Kind, whole: Option<&BTreeSet<String>>) -> Vec<St
     let mut names: Vec<String> = match kind {
         Kind::Clusters => known(&model.clusters).collect(),
         Kind::Listeners => known(&model.listeners).collect(),
-        Kind::Endpoints | Kind::Routes | Kind::Secrets => Vec::new(),
+        Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => Vec::new(),
     };
     names.retain(|name| !whole.contains(name));
     names
@@ -186,7 +186,7 @@ impl Discovery {
         let Some(asked) = asked.into_iter().find(|asked| asked.name == name) else {
             return false;
         };
-        if self.model.is_there(&asked) {
+        if self.model.is_there(&asked) && !kind.is_revocable() {
             tracing::warn!(
                 ?kind,
                 name,

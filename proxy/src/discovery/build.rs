@@ -17,6 +17,7 @@ use outrigger_xds::{
         cluster::Cluster,
         config_source::{ConfigSource, Origin, Service},
         endpoint::{Address, ClusterLoadAssignment},
+        extension::ExtensionConfig,
         filter_chain::{FilterChain, Network},
         listener::{AccessLog, HttpConnectionManager, Listener},
         route::RouteConfiguration,
@@ -39,7 +40,7 @@ pub(super) struct Builder {
 }
 
 /// Judges resources of one type.
-type Check<'a, R> = Box<dyn FnMut(&R) -> Result<(), String> + 'a>;
+pub(super) type Check<'a, R> = Box<dyn FnMut(&R) -> Result<(), String> + 'a>;
 
 /// Clusters without their endpoints, which routes do not look at.
 pub(super) fn shells<'a>(clusters: impl Iterator<Item = &'a Cluster>) -> HashMap<String, Cluster> {
@@ -164,6 +165,10 @@ impl Builder {
         let named = |error| format!("listener '{name}': {error}");
         for http in listener.http_managers() {
             exists(model, http.rds.as_ref().map(|rds| &rds.source)).map_err(named)?;
+            for filter in &http.http_filters {
+                let discovery = filter.discovery.as_ref();
+                exists(model, discovery.map(|from| &from.source)).map_err(named)?;
+            }
         }
         let secrets = model::tls(listener).flat_map(CommonTls::secrets);
         check_secrets(model, secrets).map_err(named)?;
@@ -222,9 +227,8 @@ impl Builder {
                 return Err("a static listener has this name".into());
             }
             self.check_socket(model, contexts, listener)?;
-            let complete = model.complete_listener(listener);
-            let complete = complete.as_ref().unwrap_or(listener);
-            for http in complete.http_managers() {
+            let (filled, _) = model.filled_listener(listener);
+            for http in filled.http_managers() {
                 self.http(listener, http, &clusters)?;
             }
             if listener.address.port != 0 {
@@ -254,12 +258,35 @@ impl Builder {
                     if asks
                         .is_some_and(|rds| rds.source.origin == *origin && rds.name == table.name)
                     {
-                        let with = HttpConnectionManager {
-                            route_config: table.clone(),
-                            ..http.clone()
-                        };
+                        let mut with = http.clone();
+                        model.fill_filters(&mut with);
+                        with.route_config = table.clone();
                         self.http(listener, &with, &clusters)?;
                     }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Judges configurations of filters that came: each listener that asks for one must be able to use it.
+    pub(super) fn extension_check<'a>(
+        &'a self,
+        model: &'a Model,
+        origin: &'a Origin,
+    ) -> Check<'a, ExtensionConfig> {
+        let clusters = shells(model.all_clusters());
+        Box::new(move |came| {
+            for listener in model.all_listeners() {
+                let (filled, _) = model.filled_listener(listener);
+                for mut http in filled.http_managers().cloned() {
+                    if !put_in(&mut http, came, origin)? {
+                        continue;
+                    }
+                    // Routes were judged when they came.
+                    http.route_config.validate_clusters = false;
+                    self.http(listener, &http, &clusters)
+                        .map_err(|error| format!("listener '{}': {error}", listener.name))?;
                 }
             }
             Ok(())
@@ -372,6 +399,27 @@ impl Builder {
             }
         })
     }
+}
+
+/// Puts a configuration that came where a chain asks for it; whether it does.
+fn put_in(
+    http: &mut HttpConnectionManager,
+    came: &ExtensionConfig,
+    origin: &Origin,
+) -> Result<bool, String> {
+    let mut asks = false;
+    for filter in &mut http.http_filters {
+        let discovery = filter.discovery.as_ref();
+        let from =
+            discovery.filter(|from| from.source.origin == *origin && filter.name == came.name);
+        if let Some(from) = from {
+            let checked = from.check(&came.config);
+            checked.map_err(|error| format!("typed_config: {error}"))?;
+            filter.config = came.config.clone();
+            asks = true;
+        }
+    }
+    Ok(asks)
 }
 
 /// Where the connections or requests of a chain are logged.

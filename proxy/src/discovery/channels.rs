@@ -107,6 +107,7 @@ impl fmt::Display for Purpose {
             Kind::Listeners => "lds",
             Kind::Routes => "rds",
             Kind::Secrets => "sds",
+            Kind::Extensions => "ecds",
         })?;
         one.iter().try_for_each(|one| write!(f, " '{one}'"))
     }

@@ -103,6 +103,7 @@ impl Discovery {
             sections.insert(2.min(sections.len()), self.dump_endpoints());
         }
         sections.push(self.dump_secrets(&since));
+        sections.push(self.dump_extensions());
         dump
     }
 
@@ -201,6 +202,17 @@ impl Discovery {
             let mut shown = Map::from_iter([("name".to_owned(), json!(name))]);
             tell(&mut shown, (outcome, error));
             Value::Object(shown)
+        })
+    }
+
+    fn dump_extensions(&self) -> Value {
+        let sets = self.model.extensions.iter();
+        let came = sets.flat_map(|(origin, accepted)| {
+            self.entries((Kind::Extensions, origin), "ecds_filter", accepted)
+        });
+        json!({
+            "@type": type_url("EcdsConfigDump"),
+            "ecds_filters": came.chain(self.dump_absent(Kind::Extensions)).collect::<Vec<_>>(),
         })
     }
 

@@ -165,6 +165,10 @@ impl Discovery {
                 let known = model.tables.get(&Origin::Ads);
                 known.map(|known| good(known, kind, ads))
             }
+            Kind::Extensions => {
+                let known = model.extensions.get(&Origin::Ads);
+                known.map(|known| good(known, kind, ads))
+            }
             Kind::Secrets => None,
         };
         let kinds = Kept::kinds().filter_map(|kind| Some((kind, of_kind(kind)?)));

@@ -1,7 +1,7 @@
 //! What is configured: what was written, what came since, and what of it is complete enough to be used.
 //!
 //! It does no IO and knows no source: a resource is here because somebody brought it. A cluster waits for its endpoints
-//! and secrets, a listener for its routes and secrets, for as long as its source says.
+//! and secrets, a listener for its routes, secrets and filters, for as long as its source says.
 
 use outrigger_xds::{
     accepted::Accepted,
@@ -10,7 +10,8 @@ use outrigger_xds::{
         cluster::Cluster,
         config_source::{ConfigSource, Origin},
         endpoint::ClusterLoadAssignment,
-        listener::Listener,
+        extension::ExtensionConfig,
+        listener::{HttpConnectionManager, Listener},
         route::RouteConfiguration,
         secret::{Secret, SecretConfig},
         tls::CommonTls,
@@ -75,6 +76,8 @@ pub(super) struct Model {
     pub(super) assignments: Named<ClusterLoadAssignment>,
     /// SDS.
     pub(super) secrets: Named<Secret>,
+    /// ECDS.
+    pub(super) extensions: Named<ExtensionConfig>,
     /// What is asked for.
     pub(super) waits: BTreeMap<Subscription, Wait>,
     /// The first clusters are complete: listeners may come.
@@ -162,6 +165,12 @@ impl Model {
                 if let Some(rds) = &http.rds {
                     ask(Kind::Routes, &rds.source, &rds.name, &http.stat_prefix);
                 }
+                for filter in &http.http_filters {
+                    if let Some(discovery) = &filter.discovery {
+                        let name = &filter.name;
+                        ask(Kind::Extensions, &discovery.source, name, name);
+                    }
+                }
             }
             for secret in tls(listener).flat_map(CommonTls::secrets) {
                 if let Some(source) = &secret.source {
@@ -200,6 +209,7 @@ impl Model {
             good(Kind::Listeners, listeners),
             good(Kind::Routes, self.tables.get(origin)),
             good(Kind::Secrets, self.secrets.get(origin)),
+            good(Kind::Extensions, self.extensions.get(origin)),
         ]
         .concat()
     }
@@ -209,7 +219,7 @@ impl Model {
         match kind {
             Kind::Listeners => self.bootstrap.lds.as_ref(),
             Kind::Clusters => self.bootstrap.cds.as_ref(),
-            Kind::Endpoints | Kind::Routes | Kind::Secrets => None,
+            Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => None,
         }
     }
 
@@ -259,6 +269,7 @@ impl Model {
             Kind::Routes => keep(&mut self.tables, origin, others),
             Kind::Endpoints => keep(&mut self.assignments, origin, others),
             Kind::Secrets => keep(&mut self.secrets, origin, others),
+            Kind::Extensions => keep(&mut self.extensions, origin, others),
             Kind::Clusters | Kind::Listeners => {}
         }
     }
@@ -286,6 +297,7 @@ impl Model {
         retain(&mut self.tables, Kind::Routes, &self.waits);
         retain(&mut self.assignments, Kind::Endpoints, &self.waits);
         retain(&mut self.secrets, Kind::Secrets, &self.waits);
+        retain(&mut self.extensions, Kind::Extensions, &self.waits);
     }
 
     /// Whether something that has not come is waited for no longer.
@@ -311,6 +323,7 @@ impl Model {
             Kind::Routes => has(&self.tables, subscription),
             Kind::Endpoints => has(&self.assignments, subscription),
             Kind::Secrets => has(&self.secrets, subscription),
+            Kind::Extensions => has(&self.extensions, subscription),
         }
     }
 
@@ -377,20 +390,46 @@ impl Model {
             .then_some(complete)
     }
 
-    /// A listener with its routes; none while it waits.
-    #[must_use]
-    pub(super) fn complete_listener(&self, listener: &Listener) -> Option<Listener> {
-        let mut complete = listener.clone();
-        for http in complete.http_managers_mut() {
+    /// A listener with its routes and the configurations of its filters, as far as they are there; whether it waits for others.
+    pub(super) fn filled_listener(&self, listener: &Listener) -> (Listener, bool) {
+        let mut filled = listener.clone();
+        let mut waits = false;
+        for http in filled.http_managers_mut() {
+            waits |= self.fill_filters(http);
             let Some(rds) = &http.rds else { continue };
             match find(&self.tables, &rds.source, &rds.name) {
                 Some(table) => http.route_config = (**table).clone(),
-                None if self.is_given_up(Kind::Routes, &rds.source, &rds.name) => {}
-                None => return None,
+                None => waits |= !self.is_given_up(Kind::Routes, &rds.source, &rds.name),
             }
         }
-        tls(listener)
-            .all(|tls| self.has_secrets(tls))
-            .then_some(complete)
+        (filled, waits)
+    }
+
+    /// What is not there, or is nothing that it may be, is as its default says. Whether one is waited for.
+    pub(super) fn fill_filters(&self, http: &mut HttpConnectionManager) -> bool {
+        let mut waits = false;
+        for filter in &mut http.http_filters {
+            let Some(discovery) = &filter.discovery else {
+                continue;
+            };
+            let found = find(&self.extensions, &discovery.source, &filter.name);
+            waits |= found.is_none()
+                && !discovery.apply_default_config_without_warming
+                && !self.is_given_up(Kind::Extensions, &discovery.source, &filter.name);
+            let fits = found.filter(|found| discovery.check(&found.config).is_ok());
+            filter.config = match fits {
+                Some(found) => found.config.clone(),
+                None => discovery.default_config.clone().unwrap_or_default(),
+            };
+        }
+        waits
+    }
+
+    /// A listener with all that comes from elsewhere; none while it waits.
+    #[must_use]
+    pub(super) fn complete_listener(&self, listener: &Listener) -> Option<Listener> {
+        let (complete, waits) = self.filled_listener(listener);
+        let is_complete = !waits && tls(listener).all(|tls| self.has_secrets(tls));
+        is_complete.then_some(complete)
     }
 }

@@ -66,6 +66,14 @@ fn names(kind: Kind) -> [&'static str; EVENTS] {
             "envoy_sds_update_rejected",
             "envoy_sds_init_fetch_timeout",
         ],
+        Kind::Extensions => [
+            "envoy_extension_config_discovery_http_filter_update_attempt",
+            "envoy_extension_config_discovery_http_filter_update_success",
+            "envoy_extension_config_discovery_http_filter_update_failure",
+            "envoy_extension_config_discovery_http_filter_update_rejected",
+            "envoy_extension_config_discovery_http_filter_update_rejected",
+            "envoy_extension_config_discovery_http_filter_init_fetch_timeout",
+        ],
     }
 }
 
@@ -138,6 +146,11 @@ fn stream_names(kind: Kind) -> [&'static str; 3] {
             "envoy_sds_control_plane_pending_requests",
             "envoy_sds_control_plane_rate_limit_enforced",
         ],
+        Kind::Extensions => [
+            "envoy_extension_config_discovery_http_filter_control_plane_connected_state",
+            "envoy_extension_config_discovery_http_filter_control_plane_pending_requests",
+            "envoy_extension_config_discovery_http_filter_control_plane_rate_limit_enforced",
+        ],
     }
 }
 
@@ -146,7 +159,7 @@ fn labels(asked: &Subscription, owner: &str) -> Vec<Label> {
     match asked.kind {
         Kind::Clusters | Kind::Listeners => Vec::new(),
         Kind::Endpoints => vec![Label::new("envoy_cluster_name", owner)],
-        Kind::Secrets => vec![Label::new("envoy_xds_resource_name", owner)],
+        Kind::Secrets | Kind::Extensions => vec![Label::new("envoy_xds_resource_name", owner)],
         Kind::Routes => vec![
             Label::new("envoy_http_conn_manager_prefix", owner),
             Label::new("envoy_rds_route_config", asked.name.clone()),
@@ -157,7 +170,22 @@ fn labels(asked: &Subscription, owner: &str) -> Vec<Label> {
 /// Counts for everybody who asked.
 pub(super) fn count(asked: &Subscription, wait: &Wait, event: Event) {
     let name = names(asked.kind)[event as usize];
+    let is_failure = !matches!(event, Event::Attempt | Event::Success);
+    if asked.kind == Kind::Extensions && is_failure {
+        count_extension(EXTENSION_FAIL, &asked.name);
+    }
     for owner in &wait.owners {
         metrics::counter!(name, labels(asked, owner)).increment(1);
     }
+}
+
+/// A filter's configuration is another one now.
+pub(super) const EXTENSION_RELOAD: &str =
+    "envoy_extension_config_discovery_http_filter_config_reload";
+/// A filter's configuration was refused, could not be asked for, or did not come in its time.
+pub(super) const EXTENSION_FAIL: &str = "envoy_extension_config_discovery_http_filter_config_fail";
+
+/// Counts one of these.
+pub(super) fn count_extension(metric: &'static str, name: &str) {
+    metrics::counter!(metric, "envoy_xds_resource_name" => name.to_owned()).increment(1);
 }

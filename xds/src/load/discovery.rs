@@ -9,12 +9,12 @@ use crate::{
     problems::ConfigErrors,
     protobuf,
     resource::{
-        cluster::Cluster, endpoint::ClusterLoadAssignment, listener::Listener,
-        route::RouteConfiguration, secret::Secret,
+        cluster::Cluster, endpoint::ClusterLoadAssignment, extension::ExtensionConfig,
+        listener::Listener, route::RouteConfiguration, secret::Secret,
     },
     wire::envoy::{
         config::{
-            cluster::v3::Cluster as WireCluster,
+            cluster::v3::Cluster as WireCluster, core::v3::TypedExtensionConfig as WireExtension,
             endpoint::v3::ClusterLoadAssignment as WireAssignment,
             listener::v3::Listener as WireListener, route::v3::RouteConfiguration as WireRoutes,
         },
@@ -86,6 +86,13 @@ resource!(
     WireSecret,
     name,
     "envoy.extensions.transport_sockets.tls.v3.Secret"
+);
+
+resource!(
+    ExtensionConfig,
+    WireExtension,
+    name,
+    "envoy.config.core.v3.TypedExtensionConfig"
 );
 
 impl Resource for RouteConfiguration {

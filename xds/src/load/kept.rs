@@ -12,11 +12,12 @@ pub const KEPT_BYTES_MAX: usize = 256 << 20;
 /// What a file begins with.
 const FORMAT: &str = "outrigger-config 1";
 /// What is kept, in the order in which it is needed.
-const KINDS: [(Kind, &str); 4] = [
+const KINDS: [(Kind, &str); 5] = [
     (Kind::Clusters, "clusters"),
     (Kind::Endpoints, "endpoints"),
     (Kind::Listeners, "listeners"),
     (Kind::Routes, "routes"),
+    (Kind::Extensions, "extensions"),
 ];
 
 /// Resources of one type.

@@ -65,7 +65,6 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
         &["filters"],
     ),
-    ("envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter", &["config_discovery"]),
     (
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
         &[

@@ -8,13 +8,13 @@ use crate::{
     problems::ConfigErrors,
     protobuf,
     resource::{
-        cluster::Cluster, endpoint::ClusterLoadAssignment, listener::Listener,
-        route::RouteConfiguration, secret::Secret,
+        cluster::Cluster, endpoint::ClusterLoadAssignment, extension::ExtensionConfig,
+        listener::Listener, route::RouteConfiguration, secret::Secret,
     },
     subscription::Kind,
     wire::envoy::{
         config::{
-            cluster::v3::Cluster as WireCluster,
+            cluster::v3::Cluster as WireCluster, core::v3::TypedExtensionConfig as WireExtension,
             endpoint::v3::ClusterLoadAssignment as WireAssignment,
             listener::v3::Listener as WireListener, route::v3::RouteConfiguration as WireRoutes,
         },
@@ -45,6 +45,7 @@ pub enum Meaning {
     Listener(Box<Listener>),
     Routes(RouteConfiguration),
     Secret(Secret),
+    Extension(ExtensionConfig),
 }
 
 impl Meaning {
@@ -57,6 +58,7 @@ impl Meaning {
             Self::Listener(_) => Kind::Listeners,
             Self::Routes(_) => Kind::Routes,
             Self::Secret(_) => Kind::Secrets,
+            Self::Extension(_) => Kind::Extensions,
         }
     }
 }
@@ -77,6 +79,7 @@ pub fn resource(value: Value, place: &str) -> Result<Written, ConfigErrors> {
             read::<WireListener, _>(value, place, |it| Meaning::Listener(Box::new(it)))
         }
         RouteConfiguration::TYPE => read::<WireRoutes, _>(value, place, Meaning::Routes),
+        ExtensionConfig::TYPE => read::<WireExtension, _>(value, place, Meaning::Extension),
         Secret::TYPE => read::<WireSecret, _>(value, place, Meaning::Secret),
         _ => {
             let message = format!("not a type of resource that is served: {type_url}");

@@ -5,27 +5,28 @@ use super::{
     edge::Edge,
     endpoint::{Address, pipe_mode, with_pipe_mode},
     filter_chain::{FilterChain, Network, check_matches},
+    http_filter::check_router,
     listener_filter::{Kind, ListenerFilter},
     local_reply::LocalReplyConfig,
-    route::{RouteConfiguration, TypedConfig},
+    route::RouteConfiguration,
     server_header::{self, ServerHeader},
     tracing::Tracing,
     upgrade::Upgrade,
 };
 use crate::{
     problems::ConfigErrors,
-    protobuf::{duration, to_duration, type_name},
+    protobuf::{duration, to_duration},
     wire::envoy::{
         config::{core::v3 as core, listener::v3 as wire},
-        extensions::filters::{
-            http::router::v3::Router, network::http_connection_manager::v3 as hcm,
-        },
+        extensions::filters::network::http_connection_manager::v3 as hcm,
     },
 };
-use prost::Name;
 use std::time::Duration;
 
-pub use super::access_log::{AccessLog, AccessLogFormat, AccessLogSink};
+pub use super::{
+    access_log::{AccessLog, AccessLogFormat, AccessLogSink},
+    http_filter::HttpFilter,
+};
 
 /// Length of the accept queue unless given; the system cuts it to its own limit.
 pub const TCP_BACKLOG_SIZE_DEFAULT: u32 = 4096;
@@ -220,19 +221,6 @@ pub enum Codec {
     Http1,
     /// HTTP/2 only.
     Http2,
-}
-
-/// One HTTP filter of the chain.
-#[derive(Debug, Clone, PartialEq)]
-pub struct HttpFilter {
-    /// The name that per-route configuration refers to.
-    pub name: String,
-    /// Which filter, and its configuration.
-    pub config: TypedConfig,
-    /// An unknown filter is then left out instead of refused.
-    pub is_optional: bool,
-    /// In the chain only where a route's configuration brings it in.
-    pub disabled: bool,
 }
 
 impl TryFrom<wire::Listener> for Listener {
@@ -453,60 +441,6 @@ fn limits(
     limits
 }
 
-/// The router forwards, so it is last, alone, and always on.
-fn check_router(problems: &mut ConfigErrors, filters: &[HttpFilter]) {
-    let is_router = |filter: &HttpFilter| type_name(&filter.config.type_url) == Router::full_name();
-    let Some((last, others)) = filters.split_last() else {
-        problems.add("http_filters", "required: at least the router");
-        return;
-    };
-    for (index, filter) in others
-        .iter()
-        .enumerate()
-        .filter(|(_, filter)| is_router(filter))
-    {
-        let message = format!(
-            "terminal filter '{}' must be the last filter of the chain",
-            filter.name
-        );
-        problems.add(format!("http_filters[{index}]"), message);
-    }
-    let place = format!("http_filters[{}]", others.len());
-    if !is_router(last) {
-        problems.add(
-            place,
-            format!(
-                "non-terminal filter '{}' is the last filter of the chain; the router must be",
-                last.name
-            ),
-        );
-    } else if last.disabled {
-        problems.add(place, "the router cannot be disabled");
-    }
-}
-
-impl TryFrom<hcm::HttpFilter> for HttpFilter {
-    type Error = ConfigErrors;
-
-    fn try_from(wire: hcm::HttpFilter) -> Result<Self, ConfigErrors> {
-        let mut problems = ConfigErrors::default();
-        let name = problems.not_empty("name", wire.name);
-        let any = wire
-            .config_type
-            .map(|hcm::http_filter::ConfigType::TypedConfig(any)| any);
-        if any.is_none() {
-            problems.add("", "required: typed_config");
-        }
-        let config = any.and_then(|any| problems.take("typed_config", TypedConfig::try_from(any)));
-        problems.finish(config.map(|config| Self {
-            name,
-            config,
-            is_optional: wire.is_optional,
-            disabled: wire.disabled,
-        }))
-    }
-}
-
 impl From<&Listener> for wire::Listener {
     fn from(plain: &Listener) -> Self {
         let traffic_direction = match plain.traffic_direction {
@@ -581,18 +515,5 @@ impl From<&HttpConnectionManager> for hcm::HttpConnectionManager {
         };
         plain.edge.write(&mut wire);
         wire
-    }
-}
-
-impl From<&HttpFilter> for hcm::HttpFilter {
-    fn from(plain: &HttpFilter) -> Self {
-        Self {
-            name: plain.name.clone(),
-            config_type: Some(hcm::http_filter::ConfigType::TypedConfig(
-                (&plain.config).into(),
-            )),
-            is_optional: plain.is_optional,
-            disabled: plain.disabled,
-        }
     }
 }

@@ -545,7 +545,7 @@ impl ::prost::Name for Rds {
     }
 }
 /// One HTTP filter.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HttpFilter {
     /// What per-route configuration refers to.
     #[prost(string, tag = "1")]
@@ -556,16 +556,21 @@ pub struct HttpFilter {
     /// Runs only where a route brings it in.
     #[prost(bool, tag = "7")]
     pub disabled: bool,
-    #[prost(oneof = "http_filter::ConfigType", tags = "4")]
+    #[prost(oneof = "http_filter::ConfigType", tags = "4, 5")]
     pub config_type: ::core::option::Option<http_filter::ConfigType>,
 }
 /// Nested message and enum types in `HttpFilter`.
 pub mod http_filter {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum ConfigType {
         /// Which filter; ours come in a TypedStruct.
         #[prost(message, tag = "4")]
         TypedConfig(::prost_types::Any),
+        /// Where that comes from.
+        #[prost(message, tag = "5")]
+        ConfigDiscovery(
+            super::super::super::super::super::super::config::core::v3::ExtensionConfigSource,
+        ),
     }
 }
 impl ::prost::Name for HttpFilter {

@@ -277,6 +277,11 @@ pub mod envoy {
                 include!("envoy.service.endpoint.v3.rs");
             }
         }
+        pub mod extension {
+            pub mod v3 {
+                include!("envoy.service.extension.v3.rs");
+            }
+        }
         pub mod listener {
             pub mod v3 {
                 include!("envoy.service.listener.v3.rs");

@@ -257,6 +257,7 @@ fn full_manager() -> HttpConnectionManager {
     let filter = |name: &str, config: TypedConfig, is_optional| HttpFilter {
         name: name.into(),
         config,
+        discovery: None,
         is_optional,
         disabled: false,
     };

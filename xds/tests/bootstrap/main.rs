@@ -480,11 +480,6 @@ fn what_is_refused_by_name_is_not_also_missing() {
             "non_forwarding_action",
         ),
         (
-            format!("{H}/http_filters/0"),
-            json!({"name": "a", "config_discovery": {}}),
-            "config_discovery",
-        ),
-        (
             format!("{H}/access_log/0/typed_config/log_format"),
             json!({"text_format_source": {"filename": "a"}}),
             "filename",
