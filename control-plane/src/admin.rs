@@ -243,7 +243,8 @@ fn configs(snapshot: &Snapshot) -> Vec<Value> {
         let body = match kind {
             // Keys are nobody's business.
             Kind::Secrets => json!("left out"),
-            Kind::Clusters
+            Kind::Runtimes
+            | Kind::Clusters
             | Kind::Endpoints
             | Kind::Listeners
             | Kind::Routes

@@ -85,6 +85,7 @@ fn problem(placed: &Placed, message: &str) -> Problem {
 
 fn noun(kind: Kind) -> &'static str {
     match kind {
+        Kind::Runtimes => "runtime",
         Kind::Clusters => "cluster",
         Kind::Endpoints => "cluster_load_assignment",
         Kind::Listeners => "listener",
@@ -100,7 +101,10 @@ fn named(meaning: &Meaning) -> Vec<(Kind, &str)> {
         Meaning::Cluster(cluster) => of_cluster(cluster),
         Meaning::Listener(listener) => of_listener(listener),
         Meaning::Routes(table) => of_routes(table),
-        Meaning::Endpoints(_) | Meaning::Secret(_) | Meaning::Extension(_) => Vec::new(),
+        Meaning::Endpoints(_)
+        | Meaning::Secret(_)
+        | Meaning::Extension(_)
+        | Meaning::Runtime(_) => Vec::new(),
     }
 }
 

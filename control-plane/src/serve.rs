@@ -29,6 +29,7 @@ use outrigger_xds::wire::{
         listener::v3::listener_discovery_service_server::ListenerDiscoveryServiceServer,
         load_stats::v3::load_reporting_service_server::LoadReportingServiceServer,
         route::v3::route_discovery_service_server::RouteDiscoveryServiceServer,
+        runtime::v3::runtime_discovery_service_server::RuntimeDiscoveryServiceServer,
         secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
         status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer,
     },
@@ -317,6 +318,7 @@ fn router(shared: &Shared, (loads, registry): (Arc<Loads>, Option<Arc<Registry>>
         .add_service(service!(ListenerDiscoveryServiceServer))
         .add_service(service!(RouteDiscoveryServiceServer))
         .add_service(service!(SecretDiscoveryServiceServer))
+        .add_service(service!(RuntimeDiscoveryServiceServer))
         .add_service(service!(ExtensionConfigDiscoveryServiceServer))
         .add_service(ClientStatusDiscoveryServiceServer::new(status))
         .add_service(load_reporting)

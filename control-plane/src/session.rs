@@ -3,7 +3,7 @@
 //! [`Session::hear`] takes in a request, [`Session::next`] gives the next response against the newest snapshot, if there is one to give.
 //! Whoever calls does so when there is room for it, so that a slow client gets what is true then, and never a queue of what was; and once more
 //! after [`Session::held`].
-//! Clusters go first, then endpoints, listeners, routes, secrets and configurations of filters; what is gone goes last, in the order in which nobody needs it any more.
+//! Layers of the runtime go first, then clusters, endpoints, listeners, routes, secrets and configurations of filters; what is gone goes last, in the order in which nobody needs it any more.
 
 mod sent;
 mod watched;
@@ -46,7 +46,8 @@ pub const ENDPOINTS_MAX: Duration = Duration::from_secs(5);
 pub const RESPONSE_BYTES_MAX: usize = 2 << 20;
 
 /// What is gone is told in this order, when listeners and routes were taken: those that are there still may need it. Listeners are not here: what takes the address of one that is gone can only come together with that.
-const REMOVALS: [Kind; 5] = [
+const REMOVALS: [Kind; 6] = [
+    Kind::Runtimes,
     Kind::Routes,
     Kind::Clusters,
     Kind::Endpoints,
@@ -353,7 +354,8 @@ impl Session {
 
     /// The next response, if there is something to say.
     pub fn next(&mut self, snapshot: &Snapshot, now: SystemTime) -> Option<Response> {
-        let mut first = [Kind::Clusters, Kind::Endpoints].into_iter();
+        let first = [Kind::Runtimes, Kind::Clusters, Kind::Endpoints];
+        let mut first = first.into_iter();
         let news = first.find_map(|kind| self.news(kind, snapshot, now));
         if news.is_some() {
             return news;
@@ -441,7 +443,11 @@ impl Session {
                 Kind::Endpoints => {
                     self.owed.remove(&resource.name);
                 }
-                Kind::Listeners | Kind::Routes | Kind::Secrets | Kind::Extensions => {}
+                Kind::Runtimes
+                | Kind::Listeners
+                | Kind::Routes
+                | Kind::Secrets
+                | Kind::Extensions => {}
             }
         }
         if let Some(endpoints) = self.types.get_mut(Kind::Endpoints.type_url()) {

@@ -8,6 +8,7 @@ use crate::{
     filter::{Context, Handled, HttpFilter, Next},
     matching::TextMatcher,
     registry,
+    runtime::{Runtime, Share},
     services::Services,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header};
@@ -79,8 +80,8 @@ pub struct Cors {
 
 struct Rules {
     origins: Vec<TextMatcher>,
-    enabled: FractionalPercent,
-    shadow: FractionalPercent,
+    enabled: Share,
+    shadow: Share,
     forward_not_matching: bool,
     private_network: bool,
     /// On the answer to a preflight.
@@ -113,12 +114,12 @@ pub fn on_route(
     for own in own {
         policy = policy.or(registry::parse(&own.value)?);
     }
-    let rules = Rules::new(policy, &services.stat_prefix)?;
+    let rules = Rules::new(policy, &services.stat_prefix, &services.runtime)?;
     Ok(Arc::new(Cors { rules: Some(rules) }))
 }
 
 impl Rules {
-    fn new(policy: Policy, prefix: &str) -> Result<Self, String> {
+    fn new(policy: Policy, prefix: &str, runtime: &Runtime) -> Result<Self, String> {
         let prefix = prefix.to_owned();
         let mut preflight = Vec::new();
         let mut actual = Vec::new();
@@ -145,11 +146,14 @@ impl Rules {
             &policy.allow_headers,
         )?);
         preflight.extend(value(header::ACCESS_CONTROL_MAX_AGE, &policy.max_age)?);
-        let share = |said: Option<RuntimeFractionalPercent>| said.map(|share| share.default_value);
+        let share = |said: &Option<RuntimeFractionalPercent>, default: FractionalPercent| {
+            let said = said.as_ref().map(|said| said.share(runtime));
+            said.unwrap_or_else(|| default.fixed(runtime))
+        };
         Ok(Self {
             origins: policy.allow_origin_string_match,
-            enabled: share(policy.filter_enabled).unwrap_or(FractionalPercent::ALL),
-            shadow: share(policy.shadow_enabled).unwrap_or_default(),
+            enabled: share(&policy.filter_enabled, FractionalPercent::ALL),
+            shadow: share(&policy.shadow_enabled, FractionalPercent::default()),
             forward_not_matching: policy.forward_not_matching_preflights.unwrap_or(true),
             private_network: policy.allow_private_network_access.unwrap_or(false),
             preflight,

@@ -4,7 +4,10 @@
 
 pub(crate) mod headers;
 
-use crate::matching::chance;
+use crate::{
+    matching::chance,
+    runtime::{Runtime, Share},
+};
 use serde::{Deserialize, Deserializer, de::Error};
 use std::time::Duration;
 
@@ -48,14 +51,33 @@ impl FractionalPercent {
     }
 }
 
-/// `envoy.config.core.v3.RuntimeFractionalPercent`; there is no runtime, so the default value holds.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
+/// `envoy.config.core.v3.RuntimeFractionalPercent`.
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RuntimeFractionalPercent {
     pub(crate) default_value: FractionalPercent,
-    /// There is no runtime that could change it.
-    #[serde(rename = "runtime_key")]
-    _runtime_key: serde::de::IgnoredAny,
+    pub(crate) runtime_key: String,
+}
+
+impl RuntimeFractionalPercent {
+    /// Ready to be drawn.
+    pub(crate) fn share(&self, runtime: &Runtime) -> Share {
+        self.share_or(runtime, self.default_value)
+    }
+
+    fn share_or(&self, runtime: &Runtime, default: FractionalPercent) -> Share {
+        runtime.share(
+            &self.runtime_key,
+            (default.numerator, default.denominator.of()),
+        )
+    }
+}
+
+impl FractionalPercent {
+    /// What nothing changes.
+    pub(crate) fn fixed(self, runtime: &Runtime) -> Share {
+        RuntimeFractionalPercent::default().share_or(runtime, self)
+    }
 }
 
 /// A `google.protobuf.Duration`: `"0.250s"`.

@@ -6,17 +6,13 @@ use crate::{
     endpoints::{Endpoint, Part, Place, clock_ms},
     error::{Error, GivenUp},
     openai::OpenAiRequest,
-    router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, retry::Policy},
+    router::{attempt::ATTEMPT_COUNT_HEADER, hash::Hashes, mirror::Mirror, retry::Policy},
     sse::Event,
     trace::Trace,
 };
 use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
-use outrigger_xds::{
-    block_hash::BlockHash,
-    report::EngineId,
-    resource::{mirror_policy::MirrorPolicy, route_action::Priority},
-};
+use outrigger_xds::{block_hash::BlockHash, report::EngineId, resource::route_action::Priority};
 use std::{
     net::SocketAddr,
     sync::Arc,
@@ -110,7 +106,7 @@ pub struct RouteFacts {
     /// The host becomes the endpoint's name, if it has one.
     pub auto_host_rewrite: Option<AutoHost>,
     /// Who gets a copy.
-    pub mirrors: Arc<[MirrorPolicy]>,
+    pub mirrors: Arc<[Mirror]>,
     /// Requests carry `x-envoy-attempt-count`.
     pub attempts_to_upstream: bool,
     /// Responses carry `x-envoy-attempt-count`.

@@ -29,6 +29,7 @@ pub mod migration;
 pub mod openai;
 pub mod registry;
 pub mod router;
+pub mod runtime;
 pub mod samples;
 pub mod services;
 pub mod spare;

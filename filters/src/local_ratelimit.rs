@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Flag, Origin},
     filter::{Context, Handled, HttpFilter, Next, RouteFacts},
     registry,
+    runtime::Share,
     services::Services,
 };
 use http::{HeaderMap, HeaderValue, Request, StatusCode};
@@ -76,8 +77,8 @@ fn one() -> u32 {
 /// The filter.
 pub struct LocalRateLimit {
     bucket: Option<Arc<Bucket>>,
-    enabled: RuntimeFractionalPercent,
-    enforced: RuntimeFractionalPercent,
+    enabled: Share,
+    enforced: Share,
     status: StatusCode,
     on_refusal: Arc<[Edit]>,
     on_leniency: Vec<Edit>,
@@ -109,7 +110,10 @@ impl Stats {
 ///
 /// # Errors
 /// The configuration is wrong; the error names the field.
-pub fn factory(value: &serde_json::Value, _: &Services) -> Result<Arc<dyn HttpFilter>, String> {
+pub fn factory(
+    value: &serde_json::Value,
+    services: &Services,
+) -> Result<Arc<dyn HttpFilter>, String> {
     let config: Config = registry::parse(value)?;
     if config.stat_prefix.is_empty() {
         return Err("stat_prefix: must not be empty".into());
@@ -127,8 +131,8 @@ pub fn factory(value: &serde_json::Value, _: &Services) -> Result<Arc<dyn HttpFi
     )?;
     Ok(Arc::new(LocalRateLimit {
         bucket: bucket.map(Arc::new),
-        enabled: config.filter_enabled,
-        enforced: config.filter_enforced,
+        enabled: config.filter_enabled.share(&services.runtime),
+        enforced: config.filter_enforced.share(&services.runtime),
         status: status(config.status.code.as_deref()),
         on_refusal: on_refusal.into(),
         on_leniency,
@@ -172,11 +176,7 @@ impl HttpFilter for LocalRateLimit {
         context: &'a mut Context,
         next: Next<'a>,
     ) -> Handled<'a> {
-        let Some(bucket) = self
-            .bucket
-            .as_ref()
-            .filter(|_| self.enabled.default_value.draw())
-        else {
+        let Some(bucket) = self.bucket.as_ref().filter(|_| self.enabled.draw()) else {
             return next.run(request, context);
         };
         self.stats.enabled.increment(1);
@@ -184,7 +184,7 @@ impl HttpFilter for LocalRateLimit {
             self.stats.ok.increment(1);
         } else {
             self.stats.limited.increment(1);
-            if self.enforced.default_value.draw() {
+            if self.enforced.draw() {
                 self.stats.enforced.increment(1);
                 let error = self.refusal(&request, context, bucket);
                 return Box::pin(ready(Err(error)));

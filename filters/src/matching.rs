@@ -6,7 +6,7 @@ use http::{
     HeaderMap, HeaderName, Method, Request, Response, StatusCode, Uri, header, request, uri,
 };
 use outrigger_xds::resource::matching::{
-    Fraction, HeaderMatch, HeaderValueMatch, Pattern, StringMatch, whole,
+    HeaderMatch, HeaderValueMatch, Pattern, StringMatch, whole,
 };
 use rand::Rng;
 use regex::bytes::Regex;
@@ -290,12 +290,6 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest[0] == b'+')
 }
 
-/// Whether chance says yes.
-#[must_use]
-pub fn drawn(fraction: &Fraction) -> bool {
-    chance(fraction.numerator, fraction.denominator)
-}
-
 /// Whether this is one of `numerator` in `denominator`; all and none are certain.
 pub(crate) fn chance(numerator: u32, denominator: u32) -> bool {
     numerator >= denominator || rand::rng().random_range(0..denominator.max(1)) < numerator
@@ -398,15 +392,10 @@ mod tests {
 
     #[test]
     fn chance_keeps_to_its_share() {
-        let share = |numerator, denominator| Fraction {
-            numerator,
-            denominator,
-            runtime_key: String::new(),
-        };
-        assert!((0..1000).all(|_| drawn(&share(100, 100))));
-        assert!((0..1000).all(|_| drawn(&share(200, 100))));
-        assert!(!(0..1000).any(|_| drawn(&share(0, 100))));
-        let half = (0..10_000).filter(|_| drawn(&share(5000, 10_000))).count();
+        assert!((0..1000).all(|_| chance(100, 100)));
+        assert!((0..1000).all(|_| chance(200, 100)));
+        assert!(!(0..1000).any(|_| chance(0, 100)));
+        let half = (0..10_000).filter(|_| chance(5000, 10_000)).count();
         assert!((4000..6000).contains(&half), "{half}");
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     endpoints::{Endpoints, Upstream},
     kv_index::KvIndex,
     migration,
+    runtime::Runtime,
     token_ratelimit::Table,
     tokens::Tokenizers,
 };
@@ -37,6 +38,8 @@ pub struct Services {
     /// Where others reach what runs beside this proxy: the host of its inbound listener, unless that is every address or
     /// the loopback.
     pub own_host: Option<Arc<str>>,
+    /// Shares and numbers that change by key.
+    pub runtime: Arc<Runtime>,
     /// Prefix of the connection manager that a filter is built for, in metrics.
     pub stat_prefix: Arc<str>,
 }

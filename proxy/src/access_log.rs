@@ -22,7 +22,9 @@ pub(crate) use start_time::TimeFormat;
 use crate::{headers::FORWARDED_PROTO, tls::TlsFacts};
 use format::Template;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
-use outrigger_filters::{end_address::EndAddress, filter::LogFields, matching::HeaderMatcher};
+use outrigger_filters::{
+    end_address::EndAddress, filter::LogFields, matching::HeaderMatcher, runtime::Runtime,
+};
 use outrigger_xds::resource::{
     listener::{AccessLog, AccessLogFormat},
     log_filter::LogFilter,
@@ -145,14 +147,14 @@ impl AccessLogs {
     /// # Errors
     /// A format with an unknown or malformed operator, or a file that cannot be opened; the text names the place in
     /// the configuration and what is wrong there.
-    pub fn new(configs: &[AccessLog], sinks: &Sinks) -> Result<Self, String> {
+    pub fn new(configs: &[AccessLog], sinks: &Sinks, runtime: &Runtime) -> Result<Self, String> {
         let mut headers = Headers::default();
         let mut logs = Vec::with_capacity(configs.len());
         for (index, config) in configs.iter().enumerate() {
             let place = format!("access_log[{index}]");
             let template = Template::compile(&config.format, &mut headers, &place)?;
             let filter = config.filter.as_ref();
-            let filter = filter.map(|filter| Filter::compile(filter, &mut headers));
+            let filter = filter.map(|filter| Filter::compile(filter, &mut headers, runtime));
             let filter = filter
                 .transpose()
                 .map_err(|error| format!("{place}.filter: {error}"))?;
@@ -247,8 +249,12 @@ impl Formats {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub(crate) fn condition(&mut self, filter: &LogFilter) -> Result<Filter, String> {
-        Filter::compile(filter, &mut self.headers)
+    pub(crate) fn condition(
+        &mut self,
+        filter: &LogFilter,
+        runtime: &Runtime,
+    ) -> Result<Filter, String> {
+        Filter::compile(filter, &mut self.headers, runtime)
     }
 
     /// Keeps what formats and conditions need of a request.

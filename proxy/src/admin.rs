@@ -14,7 +14,9 @@ mod tests;
 pub use connection::Limits;
 
 use crate::listener::bind::Acceptor;
-use outrigger_filters::{end_address::EndAddress, endpoints::ClusterView, services::Serving};
+use outrigger_filters::{
+    end_address::EndAddress, endpoints::ClusterView, runtime::Runtime, services::Serving,
+};
 use outrigger_xds::{csds, report::EngineId};
 use serde_json::Value;
 use std::{
@@ -31,6 +33,8 @@ pub struct AdminState {
     pub server_state: Arc<dyn Fn() -> ServerState + Send + Sync>,
     /// What health checks are told.
     pub serving: Arc<Serving>,
+    /// Values by key.
+    pub runtime: Arc<Runtime>,
     /// The body of `/config_dump`: `{"configs": [...]}`, secrets left out; with or without endpoints.
     pub config_dump: Arc<dyn Fn(bool) -> Value + Send + Sync>,
     /// What became of each resource that came, for client status discovery.

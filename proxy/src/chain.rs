@@ -6,6 +6,7 @@ use outrigger_filters::{
     filter::{Chain, Context, Handled, HttpFilter as Filter, Next},
     local_reply::{self, Shape},
     openai, registry, router,
+    runtime::Runtime,
     services::Services,
 };
 use outrigger_xds::resource::{listener::HttpFilter, route::TypedConfig};
@@ -47,6 +48,12 @@ impl<'a> Chains<'a> {
             services,
             shared: vec![None; filters.len()],
         }
+    }
+
+    /// What may change shares of requests.
+    #[must_use]
+    pub fn runtime(&self) -> &'a Runtime {
+        &self.services.runtime
     }
 
     /// The chain of a route; `own` is its filter configuration, then that of what is around it.

@@ -340,6 +340,12 @@ impl Discovery {
 
     /// What is to be in effect now. What still waits stays as it was.
     pub fn plan(&mut self, now: Instant) -> Plan {
+        let runtime = &self.builder.services.runtime;
+        runtime.configure(self.model.layers());
+        if !self.model.has_runtimes && self.model.are_runtimes_there() {
+            self.model.has_runtimes = true;
+            self.stale = true;
+        }
         let waits = self.plan_clusters(now);
         if !self.model.has_clusters && self.model.has_heard(Kind::Clusters) {
             self.model.has_clusters = !waits;

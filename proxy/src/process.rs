@@ -234,6 +234,7 @@ pub fn check(bootstrap: &Bootstrap) -> Result<(usize, usize), Vec<String>> {
         serving: Arc::default(),
         node_cluster: bootstrap.node.cluster.as_str().into(),
         own_host: None,
+        runtime: Arc::default(),
         stat_prefix: Arc::default(),
     };
     let mut discovery = Discovery::new(services, Arc::default(), Arc::default());

@@ -323,6 +323,7 @@ fn assemble(
         serving: drain.serving.clone(),
         node_cluster: node.cluster.as_str().into(),
         own_host: engines::own_host(&bootstrap.listeners),
+        runtime: Arc::default(),
         stat_prefix: Arc::default(),
     };
     let sinks = Arc::new(Sinks::default());
@@ -562,6 +563,7 @@ fn admin_state(
         options,
         node: (node.id, node.cluster),
         serving: shared.drain.serving.clone(),
+        runtime: shared.services.runtime.clone(),
         leave: Arc::new(move |engine, leaving| for_leave.local.leave(engine, leaving)),
         on_drain: Arc::new(move || for_drain.drain.begin()),
         set_log_level: match log {

@@ -87,10 +87,11 @@ impl HttpConfig {
             }
             hosts.push(routes);
         }
-        let local_replies = LocalReplies::new(&manager.local_replies).unwrap_or_else(|error| {
-            errors.push(error);
-            None
-        });
+        let local_replies = LocalReplies::new(&manager.local_replies, &services.runtime)
+            .unwrap_or_else(|error| {
+                errors.push(error);
+                None
+            });
         if errors.is_empty() {
             Ok(Self {
                 tracer: Tracer::new(manager, direction, &services, exporters),

@@ -183,6 +183,10 @@ fn method(kind: Option<Kind>, protocol: Protocol) -> &'static str {
             "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources",
             "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
         ],
+        Some(Kind::Runtimes) => [
+            "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
+            "/envoy.service.runtime.v3.RuntimeDiscoveryService/DeltaRuntime",
+        ],
         Some(Kind::Clusters) => [
             "/envoy.service.cluster.v3.ClusterDiscoveryService/StreamClusters",
             "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",

@@ -36,6 +36,7 @@ pub mod outlier_detection;
 pub mod retry_policy;
 pub mod route;
 pub mod route_action;
+pub mod runtime;
 pub mod secret;
 pub mod server_header;
 pub mod socket_match;

@@ -4,7 +4,7 @@
 //! It does no IO, decodes nothing and judges nothing: [`Subscriptions::received`] says what of an answer is to be applied,
 //! [`Subscriptions::judged`] what came of it, and [`Subscriptions::next_request`] what is to be sent. A change of what is asked
 //! for never rides on an answer: some servers overlook it there. Answers go first, then types in the order in which
-//! they need each other: clusters, endpoints, listeners, routes, secrets, configurations of
+//! they need each other: layers of the runtime, clusters, endpoints, listeners, routes, secrets, configurations of
 //! filters.
 
 #[cfg(test)]
@@ -36,6 +36,8 @@ pub const WILDCARD: &str = "*";
 /// A type of resources, in the order in which they are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// RTDS.
+    Runtimes,
     /// CDS.
     Clusters,
     /// EDS.
@@ -52,7 +54,8 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in order.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
+        Self::Runtimes,
         Self::Clusters,
         Self::Endpoints,
         Self::Listeners,
@@ -65,6 +68,7 @@ impl Kind {
     #[must_use]
     pub fn type_url(self) -> &'static str {
         match self {
+            Self::Runtimes => "type.googleapis.com/envoy.service.runtime.v3.Runtime",
             Self::Clusters => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listeners => "type.googleapis.com/envoy.config.listener.v3.Listener",
@@ -82,10 +86,10 @@ impl Kind {
             .find(|kind| kind.type_url() == type_url)
     }
 
-    /// Whether one that a server removes is gone although somebody uses it: there is a default in its place.
+    /// Whether one that a server removes is gone although somebody uses it: what is around it goes on without.
     #[must_use]
     pub fn is_revocable(self) -> bool {
-        matches!(self, Self::Extensions)
+        matches!(self, Self::Extensions | Self::Runtimes)
     }
 
     /// Whether an answer with the state of the world holds all that there are: what it lacks is gone.

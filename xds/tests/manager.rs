@@ -92,7 +92,8 @@ fn what_is_said_is_read_and_shown_again() {
         panic!("{:?}", http.access_log[0])
     };
     assert_eq!((comparison.how, comparison.value), (How::NotEqual, 200));
-    assert!(comparison.holds(404) && !comparison.holds(200));
+    let holds = |number| comparison.how.holds(number, comparison.value.into());
+    assert!(holds(404) && !holds(200));
     let matched = &read.clusters[0].socket_matches[0];
     assert_eq!((matched.wanted.len(), &matched.tls), (2, &None));
     let again = bootstrap_from_value(bootstrap_to_json(&read)).unwrap();

@@ -24,6 +24,9 @@ use outrigger_xds::wire::envoy::service::{
     route::v3::route_discovery_service_server::{
         RouteDiscoveryService, RouteDiscoveryServiceServer,
     },
+    runtime::v3::runtime_discovery_service_server::{
+        RuntimeDiscoveryService, RuntimeDiscoveryServiceServer,
+    },
     secret::v3::secret_discovery_service_server::{
         SecretDiscoveryService, SecretDiscoveryServiceServer,
     },
@@ -77,6 +80,7 @@ fn all(service: &Service) -> Router {
         .add_service(ListenerDiscoveryServiceServer::new(service.clone()))
         .add_service(RouteDiscoveryServiceServer::new(service.clone()))
         .add_service(SecretDiscoveryServiceServer::new(service.clone()))
+        .add_service(RuntimeDiscoveryServiceServer::new(service.clone()))
         .add_service(ExtensionConfigDiscoveryServiceServer::new(service.clone()))
 }
 
@@ -119,3 +123,4 @@ serves!(ListenerDiscoveryService, "lds", StreamListenersStream stream_listeners,
 serves!(RouteDiscoveryService, "rds", StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
 serves!(SecretDiscoveryService, "sds", StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
 serves!(ExtensionConfigDiscoveryService, "ecds", StreamExtensionConfigsStream stream_extension_configs, DeltaExtensionConfigsStream delta_extension_configs, fetch_extension_configs);
+serves!(RuntimeDiscoveryService, "rtds", StreamRuntimeStream stream_runtime, DeltaRuntimeStream delta_runtime, fetch_runtime);

@@ -71,6 +71,7 @@ mod random_changes;
 mod regression;
 mod reuse;
 mod routes;
+mod rtds;
 mod short_resources;
 mod slow;
 mod socket_matches;

@@ -22,6 +22,7 @@ use outrigger_xds::{
         extension::v3::extension_config_discovery_service_server::ExtensionConfigDiscoveryService,
         listener::v3::listener_discovery_service_server::ListenerDiscoveryService,
         route::v3::route_discovery_service_server::RouteDiscoveryService,
+        runtime::v3::runtime_discovery_service_server::RuntimeDiscoveryService,
         secret::v3::secret_discovery_service_server::SecretDiscoveryService,
     },
 };
@@ -105,6 +106,7 @@ of_one_type!(ListenerDiscoveryService, one("lds", Kind::Listeners), StreamListen
 of_one_type!(RouteDiscoveryService, one("rds", Kind::Routes), StreamRoutesStream stream_routes, DeltaRoutesStream delta_routes, fetch_routes);
 of_one_type!(SecretDiscoveryService, one("sds", Kind::Secrets), StreamSecretsStream stream_secrets, DeltaSecretsStream delta_secrets, fetch_secrets);
 of_one_type!(ExtensionConfigDiscoveryService, one("ecds", Kind::Extensions), StreamExtensionConfigsStream stream_extension_configs, DeltaExtensionConfigsStream delta_extension_configs, fetch_extension_configs);
+of_one_type!(RuntimeDiscoveryService, one("rtds", Kind::Runtimes), StreamRuntimeStream stream_runtime, DeltaRuntimeStream delta_runtime, fetch_runtime);
 
 impl Shared {
     /// One response to one request: as a stream that ends after it.

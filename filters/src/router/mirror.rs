@@ -6,12 +6,12 @@ use crate::{
     endpoints::{Endpoint, SendOptions, Via, Want},
     error::Flag,
     filter::Context,
-    matching::{authority, drawn},
+    matching::authority,
+    runtime::Share,
     services::Services,
 };
 use http::Request;
 use http_body_util::BodyExt;
-use outrigger_xds::resource::mirror_policy::MirrorPolicy;
 use std::{
     sync::{
         Arc,
@@ -24,6 +24,17 @@ use std::{
 pub const MIRRORS_MAX: usize = 1_024;
 /// A copy whose route has no timeout is given up after this.
 pub const MIRROR_SECONDS_MAX: u64 = 600;
+
+/// Who gets copies.
+#[derive(Debug, Clone)]
+pub struct Mirror {
+    /// Which cluster.
+    pub cluster: String,
+    /// Of how many requests; none is all.
+    pub share: Option<Share>,
+    /// Whether their host says that they are copies.
+    pub append_suffix: bool,
+}
 
 static ON_THE_WAY: AtomicUsize = AtomicUsize::new(0);
 
@@ -47,7 +58,7 @@ impl Drop for Counted {
 /// Sends the copies that the route asks for.
 pub(super) fn send(services: &Services, request: &Request<RequestBody>, context: &Context) {
     for mirror in &*context.route.mirrors {
-        if !mirror.runtime_fraction.as_ref().is_none_or(drawn) {
+        if !mirror.share.as_ref().is_none_or(Share::draw) {
             continue;
         }
         if let Err(reason) = one(services, mirror, request, context) {
@@ -59,7 +70,7 @@ pub(super) fn send(services: &Services, request: &Request<RequestBody>, context:
 
 fn one(
     services: &Services,
-    mirror: &MirrorPolicy,
+    mirror: &Mirror,
     request: &Request<RequestBody>,
     context: &Context,
 ) -> Result<(), &'static str> {

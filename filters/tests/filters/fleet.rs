@@ -180,6 +180,7 @@ impl Fleet {
             serving: Arc::default(),
             node_cluster: Arc::default(),
             own_host: None,
+            runtime: Arc::default(),
             stat_prefix: Arc::default(),
         };
         Self {

@@ -1,21 +1,45 @@
 //! Conditions on requests that have an answer, prepared once: which are logged, which answers of ours are changed.
 
 use super::{Captured, Headers};
-use outrigger_filters::{error::Flag, matching::HeaderMatcher};
-use outrigger_xds::resource::log_filter::{Comparison, LogFilter};
+use outrigger_filters::{
+    error::Flag,
+    matching::HeaderMatcher,
+    runtime::{Number, Runtime},
+};
+use outrigger_xds::resource::log_filter::{Comparison, How, LogFilter};
 use std::time::Duration;
 
 /// `LogFilter`, prepared.
 #[derive(Debug)]
 pub(crate) enum Filter {
-    Status(Comparison),
-    DurationMs(Comparison),
+    Status(Limit),
+    DurationMs(Limit),
     /// What is held ready in [`Captured`].
     Header(usize),
     /// Any, if there are none.
     Flags(Vec<String>),
     And(Vec<Self>),
     Or(Vec<Self>),
+}
+
+/// `Comparison`, prepared.
+#[derive(Debug)]
+pub(crate) struct Limit {
+    how: How,
+    value: Number,
+}
+
+impl Limit {
+    fn new(wanted: &Comparison, runtime: &Runtime) -> Self {
+        Self {
+            how: wanted.how,
+            value: runtime.number(&wanted.runtime_key, wanted.value.into()),
+        }
+    }
+
+    fn holds(&self, number: u64) -> bool {
+        self.how.holds(number, self.value.get())
+    }
 }
 
 /// What a condition may look at.
@@ -33,16 +57,20 @@ impl Filter {
     ///
     /// # Errors
     /// A regular expression is not valid, which the checks of the configuration rule out.
-    pub(super) fn compile(wanted: &LogFilter, headers: &mut Headers) -> Result<Self, String> {
+    pub(super) fn compile(
+        wanted: &LogFilter,
+        headers: &mut Headers,
+        runtime: &Runtime,
+    ) -> Result<Self, String> {
         let mut all = |filters: &[LogFilter]| -> Result<Vec<Self>, String> {
             let filters = filters.iter();
             filters
-                .map(|filter| Self::compile(filter, headers))
+                .map(|filter| Self::compile(filter, headers, runtime))
                 .collect()
         };
         Ok(match wanted {
-            LogFilter::Status(comparison) => Self::Status(comparison.clone()),
-            LogFilter::Duration(comparison) => Self::DurationMs(comparison.clone()),
+            LogFilter::Status(comparison) => Self::Status(Limit::new(comparison, runtime)),
+            LogFilter::Duration(comparison) => Self::DurationMs(Limit::new(comparison, runtime)),
             LogFilter::Flags(flags) => Self::Flags(flags.clone()),
             LogFilter::And(filters) => Self::And(all(filters)?),
             LogFilter::Or(filters) => Self::Or(all(filters)?),

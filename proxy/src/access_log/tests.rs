@@ -400,6 +400,7 @@ fn only_named_headers_are_kept() {
             config("%REQ(user-agent)% %RESP(B)%"),
         ],
         &sinks,
+        &Runtime::default(),
     )
     .unwrap();
     assert!(!logs.is_empty());
@@ -409,7 +410,11 @@ fn only_named_headers_are_kept() {
         [None, Some(HeaderValue::from_static("curl/8 \"quoted\""))]
     );
     assert_eq!(captured.response.capacity(), 0);
-    assert!(AccessLogs::new(&[], &sinks).unwrap().is_empty());
+    assert!(
+        AccessLogs::new(&[], &sinks, &Runtime::default())
+            .unwrap()
+            .is_empty()
+    );
 }
 
 #[test]
@@ -431,6 +436,7 @@ fn nanoseconds_per_line() {
                 format,
             }],
             &sinks,
+            &Runtime::default(),
         )
         .unwrap();
         let parts = request();

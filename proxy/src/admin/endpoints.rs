@@ -120,6 +120,14 @@ static ENDPOINTS: &[Endpoint] = &[
         "print server version/status information",
         server_info,
     ),
+    get("/runtime", "print runtime values", |admin, _| {
+        Reply::json(&admin.state.runtime.to_json())
+    }),
+    post(
+        "/runtime_modify",
+        "Adds or modifies runtime values as passed in query parameters. To delete a previously added key, use an empty string as the value. Note that deletion only applies to overrides added via this endpoint; values loaded from other sources can be modified via override but not deleted. E.g. ?key1=value1&key2=value2...",
+        runtime_modify,
+    ),
     get("/stats", "print server stats", |admin, params| {
         stats(admin, params, Format::Text)
     }),
@@ -459,6 +467,18 @@ fn memory() -> Reply {
         "total_thread_cache": "0",
         "total_physical_bytes": memory.resident_bytes.to_string(),
     }))
+}
+
+/// Envoy's words, but for what it says of forms.
+fn runtime_modify(admin: &Admin, params: &Params) -> Reply {
+    if params.0.is_empty() {
+        let usage = "usage: /runtime_modify?key1=value1&key2=value2&keyN=valueN\nuse an empty value to remove a previously added override\n";
+        return Reply::bad_request(usage.to_owned());
+    }
+    match admin.state.runtime.modify(&params.0) {
+        Ok(()) => Reply::text("OK\n"),
+        Err(error) => Reply::text(error.to_string()).status(StatusCode::SERVICE_UNAVAILABLE),
+    }
 }
 
 /// `?level=L` for all, `?paths=a:L,b:L` or `?a=L` for some, nothing to ask.

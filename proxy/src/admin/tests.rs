@@ -143,6 +143,7 @@ async fn start(limits: Limits) -> Running {
     ];
     let state = Arc::new(AdminState {
         started: Instant::now(),
+        runtime: Arc::default(),
         serving: Arc::default(),
         server_state: Arc::new(move || states[usize::from(for_state.load(Relaxed))]),
         config_dump: Arc::new(

@@ -56,7 +56,9 @@ fn absent(model: &Model, kind: Kind, whole: Option<&BTreeSet<String>>) -> Vec<St
     let mut names: Vec<String> = match kind {
         Kind::Clusters => known(&model.clusters).collect(),
         Kind::Listeners => known(&model.listeners).collect(),
-        Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => Vec::new(),
+        Kind::Runtimes | Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => {
+            Vec::new()
+        }
     };
     names.retain(|name| !whole.contains(name));
     names

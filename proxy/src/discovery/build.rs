@@ -138,6 +138,9 @@ impl Builder {
         let mut keep = |result: Result<(), String>| errors.extend(result.err());
         keep(exists(model, written.lds.as_ref()));
         keep(exists(model, written.cds.as_ref()));
+        for layer in &written.runtime {
+            keep(exists(model, layer.rtds().map(|rtds| &rtds.source)));
+        }
         for secret in &written.secrets {
             let checked = crate::tls::check_secret(&secret.content);
             keep(checked.map_err(|error| format!("secret '{}': {error}", secret.name)));
@@ -174,7 +177,11 @@ impl Builder {
         check_secrets(model, secrets).map_err(named)?;
         for (_, chain) in listener.chains() {
             contexts.server(name, chain, &|config| model.secret(config))?;
-            AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+            AccessLogs::new(
+                access_log(&chain.network),
+                &self.sinks,
+                &self.services.runtime,
+            )?;
         }
         Ok(())
     }
@@ -383,7 +390,11 @@ impl Builder {
         chain: &FilterChain,
         clusters: &HashMap<String, Cluster>,
     ) -> Result<PlannedServes, String> {
-        let logs = AccessLogs::new(access_log(&chain.network), &self.sinks)?;
+        let logs = AccessLogs::new(
+            access_log(&chain.network),
+            &self.sinks,
+            &self.services.runtime,
+        )?;
         Ok(match &chain.network {
             Network::Http(manager) => {
                 // It was accepted when its clusters were there; that one is gone now is told to those who ask for it.

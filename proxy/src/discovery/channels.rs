@@ -102,6 +102,7 @@ impl fmt::Display for Purpose {
             return f.write_str("ads");
         };
         f.write_str(match kind {
+            Kind::Runtimes => "rtds",
             Kind::Clusters => "cds",
             Kind::Endpoints => "eds",
             Kind::Listeners => "lds",

@@ -165,6 +165,10 @@ impl Discovery {
                 let known = model.tables.get(&Origin::Ads);
                 known.map(|known| good(known, kind, ads))
             }
+            Kind::Runtimes => {
+                let known = model.runtimes.get(&Origin::Ads);
+                known.map(|known| good(known, kind, ads))
+            }
             Kind::Extensions => {
                 let known = model.extensions.get(&Origin::Ads);
                 known.map(|known| good(known, kind, ads))

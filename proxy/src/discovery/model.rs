@@ -3,6 +3,7 @@
 //! It does no IO and knows no source: a resource is here because somebody brought it. A cluster waits for its endpoints
 //! and secrets, a listener for its routes, secrets and filters, for as long as its source says.
 
+use outrigger_filters::runtime::Layer;
 use outrigger_xds::{
     accepted::Accepted,
     resource::{
@@ -13,6 +14,7 @@ use outrigger_xds::{
         extension::ExtensionConfig,
         listener::{HttpConnectionManager, Listener},
         route::RouteConfiguration,
+        runtime::{LayerContent, Rtds, Runtime, RuntimeLayer},
         secret::{Secret, SecretConfig},
         tls::CommonTls,
     },
@@ -76,10 +78,14 @@ pub(super) struct Model {
     pub(super) assignments: Named<ClusterLoadAssignment>,
     /// SDS.
     pub(super) secrets: Named<Secret>,
+    /// RTDS.
+    pub(super) runtimes: Named<Runtime>,
     /// ECDS.
     pub(super) extensions: Named<ExtensionConfig>,
     /// What is asked for.
     pub(super) waits: BTreeMap<Subscription, Wait>,
+    /// The first layers of the runtime are there, or given up: all else may come.
+    pub(super) has_runtimes: bool,
     /// The first clusters are complete: listeners may come.
     pub(super) has_clusters: bool,
 }
@@ -89,6 +95,13 @@ pub(super) fn tls(listener: &Listener) -> impl Iterator<Item = &CommonTls> {
     let chains = listener.filter_chains.iter();
     let chains = chains.chain(&listener.default_filter_chain);
     chains.filter_map(|chain| chain.tls.as_ref().map(|tls| &tls.common))
+}
+
+/// The secrets of a cluster that come from elsewhere.
+fn secrets_of(cluster: &Cluster) -> impl Iterator<Item = (&ConfigSource, &str)> {
+    let sockets = cluster.sockets().flatten();
+    let secrets = sockets.flat_map(|tls| tls.common.secrets());
+    secrets.filter_map(|secret| Some((secret.source.as_ref()?, secret.name.as_str())))
 }
 
 fn find<'a, R: PartialEq>(
@@ -121,6 +134,7 @@ impl Model {
 
     /// Asks for what is named now, and for nothing else.
     pub(super) fn subscribe(&mut self, now: Instant) {
+        self.has_runtimes |= self.are_runtimes_there();
         let mut waits: BTreeMap<Subscription, Wait> = BTreeMap::new();
         let mut ask = |kind, source: &ConfigSource, name: &str, owner: &str| {
             let subscription = Subscription {
@@ -137,6 +151,17 @@ impl Model {
             });
             wait.owners.insert(owner.to_owned());
         };
+        for rtds in self.bootstrap.runtime.iter().filter_map(RuntimeLayer::rtds) {
+            ask(Kind::Runtimes, &rtds.source, &rtds.name, "");
+        }
+        if !self.has_runtimes {
+            // Who brings them may have to be known first.
+            for (source, name) in self.bootstrap.clusters.iter().flat_map(secrets_of) {
+                ask(Kind::Secrets, source, name, name);
+            }
+            self.waits = waits;
+            return self.forget();
+        }
         let may_listen = self.has_clusters || !self.listens_after_clusters();
         if let Some(source) = self.bootstrap.lds.as_ref().filter(|_| may_listen) {
             ask(Kind::Listeners, source, "", "");
@@ -153,11 +178,8 @@ impl Model {
                     &cluster.name,
                 );
             }
-            let sockets = cluster.sockets().flatten();
-            for secret in sockets.flat_map(|tls| tls.common.secrets()) {
-                if let Some(source) = &secret.source {
-                    ask(Kind::Secrets, source, &secret.name, &secret.name);
-                }
+            for (source, name) in secrets_of(cluster) {
+                ask(Kind::Secrets, source, name, name);
             }
         }
         for listener in self.all_listeners() {
@@ -182,6 +204,41 @@ impl Model {
         self.forget();
     }
 
+    /// Whether all layers of the runtime came, or are waited for no longer.
+    pub(super) fn are_runtimes_there(&self) -> bool {
+        let mut layers = self.bootstrap.runtime.iter().filter_map(RuntimeLayer::rtds);
+        layers.all(|rtds| {
+            self.runtime(rtds).is_some()
+                || self.is_given_up(Kind::Runtimes, &rtds.source, &rtds.name)
+        })
+    }
+
+    fn runtime(&self, rtds: &Rtds) -> Option<&Arc<Runtime>> {
+        find(&self.runtimes, &rtds.source, &rtds.name)
+    }
+
+    /// All layers of the runtime as they are now; one that is not there is empty.
+    pub(super) fn layers(&self) -> Vec<Layer> {
+        let written = self.bootstrap.runtime.iter();
+        let layer = |layer: &RuntimeLayer| Layer {
+            name: layer.name.clone(),
+            values: match &layer.content {
+                LayerContent::Static(values) => Some(values.by_key.clone()),
+                LayerContent::Admin => None,
+                LayerContent::Rtds(rtds) => {
+                    let came = self.runtime(rtds);
+                    Some(came.map_or_else(Default::default, |came| came.values.by_key.clone()))
+                }
+            },
+        };
+        let layers: Vec<Layer> = written.map(layer).collect();
+        if layers.is_empty() {
+            vec![layer(&RuntimeLayer::admin())]
+        } else {
+            layers
+        }
+    }
+
     /// Whether control planes bring both clusters and listeners: then clusters come first, or listeners would name
     /// such as are not there yet.
     fn listens_after_clusters(&self) -> bool {
@@ -204,6 +261,7 @@ impl Model {
         let clusters = from(&self.bootstrap.cds).then_some(&self.clusters);
         let listeners = from(&self.bootstrap.lds).then_some(&self.listeners);
         [
+            good(Kind::Runtimes, self.runtimes.get(origin)),
             good(Kind::Clusters, clusters),
             good(Kind::Endpoints, self.assignments.get(origin)),
             good(Kind::Listeners, listeners),
@@ -219,7 +277,9 @@ impl Model {
         match kind {
             Kind::Listeners => self.bootstrap.lds.as_ref(),
             Kind::Clusters => self.bootstrap.cds.as_ref(),
-            Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => None,
+            Kind::Runtimes | Kind::Endpoints | Kind::Routes | Kind::Secrets | Kind::Extensions => {
+                None
+            }
         }
     }
 
@@ -269,6 +329,7 @@ impl Model {
             Kind::Routes => keep(&mut self.tables, origin, others),
             Kind::Endpoints => keep(&mut self.assignments, origin, others),
             Kind::Secrets => keep(&mut self.secrets, origin, others),
+            Kind::Runtimes => keep(&mut self.runtimes, origin, others),
             Kind::Extensions => keep(&mut self.extensions, origin, others),
             Kind::Clusters | Kind::Listeners => {}
         }
@@ -297,6 +358,7 @@ impl Model {
         retain(&mut self.tables, Kind::Routes, &self.waits);
         retain(&mut self.assignments, Kind::Endpoints, &self.waits);
         retain(&mut self.secrets, Kind::Secrets, &self.waits);
+        retain(&mut self.runtimes, Kind::Runtimes, &self.waits);
         retain(&mut self.extensions, Kind::Extensions, &self.waits);
     }
 
@@ -323,6 +385,7 @@ impl Model {
             Kind::Routes => has(&self.tables, subscription),
             Kind::Endpoints => has(&self.assignments, subscription),
             Kind::Secrets => has(&self.secrets, subscription),
+            Kind::Runtimes => has(&self.runtimes, subscription),
             Kind::Extensions => has(&self.extensions, subscription),
         }
     }
@@ -429,7 +492,8 @@ impl Model {
     #[must_use]
     pub(super) fn complete_listener(&self, listener: &Listener) -> Option<Listener> {
         let (complete, waits) = self.filled_listener(listener);
-        let is_complete = !waits && tls(listener).all(|tls| self.has_secrets(tls));
+        let is_complete =
+            self.has_runtimes && !waits && tls(listener).all(|tls| self.has_secrets(tls));
         is_complete.then_some(complete)
     }
 }

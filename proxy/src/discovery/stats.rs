@@ -26,6 +26,14 @@ const EVENTS: usize = 6;
 /// In the order of [`Event`].
 fn names(kind: Kind) -> [&'static str; EVENTS] {
     match kind {
+        Kind::Runtimes => [
+            "envoy_runtime_update_attempt",
+            "envoy_runtime_update_success",
+            "envoy_runtime_update_failure",
+            "envoy_runtime_update_rejected",
+            "envoy_runtime_update_rejected",
+            "envoy_runtime_init_fetch_timeout",
+        ],
         Kind::Clusters => [
             "envoy_cluster_manager_cds_update_attempt",
             "envoy_cluster_manager_cds_update_success",
@@ -121,6 +129,11 @@ pub(super) fn of_stream(asked: &Subscription, owners: &BTreeSet<String>) -> Vec<
 /// Envoy's, which stand below those of the type.
 fn stream_names(kind: Kind) -> [&'static str; 3] {
     match kind {
+        Kind::Runtimes => [
+            "envoy_runtime_control_plane_connected_state",
+            "envoy_runtime_control_plane_pending_requests",
+            "envoy_runtime_control_plane_rate_limit_enforced",
+        ],
         Kind::Clusters => [
             "envoy_cluster_manager_cds_control_plane_connected_state",
             "envoy_cluster_manager_cds_control_plane_pending_requests",
@@ -157,7 +170,7 @@ fn stream_names(kind: Kind) -> [&'static str; 3] {
 fn labels(asked: &Subscription, owner: &str) -> Vec<Label> {
     let owner = owner.to_owned();
     match asked.kind {
-        Kind::Clusters | Kind::Listeners => Vec::new(),
+        Kind::Runtimes | Kind::Clusters | Kind::Listeners => Vec::new(),
         Kind::Endpoints => vec![Label::new("envoy_cluster_name", owner)],
         Kind::Secrets | Kind::Extensions => vec![Label::new("envoy_xds_resource_name", owner)],
         Kind::Routes => vec![

@@ -43,6 +43,9 @@ impl Discovery {
         for (origin, accepted) in &model.tables {
             resources.extend(self.held(Kind::Routes, origin, accepted, with_contents));
         }
+        for (origin, accepted) in &model.runtimes {
+            resources.extend(self.held(Kind::Runtimes, origin, accepted, with_contents));
+        }
         for (origin, accepted) in &model.extensions {
             resources.extend(self.held(Kind::Extensions, origin, accepted, with_contents));
         }
@@ -160,6 +163,7 @@ impl Discovery {
             Kind::Routes => named(&self.model.tables, asked),
             Kind::Endpoints => named(&self.model.assignments, asked),
             Kind::Secrets => named(&self.model.secrets, asked),
+            Kind::Runtimes => named(&self.model.runtimes, asked),
             Kind::Extensions => named(&self.model.extensions, asked),
             Kind::Clusters | Kind::Listeners => true,
         }

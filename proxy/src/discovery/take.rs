@@ -4,7 +4,7 @@ use super::{Discovery, build::Check, model::Kind};
 use outrigger_xds::{
     accepted::{Accepted, Outcome, Scope, Update},
     load::discovery::{Resource, Response},
-    resource::{config_source::Origin, secret::Secret},
+    resource::{config_source::Origin, runtime::Runtime, secret::Secret},
 };
 use std::time::SystemTime;
 
@@ -44,6 +44,10 @@ impl Discovery {
             Kind::Routes => self.take_routes(origin, response),
             Kind::Extensions => self.take_extensions(origin, response),
             Kind::Endpoints => self.take_endpoints(origin, response),
+            Kind::Runtimes => {
+                let set = self.model.runtimes.entry(origin.clone()).or_default();
+                set.take(update(response, Scope::Named), &mut |_: &Runtime| Ok(()))
+            }
             Kind::Secrets => {
                 let set = self.model.secrets.entry(origin.clone()).or_default();
                 set.take(update(response, Scope::Named), &mut |secret: &Secret| {

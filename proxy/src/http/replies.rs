@@ -13,6 +13,7 @@ use outrigger_filters::{
     filter::LogFields,
     local_reply::{self, Shape},
     router::attempt,
+    runtime::Runtime,
 };
 use outrigger_xds::resource::{
     header_mutation::Mutations,
@@ -51,14 +52,17 @@ impl LocalReplies {
     ///
     /// # Errors
     /// A format is none, and where.
-    pub(crate) fn new(config: &LocalReplyConfig) -> Result<Option<Self>, String> {
+    pub(crate) fn new(
+        config: &LocalReplyConfig,
+        runtime: &Runtime,
+    ) -> Result<Option<Self>, String> {
         if config.is_empty() {
             return Ok(None);
         }
         let mut formats = Formats::default();
         let mut mappers = Vec::new();
         for (index, mapper) in config.mappers.iter().enumerate() {
-            let mapper = Mapper::new(mapper, &mut formats);
+            let mapper = Mapper::new(mapper, &mut formats, runtime);
             let place = format!("local_reply_config.mappers[{index}]");
             mappers.push(mapper.map_err(|error| format!("{place}.{error}"))?);
         }
@@ -101,7 +105,11 @@ impl LocalReplies {
 }
 
 impl Mapper {
-    fn new(config: &ResponseMapper, formats: &mut Formats) -> Result<Self, String> {
+    fn new(
+        config: &ResponseMapper,
+        formats: &mut Formats,
+        runtime: &Runtime,
+    ) -> Result<Self, String> {
         let add = Mutations {
             add: config.headers_to_add.clone(),
             remove: Vec::new(),
@@ -109,7 +117,7 @@ impl Mapper {
         let format = config.body_format.as_ref();
         Ok(Self {
             filter: formats
-                .condition(&config.filter)
+                .condition(&config.filter, runtime)
                 .map_err(|error| format!("filter: {error}"))?,
             status: config.status,
             body: config.body.clone(),

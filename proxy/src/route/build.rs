@@ -10,13 +10,13 @@ use crate::chain::{Chains, Direct};
 use http::{HeaderName, HeaderValue, StatusCode, request::Parts};
 use outrigger_filters::{
     filter::{AutoHost, Chain, RouteFacts},
-    router::{hash::Hashes, retry::Policy},
+    router::{hash::Hashes, mirror::Mirror, retry::Policy},
+    runtime::Runtime,
 };
 use outrigger_xds::resource::{
     cluster::Cluster,
     header_mutation::HeaderMutations,
     listener::HttpConnectionManager,
-    mirror_policy::MirrorPolicy,
     route::{Action, ClusterSpecifier, HostRewrite, Route, RouteAction, VirtualHost},
     route_action::{ClusterNotFound, ClusterWeight, WeightedName},
     upgrade::Upgrade,
@@ -114,6 +114,7 @@ pub fn build(
         scope,
         route,
         openai: chain.openai,
+        runtime: chains.runtime(),
         tell_original: !chain.suppress_envoy_headers,
     };
     let facts = Arc::new(builder.facts(None, ""));
@@ -155,7 +156,7 @@ pub fn build(
     };
     Ok(BuiltRoute {
         upgrades,
-        matcher: Matcher::new(&route.r#match)?,
+        matcher: Matcher::new(&route.r#match, chains.runtime())?,
         target,
         facts,
         edits,
@@ -170,6 +171,7 @@ struct Builder<'a> {
     tell_original: bool,
     policy: Option<Arc<Policy>>,
     hashes: Option<Arc<Hashes>>,
+    runtime: &'a Runtime,
 }
 
 /// `None` where nothing is hashed.
@@ -225,14 +227,22 @@ impl Builder<'_> {
     }
 
     /// The most specific list that has any.
-    fn mirrors(&self, action: &RouteAction) -> Arc<[MirrorPolicy]> {
+    fn mirrors(&self, action: &RouteAction) -> Arc<[Mirror]> {
         let lists = [
             &action.mirrors,
             &self.scope.host.mirrors,
             &self.scope.manager.route_config.mirrors,
         ];
         let first = lists.into_iter().find(|list| !list.is_empty());
-        first.map_or_else(Arc::default, |list| list.as_slice().into())
+        let prepared = first.into_iter().flatten().map(|policy| Mirror {
+            cluster: policy.cluster.clone(),
+            append_suffix: policy.append_suffix,
+            share: policy
+                .runtime_fraction
+                .as_ref()
+                .map(|fraction| self.runtime.share_of(fraction)),
+        });
+        prepared.collect()
     }
 
     /// `None` where there is nothing to do.

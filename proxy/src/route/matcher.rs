@@ -1,9 +1,12 @@
 //! Whether a request is one a route is for. Everything is prepared when the configuration is built.
 
 use http::request::Parts;
-use outrigger_filters::matching::{Case, HeaderMatcher, TextMatcher, drawn, is_grpc};
+use outrigger_filters::{
+    matching::{Case, HeaderMatcher, TextMatcher, is_grpc},
+    runtime::{Runtime, Share},
+};
 use outrigger_xds::resource::{
-    matching::{Fraction, QueryMatch, QueryValueMatch, whole},
+    matching::{QueryMatch, QueryValueMatch, whole},
     route::{PathMatch, RouteMatch},
 };
 use regex::bytes::Regex;
@@ -14,7 +17,7 @@ pub struct Matcher {
     path: PathMatcher,
     headers: Vec<HeaderMatcher>,
     query: Vec<(String, QueryCondition)>,
-    fraction: Option<Fraction>,
+    share: Option<Share>,
     grpc: bool,
 }
 
@@ -37,7 +40,7 @@ impl Matcher {
     ///
     /// # Errors
     /// A regular expression or a header name is not valid, which the checks of the configuration rule out.
-    pub fn new(route: &RouteMatch) -> Result<Self, String> {
+    pub fn new(route: &RouteMatch, runtime: &Runtime) -> Result<Self, String> {
         let case = if route.case_sensitive {
             Case::Heeded
         } else {
@@ -66,7 +69,10 @@ impl Matcher {
                 .iter()
                 .map(query)
                 .collect::<Result<_, _>>()?,
-            fraction: route.runtime_fraction.clone(),
+            share: route
+                .runtime_fraction
+                .as_ref()
+                .map(|fraction| runtime.share_of(fraction)),
             grpc: route.grpc,
         })
     }
@@ -78,7 +84,7 @@ impl Matcher {
             && self.headers.iter().all(|header| header.matches(parts))
             && (self.query.is_empty() || self.query_matches(parts.uri.query().unwrap_or_default()))
             && (!self.grpc || is_grpc(&parts.headers))
-            && self.fraction.as_ref().is_none_or(drawn)
+            && self.share.as_ref().is_none_or(Share::draw)
     }
 
     fn query_matches(&self, query: &str) -> bool {
@@ -119,7 +125,9 @@ mod tests {
 
     fn holds(route: &RouteMatch, uri: &str) -> bool {
         let (parts, ()) = http::Request::get(uri).body(()).unwrap().into_parts();
-        Matcher::new(route).unwrap().matches(&parts)
+        Matcher::new(route, &Runtime::default())
+            .unwrap()
+            .matches(&parts)
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     protobuf,
     resource::{
         cluster::Cluster, endpoint::ClusterLoadAssignment, extension::ExtensionConfig,
-        listener::Listener, route::RouteConfiguration, secret::Secret,
+        listener::Listener, route::RouteConfiguration, runtime::Runtime, secret::Secret,
     },
     wire::envoy::{
         config::{
@@ -19,7 +19,7 @@ use crate::{
             listener::v3::Listener as WireListener, route::v3::RouteConfiguration as WireRoutes,
         },
         extensions::transport_sockets::tls::v3::Secret as WireSecret,
-        service::discovery::v3::DiscoveryResponse,
+        service::{discovery::v3::DiscoveryResponse, runtime::v3::Runtime as WireRuntime},
     },
 };
 use prost::{Message, Name};
@@ -93,6 +93,13 @@ resource!(
     WireExtension,
     name,
     "envoy.config.core.v3.TypedExtensionConfig"
+);
+
+resource!(
+    Runtime,
+    WireRuntime,
+    name,
+    "envoy.service.runtime.v3.Runtime"
 );
 
 impl Resource for RouteConfiguration {

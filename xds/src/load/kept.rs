@@ -12,7 +12,8 @@ pub const KEPT_BYTES_MAX: usize = 256 << 20;
 /// What a file begins with.
 const FORMAT: &str = "outrigger-config 1";
 /// What is kept, in the order in which it is needed.
-const KINDS: [(Kind, &str); 5] = [
+const KINDS: [(Kind, &str); 6] = [
+    (Kind::Runtimes, "runtimes"),
     (Kind::Clusters, "clusters"),
     (Kind::Endpoints, "endpoints"),
     (Kind::Listeners, "listeners"),

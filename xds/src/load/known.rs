@@ -53,7 +53,7 @@ pub(super) const NOT_SUPPORTED: &[(&str, &[&str])] = &[
         "envoy.config.bootstrap.v3.ClusterManager",
         &["local_cluster_name", "outlier_detection", "upstream_bind_config"],
     ),
-    ("envoy.config.bootstrap.v3.RuntimeLayer", &["disk_layer", "rtds_layer"]),
+    ("envoy.config.bootstrap.v3.RuntimeLayer", &["disk_layer"]),
     ("envoy.config.cluster.v3.CircuitBreakers.Thresholds", &["max_connection_pools"]),
     (
         "envoy.config.cluster.v3.Cluster",

@@ -26,14 +26,10 @@ use serde_json::{Map, Value, json};
 const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
 
 /// Fields that are transcribed to be judged, and have no effect.
-const NO_EFFECT: [(&str, &str); 3] = [
-    (
-        "envoy.config.bootstrap.v3.Bootstrap",
-        "bootstrap_extensions",
-    ),
-    ("envoy.config.bootstrap.v3.RuntimeLayer", "admin_layer"),
-    ("envoy.config.bootstrap.v3.RuntimeLayer", "static_layer"),
-];
+const NO_EFFECT: [(&str, &str); 1] = [(
+    "envoy.config.bootstrap.v3.Bootstrap",
+    "bootstrap_extensions",
+)];
 
 /// What a walk found.
 #[derive(Default)]
@@ -222,8 +218,12 @@ impl Walk {
             return true;
         }
         if field.is_list() {
+            // As Envoy, takes one value for a list of it.
+            if !value.is_array() {
+                *value = Value::Array(vec![value.take()]);
+            }
             let Value::Array(list) = value else {
-                return self.mismatch(here, "a list", value);
+                return false;
             };
             let mut index = 0;
             list.retain_mut(|value| {

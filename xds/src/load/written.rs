@@ -9,7 +9,7 @@ use crate::{
     protobuf,
     resource::{
         cluster::Cluster, endpoint::ClusterLoadAssignment, extension::ExtensionConfig,
-        listener::Listener, route::RouteConfiguration, secret::Secret,
+        listener::Listener, route::RouteConfiguration, runtime::Runtime, secret::Secret,
     },
     subscription::Kind,
     wire::envoy::{
@@ -19,6 +19,7 @@ use crate::{
             listener::v3::Listener as WireListener, route::v3::RouteConfiguration as WireRoutes,
         },
         extensions::transport_sockets::tls::v3::Secret as WireSecret,
+        service::runtime::v3::Runtime as WireRuntime,
     },
 };
 use prost::{Message, Name};
@@ -46,6 +47,7 @@ pub enum Meaning {
     Routes(RouteConfiguration),
     Secret(Secret),
     Extension(ExtensionConfig),
+    Runtime(Runtime),
 }
 
 impl Meaning {
@@ -59,6 +61,7 @@ impl Meaning {
             Self::Routes(_) => Kind::Routes,
             Self::Secret(_) => Kind::Secrets,
             Self::Extension(_) => Kind::Extensions,
+            Self::Runtime(_) => Kind::Runtimes,
         }
     }
 }
@@ -80,6 +83,7 @@ pub fn resource(value: Value, place: &str) -> Result<Written, ConfigErrors> {
         }
         RouteConfiguration::TYPE => read::<WireRoutes, _>(value, place, Meaning::Routes),
         ExtensionConfig::TYPE => read::<WireExtension, _>(value, place, Meaning::Extension),
+        Runtime::TYPE => read::<WireRuntime, _>(value, place, Meaning::Runtime),
         Secret::TYPE => read::<WireSecret, _>(value, place, Meaning::Secret),
         _ => {
             let message = format!("not a type of resource that is served: {type_url}");

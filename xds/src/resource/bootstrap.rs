@@ -8,6 +8,7 @@ use super::{
     filter_chain::Network,
     listener::{AccessLog, AccessLogFormat, AccessLogSink, Listener},
     route::{Action, RouteConfiguration, TypedConfig},
+    runtime::{self, RuntimeLayer},
     secret::Secret,
 };
 use crate::{
@@ -16,10 +17,8 @@ use crate::{
     subscription::Protocol,
     wire::envoy::config::{bootstrap::v3 as wire, core::v3 as core},
 };
-use prost_types::value::Kind;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
-use wire::runtime_layer::LayerSpecifier;
 
 /// Extensions of a process that have no effect.
 const EXTENSIONS: [&str; 2] = [
@@ -31,9 +30,6 @@ const EXTENSIONS: [&str; 2] = [
 const ADS: &str = "dynamic_resources.ads_config";
 /// Where load reports are configured.
 const LOAD_STATS: &str = "cluster_manager.load_stats_config";
-
-/// A limit that is none.
-const UNLIMITED: f64 = i32::MAX as f64;
 
 /// Everything a process starts with.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -56,6 +52,8 @@ pub struct Bootstrap {
     pub ads: Option<Ads>,
     /// `cluster_manager.load_stats_config`: who is told of the load of clusters.
     pub load_stats: Option<Ads>,
+    /// `layered_runtime`: values by key; none is one layer, which the admin is told.
+    pub runtime: Vec<RuntimeLayer>,
 }
 
 /// `envoy.config.core.v3.Node`.
@@ -152,9 +150,8 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             .map(|secret| secret.name.clone())
             .collect();
         let secrets = problems.take_all("static_resources.secrets", resources.secrets);
-        if let Some(runtime) = wire.layered_runtime {
-            check_runtime(&mut problems, &runtime);
-        }
+        let layers = wire.layered_runtime.unwrap_or_default();
+        let runtime = runtime::layers(&mut problems, layers);
         check_extensions(&mut problems, wire.bootstrap_extensions);
         let dynamic = wire.dynamic_resources.unwrap_or_default();
         let lds = dynamic
@@ -192,6 +189,7 @@ impl TryFrom<wire::Bootstrap> for Bootstrap {
             cds,
             ads,
             load_stats,
+            runtime,
         }))
     }
 }
@@ -206,29 +204,6 @@ fn load_stats(problems: &mut ConfigErrors, manager: Option<wire::ClusterManager>
         problems.add(format!("{LOAD_STATS}.api_type"), message);
     }
     Some(config)
-}
-
-/// Switches of Envoy's own workings are none of ours. Any other key may stand in a route, and would count there.
-fn check_runtime(problems: &mut ConfigErrors, runtime: &wire::LayeredRuntime) {
-    for (index, layer) in runtime.layers.iter().enumerate() {
-        let Some(LayerSpecifier::StaticLayer(layer)) = &layer.layer_specifier else {
-            continue;
-        };
-        let is_own = |key: &str| ["envoy.", "re2."].iter().any(|own| key.starts_with(own));
-        let unlimited = |value: &Kind| match value {
-            Kind::NumberValue(max) => *max >= UNLIMITED,
-            Kind::StringValue(max) => max.parse().is_ok_and(|max: f64| max >= UNLIMITED),
-            _ => false,
-        };
-        for (key, value) in &layer.fields {
-            let no_limit = key == "overload.global_downstream_max_connections"
-                && value.kind.as_ref().is_some_and(unlimited);
-            if !is_own(key) && !no_limit {
-                let place = format!("layered_runtime.layers[{index}].static_layer");
-                problems.add(place, format!("not supported yet: {key}"));
-            }
-        }
-    }
 }
 
 /// Those that may be there are of no use without what is refused elsewhere.
@@ -400,6 +375,9 @@ impl From<&Bootstrap> for wire::Bootstrap {
             static_resources: Some(resources),
             dynamic_resources: is_dynamic.then_some(dynamic),
             cluster_manager: manager,
+            layered_runtime: (!plain.runtime.is_empty()).then(|| wire::LayeredRuntime {
+                layers: plain.runtime.iter().map(Into::into).collect(),
+            }),
             admin,
             ..Self::default()
         }

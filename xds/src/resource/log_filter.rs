@@ -37,7 +37,7 @@ pub struct Comparison {
     pub how: How,
     /// To what.
     pub value: u32,
-    /// Where a runtime would keep that; there is none.
+    /// Where the runtime keeps that.
     pub runtime_key: String,
 }
 
@@ -55,16 +55,15 @@ pub enum How {
     NotEqual,
 }
 
-impl Comparison {
-    /// Whether it holds.
+impl How {
+    /// Whether `number` compares so to `value`.
     #[must_use]
-    pub fn holds(&self, number: u64) -> bool {
-        let value = u64::from(self.value);
-        match self.how {
-            How::Equal => number == value,
-            How::AtLeast => number >= value,
-            How::AtMost => number <= value,
-            How::NotEqual => number != value,
+    pub fn holds(self, number: u64, value: u64) -> bool {
+        match self {
+            Self::Equal => number == value,
+            Self::AtLeast => number >= value,
+            Self::AtMost => number <= value,
+            Self::NotEqual => number != value,
         }
     }
 }

@@ -87,14 +87,14 @@ pub enum QueryValueMatch {
     Text(StringMatch),
 }
 
-/// `RuntimeFractionalPercent`; there is no runtime, so its default counts.
+/// `RuntimeFractionalPercent`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Fraction {
     /// So many…
     pub numerator: u32,
     /// …of 100, 10,000 or 1,000,000.
     pub denominator: u32,
-    /// Where a runtime would keep it.
+    /// Where the runtime keeps it.
     pub runtime_key: String,
 }
 

@@ -139,7 +139,7 @@ pub struct RuntimeLayer {
     /// Unique.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
-    #[prost(oneof = "runtime_layer::LayerSpecifier", tags = "2, 4")]
+    #[prost(oneof = "runtime_layer::LayerSpecifier", tags = "2, 4, 5")]
     pub layer_specifier: ::core::option::Option<runtime_layer::LayerSpecifier>,
 }
 /// Nested message and enum types in `RuntimeLayer`.
@@ -157,6 +157,28 @@ pub mod runtime_layer {
             "/envoy.config.bootstrap.v3.RuntimeLayer.AdminLayer".into()
         }
     }
+    /// Those that come from elsewhere.
+    #[derive(Clone, PartialEq, ::prost::Message)]
+    pub struct RtdsLayer {
+        /// What they are asked for by.
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+        /// Where from.
+        #[prost(message, optional, tag = "2")]
+        pub rtds_config: ::core::option::Option<
+            super::super::super::core::v3::ConfigSource,
+        >,
+    }
+    impl ::prost::Name for RtdsLayer {
+        const NAME: &'static str = "RtdsLayer";
+        const PACKAGE: &'static str = "envoy.config.bootstrap.v3";
+        fn full_name() -> ::prost::alloc::string::String {
+            "envoy.config.bootstrap.v3.RuntimeLayer.RtdsLayer".into()
+        }
+        fn type_url() -> ::prost::alloc::string::String {
+            "/envoy.config.bootstrap.v3.RuntimeLayer.RtdsLayer".into()
+        }
+    }
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum LayerSpecifier {
         /// By key.
@@ -165,6 +187,9 @@ pub mod runtime_layer {
         /// Those that the admin sets.
         #[prost(message, tag = "4")]
         AdminLayer(AdminLayer),
+        /// Those that come from elsewhere.
+        #[prost(message, tag = "5")]
+        RtdsLayer(RtdsLayer),
     }
 }
 impl ::prost::Name for RuntimeLayer {

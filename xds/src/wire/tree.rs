@@ -297,6 +297,11 @@ pub mod envoy {
                 include!("envoy.service.route.v3.rs");
             }
         }
+        pub mod runtime {
+            pub mod v3 {
+                include!("envoy.service.runtime.v3.rs");
+            }
+        }
         pub mod secret {
             pub mod v3 {
                 include!("envoy.service.secret.v3.rs");

@@ -18,6 +18,7 @@ use outrigger_xds::resource::{
     },
     outlier_detection::{OutlierDetection, Rule},
     route::TypedConfig,
+    runtime::{LayerContent, Rtds, RuntimeLayer},
     server_header::ServerHeader,
     tls::{
         CommonTls, DataSource, DownstreamTls, NameKind, NameMatch, NamePattern, TlsCertificate,
@@ -37,7 +38,7 @@ node:
   cluster: fleet
   metadata: {team: inference}
   locality: {region: r, zone: z, sub_zone: s}
-  client_features: [feature]
+  client_features: feature
   user_agent_name: envoy
 dynamic_resources:
   ads_config:
@@ -51,6 +52,13 @@ dynamic_resources:
     - google_grpc: {target_uri: "dns:///xds.example:18000", stat_prefix: xds}
   lds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
   cds_config: {ads: {}, resource_api_version: V3}
+layered_runtime:
+  layers:
+  - name: rtds
+    rtds_layer:
+      name: rt
+      rtds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
+  - {name: admin, admin_layer: {}}
 cluster_manager:
   enable_deferred_cluster_creation: true
   load_stats_config:
@@ -424,7 +432,22 @@ pub(crate) fn full() -> Bootstrap {
             }],
             rate_limit: None,
         }),
+        runtime: full_runtime(),
     }
+}
+
+fn full_runtime() -> Vec<RuntimeLayer> {
+    let rtds = Rtds {
+        name: "rt".into(),
+        source: ads_source(Duration::ZERO),
+    };
+    vec![
+        RuntimeLayer {
+            name: "rtds".into(),
+            content: LayerContent::Rtds(rtds),
+        },
+        RuntimeLayer::admin(),
+    ]
 }
 
 fn ads_source(initial_fetch_timeout: Duration) -> ConfigSource {
