@@ -445,6 +445,202 @@ impl RequestMethod {
         }
     }
 }
+/// A named, typed extension.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TypedExtensionConfig {
+    /// For people and lookups by name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Its configuration; the type decides which extension it is.
+    #[prost(message, optional, tag = "2")]
+    pub typed_config: ::core::option::Option<::prost_types::Any>,
+}
+impl ::prost::Name for TypedExtensionConfig {
+    const NAME: &'static str = "TypedExtensionConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TypedExtensionConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TypedExtensionConfig".into()
+    }
+}
+/// Somewhere to listen or connect.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Address {
+    #[prost(oneof = "address::Address", tags = "1, 2")]
+    pub address: ::core::option::Option<address::Address>,
+}
+/// Nested message and enum types in `Address`.
+pub mod address {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Address {
+        /// IP or name, and port.
+        #[prost(message, tag = "1")]
+        SocketAddress(super::SocketAddress),
+        /// A Unix domain socket.
+        #[prost(message, tag = "2")]
+        Pipe(super::Pipe),
+    }
+}
+impl ::prost::Name for Address {
+    const NAME: &'static str = "Address";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.Address".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.Address".into()
+    }
+}
+/// When a connection is asked whether it is still there.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpKeepalive {
+    /// How often, until it counts as gone.
+    #[prost(message, optional, tag = "1")]
+    pub keepalive_probes: ::core::option::Option<u32>,
+    /// Seconds without a byte before.
+    #[prost(message, optional, tag = "2")]
+    pub keepalive_time: ::core::option::Option<u32>,
+    /// Seconds between.
+    #[prost(message, optional, tag = "3")]
+    pub keepalive_interval: ::core::option::Option<u32>,
+}
+impl ::prost::Name for TcpKeepalive {
+    const NAME: &'static str = "TcpKeepalive";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.TcpKeepalive".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.TcpKeepalive".into()
+    }
+}
+/// Where connections come from.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BindConfig {
+    /// Port 0 lets the system choose.
+    #[prost(message, optional, tag = "1")]
+    pub source_address: ::core::option::Option<SocketAddress>,
+}
+impl ::prost::Name for BindConfig {
+    const NAME: &'static str = "BindConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.BindConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.BindConfig".into()
+    }
+}
+/// Host and port.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SocketAddress {
+    /// TCP unless said otherwise.
+    #[prost(enumeration = "socket_address::Protocol", tag = "1")]
+    pub protocol: i32,
+    /// IP address; a name where names are resolved.
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(oneof = "socket_address::PortSpecifier", tags = "3")]
+    pub port_specifier: ::core::option::Option<socket_address::PortSpecifier>,
+}
+/// Nested message and enum types in `SocketAddress`.
+pub mod socket_address {
+    /// Transport.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Protocol {
+        Tcp = 0,
+        Udp = 1,
+    }
+    impl Protocol {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Tcp => "TCP",
+                Self::Udp => "UDP",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "TCP" => Some(Self::Tcp),
+                "UDP" => Some(Self::Udp),
+                _ => None,
+            }
+        }
+    }
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum PortSpecifier {
+        /// At most 65535.
+        #[prost(uint32, tag = "3")]
+        PortValue(u32),
+    }
+}
+impl ::prost::Name for SocketAddress {
+    const NAME: &'static str = "SocketAddress";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.SocketAddress".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.SocketAddress".into()
+    }
+}
+/// A Unix domain socket.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pipe {
+    /// Of its file; `@` at the beginning: no file, an abstract name.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Of the file.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+}
+impl ::prost::Name for Pipe {
+    const NAME: &'static str = "Pipe";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.Pipe".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.Pipe".into()
+    }
+}
+/// IP addresses that begin alike.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CidrRange {
+    /// One of them.
+    #[prost(string, tag = "1")]
+    pub address_prefix: ::prost::alloc::string::String,
+    /// How many bits they share; none unless said.
+    #[prost(message, optional, tag = "2")]
+    pub prefix_len: ::core::option::Option<u32>,
+}
+impl ::prost::Name for CidrRange {
+    const NAME: &'static str = "CidrRange";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.CidrRange".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.CidrRange".into()
+    }
+}
 /// A gRPC server.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GrpcService {
@@ -699,6 +895,32 @@ impl ::prost::Name for ConfigSource {
         "/envoy.config.core.v3.ConfigSource".into()
     }
 }
+/// Where the configuration of an extension comes from.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExtensionConfigSource {
+    /// Its name there is that of the extension.
+    #[prost(message, optional, tag = "1")]
+    pub config_source: ::core::option::Option<ConfigSource>,
+    /// In effect as long as there is none, or none any more.
+    #[prost(message, optional, tag = "2")]
+    pub default_config: ::core::option::Option<::prost_types::Any>,
+    /// Whether that is in effect before the first one came.
+    #[prost(bool, tag = "3")]
+    pub apply_default_config_without_warming: bool,
+    /// What it may be.
+    #[prost(string, repeated, tag = "4")]
+    pub type_urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+impl ::prost::Name for ExtensionConfigSource {
+    const NAME: &'static str = "ExtensionConfigSource";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.ExtensionConfigSource".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/envoy.config.core.v3.ExtensionConfigSource".into()
+    }
+}
 /// Version of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -727,228 +949,6 @@ impl ApiVersion {
             "V3" => Some(Self::V3),
             _ => None,
         }
-    }
-}
-/// A named, typed extension.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct TypedExtensionConfig {
-    /// For people and lookups by name.
-    #[prost(string, tag = "1")]
-    pub name: ::prost::alloc::string::String,
-    /// Its configuration; the type decides which extension it is.
-    #[prost(message, optional, tag = "2")]
-    pub typed_config: ::core::option::Option<::prost_types::Any>,
-}
-impl ::prost::Name for TypedExtensionConfig {
-    const NAME: &'static str = "TypedExtensionConfig";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.TypedExtensionConfig".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.TypedExtensionConfig".into()
-    }
-}
-/// Where the configuration of an extension comes from.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct ExtensionConfigSource {
-    /// Its name there is that of the extension.
-    #[prost(message, optional, tag = "1")]
-    pub config_source: ::core::option::Option<ConfigSource>,
-    /// In effect as long as there is none, or none any more.
-    #[prost(message, optional, tag = "2")]
-    pub default_config: ::core::option::Option<::prost_types::Any>,
-    /// Whether that is in effect before the first one came.
-    #[prost(bool, tag = "3")]
-    pub apply_default_config_without_warming: bool,
-    /// What it may be.
-    #[prost(string, repeated, tag = "4")]
-    pub type_urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-}
-impl ::prost::Name for ExtensionConfigSource {
-    const NAME: &'static str = "ExtensionConfigSource";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.ExtensionConfigSource".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.ExtensionConfigSource".into()
-    }
-}
-/// Somewhere to listen or connect.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Address {
-    #[prost(oneof = "address::Address", tags = "1, 2")]
-    pub address: ::core::option::Option<address::Address>,
-}
-/// Nested message and enum types in `Address`.
-pub mod address {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum Address {
-        /// IP or name, and port.
-        #[prost(message, tag = "1")]
-        SocketAddress(super::SocketAddress),
-        /// A Unix domain socket.
-        #[prost(message, tag = "2")]
-        Pipe(super::Pipe),
-    }
-}
-impl ::prost::Name for Address {
-    const NAME: &'static str = "Address";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.Address".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.Address".into()
-    }
-}
-/// When a connection is asked whether it is still there.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct TcpKeepalive {
-    /// How often, until it counts as gone.
-    #[prost(message, optional, tag = "1")]
-    pub keepalive_probes: ::core::option::Option<u32>,
-    /// Seconds without a byte before.
-    #[prost(message, optional, tag = "2")]
-    pub keepalive_time: ::core::option::Option<u32>,
-    /// Seconds between.
-    #[prost(message, optional, tag = "3")]
-    pub keepalive_interval: ::core::option::Option<u32>,
-}
-impl ::prost::Name for TcpKeepalive {
-    const NAME: &'static str = "TcpKeepalive";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.TcpKeepalive".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.TcpKeepalive".into()
-    }
-}
-/// Where connections come from.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct BindConfig {
-    /// Port 0 lets the system choose.
-    #[prost(message, optional, tag = "1")]
-    pub source_address: ::core::option::Option<SocketAddress>,
-}
-impl ::prost::Name for BindConfig {
-    const NAME: &'static str = "BindConfig";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.BindConfig".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.BindConfig".into()
-    }
-}
-/// Host and port.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SocketAddress {
-    /// TCP unless said otherwise.
-    #[prost(enumeration = "socket_address::Protocol", tag = "1")]
-    pub protocol: i32,
-    /// IP address; a name where names are resolved.
-    #[prost(string, tag = "2")]
-    pub address: ::prost::alloc::string::String,
-    #[prost(oneof = "socket_address::PortSpecifier", tags = "3")]
-    pub port_specifier: ::core::option::Option<socket_address::PortSpecifier>,
-}
-/// Nested message and enum types in `SocketAddress`.
-pub mod socket_address {
-    /// Transport.
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
-    #[repr(i32)]
-    pub enum Protocol {
-        Tcp = 0,
-        Udp = 1,
-    }
-    impl Protocol {
-        /// String value of the enum field names used in the ProtoBuf definition.
-        ///
-        /// The values are not transformed in any way and thus are considered stable
-        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-        pub fn as_str_name(&self) -> &'static str {
-            match self {
-                Self::Tcp => "TCP",
-                Self::Udp => "UDP",
-            }
-        }
-        /// Creates an enum from field names used in the ProtoBuf definition.
-        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-            match value {
-                "TCP" => Some(Self::Tcp),
-                "UDP" => Some(Self::Udp),
-                _ => None,
-            }
-        }
-    }
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum PortSpecifier {
-        /// At most 65535.
-        #[prost(uint32, tag = "3")]
-        PortValue(u32),
-    }
-}
-impl ::prost::Name for SocketAddress {
-    const NAME: &'static str = "SocketAddress";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.SocketAddress".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.SocketAddress".into()
-    }
-}
-/// A Unix domain socket.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Pipe {
-    /// Of its file; `@` at the beginning: no file, an abstract name.
-    #[prost(string, tag = "1")]
-    pub path: ::prost::alloc::string::String,
-    /// Of the file.
-    #[prost(uint32, tag = "2")]
-    pub mode: u32,
-}
-impl ::prost::Name for Pipe {
-    const NAME: &'static str = "Pipe";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.Pipe".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.Pipe".into()
-    }
-}
-/// IP addresses that begin alike.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct CidrRange {
-    /// One of them.
-    #[prost(string, tag = "1")]
-    pub address_prefix: ::prost::alloc::string::String,
-    /// How many bits they share; none unless said.
-    #[prost(message, optional, tag = "2")]
-    pub prefix_len: ::core::option::Option<u32>,
-}
-impl ::prost::Name for CidrRange {
-    const NAME: &'static str = "CidrRange";
-    const PACKAGE: &'static str = "envoy.config.core.v3";
-    fn full_name() -> ::prost::alloc::string::String {
-        "envoy.config.core.v3.CidrRange".into()
-    }
-    fn type_url() -> ::prost::alloc::string::String {
-        "/envoy.config.core.v3.CidrRange".into()
     }
 }
 /// How endpoints are asked for their health.
