@@ -330,8 +330,7 @@ fn assemble(
     let exporters = Arc::new(Exporters::default());
     let mut discovery = Discovery::new(services.clone(), sinks.clone(), exporters.clone());
     discovery.write(bootstrap)?;
-    let load = |cache: &PathBuf| kept::load(cache, &node.id);
-    if let Some(kept) = cache.as_ref().and_then(load) {
+    if let Some(kept) = cache.as_ref().and_then(|cache| kept::load(cache, &node.id)) {
         discovery.restore(kept);
     }
     let local = LocalFeed::new(watcher.source.clone(), ledgers);

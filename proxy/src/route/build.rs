@@ -150,18 +150,21 @@ pub fn build(
             tell_original: builder.tell_original,
         },
     };
-    let upgrades = match &route.action {
-        Action::Route(action) => action.upgrades.clone(),
-        Action::Redirect(_) | Action::DirectResponse { .. } => Vec::new(),
-    };
     Ok(BuiltRoute {
-        upgrades,
+        upgrades: upgrades(&route.action),
         matcher: Matcher::new(&route.r#match, chains.runtime())?,
         target,
         facts,
         edits,
         openai: chain.openai,
     })
+}
+
+fn upgrades(action: &Action) -> Vec<Upgrade> {
+    match action {
+        Action::Route(action) => action.upgrades.clone(),
+        Action::Redirect(_) | Action::DirectResponse { .. } => Vec::new(),
+    }
 }
 
 struct Builder<'a> {
