@@ -211,6 +211,45 @@ mod tests {
     }
 
     #[test]
+    fn a_filter_may_become_what_is_left_of_what_it_may_become() {
+        let source = json!({ "ads": {}, "resource_api_version": "V3" });
+        let url =
+            |name: &str| format!("type.googleapis.com/outrigger.filters.http.{name}.v1.Config");
+        let cors = "type.googleapis.com/envoy.extensions.filters.http.cors.v3.Cors";
+        let filter = |name: &str, urls: &[String]| {
+            json!({ "name": name, "config_discovery": {
+                "config_source": source, "type_urls": urls, "default_config": ours("openai"),
+                "apply_default_config_without_warming": true,
+            } })
+        };
+        let router = json!({
+            "name": "router",
+            "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" },
+        });
+        let all = json!([
+            filter("ours", &[url("openai")]),
+            filter("both", &[url("openai"), cors.to_owned()]),
+            router,
+        ]);
+        let json = foreign(listener(&all)).unwrap();
+        let left = &json["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"];
+        let discovery = &left[0]["config_discovery"];
+        assert_eq!(
+            (&left[0]["name"], &left[1]["name"]),
+            (&json!("both"), &json!("router"))
+        );
+        assert_eq!(discovery["type_urls"], json!([cors]));
+        assert!(discovery.get("default_config").is_none(), "{discovery}");
+        let extension = json!({
+            "@type": "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
+            "name": "ours",
+            "typed_config": ours("openai"),
+        });
+        let written = written::resource(extension, "").unwrap();
+        assert!(is_of_ours(&written.meaning));
+    }
+
+    #[test]
     fn access_logs_say_nothing_that_only_we_know() {
         let log = |format: Value| {
             json!({ "name": "log", "typed_config": {

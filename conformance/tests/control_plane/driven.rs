@@ -126,6 +126,16 @@ impl Driven {
 
     /// All comes from this source.
     async fn by(source: &Value, api_type: &str, upstream: &Upstream) -> Self {
+        Self::with(source, api_type, upstream, (&[], &json!([]))).await
+    }
+
+    /// The same, with further resources, and these layers of the runtime in the bootstrap.
+    async fn with(
+        source: &Value,
+        api_type: &str,
+        upstream: &Upstream,
+        (more, layers): (&[Value], &Value),
+    ) -> Self {
         let directory = scratch("resources");
         fs::create_dir_all(&directory).unwrap();
         let rds = json!({ "config_source": source, "route_config_name": "table" });
@@ -145,9 +155,11 @@ impl Driven {
             &[listener("edge", &[], json!({ "rds": rds }))],
         );
         put(&directory, "routes.yaml", &[routes_to("backend")]);
+        put(&directory, "more.yaml", more);
         let control = ControlPlane::start(PROGRAM, directory.to_str().unwrap(), any_port()).await;
         let config = scratch("bootstrap.json");
         let mut bootstrap = driven_bootstrap(control.address, "node");
+        bootstrap["layered_runtime"] = json!({ "layers": layers });
         let dynamic = &mut bootstrap["dynamic_resources"];
         dynamic["ads_config"]["api_type"] = json!(api_type);
         if *source != ads() {
@@ -264,6 +276,75 @@ async fn files_of_a_control_plane_are_live_in_the_proxy() {
         })
         .await;
         served_by(edge, "one").await;
+    }
+}
+
+/// A filter that marks responses, and a share of requests that are answered at once.
+fn further(mark: &str, share: u32) -> Vec<Value> {
+    const MUTATION: &str = "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation";
+    let append = json!({ "append": { "header": { "key": "x-mark", "value": mark } } });
+    let config = typed(
+        MUTATION,
+        json!({ "mutations": { "response_mutations": [append] } }),
+    );
+    let extension = typed(
+        "envoy.config.core.v3.TypedExtensionConfig",
+        json!({ "name": "mark", "typed_config": config }),
+    );
+    let layer = typed(
+        "envoy.service.runtime.v3.Runtime",
+        json!({ "name": "rt", "layer": { "early": share } }),
+    );
+    let discovery = json!({
+        "config_source": ads(),
+        "type_urls": [format!("type.googleapis.com/{MUTATION}")],
+    });
+    let mark = json!({ "name": "mark", "config_discovery": discovery });
+    let early = json!({ "default_value": { "numerator": 0 }, "runtime_key": "early" });
+    let early = json!({
+        "match": { "prefix": "/", "runtime_fraction": early },
+        "direct_response": { "status": 200, "body": { "inline_string": "early" } },
+    });
+    let mut marked = table("t", json!({ "route": { "cluster": "backend" } }));
+    let routes = marked["virtual_hosts"][0]["routes"].as_array_mut().unwrap();
+    routes.insert(0, early);
+    let listener = listener("marked", &[mark], json!({ "route_config": marked }));
+    vec![extension, layer, listener]
+}
+
+#[tokio::test]
+async fn configurations_of_filters_and_layers_of_the_runtime_are_served() {
+    for api_type in BOTH {
+        let one = Upstream::named("one").await;
+        let layer = json!({ "name": "rt", "rtds_config": ads() });
+        let layers = json!([{ "name": "layer", "rtds_layer": layer }]);
+        let more = further("first", 0);
+        let driven = Driven::with(&ads(), api_type, &one, (&more, &layers)).await;
+        let at = driven.listener("marked").await;
+        let answered = async |mark: &str, text: &str| {
+            eventually(mark, || async {
+                let reply = Client::get(at, "/").await;
+                (reply.header("x-mark") == mark && reply.text().contains(text)).then_some(())
+            })
+            .await;
+        };
+        answered("first", "one").await;
+        for kind in ["TypedExtensionConfig", "Runtime"] {
+            driven.has(kind, "SYNCED").await;
+        }
+        driven.put("more.yaml", &further("second", 0));
+        answered("second", "one").await;
+        driven.put("more.yaml", &further("second", 100));
+        answered("", "early").await;
+        // A listener that needs what is not there is nothing to serve.
+        driven.put("more.yaml", &further("third", 0)[1..]);
+        eventually("it is said", || async {
+            let page = Client::get(driven.control.admin, "/sources").await.text();
+            let expected = "names the typed_extension_config 'mark', which does not exist";
+            page.contains(expected).then_some(())
+        })
+        .await;
+        answered("", "early").await;
     }
 }
 
