@@ -146,6 +146,11 @@ impl SimEngine {
         self.engine.fault(fault);
     }
 
+    /// Faults that are armed do not happen any more.
+    pub fn disarm(&self) {
+        self.engine.faults.clear();
+    }
+
     /// Requests whose blocks wait for another engine, those whose blocks were fetched, and those nobody came for in time.
     pub fn transfers(&self) -> (usize, usize, usize) {
         let scheduler = self.engine.scheduler();

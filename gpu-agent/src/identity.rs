@@ -4,7 +4,8 @@
 
 use anyhow::{Context, bail};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
+    SignatureScheme,
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -14,7 +15,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
     server::ParsedCertificate,
 };
-use std::{path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 use webpki::EndEntityCert;
 
 /// Path of the SPIFFE id of a control plane.
@@ -77,6 +78,26 @@ struct ControlPlane {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
+/// Why hands were not shaken. What we found wrong ourselves, rustls would print as a structure.
+pub(crate) fn in_words(error: io::Error) -> io::Error {
+    let cause = error
+        .get_ref()
+        .and_then(|cause| cause.downcast_ref::<Error>());
+    match cause {
+        Some(Error::InvalidCertificate(CertificateError::Other(found))) => {
+            io::Error::other(found.0.to_string())
+        }
+        _ => error,
+    }
+}
+
+/// The URIs of a server that is none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the server is no control plane: its certificate is of {0:?}, and not of spiffe://TRUST-DOMAIN/{CONTROL_PLANE}"
+)]
+struct Other(Vec<String>);
+
 fn is_control_plane(uri: &str) -> bool {
     let rest = uri.strip_prefix("spiffe://");
     let parts = rest.and_then(|rest| rest.split_once('/'));
@@ -103,11 +124,11 @@ impl ServerCertVerifier for ControlPlane {
         let parsed = EndEntityCert::try_from(end_entity)
             .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
         if parsed.valid_uri_names().any(is_control_plane) {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            let other = CertificateError::ApplicationVerificationFailure;
-            Err(Error::InvalidCertificate(other))
+            return Ok(ServerCertVerified::assertion());
         }
+        let other = Other(parsed.valid_uri_names().map(str::to_owned).collect());
+        let other = CertificateError::Other(OtherError(Arc::new(other)));
+        Err(Error::InvalidCertificate(other))
     }
 
     fn verify_tls12_signature(

@@ -1,6 +1,11 @@
 //! Registers the engines of this agent at a control plane; how a lease is held is [`outrigger_xds::registry::holder`]'s.
 
-use crate::{engine::EngineConfig, http::authority, identity::Identity, run::Args};
+use crate::{
+    engine::EngineConfig,
+    http::authority,
+    identity::{Identity, in_words},
+    run::Args,
+};
 use anyhow::{anyhow, bail};
 use outrigger_xds::{
     ads::Server,
@@ -47,8 +52,12 @@ pub(crate) fn registering(
 ) -> anyhow::Result<Option<Registering>> {
     let identity = identity(args)?;
     let Some(url) = &args.register else {
-        if args.advertise.is_some() || !args.label.is_empty() || identity.is_some() {
-            bail!("--advertise, --label and --peer-tls-cert need --register");
+        let places = [&args.cluster, &args.region, &args.zone];
+        let is_placed = places.iter().any(|place| !place.is_empty());
+        if args.advertise.is_some() || !args.label.is_empty() || identity.is_some() || is_placed {
+            bail!(
+                "--advertise, --label, --cluster, --region, --zone and --peer-tls-cert need --register"
+            );
         }
         return Ok(None);
     };
@@ -139,7 +148,8 @@ async fn dial(at: &Address, identity: Option<&Identity>) -> io::Result<Box<dyn C
     let client = identity.client().map_err(io::Error::other)?;
     let name = ServerName::try_from(at.host.clone()).map_err(io::Error::other)?;
     let connector = TlsConnector::from(Arc::new(client));
-    Ok(Box::new(connector.connect(name, socket).await?))
+    let secured = connector.connect(name, socket).await;
+    Ok(Box::new(secured.map_err(in_words)?))
 }
 
 #[cfg(test)]
@@ -172,6 +182,7 @@ mod tests {
         assert_eq!(told.unwrap().unwrap().address.to_string(), "h:3");
         for (flags, expected) in [
             ("--label a=b", "need --register"),
+            ("--zone z", "need --register"),
             ("--register http://cp:1", "give --advertise"),
             ("--register cp:1", "http:// or https://"),
             ("--register http://cp", "HOST:PORT"),

@@ -184,7 +184,7 @@ impl Agent {
             address: SocketAddr::from(([0, 0, 0, 0], 0)),
         };
         agent.address = eventually("the agent's address", || {
-            let text = std::fs::read_to_string(&agent.error_path).unwrap_or_default();
+            let text = agent.log();
             async move { served_at(&text) }
         })
         .await;
@@ -202,6 +202,12 @@ impl Agent {
     /// Waits for its end; `None` if it still runs after `limit`.
     pub async fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
         wait(&mut self.child, limit.min(PATIENCE)).await
+    }
+
+    /// What it has logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.error_path).unwrap_or_default()
     }
 }
 

@@ -10,6 +10,7 @@ use outrigger_conformance::{
 };
 use serde_json::Value;
 use std::{
+    borrow::Cow,
     process::Command,
     time::{Duration, Instant},
 };
@@ -154,60 +155,99 @@ async fn an_engine_with_a_proxy_and_an_agent_is_one_endpoint() {
     until(&gateway, at, false).await;
 }
 
-#[tokio::test]
-async fn an_agent_registers_as_one_that_its_certificate_may_be() {
-    let leasing = Leasing::new();
-    let at = |name: &str| leasing.0.join(name).to_str().unwrap().to_owned();
-    let ca = |words: &[&str]| {
+/// A directory with a CA and what it issued.
+struct Issued(Leasing);
+
+impl Issued {
+    fn to(nodes: &[&str]) -> Self {
+        let issued = Self(Leasing::new());
+        let dir = issued.at("ca");
+        issued.ca(&["init", "--dir", &dir, "--trust-domain", "fleet.example"]);
+        for node in nodes {
+            let out = issued.at(node);
+            issued.ca(&["issue", "--dir", &dir, "--node", node, "--out", &out]);
+        }
+        issued
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.0.0.join(name).to_str().unwrap().to_owned()
+    }
+
+    fn ca(&self, words: &[&str]) {
         let words = [&["control-plane", "ca"], words].concat();
         let output = Command::new(PROGRAM).args(words).output().unwrap();
         assert!(output.status.success(), "{output:?}");
-    };
-    let dir = at("ca");
-    ca(&["init", "--dir", &dir, "--trust-domain", "fleet.example"]);
-    for node in ["a", "b"] {
-        ca(&["issue", "--dir", &dir, "--node", node, "--out", &at(node)]);
     }
-    let (leases_at, config) = (at("leases.json"), at("config"));
-    let flags = ["--leases", &leases_at, "--ca", &dir];
-    let control = ControlPlane::with_flags(PROGRAM, &config, any_port(), &flags).await;
-    let (engine, url) = (engine(), format!("https://{}", control.address));
-    let as_node = |node: &str| ["cert", "key", "ca"].map(|it| at(&format!("{node}/{it}.pem")));
-    let refused = async |agent: &Agent, result: &str| {
-        eventually(result, || async {
-            let page = Client::get(agent.address, "/metrics").await.text();
-            let series = format!("outrigger_registrations_total{{result=\"{result}\"}}");
-            page.contains(&series).then_some(())
-        })
-        .await;
-    };
-    // Says to be `a`, with what `b` comes with.
-    let [cert, key, trusted] = as_node("b");
-    let tls = [
-        "--peer-tls-cert",
-        &cert,
-        "--peer-tls-key",
-        &key,
-        "--peer-tls-ca",
-        &trusted,
-    ];
-    let stranger = agent(&engine, &url, &tls).await;
-    refused(&stranger, "refused").await;
+
+    /// Flags, each with one of the files of a node: its certificate, key and CA.
+    fn flags<'a>(&self, node: &str, names: [&'a str; 3]) -> Vec<Cow<'a, str>> {
+        let files = ["cert", "key", "ca"].map(|it| self.at(&format!("{node}/{it}.pem")));
+        let pairs = names.into_iter().zip(files);
+        pairs
+            .flat_map(|(name, file)| [name.into(), file.into()])
+            .collect()
+    }
+
+    /// A control plane that gives leases.
+    async fn control(&self, tls: &[&str]) -> ControlPlane {
+        let (leases, config) = (self.at("leases.json"), self.at("config"));
+        let flags = [&["--leases", &leases], tls].concat();
+        ControlPlane::with_flags(PROGRAM, &config, any_port(), &flags).await
+    }
+
+    /// An agent of node `a` that comes with what was issued to another, or to it.
+    async fn agent(&self, engine: &SimEngine, control: &ControlPlane, node: &str) -> Agent {
+        let names = ["--peer-tls-cert", "--peer-tls-key", "--peer-tls-ca"];
+        let flags = self.flags(node, names);
+        let flags: Vec<&str> = flags.iter().map(AsRef::as_ref).collect();
+        agent(engine, &format!("https://{}", control.address), &flags).await
+    }
+}
+
+/// Waits until an agent was told this.
+async fn told(agent: &Agent, result: &str) {
+    eventually(result, || async {
+        let page = Client::get(agent.address, "/metrics").await.text();
+        let series = format!("outrigger_registrations_total{{result=\"{result}\"}}");
+        page.contains(&series).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_registers_as_one_that_its_certificate_may_be() {
+    let issued = Issued::to(&["a", "b"]);
+    let control = issued.control(&["--ca", &issued.at("ca")]).await;
+    let engine = engine();
+    let stranger = issued.agent(&engine, &control, "b").await;
+    told(&stranger, "refused").await;
     drop(stranger);
-    let [cert, key, trusted] = as_node("a");
-    let tls = [
-        "--peer-tls-cert",
-        &cert,
-        "--peer-tls-key",
-        &key,
-        "--peer-tls-ca",
-        &trusted,
-    ];
-    let own = agent(&engine, &url, &tls).await;
-    refused(&own, "taken").await;
+    let own = issued.agent(&engine, &control, "a").await;
+    told(&own, "taken").await;
     let all = leases(&control, |all| all.len() == 1).await;
     assert_eq!(
         (&all[0]["node"], &all[0]["registrant"]),
         (&"a".into(), &"agent".into())
     );
+}
+
+/// All nodes have certificates of the CA that they believe.
+#[tokio::test]
+async fn an_agent_does_not_believe_another_node_to_be_the_control_plane() {
+    let issued = Issued::to(&["a", "control-plane"]);
+    let flags = issued.flags(
+        "control-plane",
+        ["--tls-cert", "--tls-key", "--tls-client-ca"],
+    );
+    let flags: Vec<&str> = flags.iter().map(AsRef::as_ref).collect();
+    let domain = ["--trust-domain", "fleet.example"];
+    let impostor = issued.control(&[&flags[..], &domain].concat()).await;
+    let engine = engine();
+    let a = issued.agent(&engine, &impostor, "a").await;
+    told(&a, "broken").await;
+    let log = a.log();
+    let said = "the server is no control plane: its certificate is of [\"spiffe://fleet.example/node/control-plane\"]";
+    assert!(log.contains(said), "{log}");
+    assert!(leases(&impostor, |_| true).await.is_empty());
 }

@@ -450,8 +450,7 @@ async fn one_of_three_that_answers_wrong_is_ejected_and_everybody_is_told() {
     for well in [addresses[0], addresses[2]] {
         assert_eq!(counted(&near, total, well, r#"outcome="wrong""#).await, 0.0);
     }
-    let mut client = Client::connect(wrong, Version::H1).await;
-    client.send(request(Method::DELETE, "/sim/fault", "")).await;
+    engines[1].disarm();
     wait_health(far.admin(), wrong, "healthy").await;
 }
 

@@ -61,8 +61,7 @@ async fn a_prefill_engine_that_fails_costs_time_and_nothing_else() {
             });
             let got = fallback(&fleet, &chat(at, &more)).await;
             assert_eq!(got, json!(["prefill", reason]), "{kind:?}");
-            let mut client = Client::connect(fleet.prefill[0].http_addr, Version::H1).await;
-            client.send(request(Method::DELETE, "/sim/fault", "")).await;
+            fleet.prefill[0].disarm();
             // Whoever failed is passed over for a second.
             tokio::time::sleep(Duration::from_millis(1050)).await;
         }

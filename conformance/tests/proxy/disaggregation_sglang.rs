@@ -157,16 +157,11 @@ impl Fleet {
 
     async fn clear_faults(&self) {
         for engine in self.prefill.iter().chain(&self.decode) {
-            clear(engine).await;
+            engine.disarm();
         }
         // Whoever failed is passed over for a second.
         tokio::time::sleep(Duration::from_millis(1050)).await;
     }
-}
-
-async fn clear(engine: &SimEngine) {
-    let mut client = Client::connect(engine.http_addr, Version::H1).await;
-    client.send(request(Method::DELETE, "/sim/fault", "")).await;
 }
 
 /// Nobody asks it for anything, and nothing of what was asked goes on.

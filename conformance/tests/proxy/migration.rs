@@ -1,6 +1,6 @@
 //! Streams that outlive their engines: whatever breaks, wherever, the client reads one whole stream, or is told why not.
 
-use super::support::{Story, story};
+use super::support::{Story, arm, disarm, story};
 use http::Method;
 use outrigger_conformance::{
     harness::{Client, OneChain, ProxyBuilder, TestProxy, Version, eventually, hosts, request},
@@ -54,19 +54,11 @@ impl Fleet {
     }
 
     fn arm(&self, kind: FaultKind, after_tokens: u64) {
-        for engine in &self.engines {
-            engine.fault(Fault {
-                after_tokens,
-                ..Fault::new(kind)
-            });
-        }
+        arm(&self.engines, kind, after_tokens);
     }
 
-    async fn disarm(&self) {
-        for engine in &self.engines {
-            let mut client = Client::connect(engine.http_addr, Version::H1).await;
-            client.send(request(Method::DELETE, "/sim/fault", "")).await;
-        }
+    fn disarm(&self) {
+        disarm(&self.engines);
     }
 
     async fn ask(&self, version: Version, path: &str, body: &Value) -> Story {
@@ -115,7 +107,7 @@ async fn survives(fleet: &Fleet, path: &str, body: &Value, tries: usize) {
         fleet.arm(kind, cut);
         let version = Version::BOTH[at % 2];
         let got = fleet.ask(version, path, body).await;
-        fleet.disarm().await;
+        fleet.disarm();
         assert_eq!(got.problem(), None, "{kind:?} after {cut}: {body}");
         assert_eq!(got, undisturbed, "{kind:?} after {cut}: {body}");
     }
@@ -385,8 +377,7 @@ async fn a_stream_moves_between_proxies_while_the_one_beside_the_engine_passes_t
         }
         assert_eq!(ask().await, undisturbed, "{kind:?}");
         for engine in &engines {
-            let mut client = Client::connect(engine.http_addr, Version::H1).await;
-            client.send(request(Method::DELETE, "/sim/fault", "")).await;
+            engine.disarm();
         }
     }
 }

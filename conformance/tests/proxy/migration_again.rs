@@ -3,10 +3,10 @@
 
 use super::{
     migration::migration,
-    support::{Story, story},
+    support::{Story, arm, disarm, story},
 };
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, request},
+    harness::{ProxyBuilder, TestProxy, Version},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use serde_json::{Value, json};
@@ -46,24 +46,6 @@ async fn ask(proxy: &TestProxy, more: &Value) -> Story {
     story(&reply.text())
 }
 
-async fn disarm(engines: &[SimEngine]) {
-    for engine in engines {
-        let mut client = Client::connect(engine.http_addr, Version::H1).await;
-        client
-            .send(request(http::Method::DELETE, "/sim/fault", ""))
-            .await;
-    }
-}
-
-fn arm(engines: &[SimEngine], kind: FaultKind, after_tokens: u64) {
-    for engine in engines {
-        engine.fault(Fault {
-            after_tokens,
-            ..Fault::new(kind)
-        });
-    }
-}
-
 fn object() -> Value {
     json!({"type": "object", "required": ["a", "b"],
         "properties": {"a": {"type": "string"}, "b": {"type": "string"}}})
@@ -94,7 +76,7 @@ async fn calls_json_seeds_and_penalties_are_told_once_and_whole() {
             // Whoever begins hands it to the other, and gets it back.
             arm(&engines, kind, cut);
             let got = ask(&proxy, &more).await;
-            disarm(&engines).await;
+            disarm(&engines);
             assert_eq!(
                 (got.problem(), &got),
                 (None, &whole),
@@ -125,7 +107,7 @@ async fn a_second_engine_may_break_before_it_has_repeated_all() {
             arm(&engines[..1], FaultKind::Reset, one);
             arm(&engines[1..], FaultKind::Reset, other);
             let got = ask(&proxy, &more).await;
-            disarm(&engines).await;
+            disarm(&engines);
             let cuts = format!("{one}, {other}: {more}");
             assert_eq!((got.problem(), &got), (None, &whole), "{cuts}");
             moves += 1;
@@ -170,7 +152,7 @@ async fn a_stream_goes_on_within_its_reasoning_and_behind_it() {
         for cut in [3, 25, 38, 39, 40, 41, 42, 60] {
             arm(&engines, FaultKind::Reset, cut);
             let got = ask(&proxy, &more).await;
-            disarm(&engines).await;
+            disarm(&engines);
             assert_eq!((got.problem(), &got), (None, &whole), "{cut}: {more}");
         }
     }
@@ -178,7 +160,7 @@ async fn a_stream_goes_on_within_its_reasoning_and_behind_it() {
     for cut in [3, 25, 60] {
         arm(&engines, FaultKind::Reset, cut);
         let got = ask(&proxy, &json!({"temperature": 1, "ignore_eos": true})).await;
-        disarm(&engines).await;
+        disarm(&engines);
         assert_eq!(got.problem(), None, "{cut}");
         let usage = got.usage["completion_tokens"].as_u64();
         assert_eq!((usage, got.finish.as_str()), (Some(90), "length"));

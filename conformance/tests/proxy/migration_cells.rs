@@ -2,7 +2,7 @@
 
 use super::support::{Story, story};
 use outrigger_conformance::{
-    harness::{Client, Conn, Exchange, ProxyBuilder, TestProxy, Upstream, Version, request},
+    harness::{Conn, Exchange, ProxyBuilder, TestProxy, Upstream, Version},
     sim::{Config, Fault, FaultKind, Profile, SimEngine},
 };
 use serde_json::{Value, json};
@@ -83,10 +83,7 @@ async fn check(profiles: &[Profile]) {
             "{cell}"
         );
         for engine in &engines {
-            let mut client = Client::connect(engine.http_addr, Version::H1).await;
-            client
-                .send(request(http::Method::DELETE, "/sim/fault", ""))
-                .await;
+            engine.disarm();
             engine.fault(Fault {
                 after_tokens: 9,
                 ..Fault::new(FaultKind::Reset)

@@ -3,10 +3,10 @@
 use super::{
     disaggregation::{COMPLETIONS, completion},
     migration::migration,
-    support::{Story, story},
+    support::{Story, arm, disarm, story},
 };
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, request, scratch},
+    harness::{Client, ProxyBuilder, TestProxy, Version, scratch},
     sim::{Config, Fault, FaultKind, Profile, SimEngine, TOKENIZER_JSON},
 };
 use serde_json::{Value, json};
@@ -104,24 +104,6 @@ async fn ask(proxy: &TestProxy, more: &Value) -> Story {
     story(&reply.text())
 }
 
-fn arm(engines: &[SimEngine], kind: FaultKind, after_tokens: u64) {
-    for engine in engines {
-        engine.fault(Fault {
-            after_tokens,
-            ..Fault::new(kind)
-        });
-    }
-}
-
-async fn disarm(engines: &[SimEngine]) {
-    for engine in engines {
-        let mut client = Client::connect(engine.http_addr, Version::H1).await;
-        client
-            .send(request(http::Method::DELETE, "/sim/fault", ""))
-            .await;
-    }
-}
-
 /// What is the same whoever tells it: each kind has more to say of `usage`, and of why a text ended.
 fn facts(story: &Story) -> (&str, &str, [&Value; 3], usize) {
     let usage = |name: &str| &story.usage[name];
@@ -151,7 +133,7 @@ async fn survives(profiles: &[Profile], policy: &str) {
         let kind = breaks[at % breaks.len()];
         arm(&engines, kind, cut);
         let got = ask(&proxy, &json!({})).await;
-        disarm(&engines).await;
+        disarm(&engines);
         assert_eq!(got.problem(), None, "{profiles:?} {kind:?} after {cut}");
         assert_eq!(
             facts(&got),
@@ -186,7 +168,7 @@ async fn a_chat_that_is_too_long_for_a_worker_to_tokenise_moves_too() {
     assert!(whole.text.len() > 6 << 10, "{}", whole.text.len());
     arm(&engines, FaultKind::Reset, 1200);
     let got = ask(&proxy, &more).await;
-    disarm(&engines).await;
+    disarm(&engines);
     assert_eq!(got.problem(), None);
     assert_eq!(facts(&got), facts(&whole));
     let moved = proxy.log(2).await[1]["migrations"].as_u64();
@@ -209,7 +191,7 @@ async fn a_chat_of_sglang_that_cannot_move_says_why() {
     ] {
         arm(&engines, FaultKind::Reset, 14);
         let got = ask(&proxy, &more).await;
-        disarm(&engines).await;
+        disarm(&engines);
         let told = got.error.unwrap()["message"].as_str().unwrap().to_owned();
         assert!(told.ends_with(&format!("elsewhere: {reason}")), "{told}");
     }

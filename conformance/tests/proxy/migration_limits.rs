@@ -1,6 +1,9 @@
 //! Where moving ends: attempts, memory, the budget, poison, and streams whose rest no engine can make.
 
-use super::{migration::migration, support::story};
+use super::{
+    migration::migration,
+    support::{arm, disarm, story},
+};
 use outrigger_conformance::{
     harness::{Conn, Exchange, ProxyBuilder, TestProxy, Upstream, Version},
     sim::{Config, Fault, FaultKind, SimEngine},
@@ -51,15 +54,6 @@ fn body(more: &Value) -> String {
     body.to_string()
 }
 
-fn arm(engines: &[SimEngine], kind: FaultKind, after_tokens: u64) {
-    for engine in engines {
-        engine.fault(Fault {
-            after_tokens,
-            ..Fault::new(kind)
-        });
-    }
-}
-
 /// What a stream that breaks after a few tokens is told.
 async fn broken(engines: &[SimEngine], proxy: &TestProxy, more: &Value) -> String {
     // A call's name is told behind some twenty tokens.
@@ -72,13 +66,7 @@ async fn broken(engines: &[SimEngine], proxy: &TestProxy, more: &Value) -> Strin
     let mut client = proxy.client(Version::H1).await;
     let reply = client.post(CHAT, body(more)).await;
     let got = story(&reply.text());
-    for engine in engines {
-        let mut client =
-            outrigger_conformance::harness::Client::connect(engine.http_addr, Version::H1).await;
-        let delete =
-            outrigger_conformance::harness::request(http::Method::DELETE, "/sim/fault", "");
-        client.send(delete).await;
-    }
+    disarm(engines);
     let error = got
         .error
         .unwrap_or_else(|| panic!("{more}: {}", reply.text()));

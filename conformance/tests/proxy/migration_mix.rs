@@ -2,10 +2,10 @@
 
 use super::{
     migration::migration,
-    support::{Story, story},
+    support::{Story, disarm, story},
 };
 use outrigger_conformance::{
-    harness::{Client, ProxyBuilder, TestProxy, Version, request},
+    harness::{ProxyBuilder, TestProxy, Version},
     sim::{Config, Fault, FaultKind, SimEngine},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -96,15 +96,6 @@ fn refusal(got: &Story) -> Option<String> {
     )
 }
 
-async fn disarm(engines: &[SimEngine]) {
-    for engine in engines {
-        let mut client = Client::connect(engine.http_addr, Version::H1).await;
-        client
-            .send(request(http::Method::DELETE, "/sim/fault", ""))
-            .await;
-    }
-}
-
 /// Asks, cut or not; how many tokens came, and why it ended early.
 async fn ask(proxy: &TestProxy, more: &Value) -> (usize, Option<String>) {
     let body = json!({"model": "sim", "stream": true, "max_tokens": 60,
@@ -181,7 +172,7 @@ async fn run(fields: &Value, seed: u64) -> (BTreeMap<String, usize>, usize) {
                 });
             }
             let (_, reason) = ask(proxy, &more).await;
-            disarm(engines).await;
+            disarm(engines);
             if let Some(reason) = reason {
                 *refused.entry(format!("{reason} ({kind})")).or_default() += 1;
             }

@@ -1,5 +1,6 @@
 //! What a stream told its client, read as a client would, and what is wrong with it.
 
+use outrigger_conformance::sim::{Fault, FaultKind, SimEngine};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -132,4 +133,19 @@ pub(crate) fn story(text: &str) -> Story {
         story.take(&chunk);
     }
     story
+}
+
+/// The next stream of each of these engines breaks behind so many tokens.
+pub(crate) fn arm(engines: &[SimEngine], kind: FaultKind, after_tokens: u64) {
+    for engine in engines {
+        engine.fault(Fault {
+            after_tokens,
+            ..Fault::new(kind)
+        });
+    }
+}
+
+/// Those that did not break yet will not.
+pub(crate) fn disarm(engines: &[SimEngine]) {
+    engines.iter().for_each(SimEngine::disarm);
 }
